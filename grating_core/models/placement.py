@@ -1,0 +1,56 @@
+"""Which device computes, and in which dtype."""
+
+from __future__ import annotations
+
+import torch
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device to compute on: the one asked for, else CUDA, else MPS, else the CPU.
+
+    Raises:
+        ValueError: The device is not one of cpu, cuda and mps, or this machine does not have it.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device is None:
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if available[name]))
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in available:
+        raise ValueError(f"device={device!r} is unknown; use 'cpu', 'cuda', 'cuda:N', 'mps' or None")
+    if not available[chosen.type]:
+        present = ", ".join(name for name, there in available.items() if there)
+        raise ValueError(f"device={device!r} is not on this machine, which has {present}; use one, or None")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={device!r} does not exist; this machine has {torch.cuda.device_count()}")
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> tuple[torch.dtype, str]:
+    """The compute dtype and, in a few words, why it was chosen.
+
+    Raises:
+        ValueError: The dtype is not one that grating computes in.
+    """
+    if dtype == "auto":
+        if _has_bfloat16(device):
+            return torch.bfloat16, f"the {device.type} processor has bfloat16 instructions"
+        return torch.float32, f"no bfloat16 instructions found on the {device.type} processor"
+    chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen not in _DTYPES.values():
+        raise ValueError(f"dtype={dtype!r} is unknown; use 'auto', {', '.join(map(repr, _DTYPES))}")
+    return chosen, "asked for"
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        # x86 has it as AVX512-BF16 or AMX, ARM as an extension of its own.
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False

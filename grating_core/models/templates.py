@@ -1,0 +1,90 @@
+"""Pairs of query and document as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+
+@dataclass(frozen=True)
+class TokenisedPair:
+    """One query and one document as one sequence.
+
+    Attributes:
+        input_ids: Token ids, with the special tokens of the model.
+        token_type_ids: 0 or 1 for each token; which text it belongs to, if the model cares.
+        truncated: Whether the end of the document did not fit into the window.
+    """
+
+    input_ids: list[int]
+    token_type_ids: list[int]
+    truncated: bool
+
+
+class PairTemplate:
+    """The template of encoder rerankers: both texts joined by the tokenizer's own special tokens.
+
+    Only the document is ever cut, never the query: a pair is then about the same question for every
+    document. Within the window the token ids are exactly those of ``tokenizer(query, document)``.
+
+    Args:
+        tokenizer: A transformers tokenizer with a Rust backend.
+        window: The most tokens a pair may have.
+    """
+
+    def __init__(self, tokenizer: Any, window: int) -> None:
+        backend = tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self._has_types = "token_type_ids" in tokenizer.model_input_names
+        self._special_tokens = backend.num_special_tokens_to_add(is_pair=True)
+        self.window = window
+
+    def encode(self, query: str, documents: Sequence[str]) -> list[TokenisedPair]:
+        """Tokenise a query with each of the documents.
+
+        Raises:
+            ValueError: The query alone fills the window.
+        """
+        question = self._backend.encode(query, add_special_tokens=False)
+        room = self.window - self._special_tokens - len(question)
+        if room < 1:
+            raise ValueError(
+                f"query has {len(question)} tokens, which leaves no room for a document in the model's window "
+                f"of {self.window} tokens; shorten the query"
+            )
+        bodies = self._backend.encode_batch(list(documents), add_special_tokens=False)
+        return [self._join(question, body, room) for body in bodies]
+
+    def _join(self, question: Any, body: Any, room: int) -> TokenisedPair:
+        truncated = len(body) > room
+        if truncated:
+            body.truncate(room)
+        pair = self._backend.post_process(question, body)
+        types = pair.type_ids if self._has_types else [0] * len(pair)
+        return TokenisedPair(pair.ids, types, truncated)
+
+
+def load_template(directory: Path, model_window: int, max_length: int | None) -> PairTemplate:
+    """The pair template of a model directory.
+
+    Args:
+        directory: Where the tokenizer's files are.
+        model_window: The most tokens that the model itself can take.
+        max_length: A smaller window asked for by the user, or None.
+
+    Raises:
+        ValueError: ``max_length`` is not between 8 and the model's window.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    window = min(model_window, tokenizer.model_max_length)
+    if max_length is not None and not 8 <= max_length <= window:
+        raise ValueError(
+            f"max_length={max_length} does not fit this model; use 8 to {window} tokens, or None for {window}"
+        )
+    return PairTemplate(tokenizer, max_length or window)

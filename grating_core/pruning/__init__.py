@@ -1,0 +1,6 @@
+"""Which candidates go on: policies see scores and numbers, never a model."""
+
+from grating_core.pruning.cluster import ClusterPolicy
+from grating_core.pruning.policy import Off, PruningPolicy, Route
+
+__all__ = ["ClusterPolicy", "Off", "PruningPolicy", "Route"]

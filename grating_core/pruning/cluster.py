@@ -1,0 +1,72 @@
+"""The published policy: cluster the provisional scores, decide for every cluster but the boundary one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grating_core.pruning.policy import Route
+
+
+@dataclass(frozen=True)
+class ClusterPolicy:
+    """Progressive cluster pruning (GRATING, arXiv 2510.15620; PRISM, EuroSys '26).
+
+    When the scores have spread far enough, measured by their coefficient of variation, they are clustered with
+    k-means. The cluster that holds the K-th ranked candidate is the boundary cluster and is deferred; clusters
+    above it are selected, clusters below it dropped.
+
+    Attributes:
+        dispersion_threshold: Coefficient of variation, |standard deviation / mean|, above which the scores are
+            clustered. Higher prunes later. Infinity never prunes.
+        clusters: The k of k-means.
+
+    Raises:
+        ValueError: ``dispersion_threshold`` is negative or not a number, or ``clusters`` is below 2.
+    """
+
+    dispersion_threshold: float = 1.0
+    clusters: int = 3
+
+    def __post_init__(self) -> None:
+        if not self.dispersion_threshold >= 0:
+            raise ValueError(f"dispersion_threshold={self.dispersion_threshold} must be 0 or more")
+        if self.clusters < 2:
+            raise ValueError(f"clusters={self.clusters} must be 2 or more: a single one decides nothing")
+
+    def route(self, layer: int, scores: NDArray[np.float64], top_k: int) -> Sequence[Route]:
+        """Select the clusters above the one that holds the ``top_k``-th score, drop those below it."""
+        if not dispersion(scores) > self.dispersion_threshold:
+            return [Route.DEFERRED] * len(scores)
+        labels = _cluster(scores, self.clusters)
+        boundary = labels[np.argsort(-scores, kind="stable")[top_k - 1]]
+        return [
+            Route.SELECTED if label > boundary else Route.DROPPED if label < boundary else Route.DEFERRED
+            for label in labels
+        ]
+
+
+def dispersion(scores: NDArray[np.float64]) -> float:
+    """The coefficient of variation: 0 when all scores are equal, infinite when only their mean is 0."""
+    # Before the mean is looked at: equal scores may have a standard deviation of one rounding error.
+    if np.ptp(scores) == 0:
+        return 0.0
+    mean = abs(float(scores.mean()))
+    return float(scores.std()) / mean if mean > 0 else float("inf")
+
+
+def _cluster(scores: NDArray[np.float64], clusters: int) -> NDArray[np.intp]:
+    """The k-means cluster of each score, numbered from the lowest scores to the highest."""
+    from sklearn.cluster import KMeans  # slow to import, and not needed before the first pruned request
+
+    distinct = np.unique(scores)
+    count = min(clusters, len(distinct))
+    # Starting from quantiles makes the result the same on every run and for every order of the documents.
+    start = np.quantile(distinct, (np.arange(count) + 0.5) / count)[:, None]
+    fitted = KMeans(n_clusters=count, init=start, n_init=1).fit(scores[:, None])
+    rank = np.argsort(np.argsort(fitted.cluster_centers_[:, 0], kind="stable"))
+    labels: NDArray[np.intp] = rank[fitted.labels_]
+    return labels
