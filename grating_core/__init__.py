@@ -1,5 +1,7 @@
 """grating: the reranking step of a RAG or agent-memory pipeline, fast and small."""
 
+from typing import TYPE_CHECKING, Any
+
 from grating_core.errors import (
     GratingError,
     ModelNotFoundError,
@@ -8,8 +10,10 @@ from grating_core.errors import (
     UnsupportedModelError,
 )
 from grating_core.pruning import ClusterPolicy, Off, PruningPolicy, Route
-from grating_core.reranker import Reranker
 from grating_core.results import LayerTrace, RankedDocument, RerankResult, Trace
+
+if TYPE_CHECKING:
+    from grating_core.reranker import Reranker
 
 __version__ = "0.1.0"
 
@@ -29,3 +33,12 @@ __all__ = [
     "Trace",
     "UnsupportedModelError",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: it brings in torch and transformers, which take seconds that `grating --help` should not.
+    if name == "Reranker":
+        from grating_core.reranker import Reranker
+
+        return Reranker
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -28,6 +28,8 @@ from grating_core.results import RankedDocument, RerankResult, Trace
 
 _CHUNK_TOKENS = {"cpu": 2048, "cuda": 32768, "mps": 8192}
 _SCORE_GROUP = 256  # pairs that score() holds in memory at a time
+# Lost at most 2 % of the full model's top 5 on each corpus of benchmarks/pruning.py.
+_CAUTIOUS = ClusterPolicy(dispersion_threshold=16.0)
 
 _shared: WeakValueDictionary[tuple[Any, ...], Reranker] = WeakValueDictionary()
 _shared_lock = Lock()
@@ -280,7 +282,9 @@ class Reranker:
 def _find_policy(pruning: str | PruningPolicy) -> PruningPolicy:
     if not isinstance(pruning, str) and isinstance(pruning, PruningPolicy):
         return pruning
-    if pruning in ("auto", "cluster"):
+    if pruning == "auto":
+        return _CAUTIOUS
+    if pruning == "cluster":
         return ClusterPolicy()
     if pruning == "off":
         return Off()

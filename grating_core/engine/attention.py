@@ -22,7 +22,7 @@ PACKED_ATTENTION = "grating_packed"
 _WINDOW_BLOCK = 256
 
 
-class KeysKept(Exception):  # noqa: N818 - no error: it ends a layer call that was made for its keys
+class KeysKept(Exception):
     """Keys and values of a layer have been put aside; the rest of that layer need not be computed."""
 
 

@@ -69,9 +69,7 @@ class RaggedBatch:
     def select(self, keep: Sequence[int]) -> RaggedBatch:
         """The batch of the kept sequences only; ``keep`` is ascending."""
         index = self.token_index(keep)
-        return RaggedBatch(
-            self.input_ids[index], self.token_type_ids[index], tuple(self.lengths[i] for i in keep)
-        )
+        return RaggedBatch(self.input_ids[index], self.token_type_ids[index], tuple(self.lengths[i] for i in keep))
 
 
 @dataclass(frozen=True)

@@ -161,9 +161,7 @@ def dequantise(path: Path, *, show_progress: bool = False) -> dict[str, NDArray[
         import onnx
         from onnx import numpy_helper
     except ModuleNotFoundError as error:
-        raise ModelNotFoundError(
-            f"converting the bundled model needs the package onnx: {_INSTALL}"
-        ) from error
+        raise ModelNotFoundError(f"converting the bundled model needs the package onnx: {_INSTALL}") from error
 
     graph = onnx.load(str(path)).graph
     stored: dict[str, Any] = {tensor.name: tensor for tensor in graph.initializer}
@@ -172,7 +170,7 @@ def dequantise(path: Path, *, show_progress: bool = False) -> dict[str, NDArray[
         quantised, zero, scale = (
             numpy_helper.to_array(stored[f"{name}_{part}"]) for part in ("quantized", "zero_point", "scale")
         )
-        return (quantised.astype(np.float32) - zero.astype(np.float32)) * scale
+        return np.asarray((quantised.astype(np.float32) - zero.astype(np.float32)) * scale)
 
     weights = {
         name: numpy_helper.to_array(tensor)

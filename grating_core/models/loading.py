@@ -131,9 +131,7 @@ def _read_weights(
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    kept = (
-                        torch.float32 if name.startswith(tuple(f"{part}." for part in family.head)) else dtype
-                    )
+                    kept = torch.float32 if name.startswith(tuple(f"{part}." for part in family.head)) else dtype
                     # A copy: a tensor that still pointed into the mapped file would die with it.
                     weights[_modern_name(name)] = file.get_tensor(name).to(device, kept, copy=True)
         except (SafetensorError, OSError) as error:

@@ -41,14 +41,14 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> tuple[torch.
             return torch.bfloat16, f"the {device.type} processor has bfloat16 instructions"
         return torch.float32, f"no bfloat16 instructions found on the {device.type} processor"
     chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen not in _DTYPES.values():
+    if chosen is None or chosen not in _DTYPES.values():
         raise ValueError(f"dtype={dtype!r} is unknown; use 'auto', {', '.join(map(repr, _DTYPES))}")
     return chosen, "asked for"
 
 
 def _has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
         # x86 has it as AVX512-BF16 or AMX, ARM as an extension of its own.

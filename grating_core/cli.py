@@ -1,0 +1,308 @@
+"""The ``grating`` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from grating_core.errors import GratingError
+from grating_core.inputs import Format, read_documents
+from grating_core.pruning import Route
+from grating_core.results import RerankResult
+
+# torch and transformers take seconds to import, so the commands that need them import them themselves.
+
+BUNDLED = "bundled:ms-marco-minilm-l12"
+
+app = typer.Typer(
+    help="Rerank documents with a cross-encoder, on your own machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_out = Console()
+_err = Console(stderr=True)
+
+Query = Annotated[str, typer.Option("--query", "-q", help="The question.")]
+Input = Annotated[str, typer.Option("--input", "-i", help="File of documents, or - for standard input.")]
+InputFormat = Annotated[Format, typer.Option("--format", help="How the documents are stored.")]
+Field = Annotated[str, typer.Option(help="JSON field or CSV column that holds the text.")]
+TopK = Annotated[int, typer.Option("--top-k", "-k", help="How many to return.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, local directory or bundled name.")]
+Pruning = Annotated[str, typer.Option(help="auto, cluster or off.")]
+Scores = Annotated[str, typer.Option(help="exact, or estimated: sure winners stop early as well.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best there is by default.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+MaxLength = Annotated[int | None, typer.Option(help="Most tokens of query and document together.")]
+
+
+@app.command()
+def rerank(
+    query: Query,
+    input: Input,
+    top_k: TopK = 5,
+    format: InputFormat = "auto",
+    field: Field = "text",
+    as_json: AsJson = False,
+    model: Model = BUNDLED,
+    pruning: Pruning = "auto",
+    scores: Scores = "exact",
+    device: Device = None,
+    dtype: Dtype = "auto",
+    max_length: MaxLength = None,
+) -> None:
+    """Print the documents that answer a question best."""
+    settings = {"pruning": pruning, "device": device, "dtype": dtype, "max_length": max_length}
+    with _plain_errors():
+        result = _run(model, settings, query, read_documents(input, format=format, field=field), top_k, scores)
+    if as_json:
+        _print_json(_summary(query, result))
+    else:
+        _out.print(_ranking_table(result))
+        _out.print(_closing_line(result), style="dim")
+
+
+@app.command()
+def explain(
+    query: Query,
+    input: Input,
+    top_k: TopK = 5,
+    format: InputFormat = "auto",
+    field: Field = "text",
+    as_json: AsJson = False,
+    model: Model = BUNDLED,
+    pruning: Pruning = "auto",
+    scores: Scores = "exact",
+    device: Device = None,
+    dtype: Dtype = "auto",
+    max_length: MaxLength = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw score trajectories into this picture.")] = None,
+) -> None:
+    """Like rerank, and show layer by layer how the ranking came about."""
+    settings = {"pruning": pruning, "device": device, "dtype": dtype, "max_length": max_length}
+    with _plain_errors():
+        result = _run(model, settings, query, read_documents(input, format=format, field=field), top_k, scores)
+        if plot is not None and result.trace.layers:
+            from grating_core.plotting import plot_trajectories
+
+            plot_trajectories(result, plot)
+    if as_json:
+        _print_json(_summary(query, result) | {"layers": [asdict(layer) for layer in result.trace.layers]})
+        return
+    _out.print(_ranking_table(result))
+    _out.print(_trace_table(result))
+    _out.print(_closing_line(result), style="dim")
+
+
+@app.command()
+def models() -> None:
+    """List the models that are bundled, cached and supported."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    from grating_core.models.bundled import BUNDLED_MODELS, bundled_directory
+    from grating_core.models.families import FAMILIES
+
+    table = _table("model", "kind", "layers", "size", "where")
+    for name in BUNDLED_MODELS:
+        directory = bundled_directory(name)
+        if directory.is_dir():
+            table.add_row(name, "bundled", *_described(directory), str(directory))
+        else:
+            table.add_row(name, "bundled", "", "", "made on first use")
+    try:
+        cached = scan_cache_dir().repos
+    except CacheNotFound:
+        cached = frozenset()
+    for repo in sorted((repo for repo in cached if repo.repo_type == "model"), key=lambda repo: repo.repo_id):
+        snapshot = max(repo.revisions, key=lambda revision: revision.last_modified).snapshot_path
+        try:
+            table.add_row(repo.repo_id, "hub cache", *_described(snapshot), str(snapshot))
+        except GratingError:
+            continue  # not a reranker that grating runs
+    _out.print(table)
+    _out.print("Supported: " + ", ".join(FAMILIES) + " with one label, as safetensors.")
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, the device and dtype that will be used and why, and where the caches are."""
+    import torch
+    from huggingface_hub import constants
+
+    from grating_core.models.bundled import bundled_source, cache_directory
+    from grating_core.models.placement import choose_device, choose_dtype
+
+    device = choose_device(None)
+    dtype, reason = choose_dtype("auto", device)
+    try:
+        bundled_source()
+        bundled = "ready to be converted, or converted"
+    except GratingError as error:
+        bundled = str(error)
+    table = _table("what", "found")
+    table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
+    for package in ("grating-core", "torch", "transformers", "tokenizers", "langchain-grating",
+                    "llama-index-postprocessor-grating", "matplotlib", "onnx"):  # fmt: skip
+        table.add_row(package, _version(package))
+    table.add_row(
+        "device", f"{device} (CUDA: {torch.cuda.is_available()}, MPS: {torch.backends.mps.is_available()})"
+    )
+    table.add_row("dtype", f"{str(dtype).removeprefix('torch.')}: {reason}")
+    table.add_row("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors")
+    table.add_row("grating's cache", str(cache_directory()))
+    table.add_row("hub cache", f"{constants.HF_HUB_CACHE}{', offline' if constants.HF_HUB_OFFLINE else ''}")
+    table.add_row("bundled model", bundled)
+    _out.print(table)
+
+
+@app.command()
+def demo(
+    query: Annotated[str | None, typer.Option("--query", "-q", help="Your own question about Python.")] = None,
+    top_k: TopK = 5,
+    candidates: Annotated[int, typer.Option(help="Passages that BM25 picks.")] = 50,
+) -> None:
+    """Answer a question from the Python language reference: BM25 picks 50 passages, the reranker returns 5."""
+    from grating_core.demo import QUESTION, first_stage, load_passages
+
+    query = query or QUESTION
+    with _plain_errors():
+        passages = load_passages()
+        _err.print(f"Passages of the Python language reference: {len(passages)}. BM25 picks {candidates} ...")
+        found = first_stage(query, passages, candidates)
+        pruned = _measured({"pruning": "cluster"}, query, found, top_k)
+        full = _measured({"pruning": "off"}, query, found, top_k)
+    _out.print(Text(f"\n{query}", style="bold"))
+    _out.print(_ranking_table(pruned[0]))
+    table = _table("", "seconds", "compute share", f"same top {top_k}")
+    winners = {ranked.index for ranked in full[0].ranking}
+    for name, (result, seconds) in {"unpruned": full, "pruning='cluster'": pruned}.items():
+        same = len(winners & {ranked.index for ranked in result.ranking})
+        table.add_row(name, f"{seconds:.3f}", f"{result.trace.compute_share:.2f}", f"{same} of {len(winners)}")
+    _out.print(table)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What the user can do something about is told in a sentence, not in a traceback."""
+    try:
+        yield
+    except (GratingError, ValueError, OSError, ModuleNotFoundError) as error:
+        _err.print(Text(f"Error: {error}", style="red"))
+        raise typer.Exit(2) from error
+
+
+def _run(
+    model: str, settings: dict[str, Any], query: str, documents: list[str], top_k: int, scores: Any
+) -> RerankResult:
+    with _err.status("Loading ..."):
+        from grating_core.reranker import Reranker
+
+        with Reranker.from_pretrained(model, show_progress=True, **settings) as reranker:
+            return reranker.rerank(query, documents, top_k, scores=scores)
+
+
+def _measured(
+    settings: dict[str, Any], query: str, documents: list[str], top_k: int
+) -> tuple[RerankResult, float]:
+    """The result, and the median seconds of three runs after a warm-up."""
+    from grating_core.reranker import Reranker
+
+    with Reranker.from_pretrained(BUNDLED, show_progress=True, **settings) as reranker:
+        _err.print(f"Reranking with {settings} ...", markup=False, highlight=False)
+        results = [reranker.rerank(query, documents, top_k) for _ in range(4)]
+    return results[-1], median(result.trace.seconds for result in results[1:])
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
+def _ranking_table(result: RerankResult) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("rank", "score", "index"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("text")
+    for rank, ranked in enumerate(result.ranking, 1):
+        score = f"{ranked.score:.3f}{' (estimate)' if ranked.estimated else ''}"
+        table.add_row(str(rank), score, str(ranked.index), Text(_shortened(ranked.text)))
+    return table
+
+
+def _trace_table(result: RerankResult) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", title="By layer", title_justify="left")
+    for heading in ("layer", "alive", *(route.value for route in Route), "best", "worst", "tokens", "ms"):
+        table.add_column(heading, justify="right")
+    for layer in result.trace.layers:
+        table.add_row(
+            str(layer.layer),
+            str(len(layer.alive)),
+            *(str(layer.routes.count(route)) for route in Route),
+            f"{max(layer.scores):.2f}",
+            f"{min(layer.scores):.2f}",
+            f"{layer.tokens:,}",
+            f"{1000 * layer.seconds:.1f}",
+        )
+    return table
+
+
+def _closing_line(result: RerankResult) -> str:
+    trace = result.trace
+    cut = f", {len(trace.truncated)} cut to the window" if trace.truncated else ""
+    return (
+        f"{len(trace.lengths)} documents, {sum(trace.lengths):,} tokens{cut}; {trace.seconds:.2f} s, "
+        f"compute share {trace.compute_share:.2f}"
+    )
+
+
+def _shortened(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else text[:299] + "…"
+
+
+def _summary(query: str, result: RerankResult) -> dict[str, Any]:
+    trace = result.trace
+    return {
+        "query": query,
+        "ranking": [asdict(ranked) for ranked in result.ranking],
+        "compute_share": trace.compute_share,
+        "seconds": trace.seconds,
+        "truncated": trace.truncated,
+    }
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    json.dump(value, sys.stdout, ensure_ascii=False, indent=2)
+    sys.stdout.write("\n")
+
+
+def _described(directory: Path) -> tuple[str, str]:
+    from grating_core.models.loading import describe_weights
+
+    described = describe_weights(directory)
+    return str(described["layers"]), f"{described['bytes'] / 1e6:,.0f} MB"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,72 @@
+"""A picture of a rerank: every candidate's score, layer by layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from grating_core.pruning import Route
+from grating_core.results import RerankResult, Trace
+
+# Told apart by colour-blind readers, and without colour by their line style.
+_STYLES: dict[Route, tuple[str, Literal["-", "--", ":"]]] = {
+    Route.SELECTED: ("#009E73", "--"),
+    Route.DEFERRED: ("#E69F00", "--"),
+    Route.DROPPED: ("#999999", ":"),
+}
+
+
+def plot_trajectories(result: RerankResult, path: Path) -> None:
+    """Draw the provisional scores of all candidates by layer.
+
+    A line has the colour of the last route its candidate was given; those of the top K are thick and unbroken. A
+    dot marks the layer after which a candidate stopped being computed.
+
+    Args:
+        result: A rerank of at least one document.
+        path: Where the picture goes; its ending gives the format.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed; the message names the extra that installs it.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+        from matplotlib.ticker import MaxNLocator
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("plots need matplotlib: pip install 'grating-core[plot]'") from error
+
+    trace = result.trace
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    winners = {ranked.index for ranked in result.ranking}
+    for candidate in range(len(trace.lengths)):
+        layers, scores, route = _trajectory(trace, candidate)
+        colour, style = _STYLES[route]
+        if won := candidate in winners:
+            style = "-"
+        axes.plot(layers, scores, color=colour, linestyle=style, linewidth=2.2 if won else 1.0, zorder=2 + won)
+        if layers[-1] < trace.depth:
+            axes.plot(layers[-1], scores[-1], ".", color=colour, markersize=8)
+    axes.set(xlabel="layer", ylabel="score by the model's own head", xlim=(0.8, trace.depth + 0.2))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(
+        f"{len(trace.lengths)} candidates, top {len(winners)} drawn thick, compute share {trace.compute_share:.2f}"
+    )
+    axes.grid(alpha=0.3)
+    keys = [Line2D([], [], color=c, linestyle=s, label=route.value) for route, (c, s) in _STYLES.items()]
+    axes.legend(handles=keys, title="last route")
+    figure.savefig(path, dpi=150)
+
+
+def _trajectory(trace: Trace, candidate: int) -> tuple[list[int], list[float], Route]:
+    """The layers a candidate was computed in, its score after each, and its last route."""
+    layers, scores, route = [], [], Route.DEFERRED
+    for record in trace.layers:
+        if candidate in record.alive:
+            place = record.alive.index(candidate)
+            layers.append(record.layer)
+            scores.append(record.scores[place])
+            # Nothing is decided after the last layer: what was decided before it is what it is known by.
+            route = record.routes[place] if record.layer < trace.depth else route
+    return layers, scores, route

@@ -1,0 +1,114 @@
+"""The grating command, run as its users run it: in a process of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GRATING = [str(Path(sys.executable).with_name("grating"))]
+QUERY = "How many people live in Berlin?"
+DOCUMENTS = [
+    "New York City is famous for the Metropolitan Museum of Art.",
+    "Berlin had a population of 3,520,031 registered inhabitants in 2015.",
+    "Berlin is well known for its museums.",
+]
+
+
+def grating(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*GRATING, *arguments], input=stdin, capture_output=True, text=True, timeout=300, encoding="utf-8"
+    )
+
+
+def test_help_names_every_command() -> None:
+    shown = grating("--help")
+    assert shown.returncode == 0
+    assert all(command in shown.stdout for command in ("rerank", "explain", "models", "doctor", "demo"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options"),
+    [
+        ("d.jsonl", "\n".join(json.dumps({"body": text}) for text in DOCUMENTS), ["--field", "body"]),
+        ("d.csv", "id,text\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(DOCUMENTS)), []),
+    ],
+    ids=["jsonl", "csv"],
+)
+def test_rerank_reads_files(tmp_path: Path, name: str, content: str, options: list[str]) -> None:
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    done = grating("rerank", "--query", QUERY, "--input", str(path), "--top-k", "2", "--json", *options)
+    assert done.returncode == 0, done.stderr
+    ranking = json.loads(done.stdout)["ranking"]
+    assert [entry["index"] for entry in ranking] == [1, 2]
+    assert ranking[0]["text"] == DOCUMENTS[1]
+    assert ranking[0]["score"] > 5 > ranking[1]["score"]
+
+
+def test_rerank_prints_a_table_from_standard_input() -> None:
+    done = grating("rerank", "-q", QUERY, "-i", "-", "-k", "1", stdin="\n\n".join(DOCUMENTS))
+    assert done.returncode == 0, done.stderr
+    assert "3,520,031" in done.stdout
+    assert "Metropolitan" not in done.stdout
+    assert "compute share" in done.stdout
+
+
+def test_explain_shows_every_layer_and_draws_a_picture(tmp_path: Path) -> None:
+    picture = tmp_path / "out.png"
+    done = grating(
+        "explain", "-q", QUERY, "-i", "-", "-k", "1", "--json", "--plot", str(picture), "--pruning", "cluster",
+        stdin="\n".join(DOCUMENTS),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    layers = json.loads(done.stdout)["layers"]
+    assert [layer["layer"] for layer in layers] == list(range(1, 13))
+    assert set(layers[0]["routes"]) <= {"selected", "dropped", "deferred"}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_explain_prints_the_trace_as_a_table() -> None:
+    done = grating("explain", "-q", QUERY, "-i", "-", stdin="\n".join(DOCUMENTS))
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.partition("By layer")[2].splitlines()]
+    assert [row[0] for row in rows if len(row) == 9 and row[0].isdigit()] == [str(n) for n in range(1, 13)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--query", "q", "--input", "-", "--top-k", "0"], "top_k=0"),
+        (["--query", "q", "--input", "/no/such/file"], "/no/such/file"),
+        (["--query", "q", "--input", "-", "--format", "jsonl"], "line 1"),
+        (["--query", "q", "--input", "-", "--model", "./nowhere"], "nowhere"),
+        (["--query", "q", "--input", "-", "--scores", "rough"], "'rough'"),
+    ],
+)
+def test_bad_input_is_told_in_a_sentence(arguments: list[str], told: str) -> None:
+    done = grating("rerank", *arguments, stdin="a document\nanother")
+    assert done.returncode == 2
+    assert told in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_no_documents_give_an_empty_ranking() -> None:
+    done = grating("rerank", "-q", QUERY, "-i", "-", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ranking"] == []
+
+
+def test_models_and_doctor() -> None:
+    listed, checked = grating("models"), grating("doctor")
+    assert "bundled:ms-marco-minilm-l12" in listed.stdout
+    assert "ModernBertForSequenceClassification" in listed.stdout
+    assert all(what in checked.stdout for what in ("torch", "device", "dtype", "cache"))
+
+
+def test_demo_answers_a_question_of_the_users() -> None:
+    done = grating("demo", "--query", "What does the finally clause of try do?", "-k", "2", "--candidates", "10")
+    assert done.returncode == 0, done.stderr
+    assert "finally" in done.stdout
+    assert "unpruned" in done.stdout
+    assert "compute share" in done.stdout
