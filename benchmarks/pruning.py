@@ -24,11 +24,8 @@ from grating_core import ClusterPolicy, Off, PruningPolicy, Reranker, RerankResu
 POLICIES: dict[str, str | PruningPolicy] = {
     "off": Off(),
     "auto": "auto",
-    "cluster (default)": "cluster",
-    "cluster, threshold 1": ClusterPolicy(1.0),
+    "cluster": "cluster",
     "cluster, threshold 1, 3 clusters": ClusterPolicy(1.0, 3),
-    "cluster, threshold 4": ClusterPolicy(4.0),
-    "cluster, threshold 8": ClusterPolicy(8.0),
 }
 
 
@@ -59,7 +56,7 @@ def main(
             results: dict[str, list[RerankResult]] = {name: [] for name in rerankers}
             for request in track(requests, f"{directory.name}, {scores}"):
                 for name, reranker in rerankers.items():
-                    results[name].append(reranker.rerank(request.query, request.documents, top_k, scores=scores))  # type: ignore[arg-type]
+                    results[name].append(reranker.rerank(request.query, request.documents, top_k, scores=scores))
             winners = {name: [{r.index for r in one.ranking} for one in found] for name, found in results.items()}
             for name, found in results.items():
                 kept = [len(a & b) / len(b) for a, b in zip(winners[name], winners["off"], strict=True)]

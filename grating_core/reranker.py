@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import groupby
 from pathlib import Path
 from threading import Lock
@@ -26,7 +26,7 @@ from grating_core.models.templates import PairTemplate, TokenisedPair, load_temp
 from grating_core.pruning import ClusterPolicy, Off, PruningPolicy
 from grating_core.results import RankedDocument, RerankResult, Trace
 
-_CHUNK_TOKENS = {"cpu": 2048, "cuda": 32768, "mps": 8192}
+_CHUNK_TOKENS = {"cpu": 8192, "cuda": 32768, "mps": 8192}
 _SCORE_GROUP = 256  # pairs that score() holds in memory at a time
 # Lost at most 2 % of the full model's top 5 on each corpus of benchmarks/pruning.py.
 _CAUTIOUS = ClusterPolicy(dispersion_threshold=16.0)
@@ -126,8 +126,15 @@ class Reranker:
         Args:
             model: As in :meth:`from_pretrained`.
             settings: As in :meth:`from_pretrained`; a policy object must be hashable.
+
+        Raises:
+            ValueError: The policy object is not hashable; and as :meth:`from_pretrained` does.
         """
-        key = (str(model), *sorted(settings.items(), key=lambda item: item[0]))
+        if not isinstance(settings.get("pruning"), Hashable):
+            raise ValueError(
+                f"pruning={settings['pruning']!r} is not hashable, so it cannot be told whether it is shared"
+            )
+        key = (str(model), *sorted(settings.items()))
         with _shared_lock:
             reranker = _shared.get(key)
             if reranker is None or reranker._loaded is None:

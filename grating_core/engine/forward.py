@@ -117,7 +117,7 @@ def _run_layer(
             continue
         part[:] = model.run_layer(number, part, places, packing=Packing(chunk.lengths))
         scores.append(model.read_scores(part, chunk.lengths))
-    return torch.cat(scores).double().cpu().numpy()
+    return torch.cat(scores).cpu().double().numpy()
 
 
 def _last_layer_scores(model: CrossEncoder, hidden: Tensor, positions: Tensor, chunk: Chunk) -> Tensor:

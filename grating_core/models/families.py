@@ -18,6 +18,15 @@ from grating_core.errors import UnsupportedModelError
 Config = Any  # a transformers configuration; its attributes differ by architecture
 
 
+# Functions rather than lambdas throughout: a family travels along when a reranker is pickled.
+def _first_token(config: Config) -> str:
+    return "first"
+
+
+def _no_arguments(module: Any, layer: nn.Module, hidden: Tensor, positions: Tensor) -> dict[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Family:
     """How to drive one ``…ForSequenceClassification`` architecture of transformers from outside.
@@ -41,32 +50,51 @@ class Family:
     embed: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
     classify: Callable[[Any, Tensor], Tensor]
     window: Callable[[Config], int]
-    pooling: Callable[[Config], str] = lambda config: "first"
+    pooling: Callable[[Config], str] = _first_token
     norm: str | None = None
-    layer_arguments: Callable[[Any, nn.Module, Tensor, Tensor], dict[str, Any]] = lambda *_: {}
+    layer_arguments: Callable[[Any, nn.Module, Tensor, Tensor], dict[str, Any]] = _no_arguments
 
 
-def _embed_bert(module: Any, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor) -> Tensor:
-    hidden: Tensor = module.bert.embeddings(
-        input_ids=input_ids, token_type_ids=token_type_ids, position_ids=positions
-    )
-    return hidden
+def _absolute_window(config: Config) -> int:
+    return int(config.max_position_embeddings)
 
 
-def _embed_roberta(module: Any, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor) -> Tensor:
+def _embed_bert(module: Any, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor) -> Any:
+    return module.bert.embeddings(input_ids=input_ids, token_type_ids=token_type_ids, position_ids=positions)
+
+
+def _classify_bert(module: Any, states: Tensor) -> Any:
+    return module.classifier(module.bert.pooler(states[:, None]))
+
+
+def _embed_roberta(module: Any, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor) -> Any:
     embeddings = module.roberta.embeddings
     # RoBERTa numbers positions from behind the padding index, and has a single token type.
-    hidden: Tensor = embeddings(
+    return embeddings(
         input_ids=input_ids,
         token_type_ids=token_type_ids.new_zeros(token_type_ids.shape),
         position_ids=positions + embeddings.padding_idx + 1,
     )
-    return hidden
 
 
-def _embed_modernbert(module: Any, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor) -> Tensor:
-    hidden: Tensor = module.model.embeddings(input_ids=input_ids)
-    return hidden
+def _classify_roberta(module: Any, states: Tensor) -> Any:
+    return module.classifier(states[:, None])
+
+
+def _roberta_window(config: Config) -> int:
+    return int(config.max_position_embeddings) - int(config.pad_token_id) - 1
+
+
+def _embed_modernbert(module: Any, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor) -> Any:
+    return module.model.embeddings(input_ids=input_ids)
+
+
+def _classify_modernbert(module: Any, states: Tensor) -> Any:
+    return module.classifier(module.head(states))
+
+
+def _modernbert_pooling(config: Config) -> str:
+    return "mean" if config.classifier_pooling == "mean" else "first"
 
 
 def _modernbert_rotary(module: Any, layer: Any, hidden: Tensor, positions: Tensor) -> dict[str, Any]:
@@ -79,8 +107,8 @@ def _roberta(architecture: str) -> Family:
         layers="roberta.encoder.layer",
         head=("classifier",),
         embed=_embed_roberta,
-        classify=lambda module, states: module.classifier(states[:, None]),
-        window=lambda config: config.max_position_embeddings - config.pad_token_id - 1,
+        classify=_classify_roberta,
+        window=_roberta_window,
     )
 
 
@@ -90,8 +118,8 @@ _DESCRIPTIONS = (
         layers="bert.encoder.layer",
         head=("bert.pooler", "classifier"),
         embed=_embed_bert,
-        classify=lambda module, states: module.classifier(module.bert.pooler(states[:, None])),
-        window=lambda config: config.max_position_embeddings,
+        classify=_classify_bert,
+        window=_absolute_window,
     ),
     _roberta("RobertaForSequenceClassification"),
     _roberta("XLMRobertaForSequenceClassification"),
@@ -101,9 +129,9 @@ _DESCRIPTIONS = (
         norm="model.final_norm",
         head=("model.final_norm", "head", "classifier"),
         embed=_embed_modernbert,
-        classify=lambda module, states: module.classifier(module.head(states)),
-        window=lambda config: config.max_position_embeddings,
-        pooling=lambda config: "mean" if config.classifier_pooling == "mean" else "first",
+        classify=_classify_modernbert,
+        window=_absolute_window,
+        pooling=_modernbert_pooling,
         layer_arguments=_modernbert_rotary,
     ),
 )

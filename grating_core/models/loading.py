@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 # Names that checkpoints converted from TensorFlow still use.
 _LEGACY_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+# accelerate patches torch.nn.Module while an empty model is built: one thread at a time.
+_construction = Lock()
 
 
 def find_model(name: str, *, show_progress: bool = False) -> Path:
@@ -110,7 +113,7 @@ def load_cross_encoder(
     """
     config, family = read_config(directory)
     config._attn_implementation = attention
-    with init_empty_weights(include_buffers=False):
+    with _construction, init_empty_weights(include_buffers=False):
         module = getattr(transformers, family.architecture)(config)
     weights = _read_weights(directory, device, dtype, family)
     missing, _ = module.load_state_dict(weights, strict=False, assign=True)

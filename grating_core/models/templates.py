@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from grating_core.errors import ModelNotFoundError, UnsupportedModelError
+
 
 @dataclass(frozen=True)
 class TokenisedPair:
@@ -79,9 +81,15 @@ def load_template(directory: Path, model_window: int, max_length: int | None) ->
         max_length: A smaller window asked for by the user, or None.
 
     Raises:
+        ModelNotFoundError: The tokenizer's files are missing or damaged, or need a package that is not there.
         ValueError: ``max_length`` is not between 8 and the model's window.
     """
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain Exception for damaged files
+        raise ModelNotFoundError(f"the tokenizer in {directory} cannot be loaded: {error}") from error
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise UnsupportedModelError(f"{directory} has a tokenizer without tokenizer.json; convert it to that form")
     window = min(model_window, tokenizer.model_max_length)
     if max_length is not None and not 8 <= max_length <= window:
         raise ValueError(

@@ -1,1 +1,5 @@
-"""tmp."""
+"""grating for LlamaIndex: a node postprocessor."""
+
+from llama_index.postprocessor.grating.base import GratingRerank
+
+__all__ = ["GratingRerank"]

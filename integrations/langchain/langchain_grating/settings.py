@@ -1,0 +1,50 @@
+"""The fields that say which reranker to use, and its loading."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
+
+from grating_core import PruningPolicy, Reranker
+
+
+class RerankerSettings(BaseModel):
+    """Settings of a reranker, which is loaded on construction and shared with whoever uses the same ones."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    model: str = Field(
+        default="cross-encoder/ms-marco-MiniLM-L12-v2",
+        description="Hub id, local directory, or 'bundled:ms-marco-minilm-l12'.",
+    )
+    device: str | None = Field(
+        default=None, description="'cpu', 'cuda' or 'mps'; None takes the best that is there."
+    )
+    dtype: str = Field(
+        default="auto",
+        description="'float32', 'bfloat16', 'float16', or 'auto': bfloat16 where the device is made for it.",
+    )
+    memory_budget: str | int | None = Field(
+        default=None, description="Only None, everything resident, in this version of grating-core."
+    )
+    pruning: str | PruningPolicy = Field(
+        default="auto",
+        description="'auto', 'cluster', 'off', or a policy object. Never applies to GratingCrossEncoder.score.",
+    )
+    reranker: Reranker = Field(
+        default=None,  # type: ignore[assignment]  # only until _load has run
+        exclude=True,
+        repr=False,
+        description="A ready Reranker, instead of all settings above.",
+    )
+
+    @model_validator(mode="after")
+    def _load(self) -> Self:
+        settings = [name for name in RerankerSettings.model_fields if name != "reranker"]
+        if "reranker" not in self.model_fields_set:
+            self.reranker = Reranker.shared(**{name: getattr(self, name) for name in settings})
+        elif clash := [name for name in settings if name in self.model_fields_set]:
+            raise ValueError(f"reranker is given and brings its own {', '.join(clash)}: leave those out")
+        else:
+            self.model = str(self.reranker.model_path)
+        return self

@@ -1,0 +1,48 @@
+"""The cross-encoder, alone and inside langchain-classic's CrossEncoderReranker."""
+
+import pytest
+from langchain_classic.retrievers import ContextualCompressionRetriever
+from langchain_classic.retrievers.document_compressors import CrossEncoderReranker
+from langchain_core.cross_encoders import BaseCrossEncoder
+from langchain_grating import GratingCrossEncoder
+
+QUERY = "How many people live in Berlin?"
+
+
+@pytest.fixture(scope="module")
+def encoder(reranker):
+    return GratingCrossEncoder(reranker=reranker)
+
+
+def test_scores_as_the_reranker_does(reranker, encoder, documents):
+    pairs = [(QUERY, document.page_content) for document in documents]
+    pairs += [("What makes bread rise?", documents[3].page_content), (QUERY, ""), (QUERY, "🦜")]
+    scores = encoder.score(pairs)
+    assert isinstance(encoder, BaseCrossEncoder)
+    assert scores == reranker.score(pairs)
+    assert max(scores[:8]) == scores[0]
+    assert all(type(score) is float for score in scores)
+    assert encoder.score([]) == []
+
+
+def test_bad_pairs_are_named(encoder):
+    with pytest.raises(ValueError, match=r"pairs\[1\]"):
+        encoder.score([(QUERY, "text"), ("", "text")])
+
+
+def test_selects_nothing_and_so_takes_no_top_n(reranker):
+    with pytest.raises(ValueError, match="top_n"):
+        GratingCrossEncoder(reranker=reranker, top_n=3)
+
+
+async def test_in_a_cross_encoder_reranker(reranker, encoder, retriever):
+    compressing = ContextualCompressionRetriever(
+        base_compressor=CrossEncoderReranker(model=encoder, top_n=2), base_retriever=retriever
+    )
+    candidates = retriever.invoke(QUERY)
+    scores = reranker.score([(QUERY, document.page_content) for document in candidates])
+    best = sorted(range(len(candidates)), key=lambda index: -scores[index])[:2]
+    wanted = [candidates[index] for index in best]
+    assert wanted != candidates[:2]
+    assert compressing.invoke(QUERY) == wanted
+    assert await compressing.ainvoke(QUERY) == wanted

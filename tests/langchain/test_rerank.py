@@ -1,0 +1,188 @@
+"""The document compressor, alone and inside LangChain."""
+
+import re
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+from langchain_classic.retrievers import ContextualCompressionRetriever
+from langchain_core.documents import Document
+from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnablePassthrough
+from langchain_grating import GratingCrossEncoder, GratingRerank
+
+from grating_core import ClusterPolicy, ModelNotFoundError, Route
+
+QUERY = "How many people live in Berlin?"
+
+
+class FirstIsSure:
+    """After the first layer: the first candidate is selected and the others go on."""
+
+    def route(self, layer, scores, top_k):
+        routes = [Route.DEFERRED] * len(scores)
+        if layer == 1:
+            routes[0] = Route.SELECTED
+        return routes
+
+
+@pytest.fixture(scope="module")
+def compressor(reranker):
+    return GratingRerank(reranker=reranker)
+
+
+def expected(reranker, documents, top_n, query=QUERY):
+    """What the reranker itself says, as (id, score)."""
+    result = reranker.rerank(query, [document.page_content for document in documents], top_n)
+    return [(documents[ranked.index].id, ranked.score) for ranked in result.ranking]
+
+
+def found(documents):
+    return [(document.id, document.metadata["relevance_score"]) for document in documents]
+
+
+@pytest.mark.parametrize("top_n", [1, 3, 8, 100])
+def test_ranks_as_the_reranker_does(reranker, documents, top_n):
+    ranked = GratingRerank(reranker=reranker, top_n=top_n).compress_documents(documents, QUERY)
+    assert found(ranked) == expected(reranker, documents, top_n)
+    assert len(ranked) == min(top_n, len(documents))
+    assert ranked[0].id == "doc-0"
+    assert all(type(document.metadata["relevance_score"]) is float for document in ranked)
+
+
+async def test_async_equals_sync(compressor, documents):
+    ranked = compressor.compress_documents(documents, QUERY)
+    assert len(ranked) == 3
+    assert await compressor.acompress_documents(documents, QUERY) == ranked
+
+
+async def test_keeps_everything_else_and_leaves_the_callers_documents_alone(compressor, documents):
+    before = deepcopy(documents)
+    for ranked in (
+        compressor.compress_documents(documents, QUERY),
+        await compressor.acompress_documents(documents, QUERY),
+    ):
+        for document in ranked:
+            original = before[int(document.id.removeprefix("doc-"))]
+            kept = {key: value for key, value in document.metadata.items() if key != "relevance_score"}
+            assert document.page_content == original.page_content
+            assert kept == original.metadata
+            document.metadata["source"] = "changed"
+    assert documents == before
+
+
+async def test_only_estimates_are_marked(model, documents):
+    settings = {"model": model, "pruning": FirstIsSure(), "top_n": 2}
+    compressor = GratingRerank(**settings, scores="estimated")
+    estimated = compressor.compress_documents(documents, QUERY)
+    assert await compressor.acompress_documents(documents, QUERY) == estimated
+    assert estimated[0].id == "doc-0"
+    assert [document.metadata.get("relevance_score_estimated") for document in estimated] == [True, None]
+
+    exact = GratingRerank(**settings).compress_documents(estimated, QUERY)
+    assert len(exact) == 2
+    assert not any("relevance_score_estimated" in document.metadata for document in exact)
+
+
+async def test_no_documents(compressor):
+    assert compressor.compress_documents([], QUERY) == []
+    assert await compressor.acompress_documents([], QUERY) == []
+
+
+def test_duplicates_and_odd_texts(reranker, documents):
+    odd = ["🦜🦜", "", "\x00", "כמה אנשים גרים בברלין?", documents[0].page_content, documents[0].page_content]
+    candidates = [Document(text, id=str(index)) for index, text in enumerate(odd)]
+    ranked = GratingRerank(reranker=reranker, top_n=6).compress_documents(candidates, QUERY)
+    assert found(ranked) == expected(reranker, candidates, 6)
+    assert {document.id for document in ranked[:2]} == {"4", "5"}
+    assert {document.id for document in ranked} == set("012345")
+
+
+@pytest.mark.parametrize("query", ["", "  \n"])
+async def test_empty_query(compressor, documents, query):
+    with pytest.raises(ValueError, match="query"):
+        compressor.compress_documents(documents, query)
+    with pytest.raises(ValueError, match="query"):
+        await compressor.acompress_documents(documents, query)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("top_n", 0),
+        ("top_n", -1),
+        ("top_n", "many"),
+        ("scores", "guessed"),
+        ("pruning", "wild"),
+        ("device", "abacus"),
+        ("dtype", "float3"),
+        ("memory_budget", "a lot"),
+        ("reranker", "ready"),
+        ("top_k", 3),
+    ],
+)
+def test_bad_arguments_are_named(model, name, value):
+    settings = {name: value} if name == "reranker" else {"model": model, name: value}
+    with pytest.raises(ValueError, match=rf"(?m)^{name}$|Value error, {name}="):
+        GratingRerank(**settings)
+
+
+def test_a_ready_reranker_takes_no_settings(reranker, model):
+    with pytest.raises(ValueError, match="reranker is given and brings its own model, pruning"):
+        GratingRerank(reranker=reranker, model=model, pruning="off")
+
+
+def test_an_unknown_model_fails_on_construction(tmp_path):
+    with pytest.raises(ModelNotFoundError, match="nowhere"):
+        GratingRerank(model=str(tmp_path / "nowhere"))
+
+
+def test_same_settings_share_one_model(model, reranker):
+    one = GratingRerank(model=model, pruning=ClusterPolicy(3.0), top_n=1)
+    assert GratingRerank(model=model, pruning=ClusterPolicy(3.0), scores="estimated").reranker is one.reranker
+    assert GratingCrossEncoder(model=model, pruning=ClusterPolicy(3.0)).reranker is one.reranker
+    assert GratingRerank(model=model).reranker is not one.reranker
+    assert GratingRerank(reranker=reranker).reranker is reranker
+
+
+def test_serialises_to_its_settings(model, reranker):
+    compressor = GratingRerank(model=model, top_n=2, pruning="off")
+    copy = GratingRerank.model_validate_json(compressor.model_dump_json())
+    assert copy == compressor
+    assert copy.reranker is compressor.reranker
+    assert GratingRerank(reranker=reranker).model_dump()["model"] == str(reranker.model_path)
+
+
+def test_the_default_model_is_a_small_one_on_the_hub():
+    assert GratingRerank.model_fields["model"].default == "cross-encoder/ms-marco-MiniLM-L12-v2"
+    assert GratingRerank.model_fields["top_n"].default == 3
+
+
+async def test_in_a_contextual_compression_retriever(reranker, compressor, retriever):
+    candidates = retriever.invoke(QUERY)
+    wanted = expected(reranker, candidates, 3)
+    assert [name for name, _ in wanted] != [document.id for document in candidates[:3]]
+    compressing = ContextualCompressionRetriever(base_compressor=compressor, base_retriever=retriever)
+    assert found(compressing.invoke(QUERY)) == wanted
+    assert found(await compressing.ainvoke(QUERY)) == wanted
+    assert "relevance_score" not in retriever.invoke(QUERY)[0].metadata
+
+
+async def test_in_a_chain(reranker, compressor, retriever):
+    rerank = RunnableLambda(
+        lambda given: compressor.compress_documents(**given),
+        afunc=lambda given: compressor.acompress_documents(**given),
+    )
+    chain = RunnableParallel(documents=retriever, query=RunnablePassthrough()) | rerank
+    wanted = expected(reranker, retriever.invoke(QUERY), 3)
+    assert found(chain.invoke(QUERY)) == wanted
+    assert found(await chain.ainvoke(QUERY)) == wanted
+    queries = [QUERY, "What makes bread rise?"]
+    assert [batch[0].id for batch in chain.batch(queries)] == ["doc-0", "doc-3"]
+
+
+def test_the_readme_example_runs():
+    readme = Path(__file__).parents[2] / "integrations" / "langchain" / "README.md"
+    (example,) = re.findall(r"```python\n(.*?)```", readme.read_text(), flags=re.DOTALL)
+    names = {}
+    exec(example, names)
+    assert names["documents"][0].page_content.startswith("Bread")

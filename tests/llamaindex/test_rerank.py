@@ -1,0 +1,262 @@
+"""The node postprocessor, alone and inside LlamaIndex."""
+
+import re
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload, LlamaDebugHandler
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
+from llama_index.core.llms import MockLLM
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.schema import ImageNode, MetadataMode, Node, NodeWithScore, QueryBundle, TextNode
+from llama_index.postprocessor.grating import GratingRerank
+
+from grating_core import ClusterPolicy, ModelNotFoundError
+
+QUERY = "How many people live in Berlin?"
+
+
+@pytest.fixture(scope="module")
+def postprocessor(reranker):
+    return GratingRerank(reranker=reranker)
+
+
+@pytest.fixture
+def events():
+    """The reranking events that the root dispatcher sees."""
+    seen = []
+
+    class Collect(BaseEventHandler):
+        def handle(self, event, **kwargs):
+            if isinstance(event, ReRankStartEvent | ReRankEndEvent):
+                seen.append(event)
+
+    root = get_dispatcher()
+    before = list(root.event_handlers)
+    root.add_event_handler(Collect())
+    yield seen
+    root.event_handlers = before
+
+
+def expected(reranker, nodes, top_n, query=QUERY):
+    """What the reranker itself says, as (id, score)."""
+    texts = [node.node.get_content(metadata_mode=MetadataMode.EMBED) for node in nodes]
+    result = reranker.rerank(query, texts, top_n)
+    return [(nodes[ranked.index].node_id, ranked.score) for ranked in result.ranking]
+
+
+def found(nodes):
+    return [(node.node_id, node.score) for node in nodes]
+
+
+@pytest.mark.parametrize("top_n", [1, 3, 8, 100])
+def test_ranks_as_the_reranker_does(reranker, nodes, top_n):
+    ranked = GratingRerank(reranker=reranker, top_n=top_n).postprocess_nodes(nodes, query_str=QUERY)
+    assert found(ranked) == expected(reranker, nodes, top_n)
+    assert len(ranked) == min(top_n, len(nodes))
+    assert ranked[0].node_id == "node-0"
+    assert all(type(node.score) is float for node in ranked)
+
+
+def test_estimated_scores_keep_the_rerankers_order(model, nodes):
+    postprocessor = GratingRerank(model=model, pruning=ClusterPolicy(0.1), scores="estimated", top_n=5)
+    texts = [node.text for node in nodes]
+    result = postprocessor.reranker.rerank(QUERY, texts, 5, scores="estimated")
+    assert any(ranked.estimated for ranked in result.ranking)
+    assert found(postprocessor.postprocess_nodes(nodes, query_str=QUERY)) == [
+        (nodes[ranked.index].node_id, ranked.score) for ranked in result.ranking
+    ]
+
+
+async def test_async_equals_sync(postprocessor, nodes):
+    ranked = postprocessor.postprocess_nodes(nodes, query_str=QUERY)
+    assert len(ranked) == 3
+    assert await postprocessor.apostprocess_nodes(nodes, query_str=QUERY) == ranked
+
+
+@pytest.mark.parametrize("keep", [False, True])
+async def test_leaves_the_callers_nodes_alone(reranker, nodes, keep):
+    before = deepcopy(nodes)
+    postprocessor = GratingRerank(reranker=reranker, keep_retrieval_score=keep, top_n=8)
+    ranked = postprocessor.postprocess_nodes(nodes, query_str=QUERY)
+    await postprocessor.apostprocess_nodes(nodes, query_str=QUERY)
+    assert nodes == before
+    for node in ranked:
+        original = before[int(node.node_id.removeprefix("node-"))]
+        retrieval = {"retrieval_score": original.score} if keep else {}
+        assert node.metadata == {**original.metadata, **retrieval}
+        assert node.text == original.text
+
+
+def test_scores_the_text_as_it_is_embedded(reranker, nodes, postprocessor):
+    only_metadata = TextNode(
+        text="See the title.",
+        metadata={"title": "Berlin has 3.7 million inhabitants", "url": "x" * 200},
+        excluded_embed_metadata_keys=["url"],
+        excluded_llm_metadata_keys=["title"],
+    )
+    (ranked,) = postprocessor.postprocess_nodes([NodeWithScore(node=only_metadata)], query_str=QUERY)
+    assert [ranked.score] == reranker.score(
+        [(QUERY, "title: Berlin has 3.7 million inhabitants\n\nSee the title.")]
+    )
+
+    without = [NodeWithScore(node=TextNode(id_=node.node_id, text=node.text)) for node in nodes]
+    assert found(postprocessor.postprocess_nodes(nodes, query_str=QUERY)) == found(
+        postprocessor.postprocess_nodes(without, query_str=QUERY)
+    )
+
+
+def test_duplicates_and_odd_nodes(reranker, nodes):
+    odd = [
+        TextNode(id_="emoji", text="🦜🦜"),
+        TextNode(id_="empty", text=""),
+        TextNode(id_="null", text="\x00"),
+        TextNode(id_="hebrew", text="כמה אנשים גרים בברלין?"),
+        ImageNode(id_="image", image_url="https://example.com/berlin.png"),
+        Node(id_="nothing"),
+        nodes[0].node,
+        nodes[0].node,
+    ]
+    candidates = [NodeWithScore(node=node) for node in odd]
+    ranked = GratingRerank(reranker=reranker, top_n=8).postprocess_nodes(candidates, query_str=QUERY)
+    assert found(ranked) == expected(reranker, candidates, 8)
+    assert [node.node_id for node in ranked[:2]] == ["node-0", "node-0"]
+    assert sorted(node.node_id for node in ranked) == sorted(node.node_id for node in odd)
+
+
+async def test_no_nodes(postprocessor, events):
+    assert postprocessor.postprocess_nodes([], query_str=QUERY) == []
+    assert await postprocessor.apostprocess_nodes([], query_str=QUERY) == []
+    assert events == []
+
+
+async def test_no_query(postprocessor, nodes):
+    for wrong in ({}, {"query_str": ""}, {"query_bundle": QueryBundle(" ")}):
+        with pytest.raises(ValueError, match=r"^query"):
+            postprocessor.postprocess_nodes(nodes, **wrong)
+        with pytest.raises(ValueError, match=r"^query"):
+            await postprocessor.apostprocess_nodes(nodes, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("top_n", 0),
+        ("top_n", -1),
+        ("top_n", "many"),
+        ("scores", "guessed"),
+        ("pruning", "wild"),
+        ("device", "abacus"),
+        ("dtype", "float3"),
+        ("memory_budget", "a lot"),
+        ("reranker", "ready"),
+        ("top_k", 3),
+    ],
+)
+def test_bad_arguments_are_named(model, name, value):
+    settings = {name: value} if name == "reranker" else {"model": model, name: value}
+    with pytest.raises(ValueError, match=rf"(?m)^{name}$|Value error, {name}="):
+        GratingRerank(**settings)
+
+
+def test_a_ready_reranker_takes_no_settings(reranker, model):
+    with pytest.raises(ValueError, match="reranker is given and brings its own model, pruning"):
+        GratingRerank(reranker=reranker, model=model, pruning="off")
+
+
+def test_an_unknown_model_fails_on_construction(tmp_path):
+    with pytest.raises(ModelNotFoundError, match="nowhere"):
+        GratingRerank(model=str(tmp_path / "nowhere"))
+
+
+def test_same_settings_share_one_model(model, reranker):
+    one = GratingRerank(model=model, pruning=ClusterPolicy(3.0), top_n=1)
+    assert GratingRerank(model=model, pruning=ClusterPolicy(3.0), scores="estimated").reranker is one.reranker
+    assert GratingRerank(model=model).reranker is not one.reranker
+    assert GratingRerank(reranker=reranker).reranker is reranker
+
+
+def test_serialises_to_its_settings(model, reranker):
+    postprocessor = GratingRerank(model=model, top_n=2, pruning="off")
+    assert isinstance(postprocessor, BaseNodePostprocessor)
+    assert postprocessor.to_dict()["class_name"] == "GratingRerank"
+    copy = GratingRerank.from_json(postprocessor.to_json())
+    assert copy.to_dict() == postprocessor.to_dict()
+    assert copy.reranker is postprocessor.reranker
+    assert GratingRerank(reranker=reranker).to_dict()["model"] == str(reranker.model_path)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_emits_the_instrumentation_events(reranker, postprocessor, nodes, events, asynchronous):
+    if asynchronous:
+        ranked = await postprocessor.apostprocess_nodes(nodes, query_str=QUERY)
+    else:
+        ranked = postprocessor.postprocess_nodes(nodes, query_str=QUERY)
+    start, end = events
+    assert isinstance(start, ReRankStartEvent)
+    assert (start.query.query_str, start.top_n, start.nodes) == (QUERY, 3, nodes)
+    assert start.model_name == str(reranker.model_path)
+    assert isinstance(end, ReRankEndEvent)
+    assert end.nodes == ranked
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_tells_the_callback_manager(reranker, model, nodes, asynchronous):
+    debug = LlamaDebugHandler(print_trace_on_end=False)
+    postprocessor = GratingRerank(model=model, top_n=2, callback_manager=CallbackManager([debug]))
+    if asynchronous:
+        ranked = await postprocessor.apostprocess_nodes(nodes, query_str=QUERY)
+    else:
+        ranked = postprocessor.postprocess_nodes(nodes, query_str=QUERY)
+    ((start, end),) = debug.get_event_pairs(CBEventType.RERANKING)
+    assert start.payload == {
+        EventPayload.NODES: nodes,
+        EventPayload.MODEL_NAME: model,
+        EventPayload.QUERY_STR: QUERY,
+        EventPayload.TOP_K: 2,
+    }
+    assert end.payload == {EventPayload.NODES: ranked}
+
+
+async def test_in_a_query_engine(reranker, postprocessor, index, events):
+    candidates = index.as_retriever(similarity_top_k=6).retrieve(QUERY)
+    wanted = expected(reranker, candidates, 3)
+    assert [name for name, _ in wanted] != [node.node_id for node in candidates[:3]]
+
+    engine = index.as_query_engine(llm=MockLLM(), similarity_top_k=6, node_postprocessors=[postprocessor])
+    assert found(engine.query(QUERY).source_nodes) == wanted
+    answer = await engine.aquery(QUERY)
+    assert found(answer.source_nodes) == wanted
+    assert [type(event) for event in events] == [ReRankStartEvent, ReRankEndEvent] * 2
+
+    # MockLLM answers with its prompt: the passages reach it in the new order.
+    texts = [node.text for node in answer.source_nodes]
+    assert sorted(texts, key=str(answer).index) == texts
+
+
+def test_in_a_query_engine_made_from_parts(reranker, model, index):
+    debug = LlamaDebugHandler(print_trace_on_end=False)
+    engine = RetrieverQueryEngine.from_args(
+        index.as_retriever(similarity_top_k=6),
+        llm=MockLLM(),
+        node_postprocessors=[GratingRerank(model=model, keep_retrieval_score=True)],
+        callback_manager=CallbackManager([debug]),
+    )
+    candidates = index.as_retriever(similarity_top_k=6).retrieve(QUERY)
+    retrieval = {node.node_id: node.score for node in candidates}
+    sources = engine.query(QUERY).source_nodes
+    assert found(sources) == expected(reranker, candidates, 3)
+    assert [node.metadata["retrieval_score"] for node in sources] == [retrieval[node.node_id] for node in sources]
+    assert len(debug.get_event_pairs(CBEventType.RERANKING)) == 1
+
+
+def test_the_readme_example_runs():
+    readme = Path(__file__).parents[2] / "integrations" / "llamaindex" / "README.md"
+    (example,) = re.findall(r"```python\n(.*?)```", readme.read_text(), flags=re.DOTALL)
+    names = {}
+    exec(example, names)
+    assert names["ranked"][0].text.startswith("Bread")
