@@ -234,7 +234,7 @@ class Reranker:
                     for query, same in groupby(group, key=lambda pair: pair[0])
                     for pair in self._template.encode(query, [text for _, text in same])
                 ]
-                outcome = self._forward(model, encoded, top_k=len(encoded), policy=Off(), exact=True)
+                outcome = self._forward(model, encoded, top_k=len(encoded), policy=Off(), first_number=start)
                 found += [winner.score for winner in sorted(outcome.winners, key=lambda w: w.index)]
                 bar.update(len(group))
         return found
@@ -271,19 +271,11 @@ class Reranker:
             raise RuntimeError("this Reranker has been closed; make a new one with from_pretrained")
         return model
 
-    def _forward(
-        self,
-        model: CrossEncoder,
-        pairs: list[TokenisedPair],
-        *,
-        top_k: int,
-        policy: PruningPolicy,
-        exact: bool,
-    ) -> Outcome:
+    def _forward(self, model: CrossEncoder, pairs: list[TokenisedPair], **how: Any) -> Outcome:
         batch = RaggedBatch.pack(
             [pair.input_ids for pair in pairs], [pair.token_type_ids for pair in pairs], model.device
         )
-        return forward(model, batch, top_k=top_k, policy=policy, exact=exact, chunk_tokens=self._chunk_tokens)
+        return forward(model, batch, chunk_tokens=self._chunk_tokens, **how)
 
 
 def _find_policy(pruning: str | PruningPolicy) -> PruningPolicy:

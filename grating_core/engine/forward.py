@@ -54,6 +54,7 @@ def forward(
     policy: PruningPolicy,
     exact: bool = True,
     chunk_tokens: int,
+    first_number: int = 0,
 ) -> Outcome:
     """Find the ``top_k`` candidates of a batch.
 
@@ -65,6 +66,7 @@ def forward(
         exact: Compute every winner to the last layer; the policy only drops. Otherwise what it selects stops
             as well, and keeps its provisional score as an estimate.
         chunk_tokens: Most tokens computed at once.
+        first_number: What the caller calls the first candidate; for messages.
 
     Raises:
         ScoreError: The model gave a score that is not finite.
@@ -79,7 +81,7 @@ def forward(
     for number in range(1, model.depth + 1):
         started = perf_counter()
         scores = _run_layer(model, number, hidden, positions, batch, chunk_tokens)
-        _refuse_broken(scores, alive)
+        _refuse_broken(scores, alive + first_number)
 
         wanted = top_k - len(winners)
         pruning = number < model.depth and wanted < len(alive)
@@ -135,8 +137,8 @@ def _last_layer_scores(model: CrossEncoder, hidden: Tensor, positions: Tensor, c
     return model.read_scores(output, (1,) * len(chunk.lengths))
 
 
-def _refuse_broken(scores: NDArray[np.float64], alive: NDArray[np.intp]) -> None:
-    broken = alive[~np.isfinite(scores)]
+def _refuse_broken(scores: NDArray[np.float64], numbers: NDArray[np.intp]) -> None:
+    broken = numbers[~np.isfinite(scores)]
     if len(broken):
         raise ScoreError(
             f"the model's score for document {broken[0]} is not a finite number ({len(broken)} such documents); "

@@ -53,14 +53,14 @@ class PairTemplate:
         Raises:
             ValueError: The query alone fills the window.
         """
-        question = self._backend.encode(query, add_special_tokens=False)
+        question = self._backend.encode(_encodable(query), add_special_tokens=False)
         room = self.window - self._special_tokens - len(question)
         if room < 1:
             raise ValueError(
                 f"query has {len(question)} tokens, which leaves no room for a document in the model's window "
                 f"of {self.window} tokens; shorten the query"
             )
-        bodies = self._backend.encode_batch(list(documents), add_special_tokens=False)
+        bodies = self._backend.encode_batch([_encodable(text) for text in documents], add_special_tokens=False)
         return [self._join(question, body, room) for body in bodies]
 
     def _join(self, question: Any, body: Any, room: int) -> TokenisedPair:
@@ -70,6 +70,11 @@ class PairTemplate:
         pair = self._backend.post_process(question, body)
         types = pair.type_ids if self._has_types else [0] * len(pair)
         return TokenisedPair(pair.ids, types, truncated)
+
+
+def _encodable(text: str) -> str:
+    """Half characters (lone surrogates, as broken JSON leaves them) become question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def load_template(directory: Path, model_window: int, max_length: int | None) -> PairTemplate:

@@ -58,17 +58,20 @@ def dispersion(scores: NDArray[np.float64]) -> float:
     # Before the mean is looked at: equal scores may have a standard deviation of one rounding error.
     if np.ptp(scores) == 0:
         return 0.0
-    mean = abs(float(scores.mean()))
-    return float(scores.std()) / mean if mean > 0 else float("inf")
+    scaled = scores / np.abs(scores).max()  # so that squares neither overflow nor vanish
+    mean = abs(float(scaled.mean()))
+    return float(scaled.std()) / mean if mean > 0 else float("inf")
 
 
 def _cluster(scores: NDArray[np.float64], clusters: int) -> NDArray[np.intp]:
     """The k-means cluster of each score, numbered from the lowest scores to the highest."""
-    distinct = np.unique(scores)
-    count = min(clusters, len(distinct))
-    # Starting from quantiles makes the result the same on every run and for every order of the documents.
-    start = np.quantile(distinct, (np.arange(count) + 0.5) / count)[:, None]
-    fitted = KMeans(n_clusters=count, init=start, n_init=1).fit(scores[:, None])
+    # Sorted, and started from quantiles: the same scores give the same clusters in every order of the documents.
+    # Differences below a billionth of the range are rounding, which k-means itself cannot tell apart.
+    scaled = np.round((scores - scores.min()) / np.ptp(scores), 9)
+    points, weights = np.unique(scaled, return_counts=True)
+    count = min(clusters, len(points))
+    start = np.quantile(points, (np.arange(count) + 0.5) / count)[:, None]
+    fitted = KMeans(n_clusters=count, init=start, n_init=1).fit(points[:, None], sample_weight=weights)
     rank = np.argsort(np.argsort(fitted.cluster_centers_[:, 0], kind="stable"))
-    labels: NDArray[np.intp] = rank[fitted.labels_]
+    labels: NDArray[np.intp] = rank[fitted.labels_][np.searchsorted(points, scaled)]
     return labels

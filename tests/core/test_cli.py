@@ -72,7 +72,7 @@ def test_explain_prints_the_trace_as_a_table() -> None:
     done = grating("explain", "-q", QUERY, "-i", "-", stdin="\n".join(DOCUMENTS))
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.partition("By layer")[2].splitlines()]
-    assert [row[0] for row in rows if len(row) == 9 and row[0].isdigit()] == [str(n) for n in range(1, 13)]
+    assert [row[0] for row in rows if len(row) == 9 and row[1].isdigit()] == [str(n) for n in range(1, 13)]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,110 @@
+"""Tiny random models of every family, and the real bundled one."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
+)
+
+from grating_core import Reranker
+
+BUNDLED = "bundled:ms-marco-minilm-l12"
+WINDOW = 96
+WORDS = [f"w{number}" for number in range(200)]
+
+# No deadlines: how long an example takes says more about the machine than about the code.
+settings.register_profile("grating", deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("grating")
+
+# Large weights: scores of different documents must differ clearly for a comparison to mean anything.
+_SIZES = {
+    "vocab_size": 210, "hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 4,
+    "intermediate_size": 48, "initializer_range": 0.2, "num_labels": 1, "pad_token_id": 1,
+}  # fmt: skip
+_MODERN = {"local_attention": 16, "max_position_embeddings": WINDOW, "bos_token_id": 0, "eos_token_id": 2,
+           "cls_token_id": 0, "sep_token_id": 2}  # fmt: skip
+_GLOBAL, _LOCAL = "full_attention", "sliding_attention"
+
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "bert": lambda: BertForSequenceClassification(BertConfig(**_SIZES, max_position_embeddings=WINDOW)),
+    "roberta": lambda: RobertaForSequenceClassification(
+        RobertaConfig(**_SIZES, max_position_embeddings=WINDOW + 2, type_vocab_size=1)
+    ),
+    "xlm-roberta": lambda: XLMRobertaForSequenceClassification(
+        XLMRobertaConfig(**_SIZES, max_position_embeddings=WINDOW + 2, type_vocab_size=1)
+    ),
+    "modernbert-cls": lambda: ModernBertForSequenceClassification(
+        ModernBertConfig(
+            **_SIZES, **_MODERN, classifier_pooling="cls", layer_types=[_GLOBAL, _LOCAL, _LOCAL, _GLOBAL, _LOCAL]
+        )
+    ),
+    "modernbert-mean": lambda: ModernBertForSequenceClassification(
+        ModernBertConfig(
+            **_SIZES, **_MODERN, classifier_pooling="mean", layer_types=[_GLOBAL, *[_LOCAL] * 3, _GLOBAL]
+        )
+    ),
+}
+
+
+def save_tokenizer(directory: Path, *, types: bool) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer with BERT's pairs (``types``) or RoBERTa's, which double the separator."""
+    specials = ["<s>", "<pad>", "</s>", "<unk>"]
+    vocabulary = {token: number for number, token in enumerate([*specials, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> $B:1 </s>:1" if types else "<s> $A </s> </s> $B </s>",
+        special_tokens=[("<s>", 0), ("</s>", 2)],
+    )
+    names = ["input_ids", "token_type_ids", "attention_mask"] if types else ["input_ids", "attention_mask"]
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, cls_token="<s>", sep_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        model_max_length=WINDOW, model_input_names=names,
+    )  # fmt: skip
+    wrapped.save_pretrained(directory)
+    return wrapped
+
+
+def save_model(directory: Path, family: str, seed: int = 0, **saving: object) -> Path:
+    """A tiny model of a family with random weights, and its tokenizer, in Hugging Face layout."""
+    torch.manual_seed(seed)
+    model = FAMILIES[family]()
+    # Biases and norms start as zeros and ones, which would hide one that is missing or misplaced.
+    for name, weight in model.named_parameters():
+        if name.endswith("bias") or "norm" in name.lower():
+            torch.nn.init.normal_(weight, mean=float(name.endswith("weight")), std=0.2)
+    model.save_pretrained(directory, **saving)
+    save_tokenizer(directory, types=family == "bert")
+    return directory
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a tiny model, one for each family."""
+    return save_model(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("bert"), "bert")
+
+
+@pytest.fixture(scope="session")
+def bundled() -> Reranker:
+    """The real model, unpruned and in float32."""
+    return Reranker.from_pretrained(BUNDLED, pruning="off", dtype="float32", device="cpu")

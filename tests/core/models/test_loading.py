@@ -1,0 +1,165 @@
+"""From names and files to a loaded model, and what is told when that fails."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from grating_core import ModelNotFoundError, Reranker, UnsupportedModelError
+from tests.core.conftest import save_model
+from tests.core.parity import TOLERANCE, load, padded_scores
+
+PAIRS = [("w1 w2", "w3 w4 w5 w6"), ("w1 w2", "w7"), ("w9", "w1 w2 w3")]
+
+
+@pytest.fixture
+def directory(tiny_bert: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny BERT that a test may damage."""
+    return Path(shutil.copytree(tiny_bert, tmp_path / "model"))
+
+
+def change_config(directory: Path, **fields: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_sharded_weights(tmp_path: Path) -> None:
+    directory = save_model(tmp_path, "bert", max_shard_size="20KB")
+    assert len(list(directory.glob("*.safetensors"))) > 2
+    assert load(directory).score(PAIRS) == pytest.approx(padded_scores(directory, PAIRS), abs=TOLERANCE)
+
+
+def test_bfloat16_on_disk(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    save_file({name: weight.bfloat16() for name, weight in load_file(path).items()}, path, {"format": "pt"})
+    assert load(directory).score(PAIRS) == pytest.approx(padded_scores(directory, PAIRS), abs=TOLERANCE)
+
+
+def test_names_of_old_checkpoints(directory: Path) -> None:
+    expected = load(directory).score(PAIRS)
+    path = directory / "model.safetensors"
+    weights = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): weight
+        for name, weight in load_file(path).items()
+    }
+    assert any(name.endswith("gamma") for name in weights)
+    save_file(weights | {"bert.embeddings.position_ids": torch.arange(96)[None]}, path, {"format": "pt"})
+    assert load(directory).score(PAIRS) == expected
+
+
+def test_the_weights_outlive_their_file(directory: Path) -> None:
+    reranker = load(directory)
+    expected = reranker.score(PAIRS)
+    path = directory / "model.safetensors"
+    path.write_bytes(bytes(path.stat().st_size))  # in place: a mapped file would change under the model
+    assert reranker.score(PAIRS) == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("config.json", None, "no config.json"),
+        ("config.json", b"{", "cannot be read"),
+        ("model.safetensors", None, r"lacks model.safetensors\. Only safetensors"),
+        ("model.safetensors", b"x", "as safetensors"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "b.safetensors"}}', "lacks b.safetensors"),
+        ("model.safetensors.index.json", b"[]", "index.json cannot be read"),
+        ("tokenizer.json", b"{}", "tokenizer in .* cannot be loaded"),
+    ],
+)
+def test_damaged_models_are_told_apart(directory: Path, file: str, content: bytes | None, told: str) -> None:
+    path = directory / file
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(ModelNotFoundError, match=told):
+        load(directory)
+
+
+def test_truncated_weights_are_refused(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-99])
+    with pytest.raises(ModelNotFoundError, match="as safetensors"):
+        load(directory)
+
+
+def test_missing_tensors_are_named(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    weights = load_file(path)
+    del weights["bert.encoder.layer.2.output.dense.weight"]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(
+        ModelNotFoundError, match=r"lack 1 tensors.*bert\.encoder\.layer\.2\.output\.dense\.weight"
+    ):
+        load(directory)
+
+
+def test_pickles_are_never_opened(directory: Path) -> None:
+    weights = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    torch.save(weights, directory / "pytorch_model.bin")
+    with pytest.raises(ModelNotFoundError, match="never pickled weights"):
+        load(directory)
+
+
+def test_code_in_a_checkpoint_is_never_run(directory: Path, tmp_path: Path) -> None:
+    proof = tmp_path / "it ran"
+    (directory / "evil.py").write_text(f"open({str(proof)!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+    change_config(
+        directory, auto_map={"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model"}
+    )
+    assert len(load(directory).score(PAIRS)) == 3
+    assert not proof.exists()
+
+
+def test_several_labels_are_refused(directory: Path) -> None:
+    change_config(directory, id2label={"0": "no", "1": "yes"}, label2id={"no": 0, "yes": 1})
+    with pytest.raises(UnsupportedModelError, match="2 labels"):
+        load(directory)
+
+
+def test_another_architecture_is_refused(directory: Path) -> None:
+    change_config(directory, architectures=["BertForMaskedLM"])
+    with pytest.raises(
+        UnsupportedModelError, match=r"BertForMaskedLM.*supported are BertForSequenceClassification"
+    ):
+        load(directory)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at all", "a/b/c", "bundled:something-else"])
+def test_names_that_lead_nowhere(name: str) -> None:
+    with pytest.raises(ModelNotFoundError, match=name):
+        Reranker.from_pretrained(name)
+
+
+def run_offline(code: str, cache: Path) -> subprocess.CompletedProcess[str]:
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "PATH": ""}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_hub_ids_come_from_the_hubs_cache_when_offline(tiny_bert: Path, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--someone--tiny"
+    shutil.copytree(tiny_bert, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    found = run_offline(
+        "from grating_core import Reranker\n"
+        "r = Reranker.from_pretrained('someone/tiny', dtype='float32', device='cpu')\n"
+        f"print(r.model_path, r.score({PAIRS!r}))",
+        tmp_path,
+    )
+    assert found.returncode == 0, found.stderr
+    assert str(repository / "snapshots" / commit) in found.stdout
+    assert str(load(tiny_bert).score(PAIRS)) in found.stdout
+
+
+def test_hub_ids_that_are_not_cached_are_named_when_offline(tmp_path: Path) -> None:
+    failed = run_offline("from grating_core import Reranker; Reranker.from_pretrained('someone/else')", tmp_path)
+    assert "ModelNotFoundError" in failed.stderr.splitlines()[-1]
+    assert "someone/else" in failed.stderr.splitlines()[-1]

@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from grating_core.models.placement import choose_device, choose_dtype
+
+CPU = torch.device("cpu")
+
+
+def test_the_best_device_is_taken_unless_one_is_named() -> None:
+    assert choose_device("cpu") == CPU == choose_device(CPU)
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert choose_device(None).type == best
+
+
+@pytest.mark.parametrize("device", ["gpu", "xpu", "", "cuda:99"])
+def test_devices_that_are_not_there(device: str) -> None:
+    with pytest.raises(ValueError, match=f"device='{device}'"):
+        choose_device(device)
+
+
+@pytest.mark.parametrize(("has", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_follows_the_processor(monkeypatch: pytest.MonkeyPatch, has: bool, expected: torch.dtype) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has})
+    chosen, reason = choose_dtype("auto", CPU)
+    assert chosen == expected
+    assert "bfloat16" in reason
+
+
+def test_a_dtype_may_be_named_or_given() -> None:
+    assert choose_dtype("float32", CPU)[0] == torch.float32 == choose_dtype(torch.float32, CPU)[0]
+    for wrong in ("int8", "float64", torch.int8, torch.float64):
+        with pytest.raises(ValueError, match="dtype="):
+            choose_dtype(wrong, CPU)

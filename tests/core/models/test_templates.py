@@ -1,0 +1,55 @@
+"""Token ids are those of transformers' tokenizers."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from grating_core import Reranker
+from grating_core.models.templates import load_template
+from tests.core.conftest import WINDOW, WORDS, save_tokenizer
+
+TEXT = st.lists(st.sampled_from([*WORDS[:20], "unknown", "🎉"]), max_size=150).map(" ".join)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["bert", "roberta"])
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(directory, types=request.param)
+    return directory
+
+
+@given(query=TEXT.filter(lambda text: len(text.split()) < 50), documents=st.lists(TEXT, max_size=4))
+def test_pairs_are_what_transformers_makes_of_them(directory: Path, query: str, documents: list[str]) -> None:
+    template = load_template(directory, WINDOW, None)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    pairs = template.encode(query, documents)
+    assert len(pairs) == len(documents)
+    for pair, document in zip(pairs, documents, strict=True):
+        # As a batch: alone, an empty document would be taken for none.
+        expected = tokenizer([query], [document], truncation="only_second", max_length=WINDOW)
+        assert pair.input_ids == expected["input_ids"][0]
+        assert pair.token_type_ids == expected.get("token_type_ids", [[0] * len(pair.input_ids)])[0]
+        assert pair.truncated == (len(tokenizer([query], [document])["input_ids"][0]) > WINDOW)
+
+
+def test_real_text(bundled: Reranker) -> None:
+    template = load_template(bundled.model_path, 512, None)
+    tokenizer = AutoTokenizer.from_pretrained(bundled.model_path)
+    texts = ["It's naïve—isn't it?", "שלום עולם", "null \x00 byte", "[SEP] [CLS]", "", "東京" * 400]
+    expected = tokenizer(["What's that?"] * len(texts), texts, truncation="only_second")["input_ids"]
+    assert [pair.input_ids for pair in template.encode("What's that?", texts)] == expected
+
+
+def test_a_query_that_fills_the_window_is_refused(directory: Path) -> None:
+    template = load_template(directory, WINDOW, 20)
+    with pytest.raises(ValueError, match=r"query has 20 tokens.*window of 20"):
+        template.encode(" ".join(WORDS[:20]), ["w1"])
+
+
+@pytest.mark.parametrize("max_length", [0, 7, -1, WINDOW + 1])
+def test_max_length_must_fit_the_model(directory: Path, max_length: int) -> None:
+    with pytest.raises(ValueError, match=f"max_length={max_length} "):
+        load_template(directory, WINDOW, max_length)

@@ -1,0 +1,36 @@
+"""transformers' own answer, and random texts to ask it about."""
+
+import random
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from grating_core import Reranker
+
+TOLERANCE = 1e-4
+
+
+@torch.inference_mode()
+def padded_scores(directory: Path, pairs: list[tuple[str, str]]) -> list[float]:
+    """Scores of one padded batch in float32 with transformers' eager attention."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    batch = tokenizer(
+        [query for query, _ in pairs], [text for _, text in pairs], padding=True, truncation="only_second",
+        return_tensors="pt", max_length=tokenizer.model_max_length,
+    )  # fmt: skip
+    return model(**batch).logits[:, 0].tolist()
+
+
+def random_text(words: int, source: random.Random, vocabulary: list[str]) -> str:
+    return " ".join(source.choices(vocabulary, k=words))
+
+
+def load(directory: Path, **settings: object) -> Reranker:
+    """Unpruned and in float32, unless told otherwise."""
+    return Reranker.from_pretrained(
+        directory, **{"pruning": "off", "dtype": "float32", "device": "cpu", **settings}
+    )
