@@ -166,7 +166,7 @@ def main(
     model: Annotated[str, typer.Option(help="Hub id, directory or bundled name.")] = "bundled:ms-marco-minilm-l12",
     candidates: Annotated[int, typer.Option(help="Candidates per query.")] = 20,
     top_k: Annotated[int, typer.Option(help="How many are wanted.")] = 5,
-    queries: Annotated[int, typer.Option(help="Queries, each measured on its own.")] = 5,
+    queries: Annotated[int, typer.Option(help="Queries, each measured on its own.")] = 3,
     rounds: Annotated[int, typer.Option(help="Runs of which the median is taken.")] = 5,
 ) -> None:
     """Measure and print the table."""

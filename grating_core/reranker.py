@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from threading import Lock
@@ -26,7 +26,7 @@ from grating_core.models.templates import PairTemplate, TokenisedPair, load_temp
 from grating_core.pruning import ClusterPolicy, Off, PruningPolicy
 from grating_core.results import RankedDocument, RerankResult, Trace
 
-_CHUNK_TOKENS = {"cpu": 8192, "cuda": 32768, "mps": 8192}
+_CHUNK_TOKENS = {"cpu": 4096, "cuda": 32768, "mps": 8192}
 _SCORE_GROUP = 256  # pairs that score() holds in memory at a time
 # Lost at most 2 % of the full model's top 5 on each corpus of benchmarks/pruning.py.
 _CAUTIOUS = ClusterPolicy(dispersion_threshold=16.0)
@@ -223,7 +223,7 @@ class Reranker:
         """
         model = self._model()
         for index, pair in enumerate(pairs):
-            if len(pair) != 2 or not all(isinstance(text, str) for text in pair) or not pair[0].strip():
+            if not _is_pair(pair):
                 raise ValueError(f"pairs[{index}]={pair!r} must be a query that is not empty and a text")
         found: list[float] = []
         with tqdm(total=len(pairs), unit="pair", disable=not show_progress) as bar:
@@ -302,9 +302,19 @@ def _check_top_k(top_k: int) -> None:
         raise ValueError(f"top_k={top_k!r} must be a whole number, 1 or more")
 
 
+def _is_pair(pair: object) -> bool:
+    return (
+        isinstance(pair, Sequence)
+        and len(pair) == 2
+        and all(isinstance(text, str) for text in pair)
+        and not isinstance(pair, str)
+        and bool(pair[0].strip())
+    )
+
+
 def _checked_documents(documents: Sequence[str]) -> list[str]:
-    if isinstance(documents, str):
-        raise ValueError("documents must be a list of strings, not one string")
+    if isinstance(documents, str) or not isinstance(documents, Iterable):
+        raise ValueError(f"documents must be a list of strings, not a {type(documents).__name__}")
     documents = list(documents)
     for index, document in enumerate(documents):
         if not isinstance(document, str):

@@ -5,7 +5,6 @@ Monolithic forwarding and progressive pruning as in GRATING (arXiv 2510.15620).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
@@ -146,10 +145,13 @@ def _refuse_broken(scores: NDArray[np.float64], numbers: NDArray[np.intp]) -> No
         )
 
 
-def _decide(policy: PruningPolicy, number: int, scores: NDArray[np.float64], wanted: int) -> Sequence[Route]:
+def _decide(policy: PruningPolicy, number: int, scores: NDArray[np.float64], wanted: int) -> list[Route]:
     """The policy's routes, once they are known to leave ``wanted`` candidates."""
-    routes = policy.route(number, scores, wanted)
-    selected, dropped = (sum(r is route for r in routes) for route in (Route.SELECTED, Route.DROPPED))
+    try:
+        routes = [Route(route) for route in policy.route(number, scores, wanted)]
+    except ValueError as error:
+        raise PolicyError(f"{policy!r} after layer {number} gave something that is no route: {error}") from error
+    selected, dropped = routes.count(Route.SELECTED), routes.count(Route.DROPPED)
     if len(routes) != len(scores) or selected > wanted or len(routes) - dropped < wanted:
         raise PolicyError(
             f"{policy!r} after layer {number} gave {len(routes)} routes for {len(scores)} candidates, {selected} "

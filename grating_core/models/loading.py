@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -24,6 +27,7 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 # Names that checkpoints converted from TensorFlow still use.
 _LEGACY_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+_STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # accelerate patches torch.nn.Module while an empty model is built: one thread at a time.
 _construction = Lock()
 
@@ -42,9 +46,9 @@ def find_model(name: str, *, show_progress: bool = False) -> Path:
     if name.startswith(BUNDLED_PREFIX):
         return bundled_model(name, show_progress=show_progress)
     directory = Path(name).expanduser()
-    if directory.is_dir():
+    if name and os.path.isdir(directory):  # noqa: PTH112 - Path.is_dir raises for names that are too long
         return directory
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+    if not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", name) or name.startswith("."):
         raise ModelNotFoundError(
             f"model={name!r}: there is no directory {directory.absolute()}, and this is not a hub id "
             f"(owner/name) nor a bundled name ({BUNDLED_PREFIX}…)"
@@ -80,13 +84,15 @@ def read_config(directory: Path) -> tuple[Config, Family]:
     path = directory / "config.json"
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
+        architectures = list(fields.get("architectures") or [])
     except FileNotFoundError as error:
         raise ModelNotFoundError(f"{directory} is not a model directory: it has no config.json") from error
-    except (ValueError, OSError) as error:
-        raise ModelNotFoundError(f"{path} cannot be read: {error}") from error
-    family = find_family(fields.get("architectures"))
+    except (ValueError, OSError, AttributeError, TypeError) as error:
+        raise ModelNotFoundError(f"{path} cannot be read as a configuration: {error}") from error
+    family = find_family(architectures)
     # The class is chosen by the family, so code that the checkpoint may bring along is never looked at.
-    config = getattr(transformers, family.architecture).config_class.from_dict(fields)
+    with _blaming(path):
+        config = getattr(transformers, family.architecture).config_class.from_dict(fields)
     if config.num_labels != 1:
         raise UnsupportedModelError(
             f"{path} describes {config.num_labels} labels; a reranker has one relevance score. "
@@ -113,10 +119,11 @@ def load_cross_encoder(
     """
     config, family = read_config(directory)
     config._attn_implementation = attention
-    with _construction, init_empty_weights(include_buffers=False):
+    with _blaming(directory / "config.json"), _construction, init_empty_weights(include_buffers=False):
         module = getattr(transformers, family.architecture)(config)
-    weights = _read_weights(directory, device, dtype, family)
-    missing, _ = module.load_state_dict(weights, strict=False, assign=True)
+    weights = _read_weights(directory, set(module.state_dict()), device, dtype, family)
+    with _blaming(directory / "config.json"):
+        missing, _ = module.load_state_dict(weights, strict=False, assign=True)
     if missing:
         raise ModelNotFoundError(
             f"the weights in {directory} lack {len(missing)} tensors that {family.architecture} needs: "
@@ -126,22 +133,44 @@ def load_cross_encoder(
     return CrossEncoder(module.to(device), family)
 
 
+@contextmanager
+def _blaming(config: Path) -> Iterator[None]:
+    """Tell whose fault it is: transformers and torch raise errors of many kinds for a senseless configuration."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        raise ModelNotFoundError(f"{config} does not describe a model that fits its weights: {reason}") from error
+
+
 def _read_weights(
-    directory: Path, device: torch.device, dtype: torch.dtype, family: Family
+    directory: Path, wanted: set[str], device: torch.device, dtype: torch.dtype, family: Family
 ) -> dict[str, torch.Tensor]:
+    head = tuple(f"{part}." for part in family.head)
     weights: dict[str, torch.Tensor] = {}
     for path in _weight_files(directory):
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    kept = torch.float32 if name.startswith(tuple(f"{part}." for part in family.head)) else dtype
-                    # A copy: a tensor that still pointed into the mapped file would die with it.
-                    weights[_modern_name(name)] = file.get_tensor(name).to(device, kept, copy=True)
+                for stored in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    if (name := _modern_name(stored)) in wanted:
+                        tensor = file.get_tensor(stored)
+                        _refuse_quantised(path, stored, tensor)
+                        kept = torch.float32 if name.startswith(head) else dtype
+                        # A copy: a tensor that still pointed into the mapped file would die with it.
+                        weights[name] = tensor.to(device, kept, copy=True)
         except (SafetensorError, OSError) as error:
             raise ModelNotFoundError(
                 f"{path} cannot be read as safetensors ({error}); delete it and fetch the model again"
             ) from error
     return weights
+
+
+def _refuse_quantised(path: Path, name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype not in _STORED:
+        raise UnsupportedModelError(
+            f"{path} stores {name} as {tensor.dtype}: quantised weights mean nothing without their scales and are "
+            f"not supported; use the checkpoint in float32, float16 or bfloat16"
+        )
 
 
 def _modern_name(name: str) -> str:
@@ -155,9 +184,9 @@ def _weight_files(directory: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [directory / name for name in names]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelNotFoundError(f"{index} cannot be read: {error!r}") from error
-        files = [directory / name for name in names]
     else:
         files = [directory / _WEIGHTS]
     absent = [path.name for path in files if not path.is_file()]

@@ -89,6 +89,9 @@ def load_template(directory: Path, model_window: int, max_length: int | None) ->
         ModelNotFoundError: The tokenizer's files are missing or damaged, or need a package that is not there.
         ValueError: ``max_length`` is not between 8 and the model's window.
     """
+    # Without any of them transformers makes up an empty vocabulary, and every text becomes the same.
+    if not any(list(directory.glob(pattern)) for pattern in ("tokenizer.json", "vocab.*", "*.model")):
+        raise ModelNotFoundError(f"{directory} has no tokenizer.json, vocabulary or sentencepiece model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the tokenizers library raises plain Exception for damaged files

@@ -41,7 +41,8 @@ def test_no_documents_give_an_empty_ranking(bundled: Reranker, scores: str) -> N
         (QUERY, DOCUMENTS, {"top_k": True}, "top_k=True"),
         (QUERY, ["a", None, "b"], {}, r"documents\[1\] is a NoneType"),
         (QUERY, ["a", "b", b"c"], {}, r"documents\[2\] is a bytes"),
-        (QUERY, "one string", {}, "documents must be a list"),
+        (QUERY, "one string", {}, "documents must be a list.*not a str"),
+        (QUERY, None, {}, "documents must be a list.*not a NoneType"),
         (QUERY, DOCUMENTS, {"scores": "rough"}, "scores='rough'"),
         ("word " * 600, DOCUMENTS, {}, r"query has 600 tokens.*512"),
     ],
@@ -57,6 +58,8 @@ def test_bad_input_is_refused_by_name(bundled: Reranker, query, documents, optio
         ([(QUERY, "a"), ("", "b")], r"pairs\[1\]"),
         ([(QUERY, None)], r"pairs\[0\]"),
         ([("a", "b", "c")], r"pairs\[0\]"),
+        (["ab"], r"pairs\[0\]"),
+        ([5], r"pairs\[0\]"),
     ],
 )
 def test_bad_pairs_are_refused_by_index(bundled: Reranker, pairs, told: str) -> None:

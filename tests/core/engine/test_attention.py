@@ -60,6 +60,16 @@ def test_a_window_within_long_sequences(window: int) -> None:
     torch.testing.assert_close(output, dense_attention(states, lengths, None, window), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_bfloat16_stays_close_whatever_the_length(scaling: float | None) -> None:
+    lengths = (30, 1, 512, 513, 7)  # on both sides of where the way of computing changes
+    rounded = tuple(state.bfloat16() for state in random_states(sum(lengths)))
+    expected = dense_attention(tuple(state.float() for state in rounded), lengths, scaling, None)
+    output = attend(rounded, Packing(lengths), scaling=scaling)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), expected, atol=0.03, rtol=0.01)
+
+
 @pytest.mark.parametrize("window", [None, 4])
 def test_scoring_positions_attend_to_the_keys_put_aside(window: int | None) -> None:
     lengths = (5, 1, 12)

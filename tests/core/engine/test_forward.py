@@ -145,6 +145,16 @@ def test_a_policy_that_breaks_its_contract_is_told_so(tiny_bert: Path, routes: l
     assert len(reranker.rerank(QUERY, DOCUMENTS[:3], 3).ranking) == 3
 
 
+@pytest.mark.parametrize("word", ["dropped", "selected", "maybe"])
+def test_routes_that_are_plain_words_do_not_slip_past_the_contract(tiny_bert: Path, word: str) -> None:
+    class Words:
+        def route(self, layer: int, scores: np.ndarray, top_k: int) -> list[str]:
+            return [word] * len(scores)
+
+    with pytest.raises(PolicyError):
+        load(tiny_bert, pruning=Words()).rerank("w1", ["w2", "w3", "w4"], 2, scores="estimated")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_score_that_is_no_number_names_its_document(tmp_path: Path, value: float) -> None:
     directory = save_model(tmp_path, "bert")

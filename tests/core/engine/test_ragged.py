@@ -1,6 +1,6 @@
-from itertools import pairwise
-
 """Packing, chunking and selecting, for any lengths."""
+
+from itertools import pairwise
 
 import pytest
 import torch

@@ -4,13 +4,14 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from grating_core import ModelNotFoundError, Reranker, UnsupportedModelError
+from grating_core import GratingError, ModelNotFoundError, Reranker, UnsupportedModelError
 from tests.core.conftest import save_model
 from tests.core.parity import TOLERANCE, load, padded_scores
 
@@ -129,7 +130,9 @@ def test_another_architecture_is_refused(directory: Path) -> None:
         load(directory)
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at all", "a/b/c", "bundled:something-else"])
+@pytest.mark.parametrize(
+    "name", ["", "./nowhere", "/nowhere/at all", "a/b/c", "n" * 300, "bundled:something-else"]
+)
 def test_names_that_lead_nowhere(name: str) -> None:
     with pytest.raises(ModelNotFoundError, match=name):
         Reranker.from_pretrained(name)
@@ -163,3 +166,46 @@ def test_hub_ids_that_are_not_cached_are_named_when_offline(tmp_path: Path) -> N
     failed = run_offline("from grating_core import Reranker; Reranker.from_pretrained('someone/else')", tmp_path)
     assert "ModelNotFoundError" in failed.stderr.splitlines()[-1]
     assert "someone/else" in failed.stderr.splitlines()[-1]
+
+
+def configured(**fields: object) -> Callable[[Path], None]:
+    return lambda directory: change_config(directory, **fields)
+
+
+def written(file: str, text: str) -> Callable[[Path], object]:
+    return lambda directory: (directory / file).write_text(text)
+
+
+def without_tokenizer(directory: Path) -> None:
+    for path in directory.glob("tokenizer*"):
+        path.unlink()
+
+
+def with_integer_weights(directory: Path) -> None:
+    """As 8-bit checkpoints have them: without their scales they mean nothing."""
+    path = directory / "model.safetensors"
+    weights = load_file(path)
+    name = "bert.encoder.layer.0.output.dense.weight"
+    save_file(weights | {name: (weights[name] * 50).to(torch.int8)}, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(without_tokenizer, id="no tokenizer files"),
+        pytest.param(with_integer_weights, id="int8 weights"),
+        pytest.param(written("config.json", "[]"), id="config is a list"),
+        pytest.param(configured(architectures=5), id="architectures is a number"),
+        pytest.param(configured(hidden_size=64), id="config does not fit the weights"),
+        pytest.param(configured(hidden_size="x"), id="size is a text"),
+        pytest.param(configured(hidden_size=33), id="size not divisible by heads"),
+        pytest.param(configured(hidden_act="nope"), id="unknown activation"),
+        pytest.param(
+            written("model.safetensors.index.json", '{"weight_map": {"a": 5}}'), id="index names no file"
+        ),
+    ],
+)
+def test_damaged_models_raise_an_error_of_gratings_own(directory: Path, damage: Callable[[Path], object]) -> None:
+    damage(directory)
+    with pytest.raises(GratingError):
+        load(directory)
