@@ -138,6 +138,18 @@ def systems(model: str, directory: Path) -> dict[str, System]:
     }
 
 
+def matrix_product_rate(dtype: torch.dtype) -> float:
+    """GFLOP/s of a large matrix product: how much of a dtype's promise this machine keeps."""
+    size = 2048
+    left, right = torch.randn(2, size, size).to(dtype).unbind()
+    taken = []
+    for _ in range(7):
+        started = perf_counter()
+        left @ right
+        taken.append(perf_counter() - started)
+    return 2 * size**3 / median(taken) / 1e9
+
+
 def measure(
     compared: dict[str, System], requests: list[Request], top_k: int, rounds: int
 ) -> tuple[dict[str, float], dict[str, float]]:
@@ -186,7 +198,10 @@ def main(
             f"{min(peers) / seconds:.2f}",
             f"{agreements[name]:.2f}",
         )
-    Console(width=115).print(table)
+    console = Console(width=115)
+    console.print(table)
+    for dtype in (torch.float32, torch.bfloat16):
+        console.print(f"This machine multiplies {dtype} matrices at {matrix_product_rate(dtype):.0f} GFLOP/s.")
 
 
 if __name__ == "__main__":

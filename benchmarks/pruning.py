@@ -40,7 +40,7 @@ def main(
     model: Annotated[str, typer.Option(help="Hub id, directory or bundled name.")] = "bundled:ms-marco-minilm-l12",
     candidates: Annotated[int, typer.Option(help="Candidates per query.")] = 20,
     top_k: Annotated[int, typer.Option(help="How many are wanted.")] = 5,
-    queries: Annotated[int, typer.Option(help="Queries per collection.")] = 50,
+    queries: Annotated[int, typer.Option(help="Queries per collection.")] = 25,
 ) -> None:
     """Measure and print the table."""
     rerankers = {
