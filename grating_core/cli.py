@@ -185,8 +185,8 @@ def demo(
         passages = load_passages()
         _err.print(f"Passages of the Python language reference: {len(passages)}. BM25 picks {candidates} ...")
         found = first_stage(query, passages, candidates)
-        pruned = _measured({"pruning": "cluster"}, query, found, top_k)
-        full = _measured({"pruning": "off"}, query, found, top_k)
+        pruned = _measured("cluster", query, found, top_k)
+        full = _measured("off", query, found, top_k)
     _out.print(Text(f"\n{query}", style="bold"))
     _out.print(_ranking_table(pruned[0]))
     table = _table("", "seconds", "compute share", f"same top {top_k}")
@@ -217,14 +217,12 @@ def _run(
             return reranker.rerank(query, documents, top_k, scores=scores)
 
 
-def _measured(
-    settings: dict[str, Any], query: str, documents: list[str], top_k: int
-) -> tuple[RerankResult, float]:
+def _measured(pruning: str, query: str, documents: list[str], top_k: int) -> tuple[RerankResult, float]:
     """The result, and the median seconds of three runs after a warm-up."""
     from grating_core.reranker import Reranker
 
-    with Reranker.from_pretrained(BUNDLED, show_progress=True, **settings) as reranker:
-        _err.print(f"Reranking with {settings} ...", markup=False, highlight=False)
+    with Reranker.from_pretrained(BUNDLED, pruning=pruning, show_progress=True) as reranker:
+        _err.print(f"Reranking with pruning={pruning!r} ...", markup=False, highlight=False)
         results = [reranker.rerank(query, documents, top_k) for _ in range(4)]
     return results[-1], median(result.trace.seconds for result in results[1:])
 
