@@ -75,7 +75,7 @@ def forward(
     winners: list[Winner] = []
     layers: list[LayerTrace] = []
     positions = batch.positions()[None]
-    hidden = model.embed(batch.input_ids[None], batch.token_type_ids[None], positions)
+    hidden = _embed(model, batch, positions, chunk_tokens)
 
     for number in range(1, model.depth + 1):
         started = perf_counter()
@@ -104,6 +104,13 @@ def forward(
             batch, alive = batch.select(going_on), alive[going_on]
 
     return Outcome(winners, layers)
+
+
+def _embed(model: CrossEncoder, batch: RaggedBatch, positions: Tensor, chunk_tokens: int) -> Tensor:
+    """Hidden states before the first layer."""
+    ids, types = batch.input_ids[None], batch.token_type_ids[None]
+    spans = [chunk.tokens for chunk in batch.chunks(chunk_tokens)]
+    return torch.cat([model.embed(ids[:, s], types[:, s], positions[:, s]) for s in spans], dim=1)
 
 
 def _run_layer(

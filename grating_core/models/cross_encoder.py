@@ -77,10 +77,10 @@ class CrossEncoder:
         Returns:
             float32 ``[N]``.
         """
-        states = hidden[0].float()
         if self.reads_first_token:
-            starts = torch.tensor([0, *lengths[:-1]], device=states.device).cumsum(0)
-            states = self._norm(states[starts])
+            starts = torch.tensor([0, *lengths[:-1]], device=hidden.device).cumsum(0)
+            states = self._norm(hidden[0, starts].float())
         else:
-            states = torch.stack([part.mean(0) for part in self._norm(states).split(list(lengths))])
+            tokens = self._norm(hidden[0].float())
+            states = torch.stack([part.mean(0) for part in tokens.split(list(lengths))])
         return self._family.classify(self._module, states)[:, 0]
