@@ -18,8 +18,6 @@ from transformers import AttentionInterface
 
 PACKED_ATTENTION = "grating_packed"
 
-# Longest sequence whose score matrix is held in memory as a whole.
-_MATERIALISED_KEYS = 512
 # Queries per step under a sliding window; with it the keys that one step looks at are few.
 _WINDOW_BLOCK = 256
 
@@ -100,8 +98,6 @@ def _attend(
     """Attention of one sequence; the queries are its first tokens, or all of them."""
     queries, keys = query.shape[2], key.shape[2]
     if sliding_window is None or keys <= sliding_window:
-        if _is_short_on_cpu(query, keys):
-            return _materialised_attention(query, key, value, scaling)
         return scaled_dot_product_attention(query, key, value, scale=scaling)
     position = torch.arange(keys, device=query.device)
     blocks = []
@@ -115,21 +111,6 @@ def _attend(
             )
         )
     return torch.cat(blocks, dim=2)
-
-
-def _is_short_on_cpu(query: Tensor, keys: int) -> bool:
-    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and keys <= _MATERIALISED_KEYS
-
-
-def _materialised_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-    """Attention with its whole score matrix in memory.
-
-    torch's fused kernel for CPUs takes a quarter longer than this on short sequences in bfloat16, and its scores
-    are no closer to those in float32 (benchmarks/latency.py has the effect on the whole).
-    """
-    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-    weights = torch.matmul(query * factor, key.transpose(2, 3))
-    return torch.matmul(weights.softmax(-1), value)
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
