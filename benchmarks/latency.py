@@ -30,7 +30,8 @@ from grating_core import Reranker
 from grating_core.engine.attention import PACKED_ATTENTION, Packing
 from grating_core.engine.ragged import RaggedBatch
 from grating_core.models.bundled import BUNDLED_PREFIX, bundled_source
-from grating_core.models.loading import find_model, load_cross_encoder
+from grating_core.models.directory import find_model
+from grating_core.models.loading import StoredModel
 from grating_core.models.templates import load_template
 
 Ranking = list[int]
@@ -91,8 +92,8 @@ def onnx_int8(directory: Path) -> System:
 
 def packed_loop(directory: Path, dtype: torch.dtype) -> System:
     """The layers on a packed batch and nothing else: what grating's own bookkeeping is measured against."""
-    model = load_cross_encoder(directory, device=torch.device("cpu"), dtype=dtype, attention=PACKED_ATTENTION)
-    template = load_template(directory, 512, None)
+    stored = StoredModel(directory, device=torch.device("cpu"), dtype=dtype, attention=PACKED_ATTENTION)
+    model, template = stored.load(None), load_template(directory, 512)
 
     @torch.inference_mode()
     def rank(request: Request, top_k: int) -> Ranking:

@@ -3,10 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 from grating_core.errors import (
+    BudgetError,
+    CheckpointError,
     GratingError,
     ModelNotFoundError,
     PolicyError,
     ScoreError,
+    SpillError,
     UnsupportedModelError,
 )
 from grating_core.pruning import ClusterPolicy, Off, PruningPolicy, Route
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BudgetError",
+    "CheckpointError",
     "ClusterPolicy",
     "GratingError",
     "LayerTrace",
@@ -30,6 +35,7 @@ __all__ = [
     "Reranker",
     "Route",
     "ScoreError",
+    "SpillError",
     "Trace",
     "UnsupportedModelError",
 ]

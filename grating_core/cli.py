@@ -49,6 +49,7 @@ Scores = Annotated[str, typer.Option(help="exact, or estimated: sure winners sto
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best there is by default.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 MaxLength = Annotated[int | None, typer.Option(help="Most tokens of query and document together.")]
+Budget = Annotated[str | None, typer.Option(help="Memory it may take, such as 300MB; no bound by default.")]
 
 
 @app.command()
@@ -65,9 +66,16 @@ def rerank(
     device: Device = None,
     dtype: Dtype = "auto",
     max_length: MaxLength = None,
+    memory_budget: Budget = None,
 ) -> None:
     """Print the documents that answer a question best."""
-    settings = {"pruning": pruning, "device": device, "dtype": dtype, "max_length": max_length}
+    settings = {
+        "pruning": pruning,
+        "device": device,
+        "dtype": dtype,
+        "max_length": max_length,
+        "memory_budget": memory_budget,
+    }
     with _plain_errors():
         result = _run(model, settings, query, read_documents(input, format=format, field=field), top_k, scores)
     if as_json:
@@ -91,10 +99,17 @@ def explain(
     device: Device = None,
     dtype: Dtype = "auto",
     max_length: MaxLength = None,
+    memory_budget: Budget = None,
     plot: Annotated[Path | None, typer.Option(help="Draw score trajectories into this picture.")] = None,
 ) -> None:
     """Like rerank, and show layer by layer how the ranking came about."""
-    settings = {"pruning": pruning, "device": device, "dtype": dtype, "max_length": max_length}
+    settings = {
+        "pruning": pruning,
+        "device": device,
+        "dtype": dtype,
+        "max_length": max_length,
+        "memory_budget": memory_budget,
+    }
     with _plain_errors():
         result = _run(model, settings, query, read_documents(input, format=format, field=field), top_k, scores)
         if plot is not None and result.trace.layers:
@@ -107,6 +122,50 @@ def explain(
     _out.print(_ranking_table(result))
     _out.print(_trace_table(result))
     _out.print(_closing_line(result), style="dim")
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Hub id, local directory or bundled name.")],
+    memory_budget: Annotated[str, typer.Option(help="Memory it may take, such as 300MB.")],
+    candidates: Annotated[int, typer.Option(min=1, help="Documents of a request.")] = 20,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each of them with the query.")] = 500,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    max_length: MaxLength = None,
+) -> None:
+    """Show what a memory budget is spent on, and what a request will read from disk and write to it."""
+    with _plain_errors(), _err.status("Looking at the model ..."):
+        from grating_core.memory.meter import resident_memory
+        from grating_core.models.templates import load_template
+        from grating_core.reranker import plan_memory
+
+        directory, window, planned = plan_memory(
+            model, memory_budget, device=device, dtype=dtype, max_length=max_length, show_progress=True
+        )
+        before = resident_memory()
+        template = load_template(directory, window)
+        tokenizer = resident_memory() - before
+        del template
+    request = candidates * min(tokens, window)
+    table = _table("what", "MB", "")
+    details = {
+        "resident layers": f"{len(planned.resident)} of {len(planned.sizes.layers)}",
+        "embedding rows": f"{planned.embedding_rows:,} of {planned.sizes.vocabulary:,}",
+        "intermediate results": f"chunks of {planned.chunk_tokens:,} tokens, documents of up to {window:,}",
+        "hidden states": f"of up to {planned.hidden_tokens:,} tokens",
+    }
+    for part, size in planned.parts.items():
+        table.add_row(part, f"{size / 1e6:,.1f}", details.get(part, ""))
+    table.add_row("together", f"{planned.total / 1e6:,.1f}", f"of a budget of {planned.budget / 1e6:,.1f}")
+    table.add_row("the tokenizer, beside the budget", f"{tokenizer / 1e6:,.1f}", "as just measured")
+    _out.print(table)
+    spilled = planned.bytes_spilled(request) / 1e6
+    _out.print(
+        f"A request of {candidates} candidates, {request:,} tokens, reads {planned.bytes_read() / 1e6:,.0f} MB of "
+        f"weights and the embedding rows it lacks; "
+        + (f"writes and reads {spilled:,.0f} MB of hidden states." if spilled else "no hidden states are spilled.")
+    )
 
 
 @app.command()
@@ -247,7 +306,16 @@ def _ranking_table(result: RerankResult) -> Table:
 
 def _trace_table(result: RerankResult) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", title="By layer", title_justify="left")
-    for heading in ("layer", "alive", *(route.value for route in Route), "best", "worst", "tokens", "ms"):
+    for heading in (
+        "layer",
+        "alive",
+        *(route.value for route in Route),
+        "best",
+        "worst",
+        "tokens",
+        "ms",
+        "waited",
+    ):
         table.add_column(heading, justify="right")
     for layer in result.trace.layers:
         table.add_row(
@@ -258,6 +326,7 @@ def _trace_table(result: RerankResult) -> Table:
             f"{min(layer.scores):.2f}",
             f"{layer.tokens:,}",
             f"{1000 * layer.seconds:.1f}",
+            f"{1000 * layer.seconds_waited:.1f}",
         )
     return table
 
@@ -265,9 +334,16 @@ def _trace_table(result: RerankResult) -> Table:
 def _closing_line(result: RerankResult) -> str:
     trace = result.trace
     cut = f", {len(trace.truncated)} cut to the window" if trace.truncated else ""
-    return (
+    line = (
         f"{len(trace.lengths)} documents, {sum(trace.lengths):,} tokens{cut}; {trace.seconds:.2f} s, "
         f"compute share {trace.compute_share:.2f}"
+    )
+    if trace.peak_memory is None:
+        return line
+    spilled = f", spilled {trace.bytes_spilled / 1e6:,.0f} MB" if trace.bytes_spilled else ""
+    return (
+        f"{line}; read {trace.bytes_read / 1e6:,.0f} MB{spilled}, waited {trace.seconds_waited:.2f} s for the "
+        f"disk, {trace.peak_memory / 1e6:,.0f} MB in memory at most"
     )
 
 
@@ -284,6 +360,11 @@ def _summary(query: str, result: RerankResult) -> dict[str, Any]:
         "compute_share": trace.compute_share,
         "seconds": trace.seconds,
         "truncated": trace.truncated,
+        "seconds_waited": trace.seconds_waited,
+        "bytes_read": trace.bytes_read,
+        "bytes_spilled": trace.bytes_spilled,
+        "embedding_hit_rate": trace.embedding_hit_rate,
+        "peak_memory": trace.peak_memory,
     }
 
 
@@ -293,7 +374,7 @@ def _print_json(value: dict[str, Any]) -> None:
 
 
 def _described(directory: Path) -> tuple[str, str]:
-    from grating_core.models.loading import describe_weights
+    from grating_core.models.directory import describe_weights
 
     described = describe_weights(directory)
     return str(described["layers"]), f"{described['bytes'] / 1e6:,.0f} MB"

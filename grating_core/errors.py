@@ -21,3 +21,28 @@ class ScoreError(GratingError):
 
 class PolicyError(GratingError):
     """A pruning policy broke its contract, such as dropping so many candidates that no top K is left."""
+
+
+class CheckpointError(GratingError):
+    """A model's file cannot be read, or not any more. The message names the file and the tensor.
+
+    After one that was raised by a request, the next request works if the file is back.
+    """
+
+
+class SpillError(GratingError):
+    """There is no room, or no working disk, for hidden states that do not fit into the memory budget."""
+
+
+class BudgetError(GratingError, ValueError):
+    """A memory budget is too small for the model.
+
+    Attributes:
+        smallest: The smallest budget that works with these settings, in bytes.
+        resident: The smallest budget with which nothing is streamed, in bytes.
+    """
+
+    def __init__(self, message: str, *, smallest: int, resident: int) -> None:
+        super().__init__(message)
+        self.smallest = smallest
+        self.resident = resident

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from threading import Lock
@@ -18,11 +20,16 @@ from typing_extensions import Self
 
 from grating_core.engine.attention import PACKED_ATTENTION
 from grating_core.engine.forward import Outcome, forward
-from grating_core.engine.ragged import RaggedBatch
+from grating_core.engine.ragged import RaggedBatch, filled
+from grating_core.memory.hidden import HiddenInMemory, HiddenOnDisk, HiddenStates
+from grating_core.memory.meter import PeakMemory, resident_memory
+from grating_core.memory.plan import MemoryPlan, make_plan, parse_budget
+from grating_core.models.bundled import cache_directory
 from grating_core.models.cross_encoder import CrossEncoder
-from grating_core.models.loading import find_model, load_cross_encoder, read_config
+from grating_core.models.directory import find_model
+from grating_core.models.loading import StoredModel
 from grating_core.models.placement import choose_device, choose_dtype
-from grating_core.models.templates import PairTemplate, TokenisedPair, load_template
+from grating_core.models.templates import PairTemplate, TokenisedPair, find_window, load_template
 from grating_core.pruning import ClusterPolicy, Off, PruningPolicy
 from grating_core.results import RankedDocument, RerankResult, Trace
 
@@ -50,11 +57,16 @@ class Reranker:
         model_path: Path,
         pruning: PruningPolicy,
         chunk_tokens: int,
+        plan: MemoryPlan | None = None,
     ) -> None:
         self._loaded: CrossEncoder | None = model
         self._template = template
         self._pruning = pruning
         self._chunk_tokens = chunk_tokens
+        # A budget is for one request at a time; without one, threads need not wait for each other.
+        self._turn = nullcontext() if plan is None else Lock()
+        self.plan = plan
+        """What the memory budget is spent on; None without a budget."""
         self.model_path = model_path
         """The local directory that the weights were read from."""
 
@@ -79,42 +91,50 @@ class Reranker:
             device: ``"cpu"``, ``"cuda"`` or ``"mps"``; None takes the best that is there.
             dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: bfloat16 where the processor
                 has instructions for it, else float32.
-            memory_budget: Only None, everything resident, in this version.
+            memory_budget: How much memory loading and reranking may take beyond what importing the packages and
+                the tokenizer takes: bytes, or a size such as ``"300MB"``. What does not fit is read from disk
+                while it computes (layers, embedding rows) or kept there (hidden states, in grating's cache
+                directory); scores stay the same. Calls from several threads then take turns. On CUDA it holds
+                for the memory of the device. None keeps everything resident and sets no bound.
             pruning: ``"cluster"``, ``"off"``, a policy object, or ``"auto"``: the best that is known to keep
                 the full model's top K, at present ``"cluster"`` with a cautious threshold.
             max_length: Most tokens of a query and document together; None for the model's own window. What
                 does not fit is cut from the end of the document.
             chunk_tokens: Most tokens computed at once, which bounds the memory of intermediate results. A
-                document is never split. None for a value that suits the device.
+                document is never split. None for a value that suits the device or the memory budget.
             show_progress: Show progress bars while fetching or converting.
 
         Raises:
             ModelNotFoundError: The name leads to no usable weights.
             UnsupportedModelError: The weights are of a kind that grating does not run.
+            BudgetError: The memory budget is too small; the message states the smallest that works. It is a
+                ``ValueError`` as well.
             ValueError: An argument is not usable; the message names it.
         """
-        if memory_budget is not None:
-            raise ValueError(
-                f"memory_budget={memory_budget!r}: streaming within a budget is not part of this version; "
-                f"use None, which keeps all weights in memory"
-            )
         if chunk_tokens is not None and chunk_tokens < 1:
             raise ValueError(f"chunk_tokens={chunk_tokens} must be 1 or more, or None")
+        if chunk_tokens is not None and memory_budget is not None:
+            raise ValueError(
+                f"chunk_tokens={chunk_tokens} and memory_budget exclude each other: the budget sets both"
+            )
+        budget = None if memory_budget is None else parse_budget(memory_budget)
         policy = _find_policy(pruning)
-        chosen_device = choose_device(device)
-        chosen_dtype, _ = choose_dtype(dtype, chosen_device)
-        directory = find_model(str(model), show_progress=show_progress)
-        config, family = read_config(directory)
-        template = load_template(directory, family.window(config), max_length)
-        loaded = load_cross_encoder(
-            directory, device=chosen_device, dtype=chosen_dtype, attention=PACKED_ATTENTION
-        )
+        stored = _open(str(model), device, dtype, lasting=budget is not None, show_progress=show_progress)
+        directory = stored.directory
+        window = find_window(directory, stored.window, max_length)
+        plan = None if budget is None else make_plan(stored.sizes(window), budget)
+        # The tokenizer first: what loading it takes for a moment is then free for the weights.
+        before = resident_memory()
+        template = load_template(directory, window)
+        if plan is not None:
+            plan = replace(plan, tokenizer=max(0, resident_memory() - before))
         return cls(
-            loaded,
+            stored.load(plan),
             template,
             model_path=directory,
             pruning=policy,
-            chunk_tokens=chunk_tokens or _CHUNK_TOKENS[chosen_device.type],
+            chunk_tokens=chunk_tokens or (plan.chunk_tokens if plan else _CHUNK_TOKENS[stored.device.type]),
+            plan=plan,
         )
 
     @classmethod
@@ -179,19 +199,26 @@ class Reranker:
             return RerankResult([], Trace((), model.depth, (), (), perf_counter() - started))
 
         pairs = self._template.encode(query, documents)
+        peak = None if self.plan is None else PeakMemory(model.device)
         outcome = self._forward(
-            model, pairs, top_k=min(top_k, len(pairs)), policy=self._pruning, exact=scores == "exact"
+            model, pairs, top_k=min(top_k, len(pairs)), policy=self._pruning, exact=scores == "exact", peak=peak
         )
         ranking = [
             RankedDocument(winner.index, winner.score, documents[winner.index], winner.estimated)
             for winner in outcome.winners
         ]
+        usage = outcome.usage
         trace = Trace(
             layers=tuple(outcome.layers),
             depth=model.depth,
             lengths=tuple(len(pair.input_ids) for pair in pairs),
             truncated=tuple(index for index, pair in enumerate(pairs) if pair.truncated),
             seconds=perf_counter() - started,
+            seconds_waited=usage.seconds_waited,
+            bytes_read=usage.bytes_read,
+            bytes_spilled=usage.bytes_spilled,
+            embedding_hit_rate=usage.hit_rate,
+            peak_memory=None if peak is None else peak.bytes,
         )
         return RerankResult(ranking, trace)
 
@@ -240,8 +267,14 @@ class Reranker:
         return found
 
     def close(self) -> None:
-        """Free the weights. Calls after this one raise ``RuntimeError``; calls in progress end normally."""
-        self._loaded = None
+        """Free the weights, close the files, stop the threads.
+
+        Calls after this one raise ``RuntimeError``; calls in progress end normally.
+        """
+        with self._turn:
+            if self._loaded is not None:
+                self._loaded.close()
+            self._loaded = None
 
     def __enter__(self) -> Self:
         return self
@@ -275,7 +308,58 @@ class Reranker:
         batch = RaggedBatch.pack(
             [pair.input_ids for pair in pairs], [pair.token_type_ids for pair in pairs], model.device
         )
-        return forward(model, batch, chunk_tokens=self._chunk_tokens, **how)
+        with self._turn:
+            model = self._model() if self.plan else model  # it may have been closed while this call waited
+            try:
+                with self._hidden(model, batch) as hidden:
+                    return forward(model, batch, hidden, chunk_tokens=self._chunk_tokens, **how)
+            finally:
+                model.rewind()
+
+    @contextmanager
+    def _hidden(self, model: CrossEncoder, batch: RaggedBatch) -> Iterator[HiddenStates]:
+        """Room for the hidden states of a batch: in memory, or on disk if the plan says so."""
+        shape = (batch.tokens, model.width, model.dtype, model.device)
+        if self.plan is None or not self.plan.spills(batch.tokens):
+            yield HiddenInMemory(*shape)
+            return
+        # Not the largest chunk of now: when candidates leave, others come together in larger ones.
+        rows = filled(max(self._chunk_tokens, *batch.lengths))
+        with HiddenOnDisk(*shape, rows=rows, directory=cache_directory(), meter=model.meter) as hidden:
+            yield hidden
+
+
+def plan_memory(
+    model: str | Path,
+    memory_budget: str | int,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    max_length: int | None = None,
+    show_progress: bool = False,
+) -> tuple[Path, int, MemoryPlan]:
+    """What :meth:`Reranker.from_pretrained` would do with a memory budget; no weights are read.
+
+    The arguments and errors are those of :meth:`Reranker.from_pretrained`.
+
+    Returns:
+        The model's directory, the most tokens of a pair, and the plan.
+    """
+    budget = parse_budget(memory_budget)
+    stored = _open(str(model), device, dtype, lasting=False, show_progress=show_progress)
+    window = find_window(stored.directory, stored.window, max_length)
+    return stored.directory, window, make_plan(stored.sizes(window), budget)
+
+
+def _open(
+    model: str, device: str | torch.device | None, dtype: str | torch.dtype, *, lasting: bool, show_progress: bool
+) -> StoredModel:
+    chosen_device = choose_device(device)
+    chosen_dtype, _ = choose_dtype(dtype, chosen_device)
+    directory = find_model(model, show_progress=show_progress)
+    return StoredModel(
+        directory, device=chosen_device, dtype=chosen_dtype, attention=PACKED_ATTENTION, lasting=lasting
+    )
 
 
 def _find_policy(pruning: str | PruningPolicy) -> PruningPolicy:

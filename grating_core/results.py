@@ -36,6 +36,8 @@ class LayerTrace:
         scores: The provisional score of each; after the last layer, the score.
         tokens: Tokens computed.
         seconds: Time taken, reading scores and deciding included.
+        seconds_waited: How much of it computing stood still for the disk.
+        bytes_read: Weights and embedding rows read from disk for it.
     """
 
     layer: int
@@ -44,6 +46,8 @@ class LayerTrace:
     scores: tuple[float, ...]
     tokens: int
     seconds: float
+    seconds_waited: float = 0.0
+    bytes_read: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,15 @@ class Trace:
         lengths: Tokens of each candidate, query and special tokens included.
         truncated: Indices of the documents whose end did not fit into the window.
         seconds: Time of the whole rerank, tokenising included.
+        seconds_waited: How much of it computing stood still for the disk, reading embedding rows included.
+        bytes_read: Bytes of weights and embedding rows read from disk.
+        bytes_spilled: Bytes of hidden states written to disk.
+        embedding_hit_rate: Share of the request's different tokens whose embedding was in memory before it;
+            None if the whole table is.
+        peak_memory: The most bytes of this process that were in memory during the request, as far as seen: exact
+            when it was the most since the process began, else what was found after each chunk. On CUDA the most
+            that torch had allocated on the device since the process began. None if not measured, which it is only
+            with a memory budget.
     """
 
     layers: tuple[LayerTrace, ...]
@@ -63,6 +76,11 @@ class Trace:
     lengths: tuple[int, ...]
     truncated: tuple[int, ...]
     seconds: float
+    seconds_waited: float = 0.0
+    bytes_read: int = 0
+    bytes_spilled: int = 0
+    embedding_hit_rate: float | None = None
+    peak_memory: int | None = None
 
     @property
     def compute_share(self) -> float:

@@ -58,7 +58,7 @@ def packed_attention(
 
     Args:
         module: The attention module that calls; not used.
-        query: ``[1, heads, T, head size]``.
+        query: ``[1, heads, T, head size]``; there may be fill behind the last sequence.
         key: Same shape.
         value: Same shape.
         attention_mask: Always None: sequences are told apart by ``packing``.
@@ -67,7 +67,7 @@ def packed_attention(
         sliding_window: A token sees those less than this far away, on both sides; None for all.
 
     Returns:
-        ``[1, T, heads, head size]``, and no attention weights.
+        ``[1, T, heads, head size]``, zero for the fill, and no attention weights.
 
     Raises:
         KeysKept: When ``packing.keep_keys`` asks for the keys only.
@@ -85,6 +85,7 @@ def packed_attention(
     for rows, tokens in zip(spans, _spans(packing.lengths), strict=True):
         attended = _attend(query[:, :, rows], key[:, :, tokens], value[:, :, tokens], scaling, sliding_window)
         output[:, rows] = attended.transpose(1, 2)
+    output[:, rows.stop :] = 0
     return output, None
 
 

@@ -6,7 +6,7 @@ Monolithic forwarding and progressive pruning as in GRATING (arXiv 2510.15620).
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -14,10 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from grating_core.engine.attention import KeysKept, Packing
-from grating_core.engine.ragged import Chunk, RaggedBatch
+from grating_core.engine.ragged import Chunk, RaggedBatch, filled
 from grating_core.errors import PolicyError, ScoreError
+from grating_core.memory.hidden import HiddenStates
+from grating_core.memory.meter import Meter, PeakMemory
 from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.pruning import PruningPolicy, Route
 from grating_core.results import LayerTrace
@@ -34,7 +37,7 @@ class Winner:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a forward comes to: the top K candidates, best first, and a record of each layer computed.
+    """What a forward comes to: the top K candidates, best first, a record of each layer computed, what it used.
 
     Candidates that stopped early rank before those that went on, whatever the numbers: scores of different
     layers do not compare.
@@ -42,30 +45,35 @@ class Outcome:
 
     winners: list[Winner]
     layers: list[LayerTrace]
+    usage: Meter
 
 
 @torch.inference_mode()
 def forward(
     model: CrossEncoder,
     batch: RaggedBatch,
+    hidden: HiddenStates,
     *,
     top_k: int,
     policy: PruningPolicy,
     exact: bool = True,
     chunk_tokens: int,
     first_number: int = 0,
+    peak: PeakMemory | None = None,
 ) -> Outcome:
     """Find the ``top_k`` candidates of a batch.
 
     Args:
         model: The cross-encoder.
         batch: N candidates, at least one, on the model's device.
+        hidden: Has room for the hidden states of the batch in chunks of this size; what it holds is lost.
         top_k: How many to find, from 1 to N.
         policy: Decides after each layer which candidates go on.
         exact: Compute every winner to the last layer; the policy only drops. Otherwise what it selects stops
             as well, and keeps its provisional score as an estimate.
         chunk_tokens: Most tokens computed at once.
         first_number: What the caller calls the first candidate; for messages.
+        peak: Looks at the memory after every layer.
 
     Raises:
         ScoreError: The model gave a score that is not finite.
@@ -74,19 +82,32 @@ def forward(
     alive = np.arange(len(batch))
     winners: list[Winner] = []
     layers: list[LayerTrace] = []
-    positions = batch.positions()[None]
-    hidden = _embed(model, batch, positions, chunk_tokens)
+    at_first = replace(model.meter)
+    model.prepare(batch.input_ids)
 
     for number in range(1, model.depth + 1):
-        started = perf_counter()
-        scores = _run_layer(model, number, hidden, positions, batch, chunk_tokens)
+        started, before = perf_counter(), replace(model.meter)
+        scores = _run_layer(model, number, batch, hidden, chunk_tokens)
         _refuse_broken(scores, alive + first_number)
 
         wanted = top_k - len(winners)
         pruning = number < model.depth and wanted < len(alive)
         routes = _decide(policy, number, scores, wanted) if pruning else [Route.DEFERRED] * len(alive)
-        seconds = perf_counter() - started
-        layers.append(LayerTrace(number, _plain(alive), tuple(routes), _plain(scores), batch.tokens, seconds))
+        layers.append(
+            LayerTrace(
+                layer=number,
+                alive=_plain(alive),
+                routes=tuple(routes),
+                scores=_plain(scores),
+                tokens=batch.tokens,
+                seconds=perf_counter() - started,
+                seconds_waited=model.meter.seconds_waited - before.seconds_waited,
+                bytes_read=model.meter.bytes_read - before.bytes_read,
+            )
+        )
+
+        if peak is not None:
+            peak.look()
 
         stop = () if exact else (Route.SELECTED,)
         stopped = [i for i, route in enumerate(routes) if route in stop]
@@ -99,32 +120,34 @@ def forward(
             break
 
         if len(going_on) < len(alive):
-            index = batch.token_index(going_on)
-            hidden, positions = hidden[:, index], positions[:, index]
+            hidden.keep(batch.token_index(going_on))
             batch, alive = batch.select(going_on), alive[going_on]
 
-    return Outcome(winners, layers)
-
-
-def _embed(model: CrossEncoder, batch: RaggedBatch, positions: Tensor, chunk_tokens: int) -> Tensor:
-    """Hidden states before the first layer."""
-    ids, types = batch.input_ids[None], batch.token_type_ids[None]
-    spans = [chunk.tokens for chunk in batch.chunks(chunk_tokens)]
-    return torch.cat([model.embed(ids[:, s], types[:, s], positions[:, s]) for s in spans], dim=1)
+    return Outcome(winners, layers, model.meter.since(at_first))
 
 
 def _run_layer(
-    model: CrossEncoder, number: int, hidden: Tensor, positions: Tensor, batch: RaggedBatch, chunk_tokens: int
+    model: CrossEncoder, number: int, batch: RaggedBatch, hidden: HiddenStates, chunk_tokens: int
 ) -> NDArray[np.float64]:
-    """Put the hidden states through a layer, in place, and read every candidate's score after it."""
+    """Put the hidden states through a layer and read every candidate's score after it."""
+    first, last = number == 1, number == model.depth
+    positions = batch.positions()
     scores = []
-    for chunk in batch.chunks(chunk_tokens):
-        part, places = hidden[:, chunk.tokens], positions[:, chunk.tokens]
-        if number == model.depth and model.reads_first_token:
-            scores.append(_last_layer_scores(model, part, places, chunk))
-            continue
-        part[:] = model.run_layer(number, part, places, packing=Packing(chunk.lengths))
-        scores.append(model.read_scores(part, chunk.lengths))
+    with model.layer(number):
+        for chunk, part in hidden.visit(list(batch.chunks(chunk_tokens)), read=not first, write=not last):
+            tokens = chunk.tokens.stop - chunk.tokens.start
+            places = pad(positions[chunk.tokens], (0, chunk.rows - tokens))[None]
+            if first:
+                part[:, :tokens] = model.embed(
+                    batch.input_ids[None, chunk.tokens],
+                    batch.token_type_ids[None, chunk.tokens],
+                    places[:, :tokens],
+                )
+            if last and model.reads_first_token:
+                scores.append(_last_layer_scores(model, part, places, chunk))
+                continue
+            part[:, :tokens] = model.run_layer(number, part, places, packing=Packing(chunk.lengths))[:, :tokens]
+            scores.append(model.read_scores(part, chunk.lengths))
     return torch.cat(scores).cpu().double().numpy()
 
 
@@ -139,6 +162,7 @@ def _last_layer_scores(model: CrossEncoder, hidden: Tensor, positions: Tensor, c
         model.run_layer(model.depth, hidden, positions, packing=packing)
     lengths = torch.tensor(chunk.lengths, device=hidden.device)
     first = lengths.cumsum(0) - lengths
+    first = pad(first, (0, filled(len(first)) - len(first)))
     output = model.run_layer(model.depth, hidden[:, first], positions[:, first], packing=packing)
     return model.read_scores(output, (1,) * len(chunk.lengths))
 

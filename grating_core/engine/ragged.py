@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grating_core.memory.hidden import FILL
+
 
 @dataclass(frozen=True)
 class RaggedBatch:
@@ -85,3 +87,19 @@ class Chunk:
     sequences: slice
     tokens: slice
     lengths: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows computed for its tokens, fill included."""
+        return filled(self.tokens.stop - self.tokens.start)
+
+
+def filled(rows: int) -> int:
+    """A number of rows rounded up to one of few.
+
+    Matrix kernels are made for the number of rows they meet, and kept. Odd numbers cost some MB each, and every
+    new chunk brings one; multiples of 16 to 64 share theirs. Above 128 at most one row in nine is
+    fill, and one in a hundred at the usual chunk.
+    """
+    step = min(FILL, max(16, 1 << max(0, (rows - 1).bit_length() - 4)))
+    return -(-rows // step) * step

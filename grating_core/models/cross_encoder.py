@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from grating_core.memory.meter import Meter
+from grating_core.memory.rows import RowCache
+from grating_core.memory.streamer import Streamer
 from grating_core.models.families import Family
 
 
@@ -15,35 +19,75 @@ class CrossEncoder:
     """A transformers classification model that is driven one layer at a time.
 
     Everything runs on a packed token axis without padding: hidden states are ``[1, T, D]`` in the compute
-    dtype, where T counts the tokens of all sequences together. The object holds no state of a request, so
-    several threads may use it at once.
+    dtype, where T counts the tokens of all sequences together. With all weights resident the object holds no
+    state of a request, so several threads may use it at once; with a streamer or a row cache only one may.
 
     Args:
-        module: The transformers model, weights bound, in evaluation mode.
+        module: The transformers model in evaluation mode; weights bound, except those of streamed layers.
         family: The description that fits it.
+        device: Where the weights are and the computing happens.
+        dtype: The compute dtype of the layers. The head is float32 whatever this is.
+        streamer: Brings the weights of the layers that are not bound; None if all are.
+        rows: What stands in for the embedding table; None if the table is resident.
+        meter: What streamer and row cache count with.
     """
 
-    def __init__(self, module: Any, family: Family) -> None:
+    def __init__(
+        self,
+        module: Any,
+        family: Family,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        streamer: Streamer | None,
+        rows: RowCache | None,
+        meter: Meter,
+    ) -> None:
         self._module = module
         self._family = family
         self._layers: list[nn.Module] = list(module.get_submodule(family.layers))
         self._norm = module.get_submodule(family.norm) if family.norm else nn.Identity()
+        self._streamer = streamer
+        self._rows = rows
+        self.meter = meter
         self.reads_first_token = family.pooling(module.config) == "first"
+        self.width: int = module.config.hidden_size
+        self.device = device
+        self.dtype = dtype
 
     @property
     def depth(self) -> int:
         """Number of layers."""
         return len(self._layers)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are and the computing happens."""
-        return next(self._layers[0].parameters()).device
+    def prepare(self, input_ids: Tensor) -> None:
+        """Have the embedding rows of a request's tokens, int64 ``[T]``, as far as there is room for them."""
+        if self._rows is not None:
+            self._rows.fetch(input_ids)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The compute dtype of the layers. The head is float32 whatever this is."""
-        return next(self._layers[0].parameters()).dtype
+    @contextmanager
+    def layer(self, number: int) -> Iterator[None]:
+        """Have the weights of a layer inside the ``with``; layers are asked for in rising order.
+
+        Raises:
+            CheckpointError: They cannot be read from disk.
+        """
+        if self._streamer is None or number not in self._streamer:
+            yield
+            return
+        with self._streamer.layer(number) as weights:
+            bind(self._module, weights)
+            yield
+
+    def rewind(self) -> None:
+        """Say that a request is over, so that what the next one begins with is read meanwhile."""
+        if self._streamer is not None:
+            self._streamer.rewind()
+
+    def close(self) -> None:
+        """Stop reading."""
+        if self._streamer is not None:
+            self._streamer.close()
 
     def embed(self, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor) -> Tensor:
         """Hidden states before the first layer, ``[1, T, D]``, from int64 tensors ``[1, T]``."""
@@ -53,7 +97,7 @@ class CrossEncoder:
         """Put hidden states through one layer.
 
         Args:
-            number: Layer number, from 1 to :attr:`depth`.
+            number: Layer number, from 1 to :attr:`depth`; its weights are there (:meth:`layer`).
             hidden: ``[1, T, D]``.
             positions: int64 ``[1, T]``, counted from 0 within each sequence.
             attention: Handed through to the attention function that the model was built with.
@@ -70,7 +114,7 @@ class CrossEncoder:
         """Relevance scores by the model's own head, in float32 whatever the compute dtype.
 
         Args:
-            hidden: ``[1, T, D]``, after any layer.
+            hidden: ``[1, T, D]`` or longer, after any layer; what lies behind the sequences is not looked at.
             lengths: Tokens of each of the N sequences, T together. A sequence may be cut to its scoring
                 position when :attr:`reads_first_token`.
 
@@ -81,6 +125,13 @@ class CrossEncoder:
             starts = torch.tensor([0, *lengths[:-1]], device=hidden.device).cumsum(0)
             states = self._norm(hidden[0, starts].float())
         else:
-            tokens = self._norm(hidden[0].float())
+            tokens = self._norm(hidden[0, : sum(lengths)].float())
             states = torch.stack([part.mean(0) for part in tokens.split(list(lengths))])
         return self._family.classify(self._module, states)[:, 0]
+
+
+def bind(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Make tensors the parameters of a module, by their dotted names. Nothing is copied."""
+    for name, weight in weights.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))

@@ -34,6 +34,7 @@ class Family:
     Attributes:
         architecture: Name of the transformers class.
         layers: Dotted path of the module list that holds the layers.
+        embedding: Dotted path of the token embedding, an ``nn.Embedding``.
         head: Dotted paths of the modules that only the head uses. They are kept in float32.
         embed: ``(module, input_ids, token_type_ids, positions) -> hidden``, all int64 ``[1, T]`` in and
             ``[1, T, D]`` out; positions count from 0 within each sequence.
@@ -46,6 +47,7 @@ class Family:
 
     architecture: str
     layers: str
+    embedding: str
     head: tuple[str, ...]
     embed: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
     classify: Callable[[Any, Tensor], Tensor]
@@ -105,6 +107,7 @@ def _roberta(architecture: str) -> Family:
     return Family(
         architecture=architecture,
         layers="roberta.encoder.layer",
+        embedding="roberta.embeddings.word_embeddings",
         head=("classifier",),
         embed=_embed_roberta,
         classify=_classify_roberta,
@@ -116,6 +119,7 @@ _DESCRIPTIONS = (
     Family(
         architecture="BertForSequenceClassification",
         layers="bert.encoder.layer",
+        embedding="bert.embeddings.word_embeddings",
         head=("bert.pooler", "classifier"),
         embed=_embed_bert,
         classify=_classify_bert,
@@ -126,6 +130,7 @@ _DESCRIPTIONS = (
     Family(
         architecture="ModernBertForSequenceClassification",
         layers="model.layers",
+        embedding="model.embeddings.tok_embeddings",
         norm="model.final_norm",
         head=("model.final_norm", "head", "classifier"),
         embed=_embed_modernbert,

@@ -1,175 +1,190 @@
-"""From a model's name to a directory, and from a directory to a loaded cross-encoder."""
+"""From a model directory to a loaded cross-encoder, all of it in memory or as much as a plan says."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import torch
 import transformers
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
-from grating_core.errors import ModelNotFoundError, UnsupportedModelError
-from grating_core.models.bundled import BUNDLED_PREFIX, bundled_model
-from grating_core.models.cross_encoder import CrossEncoder
-from grating_core.models.families import Config, Family, find_family
+from grating_core.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
+from grating_core.memory.checkpoint import FLOATS, Checkpoint, StoredTensor, aligned_buffer
+from grating_core.memory.group import PIECE, TensorGroup
+from grating_core.memory.meter import Meter
+from grating_core.memory.plan import MemoryPlan, ModelSizes
+from grating_core.memory.rows import RowCache
+from grating_core.memory.streamer import Streamer
+from grating_core.models.cross_encoder import CrossEncoder, bind
+from grating_core.models.directory import blaming_config, read_config, weight_files
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 # Names that checkpoints converted from TensorFlow still use.
 _LEGACY_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-_STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # accelerate patches torch.nn.Module while an empty model is built: one thread at a time.
 _construction = Lock()
 
 
-def find_model(name: str, *, show_progress: bool = False) -> Path:
-    """The local directory of a model, fetched or converted first where needed.
-
-    Args:
-        name: ``bundled:…``, a local directory in Hugging Face layout, or a hub id. A directory wins over
-            a hub id of the same name. The hub's cache and offline variables are honoured.
-        show_progress: Show progress bars on standard error.
-
-    Raises:
-        ModelNotFoundError: Nothing usable is there; the message says what was looked for and where.
-    """
-    if name.startswith(BUNDLED_PREFIX):
-        return bundled_model(name, show_progress=show_progress)
-    directory = Path(name).expanduser()
-    if name and os.path.isdir(directory):  # noqa: PTH112 - Path.is_dir raises for names that are too long
-        return directory
-    if not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", name) or name.startswith("."):
-        raise ModelNotFoundError(
-            f"model={name!r}: there is no directory {directory.absolute()}, and this is not a hub id "
-            f"(owner/name) nor a bundled name ({BUNDLED_PREFIX}…)"
-        )
-    return _download(name)
-
-
-def _download(hub_id: str) -> Path:
-    try:
-        return Path(
-            snapshot_download(
-                hub_id,
-                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
-                ignore_patterns=["*/*"],  # exports to other formats live in subfolders
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelNotFoundError(
-            f"model={hub_id!r}: there is no directory of that name here, and it was not had from the hub or "
-            f"its cache ({reason}). Check the name; for a private model log in with 'hf auth login'; offline, "
-            f"pass a local directory"
-        ) from error
-
-
-def read_config(directory: Path) -> tuple[Config, Family]:
-    """The configuration of a model directory, and the family it belongs to.
-
-    Raises:
-        ModelNotFoundError: There is no readable ``config.json``.
-        UnsupportedModelError: grating does not run this architecture, or it has other than one label.
-    """
-    path = directory / "config.json"
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        architectures = list(fields.get("architectures") or [])
-    except FileNotFoundError as error:
-        raise ModelNotFoundError(f"{directory} is not a model directory: it has no config.json") from error
-    except (ValueError, OSError, AttributeError, TypeError) as error:
-        raise ModelNotFoundError(f"{path} cannot be read as a configuration: {error}") from error
-    family = find_family(architectures)
-    # The class is chosen by the family, so code that the checkpoint may bring along is never looked at.
-    with _blaming(path):
-        config = getattr(transformers, family.architecture).config_class.from_dict(fields)
-    if config.num_labels != 1:
-        raise UnsupportedModelError(
-            f"{path} describes {config.num_labels} labels; a reranker has one relevance score. "
-            f"Classifiers with several labels cannot rank"
-        )
-    config.chunk_size_feed_forward = 0  # grating does the chunking, along the packed axis
-    return config, family
-
-
-def load_cross_encoder(
-    directory: Path, *, device: torch.device, dtype: torch.dtype, attention: str
-) -> CrossEncoder:
-    """Load a model directory's weights, all resident.
+class StoredModel:
+    """A model directory whose configuration and tensor headers have been read, but no weights.
 
     Args:
         directory: A model in Hugging Face layout with safetensors weights.
-        device: Where the weights go.
+        device: Where the weights will go.
         dtype: The compute dtype of embeddings and layers; the head is kept in float32.
         attention: Name of the attention function, as registered with transformers.
+        lasting: Whether weights will be read again while requests run; see :class:`Checkpoint`.
 
     Raises:
         ModelNotFoundError: Configuration or weights are missing, damaged or incomplete.
         UnsupportedModelError: grating does not run this architecture.
     """
-    config, family = read_config(directory)
-    config._attn_implementation = attention
-    with _blaming(directory / "config.json"), _construction, init_empty_weights(include_buffers=False):
-        module = getattr(transformers, family.architecture)(config)
-    weights = _read_weights(directory, set(module.state_dict()), device, dtype, family)
-    with _blaming(directory / "config.json"):
-        missing, _ = module.load_state_dict(weights, strict=False, assign=True)
-    if missing:
-        raise ModelNotFoundError(
-            f"the weights in {directory} lack {len(missing)} tensors that {family.architecture} needs: "
-            f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
-        )
-    module.eval().requires_grad_(False)
-    return CrossEncoder(module.to(device), family)
 
-
-@contextmanager
-def _blaming(config: Path) -> Iterator[None]:
-    """Tell whose fault it is: transformers and torch raise errors of many kinds for a senseless configuration."""
-    try:
-        yield
-    except Exception as error:
-        reason = str(error).strip() or type(error).__name__
-        raise ModelNotFoundError(f"{config} does not describe a model that fits its weights: {reason}") from error
-
-
-def _read_weights(
-    directory: Path, wanted: set[str], device: torch.device, dtype: torch.dtype, family: Family
-) -> dict[str, torch.Tensor]:
-    head = tuple(f"{part}." for part in family.head)
-    weights: dict[str, torch.Tensor] = {}
-    for path in _weight_files(directory):
+    def __init__(
+        self, directory: Path, *, device: torch.device, dtype: torch.dtype, attention: str, lasting: bool = False
+    ) -> None:
+        self.directory = directory
+        self.device = device
+        self._dtype = dtype
+        self._config, self._family = read_config(directory)
+        self._config._attn_implementation = attention
+        with blaming_config(directory / "config.json"), _construction, init_empty_weights(include_buffers=False):
+            self._module = getattr(transformers, self._family.architecture)(self._config)
+        self._module.eval().requires_grad_(False)
         try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for stored in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    if (name := _modern_name(stored)) in wanted:
-                        tensor = file.get_tensor(stored)
-                        _refuse_quantised(path, stored, tensor)
-                        kept = torch.float32 if name.startswith(head) else dtype
-                        # A copy: a tensor that still pointed into the mapped file would die with it.
-                        weights[name] = tensor.to(device, kept, copy=True)
-        except (SafetensorError, OSError) as error:
+            self._checkpoint = Checkpoint(weight_files(directory), lasting=lasting)
+        except (CheckpointError, OSError) as error:
             raise ModelNotFoundError(
-                f"{path} cannot be read as safetensors ({error}); delete it and fetch the model again"
+                f"the weights cannot be read as safetensors ({error}); delete them and fetch the model again"
             ) from error
-    return weights
+        self._tensors = self._match()
+        self._sort()
 
+    def _match(self) -> dict[str, StoredTensor]:
+        """The stored tensor for each parameter of the module."""
+        stored = {_modern_name(name): tensor for name, tensor in self._checkpoint.tensors.items()}
+        wanted = self._module.state_dict()
+        for target, source in self._module.all_tied_weights_keys.items():
+            if source in stored:
+                stored.setdefault(target, stored[source])
+        missing = [name for name in wanted if name not in stored]
+        if missing:
+            raise ModelNotFoundError(
+                f"the weights in {self.directory} lack {len(missing)} tensors that {self._family.architecture} "
+                f"needs: {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
+            )
+        for name, parameter in wanted.items():
+            if stored[name].kind not in FLOATS:
+                raise UnsupportedModelError(
+                    f"{stored[name].path} stores {name} as {stored[name].kind}: quantised weights mean "
+                    f"nothing without their scales and are not supported; use the checkpoint in float32, float16 "
+                    f"or bfloat16"
+                )
+            if stored[name].shape != tuple(parameter.shape):
+                raise ModelNotFoundError(
+                    f"{self.directory / 'config.json'} does not describe a model that fits its weights: {name} "
+                    f"should be {list(parameter.shape)} and is stored as {list(stored[name].shape)}"
+                )
+        return {name: stored[name] for name in wanted}
 
-def _refuse_quantised(path: Path, name: str, tensor: torch.Tensor) -> None:
-    if tensor.dtype not in _STORED:
-        raise UnsupportedModelError(
-            f"{path} stores {name} as {tensor.dtype}: quantised weights mean nothing without their scales and are "
-            f"not supported; use the checkpoint in float32, float16 or bfloat16"
+    def _sort(self) -> None:
+        """Group the tensors by what is read together."""
+        layers = self._family.layers
+        depth = len(self._module.get_submodule(layers))
+        in_layers = {number: self._under((f"{layers}.{number - 1}.",)) for number in range(1, depth + 1)}
+        self._table = f"{self._family.embedding}.weight"
+        head = self._under(tuple(f"{part}." for part in self._family.head))
+        taken = {self._table, *head}.union(*in_layers.values())
+        self._layers = {number: self._group(names, self._dtype) for number, names in in_layers.items()}
+        self._rest = [
+            self._group(head, torch.float32),
+            self._group([name for name in self._tensors if name not in taken], self._dtype),
+        ]
+        self._embedding = self._group([self._table], self._dtype)
+
+    def _under(self, prefixes: tuple[str, ...]) -> list[str]:
+        return [name for name in self._tensors if name.startswith(prefixes)]
+
+    def _group(self, names: Iterable[str], dtype: torch.dtype) -> TensorGroup:
+        tensors = {name: self._tensors[name] for name in names}
+        return TensorGroup(self._checkpoint, tensors, dict.fromkeys(tensors, dtype))
+
+    @property
+    def window(self) -> int:
+        """The most tokens that the model can take."""
+        return self._family.window(self._config)
+
+    def sizes(self, window: int) -> ModelSizes:
+        """What the parts of the model take in memory.
+
+        Args:
+            window: Tokens of the longest pair.
+        """
+        vocabulary, width = self._tensors[self._table].shape
+        layer = self._module.get_submodule(self._family.layers)[0]
+        widest = max(part.out_features for part in layer.modules() if isinstance(part, nn.Linear))
+        return ModelSizes(
+            layers=tuple(group.size for group in self._layers.values()),
+            bytes_read=tuple(group.bytes_read for group in self._layers.values()),
+            vocabulary=vocabulary,
+            row=width * self._dtype.itemsize,
+            rest=sum(group.size for group in self._rest),
+            converted=any(group.converts for group in self._layers.values()),
+            hidden=width * self._dtype.itemsize,
+            # The widest linear layer's output before and after its activation, and some hidden states beside it.
+            work=(2 * widest + 4 * width) * self._dtype.itemsize,
+            window=window,
+        )
+
+    def load(self, plan: MemoryPlan | None) -> CrossEncoder:
+        """Read the weights.
+
+        Args:
+            plan: What to keep in memory; None for everything.
+
+        Raises:
+            ModelNotFoundError: The files cannot be read.
+        """
+        meter = Meter()
+        staging = aligned_buffer(PIECE)
+        resident = self._layers.keys() if plan is None else plan.resident
+        try:
+            for group in [*self._rest, *(self._layers[number] for number in resident)]:
+                bind(self._module, self._read(group, staging))
+            if plan is None or plan.table_resident:
+                bind(self._module, self._read(self._embedding, staging))
+                rows = None
+            else:
+                rows = self._row_cache(plan, meter)
+                self._module.set_submodule(self._family.embedding, rows)
+        except CheckpointError as error:
+            raise ModelNotFoundError(f"{error}; delete the file and fetch the model again") from error
+        for module in self._module.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
+        streamed = {} if plan is None else {number: self._layers[number] for number in plan.streamed}
+        streamer = Streamer(streamed, self.device, meter) if streamed else None
+        if streamer is None and rows is None:
+            self._checkpoint.close()
+        return CrossEncoder(
+            self._module, self._family, self.device, self._dtype, streamer=streamer, rows=rows, meter=meter
+        )
+
+    def _read(self, group: TensorGroup, staging: Tensor) -> dict[str, Tensor]:
+        buffer = aligned_buffer(group.size)
+        group.read(buffer, staging)
+        return group.views(buffer.to(self.device))
+
+    def _row_cache(self, plan: MemoryPlan, meter: Meter) -> RowCache:
+        return RowCache(
+            self._checkpoint,
+            self._tensors[self._table],
+            capacity=plan.embedding_rows,
+            dtype=self._dtype,
+            device=self.device,
+            meter=meter,
         )
 
 
@@ -177,32 +192,3 @@ def _modern_name(name: str) -> str:
     for old, new in _LEGACY_NAMES.items():
         name = name.replace(old, new)
     return name
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / _INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            files = [directory / name for name in names]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelNotFoundError(f"{index} cannot be read: {error!r}") from error
-    else:
-        files = [directory / _WEIGHTS]
-    absent = [path.name for path in files if not path.is_file()]
-    if absent:
-        raise ModelNotFoundError(
-            f"{directory} lacks {', '.join(absent)}. Only safetensors are loaded, never pickled weights "
-            f"(pytorch_model.bin): convert those with save_pretrained first"
-        )
-    return files
-
-
-def describe_weights(directory: Path) -> dict[str, Any]:
-    """Architecture, depth and size in bytes of a model directory, without loading it."""
-    config, family = read_config(directory)
-    return {
-        "architecture": family.architecture,
-        "layers": config.num_hidden_layers,
-        "bytes": sum(path.stat().st_size for path in _weight_files(directory)),
-    }

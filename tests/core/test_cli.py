@@ -25,7 +25,7 @@ def grating(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str
 def test_help_names_every_command() -> None:
     shown = grating("--help")
     assert shown.returncode == 0
-    assert all(command in shown.stdout for command in ("rerank", "explain", "models", "doctor", "demo"))
+    assert all(command in shown.stdout for command in ("rerank", "explain", "plan", "models", "doctor", "demo"))
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_explain_prints_the_trace_as_a_table() -> None:
     done = grating("explain", "-q", QUERY, "-i", "-", stdin="\n".join(DOCUMENTS))
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.partition("By layer")[2].splitlines()]
-    assert [row[0] for row in rows if len(row) == 9 and row[1].isdigit()] == [str(n) for n in range(1, 13)]
+    assert [row[0] for row in rows if len(row) == 10 and row[1].isdigit()] == [str(n) for n in range(1, 13)]
 
 
 @pytest.mark.parametrize(
@@ -112,3 +112,41 @@ def test_demo_answers_a_question_of_the_users() -> None:
     assert "finally" in done.stdout
     assert "unpruned" in done.stdout
     assert "compute share" in done.stdout
+
+
+def test_plan_prints_what_a_budget_is_spent_on() -> None:
+    shown = grating(
+        "plan",
+        "bundled:ms-marco-minilm-l12",
+        "--memory-budget",
+        "110MB",
+        "--candidates",
+        "600",
+        "--dtype",
+        "float32",
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "resident layers" in shown.stdout
+    assert "of a budget of 110.0" in shown.stdout
+    assert "reads 85 MB of weights" in shown.stdout
+    assert "MB of hidden states" in shown.stdout
+    refused = grating("plan", "bundled:ms-marco-minilm-l12", "--memory-budget", "2MB")
+    assert refused.returncode == 2
+    assert "too small" in refused.stderr
+
+
+def test_rerank_within_a_budget_tells_of_the_disk() -> None:
+    done = grating(
+        "rerank",
+        "-q",
+        QUERY,
+        "-i",
+        "-",
+        "--memory-budget",
+        "110MB",
+        "--dtype",
+        "float32",
+        stdin="\n".join(DOCUMENTS),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "read 8" in " ".join(done.stdout.split())

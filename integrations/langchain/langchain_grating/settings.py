@@ -25,7 +25,8 @@ class RerankerSettings(BaseModel):
         description="'float32', 'bfloat16', 'float16', or 'auto': bfloat16 where the device is made for it.",
     )
     memory_budget: str | int | None = Field(
-        default=None, description="Only None, everything resident, in this version of grating-core."
+        default=None,
+        description="How much memory it may take, in bytes or such as '300MB'; None keeps everything resident.",
     )
     pruning: str | PruningPolicy = Field(
         default="auto",

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from grating_core import ClusterPolicy, Off, PolicyError, Reranker, Route, ScoreError
+from grating_core.engine.ragged import filled
 from tests.core.conftest import WORDS, save_model
 from tests.core.parity import load, random_text
 
@@ -179,8 +180,9 @@ def test_the_last_layer_computes_scoring_positions_only(tiny: Path) -> None:
         mlp.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape[-2]))
     trace = reranker.rerank(QUERY, DOCUMENTS).trace
     mean_pooling = getattr(AutoConfig.from_pretrained(tiny), "classifier_pooling", "cls") == "mean"
-    assert rows[:-1] == [sum(trace.lengths)] * (len(layers) - 1)
-    assert rows[-1] == (sum(trace.lengths) if mean_pooling else len(DOCUMENTS))
+    all_tokens = filled(sum(trace.lengths))
+    assert rows[:-1] == [all_tokens] * (len(layers) - 1)
+    assert rows[-1] == (all_tokens if mean_pooling else filled(len(DOCUMENTS)))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

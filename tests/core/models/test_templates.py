@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from grating_core import Reranker
-from grating_core.models.templates import load_template
+from grating_core.models.templates import find_window, load_template
 from tests.core.conftest import WINDOW, WORDS, save_tokenizer
 
 TEXT = st.lists(st.sampled_from([*WORDS[:20], "unknown", "🎉"]), max_size=150).map(" ".join)
@@ -23,7 +23,7 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @given(query=TEXT.filter(lambda text: len(text.split()) < 50), documents=st.lists(TEXT, max_size=4))
 def test_pairs_are_what_transformers_makes_of_them(directory: Path, query: str, documents: list[str]) -> None:
-    template = load_template(directory, WINDOW, None)
+    template = load_template(directory, WINDOW)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     pairs = template.encode(query, documents)
     assert len(pairs) == len(documents)
@@ -36,7 +36,7 @@ def test_pairs_are_what_transformers_makes_of_them(directory: Path, query: str, 
 
 
 def test_real_text(bundled: Reranker) -> None:
-    template = load_template(bundled.model_path, 512, None)
+    template = load_template(bundled.model_path, 512)
     tokenizer = AutoTokenizer.from_pretrained(bundled.model_path)
     texts = ["It's naïve—isn't it?", "שלום עולם", "null \x00 byte", "[SEP] [CLS]", "", "東京" * 400]
     expected = tokenizer(["What's that?"] * len(texts), texts, truncation="only_second")["input_ids"]
@@ -44,7 +44,7 @@ def test_real_text(bundled: Reranker) -> None:
 
 
 def test_a_query_that_fills_the_window_is_refused(directory: Path) -> None:
-    template = load_template(directory, WINDOW, 20)
+    template = load_template(directory, 20)
     with pytest.raises(ValueError, match=r"query has 20 tokens.*window of 20"):
         template.encode(" ".join(WORDS[:20]), ["w1"])
 
@@ -52,4 +52,4 @@ def test_a_query_that_fills_the_window_is_refused(directory: Path) -> None:
 @pytest.mark.parametrize("max_length", [0, 7, -1, WINDOW + 1])
 def test_max_length_must_fit_the_model(directory: Path, max_length: int) -> None:
     with pytest.raises(ValueError, match=f"max_length={max_length} "):
-        load_template(directory, WINDOW, max_length)
+        find_window(directory, WINDOW, max_length)

@@ -1,0 +1,251 @@
+"""Safetensors files read in place: where each tensor lies, and positioned reads into buffers that exist."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from io import FileIO
+from math import prod
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grating_core.errors import CheckpointError
+
+SECTOR = 4096  # what O_DIRECT wants addresses, offsets and lengths to be multiples of
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_LONGEST_HEADER = 100_000_000  # as the format's own reader has it
+_SAMPLE = 64  # bytes of each tensor that tell one checkpoint from another
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies.
+
+    Attributes:
+        name: Its name in the file.
+        path: The file.
+        kind: Its dtype as the format names it, such as ``"BF16"``.
+        shape: Its shape.
+        start: Offset of its first byte in the file.
+        end: Offset behind its last byte.
+    """
+
+    name: str
+    path: Path
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+
+class Checkpoint:
+    """The safetensors files of one model, open for reading.
+
+    May be used from several threads. After a failed read the files are opened again at the next one, so that a
+    checkpoint that comes back is found.
+
+    Args:
+        paths: The files.
+        lasting: Whether it will be read again and again while it may change under us. Then reads of whole sectors
+            bypass the page cache where the file system allows it (the copy out of that cache would take time
+            from computing), and a sample of every tensor is remembered, by which a file that was replaced is told
+            from one that came back.
+
+    Raises:
+        CheckpointError: A file cannot be read, or is not safetensors.
+    """
+
+    def __init__(self, paths: Sequence[Path], *, lasting: bool = False) -> None:
+        self._files = {path: _File(path, lasting) for path in paths}
+        self.tensors: dict[str, StoredTensor] = {
+            name: tensor for file in self._files.values() for name, tensor in file.tensors.items()
+        }
+
+    def read(self, tensor: StoredTensor, start: int, buffer: Tensor, *, direct: bool = False) -> None:
+        """Fill a buffer with the bytes of a file from ``start`` on; past the end of the file it stays as it is.
+
+        Args:
+            tensor: Says which file, and what messages call the bytes.
+            start: Offset of the first byte.
+            buffer: uint8 ``[n]`` on the CPU, contiguous.
+            direct: Bypass the page cache if possible. Then offset, length and address are whole sectors.
+
+        Raises:
+            CheckpointError: The file is cut short, cannot be read, or is another one than was opened.
+        """
+        self._files[tensor.path].read(tensor.name, start, buffer, direct)
+
+    def announce(self, tensor: StoredTensor, ranges: Sequence[tuple[int, int]]) -> None:
+        """Tell the system which bytes, as (start, end), will be read next: it fetches them all at once."""
+        self._files[tensor.path].announce(ranges)
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+
+
+class _File:
+    """One safetensors file."""
+
+    def __init__(self, path: Path, lasting: bool) -> None:
+        self.path = path
+        self._lasting = lasting
+        self._lock = Lock()
+        self._open()
+
+    def _open(self) -> None:
+        self._buffered = FileIO(self.path)
+        self._direct = _open_direct(self.path) if self._lasting else None
+        self._identity = _identity(self._buffered)
+        header, self.tensors = _read_header(self.path, self._buffered)
+        self._digest = self._fingerprint(header) if self._lasting else b""
+        if self._lasting and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._buffered.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+
+    def _fingerprint(self, header: bytes) -> bytes:
+        self.announce([(tensor.start, tensor.start + _SAMPLE) for tensor in self.tensors.values()])
+        digest = hashlib.blake2b(header)
+        for tensor in self.tensors.values():
+            length = min(_SAMPLE, tensor.end - tensor.start)
+            digest.update(_pread(self._buffered, tensor.start, length, self._identity[0]))
+        return digest.digest()
+
+    def read(self, name: str, start: int, buffer: Tensor, direct: bool) -> None:
+        cause = "it changes while it is being read"
+        for _ in range(2):
+            file = self._direct if direct and self._direct is not None else self._buffered
+            try:
+                _fill(file, start, _view(buffer), self._identity[0])
+                if not self._lasting or _identity(self._buffered) == self._identity:
+                    return
+            except (OSError, EOFError, ValueError) as error:  # ValueError: the file is closed
+                cause = str(error)
+            self._reopen(name, cause)
+        raise CheckpointError(f"{self.path}: reading {name} failed: {cause}")
+
+    def _reopen(self, name: str, cause: str) -> None:
+        """Open the file again; it must be the one that was opened first."""
+        with self._lock:
+            digest = self._digest
+            try:
+                twin = _File(self.path, self._lasting)
+            except (OSError, CheckpointError) as error:
+                raise CheckpointError(
+                    f"{self.path}: reading {name} failed ({cause}), and so did opening the file again ({error}). "
+                    f"The next call works if the file is back by then"
+                ) from error
+            if twin._digest != digest:
+                raise CheckpointError(
+                    f"{self.path} has changed since it was opened, so {name} cannot be read: put the file back, "
+                    f"or load the model anew"
+                )
+            self._buffered, self._direct, self._identity = twin._buffered, twin._direct, twin._identity
+
+    def announce(self, ranges: Sequence[tuple[int, int]]) -> None:
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # if something is wrong, reading will tell
+                for start, end in ranges:
+                    os.posix_fadvise(self._buffered.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        self._buffered.close()
+        if self._direct is not None:
+            self._direct.close()
+
+
+def _open_direct(path: Path) -> FileIO | None:
+    """The file past the page cache, or None where that cannot be had."""
+    if not hasattr(os, "O_DIRECT"):
+        return None
+    try:
+        file = FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_DIRECT))
+        _preadv(file, 0, _view(aligned_buffer(SECTOR)))
+    except OSError:  # some file systems refuse to open, others to read
+        return None
+    return file
+
+
+def _identity(file: FileIO) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def _fill(file: FileIO, start: int, view: memoryview, size: int) -> None:
+    """Read until the view is full or a file of this size is at its end."""
+    done, wanted = 0, min(len(view), size - start)
+    while done < wanted:
+        got = _preadv(file, start + done, view[done:])
+        if got == 0:
+            raise EOFError(f"it was {size:,} bytes long and now ends at byte {start + done:,}")
+        done += got
+
+
+def _view(buffer: Tensor) -> memoryview:
+    view: Any = buffer.numpy()
+    return memoryview(view)
+
+
+def _preadv(file: FileIO, start: int, view: memoryview) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(file.fileno(), [view], start)
+    with _seeking:  # no positioned reads on this system
+        file.seek(start)
+        return file.readinto(view) or 0
+
+
+_seeking = Lock()
+
+
+def _read_header(path: Path, file: FileIO) -> tuple[bytes, dict[str, StoredTensor]]:
+    size = os.fstat(file.fileno()).st_size
+    try:
+        length = int.from_bytes(_pread(file, 0, 8, size), "little")
+        if length > min(size - 8, _LONGEST_HEADER):
+            raise ValueError(f"the header would have {length:,} bytes, and the file has {size:,}")
+        header = _pread(file, 8, length, size)
+        tensors = {
+            name: _stored(name, path, entry, 8 + length, size)
+            for name, entry in json.loads(header).items()
+            if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+        raise CheckpointError(f"{path} is not safetensors: {error or type(error).__name__}") from error
+    return header, tensors
+
+
+def _pread(file: FileIO, start: int, length: int, size: int) -> bytes:
+    data = bytearray(length)
+    _fill(file, start, memoryview(data), size)
+    return bytes(data)
+
+
+def _stored(name: str, path: Path, entry: dict[str, Any], data: int, size: int) -> StoredTensor:
+    start, end = (data + int(offset) for offset in entry["data_offsets"])
+    tensor = StoredTensor(name, path, str(entry["dtype"]), tuple(map(int, entry["shape"])), start, end)
+    if not data <= start <= end <= size:
+        raise ValueError(f"{name} would lie at bytes {start:,} to {end:,} of {size:,}; the file is cut short")
+    if tensor.kind in FLOATS and end - start != tensor.size * FLOATS[tensor.kind].itemsize:
+        raise ValueError(f"{name} has {end - start:,} bytes, which is not {tensor.kind} {list(tensor.shape)}")
+    return tensor
+
+
+def aligned_buffer(size: int, *, pinned: bool = False) -> Tensor:
+    """uint8 ``[size]`` whose address is a whole sector, ``size`` rounded up to whole sectors."""
+    size = -(-size // SECTOR) * SECTOR
+    memory = torch.empty(size + SECTOR, dtype=torch.uint8, pin_memory=pinned)
+    shift = -memory.data_ptr() % SECTOR
+    return memory[shift : shift + size]

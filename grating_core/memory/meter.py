@@ -1,0 +1,81 @@
+"""What is counted while a request runs: bytes, waiting, hits, and the memory of the process."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import astuple, dataclass
+
+import psutil
+import torch
+
+if sys.platform != "win32":
+    import resource
+
+
+@dataclass
+class Meter:
+    """Running totals of a model. They are added to by the thread that computes, never by those that read.
+
+    Attributes:
+        bytes_read: Bytes of weights and embedding rows taken from the checkpoint.
+        bytes_spilled: Bytes of hidden states written to disk.
+        seconds_waited: Time that computing stood still for reading and writing.
+        rows_wanted: Embedding rows looked up, each counted once a request.
+        rows_read: Those that were not in memory.
+    """
+
+    bytes_read: int = 0
+    bytes_spilled: int = 0
+    seconds_waited: float = 0.0
+    rows_wanted: int = 0
+    rows_read: int = 0
+
+    def since(self, before: Meter) -> Meter:
+        """What has been added since a copy of these totals was taken."""
+        return Meter(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the rows wanted that were in memory; None if none was looked up."""
+        return max(0.0, 1 - self.rows_read / self.rows_wanted) if self.rows_wanted else None
+
+
+class PeakMemory:
+    """The most memory taken while something runs.
+
+    The system keeps one peak for the life of a process. It is exact, and tells about this time only if it rose;
+    otherwise the answer is the most that was seen when :meth:`look` was called.
+
+    Args:
+        device: Where the computing happens; on CUDA the answer is torch's own peak there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = _highest_memory()
+        self._seen = resident_memory()
+
+    def look(self) -> None:
+        """See how much memory is taken now."""
+        self._seen = max(self._seen, resident_memory())
+
+    @property
+    def bytes(self) -> int:
+        """The peak so far."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        highest = _highest_memory()
+        return highest if highest > self._before else self._seen
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def _highest_memory() -> int:
+    """The most bytes of this process that were ever in memory; 0 where the system does not tell."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return highest if sys.platform == "darwin" else highest * 1024

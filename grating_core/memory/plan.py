@@ -1,0 +1,223 @@
+"""From one number, the memory budget, to what is kept in memory and what is not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from accelerate.utils import convert_file_size_to_int
+
+from grating_core.errors import BudgetError
+from grating_core.memory.group import PIECE
+from grating_core.memory.hidden import FILL
+
+# Code, threads and kernels that the first rerank brings, and the lists of a request: 40 to 75 MB were measured.
+RUNTIME = 76_000_000
+_FEWEST_ROWS = 1024
+_USUAL_HIDDEN = 64 * 512  # tokens whose hidden states come before anything that only saves reading
+_LARGEST_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What the parts of a model take in memory, in bytes where nothing else is said.
+
+    Attributes:
+        layers: Each layer's weights.
+        bytes_read: What reading each layer takes from the disk.
+        vocabulary: Rows of the embedding table.
+        row: One of them.
+        rest: Weights that are always resident: the other tables, norms and the head.
+        converted: Whether weights are converted while they are read, which takes a buffer.
+        hidden: Hidden states of one token.
+        work: Intermediate results for one token, at most.
+        window: Tokens of the longest pair.
+    """
+
+    layers: tuple[int, ...]
+    bytes_read: tuple[int, ...]
+    vocabulary: int
+    row: int
+    rest: int
+    converted: bool
+    hidden: int
+    work: int
+    window: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a memory budget is spent on.
+
+    Attributes:
+        budget: The budget, in bytes.
+        sizes: What it was made for.
+        resident: Numbers of the layers that stay in memory, from 1; the others are streamed.
+        chunk_tokens: Most tokens computed at once. A longer candidate is computed alone.
+        embedding_rows: Rows of the embedding table in memory; all of them when the table is resident.
+        hidden_tokens: Tokens of a request whose hidden states stay in memory; those of a larger one are spilled.
+        tokenizer: What the tokenizer took when it was loaded, in bytes. It comes on top of the budget. None if
+            it has not been loaded.
+    """
+
+    budget: int
+    sizes: ModelSizes
+    resident: tuple[int, ...]
+    chunk_tokens: int
+    embedding_rows: int
+    hidden_tokens: int
+    tokenizer: int | None = None
+
+    @property
+    def streamed(self) -> tuple[int, ...]:
+        """Numbers of the layers that are read for every request."""
+        return tuple(n for n in range(1, len(self.sizes.layers) + 1) if n not in self.resident)
+
+    @property
+    def table_resident(self) -> bool:
+        """Whether the whole embedding table stays in memory."""
+        return self.embedding_rows == self.sizes.vocabulary
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes of each part of the plan, by what they are for."""
+        sizes = self.sizes
+        streamed = [sizes.layers[number - 1] for number in self.streamed]
+        return {
+            "runtime": RUNTIME,
+            "head, norms and small tables": sizes.rest,
+            "resident layers": sum(sizes.layers[number - 1] for number in self.resident),
+            "two layer buffers": 2 * max(streamed, default=0),
+            "conversion buffer": PIECE if sizes.converted else 0,
+            "embedding rows": self.embedding_rows * sizes.row + 4 * sizes.vocabulary,
+            "intermediate results": max(self.chunk_tokens, sizes.window) * sizes.work,
+            "hidden states": self.hidden_tokens * sizes.hidden,
+        }
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts: what is expected at the peak of a rerank, over the state after imports."""
+        return sum(self.parts.values())
+
+    def spills(self, tokens: int) -> bool:
+        """Whether the hidden states of a request of so many tokens are kept on disk."""
+        return tokens + FILL > self.hidden_tokens
+
+    def bytes_read(self) -> int:
+        """Weights read from disk for one request, embedding rows aside."""
+        return sum(self.sizes.bytes_read[number - 1] for number in self.streamed)
+
+    def bytes_spilled(self, tokens: int) -> int:
+        """Hidden states written to disk for one request without pruning; as much is read back."""
+        return (len(self.sizes.layers) - 1) * tokens * self.sizes.hidden if self.spills(tokens) else 0
+
+
+def parse_budget(memory_budget: str | int) -> int:
+    """Bytes of a memory budget: a number of bytes, or a string such as ``"300MB"`` or ``"1.5GiB"``.
+
+    Raises:
+        ValueError: It is neither, or not above 0.
+    """
+    try:
+        if isinstance(memory_budget, bool):
+            raise ValueError
+        # In capitals: "mb" would count bits.
+        size = memory_budget.strip().upper() if isinstance(memory_budget, str) else memory_budget
+        found = int(size) if str(size).isdigit() else convert_file_size_to_int(size)
+        if found < 1:
+            raise ValueError
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError(
+            f"memory_budget={memory_budget!r} must be a number of bytes above 0, a size such as '300MB' or "
+            f"'1.5GiB', or None, which keeps everything in memory"
+        ) from None
+    return int(found)
+
+
+def make_plan(sizes: ModelSizes, budget: int) -> MemoryPlan:
+    """Spend a budget on a model.
+
+    First comes what it cannot run without. Then, by how much reading and writing a byte of memory saves: hidden
+    states of a usual request, embedding rows, resident layers; at last larger chunks, the whole embedding table
+    and more hidden states. Larger chunks come late because they gain a percent or two.
+
+    Args:
+        sizes: Of the model.
+        budget: In bytes.
+
+    Raises:
+        BudgetError: It is too small; the error states the smallest that works.
+    """
+    depth = len(sizes.layers)
+    smallest = MemoryPlan(
+        budget=budget,
+        sizes=sizes,
+        # With one or two layers, two buffers would take as much as the layers.
+        resident=_all_but(depth, depth if depth > 2 else 0),
+        chunk_tokens=sizes.window,
+        embedding_rows=min(_FEWEST_ROWS, sizes.vocabulary),
+        hidden_tokens=_three_spans(sizes.window),
+    )
+    if smallest.total > budget:
+        resident = replace(
+            smallest,
+            resident=_all_but(depth, 0),
+            chunk_tokens=max(sizes.window, _LARGEST_CHUNK),
+            embedding_rows=sizes.vocabulary,
+            hidden_tokens=max(_USUAL_HIDDEN, _three_spans(max(sizes.window, _LARGEST_CHUNK))),
+        ).total
+        raise BudgetError(
+            f"memory_budget={budget:,} bytes is too small for this model, which needs "
+            f"{-(-smallest.total // 1_000_000)}MB for documents of up to {sizes.window:,} tokens: give it that "
+            f"much, or a smaller max_length",
+            smallest=smallest.total,
+            resident=resident,
+        )
+    plan = _more_rows(smallest, 4 * _FEWEST_ROWS)
+    plan = _more_hidden(plan, _USUAL_HIDDEN)
+    plan = _more_rows(plan, sizes.vocabulary // 10)
+    plan = _more_layers(plan)
+    if not plan.streamed:
+        plan = _larger_chunk(plan, _LARGEST_CHUNK)
+        table = replace(plan, embedding_rows=sizes.vocabulary)
+        plan = table if table.total <= budget else plan
+    return _more_hidden(plan, budget)
+
+
+def _room(plan: MemoryPlan, unit: int) -> int:
+    """How many more of something the budget has room for."""
+    return (plan.budget - plan.total) // unit
+
+
+def _more_rows(plan: MemoryPlan, wanted: int) -> MemoryPlan:
+    possible = min(wanted, plan.sizes.vocabulary, plan.embedding_rows + _room(plan, plan.sizes.row))
+    return replace(plan, embedding_rows=max(plan.embedding_rows, possible))
+
+
+def _more_hidden(plan: MemoryPlan, wanted: int) -> MemoryPlan:
+    possible = min(wanted, plan.hidden_tokens + _room(plan, plan.sizes.hidden))
+    return replace(plan, hidden_tokens=max(plan.hidden_tokens, possible))
+
+
+def _larger_chunk(plan: MemoryPlan, wanted: int) -> MemoryPlan:
+    larger = replace(plan, chunk_tokens=wanted, hidden_tokens=max(plan.hidden_tokens, _three_spans(wanted)))
+    return larger if plan.chunk_tokens < wanted and larger.total <= plan.budget else plan
+
+
+def _more_layers(plan: MemoryPlan) -> MemoryPlan:
+    depth = len(plan.sizes.layers)
+    for streamed in range(depth):
+        richer = replace(plan, resident=_all_but(depth, streamed))
+        if richer.total <= plan.budget:
+            return richer
+    return plan
+
+
+def _all_but(depth: int, streamed: int) -> tuple[int, ...]:
+    """The resident layers, when so many are streamed. Those are spread evenly, for the most time to read each."""
+    passing = {1 + number * depth // streamed for number in range(streamed)}
+    return tuple(number for number in range(1, depth + 1) if number not in passing)
+
+
+def _three_spans(tokens: int) -> int:
+    """Tokens in memory when hidden states are spilled: computing, being written, being read; with their fill."""
+    return 3 * (tokens + FILL)

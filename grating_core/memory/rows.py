@@ -1,0 +1,130 @@
+"""The rows of the embedding table that are in use, instead of the table."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from grating_core.memory.checkpoint import FLOATS, Checkpoint, StoredTensor
+from grating_core.memory.meter import Meter
+
+_GAP = 8 * 1024  # bytes; rows less far apart than this are read together
+_BATCH = 256  # rows that are read before they are put into their places
+
+
+class RowCache(nn.Module):
+    """Stands in for an ``nn.Embedding`` and keeps the rows that were used last; the others are on disk.
+
+    One request at a time.
+
+    Args:
+        checkpoint: Holds the table.
+        table: Where the table lies: two dimensions, ``[vocabulary, D]``.
+        capacity: How many rows to keep, 1 or more.
+        dtype: What the rows are converted to.
+        device: Where the rows are wanted.
+        meter: Told of bytes, hits and misses.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        table: StoredTensor,
+        *,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        meter: Meter,
+    ) -> None:
+        super().__init__()
+        self._checkpoint = checkpoint
+        self._table = table
+        self._capacity = capacity
+        self._meter = meter
+        vocabulary, width = table.shape
+        self._row_bytes = width * FLOATS[table.kind].itemsize
+        self._rows = torch.empty(capacity, width, dtype=dtype, device=device)
+        self._place = np.full(vocabulary, -1, dtype=np.int32)  # of each token's row in the cache
+        self._token = np.full(capacity, -1, dtype=np.int32)  # whose row is at each place
+        self._used = np.zeros(capacity, dtype=np.int64)  # when each place was last used
+        self._now = 0
+
+    def fetch(self, input_ids: Tensor) -> None:
+        """Read what a request needs, as far as it fits, before the request begins.
+
+        Args:
+            input_ids: int64, any shape.
+
+        Raises:
+            CheckpointError: The rows cannot be read; the rows that were there stay.
+        """
+        wanted = np.unique(input_ids.cpu().numpy())
+        self._meter.rows_wanted += len(wanted)
+        self._hold(wanted[: self._capacity])
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """The rows of some tokens, ``[…, D]``, as ``nn.Embedding`` gives them."""
+        tokens = input_ids.cpu().numpy().reshape(-1)
+        found = torch.empty(len(tokens), self._rows.shape[1], dtype=self._rows.dtype, device=self._rows.device)
+        # No more tokens at a time than there are places, so that one lookup never evicts its own rows.
+        for start in range(0, len(tokens), self._capacity):
+            part = tokens[start : start + self._capacity]
+            self._hold(np.unique(part))
+            places = torch.from_numpy(self._place[part].astype(np.int64)).to(self._rows.device)
+            torch.index_select(self._rows, 0, places, out=found[start : start + len(part)])
+        return found.view(*input_ids.shape, -1)
+
+    def _hold(self, tokens: NDArray[np.int64]) -> None:
+        """Have the rows of these tokens, which are ascending, different, and no more than the places."""
+        self._now += 1
+        places = self._place[tokens]
+        self._used[places[places >= 0]] = self._now
+        missing = tokens[places < 0]
+        if not len(missing):
+            return
+        victims = np.argpartition(self._used, len(missing) - 1)[: len(missing)]
+        evicted = self._token[victims]
+        self._place[evicted[evicted >= 0]] = -1
+        self._token[victims] = -1
+        started = perf_counter()
+        self._read(missing, victims)
+        self._meter.seconds_waited += perf_counter() - started
+        self._token[victims] = missing
+        self._place[missing] = victims
+        self._used[victims] = self._now
+        self._meter.rows_read += len(missing)
+
+    def _read(self, tokens: NDArray[np.int64], places: NDArray[np.intp]) -> None:
+        """Read rows from disk, neighbours together."""
+        batches = [slice(start, start + _BATCH) for start in range(0, len(tokens), _BATCH)]
+        runs = [self._runs(tokens[batch]) for batch in batches]
+        self._checkpoint.announce(self._table, [self._span(*run) for found in runs for run in found])
+        for batch, found in zip(batches, runs, strict=True):
+            lengths = np.array([last - first + 1 for first, last in found])
+            staging = torch.empty(int(lengths.sum()) * self._row_bytes, dtype=torch.uint8)
+            offset = 0
+            for first, last in found:
+                start, end = self._span(first, last)
+                self._checkpoint.read(self._table, start, staging[offset : offset + end - start])
+                offset += end - start
+            stored = staging.view(FLOATS[self._table.kind]).view(-1, self._rows.shape[1])
+            # Where each run begins in the staging buffer, less the token it begins with.
+            shifts = lengths.cumsum() - lengths - [first for first, _ in found]
+            run_of = np.searchsorted([first for first, _ in found], tokens[batch], side="right") - 1
+            rows = torch.from_numpy(tokens[batch] + shifts[run_of])
+            self._rows[torch.from_numpy(places[batch]).to(self._rows.device)] = stored[rows].to(self._rows)
+            self._meter.bytes_read += offset
+
+    def _runs(self, tokens: NDArray[np.int64]) -> list[tuple[int, int]]:
+        """First and last token of each run of rows that lie close together."""
+        apart = np.flatnonzero(np.diff(tokens) * self._row_bytes > _GAP) + 1
+        return [(int(run[0]), int(run[-1])) for run in np.split(tokens, apart)]
+
+    def _span(self, first: int, last: int) -> tuple[int, int]:
+        """The bytes of a run in the file."""
+        start = self._table.start
+        return start + first * self._row_bytes, start + (last + 1) * self._row_bytes

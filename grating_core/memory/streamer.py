@@ -1,0 +1,134 @@
+"""Layers that pass through two buffers: while one computes, the next is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from grating_core.errors import CheckpointError
+from grating_core.memory.checkpoint import aligned_buffer
+from grating_core.memory.group import PIECE, TensorGroup
+from grating_core.memory.meter import Meter
+
+
+class Streamer:
+    """Reads layers in their order, over and over, one ahead of the computing.
+
+    After the last comes the first again, so that the next request finds it read. A thread does the reading: reads
+    leave Python's lock alone, and past the page cache they take hardly any processor time. One request at a time.
+
+    Args:
+        groups: The streamed layers' weights by layer number; two or more.
+        device: Where the weights are wanted.
+        meter: Told of bytes and waiting.
+    """
+
+    def __init__(self, groups: Mapping[int, TensorGroup], device: torch.device, meter: Meter) -> None:
+        self._groups = groups
+        self._order = sorted(groups)
+        self._meter = meter
+        size = max(group.size for group in groups.values())
+        staging = aligned_buffer(PIECE if any(group.converts for group in groups.values()) else 0)
+        self._free = [_Slot(size, staging, device) for _ in range(2)]
+        self._ahead: dict[int, tuple[_Slot, Future[dict[str, Tensor]]]] = {}
+        # One thread: a read that nobody waits for any more is over before the next into its buffer begins.
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="grating-weights")
+
+    def __contains__(self, number: int) -> bool:
+        """Whether this layer is streamed."""
+        return number in self._groups
+
+    @contextmanager
+    def layer(self, number: int) -> Iterator[dict[str, Tensor]]:
+        """The weights of a layer by name, to be used inside the ``with`` and not after it.
+
+        Raises:
+            CheckpointError: They cannot be read. The next call tries again.
+        """
+        started = perf_counter()
+        slot, weights = self._wait_for(number)
+        self._meter.seconds_waited += perf_counter() - started
+        self._meter.bytes_read += self._groups[number].bytes_read
+        try:
+            yield weights
+        finally:
+            slot.release()
+        self._aim_from(self._after(number))
+
+    def rewind(self) -> None:
+        """Read ahead for the next request, wherever this one ended."""
+        self._aim_from(self._order[0])
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._reader.shutdown(wait=True, cancel_futures=True)
+
+    def _wait_for(self, number: int) -> tuple[_Slot, dict[str, Tensor]]:
+        if number not in self._ahead:
+            self._aim_from(number)
+        slot, reading = self._ahead[number]
+        try:
+            return slot, reading.result()
+        except CheckpointError:
+            # It was read ahead, perhaps long ago, and what was wrong then may be right by now.
+            self._aim()
+        self._aim_from(number)
+        slot, reading = self._ahead[number]
+        try:
+            return slot, reading.result()
+        except BaseException:
+            self._aim()
+            raise
+
+    def _after(self, number: int) -> int:
+        return self._order[(self._order.index(number) + 1) % len(self._order)]
+
+    def _aim_from(self, number: int) -> None:
+        self._aim(number, self._after(number))
+
+    def _aim(self, *numbers: int) -> None:
+        """Have exactly these layers read or being read."""
+        for number in self._ahead.keys() - set(numbers):
+            slot, reading = self._ahead.pop(number)
+            reading.cancel()
+            self._free.append(slot)
+        for number in numbers:
+            if number not in self._ahead:
+                slot = self._free.pop()
+                self._ahead[number] = slot, self._reader.submit(slot.read, self._groups[number])
+
+
+class _Slot:
+    """A buffer for one layer on the CPU, pinned and with a twin on the device if that is another."""
+
+    def __init__(self, size: int, staging: Tensor, device: torch.device) -> None:
+        self._staging = staging  # the slots take turns with it, as they do with the thread
+        self._device = device
+        self._host = aligned_buffer(size, pinned=device.type == "cuda")
+        self._twin = self._host if device.type == "cpu" else self._host.to(device)
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._computed: torch.cuda.Event | None = None
+
+    def read(self, group: TensorGroup) -> dict[str, Tensor]:
+        group.read(self._host, self._staging)
+        if self._stream is not None:
+            with torch.cuda.stream(self._stream):
+                if self._computed is not None:
+                    self._stream.wait_event(self._computed)
+                self._twin.copy_(self._host, non_blocking=True)
+            self._stream.synchronize()
+        elif self._twin is not self._host:
+            self._twin.copy_(self._host)
+        return group.views(self._twin)
+
+    def release(self) -> None:
+        """What is computing with the weights has been set going; the next read must not overtake it."""
+        if self._stream is not None:
+            self._computed = torch.cuda.current_stream(self._device).record_event()

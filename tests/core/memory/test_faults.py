@@ -1,0 +1,141 @@
+"""A disk that fails while requests run: an error that says what, and the next call works once all is well."""
+
+import errno
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from grating_core import Reranker
+from grating_core.errors import CheckpointError, SpillError
+from grating_core.memory import checkpoint, hidden
+from tests.core.conftest import save_model
+from tests.core.memory.conftest import load_planned
+
+QUERY = "w1 w2"
+DOCUMENTS = [" ".join(f"w{(7 * n + m) % 200}" for m in range(10 + n)) for n in range(12)]
+
+
+@pytest.fixture
+def directory(tiny_bert: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bert, tmp_path / "model"))
+
+
+def rerank_several(planned: Reranker) -> None:
+    """More than one request: what was read ahead before the damage is whole."""
+    for number in range(3):
+        planned.rerank(f"w{50 + number} w{60 + number}", DOCUMENTS)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def overwrite(path: Path) -> None:
+    """Another model of the same shape, written into the same file."""
+    other = save_model(path.parent / "other", "bert", seed=1)
+    path.write_bytes((other / path.name).read_bytes())
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("changes", [{"resident": ()}, {"embedding_rows": 7}], ids=["layers", "rows"])
+@pytest.mark.parametrize("damage", [cut, overwrite, empty])
+def test_a_file_that_changes_is_noticed_and_may_come_back(directory: Path, changes, damage) -> None:
+    planned = load_planned(directory, **changes)
+    expected = planned.rerank(QUERY, DOCUMENTS).ranking
+    path = directory / "model.safetensors"
+    intact = path.read_bytes()
+    damage(path)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors.*bert\.(encoder|embeddings)"):
+            rerank_several(planned)
+    path.write_bytes(intact)
+    assert planned.rerank(QUERY, DOCUMENTS).ranking == expected
+    path.unlink()
+    path.write_bytes(intact)
+    assert planned.rerank(QUERY, DOCUMENTS).ranking == expected
+
+
+def test_a_deleted_file_is_still_open(directory: Path) -> None:
+    planned = load_planned(directory, resident=(), embedding_rows=7)
+    expected = planned.rerank(QUERY, DOCUMENTS).ranking
+    shutil.rmtree(directory)
+    assert planned.rerank(QUERY, DOCUMENTS).ranking == expected
+
+
+def test_a_read_error_names_file_and_tensor(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = load_planned(directory, resident=())
+    expected = planned.rerank(QUERY, DOCUMENTS).ranking
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(checkpoint, "_preadv", fail)
+        with pytest.raises(
+            CheckpointError, match=r"model\.safetensors: reading bert\.encoder.*Input/output error"
+        ):
+            rerank_several(planned)
+    assert planned.rerank(QUERY, DOCUMENTS).ranking == expected
+
+
+def test_a_full_disk_is_told_before_computing(
+    directory: Path, spill_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = load_planned(directory, hidden_tokens=0)
+    expected = planned.rerank(QUERY, DOCUMENTS).ranking
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "posix_fallocate", full)
+        with pytest.raises(SpillError, match=r"cache.*No space left on device.*memory_budget"):
+            planned.rerank(QUERY, DOCUMENTS)
+    with monkeypatch.context() as broken:
+        broken.setattr(hidden.HiddenOnDisk, "_write", full)
+        with pytest.raises(SpillError, match="No space left on device"):
+            planned.rerank(QUERY, DOCUMENTS)
+    assert planned.rerank(QUERY, DOCUMENTS).ranking == expected
+    assert list(spill_directory.iterdir()) == []
+
+
+def test_the_spill_file_has_no_name_while_it_is_used(tiny_bert: Path, spill_directory: Path) -> None:
+    seen = []
+
+    class Look:
+        def route(self, layer, scores, top_k):
+            seen.extend(spill_directory.iterdir())
+            return ["deferred"] * len(scores)
+
+    planned = load_planned(tiny_bert, hidden_tokens=0, pruning=Look())
+    assert planned.rerank(QUERY, DOCUMENTS, 2).trace.bytes_spilled > 0
+    assert seen == []
+
+
+def test_a_place_that_cannot_be_written_is_named(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    monkeypatch.setenv("GRATING_CACHE", str(tmp_path / "file"))
+    planned = load_planned(tiny_bert, hidden_tokens=0)
+    with pytest.raises(SpillError, match="file"):
+        planned.rerank(QUERY, DOCUMENTS)
+
+
+def test_close_stops_threads_and_closes_files(tiny_bert: Path, spill_directory: Path) -> None:
+    files = Path("/proc/self/fd")
+    before = len(list(files.iterdir())) if files.is_dir() else 0
+    with load_planned(tiny_bert, resident=(), embedding_rows=7, hidden_tokens=0) as planned:
+        planned.rerank(QUERY, DOCUMENTS)
+        assert any(thread.name.startswith("grating") for thread in threading.enumerate())
+    assert not any(thread.name.startswith("grating") for thread in threading.enumerate())
+    if before:
+        assert len(list(files.iterdir())) == before
+    with pytest.raises(RuntimeError, match="closed"):
+        planned.rerank(QUERY, DOCUMENTS)

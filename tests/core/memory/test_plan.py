@@ -1,0 +1,100 @@
+"""From a budget to a plan."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grating_core import Reranker
+from grating_core.errors import BudgetError
+from grating_core.memory.plan import ModelSizes, make_plan, parse_budget
+from tests.core.conftest import BUNDLED
+
+M3 = ModelSizes(
+    layers=(25_200_000,) * 24, bytes_read=(25_200_000,) * 24, vocabulary=250_002, row=2048, rest=21_000_000,
+    converted=False, hidden=2048, work=24_576, window=512,
+)  # fmt: skip
+
+sizes = st.builds(
+    lambda depth, layer, vocabulary, row, window, converted: ModelSizes(
+        layers=(layer,) * depth, bytes_read=(layer,) * depth, vocabulary=vocabulary, row=row, rest=layer,
+        converted=converted, hidden=row, work=12 * row, window=window,
+    ),
+    st.integers(1, 40), st.integers(1, 10**8), st.integers(1, 300_000), st.integers(2, 10_000),
+    st.integers(8, 8192), st.booleans(),
+)  # fmt: skip
+
+
+@given(sizes, st.integers(0, 3 * 10**9))
+def test_a_plan_keeps_to_its_budget(model: ModelSizes, more: int) -> None:
+    with pytest.raises(BudgetError) as told:
+        make_plan(model, 1)
+    plan = make_plan(model, told.value.smallest + more)
+    assert plan.total <= plan.budget
+    assert sorted([*plan.resident, *plan.streamed]) == list(range(1, len(model.layers) + 1))
+    assert len(plan.streamed) not in (1, 2)
+    assert 1 <= plan.embedding_rows <= model.vocabulary
+    assert plan.hidden_tokens >= 3 * max(plan.chunk_tokens, model.window)
+    with pytest.raises(BudgetError):
+        make_plan(model, told.value.smallest - 1)
+    assert make_plan(model, max(told.value.resident, told.value.smallest)).streamed == ()
+
+
+@given(st.integers(180, 3000), st.integers(0, 500))
+def test_more_budget_keeps_more(megabytes: int, more: int) -> None:
+    less, richer = make_plan(M3, megabytes * 10**6), make_plan(M3, (megabytes + more) * 10**6)
+    assert len(richer.resident) >= len(less.resident)
+    assert richer.chunk_tokens >= less.chunk_tokens
+    assert richer.bytes_read() <= less.bytes_read()
+
+
+def test_streamed_layers_are_spread() -> None:
+    streamed = make_plan(M3, 500_000_000).streamed
+    gaps = {after - before for before, after in pairwise(streamed)}
+    assert streamed[0] == 1
+    assert max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize(
+    ("given", "bytes"),
+    [("300MB", 300_000_000), ("300mb", 300_000_000), (" 1.5GiB ", 3 * 2**29), ("0.3 GB", 300_000_000),
+     (123, 123), ("123", 123)],
+)  # fmt: skip
+def test_sizes_are_understood(given: str | int, bytes: int) -> None:
+    assert parse_budget(given) == bytes
+
+
+@pytest.mark.parametrize("given", ["", "much", "-1MB", "0MB", 0, -5, 1.5, True, None, "MB", [300]])
+def test_senseless_sizes_are_refused(given: object) -> None:
+    with pytest.raises(ValueError, match=r"memory_budget=.*such as '300MB'"):
+        parse_budget(given)
+
+
+def test_too_small_a_budget_is_told_what_would_do() -> None:
+    with pytest.raises(BudgetError, match=r"memory_budget=1,000,000 bytes is too small.*needs \d+MB") as told:
+        Reranker.from_pretrained(BUNDLED, memory_budget="1MB")
+    assert isinstance(told.value, ValueError)
+    with Reranker.from_pretrained(BUNDLED, memory_budget=told.value.smallest) as reranker:
+        assert reranker.plan is not None
+        assert reranker.plan.resident == ()
+        assert reranker.plan.tokenizer is not None
+    with Reranker.from_pretrained(BUNDLED, memory_budget=told.value.resident) as reranker:
+        assert reranker.plan.streamed == ()
+        assert reranker.plan.table_resident
+
+
+def test_a_budget_and_a_chunk_size_exclude_each_other(tiny_bert: Path) -> None:
+    with pytest.raises(ValueError, match="chunk_tokens=64 and memory_budget"):
+        Reranker.from_pretrained(tiny_bert, memory_budget="300MB", chunk_tokens=64)
+
+
+def test_the_real_model_within_a_budget(bundled: Reranker) -> None:
+    documents = [f"Berlin has {n} million inhabitants. " * (n % 40 + 1) for n in range(30)]
+    expected = bundled.rerank("How many people live in Berlin?", documents, 5).ranking
+    with Reranker.from_pretrained(BUNDLED, memory_budget="130MB", dtype="float32", pruning="off") as reranker:
+        result = reranker.rerank("How many people live in Berlin?", documents, 5)
+    assert result.trace.bytes_read > 0
+    assert [ranked.index for ranked in result.ranking] == [ranked.index for ranked in expected]
+    assert [r.score for r in result.ranking] == pytest.approx([r.score for r in expected], abs=1e-4)
