@@ -2,9 +2,14 @@
 
     make bench-deps
     .venv/bin/python -m benchmarks.latency --data ../shared/data/cranfield --model bundled:ms-marco-minilm-l12
+    .venv/bin/python -m benchmarks.latency --data ../shared/data/cranfield --model qwen3-0.6b --queries 1
 
 BM25's top candidates of a few queries are reranked by every system in turn, round after round, so that a noisy
-machine is noisy for all of them. The median over the rounds of each query is summed over the queries.
+machine is noisy for all of them. The median over the rounds of each query is averaged over the queries.
+
+Decoders are compared with transformers only, told what Qwen3-Reranker's model card says; sentence-transformers is
+left out, for its CrossEncoder does not know that prompt. All systems are in memory at once. ``qwen3-0.6b`` has the
+shape of the real model and random weights: its seconds mean something, its agreement does not.
 """
 
 from __future__ import annotations
@@ -23,14 +28,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from sentence_transformers import CrossEncoder
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
 from benchmarks.collections import Request, load_requests
+from benchmarks.recipes import CARD_LENGTH, best, find_recipe, is_decoder
+from benchmarks.shapes import find_or_write
 from grating_core import Reranker
 from grating_core.engine.attention import PACKED_ATTENTION, Packing
 from grating_core.engine.ragged import RaggedBatch
 from grating_core.models.bundled import BUNDLED_PREFIX, bundled_source
-from grating_core.models.directory import find_model
 from grating_core.models.loading import StoredModel
 from grating_core.models.templates import load_template
 
@@ -38,25 +44,16 @@ Ranking = list[int]
 System = Callable[[Request, int], Ranking]
 
 REFERENCE = "transformers, padded, float32"
+PADDED = "transformers, padded, bfloat16"
 
 
-def best(scores: np.ndarray | torch.Tensor, top_k: int) -> Ranking:
-    """Indices of the highest scores."""
-    return [int(index) for index in np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")[:top_k]]
+def transformers_padded(directory: Path, dtype: torch.dtype, batch_size: int | None = None) -> System:
+    """The plain way: batches padded to the longest pair of each, or a single one."""
+    recipe = find_recipe(directory, None)
+    model = recipe.architecture.from_pretrained(directory, dtype=dtype).eval()
 
-
-def transformers_padded(directory: Path, dtype: torch.dtype) -> System:
-    """The plain way: one batch, padded to its longest pair."""
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=dtype).eval()
-
-    @torch.inference_mode()
     def rank(request: Request, top_k: int) -> Ranking:
-        pairs = tokenizer(
-            [request.query] * len(request.documents), request.documents, padding=True, truncation=True,
-            return_tensors="pt",
-        )  # fmt: skip
-        return best(model(**pairs).logits[:, 0].float(), top_k)
+        return best(recipe.scores(model, request.query, request.documents, batch_size), top_k)
 
     return rank
 
@@ -97,20 +94,21 @@ def packed_loop(directory: Path, dtype: torch.dtype) -> System:
 
     @torch.inference_mode()
     def rank(request: Request, top_k: int) -> Ranking:
-        pairs = template.encode(request.query, request.documents)
-        batch = RaggedBatch.pack([p.input_ids for p in pairs], [p.token_type_ids for p in pairs], model.device)
+        candidates = template.encode(request.query, request.documents)
+        batch = RaggedBatch.pack(candidates, model.device, share_prefix=False)
         positions = batch.positions()[None]
         hidden = model.embed(batch.input_ids[None], batch.token_type_ids[None], positions)
         for number in range(1, model.depth + 1):
             hidden = model.run_layer(number, hidden, positions, packing=Packing(batch.lengths))
-        return best(model.read_scores(hidden, batch.lengths), top_k)
+        return best(model.read_scores(model.depth, hidden, batch.lengths), top_k)
 
     return rank
 
 
 def grating(directory: Path, pruning: str, dtype: str = "auto") -> System:
     """What this project offers in place of all the above."""
-    reranker = Reranker.from_pretrained(directory, pruning=pruning, dtype=dtype, device="cpu")
+    window = CARD_LENGTH if is_decoder(directory) else None
+    reranker = Reranker.from_pretrained(directory, pruning=pruning, dtype=dtype, device="cpu", max_length=window)
 
     def rank(request: Request, top_k: int) -> Ranking:
         return [ranked.index for ranked in reranker.rerank(request.query, request.documents, top_k).ranking]
@@ -118,11 +116,23 @@ def grating(directory: Path, pruning: str, dtype: str = "auto") -> System:
     return rank
 
 
-def systems(model: str, directory: Path) -> dict[str, System]:
-    """Everything that is compared, by the name it has in the table."""
+def decoder_systems(directory: Path) -> dict[str, System]:
+    """Everything that is compared for a decoder, by the name it has in the table."""
+    return {
+        REFERENCE: transformers_padded(directory, torch.float32),
+        PADDED: transformers_padded(directory, torch.bfloat16),
+        "transformers, batches of 4, bfloat16": transformers_padded(directory, torch.bfloat16, 4),
+        "grating, pruning off, float32": grating(directory, "off", "float32"),
+        "grating, pruning off": grating(directory, "off"),
+        "grating, pruning auto": grating(directory, "auto"),
+    }
+
+
+def encoder_systems(model: str, directory: Path) -> dict[str, System]:
+    """Everything that is compared for an encoder, by the name it has in the table."""
     compared = {
         REFERENCE: transformers_padded(directory, torch.float32),
-        "transformers, padded, bfloat16": transformers_padded(directory, torch.bfloat16),
+        PADDED: transformers_padded(directory, torch.bfloat16),
         "sentence-transformers, default": sentence_transformers(directory, 32),
         "sentence-transformers, batch_size=1": sentence_transformers(directory, 1),
         "sentence-transformers, batch_size=2": sentence_transformers(directory, 2),
@@ -137,6 +147,15 @@ def systems(model: str, directory: Path) -> dict[str, System]:
         "grating, pruning auto": grating(directory, "auto"),
         "grating, pruning cluster": grating(directory, "cluster"),
     }
+
+
+def peers(latency: dict[str, float]) -> dict[str, float]:
+    """The seconds that the others are compared with, by their heading in the table."""
+    usual, default, short = "sentence-transformers", "sentence-transformers, default", "s.-t."
+    if default not in latency:
+        usual, default, short = "transformers", PADDED, "transf."
+    fastest = min(seconds for name, seconds in latency.items() if name.startswith(usual))
+    return {f"× {short} default": latency[default], f"× {short} best": fastest}
 
 
 def matrix_product_rate(dtype: torch.dtype) -> float:
@@ -176,27 +195,29 @@ def measure(
 
 def main(
     data: Annotated[Path, typer.Option(help="A collection in BEIR layout.")],
-    model: Annotated[str, typer.Option(help="Hub id, directory or bundled name.")] = "bundled:ms-marco-minilm-l12",
+    model: Annotated[
+        str, typer.Option(help="Hub id, directory, bundled name, or qwen3-0.6b.")
+    ] = "bundled:ms-marco-minilm-l12",
     candidates: Annotated[int, typer.Option(help="Candidates per query.")] = 20,
     top_k: Annotated[int, typer.Option(help="How many are wanted.")] = 5,
     queries: Annotated[int, typer.Option(help="Queries, each measured on its own.")] = 3,
     rounds: Annotated[int, typer.Option(help="Runs of which the median is taken.")] = 5,
 ) -> None:
     """Measure and print the table."""
-    directory = find_model(model, show_progress=True)
+    directory = find_or_write(model)
     requests = load_requests(data, candidates=candidates, queries=queries)
-    latency, agreements = measure(systems(model, directory), requests, top_k, rounds)
-    peers = [seconds for name, seconds in latency.items() if name.startswith("sentence-transformers")]
+    systems = decoder_systems(directory) if is_decoder(directory) else encoder_systems(model, directory)
+    latency, agreements = measure(systems, requests, top_k, rounds)
+    compared_with = peers(latency)
     setting = f"{candidates} candidates, K={top_k}, {len(requests)} queries × {rounds} rounds"
     table = Table(title=f"{data.name}, {model}: {setting}, {torch.get_num_threads()} threads")
-    for heading in ("system", "seconds", "× s.-t. default", "× s.-t. best", f"agreement@{top_k}"):
+    for heading in ("system", "seconds", *compared_with, f"agreement@{top_k}"):
         table.add_column(heading, justify="left" if heading == "system" else "right")
     for name, seconds in latency.items():
         table.add_row(
             name,
             f"{seconds:.3f}",
-            f"{latency['sentence-transformers, default'] / seconds:.2f}",
-            f"{min(peers) / seconds:.2f}",
+            *(f"{peer / seconds:.2f}" for peer in compared_with.values()),
             f"{agreements[name]:.2f}",
         )
     console = Console(width=115)

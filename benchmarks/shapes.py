@@ -5,22 +5,85 @@ Memory and time do not depend on what the weights say, so a model that cannot be
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import string
 import tempfile
-from itertools import accumulate
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
-from transformers import AutoModelForSequenceClassification, XLMRobertaConfig, XLMRobertaTokenizer
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    XLMRobertaConfig,
+    XLMRobertaTokenizer,
+)
 
-_SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+from benchmarks.recipes import BODY, INSTRUCTION, PREFIX, SUFFIX
+from grating_core.models.bundled import cache_directory
+from grating_core.models.directory import find_model
+
 _LETTERS = string.ascii_lowercase + "éüñабвгд中文字"
-_VOCABULARY = 250_002
 _START = "▁"  # how a Unigram vocabulary marks the beginning of a word
+
+_M3_SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+_M3_VOCABULARY = 250_002
+
+# With the ids they have in the real tokenizer, which has other tokens in place of the reserved ones.
+_QWEN3_RESERVED = [f"<|reserved_{i}|>" for i in range(21)]
+_QWEN3_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *_QWEN3_RESERVED, "<think>", "</think>")
+_QWEN3_ORDINARY = 151_643
+_QWEN3_WORDS = 100_000  # as many as it takes to learn that many entries from
+_QWEN3_SIZES: dict[str, dict[str, Any]] = {
+    "0.6b": {
+        "num_hidden_layers": 28,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_attention_heads": 16,
+        "tie_word_embeddings": True,
+    },
+    "4b": {
+        "num_hidden_layers": 36,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": True,
+    },
+    "8b": {
+        "num_hidden_layers": 36,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+    },
+}
+_FILE_BYTES = 2 * 10**9
+
+
+def find_or_write(model: str, directory: Path | None = None) -> Path:
+    """The directory of a model that is to be measured.
+
+    Args:
+        model: ``m3`` or ``qwen3-0.6b``, ``-4b``, ``-8b``: a shape, written if it is not there yet. Else a hub id,
+            directory or bundled name.
+        directory: Where a shape is, or goes; None for the cache.
+    """
+    cache = cache_directory() / "benchmarks"
+    family, _, size = model.partition("-")
+    if model == "m3":
+        return write_m3_shape(directory or cache / "m3")
+    if family == "qwen3" and size in _QWEN3_SIZES:
+        return write_qwen3_shape(directory or cache / f"Qwen3-Reranker-{size.upper()}-shape", size)
+    return find_model(model, show_progress=True)
 
 
 def write_m3_shape(directory: Path, *, layers: int = 24, seed: int = 0) -> Path:
@@ -36,16 +99,47 @@ def write_m3_shape(directory: Path, *, layers: int = 24, seed: int = 0) -> Path:
     """
     if directory.is_dir():
         return directory
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    # Made under another name and renamed when complete: whoever sees the directory sees a finished one.
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
+    with _seen_when_finished(directory) as unfinished:
         tokenizer = XLMRobertaTokenizer(vocab=_unigram_vocabulary(seed), model_max_length=8192)
         tokenizer.save_pretrained(unfinished)
         _random_m3(layers, seed).save_pretrained(unfinished, max_shard_size="10GB")
-        unfinished.rename(directory)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    return directory
+
+
+def write_qwen3_shape(directory: Path, size: str, *, layers: int | None = None, seed: int = 0) -> Path:
+    """A checkpoint shaped like ``Qwen/Qwen3-Reranker-0.6B`` or a larger one, written if it is not there yet.
+
+    Args:
+        directory: Where it goes: 1.2, 8 or 16 GB of bfloat16 weights in files of at most 2 GB, of which one is in
+            memory at a time, and the tokenizer. ``Qwen3-Reranker`` in its name tells which prompt the model takes.
+        size: ``"0.6b"``, ``"4b"`` or ``"8b"``.
+        layers: None for as many as the real model has.
+        seed: Of weights and vocabulary.
+
+    Returns:
+        The directory.
+    """
+    if directory.is_dir():
+        return directory
+    sizes = _QWEN3_SIZES[size] | ({"num_hidden_layers": layers} if layers else {})
+    with _seen_when_finished(directory) as unfinished:
+        tokenizer = _qwen2_tokenizer(seed)
+        tokenizer.save_pretrained(unfinished)
+        config = Qwen3Config(
+            architectures=["Qwen3ForCausalLM"],
+            dtype="bfloat16",
+            vocab_size=len(tokenizer),
+            num_key_value_heads=8,
+            head_dim=128,
+            max_position_embeddings=40960,
+            rms_norm_eps=1e-6,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            bos_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            **sizes,
+        )
+        config.save_pretrained(unfinished)
+        _write_random_weights(unfinished, config, seed)
     return directory
 
 
@@ -78,18 +172,38 @@ def random_texts(directory: Path, count: int, tokens: int, *, seed: int = 0) -> 
     return texts
 
 
+@contextmanager
+def _seen_when_finished(directory: Path) -> Iterator[Path]:
+    """Another directory, renamed when complete: whoever sees the directory sees a finished one."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        yield unfinished
+        unfinished.rename(directory)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def _words(tokenizer: Tokenizer) -> list[str]:
-    """The whole words of a Unigram or WordPiece vocabulary, in the order of their ids."""
+    """The whole words of a Unigram, WordPiece or byte-level vocabulary, in the order of their ids."""
     ids = tokenizer.get_vocab()
-    pieces = sorted(ids, key=ids.__getitem__)
-    if marked := [piece.removeprefix(_START) for piece in pieces if piece.startswith(_START)]:
+    pieces, start = sorted(ids, key=ids.__getitem__), _START
+    if isinstance(tokenizer.decoder, decoders.ByteLevel):
+        pieces, start = tokenizer.decode_batch([[ids[piece]] for piece in pieces]), " "
+    if marked := [piece.removeprefix(start) for piece in pieces if piece.startswith(start)]:
         pieces = marked
     return [piece for piece in pieces if piece.isalpha() and len(piece) > 1]
 
 
+def _random_word(chance: random.Random, start: str) -> str:
+    """A few letters, behind a mark of a word's beginning or not."""
+    letters = "".join(chance.choices(_LETTERS, k=chance.randint(2, 9)))
+    return chance.choice((start, "")) + letters
+
+
 def _random_m3(layers: int, seed: int) -> Any:
     config = XLMRobertaConfig(
-        vocab_size=_VOCABULARY,
+        vocab_size=_M3_VOCABULARY,
         hidden_size=1024,
         num_hidden_layers=layers,
         num_attention_heads=16,
@@ -109,10 +223,72 @@ def _random_m3(layers: int, seed: int) -> Any:
 def _unigram_vocabulary(seed: int) -> list[tuple[str, float]]:
     """Pieces and their log probabilities: special tokens, single characters, and random words and endings."""
     chance = random.Random(seed)
-    pieces = dict.fromkeys((*_SPECIAL, _START, *string.printable.strip(), *_LETTERS))
-    while len(pieces) < _VOCABULARY - 1:
-        letters = "".join(chance.choices(_LETTERS, k=chance.randint(2, 9)))
-        pieces[chance.choice((_START, "")) + letters] = None
+    pieces = dict.fromkeys((*_M3_SPECIAL, _START, *string.printable.strip(), *_LETTERS))
+    while len(pieces) < _M3_VOCABULARY - 1:
+        pieces[_random_word(chance, _START)] = None
     pieces["<mask>"] = None
     # So flat that one long piece is always likelier than two short ones.
-    return [(piece, 0.0 if rank < len(_SPECIAL) else -8 - rank / 50_000) for rank, piece in enumerate(pieces)]
+    return [(piece, 0.0 if rank < len(_M3_SPECIAL) else -8 - rank / 50_000) for rank, piece in enumerate(pieces)]
+
+
+def _write_random_weights(directory: Path, config: Qwen3Config, seed: int) -> None:
+    """Write the weights of a causal language model in safetensors files, each drawn when its turn comes."""
+    architecture: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        weights = architecture.from_config(config, dtype=torch.bfloat16).state_dict()
+    if config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    chance = torch.Generator().manual_seed(seed)
+    files = _divide(weights)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(files, 1):
+        path = directory / f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        save_file({name: _drawn(weights[name], chance) for name in names}, path, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, path.name)
+    index = {"metadata": {"total_size": sum(map(_bytes, weights.values()))}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _divide(weights: dict[str, torch.Tensor]) -> list[list[str]]:
+    """The names of the weights in each file; a layer's are never apart."""
+    files: list[list[str]] = [[]]
+    room = _FILE_BYTES
+    for _, names in groupby(weights, key=lambda name: name.split(".")[:3]):
+        together = list(names)
+        size = sum(_bytes(weights[name]) for name in together)
+        if size > room:
+            files.append([])
+            room = _FILE_BYTES
+        files[-1] += together
+        room -= size
+    return files
+
+
+def _drawn(weight: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
+    """Real values for a weight that has only a shape: norms are 1, and nothing else is a vector."""
+    if weight.ndim == 1:
+        return torch.ones(weight.shape, dtype=weight.dtype)
+    return torch.empty(weight.shape, dtype=weight.dtype).normal_(std=0.02, generator=chance)
+
+
+def _bytes(weight: torch.Tensor) -> int:
+    return weight.numel() * weight.itemsize
+
+
+def _qwen2_tokenizer(seed: int) -> Qwen2Tokenizer:
+    """A byte-level tokenizer that learnt random words, and the prompt's so often that each is one token."""
+    chance = random.Random(seed)
+    prompt = [PREFIX, BODY.format(instruction=INSTRUCTION, query="", document=""), SUFFIX, "\n\n", "yes", "no"]
+    words = [_random_word(chance, " ") for _ in range(_QWEN3_WORDS)]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=_QWEN3_ORDINARY, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(words + 1000 * prompt, trainer)
+    learnt = json.loads(backend.to_str())["model"]
+    merges: Any = [tuple(merge) for merge in learnt["merges"]]
+    tokenizer = Qwen2Tokenizer(vocab=learnt["vocab"], merges=merges, model_max_length=131_072)
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in _QWEN3_SPECIAL])
+    tokenizer.eos_token = "<|im_end|>"
+    assert len(tokenizer) == _QWEN3_ORDINARY + len(_QWEN3_SPECIAL)
+    return tokenizer
