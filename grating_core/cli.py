@@ -49,6 +49,10 @@ Scores = Annotated[str, typer.Option(help="exact, or estimated: sure winners sto
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best there is by default.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 MaxLength = Annotated[int | None, typer.Option(help="Most tokens of query and document together.")]
+LongDocuments = Annotated[str, typer.Option(help="truncate, or windows: the best window of a document counts.")]
+TemplateName = Annotated[str | None, typer.Option(help="Official prompt of a decoder, if its name does not tell.")]
+Instruction = Annotated[str | None, typer.Option(help="What to judge by, for models that take an instruction.")]
+AdapterName = Annotated[str | None, typer.Option("--adapter", help="LoRA adapter: directory or hub id.")]
 Budget = Annotated[str | None, typer.Option(help="Memory it may take, such as 300MB; no bound by default.")]
 
 
@@ -66,6 +70,10 @@ def rerank(
     device: Device = None,
     dtype: Dtype = "auto",
     max_length: MaxLength = None,
+    long_documents: LongDocuments = "truncate",
+    template: TemplateName = None,
+    instruction: Instruction = None,
+    adapter: AdapterName = None,
     memory_budget: Budget = None,
 ) -> None:
     """Print the documents that answer a question best."""
@@ -74,6 +82,10 @@ def rerank(
         "device": device,
         "dtype": dtype,
         "max_length": max_length,
+        "long_documents": long_documents,
+        "template": template,
+        "instruction": instruction,
+        "adapter": adapter,
         "memory_budget": memory_budget,
     }
     with _plain_errors():
@@ -99,6 +111,10 @@ def explain(
     device: Device = None,
     dtype: Dtype = "auto",
     max_length: MaxLength = None,
+    long_documents: LongDocuments = "truncate",
+    template: TemplateName = None,
+    instruction: Instruction = None,
+    adapter: AdapterName = None,
     memory_budget: Budget = None,
     plot: Annotated[Path | None, typer.Option(help="Draw score trajectories into this picture.")] = None,
 ) -> None:
@@ -108,6 +124,10 @@ def explain(
         "device": device,
         "dtype": dtype,
         "max_length": max_length,
+        "long_documents": long_documents,
+        "template": template,
+        "instruction": instruction,
+        "adapter": adapter,
         "memory_budget": memory_budget,
     }
     with _plain_errors():
@@ -133,6 +153,8 @@ def plan(
     device: Device = None,
     dtype: Dtype = "auto",
     max_length: MaxLength = None,
+    template: TemplateName = None,
+    adapter: AdapterName = None,
 ) -> None:
     """Show what a memory budget is spent on, and what a request will read from disk and write to it."""
     with _plain_errors(), _err.status("Looking at the model ..."):
@@ -141,12 +163,19 @@ def plan(
         from grating_core.reranker import plan_memory
 
         directory, window, planned = plan_memory(
-            model, memory_budget, device=device, dtype=dtype, max_length=max_length, show_progress=True
+            model,
+            memory_budget,
+            device=device,
+            dtype=dtype,
+            max_length=max_length,
+            template=template,
+            adapter=adapter,
+            show_progress=True,
         )
         before = resident_memory()
-        template = load_template(directory, window)
+        loaded = load_template(directory, window)
         tokenizer = resident_memory() - before
-        del template
+        del loaded
     request = candidates * min(tokens, window)
     table = _table("what", "MB", "")
     details = {

@@ -21,19 +21,31 @@ from typing_extensions import Self
 from grating_core.engine.attention import PACKED_ATTENTION
 from grating_core.engine.forward import Outcome, forward
 from grating_core.engine.ragged import RaggedBatch, filled
+from grating_core.errors import UnsupportedModelError
 from grating_core.memory.hidden import HiddenInMemory, HiddenOnDisk, HiddenStates
 from grating_core.memory.meter import PeakMemory, resident_memory
-from grating_core.memory.plan import MemoryPlan, make_plan, parse_budget
+from grating_core.memory.plan import LARGEST_WORK, MemoryPlan, make_plan, parse_budget
+from grating_core.models.adapter import Adapter
 from grating_core.models.bundled import cache_directory
 from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.models.directory import find_model
+from grating_core.models.gguf import GgufModel, is_gguf
 from grating_core.models.loading import StoredModel
 from grating_core.models.placement import choose_device, choose_dtype
-from grating_core.models.templates import PairTemplate, TokenisedPair, find_window, load_template
+from grating_core.models.prompts import Prompt
+from grating_core.models.templates import (
+    LongDocuments,
+    Template,
+    TokenisedPair,
+    check_long_documents,
+    find_prompt,
+    find_window,
+    load_template,
+)
 from grating_core.pruning import ClusterPolicy, Off, PruningPolicy
 from grating_core.results import RankedDocument, RerankResult, Trace
 
-_CHUNK_TOKENS = {"cpu": 4096, "cuda": 32768, "mps": 8192}
+_CHUNK_TOKENS = {"cuda": 32768, "mps": 8192}  # on the CPU it depends on the size of the layers
 _SCORE_GROUP = 256  # pairs that score() holds in memory at a time
 # Lost at most 2 % of the full model's top 5 on each corpus of benchmarks/pruning.py.
 _CAUTIOUS = ClusterPolicy(dispersion_threshold=16.0)
@@ -52,17 +64,18 @@ class Reranker:
     def __init__(
         self,
         model: CrossEncoder,
-        template: PairTemplate,
+        template: Template,
         *,
         model_path: Path,
         pruning: PruningPolicy,
-        chunk_tokens: int,
+        chunk_tokens: int | None = None,
         plan: MemoryPlan | None = None,
     ) -> None:
         self._loaded: CrossEncoder | None = model
         self._template = template
         self._pruning = pruning
-        self._chunk_tokens = chunk_tokens
+        usual = plan.chunk_tokens if plan else _CHUNK_TOKENS.get(model.device.type, LARGEST_WORK // model.work)
+        self._chunk_tokens = chunk_tokens or usual
         # A budget is for one request at a time; without one, threads need not wait for each other.
         self._turn = nullcontext() if plan is None else Lock()
         self.plan = plan
@@ -80,14 +93,19 @@ class Reranker:
         memory_budget: str | int | None = None,
         pruning: str | PruningPolicy = "auto",
         max_length: int | None = None,
+        long_documents: LongDocuments = "truncate",
+        template: Prompt | str | None = None,
+        instruction: str | None = None,
+        adapter: str | Path | None = None,
         chunk_tokens: int | None = None,
         show_progress: bool = False,
     ) -> Reranker:
         """Load a cross-encoder.
 
         Args:
-            model: A hub id such as ``"cross-encoder/ms-marco-MiniLM-L12-v2"``, a local directory in Hugging
-                Face layout with safetensors weights, or ``"bundled:ms-marco-minilm-l12"``.
+            model: A hub id such as ``"cross-encoder/ms-marco-MiniLM-L12-v2"`` or ``"Qwen/Qwen3-Reranker-0.6B"``,
+                a local directory in Hugging Face layout with safetensors weights, a language model's GGUF file, or
+                ``"bundled:ms-marco-minilm-l12"``.
             device: ``"cpu"``, ``"cuda"`` or ``"mps"``; None takes the best that is there.
             dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: bfloat16 where the processor
                 has instructions for it, else float32.
@@ -98,8 +116,16 @@ class Reranker:
                 for the memory of the device. None keeps everything resident and sets no bound.
             pruning: ``"cluster"``, ``"off"``, a policy object, or ``"auto"``: the best that is known to keep
                 the full model's top K, at present ``"cluster"`` with a cautious threshold.
-            max_length: Most tokens of a query and document together; None for the model's own window. What
-                does not fit is cut from the end of the document.
+            max_length: Most tokens of a query and document together, with all that the model wants around them;
+                None for what the model was made for, at most 8,192 with decoders.
+            long_documents: What to do with a document that does not fit: ``"truncate"`` cuts its end,
+                ``"windows"`` divides it into overlapping windows, of which the best gives its score.
+            template: How a decoder is asked: a :class:`Prompt`, or the name of an official one. None for the
+                model's own: rerankers with an official format are known by their names, other language models are
+                asked through their chat templates. Encoders join the two texts by their tokenizer.
+            instruction: What to judge by, for templates that have a slot for it; None for their own words.
+            adapter: A LoRA adapter as PEFT saves it, a directory or hub id, which is merged into the weights when
+                they are read.
             chunk_tokens: Most tokens computed at once, which bounds the memory of intermediate results. A
                 document is never split. None for a value that suits the device or the memory budget.
             show_progress: Show progress bars while fetching or converting.
@@ -117,23 +143,34 @@ class Reranker:
             raise ValueError(
                 f"chunk_tokens={chunk_tokens} and memory_budget exclude each other: the budget sets both"
             )
-        budget = None if memory_budget is None else parse_budget(memory_budget)
+        budget = None if memory_budget is None else _find_budget(memory_budget, model)
         policy = _find_policy(pruning)
-        stored = _open(str(model), device, dtype, lasting=budget is not None, show_progress=show_progress)
+        check_long_documents(long_documents)
+        stored = _open(
+            str(model), device, dtype, adapter=adapter, lasting=budget is not None, show_progress=show_progress
+        )
         directory = stored.directory
-        window = find_window(directory, stored.window, max_length)
+        prompt = find_prompt(template, str(model), directory, stored.family)
+        window = find_window(directory, stored.window, max_length, prompt)
         plan = None if budget is None else make_plan(stored.sizes(window), budget)
         # The tokenizer first: what loading it takes for a moment is then free for the weights.
         before = resident_memory()
-        template = load_template(directory, window)
+        encoder = load_template(
+            directory,
+            window,
+            prompt=prompt,
+            instruction=instruction,
+            asks=stored.family.asks,
+            long_documents=long_documents,
+        )
         if plan is not None:
             plan = replace(plan, tokenizer=max(0, resident_memory() - before))
         return cls(
-            stored.load(plan),
-            template,
+            stored.load(plan, encoder.answers),
+            encoder,
             model_path=directory,
             pruning=policy,
-            chunk_tokens=chunk_tokens or (plan.chunk_tokens if plan else _CHUNK_TOKENS[stored.device.type]),
+            chunk_tokens=chunk_tokens,
             plan=plan,
         )
 
@@ -198,10 +235,11 @@ class Reranker:
         if not documents:
             return RerankResult([], Trace((), model.depth, (), (), perf_counter() - started))
 
-        pairs = self._template.encode(query, documents)
+        candidates = self._template.encode(query, documents)
+        batch = self._pack(model, candidates)
         peak = None if self.plan is None else PeakMemory(model.device)
         outcome = self._forward(
-            model, pairs, top_k=min(top_k, len(pairs)), policy=self._pruning, exact=scores == "exact", peak=peak
+            model, batch, top_k=min(top_k, len(batch)), policy=self._pruning, exact=scores == "exact", peak=peak
         )
         ranking = [
             RankedDocument(winner.index, winner.score, documents[winner.index], winner.estimated)
@@ -211,8 +249,10 @@ class Reranker:
         trace = Trace(
             layers=tuple(outcome.layers),
             depth=model.depth,
-            lengths=tuple(len(pair.input_ids) for pair in pairs),
-            truncated=tuple(index for index, pair in enumerate(pairs) if pair.truncated),
+            lengths=tuple(sum(len(pair.input_ids) for pair in windows) for windows in candidates),
+            truncated=tuple(index for index, windows in enumerate(candidates) if windows[0].truncated),
+            windows=batch.windows,
+            shared_prefix=batch.prefix,
             seconds=perf_counter() - started,
             seconds_waited=usage.seconds_waited,
             bytes_read=usage.bytes_read,
@@ -256,12 +296,13 @@ class Reranker:
         with tqdm(total=len(pairs), unit="pair", disable=not show_progress) as bar:
             for start in range(0, len(pairs), _SCORE_GROUP):
                 group = pairs[start : start + _SCORE_GROUP]
-                encoded = [
-                    pair
+                candidates = [
+                    windows
                     for query, same in groupby(group, key=lambda pair: pair[0])
-                    for pair in self._template.encode(query, [text for _, text in same])
+                    for windows in self._template.encode(query, [text for _, text in same])
                 ]
-                outcome = self._forward(model, encoded, top_k=len(encoded), policy=Off(), first_number=start)
+                batch = self._pack(model, candidates)
+                outcome = self._forward(model, batch, top_k=len(batch), policy=Off(), first_number=start)
                 found += [winner.score for winner in sorted(outcome.winners, key=lambda w: w.index)]
                 bar.update(len(group))
         return found
@@ -304,10 +345,10 @@ class Reranker:
             raise RuntimeError("this Reranker has been closed; make a new one with from_pretrained")
         return model
 
-    def _forward(self, model: CrossEncoder, pairs: list[TokenisedPair], **how: Any) -> Outcome:
-        batch = RaggedBatch.pack(
-            [pair.input_ids for pair in pairs], [pair.token_type_ids for pair in pairs], model.device
-        )
+    def _pack(self, model: CrossEncoder, candidates: list[list[TokenisedPair]]) -> RaggedBatch:
+        return RaggedBatch.pack(candidates, model.device, share_prefix=model.causal)
+
+    def _forward(self, model: CrossEncoder, batch: RaggedBatch, **how: Any) -> Outcome:
         with self._turn:
             model = self._model() if self.plan else model  # it may have been closed while this call waited
             try:
@@ -324,7 +365,7 @@ class Reranker:
             yield HiddenInMemory(*shape)
             return
         # Not the largest chunk of now: when candidates leave, others come together in larger ones.
-        rows = filled(max(self._chunk_tokens, *batch.lengths))
+        rows = filled(max(self._chunk_tokens, batch.longest))
         with HiddenOnDisk(*shape, rows=rows, directory=cache_directory(), meter=model.meter) as hidden:
             yield hidden
 
@@ -336,6 +377,8 @@ def plan_memory(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
     max_length: int | None = None,
+    template: Prompt | str | None = None,
+    adapter: str | Path | None = None,
     show_progress: bool = False,
 ) -> tuple[Path, int, MemoryPlan]:
     """What :meth:`Reranker.from_pretrained` would do with a memory budget; no weights are read.
@@ -345,21 +388,42 @@ def plan_memory(
     Returns:
         The model's directory, the most tokens of a pair, and the plan.
     """
-    budget = parse_budget(memory_budget)
-    stored = _open(str(model), device, dtype, lasting=False, show_progress=show_progress)
-    window = find_window(stored.directory, stored.window, max_length)
+    budget = _find_budget(memory_budget, model)
+    stored = _open(str(model), device, dtype, adapter=adapter, lasting=False, show_progress=show_progress)
+    prompt = find_prompt(template, str(model), stored.directory, stored.family)
+    window = find_window(stored.directory, stored.window, max_length, prompt)
     return stored.directory, window, make_plan(stored.sizes(window), budget)
 
 
 def _open(
-    model: str, device: str | torch.device | None, dtype: str | torch.dtype, *, lasting: bool, show_progress: bool
-) -> StoredModel:
+    model: str,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype,
+    *,
+    adapter: str | Path | None,
+    lasting: bool,
+    show_progress: bool,
+) -> StoredModel | GgufModel:
     chosen_device = choose_device(device)
     chosen_dtype, _ = choose_dtype(dtype, chosen_device)
     directory = find_model(model, show_progress=show_progress)
-    return StoredModel(
-        directory, device=chosen_device, dtype=chosen_dtype, attention=PACKED_ATTENTION, lasting=lasting
-    )
+    how: dict[str, Any] = {
+        "device": chosen_device,
+        "dtype": chosen_dtype,
+        "attention": PACKED_ATTENTION,
+        "adapter": None if adapter is None else Adapter(find_model(str(adapter), show_progress=show_progress)),
+    }
+    return GgufModel(directory, **how) if is_gguf(directory) else StoredModel(directory, **how, lasting=lasting)
+
+
+def _find_budget(memory_budget: str | int, model: str | Path) -> int:
+    budget = parse_budget(memory_budget)
+    if is_gguf(Path(model).expanduser()):
+        raise UnsupportedModelError(
+            f"memory_budget={memory_budget!r} cannot be kept with {model}: a GGUF file is unpacked as a whole. "
+            f"Leave the budget out, or take the model as safetensors"
+        )
+    return budget
 
 
 def _find_policy(pruning: str | PruningPolicy) -> PruningPolicy:

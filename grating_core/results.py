@@ -57,8 +57,10 @@ class Trace:
     Attributes:
         layers: One record for each layer that was computed.
         depth: Number of layers of the model.
-        lengths: Tokens of each candidate, query and special tokens included.
+        lengths: Tokens of each candidate, query and special tokens included, in all its windows.
         truncated: Indices of the documents whose end did not fit into the window.
+        windows: How many windows each candidate was divided into: 1, or more with ``long_documents="windows"``.
+        shared_prefix: Tokens that all of them begin with and that were computed only once.
         seconds: Time of the whole rerank, tokenising included.
         seconds_waited: How much of it computing stood still for the disk, reading embedding rows included.
         bytes_read: Bytes of weights and embedding rows read from disk.
@@ -76,6 +78,8 @@ class Trace:
     lengths: tuple[int, ...]
     truncated: tuple[int, ...]
     seconds: float
+    windows: tuple[int, ...] = ()
+    shared_prefix: int = 0
     seconds_waited: float = 0.0
     bytes_read: int = 0
     bytes_spilled: int = 0
@@ -85,7 +89,8 @@ class Trace:
     @property
     def compute_share(self) -> float:
         """Tokens × layers computed, divided by tokens × layers of the unpruned run; 1.0 if there were none."""
-        full = sum(self.lengths) * self.depth
+        repeated = self.shared_prefix * (sum(self.windows) - 1)
+        full = (sum(self.lengths) - repeated) * self.depth if self.lengths else 0
         return sum(layer.tokens for layer in self.layers) / full if full else 1.0
 
 

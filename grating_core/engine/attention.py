@@ -27,17 +27,28 @@ class KeysKept(Exception):
 
 
 @dataclass
+class SharedKeys:
+    """Keys and values of the prefix that all sequences share, ``[1, heads, P, head size]``, in one layer."""
+
+    kept: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass
 class Packing:
     """How the token axis divides into sequences, handed through a layer to its attention.
 
     Attributes:
         lengths: Tokens of each sequence.
+        prefix: Tokens of the shared prefix, which come before the first sequence here; 0 if they are elsewhere.
+        shared: What all sequences see before their own tokens. The chunk that has the prefix fills it.
         keep_keys: Put this layer's keys and values aside and raise :class:`KeysKept`.
         kept: The keys and values put aside, ``[1, heads, T, head size]`` each. When they are there the layer's
-            input is one token of each sequence, the first, and these are what it attends to.
+            input is one token of each sequence, and these are what it attends to.
     """
 
     lengths: tuple[int, ...]
+    prefix: int = 0
+    shared: SharedKeys = field(default_factory=SharedKeys)
     keep_keys: bool = False
     kept: tuple[Tensor, Tensor] | None = field(default=None, init=False)
 
@@ -52,19 +63,21 @@ def packed_attention(
     packing: Packing,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each sequence, in the signature of transformers' ``AttentionInterface``.
 
     Args:
-        module: The attention module that calls; not used.
+        module: The attention module that calls; its ``is_causal`` says whether a token sees only those before it.
         query: ``[1, heads, T, head size]``; there may be fill behind the last sequence.
-        key: Same shape.
-        value: Same shape.
+        key: The same shape, or with fewer heads, each for several of the query's.
+        value: As ``key``.
         attention_mask: Always None: sequences are told apart by ``packing``.
         packing: The division into sequences.
         scaling: Factor on the products of queries and keys; None for 1/√head size.
-        sliding_window: A token sees those less than this far away, on both sides; None for all.
+        sliding_window: A token sees those less than this far away; None for all.
+        softcap: Bound of the scaled products, by a hyperbolic tangent; None for no bound.
 
     Returns:
         ``[1, T, heads, head size]``, zero for the fill, and no attention weights.
@@ -72,46 +85,101 @@ def packed_attention(
     Raises:
         KeysKept: When ``packing.keep_keys`` asks for the keys only.
     """
+    if packing.prefix and packing.kept is None:
+        prefix = (slice(None), slice(None), slice(packing.prefix))
+        # Copies: views would hold on to the keys of the whole chunk.
+        packing.shared.kept = key[prefix].clone(), value[prefix].clone()
     if packing.kept is not None:
         key, value = packing.kept
-        spans = _spans((1,) * len(packing.lengths))
+        spans = _spans((1,) * len(packing.lengths), 0)
     elif packing.keep_keys:
         packing.kept = (key, value)
         raise KeysKept
     else:
-        spans = _spans(packing.lengths)
+        spans = _spans(packing.lengths, packing.prefix)
 
+    rule = _Rule(getattr(module, "is_causal", False), scaling, sliding_window, softcap)
     output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-    for rows, tokens in zip(spans, _spans(packing.lengths), strict=True):
-        attended = _attend(query[:, :, rows], key[:, :, tokens], value[:, :, tokens], scaling, sliding_window)
-        output[:, rows] = attended.transpose(1, 2)
-    output[:, rows.stop :] = 0
+    end = 0
+    if packing.prefix and packing.kept is None:
+        end = packing.prefix
+        output[:, :end] = rule.attend(query[:, :, :end], key[:, :, :end], value[:, :, :end]).transpose(1, 2)
+    for rows, tokens in zip(spans, _spans(packing.lengths, packing.prefix), strict=True):
+        keys, values = key[:, :, tokens], value[:, :, tokens]
+        if packing.shared.kept is not None:
+            keys = torch.cat((packing.shared.kept[0], keys), dim=2)
+            values = torch.cat((packing.shared.kept[1], values), dim=2)
+        output[:, rows] = rule.attend(query[:, :, rows], keys, values).transpose(1, 2)
+        end = rows.stop
+    output[:, end:] = 0
     return output, None
 
 
-def _spans(lengths: tuple[int, ...]) -> Iterator[slice]:
-    return (slice(end - length, end) for length, end in zip(lengths, accumulate(lengths), strict=True))
+def _spans(lengths: tuple[int, ...], start: int) -> Iterator[slice]:
+    ends = accumulate(lengths, initial=start)
+    next(ends)
+    return (slice(end - length, end) for length, end in zip(lengths, ends, strict=True))
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sliding_window: int | None
-) -> Tensor:
-    """Attention of one sequence; the queries are its first tokens, or all of them."""
-    queries, keys = query.shape[2], key.shape[2]
-    if sliding_window is None or keys <= sliding_window:
-        return scaled_dot_product_attention(query, key, value, scale=scaling)
-    position = torch.arange(keys, device=query.device)
-    blocks = []
-    for start in range(0, queries, _WINDOW_BLOCK):
-        end = min(start + _WINDOW_BLOCK, queries)
-        seen = slice(max(0, start - sliding_window + 1), min(keys, end + sliding_window - 1))
-        near = (position[start:end, None] - position[None, seen]).abs() < sliding_window
-        blocks.append(
-            scaled_dot_product_attention(
-                query[:, :, start:end], key[:, :, seen], value[:, :, seen], attn_mask=near, scale=scaling
-            )
+@dataclass(frozen=True)
+class _Rule:
+    """Who attends to whom within a sequence, and how much."""
+
+    causal: bool
+    scaling: float | None
+    sliding_window: int | None
+    softcap: float | None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of one sequence.
+
+        The queries are all its tokens or, with causal attention, its last ones, and else its first ones.
+        """
+        queries, keys = query.shape[2], key.shape[2]
+        windowed = self.sliding_window is not None and keys > self.sliding_window
+        if self.softcap is None and not windowed:
+            if not self.causal or queries == 1:
+                return self._fused(query, key, value)
+            if queries == keys:
+                return self._fused(query, key, value, is_causal=True)
+        first = keys - queries if self.causal else 0  # position of the first query
+        blocks = []
+        for start in range(0, queries, _WINDOW_BLOCK):
+            end = min(start + _WINDOW_BLOCK, queries)
+            seen = self._seen(first + start, first + end, keys)
+            mask = self._mask(range(first + start, first + end), range(seen.start, seen.stop), query.device)
+            attend = self._fused if self.softcap is None else self._capped
+            blocks.append(attend(query[:, :, start:end], key[:, :, seen], value[:, :, seen], attn_mask=mask))
+        return torch.cat(blocks, dim=2)
+
+    def _seen(self, start: int, end: int, keys: int) -> slice:
+        """Where the keys are that any query from position ``start`` to ``end`` sees."""
+        reach = keys if self.sliding_window is None else self.sliding_window - 1
+        return slice(max(0, start - reach), end if self.causal else min(keys, end + reach))
+
+    def _mask(self, queries: range, keys: range, device: torch.device) -> Tensor:
+        """Bool ``[queries, keys]``: who sees whom, by position."""
+        distance = (
+            torch.arange(queries.start, queries.stop, device=device)[:, None]
+            - torch.arange(keys.start, keys.stop, device=device)[None]
         )
-    return torch.cat(blocks, dim=2)
+        near = distance.abs() < (self.sliding_window or len(keys) + len(queries))
+        return near & (distance >= 0) if self.causal else near
+
+    def _fused(self, query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
+        grouped = query.shape[1] != key.shape[1]
+        return scaled_dot_product_attention(query, key, value, scale=self.scaling, enable_gqa=grouped, **how)
+
+    def _capped(self, query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor) -> Tensor:
+        """The same with bounded products, which no fused kernel has."""
+        assert self.softcap is not None
+        heads, each = key.shape[1], query.shape[1] // key.shape[1]
+        grouped = query.view(query.shape[0], heads, each, *query.shape[2:])
+        scale = query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
+        scores = (grouped @ key[:, :, None].transpose(-1, -2)).float() * (scale / self.softcap)
+        scores = (scores.tanh_() * self.softcap).masked_fill_(~attn_mask, -torch.inf)
+        attended: Tensor = (scores.softmax(-1).to(value.dtype) @ value[:, :, None]).flatten(1, 2)
+        return attended
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

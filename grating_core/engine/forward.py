@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from grating_core.engine.attention import KeysKept, Packing
-from grating_core.engine.ragged import Chunk, RaggedBatch, filled
+from grating_core.engine.attention import KeysKept, Packing, SharedKeys
+from grating_core.engine.ragged import RaggedBatch, filled
 from grating_core.errors import PolicyError, ScoreError
 from grating_core.memory.hidden import HiddenStates
 from grating_core.memory.meter import Meter, PeakMemory
@@ -132,6 +132,7 @@ def _run_layer(
     """Put the hidden states through a layer and read every candidate's score after it."""
     first, last = number == 1, number == model.depth
     positions = batch.positions()
+    shared = SharedKeys()
     scores = []
     with model.layer(number):
         for chunk, part in hidden.visit(list(batch.chunks(chunk_tokens)), read=not first, write=not last):
@@ -143,28 +144,39 @@ def _run_layer(
                     batch.token_type_ids[None, chunk.tokens],
                     places[:, :tokens],
                 )
-            if last and model.reads_first_token:
-                scores.append(_last_layer_scores(model, part, places, chunk))
+            packing = Packing(chunk.lengths, chunk.prefix, shared)
+            if last and model.reads_one_token:
+                scores.append(_last_layer_scores(model, part, places, packing))
                 continue
-            part[:, :tokens] = model.run_layer(number, part, places, packing=Packing(chunk.lengths))[:, :tokens]
-            scores.append(model.read_scores(part, chunk.lengths))
-    return torch.cat(scores).cpu().double().numpy()
+            part[:, :tokens] = model.run_layer(number, part, places, packing=packing)[:, :tokens]
+            scores.append(model.read_scores(number, part[:, chunk.prefix :], chunk.lengths))
+    return _best_windows(torch.cat(scores).cpu().double().numpy(), batch.windows)
 
 
-def _last_layer_scores(model: CrossEncoder, hidden: Tensor, positions: Tensor, chunk: Chunk) -> Tensor:
+def _last_layer_scores(model: CrossEncoder, hidden: Tensor, positions: Tensor, packing: Packing) -> Tensor:
     """Scores after the last layer, where nothing but the scoring positions needs to come out.
 
-    They still attend to the keys and values of every token. So the layer is called twice: for its keys and
+    They still attend to the keys and values of other tokens. So the layer is called twice: for its keys and
     values, ending there, and then for the scoring positions alone.
     """
-    packing = Packing(chunk.lengths, keep_keys=True)
+    packing.keep_keys = True
     with suppress(KeysKept):
         model.run_layer(model.depth, hidden, positions, packing=packing)
-    lengths = torch.tensor(chunk.lengths, device=hidden.device)
-    first = lengths.cumsum(0) - lengths
-    first = pad(first, (0, filled(len(first)) - len(first)))
-    output = model.run_layer(model.depth, hidden[:, first], positions[:, first], packing=packing)
-    return model.read_scores(output, (1,) * len(chunk.lengths))
+    count = len(packing.lengths)
+    if not count:  # the prefix alone
+        return hidden.new_empty(0, dtype=torch.float32)
+    read = model.scoring_positions(packing.lengths) + packing.prefix
+    read = pad(read, (0, filled(count) - count))
+    output = model.run_layer(model.depth, hidden[:, read], positions[:, read], packing=packing)
+    return model.read_scores(model.depth, output, (1,) * count)
+
+
+def _best_windows(scores: NDArray[np.float64], windows: tuple[int, ...]) -> NDArray[np.float64]:
+    """A candidate's score is that of its best window; one that is not finite shows."""
+    starts = np.cumsum((0, *windows[:-1]))
+    best: NDArray[np.float64] = np.maximum.reduceat(scores, starts)
+    finite = np.logical_and.reduceat(np.isfinite(scores), starts)
+    return np.where(finite, best, np.nan)
 
 
 def _refuse_broken(scores: NDArray[np.float64], numbers: NDArray[np.intp]) -> None:

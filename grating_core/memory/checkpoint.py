@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from math import prod
 from pathlib import Path
@@ -49,6 +49,12 @@ class StoredTensor:
     def size(self) -> int:
         """Number of elements."""
         return prod(self.shape)
+
+    def row(self, number: int) -> StoredTensor:
+        """One row of a table, ``[1, D]``."""
+        length = (self.end - self.start) // self.shape[0]
+        start = self.start + number * length
+        return replace(self, shape=(1, *self.shape[1:]), start=start, end=start + length)
 
 
 class Checkpoint:

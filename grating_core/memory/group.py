@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +18,13 @@ PIECE = 1 << 22  # bytes of the buffer in which tensors are as stored while they
 # torch copies up to this many elements in the calling thread; more would take the threads away from computing.
 _SERIAL = 1 << 14
 _ALIGNMENT = 64
+
+
+class Change(Protocol):
+    """Something that is added to a tensor after it was read."""
+
+    def add_to(self, weight: Tensor) -> None:
+        """Change the tensor in place."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +55,18 @@ class TensorGroup:
         checkpoint: Where they are read from.
         tensors: Each tensor by the name it will have.
         dtypes: The dtype each is wanted in.
+        changes: What is added to some of them, by name, whenever they are read.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, tensors: Mapping[str, StoredTensor], dtypes: Mapping[str, torch.dtype]
+        self,
+        checkpoint: Checkpoint,
+        tensors: Mapping[str, StoredTensor],
+        dtypes: Mapping[str, torch.dtype],
+        changes: Mapping[str, Change] = MappingProxyType({}),
     ) -> None:
         self._checkpoint = checkpoint
+        self._changes = {name: change for name, change in changes.items() if name in tensors}
         self._tensors = tensors
         self._as_stored = all(
             FLOATS[tensor.kind] == dtypes[name] and tensor.start % dtypes[name].itemsize == 0
@@ -119,6 +134,10 @@ class TensorGroup:
         else:
             for name, view in self.views(buffer).items():
                 self._convert(self._tensors[name], view.view(-1), staging)
+        if self._changes:
+            views = self.views(buffer)
+            for name, change in self._changes.items():
+                change.add_to(views[name])
 
     def _convert(self, tensor: StoredTensor, target: Tensor, staging: Tensor) -> None:
         """Read one tensor through the staging buffer."""

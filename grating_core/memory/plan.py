@@ -14,7 +14,7 @@ from grating_core.memory.hidden import FILL
 RUNTIME = 76_000_000
 _FEWEST_ROWS = 1024
 _USUAL_HIDDEN = 64 * 512  # tokens whose hidden states come before anything that only saves reading
-_LARGEST_CHUNK = 4096
+LARGEST_WORK = 32_000_000  # bytes of intermediate results; larger chunks were no faster
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,7 @@ def make_plan(sizes: ModelSizes, budget: int) -> MemoryPlan:
         BudgetError: It is too small; the error states the smallest that works.
     """
     depth = len(sizes.layers)
+    largest_chunk = max(sizes.window, LARGEST_WORK // sizes.work)
     smallest = MemoryPlan(
         budget=budget,
         sizes=sizes,
@@ -161,9 +162,9 @@ def make_plan(sizes: ModelSizes, budget: int) -> MemoryPlan:
         resident = replace(
             smallest,
             resident=_all_but(depth, 0),
-            chunk_tokens=max(sizes.window, _LARGEST_CHUNK),
+            chunk_tokens=largest_chunk,
             embedding_rows=sizes.vocabulary,
-            hidden_tokens=max(_USUAL_HIDDEN, _three_spans(max(sizes.window, _LARGEST_CHUNK))),
+            hidden_tokens=max(_USUAL_HIDDEN, _three_spans(largest_chunk)),
         ).total
         raise BudgetError(
             f"memory_budget={budget:,} bytes is too small for this model, which needs "
@@ -177,7 +178,7 @@ def make_plan(sizes: ModelSizes, budget: int) -> MemoryPlan:
     plan = _more_rows(plan, sizes.vocabulary // 10)
     plan = _more_layers(plan)
     if not plan.streamed:
-        plan = _larger_chunk(plan, _LARGEST_CHUNK)
+        plan = _larger_chunk(plan, largest_chunk)
         table = replace(plan, embedding_rows=sizes.vocabulary)
         plan = table if table.total <= budget else plan
     return _more_hidden(plan, budget)

@@ -28,6 +28,7 @@ class RowCache(nn.Module):
         dtype: What the rows are converted to.
         device: Where the rows are wanted.
         meter: Told of bytes, hits and misses.
+        scale: What rows are multiplied by when they are looked up; None for nothing.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class RowCache(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         meter: Meter,
+        scale: Tensor | None = None,
     ) -> None:
         super().__init__()
         self._checkpoint = checkpoint
         self._table = table
         self._capacity = capacity
         self._meter = meter
+        self._scale = None if scale is None else scale.to(device, dtype)
         vocabulary, width = table.shape
         self._row_bytes = width * FLOATS[table.kind].itemsize
         self._rows = torch.empty(capacity, width, dtype=dtype, device=device)
@@ -76,7 +79,8 @@ class RowCache(nn.Module):
             self._hold(np.unique(part))
             places = torch.from_numpy(self._place[part].astype(np.int64)).to(self._rows.device)
             torch.index_select(self._rows, 0, places, out=found[start : start + len(part)])
-        return found.view(*input_ids.shape, -1)
+        rows = found.view(*input_ids.shape, -1)
+        return rows if self._scale is None else rows.mul_(self._scale)
 
     def _hold(self, tokens: NDArray[np.int64]) -> None:
         """Have the rows of these tokens, which are ascending, different, and no more than the places."""

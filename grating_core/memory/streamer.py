@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from time import perf_counter
 
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from grating_core.errors import CheckpointError
@@ -37,7 +38,9 @@ class Streamer:
         self._free = [_Slot(size, staging, device) for _ in range(2)]
         self._ahead: dict[int, tuple[_Slot, Future[dict[str, Tensor]]]] = {}
         # One thread: a read that nobody waits for any more is over before the next into its buffer begins.
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="grating-weights")
+        self._reader = ThreadPoolExecutor(
+            1, thread_name_prefix="grating-weights", initializer=_leave_processors_alone
+        )
 
     def __contains__(self, number: int) -> bool:
         """Whether this layer is streamed."""
@@ -101,6 +104,12 @@ class Streamer:
             if number not in self._ahead:
                 slot = self._free.pop()
                 self._ahead[number] = slot, self._reader.submit(slot.read, self._groups[number])
+
+
+def _leave_processors_alone() -> None:
+    """Have torch compute with this thread alone, or merging an adapter would take the others from the layers."""
+    torch.get_num_threads()  # the first question sets the number, so it comes before the limit
+    threadpool_limits(1, user_api="openmp")
 
 
 class _Slot:

@@ -16,7 +16,7 @@ from grating_core.models.families import Family
 
 
 class CrossEncoder:
-    """A transformers classification model that is driven one layer at a time.
+    """A transformers model that is driven one layer at a time.
 
     Everything runs on a packed token axis without padding: hidden states are ``[1, T, D]`` in the compute
     dtype, where T counts the tokens of all sequences together. With all weights resident the object holds no
@@ -50,8 +50,10 @@ class CrossEncoder:
         self._streamer = streamer
         self._rows = rows
         self.meter = meter
-        self.reads_first_token = family.pooling(module.config) == "first"
+        self._pooling = family.pooling(module.config)
+        self.causal = family.causal
         self.width: int = module.config.hidden_size
+        self.work = work_per_token(self._layers[0], self.width, dtype)
         self.device = device
         self.dtype = dtype
 
@@ -110,24 +112,44 @@ class CrossEncoder:
         output: Tensor = layer(hidden, attention_mask=None, **arguments, **attention)
         return output
 
-    def read_scores(self, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
+    @property
+    def reads_one_token(self) -> bool:
+        """Whether the head reads a single token of a sequence."""
+        return self._pooling != "mean"
+
+    def scoring_positions(self, lengths: Sequence[int]) -> Tensor:
+        """int64 ``[N]``: where on the token axis the head reads each of N sequences, when it reads one token."""
+        tokens = torch.tensor(lengths, dtype=torch.int64, device=self.device)
+        ends = tokens.cumsum(0)
+        return ends - 1 if self._pooling == "last" else ends - tokens
+
+    def read_scores(self, number: int, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
         """Relevance scores by the model's own head, in float32 whatever the compute dtype.
 
         Args:
-            hidden: ``[1, T, D]`` or longer, after any layer; what lies behind the sequences is not looked at.
+            number: The layer that the states come from.
+            hidden: ``[1, T, D]`` or longer; what lies behind the sequences is not looked at.
             lengths: Tokens of each of the N sequences, T together. A sequence may be cut to its scoring
-                position when :attr:`reads_first_token`.
+                position when :attr:`reads_one_token`.
 
         Returns:
             float32 ``[N]``.
         """
-        if self.reads_first_token:
-            starts = torch.tensor([0, *lengths[:-1]], device=hidden.device).cumsum(0)
-            states = self._norm(hidden[0, starts].float())
+        if self.reads_one_token:
+            states = self._norm(hidden[0, self.scoring_positions(lengths)].float())
         else:
             tokens = self._norm(hidden[0, : sum(lengths)].float())
             states = torch.stack([part.mean(0) for part in tokens.split(list(lengths))])
-        return self._family.classify(self._module, states)[:, 0]
+        return self._family.classify(self._module, states, number)[:, 0]
+
+
+def work_per_token(layer: nn.Module, width: int, dtype: torch.dtype) -> int:
+    """Bytes of intermediate results that a layer has for one token, at most."""
+    widest = max(part.out_features for part in layer.modules() if isinstance(part, nn.Linear))
+    # Gated layers hold two products of that width and what becomes of them; others one, before and after.
+    gated = any(name.endswith("gate_proj") for name, _ in layer.named_modules())
+    # Beside them hidden states, queries, keys and values.
+    return ((3 if gated else 2) * widest + 8 * width) * dtype.itemsize
 
 
 def bind(module: nn.Module, weights: Mapping[str, Tensor]) -> None:

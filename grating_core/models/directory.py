@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from grating_core.errors import ModelNotFoundError, UnsupportedModelError
+from grating_core.errors import GratingError, ModelNotFoundError, UnsupportedModelError
 from grating_core.models.bundled import BUNDLED_PREFIX, bundled_model
 from grating_core.models.families import Config, Family, find_family
 
@@ -23,11 +22,11 @@ _INDEX = "model.safetensors.index.json"
 
 
 def find_model(name: str, *, show_progress: bool = False) -> Path:
-    """The local directory of a model, fetched or converted first where needed.
+    """The local directory of a model, fetched or converted first where needed; or its GGUF file.
 
     Args:
-        name: ``bundled:…``, a local directory in Hugging Face layout, or a hub id. A directory wins over
-            a hub id of the same name. The hub's cache and offline variables are honoured.
+        name: ``bundled:…``, a local directory in Hugging Face layout, a ``.gguf`` file, or a hub id. A directory
+            wins over a hub id of the same name. The hub's cache and offline variables are honoured.
         show_progress: Show progress bars on standard error.
 
     Raises:
@@ -36,6 +35,8 @@ def find_model(name: str, *, show_progress: bool = False) -> Path:
     if name.startswith(BUNDLED_PREFIX):
         return bundled_model(name, show_progress=show_progress)
     directory = Path(name).expanduser()
+    if name.endswith(".gguf") and os.path.isfile(directory):  # noqa: PTH113 - as below
+        return directory
     if name and os.path.isdir(directory):  # noqa: PTH112 - Path.is_dir raises for names that are too long
         return directory
     if not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", name) or name.startswith("."):
@@ -51,7 +52,7 @@ def _download(hub_id: str) -> Path:
         return Path(
             snapshot_download(
                 hub_id,
-                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
+                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
                 ignore_patterns=["*/*"],  # exports to other formats live in subfolders
             )
         )
@@ -82,8 +83,8 @@ def read_config(directory: Path) -> tuple[Config, Family]:
     family = find_family(architectures)
     # The class is chosen by the family, so code that the checkpoint may bring along is never looked at.
     with blaming_config(path):
-        config = getattr(transformers, family.architecture).config_class.from_dict(fields)
-    if config.num_labels != 1:
+        config = family.config(fields)
+    if family.head_module is None and config.num_labels != 1:
         raise UnsupportedModelError(
             f"{path} describes {config.num_labels} labels; a reranker has one relevance score. "
             f"Classifiers with several labels cannot rank"
@@ -97,6 +98,8 @@ def blaming_config(config: Path) -> Iterator[None]:
     """Tell whose fault it is: transformers and torch raise errors of many kinds for a senseless configuration."""
     try:
         yield
+    except GratingError:
+        raise
     except Exception as error:
         reason = str(error).strip() or type(error).__name__
         raise ModelNotFoundError(f"{config} does not describe a model that fits its weights: {reason}") from error

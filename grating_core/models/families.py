@@ -7,13 +7,15 @@ called. To add a family, write its description and put it into :data:`FAMILIES`;
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 
 from grating_core.errors import UnsupportedModelError
+from grating_core.models.heads import AnswerHead, LayerwiseHeads
 
 Config = Any  # a transformers configuration; its attributes differ by architecture
 
@@ -23,26 +25,39 @@ def _first_token(config: Config) -> str:
     return "first"
 
 
+def _last_token(config: Config) -> str:
+    return "last"
+
+
 def _no_arguments(module: Any, layer: nn.Module, hidden: Tensor, positions: Tensor) -> dict[str, Any]:
     return {}
 
 
 @dataclass(frozen=True)
 class Family:
-    """How to drive one ``…ForSequenceClassification`` architecture of transformers from outside.
+    """How to drive one architecture of transformers from outside.
 
     Attributes:
-        architecture: Name of the transformers class.
+        architecture: What a checkpoint's ``config.json`` calls it.
         layers: Dotted path of the module list that holds the layers.
         embedding: Dotted path of the token embedding, an ``nn.Embedding``.
         head: Dotted paths of the modules that only the head uses. They are kept in float32.
         embed: ``(module, input_ids, token_type_ids, positions) -> hidden``, all int64 ``[1, T]`` in and
             ``[1, T, D]`` out; positions count from 0 within each sequence.
-        classify: ``(module, states) -> logits``, float32 ``[N, D]`` in and ``[N, 1]`` out.
+        classify: ``(module, states, number) -> logits``, float32 ``[N, D]`` after layer ``number`` in and
+            ``[N, 1]`` out.
         window: ``config -> `` the most tokens that a pair may have.
-        pooling: ``config -> "first"`` when the head reads the first token, ``"mean"`` when it reads the mean.
+        pooling: ``config -> "first"`` or ``"last"`` when the head reads that token, ``"mean"`` when it reads the
+            mean.
         norm: Dotted path of the norm between the last layer and pooling, if there is one.
         layer_arguments: ``(module, layer, hidden, positions) -> `` extra keyword arguments of a layer.
+        causal: Whether a token sees only those before it. What pairs have in common at their beginning is then
+            computed once for all.
+        built_as: Name of the transformers class that has these layers, where it is another than the checkpoint's.
+        read_config: ``fields of config.json -> config``, where transformers' own way does not do.
+        head_module: ``config -> module`` that takes the place of ``lm_head``.
+        asks: Whether the score is the logit of an answer, see :class:`AnswerHead`.
+        prompt: Name of the official prompt of all models of this architecture, if they have one.
     """
 
     architecture: str
@@ -50,11 +65,33 @@ class Family:
     embedding: str
     head: tuple[str, ...]
     embed: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
-    classify: Callable[[Any, Tensor], Tensor]
+    classify: Callable[[Any, Tensor, int], Tensor]
     window: Callable[[Config], int]
     pooling: Callable[[Config], str] = _first_token
     norm: str | None = None
     layer_arguments: Callable[[Any, nn.Module, Tensor, Tensor], dict[str, Any]] = _no_arguments
+    causal: bool = False
+    built_as: str | None = None
+    read_config: Callable[[Mapping[str, Any]], Config] | None = None
+    head_module: Callable[[Config], nn.Module] | None = None
+    asks: bool = False
+    prompt: str | None = None
+
+    @property
+    def module_class(self) -> Any:
+        """The transformers class that has the layers."""
+        return getattr(transformers, self.built_as or self.architecture)
+
+    def config(self, fields: Mapping[str, Any]) -> Config:
+        """The configuration that a ``config.json`` with these fields describes."""
+        return self.read_config(fields) if self.read_config else self.module_class.config_class.from_dict(fields)
+
+    def build(self, config: Config) -> Any:
+        """The module, with weights of any content."""
+        module = self.module_class(config)
+        if self.head_module is not None:
+            module.lm_head = self.head_module(config)
+        return module
 
 
 def _absolute_window(config: Config) -> int:
@@ -65,7 +102,7 @@ def _embed_bert(module: Any, input_ids: Tensor, token_type_ids: Tensor, position
     return module.bert.embeddings(input_ids=input_ids, token_type_ids=token_type_ids, position_ids=positions)
 
 
-def _classify_bert(module: Any, states: Tensor) -> Any:
+def _classify_bert(module: Any, states: Tensor, number: int) -> Any:
     return module.classifier(module.bert.pooler(states[:, None]))
 
 
@@ -79,7 +116,7 @@ def _embed_roberta(module: Any, input_ids: Tensor, token_type_ids: Tensor, posit
     )
 
 
-def _classify_roberta(module: Any, states: Tensor) -> Any:
+def _classify_roberta(module: Any, states: Tensor, number: int) -> Any:
     return module.classifier(states[:, None])
 
 
@@ -91,7 +128,7 @@ def _embed_modernbert(module: Any, input_ids: Tensor, token_type_ids: Tensor, po
     return module.model.embeddings(input_ids=input_ids)
 
 
-def _classify_modernbert(module: Any, states: Tensor) -> Any:
+def _classify_modernbert(module: Any, states: Tensor, number: int) -> Any:
     return module.classifier(module.head(states))
 
 
@@ -113,6 +150,92 @@ def _roberta(architecture: str) -> Family:
         classify=_classify_roberta,
         window=_roberta_window,
     )
+
+
+def _embed_decoder(module: Any, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor) -> Any:
+    return module.model.embed_tokens(input_ids)
+
+
+def _embed_granite(module: Any, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor) -> Any:
+    return module.model.embed_tokens(input_ids) * module.model.embedding_multiplier
+
+
+def _rotary(module: Any, layer: nn.Module, hidden: Tensor, positions: Tensor) -> dict[str, Any]:
+    return {"position_embeddings": module.model.rotary_emb(hidden, positions)}
+
+
+def _classify_linear(module: Any, states: Tensor, number: int) -> Any:
+    return module.score(states)
+
+
+def _classify_answer(module: Any, states: Tensor, number: int) -> Any:
+    return module.lm_head(states)
+
+
+def _classify_layerwise(module: Any, states: Tensor, number: int) -> Any:
+    return module.lm_head(states, number)
+
+
+def _answer_head(config: Config) -> nn.Module:
+    return AnswerHead(config.hidden_size, softcap=getattr(config, "final_logit_softcapping", None))
+
+
+def _decoders(name: str) -> tuple[Family, Family]:
+    """A decoder with the head of a language model, and with that of a classifier."""
+    shared: dict[str, Any] = {
+        "layers": "model.layers",
+        "embedding": "model.embed_tokens",
+        "norm": "model.norm",
+        "embed": _embed_decoder,
+        "window": _absolute_window,
+        "pooling": _last_token,
+        "layer_arguments": _rotary,
+        "causal": True,
+    }
+    return (
+        Family(
+            architecture=f"{name}ForCausalLM",
+            head=("model.norm", "lm_head"),
+            classify=_classify_answer,
+            head_module=_answer_head,
+            asks=True,
+            **shared,
+        ),
+        Family(
+            architecture=f"{name}ForSequenceClassification",
+            head=("model.norm", "score"),
+            classify=_classify_linear,
+            **shared,
+        ),
+    )
+
+
+def _minicpm_config(fields: Mapping[str, Any]) -> Config:
+    """MiniCPM is a Llama with scaled embeddings and residuals, which transformers knows as Granite."""
+    if (kind := fields.get("head_type", "simple")) != "simple" or not fields.get("head_multi", True):
+        raise UnsupportedModelError(
+            f"config.json has head_type={kind!r}, head_multi={fields.get('head_multi')}; of MiniCPM rerankers "
+            f"those with one simple head per layer are supported (head_type='simple', head_multi=true)"
+        )
+    names = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_theta",
+        "rope_scaling", "attention_bias", "pad_token_id", "bos_token_id", "eos_token_id",
+    )  # fmt: skip
+    depth = fields["num_hidden_layers"]
+    config = transformers.GraniteConfig(
+        **{name: fields[name] for name in names if fields.get(name) is not None},
+        embedding_multiplier=fields.get("scale_emb", 1),
+        residual_multiplier=fields.get("scale_depth", 1) / depth**0.5,
+        attention_multiplier=(fields["hidden_size"] // fields["num_attention_heads"]) ** -0.5,
+        tie_word_embeddings=False,
+    )
+    config.start_layer = fields.get("start_layer", 8)
+    return config
+
+
+def _layerwise_heads(config: Config) -> nn.Module:
+    return LayerwiseHeads(config.hidden_size, config.start_layer, config.num_hidden_layers)
 
 
 _DESCRIPTIONS = (
@@ -139,6 +262,28 @@ _DESCRIPTIONS = (
         pooling=_modernbert_pooling,
         layer_arguments=_modernbert_rotary,
     ),
+    *_decoders("Llama"),
+    *_decoders("Qwen2"),
+    *_decoders("Qwen3"),
+    *_decoders("Gemma"),
+    *_decoders("Gemma2"),
+    Family(
+        architecture="LayerWiseMiniCPMForCausalLM",
+        built_as="GraniteForCausalLM",
+        read_config=_minicpm_config,
+        layers="model.layers",
+        embedding="model.embed_tokens",
+        norm="model.norm",
+        head=("model.norm", "lm_head"),
+        embed=_embed_granite,
+        classify=_classify_layerwise,
+        head_module=_layerwise_heads,
+        window=_absolute_window,
+        pooling=_last_token,
+        layer_arguments=_rotary,
+        causal=True,
+        prompt="bge-reranker-v2-minicpm-layerwise",
+    ),
 )
 
 FAMILIES: dict[str, Family] = {family.architecture: family for family in _DESCRIPTIONS}
@@ -155,5 +300,5 @@ def find_family(architectures: list[str] | None) -> Family:
             return FAMILIES[name]
     raise UnsupportedModelError(
         f"the model's config.json names architectures={architectures!r}; supported are "
-        f"{', '.join(FAMILIES)}, each with one label"
+        f"{', '.join(FAMILIES)}; classifiers with one label"
     )

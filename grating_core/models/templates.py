@@ -3,33 +3,61 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, get_args
 
 import transformers
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
+from grating_core.models.families import Family
+from grating_core.models.gguf import gguf_tokenizer, is_gguf
+from grating_core.models.prompts import Prompt, chat_prompt, named_prompt, official_prompt
 
 _TYPES = ("token_type_ids",)
 
 
+LongDocuments = Literal["truncate", "windows"]
+_GROUP = 32  # documents
+_OVERLAP = 8  # the part of a window that the next one repeats: one in so many tokens
+
+
 @dataclass(frozen=True)
 class TokenisedPair:
-    """One query and one document as one sequence.
+    """One query and one document, or a window of it, as one sequence.
 
     Attributes:
         input_ids: Token ids, with the special tokens of the model.
         token_type_ids: 0 or 1 for each token; which text it belongs to, if the model cares.
-        truncated: Whether the end of the document did not fit into the window.
+        truncated: Whether the end of the document did not fit into the window and was cut.
     """
 
     input_ids: list[int]
     token_type_ids: list[int]
-    truncated: bool
+    truncated: bool = False
+
+
+class Template(Protocol):
+    """Makes token ids of queries and documents."""
+
+    window: int
+    """The most tokens a pair may have."""
+
+    answers: tuple[int, int | None] | None
+    """Token ids of the answers whose logits are the score, if the model is asked a question."""
+
+    def encode(self, query: str, documents: Sequence[str]) -> list[list[TokenisedPair]]:
+        """Tokenise a query with each of the documents.
+
+        Returns:
+            For every document its pair; or several, each with a window of a document that is too long for one.
+
+        Raises:
+            ValueError: The query alone fills the window.
+        """
 
 
 class PairTemplate:
@@ -42,39 +70,145 @@ class PairTemplate:
         backend: A tokenizer of the tokenizers library.
         window: The most tokens a pair may have.
         has_types: Whether the model is to know which text a token belongs to.
+        long_documents: What to do with a document that does not fit: cut its end, or make several windows of it.
     """
 
-    def __init__(self, backend: Tokenizer, window: int, *, has_types: bool) -> None:
-        backend.no_padding()
-        backend.no_truncation()
+    answers: tuple[int, int | None] | None = None
+
+    def __init__(
+        self, backend: Tokenizer, window: int, *, has_types: bool, long_documents: LongDocuments = "truncate"
+    ) -> None:
         self._backend = backend
         self._has_types = has_types
+        self._long_documents = long_documents
         self._special_tokens = backend.num_special_tokens_to_add(is_pair=True)
         self.window = window
 
-    def encode(self, query: str, documents: Sequence[str]) -> list[TokenisedPair]:
-        """Tokenise a query with each of the documents.
-
-        Raises:
-            ValueError: The query alone fills the window.
-        """
+    def encode(self, query: str, documents: Sequence[str]) -> list[list[TokenisedPair]]:
+        """See :meth:`Template.encode`."""
         question = self._backend.encode(_encodable(query), add_special_tokens=False)
         room = self.window - self._special_tokens - len(question)
-        if room < 1:
-            raise ValueError(
-                f"query has {len(question)} tokens, which leaves no room for a document in the model's window "
-                f"of {self.window} tokens; shorten the query"
-            )
-        bodies = self._backend.encode_batch([_encodable(text) for text in documents], add_special_tokens=False)
-        return [self._join(question, body, room) for body in bodies]
+        _check_room(room, len(question), self.window)
+        return [self._windows(question, body, room) for body in _encodings(self._backend, documents)]
 
-    def _join(self, question: Any, body: Any, room: int) -> TokenisedPair:
-        truncated = len(body) > room
-        if truncated:
-            body.truncate(room)
+    def _windows(self, question: Any, body: Any, room: int) -> list[TokenisedPair]:
+        long = len(body) > room
+        if long:
+            body.truncate(room, stride=_overlap(room))
+        if self._long_documents == "windows":
+            return [self._join(question, part, False) for part in (body, *body.overflowing)]
+        return [self._join(question, body, long)]
+
+    def _join(self, question: Any, body: Any, truncated: bool) -> TokenisedPair:
         pair = self._backend.post_process(question, body)
         types = pair.type_ids if self._has_types else [0] * len(pair)
         return TokenisedPair(pair.ids, types, truncated)
+
+
+class PromptTemplate:
+    """The template of decoder rerankers: a question about query and document, whose answer is the score.
+
+    Only the document is ever cut, never query, instruction or what comes after the document.
+
+    Args:
+        backend: A tokenizer of the tokenizers library.
+        window: The most tokens a pair may have.
+        prompt: The question.
+        instruction: What to judge by; None for the prompt's own.
+        asks: Whether the score is the answer's logit; the head of a classifier has no need of answers.
+        long_documents: What to do with a document that does not fit: cut its end, or make several windows of it.
+
+    Raises:
+        ValueError: The window is too small for the prompt, or the prompt takes no instruction.
+        UnsupportedModelError: An answer is not a single token of this model.
+    """
+
+    def __init__(
+        self,
+        backend: Tokenizer,
+        window: int,
+        prompt: Prompt,
+        *,
+        instruction: str | None = None,
+        asks: bool,
+        long_documents: LongDocuments = "truncate",
+    ) -> None:
+        if instruction is not None and not prompt.takes_instruction:
+            raise ValueError(f"instruction={instruction!r}: the template has no slot {{instruction}} for it")
+        self._backend = backend
+        self._prompt = prompt
+        self._instruction = instruction
+        self._long_documents = long_documents
+        self.window = window
+        self.answers = None
+        if asks:
+            no = None if prompt.no is None else self._answer(prompt.no)
+            self.answers = self._answer(prompt.yes), no
+        before, head, tail = self._around("")
+        if (needed := len(before) + len(self._ids(head)) + len(tail)) >= window:
+            raise ValueError(
+                f"max_length={window} is too small: the template alone has {needed} tokens; use at least "
+                f"{needed + 64}"
+            )
+
+    def encode(self, query: str, documents: Sequence[str]) -> list[list[TokenisedPair]]:
+        """See :meth:`Template.encode`."""
+        before, head, after = self._around(_encodable(query))
+        # With the text that leads up to it: the first word of a document may share a token with the space before.
+        found = []
+        for body in _encodings(self._backend, [head + text for text in documents]):
+            start = sum(1 for begin, _ in body.offsets if begin < len(head))
+            fixed = before + body.ids[:start]
+            room = self.window - len(fixed) - len(after)
+            _check_room(room, len(self._ids(_encodable(query))), self.window)
+            found.append(self._windows(fixed, body.ids[start:], after, room))
+        return found
+
+    def _windows(self, before: list[int], text: list[int], after: list[int], room: int) -> list[TokenisedPair]:
+        parts = [text[:room]]
+        if self._long_documents == "windows":
+            overlap = _overlap(room)
+            parts = [text[start : start + room] for start in range(0, max(1, len(text) - overlap), room - overlap)]
+        truncated = self._long_documents == "truncate" and len(text) > room
+        sequences = [before + part + after for part in parts]
+        return [TokenisedPair(ids, [0] * len(ids), truncated) for ids in sequences]
+
+    def _around(self, query: str) -> tuple[list[int], str, list[int]]:
+        """Token ids before the document's piece, what that begins with, token ids after it."""
+        before, head, after = self._prompt.fill(query, self._instruction)
+        return self._ids(*before), head, self._ids(*after)
+
+    def _ids(self, *pieces: str) -> list[int]:
+        return [token for piece in pieces for token in self._backend.encode(piece, add_special_tokens=False).ids]
+
+    def _answer(self, word: str) -> int:
+        ids = self._ids(word)
+        unknown = getattr(self._backend.model, "unk_token", None)
+        if len(ids) != 1 or (unknown is not None and ids[0] == self._backend.token_to_id(unknown)):
+            raise UnsupportedModelError(
+                f"the model's tokenizer has no single token for the answer {word!r}, so its logit cannot be the "
+                f"score; pass template=Prompt(...) with answers that it has"
+            )
+        return ids[0]
+
+
+def _check_room(room: int, tokens: int, window: int) -> None:
+    if room < 1:
+        raise ValueError(
+            f"query has {tokens} tokens, which leaves no room for a document in the model's window "
+            f"of {window} tokens; shorten the query"
+        )
+
+
+def _overlap(room: int) -> int:
+    return room // _OVERLAP
+
+
+def _encodings(backend: Tokenizer, texts: Sequence[str]) -> Iterator[Any]:
+    """The encoding of each text; a few at a time, for they are ten times as large as the token ids in them."""
+    for start in range(0, len(texts), _GROUP):
+        group = [_encodable(text) for text in texts[start : start + _GROUP]]
+        yield from backend.encode_batch(group, add_special_tokens=False)
 
 
 def _encodable(text: str) -> str:
@@ -82,13 +216,47 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def find_window(directory: Path, model_window: int, max_length: int | None) -> int:
+def check_long_documents(long_documents: str) -> None:
+    """Raise ``ValueError`` for what is none of :data:`LongDocuments`."""
+    if long_documents not in get_args(LongDocuments):
+        raise ValueError(f"long_documents={long_documents!r} must be 'truncate' or 'windows'")
+
+
+def find_prompt(template: Prompt | str | None, model: str, directory: Path, family: Family) -> Prompt | None:
+    """What a model is asked; None if it is given the two texts as its tokenizer joins them.
+
+    Args:
+        template: The user's choice: a prompt, the name of an official one, or None for the model's own.
+        model: What the user called the model; official formats are known by it.
+        directory: Where its files are.
+        family: Its family.
+
+    Raises:
+        ModelNotFoundError: The tokenizer's settings or its chat template are damaged.
+        ValueError: ``template`` is neither a prompt nor the name of one.
+    """
+    if isinstance(template, Prompt):
+        return template
+    if template is not None:
+        return named_prompt(template)
+    if not family.causal:
+        return None
+    path = directory.resolve()
+    # In the hub's cache it is models--owner--name/snapshots/revision.
+    for name in (Path(model).name, path.name, path.parent.parent.name, family.prompt or ""):
+        if prompt := official_prompt(name):
+            return prompt
+    return chat_prompt(directory, _read_settings(directory)) if family.asks else None
+
+
+def find_window(directory: Path, model_window: int, max_length: int | None, prompt: Prompt | None = None) -> int:
     """The most tokens a pair may have.
 
     Args:
         directory: Where the tokenizer's files are.
         model_window: The most tokens that the model itself can take.
         max_length: A smaller window asked for by the user, or None.
+        prompt: Has a window of its own for users who do not ask.
 
     Raises:
         ModelNotFoundError: The tokenizer's settings are damaged.
@@ -97,14 +265,20 @@ def find_window(directory: Path, model_window: int, max_length: int | None) -> i
     stated = _read_settings(directory).get("model_max_length")
     window = min(model_window, int(stated)) if isinstance(stated, int | float) else model_window
     if max_length is not None and not 8 <= max_length <= window:
-        raise ValueError(
-            f"max_length={max_length} does not fit this model; use 8 to {window} tokens, or None for {window}"
-        )
-    return max_length or window
+        raise ValueError(f"max_length={max_length} does not fit this model; use 8 to {window} tokens, or None")
+    return max_length or (window if prompt is None else min(window, prompt.max_length))
 
 
-def load_template(directory: Path, window: int) -> PairTemplate:
-    """The pair template of a model directory.
+def load_template(
+    directory: Path,
+    window: int,
+    *,
+    prompt: Prompt | None = None,
+    instruction: str | None = None,
+    asks: bool = False,
+    long_documents: LongDocuments = "truncate",
+) -> Template:
+    """The template of a model directory.
 
     ``tokenizer.json`` is read as it is: transformers' wrapper around it keeps copies of the vocabulary, which for
     250,000 entries takes another 130 MB.
@@ -112,11 +286,32 @@ def load_template(directory: Path, window: int) -> PairTemplate:
     Args:
         directory: Where the tokenizer's files are.
         window: The most tokens a pair may have.
+        prompt: What the model is asked, if it is.
+        instruction: What to judge by; None for the prompt's own.
+        asks: Whether the score is the logit of the prompt's answers.
+        long_documents: What to do with a document that does not fit: cut its end, or make several windows of it.
 
     Raises:
         ModelNotFoundError: The tokenizer's files are missing or damaged, or need a package that is not there.
-        UnsupportedModelError: The tokenizer has no Rust backend.
+        UnsupportedModelError: The tokenizer has no Rust backend, or no token for an answer.
+        ValueError: The instruction or the window do not go with the prompt.
     """
+    backend, has_types = _load_backend(directory)
+    backend.no_padding()
+    backend.no_truncation()
+    if prompt is not None:
+        return PromptTemplate(
+            backend, window, prompt, instruction=instruction, asks=asks, long_documents=long_documents
+        )
+    if instruction is not None:
+        raise ValueError(f"instruction={instruction!r}: this model is given query and document only; leave it out")
+    return PairTemplate(backend, window, has_types=has_types, long_documents=long_documents)
+
+
+def _load_backend(directory: Path) -> tuple[Tokenizer, bool]:
+    """The tokenizer of a model, and whether the model is to know which text a token belongs to."""
+    if is_gguf(directory):
+        return gguf_tokenizer(directory)[0], False
     # Without any of them transformers makes up an empty vocabulary, and every text becomes the same.
     if not any(list(directory.glob(pattern)) for pattern in ("tokenizer.json", "vocab.*", "*.model")):
         raise ModelNotFoundError(f"{directory} has no tokenizer.json, vocabulary or sentencepiece model")
@@ -134,10 +329,12 @@ def load_template(directory: Path, window: int) -> PairTemplate:
         raise ModelNotFoundError(f"the tokenizer in {directory} cannot be loaded: {error}") from error
     if backend is None:
         raise UnsupportedModelError(f"{directory} has a tokenizer without tokenizer.json; convert it to that form")
-    return PairTemplate(backend, window, has_types=_TYPES[0] in inputs)
+    return backend, _TYPES[0] in inputs
 
 
 def _read_settings(directory: Path) -> dict[str, Any]:
+    if is_gguf(directory):
+        return gguf_tokenizer(directory)[1]
     path = directory / "tokenizer_config.json"
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}

@@ -10,10 +10,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    Gemma2Config,
+    Gemma2ForSequenceClassification,
+    GemmaConfig,
+    GemmaForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     ModernBertConfig,
     ModernBertForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+    Qwen3Config,
+    Qwen3ForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
     XLMRobertaConfig,
@@ -31,31 +41,40 @@ settings.register_profile("grating", deadline=None, max_examples=80, suppress_he
 settings.load_profile("grating")
 
 # Large weights: scores of different documents must differ clearly for a comparison to mean anything.
-_SIZES = {
+SIZES = {
     "vocab_size": 210, "hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 4,
     "intermediate_size": 48, "initializer_range": 0.2, "num_labels": 1, "pad_token_id": 1,
 }  # fmt: skip
 _MODERN = {"local_attention": 16, "max_position_embeddings": WINDOW, "bos_token_id": 0, "eos_token_id": 2,
            "cls_token_id": 0, "sep_token_id": 2}  # fmt: skip
+DECODER = {"num_key_value_heads": 2, "max_position_embeddings": WINDOW, "head_dim": 12}
+SLIDING = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}
 _GLOBAL, _LOCAL = "full_attention", "sliding_attention"
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
-    "bert": lambda: BertForSequenceClassification(BertConfig(**_SIZES, max_position_embeddings=WINDOW)),
+    "bert": lambda: BertForSequenceClassification(BertConfig(**SIZES, max_position_embeddings=WINDOW)),
     "roberta": lambda: RobertaForSequenceClassification(
-        RobertaConfig(**_SIZES, max_position_embeddings=WINDOW + 2, type_vocab_size=1)
+        RobertaConfig(**SIZES, max_position_embeddings=WINDOW + 2, type_vocab_size=1)
     ),
     "xlm-roberta": lambda: XLMRobertaForSequenceClassification(
-        XLMRobertaConfig(**_SIZES, max_position_embeddings=WINDOW + 2, type_vocab_size=1)
+        XLMRobertaConfig(**SIZES, max_position_embeddings=WINDOW + 2, type_vocab_size=1)
     ),
     "modernbert-cls": lambda: ModernBertForSequenceClassification(
         ModernBertConfig(
-            **_SIZES, **_MODERN, classifier_pooling="cls", layer_types=[_GLOBAL, _LOCAL, _LOCAL, _GLOBAL, _LOCAL]
+            **SIZES, **_MODERN, classifier_pooling="cls", layer_types=[_GLOBAL, _LOCAL, _LOCAL, _GLOBAL, _LOCAL]
         )
     ),
     "modernbert-mean": lambda: ModernBertForSequenceClassification(
         ModernBertConfig(
-            **_SIZES, **_MODERN, classifier_pooling="mean", layer_types=[_GLOBAL, *[_LOCAL] * 3, _GLOBAL]
+            **SIZES, **_MODERN, classifier_pooling="mean", layer_types=[_GLOBAL, *[_LOCAL] * 3, _GLOBAL]
         )
+    ),
+    "llama": lambda: LlamaForSequenceClassification(LlamaConfig(**SIZES, **DECODER, attention_bias=True)),
+    "qwen2": lambda: Qwen2ForSequenceClassification(Qwen2Config(**SIZES, **DECODER, **SLIDING)),
+    "qwen3": lambda: Qwen3ForSequenceClassification(Qwen3Config(**SIZES, **DECODER)),
+    "gemma": lambda: GemmaForSequenceClassification(GemmaConfig(**SIZES, **DECODER)),
+    "gemma2": lambda: Gemma2ForSequenceClassification(
+        Gemma2Config(**SIZES, **DECODER, sliding_window=16, query_pre_attn_scalar=9, attn_logit_softcapping=2.0)
     ),
 }
 
@@ -80,14 +99,18 @@ def save_tokenizer(directory: Path, *, types: bool) -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def save_model(directory: Path, family: str, seed: int = 0, **saving: object) -> Path:
-    """A tiny model of a family with random weights, and its tokenizer, in Hugging Face layout."""
-    torch.manual_seed(seed)
-    model = FAMILIES[family]()
-    # Biases and norms start as zeros and ones, which would hide one that is missing or misplaced.
+def randomise(model: PreTrainedModel) -> PreTrainedModel:
+    """Biases and norms start as zeros and ones, which would hide one that is missing or misplaced."""
     for name, weight in model.named_parameters():
         if name.endswith("bias") or "norm" in name.lower():
             torch.nn.init.normal_(weight, mean=float(name.endswith("weight")), std=0.2)
+    return model
+
+
+def save_model(directory: Path, family: str, seed: int = 0, **saving: object) -> Path:
+    """A tiny model of a family with random weights, and its tokenizer, in Hugging Face layout."""
+    torch.manual_seed(seed)
+    model = randomise(FAMILIES[family]())
     model.save_pretrained(directory, **saving)
     save_tokenizer(directory, types=family == "bert")
     return directory
@@ -108,3 +131,9 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundled() -> Reranker:
     """The real model, unpruned and in float32."""
     return Reranker.from_pretrained(BUNDLED, pruning="off", dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def spill_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GRATING_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

@@ -1,20 +1,32 @@
 """transformers' own answer, and random texts to ask it about."""
 
+import json
 import random
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from grating_core import Reranker
 
 TOLERANCE = 1e-4
 
 
+def saved_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """transformers' tokenizer; for the tests' own, not what AutoTokenizer makes up for some architectures."""
+    own = json.loads((directory / "tokenizer_config.json").read_text())["tokenizer_class"] == "TokenizersBackend"
+    return (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(directory)
+
+
 @torch.inference_mode()
 def padded_scores(directory: Path, pairs: list[tuple[str, str]]) -> list[float]:
     """Scores of one padded batch in float32 with transformers' eager attention."""
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = saved_tokenizer(directory)
     model = AutoModelForSequenceClassification.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     ).eval()

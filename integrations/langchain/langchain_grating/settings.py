@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
-from grating_core import PruningPolicy, Reranker
+from grating_core import Prompt, PruningPolicy, Reranker
 
 
 class RerankerSettings(BaseModel):
@@ -27,6 +29,24 @@ class RerankerSettings(BaseModel):
     memory_budget: str | int | None = Field(
         default=None,
         description="How much memory it may take, in bytes or such as '300MB'; None keeps everything resident.",
+    )
+    max_length: int | None = Field(
+        default=None,
+        description="Most tokens of a query and document together; None for what the model was made for.",
+    )
+    long_documents: Literal["truncate", "windows"] = Field(
+        default="truncate",
+        description="What to do with a document that does not fit: cut its end, or take its best window.",
+    )
+    template: Prompt | str | None = Field(
+        default=None,
+        description="How a decoder is asked: a Prompt, the name of an official one, or None for the model's own.",
+    )
+    instruction: str | None = Field(
+        default=None, description="What to judge by, for models that take an instruction."
+    )
+    adapter: str | None = Field(
+        default=None, description="LoRA adapter, a directory or hub id, that is merged into the weights."
     )
     pruning: str | PruningPolicy = Field(
         default="auto",

@@ -1,5 +1,7 @@
 """Packed attention against one dense attention with a mask."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,34 +9,56 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AttentionInterface
 
-from grating_core.engine.attention import PACKED_ATTENTION, KeysKept, Packing, packed_attention
+from grating_core.engine.attention import PACKED_ATTENTION, KeysKept, Packing, SharedKeys, packed_attention
 
 HEADS, SIZE = 2, 8
+States = tuple[Tensor, Tensor, Tensor]
 MODULE = torch.nn.Identity()
 
 
-def random_states(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+class Decoder(torch.nn.Identity):
+    is_causal = True
+
+
+CAUSAL = Decoder()
+
+
+def random_states(tokens: int, key_heads: int = HEADS) -> States:
     generator = torch.Generator().manual_seed(tokens)
     query, key, value = torch.randn(3, 1, HEADS, tokens, SIZE, generator=generator).unbind()
-    return query, key, value
+    return query, key[:, :key_heads], value[:, :key_heads]
 
 
 def dense_attention(
-    states: tuple[Tensor, Tensor, Tensor], lengths: tuple[int, ...], scaling: float | None, window: int | None
+    states: States,
+    lengths: tuple[int, ...],
+    scaling: float | None,
+    window: int | None,
+    *,
+    prefix: int = 0,
+    causal: bool = False,
+    softcap: float | None = None,
 ) -> Tensor:
     """The definition: softmax over all tokens at once, where other sequences and far tokens are masked."""
     query, key, value = states
-    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    place = torch.arange(sum(lengths))
-    seen = owner[:, None] == owner
+    groups = HEADS // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    # The prefix is number 0, and seen by all.
+    owner = torch.arange(len(lengths) + 1).repeat_interleave(torch.tensor([prefix, *lengths]))
+    place = torch.cat([torch.arange(prefix), *(prefix + torch.arange(length) for length in lengths)])
+    seen = (owner[:, None] == owner) | (owner == 0)
+    if causal:
+        seen &= place[:, None] >= place
     if window is not None:
         seen &= (place[:, None] - place).abs() < window
     products = query @ key.transpose(2, 3) * (SIZE**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        products = softcap * torch.tanh(products / softcap)
     return (products.masked_fill(~seen, -torch.inf).softmax(-1) @ value).transpose(1, 2)
 
 
-def attend(states: tuple[Tensor, Tensor, Tensor], packing: Packing, **options: object) -> Tensor:
-    output, weights = packed_attention(MODULE, *states, None, packing=packing, **options)
+def attend(states: States, packing: Packing, module: torch.nn.Module = MODULE, **options: object) -> Tensor:
+    output, weights = packed_attention(module, *states, None, packing=packing, **options)
     assert weights is None
     return output
 
@@ -50,6 +74,61 @@ def test_each_sequence_attends_to_itself(
     states = random_states(sum(lengths))
     output = attend(states, Packing(lengths), scaling=scaling, sliding_window=window)
     torch.testing.assert_close(output, dense_attention(states, lengths, scaling, window), atol=1e-5, rtol=1e-5)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6).map(tuple),
+    prefix=st.sampled_from([0, 1, 5, 30]),
+    key_heads=st.sampled_from([1, 2]),
+    scaling=st.sampled_from([None, 0.3]),
+    window=st.sampled_from([None, 1, 2, 8, 39, 40]),
+    softcap=st.sampled_from([None, 0.5]),
+    split=st.integers(0, 6),
+)
+def test_decoders_see_what_came_before_and_the_prefix(
+    lengths: tuple[int, ...],
+    prefix: int,
+    key_heads: int,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    split: int,
+) -> None:
+    """In one chunk or in two, of which only the first has the prefix; whole layers or only the last token."""
+    states = random_states(prefix + sum(lengths), key_heads)
+    rules = {"scaling": scaling, "sliding_window": window, "softcap": softcap}
+    expected = dense_attention(states, lengths, scaling, window, prefix=prefix, causal=True, softcap=softcap)
+    boundary = prefix + sum(lengths[:split])
+    shared, last_tokens = SharedKeys(), []
+    outputs = []
+    for part, tokens, first in (
+        (lengths[:split], slice(boundary), prefix),
+        (lengths[split:], slice(boundary, None), 0),
+    ):
+        chunk = tuple(state[:, :, tokens] for state in states)
+        if not chunk[0].shape[2]:
+            continue
+        outputs.append(attend(chunk, Packing(part, first, shared), CAUSAL, **rules))
+        if part:
+            packing = Packing(part, first, shared, keep_keys=True)
+            with pytest.raises(KeysKept):
+                attend(chunk, packing, CAUSAL, **rules)
+            ends = [first + end - 1 for end in accumulate(part)]
+            last_tokens.append(attend(tuple(state[:, :, ends] for state in chunk), packing, CAUSAL, **rules))
+    torch.testing.assert_close(torch.cat(outputs, 1), expected, atol=1e-5, rtol=1e-5)
+    ends = [prefix + end - 1 for end in accumulate(lengths)]
+    torch.testing.assert_close(torch.cat(last_tokens, 1), expected[:, ends], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("window", [None, 300])
+def test_long_sequences_of_a_decoder(window: int | None, softcap: float | None) -> None:
+    prefix, lengths = 270, (600, 1, 255)
+    states = random_states(prefix + sum(lengths), 1)
+    packing = Packing(lengths, prefix, SharedKeys())
+    output = attend(states, packing, CAUSAL, sliding_window=window, softcap=softcap)
+    expected = dense_attention(states, lengths, None, window, prefix=prefix, causal=True, softcap=softcap)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("window", [1, 64, 255, 257, 600])

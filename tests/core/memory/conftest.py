@@ -3,12 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 
-from grating_core import Reranker
+from grating_core import Prompt, Reranker
 from grating_core.engine.attention import PACKED_ATTENTION
 from grating_core.memory.plan import MemoryPlan
+from grating_core.models.adapter import Adapter
 from grating_core.models.loading import StoredModel
 from grating_core.models.templates import load_template
 from grating_core.pruning import Off, PruningPolicy
@@ -32,11 +32,18 @@ def load_planned(
     dtype: torch.dtype = torch.float32,
     pruning: PruningPolicy | None = None,
     chunk_tokens: int = 64,
+    template: Prompt | None = None,
+    adapter: Path | None = None,
     **changes: object,
 ) -> Reranker:
     """A reranker under a plan that keeps everything, but for the changes."""
     stored = StoredModel(
-        directory, device=torch.device("cpu"), dtype=dtype, attention=PACKED_ATTENTION, lasting=True
+        directory,
+        device=torch.device("cpu"),
+        dtype=dtype,
+        attention=PACKED_ATTENTION,
+        lasting=True,
+        adapter=None if adapter is None else Adapter(adapter),
     )
     sizes = stored.sizes(WINDOW)
     everything = MemoryPlan(
@@ -48,17 +55,12 @@ def load_planned(
         hidden_tokens=10**9,
     )
     plan = replace(everything, **changes)
+    encoder = load_template(directory, WINDOW, prompt=template, asks=stored.family.asks)
     return Reranker(
-        stored.load(plan),
-        load_template(directory, WINDOW),
+        stored.load(plan, encoder.answers),
+        encoder,
         model_path=directory,
         pruning=pruning or Off(),
         chunk_tokens=chunk_tokens,
         plan=plan,
     )
-
-
-@pytest.fixture
-def spill_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("GRATING_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"

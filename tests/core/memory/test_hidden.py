@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from grating_core.engine.ragged import RaggedBatch, filled
 from grating_core.memory.hidden import HiddenInMemory, HiddenOnDisk
 from grating_core.memory.meter import Meter
+from grating_core.models.templates import TokenisedPair
 
 WIDTH = 6
 
@@ -33,7 +34,8 @@ def lives(draw) -> Life:
 
 @given(lives(), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_disk_and_memory_keep_the_same(tmp_path_factory, life: Life, dtype: torch.dtype) -> None:
-    batch = RaggedBatch.pack([[0] * n for n in life.lengths], [[0] * n for n in life.lengths], torch.device("cpu"))
+    pairs = [[TokenisedPair([0] * n, [0] * n)] for n in life.lengths]
+    batch = RaggedBatch.pack(pairs, torch.device("cpu"), share_prefix=False)
     expected = torch.randn(batch.tokens, WIDTH).to(dtype)
     shape = (batch.tokens, WIDTH, dtype, torch.device("cpu"))
     rows = filled(max(life.chunk_tokens, *life.lengths))

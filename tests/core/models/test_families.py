@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from grating_core import Reranker, UnsupportedModelError
 from grating_core.models.families import FAMILIES, find_family
 from tests.core.conftest import WINDOW, WORDS
-from tests.core.parity import TOLERANCE, load, padded_scores, random_text
+from tests.core.parity import TOLERANCE, load, padded_scores, random_text, saved_tokenizer
 
 # Length 1, none at all, uneven lengths, and more than the window holds.
 LENGTHS = [1, 0, 5, 17, 2, 90, 40, 300, 33, 1]
@@ -46,7 +46,7 @@ def test_one_candidate_of_the_longest_window(tiny: Path) -> None:
 def test_provisional_scores_are_the_head_on_intermediate_states(tiny: Path) -> None:
     query, document = "w1 w2 w3", random_text(40, random.Random(2), WORDS)
     model = AutoModelForSequenceClassification.from_pretrained(tiny, attn_implementation="eager").eval()
-    batch = AutoTokenizer.from_pretrained(tiny)(query, document, return_tensors="pt")
+    batch = saved_tokenizer(tiny)(query, document, return_tensors="pt")
     layers = model.get_submodule(FAMILIES[model.config.architectures[0]].layers)
     expected = []
     for last in range(1, len(layers)):

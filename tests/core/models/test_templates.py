@@ -27,7 +27,7 @@ def test_pairs_are_what_transformers_makes_of_them(directory: Path, query: str, 
     tokenizer = AutoTokenizer.from_pretrained(directory)
     pairs = template.encode(query, documents)
     assert len(pairs) == len(documents)
-    for pair, document in zip(pairs, documents, strict=True):
+    for (pair,), document in zip(pairs, documents, strict=True):
         # As a batch: alone, an empty document would be taken for none.
         expected = tokenizer([query], [document], truncation="only_second", max_length=WINDOW)
         assert pair.input_ids == expected["input_ids"][0]
@@ -40,7 +40,7 @@ def test_real_text(bundled: Reranker) -> None:
     tokenizer = AutoTokenizer.from_pretrained(bundled.model_path)
     texts = ["It's naïve—isn't it?", "שלום עולם", "null \x00 byte", "[SEP] [CLS]", "", "東京" * 400]
     expected = tokenizer(["What's that?"] * len(texts), texts, truncation="only_second")["input_ids"]
-    assert [pair.input_ids for pair in template.encode("What's that?", texts)] == expected
+    assert [pair.input_ids for (pair,) in template.encode("What's that?", texts)] == expected
 
 
 def test_a_query_that_fills_the_window_is_refused(directory: Path) -> None:

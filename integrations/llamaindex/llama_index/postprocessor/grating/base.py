@@ -12,11 +12,14 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from typing_extensions import Self
 
-from grating_core import PruningPolicy, Reranker
+from grating_core import Prompt, PruningPolicy, Reranker
 
 dispatcher = get_dispatcher(__name__)
 
-_SETTINGS = ("model", "device", "dtype", "memory_budget", "pruning")
+_SETTINGS = (
+    "model", "device", "dtype", "memory_budget", "max_length", "long_documents", "template", "instruction",
+    "adapter", "pruning",
+)  # fmt: skip
 
 
 class GratingRerank(BaseNodePostprocessor):
@@ -58,6 +61,24 @@ class GratingRerank(BaseNodePostprocessor):
         default=None,
         description="How much memory it may take, in bytes or such as '300MB'; None keeps everything resident.",
     )
+    max_length: int | None = Field(
+        default=None,
+        description="Most tokens of a query and document together; None for what the model was made for.",
+    )
+    long_documents: Literal["truncate", "windows"] = Field(
+        default="truncate",
+        description="What to do with a document that does not fit: cut its end, or take its best window.",
+    )
+    template: Prompt | str | None = Field(
+        default=None,
+        description="How a decoder is asked: a Prompt, the name of an official one, or None for the model's own.",
+    )
+    instruction: str | None = Field(
+        default=None, description="What to judge by, for models that take an instruction."
+    )
+    adapter: str | None = Field(
+        default=None, description="LoRA adapter, a directory or hub id, that is merged into the weights."
+    )
     pruning: str | PruningPolicy = Field(
         default="auto", description="'auto', 'cluster', 'off', or a policy object."
     )
@@ -65,7 +86,7 @@ class GratingRerank(BaseNodePostprocessor):
         default=None,  # type: ignore[assignment]  # only until _load has run
         exclude=True,
         repr=False,
-        description="A ready Reranker, instead of model, device, dtype, memory_budget and pruning.",
+        description="A ready Reranker, instead of all settings of the model.",
     )
 
     @model_validator(mode="after")

@@ -1,0 +1,116 @@
+"""Language models in GGUF files, unpacked into memory by transformers' own reader."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grating_core.errors import ModelNotFoundError, UnsupportedModelError
+from grating_core.memory.meter import Meter
+from grating_core.memory.plan import MemoryPlan, ModelSizes
+from grating_core.models.adapter import Adapter
+from grating_core.models.cross_encoder import CrossEncoder, bind
+from grating_core.models.families import find_family
+
+_INSTALL = "reading GGUF files takes the package gguf: pip install 'grating-core[gguf]'"
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a model is a GGUF file."""
+    return path.suffix == ".gguf" and path.is_file()
+
+
+class GgufModel:
+    """A GGUF file that has been unpacked. It cannot be streamed: all its weights are in memory.
+
+    Args:
+        path: The file.
+        device: Where the weights go.
+        dtype: The compute dtype of embeddings and layers; the head is kept in float32.
+        attention: Name of the attention function, as registered with transformers.
+        adapter: Is merged into the weights.
+
+    Raises:
+        ModelNotFoundError: The file is damaged, or the package that reads it is missing.
+        UnsupportedModelError: grating does not run this architecture, or the adapter is for another model.
+    """
+
+    def __init__(
+        self, path: Path, *, device: torch.device, dtype: torch.dtype, attention: str, adapter: Adapter | None
+    ) -> None:
+        self.directory = path
+        self.device = device
+        self._dtype = dtype
+        self._module = _unpack(path, dtype=dtype, attn_implementation=attention)
+        self.family = find_family([type(self._module).__name__])
+        if not self.family.asks:
+            raise UnsupportedModelError(f"{path} holds a {type(self._module).__name__}, which cannot be asked")
+        self._module.eval().requires_grad_(False)
+        if adapter is not None:
+            weights = self._module.state_dict()
+            adapter.check({name: tuple(weight.shape) for name, weight in weights.items()}, ())
+            for name, change in adapter.changes.items():
+                change.add_to(weights[name])
+
+    @property
+    def window(self) -> int:
+        """The most tokens that the model can take."""
+        return self.family.window(self._module.config)
+
+    def sizes(self, window: int) -> ModelSizes:
+        """See :meth:`StoredModel.sizes`; there is nothing that a plan could leave on disk."""
+        raise NotImplementedError
+
+    def load(self, plan: MemoryPlan | None, answers: tuple[int, int | None] | None) -> CrossEncoder:
+        """Put the model where it computes, with nothing of its output embedding but the rows of the answers."""
+        assert plan is None
+        assert answers is not None
+        yes, no = answers
+        rows = self._module.get_output_embeddings().weight
+        assert self.family.head_module is not None
+        self._module.lm_head = self.family.head_module(self._module.config).requires_grad_(False)
+        bind(self._module.lm_head, {"yes": rows[yes, None].float()})
+        self._module.lm_head.no = None
+        if no is not None:
+            bind(self._module.lm_head, {"no": rows[no, None].float()})
+        self._module.get_submodule(str(self.family.norm)).float()
+        return CrossEncoder(
+            self._module.to(self.device),
+            self.family,
+            self.device,
+            self._dtype,
+            streamer=None,
+            rows=None,
+            meter=Meter(),
+        )
+
+
+@lru_cache(maxsize=1)  # asked for twice when a model is loaded, and slow
+def gguf_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
+    """The tokenizer in a GGUF file, and its settings as far as prompts need them.
+
+    Raises:
+        ModelNotFoundError: It cannot be read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except ImportError as error:
+        raise ModelNotFoundError(_INSTALL) from error
+    except Exception as error:  # whatever a damaged file leads to
+        raise ModelNotFoundError(f"the tokenizer in {path} cannot be read: {error}") from error
+    names = ("chat_template", "bos_token", "eos_token")
+    return tokenizer.backend_tokenizer, {name: getattr(tokenizer, name) for name in names}
+
+
+def _unpack(path: Path, **how: Any) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **how)
+    except ImportError as error:
+        raise ModelNotFoundError(_INSTALL) from error
+    except Exception as error:  # whatever a damaged file leads to
+        raise ModelNotFoundError(f"{path} cannot be read as GGUF: {error}") from error

@@ -1,0 +1,214 @@
+"""What decoder rerankers are asked, word for word: the official formats, and one for any other instruct model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from grating_core.errors import ModelNotFoundError
+
+_SLOT = re.compile(r"\{(instruction|query|document)\}")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """How a decoder is asked whether a document answers a query.
+
+    Attributes:
+        pieces: The text of a pair, with the slots ``{instruction}``, ``{query}`` and ``{document}``. Each piece is
+            tokenised on its own, since some models were trained so; special tokens are written out. The document
+            is in one piece, once; what follows it in that piece counts as a piece of its own.
+        yes: The answer whose logit is the score. It must be a single token of the model.
+        no: The answer whose logit is subtracted from it; None to subtract nothing.
+        instruction: What to judge by, if the user does not say.
+        instruction_format: How an instruction that is not empty is put into its slot.
+        max_length: Most tokens of a pair, if the user does not say.
+
+    Raises:
+        ValueError: There is no slot for the query or the document, or more than one for the document.
+    """
+
+    pieces: tuple[str, ...]
+    yes: str = "yes"
+    no: str | None = "no"
+    instruction: str = ""
+    instruction_format: str = "{instruction}"
+    max_length: int = 8192
+
+    def __post_init__(self) -> None:
+        slots = [slot for piece in self.pieces for slot in _SLOT.findall(piece)]
+        if slots.count("document") != 1 or "query" not in slots:
+            raise ValueError(
+                f"template has the slots {slots}; a prompt needs {{query}}, and {{document}} exactly once: "
+                f"write them into its pieces"
+            )
+
+    @property
+    def takes_instruction(self) -> bool:
+        """Whether there is a slot for an instruction."""
+        return any("{instruction}" in piece for piece in self.pieces)
+
+    def fill(self, query: str, instruction: str | None) -> tuple[list[str], str, list[str]]:
+        """The texts around a document: the pieces before its own, what its piece begins with, those after it.
+
+        Args:
+            query: The question.
+            instruction: What to judge by; None for the prompt's own.
+        """
+        wanted = self.instruction if instruction is None else instruction
+        values = {
+            "query": query,
+            "instruction": self.instruction_format.replace("{instruction}", wanted) if wanted else "",
+        }
+        number = next(number for number, piece in enumerate(self.pieces) if "{document}" in piece)
+        head, _, tail = self.pieces[number].partition("{document}")
+        after = [piece for piece in (tail, *self.pieces[number + 1 :]) if piece]
+        return (
+            [_filled(piece, values) for piece in self.pieces[:number]],
+            _filled(head, values),
+            [_filled(piece, values) for piece in after],
+        )
+
+
+def _filled(piece: str, values: Mapping[str, str]) -> str:
+    # In one go: a query that has "{document}" in it stays as it is.
+    return _SLOT.sub(lambda slot: values[slot[1]], piece)
+
+
+_BGE = Prompt(
+    # https://huggingface.co/BAAI/bge-reranker-v2-gemma
+    pieces=("<bos>", "A: {query}", "\n", "B: {document}", "\n", "{instruction}"),
+    yes="Yes",
+    no=None,
+    instruction="Given a query A and a passage B, determine whether the passage contains an answer to the query "
+    "by providing a prediction of either 'Yes' or 'No'.",
+    max_length=1024,
+)
+
+PROMPTS: dict[str, Prompt] = {
+    # https://huggingface.co/Qwen/Qwen3-Reranker-0.6B
+    "qwen3-reranker": Prompt(
+        pieces=(
+            "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the "
+            'Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n',
+            "<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}",
+            "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        ),
+        instruction="Given a web search query, retrieve relevant passages that answer the query",
+    ),
+    "bge-reranker-v2-gemma": _BGE,
+    # https://huggingface.co/BAAI/bge-reranker-v2-minicpm-layerwise; it has heads of its own instead of an answer.
+    "bge-reranker-v2-minicpm-layerwise": Prompt(
+        pieces=("<s>", *_BGE.pieces[1:]), yes="Yes", no=None, instruction=_BGE.instruction, max_length=1024
+    ),
+    # https://github.com/mixedbread-ai/mxbai-rerank, mxbai_rerank_v2.py
+    "mxbai-rerank-v2": Prompt(
+        pieces=(
+            "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+            "<|im_start|>user\n",
+            "{instruction}query: {query}",
+            "\n",
+            "document: {document}",
+            "\n",
+            "You are a search relevance expert who evaluates how well documents match search queries. For each "
+            "query-document pair, carefully analyze the semantic relationship between them, then provide your "
+            "binary relevance judgment (0 for not relevant, 1 for relevant).\nRelevance:",
+            "<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        yes="1",
+        no="0",
+        instruction_format="instruction: {instruction}\n",
+    ),
+}
+"""The official formats, by the name that ``template=`` takes."""
+
+# Which models have them: in the name of the model, or of the directory it is in.
+_MODELS = {
+    "qwen3-reranker": r"qwen3-reranker",
+    "bge-reranker-v2-gemma": r"bge-reranker-v2-gemma",
+    "bge-reranker-v2-minicpm-layerwise": r"bge-reranker-v2-minicpm",
+    "mxbai-rerank-v2": r"mxbai-rerank-\w+-v2",
+}
+
+_ANY_MODEL = (
+    "{instruction}\n\nQuery: {query}\n\nDocument: {document}\n\n"
+    "Does the document meet the requirements? Answer only yes or no."
+)
+_ANY_INSTRUCTION = "Judge whether the document is relevant to the query."
+
+
+def official_prompt(model: str) -> Prompt | None:
+    """The format that a model was trained with, as far as its name tells.
+
+    Args:
+        model: A hub id, or the path of a directory.
+    """
+    for name, pattern in _MODELS.items():
+        if re.search(pattern, model, re.IGNORECASE):
+            return PROMPTS[name]
+    return None
+
+
+def named_prompt(name: str) -> Prompt:
+    """One of :data:`PROMPTS`.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    if name not in PROMPTS:
+        raise ValueError(
+            f"template={name!r} is not known; use one of {', '.join(PROMPTS)}, or a Prompt of your own"
+        )
+    return PROMPTS[name]
+
+
+def chat_prompt(directory: Path, settings: Mapping[str, Any]) -> Prompt:
+    """A yes/no question in the chat format of an instruct model; plain text if it has none.
+
+    Args:
+        directory: Where the model's files are.
+        settings: Of its ``tokenizer_config.json``.
+
+    Raises:
+        ModelNotFoundError: The chat template is damaged.
+    """
+    chat_template = _chat_template(directory, settings)
+    text = f"{_ANY_MODEL}\n"
+    if chat_template is not None:
+        message = {"role": "user", "content": _ANY_MODEL}
+        specials: dict[str, Any] = {name: _content(settings.get(name)) for name in ("bos_token", "eos_token")}
+        try:
+            rendered: Any = render_jinja_template(
+                [[message]],
+                chat_template=chat_template,
+                add_generation_prompt=True,
+                enable_thinking=False,  # what follows is to be the answer
+                **specials,
+            )
+        except Exception as error:  # jinja runs what the file says, which may fail in any way
+            raise ModelNotFoundError(f"the chat template in {directory} cannot be used: {error}") from error
+        text = rendered[0][0]  # of one conversation; where answers would be comes second
+    return Prompt(pieces=(text,), instruction=_ANY_INSTRUCTION)
+
+
+def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
+    """Files of today have it beside the settings, older ones in them, some as one of several with names."""
+    if (path := directory / "chat_template.jinja").is_file():
+        return path.read_text(encoding="utf-8")
+    if (path := directory / "chat_template.json").is_file():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    found = settings.get("chat_template")
+    if isinstance(found, list):
+        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    return found if isinstance(found, str) else None
+
+
+def _content(token: Any) -> str:
+    """Special tokens stand in the settings as text, or as an object that has it."""
+    return str(token["content"] if isinstance(token, dict) else token or "")

@@ -1,0 +1,449 @@
+"""Decoder rerankers against transformers: heads, prompts, shared prefixes, windows, adapters."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from grating_core import ModelNotFoundError, Prompt, Reranker, UnsupportedModelError
+from tests.core.conftest import DECODER, SIZES, SLIDING, WINDOW, WORDS, randomise, save_tokenizer
+from tests.core.memory.conftest import PLANS, load_planned
+from tests.core.parity import TOLERANCE, load, random_text
+
+PROMPT = Prompt(
+    pieces=("<s>", "w7 w8 w7 w8 {instruction} {query} w9", "w10 {document} w11 w12", "</s>"),
+    yes="w3",
+    no="w4",
+    instruction="w20 w21",
+)
+CAUSAL = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **DECODER)),
+    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **DECODER, tie_word_embeddings=True)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, **DECODER)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, **DECODER, tie_word_embeddings=True)),
+    "qwen3-sliding": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, **DECODER, **SLIDING)),
+    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SIZES, **DECODER)),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(
+            **SIZES, **DECODER, sliding_window=16, query_pre_attn_scalar=9, attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0,
+        )
+    ),
+}  # fmt: skip
+QUERY = "w1 w2 w5 w6"
+SOURCE = random.Random(11)
+DOCUMENTS = [random_text(length, SOURCE, WORDS) for length in (4, 30, 1, 0, 60, 7, 7, 25, 200)]
+
+
+def save_decoder(directory: Path, family: str) -> Path:
+    torch.manual_seed(0)
+    model = randomise(CAUSAL[family]())
+    model.save_pretrained(directory, max_shard_size="60KB")
+    save_tokenizer(directory, types=False)
+    return directory
+
+
+@pytest.fixture(scope="module", params=CAUSAL)
+def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_decoder(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_decoder(tmp_path_factory.mktemp("qwen3"), "qwen3")
+
+
+def token_ids(directory: Path, *pieces: str) -> list[int]:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    return [token for piece in pieces for token in tokenizer(piece, add_special_tokens=False)["input_ids"]]
+
+
+def spelled_out(directory: Path, query: str, document: str, instruction: str = "w20 w21") -> list[int]:
+    """The token ids of :data:`PROMPT`, with as much of the document as fits."""
+    before = token_ids(directory, "<s>", f"w7 w8 w7 w8 {instruction} {query} w9", "w10 ")
+    after = token_ids(directory, " w11 w12", "</s>")
+    return before + token_ids(directory, document)[: WINDOW - len(before) - len(after)] + after
+
+
+@torch.inference_mode()
+def reference(
+    directory: Path,
+    sequences: list[list[int]],
+    yes: str = "w3",
+    no: str | None = "w4",
+    model: nn.Module | None = None,
+) -> list[float]:
+    """One left-padded batch through transformers' whole model, as model cards have it."""
+    if model is None:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+    longest = max(map(len, sequences))
+    ids = torch.tensor([[1] * (longest - len(ids)) + ids for ids in sequences])
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in sequences])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -1]
+    scores = logits[:, token_ids(directory, yes)[0]]
+    return (scores if no is None else scores - logits[:, token_ids(directory, no)[0]]).tolist()
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 50, 130, 10**6])
+def test_scores_are_the_difference_of_the_answers_logits(decoder: Path, chunk_tokens: int) -> None:
+    seed = random.randrange(10**6)
+    print("seed", seed)  # shown when the test fails
+    source = random.Random(seed)
+    query = random_text(4, source, WORDS)
+    documents = [random_text(length, source, WORDS) for length in (1, 0, 5, 17, 2, 90, 40, 300, 33, 1)]
+    expected = reference(decoder, [spelled_out(decoder, query, document) for document in documents])
+    assert max(expected) - min(expected) > 100 * TOLERANCE
+    result = load(decoder, template=PROMPT, chunk_tokens=chunk_tokens).rerank(query, documents, len(documents))
+    scores = {ranked.index: ranked.score for ranked in result.ranking}
+    assert scores == pytest.approx(dict(enumerate(expected)), abs=TOLERANCE)
+    assert result.trace.shared_prefix >= 12
+    assert result.trace.compute_share == 1.0
+    assert result.trace.truncated == (5, 7)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_plan_gives_the_same_bits(decoder: Path, plan: str, spill_directory: Path) -> None:
+    whole, planned = (load_planned(decoder, template=PROMPT, **changes) for changes in ({}, PLANS[plan]))
+    pairs = [(QUERY, document) for document in DOCUMENTS]
+    for _ in range(2):
+        assert planned.score(pairs) == whole.score(pairs)
+
+
+def test_sharing_the_prefix_changes_nothing(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [(QUERY, document) for document in DOCUMENTS]
+    reranker = load(decoder, template=PROMPT, chunk_tokens=70)
+    shared, layers = reranker.score(pairs), reranker.rerank(QUERY, DOCUMENTS).trace.layers
+    model = reranker._model()
+    monkeypatch.setattr(model, "causal", False)
+    alone = reranker.rerank(QUERY, DOCUMENTS, len(DOCUMENTS))
+    assert alone.trace.shared_prefix == 0
+    assert [ranked.score for ranked in sorted(alone.ranking, key=lambda r: r.index)] == pytest.approx(
+        shared, abs=TOLERANCE
+    )
+    for layer, unshared in zip(layers, alone.trace.layers, strict=True):
+        assert layer.scores == pytest.approx(unshared.scores, abs=TOLERANCE)
+        assert layer.tokens < unshared.tokens
+
+
+def test_queries_that_differ_share_what_they_can(qwen3: Path) -> None:
+    pairs = [("w1 w2", "w30 w31"), ("w1 w3 w4", "w32"), ("w5", ""), ("w5", "w30 w31")]
+    expected = reference(qwen3, [spelled_out(qwen3, *pair) for pair in pairs])
+    assert load(qwen3, template=PROMPT).score(pairs) == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_the_instruction_is_a_parameter(qwen3: Path) -> None:
+    expected = reference(qwen3, [spelled_out(qwen3, QUERY, text, "w40 w41 w42") for text in DOCUMENTS])
+    reranker = load(qwen3, template=PROMPT, instruction="w40 w41 w42")
+    assert reranker.score([(QUERY, text) for text in DOCUMENTS]) == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_a_prompt_may_want_one_answer_only(qwen3: Path) -> None:
+    prompt = Prompt(pieces=("<s>", "{query} w9", "{document}"), yes="w3", no=None)
+    ids = [token_ids(qwen3, "<s>", "w1 w9", text) for text in ("w30", "w31 w32")]
+    expected = reference(qwen3, ids, no=None)
+    scores = load(qwen3, template=prompt).score([("w1", "w30"), ("w1", "w31 w32")])
+    assert scores == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_the_whole_output_embedding_is_never_read(tmp_path: Path) -> None:
+    directory = save_decoder(tmp_path / "model", "llama")
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    path = directory / index["weight_map"]["lm_head.weight"]
+    tensors = load_file(path)
+    rows = tensors["lm_head.weight"]
+    answers = token_ids(directory, "w3", "w4")
+    expected = load(directory, template=PROMPT).score([(QUERY, "w50 w51")])
+    rows[[row for row in range(len(rows)) if row not in answers]] = math.nan
+    save_file(tensors, path, {"format": "pt"})
+    reranker = load(directory, template=PROMPT)
+    assert reranker.score([(QUERY, "w50 w51")]) == expected
+    assert (
+        sum(weight.numel() for weight in reranker._model()._module.lm_head.parameters())
+        == 2 * SIZES["hidden_size"]
+    )
+
+
+# Windows
+
+
+@pytest.mark.parametrize("family", ["decoder", "encoder"])
+def test_the_best_window_is_the_score(qwen3: Path, tiny_bert: Path, family: str) -> None:
+    """Windows cover the document, overlap, and score as documents of their own do."""
+    directory = qwen3 if family == "decoder" else tiny_bert
+    how = {"template": PROMPT} if family == "decoder" else {}
+    source = random.Random(5)
+    words = [random_text(length, source, WORDS).split() for length in (400, 3, 0, 150)]
+    windows, cut = (load(directory, long_documents=mode, **how) for mode in ("windows", "truncate"))
+    result = windows.rerank(QUERY, [" ".join(text) for text in words], 4)
+    assert result.trace.truncated == ()
+    assert result.trace.compute_share == 1.0
+    assert [count > 1 for count in result.trace.windows] == [True, False, False, True]
+    whole = cut.rerank(QUERY, [" ".join(text) for text in words]).trace
+    assert whole.truncated == (0, 3)
+    fixed = whole.lengths[2]
+    room = WINDOW - fixed
+    step = room - room // 8
+    for ranked in result.ranking:
+        text = words[ranked.index]
+        parts = [text[start : start + room] for start in range(0, max(1, len(text) - room // 8), step)]
+        assert len(parts) == result.trace.windows[ranked.index]
+        assert {word for part in parts for word in part} == set(text)
+        expected = max(cut.score([(QUERY, " ".join(part)) for part in parts]))
+        assert ranked.score == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_windows_of_a_candidate_leave_together(qwen3: Path) -> None:
+    documents = [random_text(length, SOURCE, WORDS) for length in (200, 5, 300, 90, 4)]
+    reranker = load(qwen3, template=PROMPT, long_documents="windows", pruning="cluster")
+    full = load(qwen3, template=PROMPT, long_documents="windows").rerank(QUERY, documents, 5)
+    expected = {ranked.index: ranked.score for ranked in full.ranking}
+    for ranked in reranker.rerank(QUERY, documents, 2).ranking:
+        assert ranked.score == pytest.approx(expected[ranked.index], abs=TOLERANCE)
+
+
+# MiniCPM: nothing in transformers to compare with, so the architecture is written out once more.
+
+
+MINICPM = {
+    "architectures": ["LayerWiseMiniCPMForCausalLM"], "model_type": "minicpm", "vocab_size": 210,
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu", "max_position_embeddings": WINDOW, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    "scale_emb": 3, "scale_depth": 1.4, "dim_model_base": 16, "start_layer": 3, "head_multi": True,
+    "head_type": "simple", "tie_word_embeddings": True, "auto_map": {"AutoConfig": "never.LookedAt"},
+}  # fmt: skip
+
+
+def minicpm_weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    width, inner, keys = 32, 48, 16
+    shapes = {"model.embed_tokens.weight": (210, width), "model.norm.weight": (width,)}
+    for layer in range(5):
+        at = f"model.layers.{layer}."
+        shapes |= {
+            f"{at}self_attn.q_proj.weight": (width, width), f"{at}self_attn.k_proj.weight": (keys, width),
+            f"{at}self_attn.v_proj.weight": (keys, width), f"{at}self_attn.o_proj.weight": (width, width),
+            f"{at}mlp.gate_proj.weight": (inner, width), f"{at}mlp.up_proj.weight": (inner, width),
+            f"{at}mlp.down_proj.weight": (width, inner), f"{at}input_layernorm.weight": (width,),
+            f"{at}post_attention_layernorm.weight": (width,),
+        }  # fmt: skip
+    shapes |= {f"lm_head.{number}.linear_head.weight": (1, width) for number in range(3)}
+    weights = {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {name: weight + 1 if "norm" in name else weight for name, weight in weights.items()}
+
+
+@torch.inference_mode()
+def minicpm_scores(ids: list[int]) -> list[float]:
+    """The score after each layer from the third on, by the published equations."""
+    weights, count, size = minicpm_weights(), len(ids), 8
+
+    def norm(states: torch.Tensor, name: str) -> torch.Tensor:
+        return states * (states.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weights[name]
+
+    def rotate(heads: torch.Tensor) -> torch.Tensor:
+        angles = torch.arange(count)[:, None] * 10000.0 ** (-torch.arange(0, size, 2) / size)
+        angles = torch.cat((angles, angles), -1)
+        left, right = heads.chunk(2, -1)
+        return heads * angles.cos() + torch.cat((-right, left), -1) * angles.sin()
+
+    states = 3 * weights["model.embed_tokens.weight"][torch.tensor(ids)]
+    scores = []
+    for layer in range(5):
+        at = f"model.layers.{layer}."
+        x = norm(states, f"{at}input_layernorm.weight")
+        q, k, v = (
+            (x @ weights[f"{at}self_attn.{name}_proj.weight"].T).unflatten(-1, (-1, size)).transpose(0, 1)
+            for name in "qkv"
+        )
+        q, k, v = rotate(q), rotate(k).repeat_interleave(2, 0), v.repeat_interleave(2, 0)
+        future = torch.ones(count, count, dtype=torch.bool).triu(1)
+        seen = (q @ k.transpose(1, 2) / size**0.5).masked_fill(future, -torch.inf).softmax(-1) @ v
+        attended = seen.transpose(0, 1).flatten(1) @ weights[f"{at}self_attn.o_proj.weight"].T
+        states = states + attended * 1.4 / 5**0.5
+        x = norm(states, f"{at}post_attention_layernorm.weight")
+        gate, up = (x @ weights[f"{at}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+        states = states + (nn.functional.silu(gate) * up) @ weights[f"{at}mlp.down_proj.weight"].T * 1.4 / 5**0.5
+        if layer >= 2:
+            last = norm(states[-1], "model.norm.weight")
+            scores.append(float(last @ weights[f"lm_head.{layer - 2}.linear_head.weight"][0]))
+    return scores
+
+
+@pytest.fixture(scope="module")
+def minicpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("minicpm")
+    (directory / "config.json").write_text(json.dumps(MINICPM))
+    save_file(minicpm_weights(), directory / "model.safetensors", {"format": "pt"})
+    save_tokenizer(directory, types=False)
+    return directory
+
+
+@pytest.mark.parametrize("plan", ["resident", "all at once"])
+def test_minicpm_has_a_head_for_every_later_layer(minicpm: Path, plan: str, spill_directory: Path) -> None:
+    prompt = Prompt(pieces=("<s>", "A: {query}", "w9", "B: {document}", "w9", "{instruction}"), instruction="w30")
+    texts = ["w20 w21", "w22", "", "w23 w24 w25 w26"]
+    ids = [token_ids(minicpm, "<s>", f"A: {QUERY}", "w9", f"B: {text}", "w9", "w30") for text in texts]
+    expected = [minicpm_scores(sequence) for sequence in ids]
+    layers = load_planned(minicpm, template=prompt, **PLANS[plan]).rerank(QUERY, texts).trace.layers
+    for number in (3, 4, 5):
+        after = [scores[number - 3] for scores in expected]
+        assert layers[number - 1].scores == pytest.approx(after, abs=TOLERANCE)
+
+
+def test_minicpm_is_asked_as_it_was_trained(minicpm: Path) -> None:
+    trace = load(minicpm).rerank("w1 w2", ["w3"]).trace
+    instruction = (
+        "Given a query A and a passage B, determine whether the passage contains an answer to the query by "
+    )
+    instruction += "providing a prediction of either 'Yes' or 'No'."
+    # A newline is no token of this tokenizer.
+    ids = token_ids(minicpm, "<s>", "A: w1 w2", "B: w3", instruction)
+    assert trace.lengths == (len(ids),)
+    assert trace.layers[-1].scores == pytest.approx([minicpm_scores(ids)[-1]], abs=TOLERANCE)
+
+
+def test_other_heads_of_minicpm_are_refused(minicpm: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MINICPM | {"head_type": "raw"}))
+    with pytest.raises(UnsupportedModelError, match="head_type='raw'"):
+        Reranker.from_pretrained(tmp_path)
+
+
+# Adapters
+
+
+def save_adapter(directory: Path, base: Path, **settings: object) -> Path:
+    """A LoRA adapter with random weights for all linear layers."""
+    directory.mkdir()
+    torch.manual_seed(8)
+    tensors = {}
+    for name, module in AutoModelForCausalLM.from_pretrained(base).named_modules():
+        if isinstance(module, nn.Linear) and "layers" in name:
+            tensors[f"base_model.model.{name}.lora_A.weight"] = 0.3 * torch.randn(4, module.in_features)
+            tensors[f"base_model.model.{name}.lora_B.weight"] = 0.3 * torch.randn(module.out_features, 4)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "base_model_name_or_path": str(base)} | settings
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def merged(base: Path, adapter: Path, scale: float) -> nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    with torch.no_grad():
+        for name, down in tensors.items():
+            if "lora_A" in name:
+                weight = model.get_parameter(name.removeprefix("base_model.model.").replace("lora_A.", ""))
+                weight += scale * tensors[name.replace("lora_A", "lora_B")] @ down
+    return model
+
+
+@pytest.mark.parametrize(("settings", "scale"), [({}, 1.5), ({"use_rslora": True}, 3.0)])
+@pytest.mark.parametrize("plan", ["resident", "streamed", "some streamed"])
+def test_an_adapter_is_merged_whenever_weights_are_read(
+    qwen3: Path, tmp_path: Path, settings: dict, scale: float, plan: str
+) -> None:
+    adapter = save_adapter(tmp_path / "adapter", qwen3, **settings)
+    model = merged(qwen3, adapter, scale)
+    expected = reference(qwen3, [spelled_out(qwen3, QUERY, text) for text in DOCUMENTS], model=model)
+    reranker = load_planned(qwen3, template=PROMPT, adapter=adapter, **PLANS[plan])
+    for _ in range(3):
+        scores = reranker.score([(QUERY, text) for text in DOCUMENTS])
+        assert scores == pytest.approx(expected, abs=TOLERANCE)
+    assert expected != pytest.approx(load(qwen3, template=PROMPT).score([(QUERY, text) for text in DOCUMENTS]))
+
+
+def test_an_adapter_of_another_model_is_refused(qwen3: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "adapter", qwen3)
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = "base_model.model.model.layers.2.mlp.up_proj.lora_A.weight"
+    save_file(tensors | {name: torch.zeros(4, 33)}, path)
+    with pytest.raises(UnsupportedModelError, match=r"made for another model.*layers\.2\.mlp\.up_proj"):
+        load(qwen3, template=PROMPT, adapter=adapter)
+    deeper = {key.replace("layers.2", "layers.9"): tensor for key, tensor in tensors.items()}
+    save_file(deeper, path)
+    with pytest.raises(UnsupportedModelError, match=r"layers\.9.*is not in this model"):
+        load(qwen3, template=PROMPT, adapter=adapter)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ModelNotFoundError, match="adapter_model"):
+        load(qwen3, template=PROMPT, adapter=adapter)
+
+
+@pytest.mark.parametrize("settings", [{"peft_type": "IA3"}, {"use_dora": True}, {"alpha_pattern": {"q_proj": 3}}])
+def test_other_adapters_are_refused(qwen3: Path, tmp_path: Path, settings: dict) -> None:
+    adapter = save_adapter(tmp_path / "adapter", qwen3, **settings)
+    with pytest.raises(UnsupportedModelError, match="merge_and_unload"):
+        load(qwen3, template=PROMPT, adapter=adapter)
+
+
+def test_no_adapter_there(qwen3: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"adapter_config\.json"):
+        load(qwen3, adapter=tmp_path)
+
+
+# Bad input
+
+
+def test_a_model_without_the_answers_is_told_so(qwen3: Path) -> None:
+    for yes in ("yes", "w1 w2", ""):
+        prompt = Prompt(pieces=("{query} {document}",), yes=yes, no="w4")
+        with pytest.raises(UnsupportedModelError, match=r"answer .*template=Prompt"):
+            load(qwen3, template=prompt)
+
+
+@pytest.mark.parametrize("pieces", [(), ("{query}",), ("{document}",), ("{query}{document}", "{document}")])
+def test_a_prompt_needs_its_slots(pieces: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=r"\{document\} exactly once"):
+        Prompt(pieces=pieces)
+
+
+def test_a_window_smaller_than_the_template(qwen3: Path) -> None:
+    with pytest.raises(ValueError, match=r"max_length=12 is too small: the template alone has 12 tokens"):
+        load(qwen3, template=PROMPT, max_length=12)
+
+
+def test_a_query_that_leaves_no_room(qwen3: Path) -> None:
+    reranker = load(qwen3, template=PROMPT)
+    with pytest.raises(ValueError, match="query has 90 tokens"):
+        reranker.rerank(" ".join(WORDS[:90]), ["w1"])
+    assert len(reranker.rerank("w1", ["w2"]).ranking) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"template": "qwen4"}, r"template='qwen4' is not known; use one of qwen3-reranker"),
+        ({"template": Prompt(("{query}{document}",), "w3", "w4"), "instruction": "x"}, "no slot"),
+        ({"long_documents": "split"}, "long_documents='split'"),
+    ],
+)
+def test_settings_that_make_no_sense(qwen3: Path, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(qwen3, **settings)
+
+
+def test_an_encoder_takes_no_instruction(tiny_bert: Path) -> None:
+    with pytest.raises(ValueError, match="instruction='x'"):
+        load(tiny_bert, instruction="x")
