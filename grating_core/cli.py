@@ -224,7 +224,7 @@ def models() -> None:
         except GratingError:
             continue  # not a reranker that grating runs
     _out.print(table)
-    _out.print("Supported: " + ", ".join(FAMILIES) + " with one label, as safetensors.")
+    _out.print("Supported, as safetensors and if classifiers with one label: " + ", ".join(FAMILIES) + ".")
 
 
 @app.command()

@@ -83,8 +83,10 @@ class StoredModel:
         if self.family.asks:
             # The rows of the answers are known once there is a tokenizer.
             wanted = {name: parameter for name, parameter in wanted.items() if not name.startswith("lm_head.")}
-            table = f"{self.family.embedding}.weight"
-            self._output_rows = stored.get("lm_head.weight", stored.get(table))
+            output = f"{self.family.embedding}.weight" if self._config.tie_word_embeddings else "lm_head.weight"
+            if (found := stored.get(output)) is None:
+                raise ModelNotFoundError(f"the weights in {self.directory} lack {output}, which the answers need")
+            self._output = found
         missing = [name for name in wanted if name not in stored]
         if missing:
             raise ModelNotFoundError(
@@ -130,9 +132,8 @@ class StoredModel:
 
     def _answer_rows(self, answers: tuple[int, int | None]) -> TensorGroup:
         """The rows of the output embedding that belong to the answers."""
-        assert self._output_rows is not None
         rows = {
-            f"lm_head.{name}": self._output_rows.row(token)
+            f"lm_head.{name}": self._output.row(token)
             for name, token in zip(("yes", "no"), answers, strict=True)
             if token is not None
         }

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from grating_core import Reranker
+from tests.core.models.test_prompts import save_qwen3_reranker
+
 GRATING = [str(Path(sys.executable).with_name("grating"))]
 QUERY = "How many people live in Berlin?"
 DOCUMENTS = [
@@ -83,6 +86,9 @@ def test_explain_prints_the_trace_as_a_table() -> None:
         (["--query", "q", "--input", "-", "--format", "jsonl"], "line 1"),
         (["--query", "q", "--input", "-", "--model", "./nowhere"], "nowhere"),
         (["--query", "q", "--input", "-", "--scores", "rough"], "'rough'"),
+        (["--query", "q", "--input", "-", "--template", "qwen4"], "template='qwen4'"),
+        (["--query", "q", "--input", "-", "--long-documents", "split"], "long_documents='split'"),
+        (["--query", "q", "--input", "-", "--instruction", "be strict"], "instruction='be strict'"),
     ],
 )
 def test_bad_input_is_told_in_a_sentence(arguments: list[str], told: str) -> None:
@@ -91,6 +97,19 @@ def test_bad_input_is_told_in_a_sentence(arguments: list[str], told: str) -> Non
     assert told in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_a_decoder_is_asked_with_the_users_instruction(tmp_path: Path) -> None:
+    model = save_qwen3_reranker(tmp_path)
+    settings = {"instruction": "Find cities", "long_documents": "windows", "max_length": 300, "dtype": "float32"}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    documents = [*DOCUMENTS, "Bread. " * 100]
+    done = grating("rerank", "-q", QUERY, "-i", "-", "-m", str(model), "--json", *options, stdin="\n".join(documents))
+    assert done.returncode == 0, done.stderr
+    with Reranker.from_pretrained(model, **settings, device="cpu") as reranker:
+        expected = reranker.score([(QUERY, text) for text in documents])
+    scores = {entry["index"]: entry["score"] for entry in json.loads(done.stdout)["ranking"]}
+    assert scores == pytest.approx(dict(enumerate(expected)), abs=1e-4)
 
 
 def test_no_documents_give_an_empty_ranking() -> None:

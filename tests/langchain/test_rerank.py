@@ -10,7 +10,8 @@ from langchain_core.documents import Document
 from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnablePassthrough
 from langchain_grating import GratingCrossEncoder, GratingRerank
 
-from grating_core import ClusterPolicy, ModelNotFoundError, Route
+from grating_core import ClusterPolicy, ModelNotFoundError, Prompt, Reranker, Route
+from tests.core.models.test_decoders import save_decoder
 
 QUERY = "How many people live in Berlin?"
 
@@ -200,3 +201,19 @@ def test_a_memory_budget_reaches_the_engine_and_leaves_the_ranking(reranker, doc
     assert [document.id for document in ranked] == [name for name, _ in expected(reranker, documents, 4)]
     with pytest.raises(ValueError, match=r"too small for this model, which needs \d+MB"):
         GratingRerank(model=model, memory_budget="1MB")
+
+
+def test_a_decoder_with_its_own_question(documents, tmp_path):
+    prompt = Prompt(("<s>", "w1 {instruction} {query}", "w2 {document}"), yes="w3", no="w4")
+    compressor = GratingRerank(
+        model=str(save_decoder(tmp_path, "qwen3")), template=prompt, instruction="w5", long_documents="windows",
+        dtype="float32", device="cpu", top_n=3,
+    )  # fmt: skip
+    found = compressor.compress_documents(documents, "w6 w7")
+    scores = [document.metadata["relevance_score"] for document in found]
+    assert len(found) == 3
+    assert scores == sorted(scores, reverse=True)
+    with Reranker.from_pretrained(
+        tmp_path, template=prompt, instruction="w5", dtype="float32", device="cpu"
+    ) as reranker:
+        assert scores == pytest.approx(reranker.score([("w6 w7", text.page_content) for text in found]), abs=1e-4)

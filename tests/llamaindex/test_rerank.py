@@ -15,7 +15,8 @@ from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import ImageNode, MetadataMode, Node, NodeWithScore, QueryBundle, TextNode
 from llama_index.postprocessor.grating import GratingRerank
 
-from grating_core import ClusterPolicy, ModelNotFoundError
+from grating_core import ClusterPolicy, ModelNotFoundError, Prompt, Reranker
+from tests.core.models.test_decoders import save_decoder
 
 QUERY = "How many people live in Berlin?"
 
@@ -272,3 +273,19 @@ def test_a_memory_budget_reaches_the_engine_and_leaves_the_ranking(reranker, nod
     assert [node.node_id for node in ranked] == [name for name, _ in expected(reranker, nodes, 4)]
     with pytest.raises(ValueError, match=r"too small for this model, which needs \d+MB"):
         GratingRerank(model=model, memory_budget="1MB")
+
+
+def test_a_decoder_with_its_own_question(nodes, tmp_path):
+    prompt = Prompt(("<s>", "w1 {instruction} {query}", "w2 {document}"), yes="w3", no="w4")
+    postprocessor = GratingRerank(
+        model=str(save_decoder(tmp_path, "qwen3")), template=prompt, instruction="w5", long_documents="windows",
+        dtype="float32", device="cpu", top_n=3,
+    )  # fmt: skip
+    found = postprocessor.postprocess_nodes(nodes, query_str="w6 w7")
+    assert len(found) == 3
+    with Reranker.from_pretrained(
+        tmp_path, template=prompt, instruction="w5", dtype="float32", device="cpu"
+    ) as reranker:
+        texts = [node.node.get_content(metadata_mode=MetadataMode.EMBED) for node in found]
+        expected = reranker.score([("w6 w7", text) for text in texts])
+    assert [node.score for node in found] == pytest.approx(expected, abs=1e-4)

@@ -27,6 +27,7 @@ from transformers import (
 from grating_core import ModelNotFoundError, Prompt, Reranker, UnsupportedModelError
 from tests.core.conftest import DECODER, SIZES, SLIDING, WINDOW, WORDS, randomise, save_tokenizer
 from tests.core.memory.conftest import PLANS, load_planned
+from tests.core.memory.test_parity import DropHalf
 from tests.core.parity import TOLERANCE, load, random_text
 
 PROMPT = Prompt(
@@ -151,6 +152,39 @@ def test_queries_that_differ_share_what_they_can(qwen3: Path) -> None:
     pairs = [("w1 w2", "w30 w31"), ("w1 w3 w4", "w32"), ("w5", ""), ("w5", "w30 w31")]
     expected = reference(qwen3, [spelled_out(qwen3, *pair) for pair in pairs])
     assert load(qwen3, template=PROMPT).score(pairs) == pytest.approx(expected, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_pruning_under_every_plan(qwen3: Path, plan: str, spill_directory: Path) -> None:
+    whole, planned = (
+        load_planned(qwen3, template=PROMPT, pruning=DropHalf(), **changes) for changes in ({}, PLANS[plan])
+    )
+    expected, found = (reranker.rerank(QUERY, DOCUMENTS, 2) for reranker in (whole, planned))
+    assert found.ranking == expected.ranking
+    assert found.trace.compute_share < 0.8
+    full = dict(enumerate(whole.score([(QUERY, document) for document in DOCUMENTS])))
+    assert {r.index: r.score for r in found.ranking} == pytest.approx(
+        {r.index: full[r.index] for r in found.ranking}, abs=TOLERANCE
+    )
+
+
+def test_tied_weights_are_taken_from_the_table_whatever_else_is_there(qwen3: Path, tmp_path: Path) -> None:
+    pairs = [(QUERY, document) for document in DOCUMENTS]
+    model = AutoModelForCausalLM.from_pretrained(qwen3, dtype=torch.float32)
+    model.config.save_pretrained(tmp_path)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    save_file(weights | {"lm_head.weight": torch.zeros(210, 32)}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_tokenizer(tmp_path, types=False)
+    assert load(tmp_path, template=PROMPT).score(pairs) == load(qwen3, template=PROMPT).score(pairs)
+
+
+def test_an_output_embedding_that_is_not_there(tmp_path: Path) -> None:
+    directory = save_decoder(tmp_path / "model", "llama")
+    for path in directory.glob("*.safetensors"):
+        tensors = {name: tensor for name, tensor in load_file(path).items() if name != "lm_head.weight"}
+        save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ModelNotFoundError, match=r"lack lm_head\.weight"):
+        load(directory, template=PROMPT)
 
 
 def test_the_instruction_is_a_parameter(qwen3: Path) -> None:

@@ -23,10 +23,9 @@ DOCUMENTS = ["Berlin has 3.7 million inhabitants.", "", " A leading space.", "ye
 TASK = "Given a web search query, retrieve relevant passages that answer the query"
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_qwen3_reranker(parent: Path) -> Path:
     """A tiny Qwen3 with a byte-level tokenizer, under the name of the real one."""
-    directory = tmp_path_factory.mktemp("models") / "Qwen3-Reranker-0.6B"
+    directory = parent / "Qwen3-Reranker-0.6B"
     pieces = dict.fromkeys([*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, MERGES), "Yes"])
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     backend = Tokenizer(models.BPE(vocabulary, MERGES))
@@ -42,6 +41,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = Qwen3Config(**sizes, **DECODER | {"max_position_embeddings": 1024}, tie_word_embeddings=True)
     randomise(Qwen3ForCausalLM(config)).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_qwen3_reranker(tmp_path_factory.mktemp("models"))
 
 
 @torch.inference_mode()
