@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from dataclasses import astuple, dataclass
 
@@ -10,6 +11,9 @@ import torch
 
 if sys.platform != "win32":
     import resource
+
+
+_GROWTH = 16_000_000  # bytes; what the allocator may gather between two looks before it has to give back
 
 
 @dataclass
@@ -41,7 +45,7 @@ class Meter:
 
 
 class PeakMemory:
-    """The most memory taken while something runs.
+    """The most memory taken while something runs, kept down by returning what the allocator holds for nothing.
 
     The system keeps one peak for the life of a process. It is exact, and tells about this time only if it rose;
     otherwise the answer is the most that was seen when :meth:`look` was called.
@@ -53,11 +57,19 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._before = _highest_memory()
-        self._seen = resident_memory()
+        self._seen = self._settled = resident_memory()
 
     def look(self) -> None:
-        """See how much memory is taken now."""
-        self._seen = max(self._seen, resident_memory())
+        """See how much memory is taken now.
+
+        Intermediate results of uneven sizes never fit quite where those before them were. Layer by layer they
+        wander through the heap, and all that they have ever touched counts as taken, until it is given back.
+        """
+        now = resident_memory()
+        self._seen = max(self._seen, now)
+        if now > self._settled + _GROWTH:
+            _give_back()
+            self._settled = resident_memory()
 
     @property
     def bytes(self) -> int:
@@ -71,6 +83,12 @@ class PeakMemory:
 def resident_memory() -> int:
     """Bytes of this process that are in memory now."""
     return int(psutil.Process().memory_info().rss)
+
+
+def _give_back() -> None:
+    """Return free memory to the system, where the C library has a way to."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None:
+        trim(0)
 
 
 def _highest_memory() -> int:

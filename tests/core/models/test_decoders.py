@@ -264,7 +264,7 @@ MINICPM = {
     "architectures": ["LayerWiseMiniCPMForCausalLM"], "model_type": "minicpm", "vocab_size": 210,
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "hidden_act": "silu", "max_position_embeddings": WINDOW, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    "hidden_act": "silu", "max_position_embeddings": WINDOW, "rms_norm_eps": 1e-5, "rope_theta": 500.0,
     "scale_emb": 3, "scale_depth": 1.4, "dim_model_base": 16, "start_layer": 3, "head_multi": True,
     "head_type": "simple", "tie_word_embeddings": True, "auto_map": {"AutoConfig": "never.LookedAt"},
 }  # fmt: skip
@@ -297,7 +297,7 @@ def minicpm_scores(ids: list[int]) -> list[float]:
         return states * (states.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weights[name]
 
     def rotate(heads: torch.Tensor) -> torch.Tensor:
-        angles = torch.arange(count)[:, None] * 10000.0 ** (-torch.arange(0, size, 2) / size)
+        angles = torch.arange(count)[:, None] * 500.0 ** (-torch.arange(0, size, 2) / size)
         angles = torch.cat((angles, angles), -1)
         left, right = heads.chunk(2, -1)
         return heads * angles.cos() + torch.cat((-right, left), -1) * angles.sin()
