@@ -21,7 +21,7 @@ from typing_extensions import Self
 from grating_core.engine.attention import PACKED_ATTENTION
 from grating_core.engine.forward import Outcome, forward
 from grating_core.engine.ragged import RaggedBatch, filled
-from grating_core.errors import UnsupportedModelError
+from grating_core.errors import ModelNotFoundError, UnsupportedModelError
 from grating_core.memory.hidden import HiddenInMemory, HiddenOnDisk, HiddenStates
 from grating_core.memory.meter import PeakMemory, resident_memory
 from grating_core.memory.plan import LARGEST_WORK, MemoryPlan, make_plan, parse_budget
@@ -41,6 +41,7 @@ from grating_core.models.templates import (
     find_prompt,
     find_window,
     load_template,
+    usual_length,
 )
 from grating_core.pruning import ClusterPolicy, Off, PruningPolicy
 from grating_core.results import RankedDocument, RerankResult, Trace
@@ -146,12 +147,14 @@ class Reranker:
         budget = None if memory_budget is None else _find_budget(memory_budget, model)
         policy = _find_policy(pruning)
         check_long_documents(long_documents)
+        if instruction is not None and not isinstance(instruction, str):
+            raise ValueError(f"instruction={instruction!r} must be a string or None")
         stored = _open(
             str(model), device, dtype, adapter=adapter, lasting=budget is not None, show_progress=show_progress
         )
         directory = stored.directory
         prompt = find_prompt(template, str(model), directory, stored.family)
-        window = find_window(directory, stored.window, max_length, prompt)
+        window = find_window(directory, stored.window, max_length, usual_length(prompt, stored.family))
         plan = None if budget is None else make_plan(stored.sizes(window), budget)
         # The tokenizer first: what loading it takes for a moment is then free for the weights.
         before = resident_memory()
@@ -391,7 +394,7 @@ def plan_memory(
     budget = _find_budget(memory_budget, model)
     stored = _open(str(model), device, dtype, adapter=adapter, lasting=False, show_progress=show_progress)
     prompt = find_prompt(template, str(model), stored.directory, stored.family)
-    window = find_window(stored.directory, stored.window, max_length, prompt)
+    window = find_window(stored.directory, stored.window, max_length, usual_length(prompt, stored.family))
     return stored.directory, window, make_plan(stored.sizes(window), budget)
 
 
@@ -411,9 +414,17 @@ def _open(
         "device": chosen_device,
         "dtype": chosen_dtype,
         "attention": PACKED_ATTENTION,
-        "adapter": None if adapter is None else Adapter(find_model(str(adapter), show_progress=show_progress)),
+        "adapter": None if adapter is None else _find_adapter(str(adapter), show_progress),
     }
     return GgufModel(directory, **how) if is_gguf(directory) else StoredModel(directory, **how, lasting=lasting)
+
+
+def _find_adapter(name: str, show_progress: bool) -> Adapter:
+    try:
+        directory = find_model(name, show_progress=show_progress)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(f"adapter={name!r} was not found. {error}") from error
+    return Adapter(directory)
 
 
 def _find_budget(memory_budget: str | int, model: str | Path) -> int:

@@ -129,6 +129,9 @@ def _read_settings(directory: Path) -> dict[str, Any]:
         raise ModelNotFoundError(f"{path} cannot be read as an adapter's configuration: {error!r}") from error
     # What these say would change the arithmetic.
     others = [name for name in ("use_dora", "fan_in_fan_out", "alpha_pattern", "lora_bias") if settings.get(name)]
+    # These change the base weights as well when PEFT loads them.
+    if str(settings.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq")):
+        others.append("init_lora_weights")
     if kind != "LORA" or others:
         raise UnsupportedModelError(
             f"{path} describes peft_type={kind!r} with {others}; plain LoRA is supported. Merge it into its base "

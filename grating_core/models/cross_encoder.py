@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
@@ -143,6 +144,10 @@ class CrossEncoder:
         return self._family.classify(self._module, states, number)[:, 0]
 
 
+# accelerate patches torch.nn.Module while an empty model is built: one thread at a time makes modules.
+construction = Lock()
+
+
 def work_per_token(layer: nn.Module, width: int, dtype: torch.dtype) -> int:
     """Bytes of intermediate results that a layer has for one token, at most."""
     widest = max(part.out_features for part in layer.modules() if isinstance(part, nn.Linear))
@@ -156,4 +161,5 @@ def bind(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Make tensors the parameters of a module, by their dotted names. Nothing is copied."""
     for name, weight in weights.items():
         owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
+        # Not by setattr: while accelerate builds another model, in another thread, that would lose the weight.
+        module.get_submodule(owner)._parameters[leaf] = nn.Parameter(weight, requires_grad=False)

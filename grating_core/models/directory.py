@@ -84,6 +84,13 @@ def read_config(directory: Path) -> tuple[Config, Family]:
     # The class is chosen by the family, so code that the checkpoint may bring along is never looked at.
     with blaming_config(path):
         config = family.config(fields)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        raise UnsupportedModelError(
+            f"{path} has rope_type='longrope', with which a score depends on what is beside it"
+        )
+    if family.causal and getattr(config, "use_bidirectional_attention", False):
+        raise UnsupportedModelError(f"{path} has use_bidirectional_attention; only causal decoders are supported")
     if family.head_module is None and config.num_labels != 1:
         raise UnsupportedModelError(
             f"{path} describes {config.num_labels} labels; a reranker has one relevance score. "

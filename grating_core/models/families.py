@@ -299,6 +299,6 @@ def find_family(architectures: list[str] | None) -> Family:
         if name in FAMILIES:
             return FAMILIES[name]
     raise UnsupportedModelError(
-        f"the model's config.json names architectures={architectures!r}; supported are "
+        f"the model has architectures={architectures!r}; supported are "
         f"{', '.join(FAMILIES)}; classifiers with one label"
     )

@@ -14,7 +14,7 @@ from grating_core.errors import ModelNotFoundError, UnsupportedModelError
 from grating_core.memory.meter import Meter
 from grating_core.memory.plan import MemoryPlan, ModelSizes
 from grating_core.models.adapter import Adapter
-from grating_core.models.cross_encoder import CrossEncoder, bind
+from grating_core.models.cross_encoder import CrossEncoder, bind, construction
 from grating_core.models.families import find_family
 
 _INSTALL = "reading GGUF files takes the package gguf: pip install 'grating-core[gguf]'"
@@ -73,11 +73,13 @@ class GgufModel:
         yes, no = answers
         rows = self._module.get_output_embeddings().weight
         assert self.family.head_module is not None
-        self._module.lm_head = self.family.head_module(self._module.config).requires_grad_(False)
-        bind(self._module.lm_head, {"yes": rows[yes, None].float()})
+        with construction:
+            self._module.lm_head = self.family.head_module(self._module.config).requires_grad_(False)
         self._module.lm_head.no = None
-        if no is not None:
-            bind(self._module.lm_head, {"no": rows[no, None].float()})
+        # Copies: views would hold on to the whole table.
+        for name, token in (("yes", yes), ("no", no)):
+            if token is not None:
+                bind(self._module.lm_head, {name: rows[token, None].to(torch.float32, copy=True)})
         self._module.get_submodule(str(self.family.norm)).float()
         return CrossEncoder(
             self._module.to(self.device),
@@ -90,13 +92,17 @@ class GgufModel:
         )
 
 
-@lru_cache(maxsize=1)  # asked for twice when a model is loaded, and slow
 def gguf_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
     """The tokenizer in a GGUF file, and its settings as far as prompts need them.
 
     Raises:
         ModelNotFoundError: It cannot be read.
     """
+    return _tokenizer(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)  # asked for twice when a model is loaded, and slow
+def _tokenizer(path: Path, changed: int) -> tuple[Tokenizer, dict[str, Any]]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except ImportError as error:
@@ -109,7 +115,8 @@ def gguf_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
 
 def _unpack(path: Path, **how: Any) -> Any:
     try:
-        return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **how)
+        with construction:
+            return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **how)
     except ImportError as error:
         raise ModelNotFoundError(_INSTALL) from error
     except Exception as error:  # whatever a damaged file leads to

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from threading import Lock
 
 import torch
 from accelerate import init_empty_weights
@@ -18,13 +17,11 @@ from grating_core.memory.plan import MemoryPlan, ModelSizes
 from grating_core.memory.rows import RowCache
 from grating_core.memory.streamer import Streamer
 from grating_core.models.adapter import Adapter
-from grating_core.models.cross_encoder import CrossEncoder, bind, work_per_token
+from grating_core.models.cross_encoder import CrossEncoder, bind, construction, work_per_token
 from grating_core.models.directory import blaming_config, read_config, weight_files
 
 # Names that checkpoints converted from TensorFlow still use.
 _LEGACY_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-# accelerate patches torch.nn.Module while an empty model is built: one thread at a time.
-_construction = Lock()
 
 
 class StoredModel:
@@ -59,7 +56,7 @@ class StoredModel:
         self._adapter = adapter
         self._config, self.family = read_config(directory)
         self._config._attn_implementation = attention
-        with blaming_config(directory / "config.json"), _construction, init_empty_weights(include_buffers=False):
+        with blaming_config(directory / "config.json"), construction, init_empty_weights(include_buffers=False):
             self._module = self.family.build(self._config)
         self._module.eval().requires_grad_(False)
         try:
@@ -83,10 +80,16 @@ class StoredModel:
         if self.family.asks:
             # The rows of the answers are known once there is a tokenizer.
             wanted = {name: parameter for name, parameter in wanted.items() if not name.startswith("lm_head.")}
-            output = f"{self.family.embedding}.weight" if self._config.tie_word_embeddings else "lm_head.weight"
-            if (found := stored.get(output)) is None:
-                raise ModelNotFoundError(f"the weights in {self.directory} lack {output}, which the answers need")
-            self._output = found
+            if (output := stored.get("lm_head.weight")) is None:
+                raise ModelNotFoundError(
+                    f"the weights in {self.directory} lack lm_head.weight, the answers' logits"
+                )
+            if output.kind not in FLOATS or output.shape[1:] != (self._config.hidden_size,):
+                raise UnsupportedModelError(
+                    f"{output.path} stores {output.name} as {output.kind} {list(output.shape)}; it should be "
+                    f"floats [tokens, {self._config.hidden_size}]"
+                )
+            self._output = output
         missing = [name for name in wanted if name not in stored]
         if missing:
             raise ModelNotFoundError(
@@ -132,6 +135,11 @@ class StoredModel:
 
     def _answer_rows(self, answers: tuple[int, int | None]) -> TensorGroup:
         """The rows of the output embedding that belong to the answers."""
+        if (last := max(token or 0 for token in answers)) >= self._output.shape[0]:
+            raise ModelNotFoundError(
+                f"the tokenizer in {self.directory} has a token {last}, and the model's output embedding only "
+                f"{self._output.shape[0]} rows: they are not of the same model"
+            )
         rows = {
             f"lm_head.{name}": self._output.row(token)
             for name, token in zip(("yes", "no"), answers, strict=True)

@@ -42,6 +42,10 @@ class Prompt:
     max_length: int = 8192
 
     def __post_init__(self) -> None:
+        pieces: object = self.pieces
+        if isinstance(pieces, str):
+            raise ValueError(f"pieces={pieces!r} must be a tuple of texts; write pieces=({pieces!r},)")
+        object.__setattr__(self, "pieces", tuple(self.pieces))  # a list would not be hashable
         slots = [slot for piece in self.pieces for slot in _SLOT.findall(piece)]
         if slots.count("document") != 1 or "query" not in slots:
             raise ValueError(

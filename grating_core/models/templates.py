@@ -137,7 +137,7 @@ class PromptTemplate:
             raise ValueError(f"instruction={instruction!r}: the template has no slot {{instruction}} for it")
         self._backend = backend
         self._prompt = prompt
-        self._instruction = instruction
+        self._instruction = None if instruction is None else _encodable(instruction)
         self._long_documents = long_documents
         self.window = window
         self.answers = None
@@ -235,28 +235,46 @@ def find_prompt(template: Prompt | str | None, model: str, directory: Path, fami
         ModelNotFoundError: The tokenizer's settings or its chat template are damaged.
         ValueError: ``template`` is neither a prompt nor the name of one.
     """
+    if template is not None and not family.causal:
+        raise ValueError(
+            f"template={template!r}: this model is not asked; it is given query and document as its tokenizer "
+            f"joins them. Leave the template out"
+        )
     if isinstance(template, Prompt):
         return template
     if template is not None:
         return named_prompt(template)
     if not family.causal:
         return None
-    path = directory.resolve()
-    # In the hub's cache it is models--owner--name/snapshots/revision.
-    for name in (Path(model).name, path.name, path.parent.parent.name, family.prompt or ""):
+    for name in (Path(model).name, *_names(directory.resolve()), family.prompt or ""):
         if prompt := official_prompt(name):
             return prompt
     return chat_prompt(directory, _read_settings(directory)) if family.asks else None
 
 
-def find_window(directory: Path, model_window: int, max_length: int | None, prompt: Prompt | None = None) -> int:
+def _names(path: Path) -> list[str]:
+    """What a model may be called, by where it is."""
+    if is_gguf(path):
+        return [path.name, path.parent.name]
+    # In the hub's cache it is models--owner--name/snapshots/revision.
+    return [path.name, path.parent.parent.name] if path.parent.name == "snapshots" else [path.name]
+
+
+def usual_length(prompt: Prompt | None, family: Family) -> int | None:
+    """The most tokens of a pair if the user does not say; None for the model's whole window."""
+    if prompt is not None:
+        return prompt.max_length
+    return Prompt.max_length if family.causal else None
+
+
+def find_window(directory: Path, model_window: int, max_length: int | None, usual: int | None = None) -> int:
     """The most tokens a pair may have.
 
     Args:
         directory: Where the tokenizer's files are.
         model_window: The most tokens that the model itself can take.
         max_length: A smaller window asked for by the user, or None.
-        prompt: Has a window of its own for users who do not ask.
+        usual: The window for users who do not ask, if the model has a larger one.
 
     Raises:
         ModelNotFoundError: The tokenizer's settings are damaged.
@@ -266,7 +284,7 @@ def find_window(directory: Path, model_window: int, max_length: int | None, prom
     window = min(model_window, int(stated)) if isinstance(stated, int | float) else model_window
     if max_length is not None and not 8 <= max_length <= window:
         raise ValueError(f"max_length={max_length} does not fit this model; use 8 to {window} tokens, or None")
-    return max_length or (window if prompt is None else min(window, prompt.max_length))
+    return max_length or min(window, usual or window)
 
 
 def load_template(

@@ -104,7 +104,9 @@ def test_a_decoder_is_asked_with_the_users_instruction(tmp_path: Path) -> None:
     settings = {"instruction": "Find cities", "long_documents": "windows", "max_length": 300, "dtype": "float32"}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     documents = [*DOCUMENTS, "Bread. " * 100]
-    done = grating("rerank", "-q", QUERY, "-i", "-", "-m", str(model), "--json", *options, stdin="\n".join(documents))
+    done = grating(
+        "rerank", "-q", QUERY, "-i", "-", "-m", str(model), "--json", *options, stdin="\n".join(documents)
+    )
     assert done.returncode == 0, done.stderr
     with Reranker.from_pretrained(model, **settings, device="cpu") as reranker:
         expected = reranker.score([(QUERY, text) for text in documents])

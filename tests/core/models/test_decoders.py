@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -168,14 +169,17 @@ def test_pruning_under_every_plan(qwen3: Path, plan: str, spill_directory: Path)
     )
 
 
-def test_tied_weights_are_taken_from_the_table_whatever_else_is_there(qwen3: Path, tmp_path: Path) -> None:
-    pairs = [(QUERY, document) for document in DOCUMENTS]
+def test_an_output_embedding_of_its_own_in_spite_of_the_configuration(qwen3: Path, tmp_path: Path) -> None:
+    """transformers then does not tie the two, although the configuration says so."""
     model = AutoModelForCausalLM.from_pretrained(qwen3, dtype=torch.float32)
     model.config.save_pretrained(tmp_path)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-    save_file(weights | {"lm_head.weight": torch.zeros(210, 32)}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(weights | {"lm_head.weight": torch.randn(210, 32)}, tmp_path / "model.safetensors", {"format": "pt"})
     save_tokenizer(tmp_path, types=False)
-    assert load(tmp_path, template=PROMPT).score(pairs) == load(qwen3, template=PROMPT).score(pairs)
+    expected = reference(tmp_path, [spelled_out(tmp_path, QUERY, text) for text in DOCUMENTS])
+    scores = load(tmp_path, template=PROMPT).score([(QUERY, text) for text in DOCUMENTS])
+    assert scores == pytest.approx(expected, abs=TOLERANCE)
+    assert scores != pytest.approx(load(qwen3, template=PROMPT).score([(QUERY, text) for text in DOCUMENTS]))
 
 
 def test_an_output_embedding_that_is_not_there(tmp_path: Path) -> None:
@@ -478,6 +482,34 @@ def test_settings_that_make_no_sense(qwen3: Path, settings: dict, message: str) 
         load(qwen3, **settings)
 
 
-def test_an_encoder_takes_no_instruction(tiny_bert: Path) -> None:
-    with pytest.raises(ValueError, match="instruction='x'"):
-        load(tiny_bert, instruction="x")
+@pytest.mark.parametrize("settings", [{"instruction": "x"}, {"template": PROMPT}, {"template": "qwen3-reranker"}])
+def test_an_encoder_takes_no_question(tiny_bert: Path, settings: dict) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(settings))}="):
+        load(tiny_bert, **settings)
+
+
+def test_a_tokenizer_of_another_model(qwen3: Path, tmp_path: Path) -> None:
+    model = Qwen3ForCausalLM(Qwen3Config(**SIZES | {"vocab_size": 5}, **DECODER))
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, types=False)
+    with pytest.raises(ModelNotFoundError, match="only 5 rows"):
+        load(tmp_path, template=PROMPT)
+
+
+def test_decoders_that_are_none(tmp_path: Path) -> None:
+    Gemma2Config(
+        **SIZES, **DECODER, use_bidirectional_attention=True, architectures=["Gemma2ForCausalLM"]
+    ).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="use_bidirectional_attention"):
+        load(tmp_path)
+
+
+def test_one_model_is_loaded_while_another_works(qwen3: Path, decoder: Path) -> None:
+    """accelerate patches all modules while it builds an empty one."""
+    working = load_planned(qwen3, template=PROMPT, resident=())
+    expected = working.score([(QUERY, "w50 w51")])
+    with ThreadPoolExecutor(2) as threads:
+        loading = threads.submit(lambda: [load(decoder, template=PROMPT) for _ in range(10)])
+        while not loading.done():
+            assert working.score([(QUERY, "w50 w51")]) == expected
+        loading.result()

@@ -233,13 +233,27 @@ def test_a_renamed_model_takes_its_format_by_name(directory: Path, tmp_path: Pat
     assert load(model).score([(QUERY, DOCUMENTS[0])]) != expected
 
 
+def test_other_directories_do_not_count(directory: Path, tmp_path: Path) -> None:
+    model = copy(directory, tmp_path / "qwen3-reranker" / "exports" / "SomeModel-1B")
+    expected = load(directory).score([(QUERY, DOCUMENTS[0])])
+    assert load(model).score([(QUERY, DOCUMENTS[0])]) != expected
+    cached = copy(directory, tmp_path / "models--Qwen--Qwen3-Reranker-0.6B" / "snapshots" / "0a1b2c")
+    assert load(cached).score([(QUERY, DOCUMENTS[0])]) == expected
+
+
+def test_pieces_are_a_tuple_of_texts() -> None:
+    assert hash(Prompt(pieces=["{query}", "{document}"])) == hash(Prompt(pieces=("{query}", "{document}")))
+    with pytest.raises(ValueError, match=r"write pieces=\('{query} {document}',\)"):
+        Prompt(pieces="{query} {document}")
+
+
 def test_an_answer_of_several_tokens(directory: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="'maybe'"):
         load(directory, template=Prompt(("{query}{document}",), yes="maybe"))
 
 
 def copy(directory: Path, target: Path) -> Path:
-    target.mkdir()
+    target.mkdir(parents=True)
     for path in directory.iterdir():
         (target / path.name).write_bytes(path.read_bytes())
     return target
