@@ -15,8 +15,6 @@ from grating_core.memory.checkpoint import FLOATS, SECTOR, Checkpoint, StoredTen
 
 _GAP = 64 * 1024  # reading this much for nothing costs less than a read of its own
 PIECE = 1 << 22  # bytes of the buffer in which tensors are as stored while they are converted
-# torch copies up to this many elements in the calling thread; more would take the threads away from computing.
-_SERIAL = 1 << 14
 _ALIGNMENT = 64
 
 
@@ -152,9 +150,7 @@ class TensorGroup:
             stored = staging[shift:end]
             # A tensor may lie at any byte, and torch wants elements at multiples of their size.
             stored = (stored if shift % dtype.itemsize == 0 else stored.clone()).view(dtype)
-            for part in range(0, count, _SERIAL):
-                until = min(part + _SERIAL, count)
-                target[first + part : first + until].copy_(stored[part:until])
+            target[first : first + count].copy_(stored)
 
 
 def _coalesced(tensors: Mapping[str, StoredTensor]) -> list[_Run]:

@@ -107,7 +107,7 @@ class Streamer:
 
 
 def _leave_processors_alone() -> None:
-    """Have torch compute with this thread alone, or merging an adapter would take the others from the layers."""
+    """Have torch work with this thread alone, or converting and merging would take the others from the layers."""
     torch.get_num_threads()  # the first question sets the number, so it comes before the limit
     threadpool_limits(1, user_api="openmp")
 

@@ -180,32 +180,36 @@ def _answer_head(config: Config) -> nn.Module:
     return AnswerHead(config.hidden_size, softcap=getattr(config, "final_logit_softcapping", None))
 
 
+# What all that is built like Llama has in common.
+_DECODER: dict[str, Any] = {
+    "layers": "model.layers",
+    "embedding": "model.embed_tokens",
+    "norm": "model.norm",
+    "window": _absolute_window,
+    "pooling": _last_token,
+    "layer_arguments": _rotary,
+    "causal": True,
+}
+
+
 def _decoders(name: str) -> tuple[Family, Family]:
     """A decoder with the head of a language model, and with that of a classifier."""
-    shared: dict[str, Any] = {
-        "layers": "model.layers",
-        "embedding": "model.embed_tokens",
-        "norm": "model.norm",
-        "embed": _embed_decoder,
-        "window": _absolute_window,
-        "pooling": _last_token,
-        "layer_arguments": _rotary,
-        "causal": True,
-    }
     return (
         Family(
             architecture=f"{name}ForCausalLM",
             head=("model.norm", "lm_head"),
+            embed=_embed_decoder,
             classify=_classify_answer,
             head_module=_answer_head,
             asks=True,
-            **shared,
+            **_DECODER,
         ),
         Family(
             architecture=f"{name}ForSequenceClassification",
             head=("model.norm", "score"),
+            embed=_embed_decoder,
             classify=_classify_linear,
-            **shared,
+            **_DECODER,
         ),
     )
 
@@ -271,18 +275,12 @@ _DESCRIPTIONS = (
         architecture="LayerWiseMiniCPMForCausalLM",
         built_as="GraniteForCausalLM",
         read_config=_minicpm_config,
-        layers="model.layers",
-        embedding="model.embed_tokens",
-        norm="model.norm",
         head=("model.norm", "lm_head"),
         embed=_embed_granite,
         classify=_classify_layerwise,
         head_module=_layerwise_heads,
-        window=_absolute_window,
-        pooling=_last_token,
-        layer_arguments=_rotary,
-        causal=True,
         prompt="bge-reranker-v2-minicpm-layerwise",
+        **_DECODER,
     ),
 )
 

@@ -17,10 +17,8 @@ from grating_core.models.families import Family
 from grating_core.models.gguf import gguf_tokenizer, is_gguf
 from grating_core.models.prompts import Prompt, chat_prompt, named_prompt, official_prompt
 
-_TYPES = ("token_type_ids",)
-
-
 LongDocuments = Literal["truncate", "windows"]
+_TYPES = ("token_type_ids",)
 _GROUP = 32  # documents
 _OVERLAP = 8  # the part of a window that the next one repeats: one in so many tokens
 
@@ -153,25 +151,29 @@ class PromptTemplate:
 
     def encode(self, query: str, documents: Sequence[str]) -> list[list[TokenisedPair]]:
         """See :meth:`Template.encode`."""
-        before, head, after = self._around(_encodable(query))
-        # With the text that leads up to it: the first word of a document may share a token with the space before.
+        query = _encodable(query)
+        tokens = len(self._ids(query))
+        before, head, after = self._around(query)
         found = []
+        # With the text that leads up to it: the first word of a document may share a token with the space before.
         for body in _encodings(self._backend, [head + text for text in documents]):
             start = sum(1 for begin, _ in body.offsets if begin < len(head))
             fixed = before + body.ids[:start]
             room = self.window - len(fixed) - len(after)
-            _check_room(room, len(self._ids(_encodable(query))), self.window)
+            _check_room(room, tokens, self.window)
             found.append(self._windows(fixed, body.ids[start:], after, room))
         return found
 
     def _windows(self, before: list[int], text: list[int], after: list[int], room: int) -> list[TokenisedPair]:
-        parts = [text[:room]]
-        if self._long_documents == "windows":
-            overlap = _overlap(room)
-            parts = [text[start : start + room] for start in range(0, max(1, len(text) - overlap), room - overlap)]
-        truncated = self._long_documents == "truncate" and len(text) > room
-        sequences = [before + part + after for part in parts]
-        return [TokenisedPair(ids, [0] * len(ids), truncated) for ids in sequences]
+        if self._long_documents == "truncate":
+            return [self._join(before, text[:room], after, len(text) > room)]
+        overlap = _overlap(room)
+        starts = range(0, max(1, len(text) - overlap), room - overlap)
+        return [self._join(before, text[start : start + room], after, False) for start in starts]
+
+    def _join(self, before: list[int], text: list[int], after: list[int], truncated: bool) -> TokenisedPair:
+        ids = before + text + after
+        return TokenisedPair(ids, [0] * len(ids), truncated)
 
     def _around(self, query: str) -> tuple[list[int], str, list[int]]:
         """Token ids before the document's piece, what that begins with, token ids after it."""
@@ -235,7 +237,9 @@ def find_prompt(template: Prompt | str | None, model: str, directory: Path, fami
         ModelNotFoundError: The tokenizer's settings or its chat template are damaged.
         ValueError: ``template`` is neither a prompt nor the name of one.
     """
-    if template is not None and not family.causal:
+    if not family.causal:
+        if template is None:
+            return None
         raise ValueError(
             f"template={template!r}: this model is not asked; it is given query and document as its tokenizer "
             f"joins them. Leave the template out"
@@ -244,8 +248,6 @@ def find_prompt(template: Prompt | str | None, model: str, directory: Path, fami
         return template
     if template is not None:
         return named_prompt(template)
-    if not family.causal:
-        return None
     for name in (Path(model).name, *_names(directory.resolve()), family.prompt or ""):
         if prompt := official_prompt(name):
             return prompt

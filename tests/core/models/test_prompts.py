@@ -1,6 +1,7 @@
 """The official formats against the recipes of the model cards, and the question to any other model."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 
 from grating_core import ModelNotFoundError, Prompt, UnsupportedModelError
 from grating_core.models.prompts import PROMPTS, official_prompt
+from grating_core.models.templates import load_template
 from tests.core.conftest import DECODER, SIZES, randomise
 from tests.core.parity import TOLERANCE, load
 
@@ -90,14 +92,10 @@ def test_qwen3_reranker_with_an_instruction(directory: Path) -> None:
     assert scores == pytest.approx(expected, abs=TOLERANCE)
 
 
-def encoded(directory: Path, name: str, **how: object) -> list[list[int]]:
+def encoded(directory: Path, name: str, window: int, instruction: str | None = None) -> list[list[int]]:
     """The token ids of an official format; answers that this tokenizer lacks are replaced."""
-    from dataclasses import replace
-
-    from grating_core.models.templates import load_template
-
     prompt = replace(PROMPTS[name], yes="yes", no="no")
-    template = load_template(directory, 400, prompt=prompt, asks=True, **how)
+    template = load_template(directory, window, prompt=prompt, asks=True, instruction=instruction)
     return [pair.input_ids for (pair,) in template.encode(QUERY, DOCUMENTS)]
 
 
@@ -120,7 +118,7 @@ def test_bge_as_on_its_card(directory: Path, name: str, bos: str) -> None:
         after = ids("\n") + prompt
         before = [tokenizer.convert_tokens_to_ids(bos), *ids(f"A: {QUERY}"), *ids("\n")]
         expected.append(before + ids(f"B: {document}")[: 400 - len(before) - len(after)] + after)
-    assert encoded(directory, name) == expected
+    assert encoded(directory, name, 400) == expected
 
 
 @pytest.mark.parametrize("instruction", [None, "Cities only."])
@@ -145,13 +143,7 @@ def test_mxbai_as_in_its_package(directory: Path, instruction: str | None) -> No
     after += ids("<|im_end|>\n<|im_start|>assistant\n")
     room = 700 - len(before) - len(after)
     expected = [before + ids(f"document: {document}")[:room] + after for document in DOCUMENTS]
-    from dataclasses import replace
-
-    from grating_core.models.templates import load_template
-
-    prompt = replace(PROMPTS["mxbai-rerank-v2"], yes="yes", no="no")
-    template = load_template(directory, 700, prompt=prompt, asks=True, instruction=instruction)
-    assert [pair.input_ids for (pair,) in template.encode(QUERY, DOCUMENTS)] == expected
+    assert encoded(directory, "mxbai-rerank-v2", 700, instruction) == expected
 
 
 @pytest.mark.parametrize(
