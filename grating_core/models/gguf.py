@@ -17,7 +17,7 @@ from grating_core.models.adapter import Adapter
 from grating_core.models.cross_encoder import CrossEncoder, bind, construction
 from grating_core.models.families import find_family
 
-_INSTALL = "reading GGUF files takes the package gguf: pip install 'grating-core[gguf]'"
+_INSTALL = "reading GGUF files takes the package gguf: pip install gguf"
 
 
 def is_gguf(path: Path) -> bool:
