@@ -23,6 +23,10 @@ class PolicyError(GratingError):
     """A pruning policy broke its contract, such as dropping so many candidates that no top K is left."""
 
 
+class LensError(GratingError):
+    """A lens is missing or damaged, or belongs to other weights. The message says which and what to do."""
+
+
 class CheckpointError(GratingError):
     """A model's file cannot be read, or not any more. The message names the file and the tensor.
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from typing_extensions import Self
@@ -22,6 +23,7 @@ from grating_core.engine.attention import PACKED_ATTENTION
 from grating_core.engine.forward import Outcome, forward
 from grating_core.engine.ragged import RaggedBatch, filled
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
+from grating_core.lenses import CalibratedLens, find_lens, fingerprint, lens_directory, open_lens
 from grating_core.memory.hidden import HiddenInMemory, HiddenOnDisk, HiddenStates
 from grating_core.memory.meter import PeakMemory, resident_memory
 from grating_core.memory.plan import LARGEST_WORK, MemoryPlan, make_plan, parse_budget
@@ -43,16 +45,35 @@ from grating_core.models.templates import (
     load_template,
     usual_length,
 )
-from grating_core.pruning import ClusterPolicy, Off, PruningPolicy
+from grating_core.pruning import ClusterPolicy, Guarantee, Off, PruningPolicy
 from grating_core.results import RankedDocument, RerankResult, Trace
+
+if TYPE_CHECKING:
+    from grating_core.calibration import Recorder, Request
 
 _CHUNK_TOKENS = {"cuda": 32768, "mps": 8192}  # on the CPU it depends on the size of the layers
 _SCORE_GROUP = 256  # pairs that score() holds in memory at a time
-# Lost at most 2 % of the full model's top 5 on each corpus of benchmarks/pruning.py.
+_TARGET = 0.98
+# For models without a lens. Lost at most 2 % of the top 5 on each corpus of benchmarks/pruning.py.
 _CAUTIOUS = ClusterPolicy(dispersion_threshold=16.0)
 
 _shared: WeakValueDictionary[tuple[Any, ...], Reranker] = WeakValueDictionary()
 _shared_lock = Lock()
+
+
+@dataclass(frozen=True)
+class ByLens:
+    """Pruning by the lens of the model, as far as there is one, and what is to be kept.
+
+    Attributes:
+        target: See :meth:`Reranker.from_pretrained`.
+        guarantee: See :meth:`Reranker.from_pretrained`.
+        calibrated: The lens, on the model's device.
+    """
+
+    target: float
+    guarantee: Guarantee
+    calibrated: CalibratedLens | None
 
 
 class Reranker:
@@ -68,12 +89,14 @@ class Reranker:
         template: Template,
         *,
         model_path: Path,
-        pruning: PruningPolicy,
+        fingerprint: str,
+        pruning: PruningPolicy | ByLens,
         chunk_tokens: int | None = None,
         plan: MemoryPlan | None = None,
     ) -> None:
         self._loaded: CrossEncoder | None = model
         self._template = template
+        self._fingerprint = fingerprint
         self._pruning = pruning
         usual = plan.chunk_tokens if plan else _CHUNK_TOKENS.get(model.device.type, LARGEST_WORK // model.work)
         self._chunk_tokens = chunk_tokens or usual
@@ -93,6 +116,9 @@ class Reranker:
         dtype: str | torch.dtype = "auto",
         memory_budget: str | int | None = None,
         pruning: str | PruningPolicy = "auto",
+        target: float = _TARGET,
+        guarantee: Guarantee = "share",
+        lens: str | Path | None = None,
         max_length: int | None = None,
         long_documents: LongDocuments = "truncate",
         template: Prompt | str | None = None,
@@ -115,8 +141,12 @@ class Reranker:
                 while it computes (layers, embedding rows) or kept there (hidden states, in grating's cache
                 directory); scores stay the same. Calls from several threads then take turns. On CUDA it holds
                 for the memory of the device. None keeps everything resident and sets no bound.
-            pruning: ``"cluster"``, ``"off"``, a policy object, or ``"auto"``: the best that is known to keep
-                the full model's top K, at present ``"cluster"`` with a cautious threshold.
+            pruning: ``"auto"``: by the lens that belongs to this model, see :meth:`calibrate`; without one
+                ``"cluster"`` with a cautious threshold. Or ``"cluster"``, ``"off"``, or a policy object.
+            target: What a lens promises, for requests like those it was calibrated on: the share of the full
+                model's top K that is kept, on average. More prunes less.
+            guarantee: ``"share"``, or ``"set"``: the target is the probability that the whole top K is kept.
+            lens: A directory with the lens to use; None for the one calibrated here, or come with the package.
             max_length: Most tokens of a query and document together, with all that the model wants around them;
                 None for what the model was made for, at most 8,192 with decoders.
             long_documents: What to do with a document that does not fit: ``"truncate"`` cuts its end,
@@ -136,6 +166,7 @@ class Reranker:
             UnsupportedModelError: The weights are of a kind that grating does not run.
             BudgetError: The memory budget is too small; the message states the smallest that works. It is a
                 ``ValueError`` as well.
+            LensError: There is no lens in that directory, it is damaged, or it is for other weights.
             ValueError: An argument is not usable; the message names it.
         """
         if chunk_tokens is not None and chunk_tokens < 1:
@@ -145,7 +176,8 @@ class Reranker:
                 f"chunk_tokens={chunk_tokens} and memory_budget exclude each other: the budget sets both"
             )
         budget = None if memory_budget is None else _find_budget(memory_budget, model)
-        policy = _find_policy(pruning)
+        chosen = _find_policy(pruning)
+        _check_promise(target, guarantee, lens, pruning)
         check_long_documents(long_documents)
         if instruction is not None and not isinstance(instruction, str):
             raise ValueError(f"instruction={instruction!r} must be a string or None")
@@ -156,6 +188,13 @@ class Reranker:
         prompt = find_prompt(template, str(model), directory, stored.family)
         window = find_window(directory, stored.window, max_length, usual_length(prompt, stored.family))
         plan = None if budget is None else make_plan(stored.sizes(window), budget)
+        identity = fingerprint(directory, None if adapter is None else find_model(str(adapter)), prompt)
+        policy: PruningPolicy | ByLens
+        if chosen is None:
+            calibrated = find_lens(identity) if lens is None else open_lens(Path(lens).expanduser(), identity)
+            policy = ByLens(target, guarantee, calibrated and calibrated.to(stored.device))
+        else:
+            policy = chosen
         # The tokenizer first: what loading it takes for a moment is then free for the weights.
         before = resident_memory()
         encoder = load_template(
@@ -172,6 +211,7 @@ class Reranker:
             stored.load(plan, encoder.answers),
             encoder,
             model_path=directory,
+            fingerprint=identity,
             pruning=policy,
             chunk_tokens=chunk_tokens,
             plan=plan,
@@ -241,8 +281,9 @@ class Reranker:
         candidates = self._template.encode(query, documents)
         batch = self._pack(model, candidates)
         peak = None if self.plan is None else PeakMemory(model.device)
+        top_k, exact = min(top_k, len(batch)), scores == "exact"
         outcome = self._forward(
-            model, batch, top_k=min(top_k, len(batch)), policy=self._pruning, exact=scores == "exact", peak=peak
+            model, batch, top_k=top_k, exact=exact, peak=peak, **self._pruned_by(len(batch), top_k, exact)
         )
         ranking = [
             RankedDocument(winner.index, winner.score, documents[winner.index], winner.estimated)
@@ -310,6 +351,71 @@ class Reranker:
                 bar.update(len(group))
         return found
 
+    @property
+    def lens(self) -> CalibratedLens | None:
+        """The lens that it prunes by, with its margins; None if it prunes otherwise."""
+        return self._pruning.calibrated if isinstance(self._pruning, ByLens) else None
+
+    def calibrate(
+        self,
+        documents: Sequence[str],
+        queries: Sequence[str] | None = None,
+        *,
+        top_k: int = 5,
+        candidates: int = 20,
+        requests: int = 600,
+        output: str | Path | None = None,
+        seed: int = 0,
+        show_progress: bool = False,
+    ) -> CalibratedLens:
+        """Fit a lens to this model and find the margins that keep a promise, on texts of your own.
+
+        Takes as long as that many requests without pruning. The lens then belongs to the model: it is found by
+        every later ``pruning="auto"``, and this reranker uses it from now on if it was made so.
+
+        Args:
+            documents: Texts like those that will be reranked, more than ``candidates``. No judgements are needed.
+            queries: Questions like those that will be asked; None to make them of titles or leading sentences.
+            top_k: The K for which the summary says what is saved and lost; the lens is for any.
+            candidates: How many documents a request has. The margins are for as many or fewer; for more they are
+                wider, and less is saved.
+            requests: How many requests to compute; fewer if there are fewer queries. At least as many as the
+                target needs: with n requests no promise above 1 - 2.5 / (n + 1) can be made.
+            output: The directory that the lens is written to; None for grating's cache.
+            seed: Of the choice of queries.
+            show_progress: Show progress bars on standard error.
+
+        Returns:
+            The lens; its ``summary`` says what it will save and lose.
+
+        Raises:
+            ValueError: An argument is not usable, or there is too little text; the message names it.
+            OSError: The output cannot be written.
+        """
+        from grating_core.calibration import fit, make_requests, record
+
+        documents = _checked_documents(documents)
+        _check_top_k(top_k)
+        if not top_k < candidates:
+            raise ValueError(f"top_k={top_k} must be below candidates={candidates}")
+        model = self._model()
+        made = make_requests(documents, queries, candidates=candidates, count=requests, seed=seed)
+        recording = record(
+            self._observe, made, depth=model.depth, pooling=model.pooling, show_progress=show_progress
+        )
+        calibrated = fit(
+            [recording],
+            pooling=model.pooling,
+            fingerprint=self._fingerprint,
+            top_k=top_k,
+            target=self._pruning.target if isinstance(self._pruning, ByLens) else _TARGET,
+            show_progress=show_progress,
+        )
+        calibrated.save(lens_directory(self._fingerprint) if output is None else Path(output))
+        if isinstance(self._pruning, ByLens):
+            self._pruning = replace(self._pruning, calibrated=calibrated.to(model.device))
+        return calibrated
+
     def close(self) -> None:
         """Free the weights, close the files, stop the threads.
 
@@ -350,6 +456,27 @@ class Reranker:
 
     def _pack(self, model: CrossEncoder, candidates: list[list[TokenisedPair]]) -> RaggedBatch:
         return RaggedBatch.pack(candidates, model.device, share_prefix=model.causal)
+
+    def _pruned_by(self, candidates: int, top_k: int, exact: bool) -> dict[str, Any]:
+        """The policy of a request, and what it reads the scores with, as arguments of :func:`forward`."""
+        pruning = self._pruning
+        if not isinstance(pruning, ByLens):
+            return {"policy": pruning}
+        if pruning.calibrated is None or top_k == candidates:
+            return {"policy": _CAUTIOUS}
+        policy = pruning.calibrated.margins.policy(
+            candidates, top_k, target=pruning.target, guarantee=pruning.guarantee, exact=exact
+        )
+        return {"policy": policy, "lens": pruning.calibrated.lens}
+
+    def _observe(self, request: Request, recorder: Recorder) -> tuple[Any, Any]:
+        """Compute a request to the end while the recorder looks on; final scores and tokens of the candidates."""
+        model = self._model()
+        # A document's first window stands for it: a window's estimate is to be compared with its own score.
+        candidates = [windows[:1] for windows in self._template.encode(request.query, request.documents)]
+        batch = self._pack(model, candidates)
+        outcome = self._forward(model, batch, top_k=1, policy=Off(), lens=recorder)
+        return np.array(outcome.layers[-1].scores, dtype=np.float32), np.array(batch.lengths)
 
     def _forward(self, model: CrossEncoder, batch: RaggedBatch, **how: Any) -> Outcome:
         with self._turn:
@@ -437,11 +564,12 @@ def _find_budget(memory_budget: str | int, model: str | Path) -> int:
     return budget
 
 
-def _find_policy(pruning: str | PruningPolicy) -> PruningPolicy:
+def _find_policy(pruning: str | PruningPolicy) -> PruningPolicy | None:
+    """The policy that the user chose; None to prune by the model's lens."""
     if not isinstance(pruning, str) and isinstance(pruning, PruningPolicy):
         return pruning
     if pruning == "auto":
-        return _CAUTIOUS
+        return None
     if pruning == "cluster":
         return ClusterPolicy()
     if pruning == "off":
@@ -449,6 +577,15 @@ def _find_policy(pruning: str | PruningPolicy) -> PruningPolicy:
     raise ValueError(
         f"pruning={pruning!r} is unknown; use 'auto', 'cluster', 'off', or an object with a route method"
     )
+
+
+def _check_promise(target: float, guarantee: str, lens: object, pruning: object) -> None:
+    if isinstance(target, bool) or not isinstance(target, float | int) or not 0 < target < 1:
+        raise ValueError(f"target={target!r} must be a number between 0 and 1, such as 0.98")
+    if guarantee not in get_args(Guarantee):
+        raise ValueError(f"guarantee={guarantee!r} must be 'share' or 'set'")
+    if lens is not None and pruning != "auto":
+        raise ValueError(f"lens={str(lens)!r} and pruning={pruning!r} exclude each other: a lens takes 'auto'")
 
 
 def _check_query(query: str) -> None:

@@ -5,6 +5,7 @@ Monolithic forwarding and progressive pruning as in GRATING (arXiv 2510.15620).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -17,11 +18,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from grating_core.engine.attention import KeysKept, Packing, SharedKeys
-from grating_core.engine.ragged import RaggedBatch, filled
+from grating_core.engine.ragged import Chunk, RaggedBatch, filled
 from grating_core.errors import PolicyError, ScoreError
 from grating_core.memory.hidden import HiddenStates
 from grating_core.memory.meter import Meter, PeakMemory
 from grating_core.models.cross_encoder import CrossEncoder
+from grating_core.models.lens import Provisional, Reader, Sequences
 from grating_core.pruning import PruningPolicy, Route
 from grating_core.results import LayerTrace
 
@@ -56,6 +58,7 @@ def forward(
     *,
     top_k: int,
     policy: PruningPolicy,
+    lens: Provisional | None = None,
     exact: bool = True,
     chunk_tokens: int,
     first_number: int = 0,
@@ -69,6 +72,8 @@ def forward(
         hidden: Has room for the hidden states of the batch in chunks of this size; what it holds is lost.
         top_k: How many to find, from 1 to N.
         policy: Decides after each layer which candidates go on.
+        lens: Estimates the final scores after each layer but the last, and before the first. None to read them
+            with the model's own head, which says nothing before the first layer.
         exact: Compute every winner to the last layer; the policy only drops. Otherwise what it selects stops
             as well, and keeps its provisional score as an estimate.
         chunk_tokens: Most tokens computed at once.
@@ -85,9 +90,9 @@ def forward(
     at_first = replace(model.meter)
     model.prepare(batch.input_ids)
 
-    for number in range(1, model.depth + 1):
+    for number in range(0 if lens else 1, model.depth + 1):
         started, before = perf_counter(), replace(model.meter)
-        scores = _run_layer(model, number, batch, hidden, chunk_tokens)
+        scores = _run_layer(model, number, batch, hidden, chunk_tokens, lens)
         _refuse_broken(scores, alive + first_number)
 
         wanted = top_k - len(winners)
@@ -99,7 +104,7 @@ def forward(
                 alive=_plain(alive),
                 routes=tuple(routes),
                 scores=_plain(scores),
-                tokens=batch.tokens,
+                tokens=batch.tokens if number else 0,
                 seconds=perf_counter() - started,
                 seconds_waited=model.meter.seconds_waited - before.seconds_waited,
                 bytes_read=model.meter.bytes_read - before.bytes_read,
@@ -120,37 +125,76 @@ def forward(
             break
 
         if len(going_on) < len(alive):
-            hidden.keep(batch.token_index(going_on))
+            if number:
+                hidden.keep(batch.token_index(going_on))
             batch, alive = batch.select(going_on), alive[going_on]
 
     return Outcome(winners, layers, model.meter.since(at_first))
 
 
 def _run_layer(
-    model: CrossEncoder, number: int, batch: RaggedBatch, hidden: HiddenStates, chunk_tokens: int
+    model: CrossEncoder,
+    number: int,
+    batch: RaggedBatch,
+    hidden: HiddenStates,
+    chunk_tokens: int,
+    lens: Provisional | None,
 ) -> NDArray[np.float64]:
-    """Put the hidden states through a layer and read every candidate's score after it."""
+    """Put the hidden states through a layer and read every candidate's score after it; layer 0 only embeds."""
+    last = number == model.depth
+    read = _head(model, number) if last or lens is None else lens.reader(number, batch.prefix)
+    chunks = list(batch.chunks(chunk_tokens))
+    if not number:
+        # Embedded again by the first layer, for those that are left: that costs less than keeping the states.
+        positions = batch.positions()
+        scores = [read(_embed(model, batch, chunk, positions), chunk) for chunk in chunks]
+    else:
+        with model.layer(number):
+            scores = list(_layer_scores(model, number, batch, hidden, chunks, read))
+    return _best_windows(torch.cat(scores).cpu().double().numpy(), batch.windows)
+
+
+def _layer_scores(
+    model: CrossEncoder,
+    number: int,
+    batch: RaggedBatch,
+    hidden: HiddenStates,
+    chunks: list[Chunk],
+    read: Reader,
+) -> Iterator[Tensor]:
+    """The scores of one chunk after another, whose states are put through the layer."""
     first, last = number == 1, number == model.depth
     positions = batch.positions()
     shared = SharedKeys()
-    scores = []
-    with model.layer(number):
-        for chunk, part in hidden.visit(list(batch.chunks(chunk_tokens)), read=not first, write=not last):
-            tokens = chunk.tokens.stop - chunk.tokens.start
-            places = pad(positions[chunk.tokens], (0, chunk.rows - tokens))[None]
-            if first:
-                part[:, :tokens] = model.embed(
-                    batch.input_ids[None, chunk.tokens],
-                    batch.token_type_ids[None, chunk.tokens],
-                    places[:, :tokens],
-                )
-            packing = Packing(chunk.lengths, chunk.prefix, shared)
-            if last and model.reads_one_token:
-                scores.append(_last_layer_scores(model, part, places, packing))
-                continue
-            part[:, :tokens] = model.run_layer(number, part, places, packing=packing)[:, :tokens]
-            scores.append(model.read_scores(number, part[:, chunk.prefix :], chunk.lengths))
-    return _best_windows(torch.cat(scores).cpu().double().numpy(), batch.windows)
+    for chunk, part in hidden.visit(chunks, read=not first, write=not last):
+        tokens = chunk.tokens.stop - chunk.tokens.start
+        places = pad(positions[chunk.tokens], (0, chunk.rows - tokens))[None]
+        if first:
+            part[:, :tokens] = _embed(model, batch, chunk, positions)
+        packing = Packing(chunk.lengths, chunk.prefix, shared)
+        if last and model.reads_one_token:
+            yield _last_layer_scores(model, part, places, packing)
+            continue
+        part[:, :tokens] = model.run_layer(number, part, places, packing=packing)[:, :tokens]
+        yield read(part, chunk)
+
+
+def _embed(model: CrossEncoder, batch: RaggedBatch, chunk: Chunk, positions: Tensor) -> Tensor:
+    """Hidden states of a chunk before the first layer, ``[1, T, D]``."""
+    return model.embed(
+        batch.input_ids[None, chunk.tokens],
+        batch.token_type_ids[None, chunk.tokens],
+        positions[None, chunk.tokens],
+    )
+
+
+def _head(model: CrossEncoder, number: int) -> Reader:
+    """What reads the scores after a layer with the model's own head."""
+
+    def read(states: Tensor, sequences: Sequences) -> Tensor:
+        return model.read_scores(number, states[:, sequences.prefix :], sequences.lengths)
+
+    return read
 
 
 def _last_layer_scores(model: CrossEncoder, hidden: Tensor, positions: Tensor, packing: Packing) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from grating_core.memory.hidden import FILL
-from grating_core.models.templates import TokenisedPair
+from grating_core.models.templates import Segments, TokenisedPair
 
 _WORTH_SHARING = 8  # tokens
 
@@ -28,6 +28,7 @@ class RaggedBatch:
         prefix: P, the tokens that all sequences share and that come first; 0 for none.
         lengths: Tokens of each sequence without the prefix; with it they sum to T.
         windows: How many of these sequences each of the N candidates has.
+        segments: Where query and document are in each sequence, counted from the prefix's first token.
     """
 
     input_ids: Tensor
@@ -35,6 +36,7 @@ class RaggedBatch:
     prefix: int
     lengths: tuple[int, ...]
     windows: tuple[int, ...]
+    segments: tuple[Segments, ...]
 
     @classmethod
     def pack(
@@ -60,6 +62,7 @@ class RaggedBatch:
             prefix,
             tuple(len(pair.input_ids) - prefix for pair in pairs),
             tuple(map(len, candidates)),
+            tuple(pair.segments for pair in pairs),
         )
 
     def __len__(self) -> int:
@@ -90,10 +93,13 @@ class RaggedBatch:
         first, start, tokens, prefix = 0, 0, self.prefix, self.prefix
         for index, length in enumerate(self.lengths):
             if tokens and tokens + length > max_tokens:
-                yield Chunk(slice(start, start + tokens), prefix, self.lengths[first:index])
+                yield self._chunk(slice(start, start + tokens), prefix, slice(first, index))
                 first, start, tokens, prefix = index, start + tokens, 0, 0
             tokens += length
-        yield Chunk(slice(start, start + tokens), prefix, self.lengths[first:])
+        yield self._chunk(slice(start, start + tokens), prefix, slice(first, None))
+
+    def _chunk(self, tokens: slice, prefix: int, sequences: slice) -> Chunk:
+        return Chunk(tokens, prefix, self.lengths[sequences], self.segments[sequences])
 
     def token_index(self, keep: Sequence[int]) -> Tensor:
         """int64: where the tokens of the kept candidates, and those of the prefix, are on the token axis."""
@@ -108,13 +114,14 @@ class RaggedBatch:
         """The batch of the kept candidates only; ``keep`` is ascending."""
         index = self.token_index(keep)
         ends = list(accumulate(self.windows))
-        lengths = [self.lengths[ends[i] - self.windows[i] : ends[i]] for i in keep]
+        sequences = [i for kept in keep for i in range(ends[kept] - self.windows[kept], ends[kept])]
         return RaggedBatch(
             self.input_ids[index],
             self.token_type_ids[index],
             self.prefix,
-            tuple(length for windows in lengths for length in windows),
-            tuple(map(len, lengths)),
+            tuple(self.lengths[i] for i in sequences),
+            tuple(self.windows[i] for i in keep),
+            tuple(self.segments[i] for i in sequences),
         )
 
 
@@ -137,11 +144,13 @@ class Chunk:
         tokens: Where their tokens are on the token axis.
         prefix: How many of these are the shared prefix, which comes before the sequences of the first chunk.
         lengths: Tokens of each sequence.
+        segments: Where query and document are in each, counted from the prefix's first token.
     """
 
     tokens: slice
     prefix: int
     lengths: tuple[int, ...]
+    segments: tuple[Segments, ...]
 
     @property
     def rows(self) -> int:

@@ -51,7 +51,7 @@ class CrossEncoder:
         self._streamer = streamer
         self._rows = rows
         self.meter = meter
-        self._pooling = family.pooling(module.config)
+        self.pooling = family.pooling(module.config)
         self.causal = family.causal
         self.width: int = module.config.hidden_size
         self.work = work_per_token(self._layers[0], self.width, dtype)
@@ -116,13 +116,13 @@ class CrossEncoder:
     @property
     def reads_one_token(self) -> bool:
         """Whether the head reads a single token of a sequence."""
-        return self._pooling != "mean"
+        return self.pooling != "mean"
 
     def scoring_positions(self, lengths: Sequence[int]) -> Tensor:
         """int64 ``[N]``: where on the token axis the head reads each of N sequences, when it reads one token."""
         tokens = torch.tensor(lengths, dtype=torch.int64, device=self.device)
         ends = tokens.cumsum(0)
-        return ends - 1 if self._pooling == "last" else ends - tokens
+        return ends - 1 if self.pooling == "last" else ends - tokens
 
     def read_scores(self, number: int, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
         """Relevance scores by the model's own head, in float32 whatever the compute dtype.

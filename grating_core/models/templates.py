@@ -18,9 +18,23 @@ from grating_core.models.gguf import gguf_tokenizer, is_gguf
 from grating_core.models.prompts import Prompt, chat_prompt, named_prompt, official_prompt
 
 LongDocuments = Literal["truncate", "windows"]
+Span = tuple[int, int]  # first position, and the one after the last
 _TYPES = ("token_type_ids",)
 _GROUP = 32  # documents
 _OVERLAP = 8  # the part of a window that the next one repeats: one in so many tokens
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where the two texts are in a sequence.
+
+    Attributes:
+        query: Of the query's tokens.
+        document: Of the document's tokens, or of a window of it.
+    """
+
+    query: Span = (0, 0)
+    document: Span = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -30,11 +44,13 @@ class TokenisedPair:
     Attributes:
         input_ids: Token ids, with the special tokens of the model.
         token_type_ids: 0 or 1 for each token; which text it belongs to, if the model cares.
+        segments: Where query and document are in it.
         truncated: Whether the end of the document did not fit into the window and was cut.
     """
 
     input_ids: list[int]
     token_type_ids: list[int]
+    segments: Segments = Segments()
     truncated: bool = False
 
 
@@ -80,6 +96,11 @@ class PairTemplate:
         self._has_types = has_types
         self._long_documents = long_documents
         self._special_tokens = backend.num_special_tokens_to_add(is_pair=True)
+        # Special tokens before the query, and between it and the document. Not every pair tells: of one with an
+        # empty text the library says that no token comes from either.
+        origins = backend.encode("a", "a").sequence_ids
+        self._lead = origins.index(0)
+        self._gap = origins.index(1) - self._lead - origins.count(0)
         self.window = window
 
     def encode(self, query: str, documents: Sequence[str]) -> list[list[TokenisedPair]]:
@@ -100,7 +121,9 @@ class PairTemplate:
     def _join(self, question: Any, body: Any, truncated: bool) -> TokenisedPair:
         pair = self._backend.post_process(question, body)
         types = pair.type_ids if self._has_types else [0] * len(pair)
-        return TokenisedPair(pair.ids, types, truncated)
+        query = (self._lead, self._lead + len(question))
+        start = query[1] + self._gap
+        return TokenisedPair(pair.ids, types, Segments(query, (start, start + len(body))), truncated)
 
 
 class PromptTemplate:
@@ -154,6 +177,11 @@ class PromptTemplate:
         query = _encodable(query)
         tokens = len(self._ids(query))
         before, head, after = self._around(query)
+        empty_before, empty_head, empty_after = self._around("")
+        asked = (
+            _difference(before + self._ids(head), empty_before + self._ids(empty_head)),
+            _difference(after, empty_after),
+        )
         found = []
         # With the text that leads up to it: the first word of a document may share a token with the space before.
         for body in _encodings(self._backend, [head + text for text in documents]):
@@ -161,19 +189,27 @@ class PromptTemplate:
             fixed = before + body.ids[:start]
             room = self.window - len(fixed) - len(after)
             _check_room(room, tokens, self.window)
-            found.append(self._windows(fixed, body.ids[start:], after, room))
+            found.append(self._windows(fixed, body.ids[start:], after, room, asked))
         return found
 
-    def _windows(self, before: list[int], text: list[int], after: list[int], room: int) -> list[TokenisedPair]:
+    def _windows(
+        self, before: list[int], text: list[int], after: list[int], room: int, asked: tuple[Span, Span]
+    ) -> list[TokenisedPair]:
         if self._long_documents == "truncate":
-            return [self._join(before, text[:room], after, len(text) > room)]
+            return [self._join(before, text[:room], after, asked, len(text) > room)]
         overlap = _overlap(room)
         starts = range(0, max(1, len(text) - overlap), room - overlap)
-        return [self._join(before, text[start : start + room], after, False) for start in starts]
+        return [self._join(before, text[start : start + room], after, asked, False) for start in starts]
 
-    def _join(self, before: list[int], text: list[int], after: list[int], truncated: bool) -> TokenisedPair:
+    def _join(
+        self, before: list[int], text: list[int], after: list[int], asked: tuple[Span, Span], truncated: bool
+    ) -> TokenisedPair:
+        """The sequence; ``asked`` says where the query is in what comes before the document, or else after it."""
         ids = before + text + after
-        return TokenisedPair(ids, [0] * len(ids), truncated)
+        end = len(before) + len(text)
+        ahead, behind = asked
+        query = ahead if any(ahead) else (end + behind[0], end + behind[1])
+        return TokenisedPair(ids, [0] * len(ids), Segments(query, (len(before), end)), truncated)
 
     def _around(self, query: str) -> tuple[list[int], str, list[int]]:
         """Token ids before the document's piece, what that begins with, token ids after it."""
@@ -200,6 +236,14 @@ def _check_room(room: int, tokens: int, window: int) -> None:
             f"query has {tokens} tokens, which leaves no room for a document in the model's window "
             f"of {window} tokens; shorten the query"
         )
+
+
+def _difference(ids: list[int], other: list[int]) -> Span:
+    """Where ``ids`` has something that ``other`` has not; (0, 0) if they are the same."""
+    shorter = min(len(ids), len(other))
+    start = next((i for i in range(shorter) if ids[i] != other[i]), shorter)
+    end = next((i for i in range(shorter - start) if ids[-1 - i] != other[-1 - i]), shorter - start)
+    return (start, len(ids) - end) if start < len(ids) - end else (0, 0)
 
 
 def _overlap(room: int) -> int:

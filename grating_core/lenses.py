@@ -1,0 +1,239 @@
+"""Lenses on disk: what calibration found out about one model, and where it is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as format_tensors
+from torch import Tensor
+
+from grating_core.errors import LensError
+from grating_core.memory.checkpoint import Checkpoint, StoredTensor
+from grating_core.models.bundled import cache_directory
+from grating_core.models.directory import weight_files
+from grating_core.models.gguf import is_gguf
+from grating_core.models.lens import LayerMap, Lens
+from grating_core.models.prompts import Prompt
+from grating_core.pruning import Margins
+
+_TENSORS = "lens.safetensors"
+_DESCRIPTION = "lens.json"
+_FORMAT = 1
+_SAMPLE = 512  # bytes
+_SAMPLES_OF_FILE = 64
+_PACKAGED = Path(__file__).parent / "packaged_lenses"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What calibration measured, on requests that the lens was not fitted on.
+
+    Attributes:
+        fitted: Requests that the lens was fitted on.
+        measured: Requests that the margins come from.
+        candidates: Candidates of each.
+        top_k: The K of the figures below.
+        target: The promise for which they are.
+        agreement: Share of the full model's top K that was kept.
+        compute_share: Tokens × layers computed, of those without pruning.
+        gammas: Goodman and Kruskal's γ between the estimates after each layer, from layer 0, and the final scores.
+    """
+
+    fitted: int
+    measured: int
+    candidates: int
+    top_k: int
+    target: float
+    agreement: float
+    compute_share: float
+    gammas: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class CalibratedLens:
+    """A lens, its margins, and which weights they belong to.
+
+    Attributes:
+        lens: Estimates of the final score.
+        margins: How far they can be trusted.
+        fingerprint: Of the weights, see :func:`fingerprint`.
+        summary: What calibration measured.
+    """
+
+    lens: Lens
+    margins: Margins
+    fingerprint: str
+    summary: Summary
+
+    def to(self, device: torch.device) -> CalibratedLens:
+        """The same with the lens on a device."""
+        return replace(self, lens=self.lens.to(device))
+
+    def save(self, directory: Path) -> None:
+        """Write ``lens.safetensors`` and ``lens.json``. What is there is replaced as a whole, or not at all.
+
+        Raises:
+            OSError: The directory cannot be written.
+        """
+        data = format_tensors(_tensors(self))
+        description = {
+            "format": _FORMAT,
+            "fingerprint": self.fingerprint,
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "pooling": self.lens.pooling,
+            "layers": len(self.lens.maps),
+            "summary": asdict(self.summary),
+        }
+        directory.mkdir(parents=True, exist_ok=True)
+        # The description last: while the two do not belong together, the digest in it tells.
+        _replace(directory / _TENSORS, data)
+        _replace(directory / _DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, directory: Path) -> CalibratedLens:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            LensError: It is missing or damaged.
+        """
+        description = _describe(directory)
+        try:
+            data = (directory / _TENSORS).read_bytes()
+            if hashlib.sha256(data).hexdigest() != description["sha256"]:
+                raise LensError(f"{directory / _TENSORS} is not the file that {_DESCRIPTION} describes")
+            tensors = parse_tensors(data)
+            maps = [
+                LayerMap(tensors[f"layer.{number}.weight"], tensors[f"layer.{number}.bias"])
+                for number in range(description["layers"])
+            ]
+            margins = {name: tensors[f"margins.{name}"].numpy() for name in Margins.__annotations__}
+            summary = Summary(**description["summary"] | {"gammas": tuple(description["summary"]["gammas"])})
+            return cls(Lens(maps, description["pooling"]), Margins(**margins), description["fingerprint"], summary)
+        except (OSError, KeyError, TypeError, SafetensorError) as error:
+            raise LensError(f"the lens in {directory} cannot be read: {error!r}") from error
+
+
+def find_lens(fingerprint: str) -> CalibratedLens | None:
+    """The lens for these weights: calibrated here, or come with this package; None if there is none.
+
+    Raises:
+        LensError: There is one, and it is damaged.
+    """
+    for directory in (lens_directory(fingerprint), *sorted(_PACKAGED.glob("*/"))):
+        if (directory / _DESCRIPTION).is_file() and _describe(directory)["fingerprint"] == fingerprint:
+            return CalibratedLens.load(directory)
+    return None
+
+
+def open_lens(directory: Path, fingerprint: str) -> CalibratedLens:
+    """The lens in a directory.
+
+    Raises:
+        LensError: There is none, it is damaged, or it is for other weights.
+    """
+    found = CalibratedLens.load(directory)
+    if found.fingerprint != fingerprint:
+        raise LensError(
+            f"lens={str(directory)!r} was calibrated for other weights, or with another adapter or template "
+            f"(fingerprint {found.fingerprint[:16]}…, this model has {fingerprint[:16]}…): calibrate one for this "
+            f"model with 'grating calibrate', or leave the lens out"
+        )
+    return found
+
+
+def lens_directory(fingerprint: str) -> Path:
+    """Where the lens for these weights is kept when it is calibrated here."""
+    return cache_directory() / "lenses" / fingerprint[:16]
+
+
+def fingerprint(model: Path, adapter: Path | None, prompt: Prompt | None) -> str:
+    """What tells the weights of one model, and what it is asked, from those of another.
+
+    Of each tensor the name, type and shape count, and a few bytes: reading all would take as long as loading.
+
+    Args:
+        model: A model directory, or a GGUF file.
+        adapter: The directory of the adapter that is merged into it, if any.
+        prompt: What it is asked, if it is. The instruction does not count.
+    """
+    digest = hashlib.sha256()
+    for path in (model, adapter):
+        if path is not None and is_gguf(path):
+            _add_file(digest, path)
+        elif path is not None:
+            _add_tensors(digest, Checkpoint(_weights(path)).tensors.values())
+    if prompt is not None:
+        digest.update(json.dumps((prompt.pieces, prompt.yes, prompt.no)).encode())
+    return digest.hexdigest()
+
+
+def _weights(directory: Path) -> list[Path]:
+    adapter = directory / "adapter_model.safetensors"
+    return [adapter] if adapter.is_file() else weight_files(directory)
+
+
+def _add_tensors(digest: Any, tensors: Iterable[StoredTensor]) -> None:
+    for tensor in sorted(tensors, key=lambda tensor: tensor.name):
+        digest.update(f"{tensor.name} {tensor.kind} {tensor.shape} ".encode())
+        with tensor.path.open("rb") as file:
+            for start in (tensor.start, (tensor.start + tensor.end) // 2):
+                file.seek(start)
+                digest.update(file.read(min(_SAMPLE, tensor.end - start)))
+
+
+def _add_file(digest: Any, path: Path) -> None:
+    size = path.stat().st_size
+    digest.update(f"{size} ".encode())
+    with path.open("rb") as file:
+        for number in range(_SAMPLES_OF_FILE):
+            file.seek(size * number // _SAMPLES_OF_FILE)
+            digest.update(file.read(_SAMPLE))
+
+
+def _tensors(calibrated: CalibratedLens) -> dict[str, Tensor]:
+    tensors = {}
+    for number, layer in enumerate(calibrated.lens.maps):
+        tensors[f"layer.{number}.weight"] = layer.weight.contiguous()
+        tensors[f"layer.{number}.bias"] = layer.bias
+    for name in Margins.__annotations__:
+        tensors[f"margins.{name}"] = torch.from_numpy(np.ascontiguousarray(getattr(calibrated.margins, name)))
+    return tensors
+
+
+def _describe(directory: Path) -> dict[str, Any]:
+    path = directory / _DESCRIPTION
+    try:
+        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if description["format"] != _FORMAT:
+            raise LensError(
+                f"{path} has the format {description['format']}, this release reads {_FORMAT}: calibrate again"
+            )
+    except FileNotFoundError as error:
+        raise LensError(f"there is no lens in {directory}: it has no {_DESCRIPTION}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LensError(f"{path} cannot be read as the description of a lens: {error!r}") from error
+    return description
+
+
+def _replace(path: Path, data: bytes) -> None:
+    descriptor, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        Path(unfinished).chmod(0o644)
+        Path(unfinished).replace(path)
+    finally:
+        with suppress(FileNotFoundError):
+            Path(unfinished).unlink()

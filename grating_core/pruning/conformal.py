@@ -1,0 +1,137 @@
+"""Margins from calibration requests: the pruning of all of them, simulated with every factor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from grating_core.pruning.margins import GUARANTEES, MODES, Array, Margins
+
+_FACTORS = np.geomspace(0.25, 8, 56)
+_CANDIDATES = (5, 10, 20, 50, 100, 200, 500, 1000)
+_WANTED = (1, 2, 3, 5, 10, 20, 50, 100)
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What is known of requests that were computed without pruning, R of them with N candidates each.
+
+    Attributes:
+        estimates: float64 ``[R, N, L]``: what the lens said after layers 0 to L - 1.
+        scores: float64 ``[R, N]``: the final scores.
+        tokens: int64 ``[R, N]``: tokens of each candidate.
+    """
+
+    estimates: Array
+    scores: Array
+    tokens: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def first(self, candidates: int) -> Requests:
+        """The same requests with only their first candidates."""
+        return Requests(self.estimates[:, :candidates], self.scores[:, :candidates], self.tokens[:, :candidates])
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What pruning would have done.
+
+    Attributes:
+        lost: float64 ``[R]``: share of the full model's top K that is not among what pruning returns.
+        compute_share: float64 ``[R]``: tokens × layers computed, of those without pruning.
+    """
+
+    lost: Array
+    compute_share: Array
+
+
+def simulate(requests: Requests, top_k: int, *, drop: Array, select: Array | None) -> Simulation:
+    """Prune requests whose every score is known, as the forward loop does.
+
+    Args:
+        requests: R of them, with N candidates.
+        top_k: K, below N.
+        drop: float64 ``[L]``, margins for dropping after each layer.
+        select: The same for selecting; None for exact scores, with which nothing stops for being sure to win.
+    """
+    count, candidates, layers = requests.estimates.shape
+    alive = np.ones((count, candidates), dtype=bool)
+    selected = np.zeros_like(alive)
+    computed = np.zeros(count)
+    for layer in range(layers):
+        estimates = np.where(alive, requests.estimates[:, :, layer], -np.inf)
+        places = top_k - selected.sum(1)
+        ordered = -np.sort(-estimates, axis=1)
+        last = np.take_along_axis(ordered, np.maximum(places - 1, 0)[:, None], 1)
+        behind = alive & (estimates < last - drop[layer])
+        undecided = (alive.sum(1) > places) & (places > 0)
+        if select is not None:
+            following = np.take_along_axis(ordered, np.minimum(places, candidates - 1)[:, None], 1)
+            ahead = alive & (estimates > following + select[layer]) & undecided[:, None]
+            selected |= ahead
+            alive &= ~ahead
+        alive &= ~(behind & undecided[:, None])
+        if select is not None:
+            # As many left as places: they have won, and there is nothing left to compute.
+            places = top_k - selected.sum(1)
+            decided = (places == 0) | (places == alive.sum(1))
+            selected |= alive & (decided & (places > 0))[:, None]
+            alive &= ~decided[:, None]
+        computed += (alive * requests.tokens).sum(1)
+    best = _best(np.where(alive, requests.scores, -np.inf), alive, top_k - selected.sum(1))
+    top = _best(requests.scores, np.ones_like(alive), np.full(count, top_k))
+    lost = (top & ~(selected | best)).sum(1) / top_k
+    return Simulation(lost, computed / (layers * requests.tokens.sum(1)))
+
+
+def _best(scores: Array, allowed: NDArray[np.bool_], places: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Marks of the best in each row, as many as it has places; equal scores keep their order."""
+    ranks = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1, kind="stable")
+    marks: NDArray[np.bool_] = (ranks < places[:, None]) & allowed
+    return marks
+
+
+def calibrate_margins(groups: Sequence[Requests], spread: Array, *, show_progress: bool = False) -> Margins:
+    """Find out how much is lost with which margins.
+
+    Args:
+        groups: Requests that the lens was not fitted on. Of several groups, such as corpora, the one that loses
+            most counts: the promise then holds for requests like those of any of them.
+        spread: float64 ``[L]``: the typical error of the lens after each layer, the unit of margins. It must not
+            come from these requests.
+        show_progress: Show a progress bar on standard error.
+    """
+    most = max(requests.scores.shape[1] for requests in groups)
+    sizes = sorted({number for number in _CANDIDATES if number < most} | {most})
+    cells = [(number, wanted) for number in sizes for wanted in _WANTED if wanted < number]
+    bounds = np.zeros((len(MODES), len(GUARANTEES), len(cells), len(_FACTORS)))
+    for index, (number, wanted) in enumerate(tqdm(cells, "Margins", unit="cell", disable=not show_progress)):
+        for requests in groups:
+            if requests.scores.shape[1] < number:
+                continue
+            some = requests.first(number)
+            for mode, _ in enumerate(MODES):
+                bounds[mode, :, index] = np.maximum(
+                    bounds[mode, :, index], _bounds(some, wanted, spread, estimated=bool(mode))
+                )
+    return Margins(spread, spread, _FACTORS, np.array(cells), bounds)
+
+
+def _bounds(requests: Requests, top_k: int, spread: Array, *, estimated: bool) -> Array:
+    """float64 ``[2, G]``: bounds on the expected loss, of shares and of whole sets, with every factor."""
+    losses = []
+    for factor in _FACTORS:
+        margins = factor * spread
+        lost = simulate(requests, top_k, drop=margins, select=margins if estimated else None).lost
+        losses.append(((lost).mean(), (lost > 0).mean()))
+    # Larger factors lose less, but for rare exceptions; the theorem asks for none.
+    rising = np.maximum.accumulate(np.array(losses)[::-1])[::-1].T
+    count = len(requests)
+    bounds: Array = (count * rising + 1) / (count + 1)
+    return bounds

@@ -1,0 +1,109 @@
+"""Pruning with a promise: how far behind the K-th estimate a candidate must lie to be given up.
+
+The estimates of a lens are off by some typical error, which differs by layer. A *margin* is that error times a
+*factor*; one factor for all layers is found by conformal risk control (Angelopoulos, Bates, Fisch, Lei & Schuster,
+"Conformal Risk Control", ICLR 2024, section 2): of the requests it was calibrated on, n of them, the whole pruning was
+simulated with every factor, and the smallest is taken with which (n · mean loss + 1) / (n + 1) ≤ 1 - target. For
+requests exchangeable with those, the expected loss is then at most 1 - target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grating_core.pruning.policy import Route
+
+Guarantee = Literal["share", "set"]
+Array = NDArray[np.float64]
+
+MODES = ("exact", "estimated")  # of scores
+GUARANTEES: tuple[Guarantee, ...] = get_args(Guarantee)
+
+
+@dataclass(frozen=True)
+class MarginPolicy:
+    """Drops what lies too far behind the K-th estimate, selects what lies far enough before the next one.
+
+    Attributes:
+        drop: Margin after each layer, from layer 0 (the token embeddings). Infinite ones drop nothing.
+        select: The same for selecting.
+    """
+
+    drop: tuple[float, ...]
+    select: tuple[float, ...]
+
+    def route(self, layer: int, scores: Array, top_k: int) -> Sequence[Route]:
+        """See :meth:`grating_core.PruningPolicy.route`."""
+        ordered = np.sort(scores)[::-1]
+        dropped = scores < ordered[top_k - 1] - self.drop[layer]
+        selected = scores > ordered[top_k] + self.select[layer]
+        return [
+            Route.SELECTED if ahead else Route.DROPPED if behind else Route.DEFERRED
+            for ahead, behind in zip(selected, dropped, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Margins:
+    """What calibration found out: errors by layer, and how much is lost with which factor.
+
+    Attributes:
+        drop: float64 ``[L]``, from layer 0: the typical error of an estimate, the unit of the margins for dropping.
+        select: float64 ``[L]``: the same for selecting.
+        factors: float64 ``[G]``, rising: those that were tried.
+        cells: int64 ``[C, 2]``: the numbers of candidates N and the K of top K that were simulated.
+        bounds: float64 ``[2, 2, C, G]``: the bound on the expected loss, for exact and estimated scores (axis 0), of
+            the share of the top K and of whole sets (axis 1), in each cell with each factor. Never rises with the
+            factor.
+    """
+
+    drop: Array
+    select: Array
+    factors: Array
+    cells: NDArray[np.int64]
+    bounds: Array
+
+    def policy(
+        self, candidates: int, top_k: int, *, target: float, guarantee: Guarantee, exact: bool
+    ) -> MarginPolicy:
+        """The policy of one request.
+
+        Args:
+            candidates: N.
+            top_k: K, below N.
+            target: What is promised: the expected share of the full model's top K that is kept, or the probability
+                that all of it is kept.
+            guarantee: Which of the two: ``"share"`` or ``"set"``.
+            exact: Whether only hopeless candidates stop, or sure winners as well.
+        """
+        factor = self.factor(candidates, top_k, target=target, guarantee=guarantee, exact=exact)
+        return MarginPolicy(tuple(factor * self.drop), tuple(factor * self.select))
+
+    def factor(self, candidates: int, top_k: int, *, target: float, guarantee: Guarantee, exact: bool) -> float:
+        """The factor for one request; infinite if the promise cannot be made. Arguments as for :meth:`policy`.
+
+        Between the numbers that were simulated it is the largest of the neighbours'. Beyond the most candidates, M
+        of them, N candidates are seen as N / M requests which may lose that part of the risk each: a union bound.
+        With more wanted than was simulated less is needed, so the largest K stands for all beyond it.
+        """
+        risk = (1 - target) / max(1.0, candidates / float(self.cells[:, 0].max()))
+        bounds = self.bounds[MODES.index("exact" if exact else "estimated"), GUARANTEES.index(guarantee)]
+        found = 0.0
+        for number in _neighbours(self.cells[:, 0], candidates):
+            rows = np.flatnonzero(self.cells[:, 0] == number)
+            for wanted in _neighbours(self.cells[rows, 1], top_k):
+                row = rows[self.cells[rows, 1] == wanted][0]
+                enough = np.flatnonzero(bounds[row] <= risk)
+                found = max(found, self.factors[enough[0]] if len(enough) else np.inf)
+        return float(found)
+
+
+def _neighbours(simulated: NDArray[np.int64], value: int) -> set[int]:
+    """The simulated numbers next to a value, below and above; one of them where there is no other."""
+    below, above = simulated[simulated <= value], simulated[simulated >= value]
+    return {int(side) for side in (*np.sort(below)[-1:], *np.sort(above)[:1])}
