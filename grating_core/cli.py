@@ -45,6 +45,11 @@ TopK = Annotated[int, typer.Option("--top-k", "-k", help="How many to return.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, local directory or bundled name.")]
 Pruning = Annotated[str, typer.Option(help="auto, cluster or off.")]
+Target = Annotated[float, typer.Option(help="Share of the full model's top K that a lens promises to keep.")]
+GuaranteeOf = Annotated[str, typer.Option("--guarantee", help="share, or set: the whole top K, so often.")]
+LensDirectory = Annotated[
+    Path | None, typer.Option("--lens", help="Lens to prune by; the model's own by default.")
+]
 Scores = Annotated[str, typer.Option(help="exact, or estimated: sure winners stop early as well.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best there is by default.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
@@ -75,6 +80,9 @@ def rerank(
     instruction: Instruction = None,
     adapter: AdapterName = None,
     memory_budget: Budget = None,
+    target: Target = 0.98,
+    guarantee: GuaranteeOf = "share",
+    lens: LensDirectory = None,
 ) -> None:
     """Print the documents that answer a question best."""
     settings = {
@@ -87,6 +95,9 @@ def rerank(
         "instruction": instruction,
         "adapter": adapter,
         "memory_budget": memory_budget,
+        "target": target,
+        "guarantee": guarantee,
+        "lens": lens,
     }
     with _plain_errors():
         result = _run(model, settings, query, read_documents(input, format=format, field=field), top_k, scores)
@@ -116,6 +127,9 @@ def explain(
     instruction: Instruction = None,
     adapter: AdapterName = None,
     memory_budget: Budget = None,
+    target: Target = 0.98,
+    guarantee: GuaranteeOf = "share",
+    lens: LensDirectory = None,
     plot: Annotated[Path | None, typer.Option(help="Draw score trajectories into this picture.")] = None,
 ) -> None:
     """Like rerank, and show layer by layer how the ranking came about."""
@@ -129,6 +143,9 @@ def explain(
         "instruction": instruction,
         "adapter": adapter,
         "memory_budget": memory_budget,
+        "target": target,
+        "guarantee": guarantee,
+        "lens": lens,
     }
     with _plain_errors():
         result = _run(model, settings, query, read_documents(input, format=format, field=field), top_k, scores)
@@ -195,6 +212,73 @@ def plan(
         f"weights and the embedding rows it lacks; "
         + (f"writes and reads {spilled:,.0f} MB of hidden states." if spilled else "no hidden states are spilled.")
     )
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Hub id, local directory or bundled name.")],
+    corpus: Annotated[list[Path], typer.Option(help="File of documents; several for several kinds of text.")],
+    queries: Annotated[list[Path] | None, typer.Option(help="File of queries for each corpus, in order.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the lens goes; grating's cache by default.")] = None,
+    format: InputFormat = "auto",
+    field: Field = "text",
+    candidates: Annotated[int, typer.Option(help="Documents of a request.")] = 20,
+    requests: Annotated[int, typer.Option(help="Requests to compute, all corpora together.")] = 600,
+    top_k: TopK = 5,
+    target: Target = 0.98,
+    seed: Annotated[int, typer.Option(help="Of the choice of queries.")] = 0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    max_length: MaxLength = None,
+    template: TemplateName = None,
+    instruction: Instruction = None,
+    adapter: AdapterName = None,
+    memory_budget: Budget = None,
+) -> None:
+    """Fit a lens to a model on your own texts, so that it prunes early and keeps what it promises."""
+    with _plain_errors():
+        if queries and len(queries) != len(corpus):
+            raise ValueError(f"there are {len(queries)} files of queries for {len(corpus)} of documents")
+        how: dict[str, Any] = {"format": format, "field": field}
+        documents = {str(path): read_documents(str(path), **how) for path in corpus}
+        asked = {
+            str(path): read_documents(str(file), **how) for path, file in zip(corpus, queries or (), strict=False)
+        }
+        from grating_core.reranker import Reranker
+
+        with Reranker.from_pretrained(
+            model,
+            target=target,
+            device=device,
+            dtype=dtype,
+            max_length=max_length,
+            template=template,
+            instruction=instruction,
+            adapter=adapter,
+            memory_budget=memory_budget,
+            show_progress=True,
+        ) as reranker:
+            found = reranker.calibrate(
+                documents,
+                asked,
+                top_k=top_k,
+                candidates=candidates,
+                requests=requests,
+                output=output,
+                seed=seed,
+                show_progress=True,
+            )
+    summary = found.summary
+    table = _table("layer", "γ of its estimates")
+    for layer, gamma in enumerate(summary.gammas):
+        table.add_row(str(layer), f"{gamma:.2f}")
+    _out.print(table)
+    _out.print(
+        f"Fitted on {summary.fitted} requests. On {summary.measured} others with {summary.candidates} candidates, "
+        f"top {summary.top_k}, target {summary.target:.2f}: compute share {summary.compute_share:.2f}, "
+        f"{summary.agreement:.1%} of the full model's top {summary.top_k} kept."
+    )
+    _out.print(f"The lens is in {output}." if output else "From now on pruning='auto' finds it for this model.")
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -358,8 +358,8 @@ class Reranker:
 
     def calibrate(
         self,
-        documents: Sequence[str],
-        queries: Sequence[str] | None = None,
+        documents: Sequence[str] | Mapping[str, Sequence[str]],
+        queries: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
         *,
         top_k: int = 5,
         candidates: int = 20,
@@ -375,7 +375,9 @@ class Reranker:
 
         Args:
             documents: Texts like those that will be reranked, more than ``candidates``. No judgements are needed.
-            queries: Questions like those that will be asked; None to make them of titles or leading sentences.
+                Or several such corpora by name: the promise then holds for requests like those of any of them.
+            queries: Questions like those that will be asked, or those of the corpora by name; None to make them of
+                titles or leading sentences.
             top_k: The K for which the summary says what is saved and lost; the lens is for any.
             candidates: How many documents a request has. The margins are for as many or fewer; for more they are
                 wider, and less is saved.
@@ -394,17 +396,28 @@ class Reranker:
         """
         from grating_core.calibration import fit, make_requests, record
 
-        documents = _checked_documents(documents)
         _check_top_k(top_k)
         if not top_k < candidates:
             raise ValueError(f"top_k={top_k} must be below candidates={candidates}")
         model = self._model()
-        made = make_requests(documents, queries, candidates=candidates, count=requests, seed=seed)
-        recording = record(
-            self._observe, made, depth=model.depth, pooling=model.pooling, show_progress=show_progress
-        )
+        corpora = documents if isinstance(documents, Mapping) else {"documents": documents}
+        asked = queries if isinstance(queries, Mapping) else dict.fromkeys(corpora, queries)
+        made = [
+            make_requests(
+                _checked_documents(texts),
+                asked.get(name),
+                candidates=candidates,
+                count=-(-requests // len(corpora)),
+                seed=seed,
+            )
+            for name, texts in corpora.items()
+        ]
+        recordings = [
+            record(self._observe, some, depth=model.depth, pooling=model.pooling, show_progress=show_progress)
+            for some in made
+        ]
         calibrated = fit(
-            [recording],
+            recordings,
             pooling=model.pooling,
             fingerprint=self._fingerprint,
             top_k=top_k,

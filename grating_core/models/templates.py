@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -50,7 +50,7 @@ class TokenisedPair:
 
     input_ids: list[int]
     token_type_ids: list[int]
-    segments: Segments = Segments()
+    segments: Segments = field(default_factory=Segments)
     truncated: bool = False
 
 

@@ -53,13 +53,13 @@ class Margins:
     """What calibration found out: errors by layer, and how much is lost with which factor.
 
     Attributes:
-        drop: float64 ``[L]``, from layer 0: the typical error of an estimate, the unit of the margins for dropping.
+        drop: float64 ``[L]``, from layer 0: the typical error of an estimate, the unit of margins for dropping.
         select: float64 ``[L]``: the same for selecting.
         factors: float64 ``[G]``, rising: those that were tried.
         cells: int64 ``[C, 2]``: the numbers of candidates N and the K of top K that were simulated.
-        bounds: float64 ``[2, 2, C, G]``: the bound on the expected loss, for exact and estimated scores (axis 0), of
-            the share of the top K and of whole sets (axis 1), in each cell with each factor. Never rises with the
-            factor.
+        bounds: float64 ``[2, 2, C, G]``: the bound on the expected loss, for exact and estimated scores (axis 0),
+            of the share of the top K and of whole sets (axis 1), in each cell with each factor. Never rises with
+            the factor.
     """
 
     drop: Array
