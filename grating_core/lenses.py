@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from safetensors.torch import save as format_tensors
 from torch import Tensor
 
 from grating_core.errors import LensError
+from grating_core.files import replace_file
 from grating_core.memory.checkpoint import Checkpoint, StoredTensor
 from grating_core.models.bundled import cache_directory
 from grating_core.models.directory import weight_files
@@ -97,8 +95,8 @@ class CalibratedLens:
         }
         directory.mkdir(parents=True, exist_ok=True)
         # The description last: while the two do not belong together, the digest in it tells.
-        _replace(directory / _TENSORS, data)
-        _replace(directory / _DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
+        replace_file(directory / _TENSORS, data)
+        replace_file(directory / _DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, directory: Path) -> CalibratedLens:
@@ -224,15 +222,3 @@ def _describe(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LensError(f"{path} cannot be read as the description of a lens: {error!r}") from error
     return description
-
-
-def _replace(path: Path, data: bytes) -> None:
-    descriptor, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        Path(unfinished).chmod(0o644)
-        Path(unfinished).replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            Path(unfinished).unlink()

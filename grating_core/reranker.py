@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import wraps
 from itertools import groupby
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -46,6 +47,7 @@ from grating_core.models.templates import (
     usual_length,
 )
 from grating_core.pruning import ClusterPolicy, Guarantee, Off, PruningPolicy
+from grating_core.recalibration import Logged, Recalibration, Sampling, check_share, scaled, state_path
 from grating_core.results import RankedDocument, RerankResult, Trace
 
 if TYPE_CHECKING:
@@ -59,6 +61,9 @@ _CAUTIOUS = ClusterPolicy(dispersion_threshold=16.0)
 
 _shared: WeakValueDictionary[tuple[Any, ...], Reranker] = WeakValueDictionary()
 _shared_lock = Lock()
+
+Arguments = ParamSpec("Arguments")
+Returned = TypeVar("Returned")
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,20 @@ class ByLens:
     target: float
     guarantee: Guarantee
     calibrated: CalibratedLens | None
+
+
+def _for_a_caller(
+    method: Callable[Concatenate[Reranker, Arguments], Returned],
+) -> Callable[Concatenate[Reranker, Arguments], Returned]:
+    """The method, during which nothing is computed for recalibration."""
+
+    @wraps(method)
+    def call(self: Reranker, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
+        recalibration = self.recalibration
+        with nullcontext() if recalibration is None else recalibration.caller():
+            return method(self, *args, **kwargs)
+
+    return call
 
 
 class Reranker:
@@ -93,6 +112,7 @@ class Reranker:
         pruning: PruningPolicy | ByLens,
         chunk_tokens: int | None = None,
         plan: MemoryPlan | None = None,
+        sampling: Sampling | None = None,
     ) -> None:
         self._loaded: CrossEncoder | None = model
         self._template = template
@@ -106,6 +126,9 @@ class Reranker:
         """What the memory budget is spent on; None without a budget."""
         self.model_path = model_path
         """The local directory that the weights were read from."""
+        self._sampling = sampling
+        self.recalibration = self._start_recalibration()
+        """What ``recalibrate`` has found out so far; None if it is off."""
 
     @classmethod
     def from_pretrained(
@@ -119,6 +142,7 @@ class Reranker:
         target: float = _TARGET,
         guarantee: Guarantee = "share",
         lens: str | Path | None = None,
+        recalibrate: float = 0.0,
         max_length: int | None = None,
         long_documents: LongDocuments = "truncate",
         template: Prompt | str | None = None,
@@ -144,9 +168,13 @@ class Reranker:
             pruning: ``"auto"``: by the lens that belongs to this model, see :meth:`calibrate`; without one
                 ``"cluster"`` with a cautious threshold. Or ``"cluster"``, ``"off"``, or a policy object.
             target: What a lens promises, for requests like those it was calibrated on: the share of the full
-                model's top K that is kept, on average. More prunes less.
+                model's top K that is kept, on average. More prunes less. Also what ``recalibrate`` aims at.
             guarantee: ``"share"``, or ``"set"``: the target is the probability that the whole top K is kept.
             lens: A directory with the lens to use; None for the one calibrated here, or come with the package.
+            recalibrate: Share of requests, from 0 (off) to 1, that are computed again without pruning when nobody
+                has called for a second, to see what was lost. The margins of the lens, or the threshold of
+                ``"cluster"``, then move until ``target`` is what is kept. The factor they are multiplied by is
+                kept in grating's cache directory, texts never are. A reranker that does so cannot be pickled.
             max_length: Most tokens of a query and document together, with all that the model wants around them;
                 None for what the model was made for, at most 8,192 with decoders.
             long_documents: What to do with a document that does not fit: ``"truncate"`` cuts its end,
@@ -178,6 +206,7 @@ class Reranker:
         budget = None if memory_budget is None else _find_budget(memory_budget, model)
         chosen = _find_policy(pruning)
         _check_promise(target, guarantee, lens, pruning)
+        check_share(recalibrate, pruning)
         check_long_documents(long_documents)
         if instruction is not None and not isinstance(instruction, str):
             raise ValueError(f"instruction={instruction!r} must be a string or None")
@@ -215,6 +244,7 @@ class Reranker:
             pruning=policy,
             chunk_tokens=chunk_tokens,
             plan=plan,
+            sampling=Sampling(recalibrate, target, guarantee) if recalibrate else None,
         )
 
     @classmethod
@@ -241,6 +271,7 @@ class Reranker:
                 reranker = _shared[key] = cls.from_pretrained(model, **settings)
             return reranker
 
+    @_for_a_caller
     def rerank(
         self,
         query: str,
@@ -289,6 +320,8 @@ class Reranker:
             RankedDocument(winner.index, winner.score, documents[winner.index], winner.estimated)
             for winner in outcome.winners
         ]
+        if self.recalibration is not None and top_k < len(batch):
+            self.recalibration.sample(Logged(query, documents, tuple(ranked.index for ranked in ranking)))
         usage = outcome.usage
         trace = Trace(
             layers=tuple(outcome.layers),
@@ -317,6 +350,7 @@ class Reranker:
         """:meth:`rerank` in a worker thread, so that the event loop goes on."""
         return await asyncio.to_thread(self.rerank, query, documents, top_k, scores=scores)
 
+    @_for_a_caller
     def score(self, pairs: Sequence[tuple[str, str]], *, show_progress: bool = False) -> list[float]:
         """The relevance of each text to its query, by the full model.
 
@@ -356,6 +390,7 @@ class Reranker:
         """The lens that it prunes by, with its margins; None if it prunes otherwise."""
         return self._pruning.calibrated if isinstance(self._pruning, ByLens) else None
 
+    @_for_a_caller
     def calibrate(
         self,
         documents: Sequence[str] | Mapping[str, Sequence[str]],
@@ -429,6 +464,8 @@ class Reranker:
         calibrated.save(lens_directory(self._fingerprint) if output is None else Path(output))
         if isinstance(self._pruning, ByLens):
             self._pruning = replace(self._pruning, calibrated=calibrated.to(model.device))
+            self._stop_recalibration()
+            self.recalibration = self._start_recalibration()  # what was learnt was about other margins
         return calibrated
 
     def close(self) -> None:
@@ -436,6 +473,7 @@ class Reranker:
 
         Calls after this one raise ``RuntimeError``; calls in progress end normally.
         """
+        self._stop_recalibration()
         with self._turn:
             if self._loaded is not None:
                 self._loaded.close()
@@ -475,14 +513,41 @@ class Reranker:
     def _pruned_by(self, candidates: int, top_k: int, exact: bool) -> dict[str, Any]:
         """The policy of a request, and what it reads the scores with, as arguments of :func:`forward`."""
         pruning = self._pruning
+        factor = 1.0 if self.recalibration is None else self.recalibration.factor
         if not isinstance(pruning, ByLens):
-            return {"policy": pruning}
+            return {"policy": scaled(pruning, factor)}
         if pruning.calibrated is None or top_k == candidates:
-            return {"policy": _CAUTIOUS}
+            return {"policy": scaled(_CAUTIOUS, factor)}
         policy = pruning.calibrated.margins.policy(
             candidates, top_k, target=pruning.target, guarantee=pruning.guarantee, exact=exact
         )
-        return {"policy": policy, "lens": pruning.calibrated.lens}
+        return {"policy": scaled(policy, factor), "lens": pruning.calibrated.lens}
+
+    def _start_recalibration(self) -> Recalibration[Reranker] | None:
+        if self._sampling is None:
+            return None
+        pruning: Any = self._pruning
+        if isinstance(pruning, ByLens):
+            pruning = pruning.calibrated.margins if pruning.calibrated else _CAUTIOUS
+        path = state_path(self._fingerprint, pruning, self._sampling)
+        return Recalibration(self, Reranker._full_scores, self._sampling, path)
+
+    def _stop_recalibration(self) -> None:
+        if self.recalibration is not None:
+            self.recalibration.close()
+
+    def _full_scores(self, request: Logged, pause: Callable[[], bool]) -> tuple[float, ...]:
+        """What the full model scores the documents of a request, unless ``pause`` says to give up."""
+        model = self._model()
+
+        def caught_up() -> bool:
+            # What was given to another device is waited for: it could not be called back from there.
+            if model.device.type != "cpu":
+                torch.accelerator.synchronize(model.device)
+            return pause()
+
+        batch = self._pack(model, self._template.encode(request.query, request.documents))
+        return self._forward(model, batch, top_k=1, policy=Off(), pause=caught_up).layers[-1].scores
 
     def _observe(self, request: Request, recorder: Recorder) -> tuple[Any, Any]:
         """Compute a request to the end while the recorder looks on; final scores and tokens of the candidates."""

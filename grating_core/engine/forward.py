@@ -5,11 +5,11 @@ Monolithic forwarding and progressive pruning as in GRATING (arXiv 2510.15620).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,12 @@ from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.models.lens import Provisional, Reader, Sequences
 from grating_core.pruning import PruningPolicy, Route
 from grating_core.results import LayerTrace
+
+Item = TypeVar("Item")
+
+
+class Interrupted(Exception):
+    """A forward was given up, because whoever it was asked to make way for has come."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ def forward(
     chunk_tokens: int,
     first_number: int = 0,
     peak: PeakMemory | None = None,
+    pause: Callable[[], bool] | None = None,
 ) -> Outcome:
     """Find the ``top_k`` candidates of a batch.
 
@@ -79,11 +86,15 @@ def forward(
         chunk_tokens: Most tokens computed at once.
         first_number: What the caller calls the first candidate; for messages.
         peak: Looks at the memory after every layer.
+        pause: Asked before anything else, and before each chunk, whether to give up.
 
     Raises:
+        Interrupted: ``pause`` said so.
         ScoreError: The model gave a score that is not finite.
         PolicyError: The policy broke its contract.
     """
+    if pause is not None and pause():
+        raise Interrupted
     alive = np.arange(len(batch))
     winners: list[Winner] = []
     layers: list[LayerTrace] = []
@@ -92,7 +103,7 @@ def forward(
 
     for number in range(0 if lens else 1, model.depth + 1):
         started, before = perf_counter(), replace(model.meter)
-        scores = _run_layer(model, number, batch, hidden, chunk_tokens, lens)
+        scores = _run_layer(model, number, batch, hidden, chunk_tokens, lens, pause)
         _refuse_broken(scores, alive + first_number)
 
         wanted = top_k - len(winners)
@@ -139,6 +150,7 @@ def _run_layer(
     hidden: HiddenStates,
     chunk_tokens: int,
     lens: Provisional | None,
+    pause: Callable[[], bool] | None,
 ) -> NDArray[np.float64]:
     """Put the hidden states through a layer and read every candidate's score after it; layer 0 only embeds."""
     last = number == model.depth
@@ -147,10 +159,10 @@ def _run_layer(
     if not number:
         # Embedded again by the first layer, for those that are left: that costs less than keeping the states.
         positions = batch.positions()
-        scores = [read(_embed(model, batch, chunk, positions), chunk) for chunk in chunks]
+        scores = [read(_embed(model, batch, chunk, positions), chunk) for chunk in _until(pause, chunks)]
     else:
         with model.layer(number):
-            scores = list(_layer_scores(model, number, batch, hidden, chunks, read))
+            scores = list(_layer_scores(model, number, batch, hidden, chunks, read, pause))
     return _best_windows(torch.cat(scores).cpu().double().numpy(), batch.windows)
 
 
@@ -161,12 +173,13 @@ def _layer_scores(
     hidden: HiddenStates,
     chunks: list[Chunk],
     read: Reader,
+    pause: Callable[[], bool] | None,
 ) -> Iterator[Tensor]:
     """The scores of one chunk after another, whose states are put through the layer."""
     first, last = number == 1, number == model.depth
     positions = batch.positions()
     shared = SharedKeys()
-    for chunk, part in hidden.visit(chunks, read=not first, write=not last):
+    for chunk, part in _until(pause, hidden.visit(chunks, read=not first, write=not last)):
         tokens = chunk.tokens.stop - chunk.tokens.start
         places = pad(positions[chunk.tokens], (0, chunk.rows - tokens))[None]
         if first:
@@ -177,6 +190,14 @@ def _layer_scores(
             continue
         part[:, :tokens] = model.run_layer(number, part, places, packing=packing)[:, :tokens]
         yield read(part, chunk)
+
+
+def _until(pause: Callable[[], bool] | None, chunks: Iterable[Item]) -> Iterator[Item]:
+    """The chunks, as long as nobody says to give up."""
+    for chunk in chunks:
+        if pause is not None and pause():
+            raise Interrupted
+        yield chunk
 
 
 def _embed(model: CrossEncoder, batch: RaggedBatch, chunk: Chunk, positions: Tensor) -> Tensor:
