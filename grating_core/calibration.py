@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from grating_core.lenses import CalibratedLens, Summary
 from grating_core.models.lens import Features, LayerMap, Lens, Reader, Sequences
+from grating_core.pruning import Margins
 from grating_core.pruning.conformal import Requests, calibrate_margins, simulate
 
 _STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the ridge, for standardised features
@@ -188,79 +189,102 @@ def fit(
     target: float,
     show_progress: bool = False,
 ) -> CalibratedLens:
-    """Fit a lens and find its margins.
+    """Fit a lens and find its margins, on requests that it was not fitted on.
+
+    Of a single corpus some requests are left for the margins. Of several, each corpus is estimated by a lens that was
+    fitted on the others only: the margins are then those for a corpus that the lens has not seen. The lens that is
+    returned has seen them all.
 
     Args:
-        recordings: One for each corpus. The promise will hold for requests like those of any of them.
+        recordings: One for each corpus.
         pooling: The token that the model's head reads.
         fingerprint: Of the model's weights.
         top_k: K of the summary.
         target: Promise of the summary.
         show_progress: Show progress bars on standard error.
     """
-    cuts = [round(_FITTED * len(recording)) for recording in recordings]
     depth = len(recordings[0].features)
+    cut = round(_FITTED * len(recordings[0])) if len(recordings) == 1 else None
     maps, spread = [], []
     estimates: list[list[Floats]] = [[] for _ in recordings]
     for number in tqdm(range(depth), "Lens", unit="layer", disable=not show_progress):
-        layers = [recording.layer(number) for recording in recordings]
-        layer, error = _fit_layer(
-            [layer[:cut] for layer, cut in zip(layers, cuts, strict=True)],
-            [np.stack(recording.scores[:cut]) for recording, cut in zip(recordings, cuts, strict=True)],
-        )
+        features = [recording.layer(number)[:cut] for recording in recordings]
+        scores = [np.stack(recording.scores[:cut]) for recording in recordings]
+        strength, error = _choose_strength(features, scores)
+        layer = _fit_layer(features, scores, strength)
         maps.append(layer)
         spread.append(error)
-        for found, features, cut in zip(estimates, layers, cuts, strict=True):
-            found.append(features[cut:] @ layer.weight.numpy() + float(layer.bias))
+        for index, recording in enumerate(recordings):
+            apart = layer
+            if cut is None:
+                others = [i for i in range(len(recordings)) if i != index]
+                apart = _fit_layer([features[i] for i in others], [scores[i] for i in others], strength)
+            estimates[index].append(recording.layer(number)[cut or 0 :] @ apart.weight.numpy())
     groups = [
         Requests(
             np.stack(found, axis=2).astype(np.float64),
-            np.stack(recording.scores[cut:]).astype(np.float64),
-            np.stack(recording.tokens[cut:]),
+            np.stack(recording.scores[cut or 0 :]).astype(np.float64),
+            np.stack(recording.tokens[cut or 0 :]),
         )
-        for recording, found, cut in zip(recordings, estimates, cuts, strict=True)
+        for recording, found in zip(recordings, estimates, strict=True)
     ]
     margins = calibrate_margins(groups, np.array(spread), show_progress=show_progress)
+    fitted = sum(map(len, recordings)) if cut is None else cut
+    summary = _summarise(groups, margins, fitted=fitted, top_k=top_k, target=target)
+    return CalibratedLens(Lens(maps, pooling), margins, fingerprint, summary)
+
+
+def _summarise(groups: Sequence[Requests], margins: Margins, *, fitted: int, top_k: int, target: float) -> Summary:
     candidates = max(requests.scores.shape[1] for requests in groups)
     policy = margins.policy(candidates, top_k, target=target, guarantee="share", exact=True)
     outcomes = [simulate(requests, top_k, drop=np.array(policy.drop), select=None) for requests in groups]
-    summary = Summary(
-        fitted=sum(cuts),
+    gammas = [
+        np.concatenate([_gammas(requests, number) for requests in groups]) for number in range(len(margins.drop))
+    ]
+    return Summary(
+        fitted=fitted,
         measured=sum(map(len, groups)),
         candidates=candidates,
         top_k=top_k,
         target=target,
         agreement=float(1 - np.concatenate([outcome.lost for outcome in outcomes]).mean()),
         compute_share=float(np.concatenate([outcome.compute_share for outcome in outcomes]).mean()),
-        gammas=tuple(
-            float(np.mean([_gammas(requests, number) for requests in groups])) for number in range(depth)
-        ),
+        gammas=tuple(float(found.mean()) for found in gammas),
     )
-    return CalibratedLens(Lens(maps, pooling), margins, fingerprint, summary)
 
 
-def _fit_layer(features: Sequence[Floats], scores: Sequence[Floats]) -> tuple[LayerMap, float]:
-    """The map of one layer, and its typical error on requests that were left out for that.
+def _choose_strength(features: Sequence[Floats], scores: Sequence[Floats]) -> tuple[float, float]:
+    """The strength of the ridge with the smallest error on requests that are left out, and that error.
 
     Args:
         features: ``[R, N, F]`` of each corpus.
         scores: ``[R, N]`` of each corpus.
     """
-    inputs = np.concatenate([_centred(one).reshape(-1, one.shape[-1]) for one in features])
-    wanted = np.concatenate([_centred(one).reshape(-1) for one in scores])
+    inputs, wanted, _ = _prepared(features, scores)
     left_out = np.concatenate([np.repeat(np.arange(len(one)) % _VALIDATED == 0, one.shape[1]) for one in scores])
-    scale = inputs.std(0) + 1e-6
-    inputs /= scale
-    best, error = _STRENGTHS[0], np.inf
+    errors = {}
     for strength in _STRENGTHS:
         weight = _ridge(inputs[~left_out], wanted[~left_out], strength)
-        found = float(np.sqrt(np.mean((inputs[left_out] @ weight - wanted[left_out]) ** 2)))
-        if found < error:
-            best, error = strength, found
-    weight = _ridge(inputs, wanted, best) / scale
+        errors[strength] = float(np.sqrt(np.mean((inputs[left_out] @ weight - wanted[left_out]) ** 2)))
+    best = min(errors, key=errors.__getitem__)
+    return best, errors[best]
+
+
+def _fit_layer(features: Sequence[Floats], scores: Sequence[Floats], strength: float) -> LayerMap:
+    inputs, wanted, scale = _prepared(features, scores)
+    weight = _ridge(inputs, wanted, strength) / scale
     mean = np.mean([one.mean((0, 1)) for one in features], axis=0)
     bias = np.mean([one.mean() for one in scores]) - mean @ weight
-    return LayerMap(torch.from_numpy(weight.astype(np.float32)), torch.tensor(float(bias))), error
+    return LayerMap(torch.from_numpy(weight.astype(np.float32)), torch.tensor(float(bias)))
+
+
+def _prepared(features: Sequence[Floats], scores: Sequence[Floats]) -> tuple[Floats, Floats, Floats]:
+    """Features ``[n, F]``, centred by request and standardised; scores ``[n]``, centred; the scale of the former."""
+    inputs = np.concatenate([_centred(one).reshape(-1, one.shape[-1]) for one in features])
+    wanted = np.concatenate([_centred(one).reshape(-1) for one in scores])
+    scale = inputs.std(0) + np.float32(1e-6)
+    inputs /= scale
+    return inputs, wanted, scale
 
 
 def _ridge(inputs: Floats, wanted: Floats, strength: float) -> Floats:
@@ -273,10 +297,10 @@ def _centred(values: Floats) -> Floats:
     return np.asarray(values - values.mean(1, keepdims=True))
 
 
-def _gammas(requests: Requests, number: int) -> float:
-    """Mean over requests of Goodman and Kruskal's γ between the estimates after a layer and the final scores."""
+def _gammas(requests: Requests, number: int) -> NDArray[np.float64]:
+    """Goodman and Kruskal's γ between the estimates after a layer and the final scores, of each request."""
     gammas = []
     for estimates, scores in zip(requests.estimates[:, :, number], requests.scores, strict=True):
         order = np.sign(estimates[:, None] - estimates) * np.sign(scores[:, None] - scores)
         gammas.append(order.sum() / max(1, np.abs(order).sum()))
-    return float(np.mean(gammas))
+    return np.array(gammas)

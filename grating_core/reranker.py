@@ -410,7 +410,8 @@ class Reranker:
 
         Args:
             documents: Texts like those that will be reranked, more than ``candidates``. No judgements are needed.
-                Or several such corpora by name: the promise then holds for requests like those of any of them.
+                Or several corpora by name: the promise is then made for corpora that the lens has not seen, as
+                each of them is to the others.
             queries: Questions like those that will be asked, or those of the corpora by name; None to make them of
                 titles or leading sentences.
             top_k: The K for which the summary says what is saved and lost; the lens is for any.

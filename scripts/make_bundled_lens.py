@@ -24,8 +24,8 @@ from grating_core.demo import load_passages
 OUTPUT = Path(__file__).parents[1] / "grating_core" / "packaged_lenses" / "ms-marco-minilm-l12"
 SCIENTIFIC = ("numpy", "scipy", "sklearn", "networkx")
 FEWEST_WORDS, MOST_WORDS = 30, 220  # of a text
-CANDIDATES = 40
-REQUESTS = 1500
+CANDIDATES = 50
+REQUESTS = 520
 
 
 def docstrings(directory: Path) -> Iterator[str]:

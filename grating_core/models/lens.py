@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from grating_core.models.templates import Segments
 
 # Beyond this part of the layers, token similarities add nothing to what the states themselves say.
-_SIMILARITY_PART = 4
+_SIMILARITY_PART = 6
 _SIMILARITIES = 5
 
 

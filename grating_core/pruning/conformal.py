@@ -101,8 +101,7 @@ def calibrate_margins(groups: Sequence[Requests], spread: Array, *, show_progres
     """Find out how much is lost with which margins.
 
     Args:
-        groups: Requests that the lens was not fitted on. Of several groups, such as corpora, the one that loses
-            most counts: the promise then holds for requests like those of any of them.
+        groups: Requests that the lens was not fitted on, in groups with the same number of candidates.
         spread: float64 ``[L]``: the typical error of the lens after each layer, the unit of margins. It must not
             come from these requests.
         show_progress: Show a progress bar on standard error.
@@ -112,26 +111,22 @@ def calibrate_margins(groups: Sequence[Requests], spread: Array, *, show_progres
     cells = [(number, wanted) for number in sizes for wanted in _WANTED if wanted < number]
     bounds = np.zeros((len(MODES), len(GUARANTEES), len(cells), len(_FACTORS)))
     for index, (number, wanted) in enumerate(tqdm(cells, "Margins", unit="cell", disable=not show_progress)):
-        for requests in groups:
-            if requests.scores.shape[1] < number:
-                continue
-            some = requests.first(number)
-            for mode, _ in enumerate(MODES):
-                bounds[mode, :, index] = np.maximum(
-                    bounds[mode, :, index], _bounds(some, wanted, spread, estimated=bool(mode))
-                )
+        some = [requests.first(number) for requests in groups if requests.scores.shape[1] >= number]
+        for mode, _ in enumerate(MODES):
+            bounds[mode, :, index] = _bounds(some, wanted, spread, estimated=bool(mode))
     return Margins(spread, spread, _FACTORS, np.array(cells), bounds)
 
 
-def _bounds(requests: Requests, top_k: int, spread: Array, *, estimated: bool) -> Array:
+def _bounds(groups: Sequence[Requests], top_k: int, spread: Array, *, estimated: bool) -> Array:
     """float64 ``[2, G]``: bounds on the expected loss, of shares and of whole sets, with every factor."""
     losses = []
     for factor in _FACTORS:
         margins = factor * spread
-        lost = simulate(requests, top_k, drop=margins, select=margins if estimated else None).lost
-        losses.append(((lost).mean(), (lost > 0).mean()))
+        select = margins if estimated else None
+        lost = np.concatenate([simulate(some, top_k, drop=margins, select=select).lost for some in groups])
+        losses.append((lost.mean(), (lost > 0).mean()))
     # Larger factors lose less, but for rare exceptions; the theorem asks for none.
     rising = np.maximum.accumulate(np.array(losses)[::-1])[::-1].T
-    count = len(requests)
+    count = sum(map(len, groups))
     bounds: Array = (count * rising + 1) / (count + 1)
     return bounds

@@ -90,13 +90,14 @@ def test_too_few_requests_for_a_promise_prune_nothing() -> None:
     assert set(policy.route(0, requests.estimates[0, :, 0], 3)) == {Route.DEFERRED}
 
 
-def test_of_several_corpora_the_worst_counts() -> None:
-    easy, hard = synthetic(150, 10, seed=4, noise=0.3), synthetic(150, 10, seed=5)
-    both, alone = calibrate_margins([easy, hard], SPREAD), calibrate_margins([hard], SPREAD)
-    assert (both.bounds >= alone.bounds).all()
-    assert both.factor(10, 3, target=0.95, guarantee="share", exact=True) == alone.factor(
-        10, 3, target=0.95, guarantee="share", exact=True
-    )
+def test_groups_count_by_their_requests() -> None:
+    requests = synthetic(150, 10, seed=4)
+    parts = [
+        Requests(requests.estimates[some], requests.scores[some], requests.tokens[some])
+        for some in (slice(50), slice(50, 150))
+    ]
+    together, divided = calibrate_margins([requests], SPREAD), calibrate_margins(parts, SPREAD)
+    np.testing.assert_allclose(divided.bounds, together.bounds)
 
 
 def replayed(
