@@ -251,16 +251,17 @@ class Recalibration(Generic[Owner]):
         kept = request.kept(self._rerun(owner, request, self._wanted_elsewhere))
         if self._sampling.guarantee == "set":
             kept = float(kept == 1)
-        self._state = self._state.after(kept, self._sampling.target)
-        self._warn_of_drop()
-        self._state.save(self._path)
+        state = self._state.after(kept, self._sampling.target)
+        self._warn_of_drop(state)
+        self._state = state
+        state.save(self._path)
 
     def _wanted_elsewhere(self) -> bool:
         return self._callers > 0 or self._closed
 
-    def _warn_of_drop(self) -> None:
+    def _warn_of_drop(self, state: State) -> None:
         """Once a drop: not again before all that the agreement is the mean of is new, and it had been reached."""
-        state, target = self._state, self._sampling.target
+        target = self._sampling.target
         agreement = state.agreement
         if agreement is None or len(state.recent) < _ENOUGH:
             return
