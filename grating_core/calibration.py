@@ -29,6 +29,7 @@ _STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the ridge, for standardised featur
 _FITTED = 0.6  # the part of the requests that the lens is fitted on
 _VALIDATED = 5  # one in so many of these says which strength is best
 _QUERY_WORDS = (4, 24)
+FEWEST_REQUESTS = 20
 
 Floats = NDArray[np.float32]
 
@@ -123,15 +124,18 @@ def make_requests(
         seed: Of the choice of queries or documents.
 
     Raises:
-        ValueError: There are fewer documents than candidates, or no query can be made of them.
+        ValueError: There are too few documents for that many candidates, or too few queries.
     """
     texts = list(documents)
     if len(texts) <= candidates:
         raise ValueError(f"documents has {len(texts)} texts, which is too few for requests of {candidates}")
     chance = random.Random(seed)
     asked = _leading_sentences(texts) if queries is None else [(query, None) for query in queries if query.strip()]
-    if not asked:
-        raise ValueError("no text begins with a sentence that could be a query: pass queries=")
+    if len(asked) < FEWEST_REQUESTS:
+        raise ValueError(
+            f"there are {len(asked)} queries, which is too few to fit a lens: pass {FEWEST_REQUESTS} or more, or "
+            f"documents that begin with a title or sentence, of which they can be made"
+        )
     chosen = chance.sample(asked, min(count, len(asked)))
     index = TfidfVectorizer(sublinear_tf=True)
     known = index.fit_transform(texts)

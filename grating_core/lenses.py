@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
@@ -120,7 +119,7 @@ class CalibratedLens:
             summary = Summary(**description["summary"] | {"gammas": tuple(description["summary"]["gammas"])})
             return cls(Lens(maps, description["pooling"]), Margins(**margins), description["fingerprint"], summary)
         except (OSError, KeyError, TypeError, SafetensorError) as error:
-            raise LensError(f"the lens in {directory} cannot be read: {error!r}") from error
+            raise LensError(f"the lens in {directory} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def find_lens(fingerprint: str) -> CalibratedLens | None:
@@ -206,7 +205,7 @@ def _tensors(calibrated: CalibratedLens) -> dict[str, Tensor]:
         tensors[f"layer.{number}.weight"] = layer.weight.contiguous()
         tensors[f"layer.{number}.bias"] = layer.bias
     for name in Margins.__annotations__:
-        tensors[f"margins.{name}"] = torch.from_numpy(np.ascontiguousarray(getattr(calibrated.margins, name)))
+        tensors[f"margins.{name}"] = torch.tensor(getattr(calibrated.margins, name))
     return tensors
 
 

@@ -429,11 +429,13 @@ class Reranker:
             ValueError: An argument is not usable, or there is too little text; the message names it.
             OSError: The output cannot be written.
         """
-        from grating_core.calibration import fit, make_requests, record
+        from grating_core.calibration import FEWEST_REQUESTS, fit, make_requests, record
 
         _check_top_k(top_k)
         if not top_k < candidates:
             raise ValueError(f"top_k={top_k} must be below candidates={candidates}")
+        if requests < FEWEST_REQUESTS:
+            raise ValueError(f"requests={requests} are too few to fit a lens: use {FEWEST_REQUESTS} or more")
         model = self._model()
         corpora = documents if isinstance(documents, Mapping) else {"documents": documents}
         asked = queries if isinstance(queries, Mapping) else dict.fromkeys(corpora, queries)

@@ -2,9 +2,9 @@
 
 The estimates of a lens are off by some typical error, which differs by layer. A *margin* is that error times a
 *factor*; one factor for all layers is found by conformal risk control (Angelopoulos, Bates, Fisch, Lei & Schuster,
-"Conformal Risk Control", ICLR 2024, section 2): of the requests it was calibrated on, n of them, the whole pruning was
-simulated with every factor, and the smallest is taken with which (n · mean loss + 1) / (n + 1) ≤ 1 - target. For
-requests exchangeable with those, the expected loss is then at most 1 - target.
+"Conformal Risk Control", ICLR 2024, section 2): for n requests of calibration the whole pruning was simulated with
+every factor, and the smallest is taken with which (n · mean loss + 1) / (n + 1) ≤ 1 - target. For requests
+exchangeable with those, the expected loss is then at most 1 - target.
 """
 
 from __future__ import annotations

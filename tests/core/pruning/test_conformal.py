@@ -1,0 +1,139 @@
+"""The promise, on synthetic scores: what calibration bounds is kept on requests it has not seen."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grating_core.pruning import Guarantee, MarginPolicy, Margins, Route
+from grating_core.pruning.conformal import Requests, calibrate_margins, simulate
+
+LAYERS = 6
+SPREAD = np.linspace(3, 0.3, LAYERS)
+
+
+def synthetic(count: int, candidates: int, seed: int, noise: float = 1.0) -> Requests:
+    """Scores, and estimates of them that are off by less and less, in a way that lasts over the layers."""
+    chance = np.random.default_rng(seed)
+    scores = chance.normal(scale=3, size=(count, candidates)) - np.linspace(0, 4, candidates)
+    lasting = chance.normal(size=(count, candidates, 1))
+    errors = 0.6 * lasting + 0.8 * chance.standard_t(4, size=(count, candidates, LAYERS)) / np.sqrt(2)
+    tokens = chance.integers(5, 300, size=(count, candidates))
+    return Requests(scores[:, :, None] + noise * errors * SPREAD, scores, tokens)
+
+
+@pytest.fixture(scope="module")
+def margins() -> Margins:
+    return calibrate_margins([synthetic(300, 20, seed=1)], SPREAD)
+
+
+def lost(requests: Requests, policy: MarginPolicy, top_k: int, exact: bool) -> np.ndarray:
+    select = None if exact else np.array(policy.select)
+    return simulate(requests, top_k, drop=np.array(policy.drop), select=select).lost
+
+
+@pytest.fixture(scope="module")
+def repeated() -> list[tuple[Margins, Requests]]:
+    """Calibrations, each with requests that it has not seen."""
+    return [
+        (calibrate_margins([synthetic(120, 10, seed=10 + seed)], SPREAD), synthetic(400, 10, seed=100 + seed))
+        for seed in range(8)
+    ]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("guarantee", ["share", "set"])
+@pytest.mark.parametrize("target", [0.9, 0.95, 0.98])
+def test_the_promise_holds_on_average_over_calibrations(
+    repeated: list[tuple[Margins, Requests]], exact: bool, guarantee: Guarantee, target: float
+) -> None:
+    losses = []
+    for margins, requests in repeated:
+        policy = margins.policy(10, 3, target=target, guarantee=guarantee, exact=exact)
+        found = lost(requests, policy, 3, exact)
+        losses.append(found.mean() if guarantee == "share" else (found > 0).mean())
+    # Three standard errors of a mean over 8 calibrations and 3,200 requests, as the losses scatter here.
+    allowed = 3 * np.std(losses) / np.sqrt(8)
+    assert np.mean(losses) <= 1 - target + allowed
+    assert np.mean(losses) > (1 - target) / 20  # it does prune
+
+
+@pytest.mark.parametrize(("candidates", "top_k"), [(20, 5), (20, 4), (13, 4), (7, 3), (20, 12), (40, 5), (60, 10)])
+@pytest.mark.parametrize("exact", [True, False])
+def test_other_numbers_of_candidates_than_calibrated(
+    margins: Margins, candidates: int, top_k: int, exact: bool
+) -> None:
+    policy = margins.policy(candidates, top_k, target=0.95, guarantee="share", exact=exact)
+    requests = synthetic(800, candidates, seed=2)
+    assert lost(requests, policy, top_k, exact).mean() <= 0.05 + 0.005
+    select = None if exact else np.array(policy.select)
+    assert simulate(requests, top_k, drop=np.array(policy.drop), select=select).compute_share.mean() < 0.95
+
+
+def test_more_is_promised_with_wider_margins(margins: Margins) -> None:
+    how = {"guarantee": "share", "exact": True}
+    factors = [margins.factor(20, 5, target=target, **how) for target in (0.8, 0.9, 0.95, 0.98, 0.99)]
+    assert factors == sorted(factors)
+    assert factors[0] < factors[-1] < np.inf
+    assert margins.factor(20, 5, target=0.95, guarantee="set", exact=True) > factors[2]
+    assert margins.factor(100, 5, target=0.95, **how) > factors[2]
+
+
+def test_too_few_requests_for_a_promise_prune_nothing() -> None:
+    """Not one of 40 requests lost anything: that is evidence for 1 - 1/41, and not for more."""
+    requests = synthetic(40, 10, seed=3, noise=1e-6)
+    margins = calibrate_margins([requests], SPREAD)
+    how = {"guarantee": "share", "exact": True}
+    assert margins.factor(10, 3, target=1 - 1 / 40.9, **how) == margins.factors[0]
+    assert margins.factor(10, 3, target=1 - 1 / 41.1, **how) == np.inf
+    policy = margins.policy(10, 3, target=0.99, **how)
+    assert set(policy.route(0, requests.estimates[0, :, 0], 3)) == {Route.DEFERRED}
+
+
+def test_of_several_corpora_the_worst_counts() -> None:
+    easy, hard = synthetic(150, 10, seed=4, noise=0.3), synthetic(150, 10, seed=5)
+    both, alone = calibrate_margins([easy, hard], SPREAD), calibrate_margins([hard], SPREAD)
+    assert (both.bounds >= alone.bounds).all()
+    assert both.factor(10, 3, target=0.95, guarantee="share", exact=True) == alone.factor(
+        10, 3, target=0.95, guarantee="share", exact=True
+    )
+
+
+def replayed(
+    requests: Requests, number: int, policy: MarginPolicy, top_k: int, exact: bool
+) -> tuple[set[int], float]:
+    """What the policy's own routes lead to for one request: the winners and the share computed."""
+    estimates, scores, tokens = requests.estimates[number], requests.scores[number], requests.tokens[number]
+    alive, winners, computed = list(range(len(scores))), [], 0
+    for layer in range(LAYERS):
+        wanted = top_k - len(winners)
+        if wanted < len(alive):
+            routes = policy.route(layer, estimates[alive, layer], wanted)
+            if not exact:
+                winners += [i for i, route in zip(alive, routes, strict=True) if route is Route.SELECTED]
+            stopped = (Route.DROPPED,) if exact else (Route.DROPPED, Route.SELECTED)
+            alive = [i for i, route in zip(alive, routes, strict=True) if route not in stopped]
+            if not exact and top_k - len(winners) in (0, len(alive)):
+                winners += alive[: top_k - len(winners)]
+                alive = []
+                break
+        computed += tokens[alive].sum()
+    winners += sorted(alive, key=lambda i: -scores[i])[: top_k - len(winners)]
+    return set(winners), computed / (LAYERS * tokens.sum())
+
+
+@given(st.integers(0, 10**6), st.integers(2, 9), st.floats(0, 3), st.floats(0, 3), st.booleans(), st.data())
+def test_the_simulation_does_what_the_routes_say(
+    seed: int, candidates: int, drop: float, select: float, exact: bool, data: st.DataObject
+) -> None:
+    top_k = data.draw(st.integers(1, candidates - 1))
+    requests = synthetic(4, candidates, seed)
+    policy = MarginPolicy(tuple(drop * SPREAD), tuple(select * SPREAD))
+    found = simulate(
+        requests, top_k, drop=np.array(policy.drop), select=None if exact else np.array(policy.select)
+    )
+    for number in range(4):
+        winners, share = replayed(requests, number, policy, top_k, exact)
+        best = set(np.argsort(-requests.scores[number])[:top_k].tolist())
+        assert found.lost[number] == pytest.approx(len(best - winners) / top_k)
+        assert found.compute_share[number] == pytest.approx(share)
