@@ -16,8 +16,9 @@ from grating_core import ClusterPolicy, Off, Reranker, recalibration
 from grating_core.engine.forward import Interrupted
 from grating_core.pruning import MarginPolicy, Margins
 from grating_core.recalibration import BOUNDS, Logged, Recalibration, Sampling, State, scaled, state_path
+from tests.core.conftest import WORDS
 from tests.core.memory.conftest import load_planned
-from tests.core.parity import load
+from tests.core.parity import load, random_text
 
 SAMPLING = Sampling(share=1.0, target=0.98, guarantee="share")
 REQUEST = Logged("w1 w2", [" ".join(f"w{(7 * n + m) % 200}" for m in range(10 + n)) for n in range(12)], (0, 1))
@@ -108,6 +109,8 @@ def test_what_was_kept_of_the_full_models_best() -> None:
     scores = [5.0, 1.0, 4.0, 4.0, 3.0]
     assert Logged("q", "abcde", (0, 2)).kept(scores) == 1
     assert Logged("q", "abcde", (3, 0)).kept(scores) == 1  # which of two equals
+    assert Logged("q", "abc", (0,)).kept([4.0, 4.00001, 1.0]) == 1
+    assert Logged("q", "abc", (0,)).kept([4.0, 4.001, 1.0]) == 0
     assert Logged("q", "abcde", (0, 4)).kept(scores) == 0.5
     assert Logged("q", "abcde", (1,)).kept(scores) == 0
 
@@ -384,6 +387,27 @@ def test_requests_that_nothing_can_be_dropped_from_say_nothing(tiny_bert: Path, 
         reranker.rerank(REQUEST.query, [], 3)
         reranker.score([("w1", "w2")])
         assert not threads()
+
+
+def test_with_a_lens_the_margins_move(tiny_bert: Path, spill_directory: Path) -> None:
+    source = random.Random(5)
+    texts, queries = ([random_text(length, source, WORDS) for _ in range(60)] for length in (20, 4))
+    with load(tiny_bert, pruning="auto", target=0.6, recalibrate=1.0) as reranker:
+        before = reranker.recalibration
+        reranker.rerank(queries[0], texts[:10], 3)  # by the cautious threshold: there is no lens yet
+        until(lambda: before.requests == 1)
+        assert reranker._pruned_by(10, 3, True) == {"policy": ClusterPolicy(16.0 * before.factor)}
+        reranker.calibrate(texts, queries, candidates=10, top_k=3, requests=40)
+        assert not threads()
+        assert reranker.recalibration.factor == 1  # of other margins
+        margins = reranker._pruned_by(10, 3, True)["policy"]
+        reranker.rerank(queries[0], texts[:10], 3)
+        until(lambda: reranker.recalibration.requests == 1)
+        factor = reranker.recalibration.factor
+        assert factor != 1
+        assert reranker._pruned_by(10, 3, True)["policy"] == scaled(margins, factor)
+    with load(tiny_bert, pruning="auto", target=0.6, recalibrate=0.1) as again:
+        assert again.recalibration.factor == factor
 
 
 def test_careless_pruning_becomes_more_careful(bundled: Reranker, spill_directory: Path) -> None:
