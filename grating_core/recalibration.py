@@ -37,6 +37,7 @@ _LOGGED = 32  # requests that wait to be computed again; what they say of the fa
 _RECENT = 50  # requests that the agreement is the mean of
 _ENOUGH = 20  # of them, for a warning
 _PATIENCE = 5.0  # seconds that closing waits for the thread
+_ROUNDING = 1e-4  # of the range of scores: those of duplicates differ a little
 _FORMAT = 1
 
 Owner = TypeVar("Owner")
@@ -75,7 +76,7 @@ class Logged:
 
     def kept(self, scores: Sequence[float]) -> float:
         """The share of the K best of all N scores that was returned; of equal scores it does not matter which."""
-        bar = sorted(scores, reverse=True)[len(self.found) - 1]
+        bar = sorted(scores, reverse=True)[len(self.found) - 1] - _ROUNDING * (max(scores) - min(scores))
         return sum(scores[index] >= bar for index in self.found) / len(self.found)
 
 
@@ -251,16 +252,17 @@ class Recalibration(Generic[Owner]):
         kept = request.kept(self._rerun(owner, request, self._wanted_elsewhere))
         if self._sampling.guarantee == "set":
             kept = float(kept == 1)
-        self._state = self._state.after(kept, self._sampling.target)
-        self._warn_of_drop()
-        self._state.save(self._path)
+        state = self._state.after(kept, self._sampling.target)
+        self._warn_of_drop(state)
+        self._state = state
+        state.save(self._path)
 
     def _wanted_elsewhere(self) -> bool:
         return self._callers > 0 or self._closed
 
-    def _warn_of_drop(self) -> None:
+    def _warn_of_drop(self, state: State) -> None:
         """Once a drop: not again before all that the agreement is the mean of is new, and it had been reached."""
-        state, target = self._state, self._sampling.target
+        target = self._sampling.target
         agreement = state.agreement
         if agreement is None or len(state.recent) < _ENOUGH:
             return

@@ -10,7 +10,7 @@ from langchain_core.documents import Document
 from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnablePassthrough
 from langchain_grating import GratingCrossEncoder, GratingRerank
 
-from grating_core import ClusterPolicy, ModelNotFoundError, Prompt, Reranker, Route
+from grating_core import ClusterPolicy, LensError, ModelNotFoundError, Prompt, Reranker, Route
 from tests.core.models.test_decoders import save_decoder
 
 QUERY = "How many people live in Berlin?"
@@ -117,6 +117,9 @@ async def test_empty_query(compressor, documents, query):
         ("device", "abacus"),
         ("dtype", "float3"),
         ("memory_budget", "a lot"),
+        ("target", 1.5),
+        ("guarantee", "most"),
+        ("recalibrate", 2.0),
         ("reranker", "ready"),
         ("top_k", 3),
     ],
@@ -151,6 +154,16 @@ def test_serialises_to_its_settings(model, reranker):
     assert copy == compressor
     assert copy.reranker is compressor.reranker
     assert GratingRerank(reranker=reranker).model_dump()["model"] == str(reranker.model_path)
+
+
+def test_settings_of_pruning_reach_the_reranker(model):
+    settings = {"target": 0.9, "guarantee": "set", "recalibrate": 0.5}
+    compressor = GratingRerank(model=model, **settings)
+    reranker = compressor.reranker
+    assert (reranker._pruning.target, reranker._pruning.guarantee) == (0.9, "set")
+    assert reranker.recalibration.factor > 0
+    with pytest.raises(LensError, match="no lens in nowhere"):
+        GratingRerank(model=model, lens="nowhere")
 
 
 def test_the_default_model_is_a_small_one_on_the_hub():

@@ -15,7 +15,7 @@ from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import ImageNode, MetadataMode, Node, NodeWithScore, QueryBundle, TextNode
 from llama_index.postprocessor.grating import GratingRerank
 
-from grating_core import ClusterPolicy, ModelNotFoundError, Prompt, Reranker
+from grating_core import ClusterPolicy, LensError, ModelNotFoundError, Prompt, Reranker
 from tests.core.models.test_decoders import save_decoder
 
 QUERY = "How many people live in Berlin?"
@@ -154,6 +154,9 @@ async def test_no_query(postprocessor, nodes):
         ("device", "abacus"),
         ("dtype", "float3"),
         ("memory_budget", "a lot"),
+        ("target", 1.5),
+        ("guarantee", "most"),
+        ("recalibrate", 2.0),
         ("reranker", "ready"),
         ("top_k", 3),
     ],
@@ -189,6 +192,16 @@ def test_serialises_to_its_settings(model, reranker):
     assert copy.to_dict() == postprocessor.to_dict()
     assert copy.reranker is postprocessor.reranker
     assert GratingRerank(reranker=reranker).to_dict()["model"] == str(reranker.model_path)
+
+
+def test_settings_of_pruning_reach_the_reranker(model):
+    settings = {"target": 0.9, "guarantee": "set", "recalibrate": 0.5}
+    postprocessor = GratingRerank(model=model, **settings)
+    reranker = postprocessor.reranker
+    assert (reranker._pruning.target, reranker._pruning.guarantee) == (0.9, "set")
+    assert reranker.recalibration.factor > 0
+    with pytest.raises(LensError, match="no lens in nowhere"):
+        GratingRerank(model=model, lens="nowhere")
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

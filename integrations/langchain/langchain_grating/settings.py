@@ -52,6 +52,21 @@ class RerankerSettings(BaseModel):
         default="auto",
         description="'auto', 'cluster', 'off', or a policy object. Never applies to GratingCrossEncoder.score.",
     )
+    target: float = Field(
+        default=0.98,
+        description="Share of the full model's top K that a lens, or recalibration, is to keep on average.",
+    )
+    guarantee: Literal["share", "set"] = Field(
+        default="share", description="'set': the target is the probability that the whole top K is kept."
+    )
+    lens: str | None = Field(
+        default=None,
+        description="Directory with the lens to prune by; None for the one that belongs to the model.",
+    )
+    recalibrate: float = Field(
+        default=0.0,
+        description="Share of requests that are computed again when idle, so that pruning stays at the target.",
+    )
     reranker: Reranker = Field(
         default=None,  # type: ignore[assignment]  # only until _load has run
         exclude=True,

@@ -60,6 +60,7 @@ def load_planned(
         stored.load(plan, encoder.answers),
         encoder,
         model_path=directory,
+        fingerprint="planned",
         pruning=pruning or Off(),
         chunk_tokens=chunk_tokens,
         plan=plan,
