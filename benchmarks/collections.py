@@ -1,13 +1,20 @@
-"""Test collections in BEIR layout, and the first stage that every benchmark reranks."""
+"""Test collections in BEIR layout, and the first stages that find what every benchmark reranks."""
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import bm25s
+
+Search = Callable[[str, int], list[int]]
+"""Gives the numbers of the best texts for a query, best first, as many as asked for."""
+
+FirstStage = Callable[[list[str]], Search]
+"""Indexes texts."""
 
 
 @dataclass(frozen=True)
@@ -17,48 +24,91 @@ class Request:
     Attributes:
         query: The text of the query.
         documents: The texts of the candidates.
-        relevant: Whether a person judged each candidate relevant.
-        all_relevant: How many documents of the whole collection are relevant.
+        ids: What the collection calls them.
+        grades: What people judged, of the whole collection: the grade by the document's id; above 0 is relevant.
     """
 
     query: str
     documents: list[str]
-    relevant: list[bool]
-    all_relevant: int
+    ids: list[str]
+    grades: dict[str, int]
+
+    @property
+    def all_relevant(self) -> int:
+        """How many documents of the whole collection are relevant."""
+        return sum(grade > 0 for grade in self.grades.values())
+
+    def is_relevant(self, candidate: int) -> bool:
+        """Whether a person judged this candidate relevant."""
+        return self.grades.get(self.ids[candidate], 0) > 0
 
 
-def load_requests(directory: Path, *, candidates: int, queries: int, seed: int = 0) -> list[Request]:
-    """Sample queries of a collection and let BM25 pick their candidates.
+def bm25(texts: list[str]) -> Search:
+    """The usual first stage."""
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
+
+    def search(query: str, count: int) -> list[int]:
+        tokens = bm25s.tokenize(query, show_progress=False)
+        return [int(i) for i in index.retrieve(tokens, k=count, show_progress=False).documents[0]]
+
+    return search
+
+
+def dense(model: str) -> FirstStage:
+    """A first stage that compares embeddings by cosine.
+
+    Args:
+        model: Name or directory of a sentence-transformers model.
+    """
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.util import semantic_search
+
+    encoder = SentenceTransformer(model)
+
+    def index(texts: list[str]) -> Search:
+        known = encoder.encode_document(texts, convert_to_tensor=True, show_progress_bar=True)
+
+        def search(query: str, count: int) -> list[int]:
+            asked = encoder.encode_query(query, convert_to_tensor=True, show_progress_bar=False)
+            return [int(hit["corpus_id"]) for hit in semantic_search(asked, known, top_k=count)[0]]
+
+        return search
+
+    return index
+
+
+def load_requests(
+    directory: Path, *, candidates: int, queries: int, seed: int = 0, first_stage: FirstStage = bm25
+) -> list[Request]:
+    """Sample queries of a collection and let a first stage pick their candidates.
 
     Args:
         directory: Holds ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/test.tsv``.
         candidates: Candidates per query.
         queries: How many queries; all, if there are fewer.
         seed: Of the sample.
+        first_stage: What picks them.
     """
     corpus = _read_lines(directory / "corpus.jsonl")
     texts = [f"{entry['title']} {entry['text']}".strip() for entry in corpus]
-    relevant: dict[str, set[str]] = {}
+    grades: dict[str, dict[str, int]] = {}
     for line in (directory / "qrels" / "test.tsv").read_text(encoding="utf-8").splitlines()[1:]:
         judged_query, document, grade = line.split("\t")
-        if int(grade) > 0:
-            relevant.setdefault(judged_query, set()).add(document)
+        grades.setdefault(judged_query, {})[document] = int(grade)
 
     chosen = _read_lines(directory / "queries.jsonl")
     random.Random(seed).shuffle(chosen)
-    index = bm25s.BM25()
-    index.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
+    search = first_stage(texts)
     requests = []
     for query in chosen[:queries]:
-        tokens = bm25s.tokenize(query["text"], show_progress=False)
-        found = index.retrieve(tokens, k=min(candidates, len(texts)), show_progress=False).documents[0]
-        judged = relevant.get(query["_id"], set())
+        found = search(query["text"], min(candidates, len(texts)))
         requests.append(
             Request(
                 query["text"],
                 [texts[i] for i in found],
-                [corpus[i]["_id"] in judged for i in found],
-                len(judged),
+                [corpus[i]["_id"] for i in found],
+                grades.get(query["_id"], {}),
             )
         )
     return requests

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 _CHUNK_TOKENS = {"cuda": 32768, "mps": 8192}  # on the CPU it depends on the size of the layers
 _SCORE_GROUP = 256  # pairs that score() holds in memory at a time
 _TARGET = 0.98
-# For models without a lens. Lost at most 2 % of the top 5 on each corpus of benchmarks/pruning.py.
+# For models without a lens. Lost at most 2 % of the top 5 on each corpus of benchmarks/quality.py.
 _CAUTIOUS = ClusterPolicy(dispersion_threshold=16.0)
 
 _shared: WeakValueDictionary[tuple[Any, ...], Reranker] = WeakValueDictionary()

@@ -1,0 +1,140 @@
+"""Requests computed once, without pruning, with all that is needed to know what any policy would have done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import track
+from torch import Tensor
+
+from benchmarks.collections import Request
+from grating_core import Reranker, calibration
+from grating_core.calibration import Recorder, Recording
+from grating_core.lenses import CalibratedLens
+from grating_core.models.cross_encoder import CrossEncoder
+from grating_core.models.lens import Reader, Sequences
+
+Array = NDArray[np.float64]
+
+_BEST_MEAN = -5  # among the features of layer 0: the mean over query tokens of the best cosine
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Some requests of one corpus, R of them with N candidates each, and what the full model made of them.
+
+    Attributes:
+        name: Of the corpus.
+        requests: R of them.
+        recording: What a lens would look at, final scores and tokens.
+        head: float64 ``[R, N, L + 1]``: the own head's scores after layers 0 to L. Layer 0, the token embeddings,
+            says nothing to it: all zero.
+        dropped: How many requests were left out because they had fewer candidates.
+    """
+
+    name: str
+    requests: list[Request]
+    recording: Recording
+    head: Array
+    dropped: int
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """int64 ``[R, N]``: tokens of each candidate."""
+        return np.stack(self.recording.tokens)
+
+    @property
+    def similarities(self) -> Array:
+        """float64 ``[R, N]``: the mean over query tokens of the largest cosine with a document token embedding."""
+        return self.recording.layer(0)[:, :, _BEST_MEAN].astype(np.float64)
+
+    def estimates(self, calibrated: CalibratedLens) -> Array:
+        """float64 ``[R, N, L + 1]``: a lens's estimates after layers 0 to L - 1, and the final scores."""
+        found = [
+            self.recording.layer(number) @ layer.weight.cpu().numpy() + float(layer.bias)
+            for number, layer in enumerate(calibrated.lens.maps)
+        ]
+        return np.stack([*found, self.head[:, :, -1]], axis=2).astype(np.float64)
+
+
+class Observer(Recorder):
+    """Records what a lens would look at, and reads every layer with the model's own head as well."""
+
+    def __init__(self, model: CrossEncoder) -> None:
+        super().__init__(model.depth, model.pooling)
+        self._model = model
+        self.scores: list[list[Tensor]] = [[] for _ in range(1, model.depth)]
+        """For each layer from 1 to the last but one float32 ``[N]``, in parts."""
+
+    def reader(self, number: int, prefix: int) -> Reader:
+        """See :meth:`Recorder.reader`; the scores are those of the head."""
+        record = super().reader(number, prefix)
+
+        def observe(hidden: Tensor, sequences: Sequences) -> Tensor:
+            nothing = record(hidden, sequences)
+            if not number:
+                return nothing
+            found = self._model.read_scores(number, hidden[:, sequences.prefix :], sequences.lengths)
+            self.scores[number - 1].append(found.float().cpu())
+            return found
+
+        return observe
+
+
+def record_corpus(
+    reranker: Reranker, name: str, requests: list[Request], candidates: int, cached: Path | None
+) -> Recorded:
+    """Compute the requests of a corpus, or read what an earlier run made of them.
+
+    Args:
+        reranker: Its policy does not matter.
+        name: Of the corpus.
+        requests: Those with fewer candidates than others are left out.
+        candidates: How many they should have.
+        cached: The file that keeps what was computed.
+    """
+    full = [request for request in requests if len(request.documents) == candidates]
+    if cached and cached.is_file():
+        recording, head = _restore(cached)
+    else:
+        recording, head = _compute(reranker, name, full)
+        if cached:
+            _store(cached, recording, head)
+    return Recorded(name, full, recording, head, len(requests) - len(full))
+
+
+def _compute(reranker: Reranker, name: str, requests: list[Request]) -> tuple[Recording, Array]:
+    model = reranker._model()
+    recording, heads = Recording(), []
+    for request in track(requests, f"{name}: computing without pruning"):
+        observer = Observer(model)
+        scores, tokens = reranker._observe(calibration.Request(request.query, request.documents), observer)
+        recording.add(observer, scores, tokens)
+        between = [torch.cat(parts).numpy() for parts in observer.scores]
+        heads.append(np.stack([np.zeros_like(scores), *between, scores], axis=1))
+    return recording, np.stack(heads).astype(np.float64)
+
+
+def _store(path: Path, recording: Recording, head: Array) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Any] = {
+        f"layer_{number}": recording.layer(number) for number in range(len(recording.features))
+    }
+    np.savez(path, head=head, scores=np.stack(recording.scores), tokens=np.stack(recording.tokens), **arrays)
+
+
+def _restore(path: Path) -> tuple[Recording, Array]:
+    recording = Recording()
+    with np.load(path) as stored:
+        head, scores, tokens = stored["head"], stored["scores"], stored["tokens"]
+        layers = [torch.from_numpy(stored[f"layer_{number}"]) for number in range(head.shape[2] - 1)]
+    for number in range(len(scores)):
+        recorder = Recorder(len(layers), "first")  # the pooling no longer matters
+        recorder.features = [[layer[number]] for layer in layers]
+        recording.add(recorder, scores[number], tokens[number])
+    return recording, head
