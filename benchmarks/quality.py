@@ -103,7 +103,7 @@ def replay_all(corpus: Recorded, lens: CalibratedLens, top_ks: Sequence[int]) ->
     """What every setting makes of every request, by setting and K."""
     seen = {"off": corpus.head, "cluster": corpus.head, "SEE": corpus.head.copy(), "lens": corpus.estimates(lens)}
     seen["SEE"][:, :, 0] = corpus.similarities
-    cases = [(setting, top_k) for setting in SETTINGS for top_k in top_ks]
+    cases = [(setting, top_k) for top_k in top_ks for setting in SETTINGS]
     return {
         (setting, top_k): _replay(corpus, seen[setting.policy], setting, lens, top_k)
         for setting, top_k in track(cases, f"{corpus.name}: replaying")

@@ -73,8 +73,8 @@ class Row:
 def mean_rows(rows: Sequence[Row]) -> list[Row]:
     """The mean over corpora of each setting and K; each corpus counts the same."""
     means = []
-    for _, same in groupby(sorted(rows, key=lambda row: row.key), key=lambda row: row.key):
-        alike = list(same)
+    for key in dict.fromkeys(row.key for row in rows):
+        alike = [row for row in rows if row.key == key]
         measured = all(row.seconds is not None for row in alike)
         names = ["compute_share", "agreement", "precision", "ndcg"]
         names += ["seconds", "latency_ratio"] if measured else []
@@ -93,9 +93,11 @@ def show(title: str, rows: Sequence[Row], settings: Collection[tuple[str, float 
         table.add_column(heading, no_wrap=True)
     for heading in ("K", "compute\nshare", "agreement\n@K", "P@K", "nDCG\n@10", "seconds", "latency\n/ off"):
         table.add_column(heading, justify="right")
-    for row in [*rows, *(mean_rows(rows) if len(corpora) > 1 else [])]:
-        if (row.policy, row.value) in settings:
-            table.add_row(*_cells(row), end_section=row.policy == "lens" and row.scores == "estimated")
+    shown = [row for row in (*rows, *mean_rows(rows)) if (row.policy, row.value) in settings]
+    for _, section in groupby(shown, key=lambda row: (row.corpus, row.top_k)):
+        for row in section:
+            table.add_row(*_cells(row))
+        table.add_section()
     Console(width=130).print(table)
 
 
