@@ -129,7 +129,7 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
     means = mean_rows(rows)
     top_ks = sorted({row.top_k for row in means})
     costs = {"compute_share": "compute share"}
-    if any(row.seconds is not None for row in means):
+    if len({row.value for row in means if row.policy == "lens" and row.seconds is not None}) > 1:
         costs["seconds"] = "seconds"
     gains = {"agreement": "agreement@{}", "precision": "P@{}", "ndcg": "nDCG@10 of {}"}
     shape = (len(top_ks), len(costs) * len(gains))
