@@ -4,9 +4,9 @@
         --data ../shared/data/locomo --candidates 20
 
 All requests of all corpora are computed once without pruning. The lens is fitted on a fixed third of them. The
-others are mixed and divided by chance, again and again: half of them give the margins, with the other half it is seen
-how much of the full model's top K is kept. The promise is about the mean over all such splits; here it may fall short
-of the target by ALLOWED, for what chance does to a limited number of them.
+others are mixed and divided by chance, again and again: half of them give the margins, with the other half it is
+seen how much of the full model's top K is kept. The promise is about the mean over all such splits; here it may
+fall short of the target by ALLOWED, for what chance does to a limited number of them.
 
 Beside the N and K that were simulated for the margins there is a pair in between, which was not.
 """

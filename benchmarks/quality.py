@@ -250,15 +250,11 @@ def record_all(
     cache: Path | None,
 ) -> list[Recorded]:
     """Compute the requests of all corpora without pruning."""
+    first_stage = dense(dense_model) if dense_model else bm25
+    stage = Path(dense_model).name if dense_model else "bm25"
     recorded = []
     for directory in data:
-        found = load_requests(
-            directory,
-            candidates=candidates,
-            queries=requests,
-            first_stage=dense(dense_model) if dense_model else bm25,
-        )
-        stage = Path(dense_model).name if dense_model else "bm25"
+        found = load_requests(directory, candidates=candidates, queries=requests, first_stage=first_stage)
         name = f"{directory.name}-{stage}-{candidates}-{requests}-{reranker._fingerprint[:8]}-{reranker.dtype}.npz"
         corpus = record_corpus(reranker, directory.name, found, candidates, cache and cache / name)
         console.print(
