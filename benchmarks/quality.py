@@ -225,19 +225,19 @@ def calibrate(reranker: Reranker, others: Sequence[Recorded]) -> CalibratedLens:
         [other.recording for other in others],
         pooling=reranker._model().pooling,
         fingerprint=reranker._fingerprint,
-        top_k=5,
+        top_k=1,  # of the summary, which is not used
         target=0.98,
         show_progress=True,
     )
 
 
-def find_shipped(reranker: Reranker, model: str) -> CalibratedLens:
-    """The lens that a model came with."""
+def find_shipped(reranker: Reranker, model: str) -> tuple[CalibratedLens, str]:
+    """The lens that a model came with, and where it is from."""
     if reranker.lens is None:
         raise typer.BadParameter(f"{model} comes with no lens: give two corpora or more, for leave-one-out")
     if lens_directory(reranker._fingerprint).is_dir():
-        console.print("The lens in use was calibrated here: it may have been fitted on a corpus that is tested.")
-    return reranker.lens
+        return reranker.lens, "what 'grating calibrate' found here, perhaps on this corpus"
+    return reranker.lens, "what comes with the package"
 
 
 def record_all(
@@ -304,7 +304,7 @@ def main(
     lenses = []
     for corpus in corpora:
         others = [other for other in corpora if other is not corpus]
-        lens = shipped or calibrate(reranker, others)
+        lens, origin = shipped or (calibrate(reranker, others), ", ".join(other.name for other in others))
         lenses.append(lens)
         replayed = replay_all(corpus, lens, top_k)
         real: dict[Case, list[tuple[float, Outcome]]] = {}
@@ -316,7 +316,6 @@ def main(
                 f"{corpus.name}: what was replayed and what was measured differ by at most {kept:.3f} of a top K "
                 f"and {computed:.1e} of a compute share"
             )
-        origin = "what the model came with" if shipped else ", ".join(other.name for other in others)
         rows += summarise(corpus, origin, replayed, real)
     setting = f"{candidates} candidates by {first_stage.value}, {torch.get_num_threads()} threads"
     show(f"{model}: {setting}", rows, SHOWN)

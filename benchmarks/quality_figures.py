@@ -36,7 +36,7 @@ class Row:
 
     Attributes:
         corpus: Its name, or ``"mean"`` of all.
-        calibrated_on: The corpora that lens and margins come from.
+        calibrated_on: Where lens and margins come from: other corpora, or what the model came with.
         requests: How many were replayed.
         policy: ``"off"``, ``"cluster"``, ``"SEE"`` or ``"lens"``.
         value: Its threshold, or target.
@@ -84,16 +84,20 @@ def mean_rows(rows: Sequence[Row]) -> list[Row]:
     return means
 
 
+def with_means(rows: Sequence[Row]) -> list[Row]:
+    """All rows, and the mean over corpora if there are several."""
+    return [*rows, *(mean_rows(rows) if len({row.corpus for row in rows}) > 1 else [])]
+
+
 def show(title: str, rows: Sequence[Row], settings: Collection[tuple[str, float | None]]) -> None:
     """Print the table of some settings."""
     corpora = {row.corpus: f"{row.corpus}: lens and margins from {row.calibrated_on}" for row in rows}
-    caption = "\n".join((*corpora.values(), "not a request of the corpus tested was used to calibrate"))
-    table = Table(title=title, caption=caption)
+    table = Table(title=title, caption="\n".join(corpora.values()))
     for heading in ("corpus", "policy", "scores"):
         table.add_column(heading, no_wrap=True)
     for heading in ("K", "compute\nshare", "agreement\n@K", "P@K", "nDCG\n@10", "seconds", "latency\n/ off"):
         table.add_column(heading, justify="right")
-    shown = [row for row in (*rows, *mean_rows(rows)) if (row.policy, row.value) in settings]
+    shown = [row for row in with_means(rows) if (row.policy, row.value) in settings]
     for _, section in groupby(shown, key=lambda row: (row.corpus, row.top_k)):
         for row in section:
             table.add_row(*_cells(row))
@@ -114,7 +118,7 @@ def _cells(row: Row) -> list[str]:
 
 def write_rows(rows: Sequence[Row], about: dict[str, str], directory: Path) -> None:
     """Write all rows, as ``quality.csv`` and ``quality.json``."""
-    entries = [asdict(row) for row in (*rows, *mean_rows(rows))]
+    entries = [asdict(row) for row in with_means(rows)]
     with (directory / "quality.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(entries[0]))
         writer.writeheader()
