@@ -114,8 +114,8 @@ def _replay(corpus: Recorded, scores: Array, setting: Setting, lens: CalibratedL
     policy = setting.make(lens, scores.shape[1], top_k)
     first = 0 if setting.policy in ("SEE", "lens") else 1
     return [
-        replay(one, tokens, policy, top_k, exact=setting.exact, first=first)
-        for one, tokens in zip(scores, corpus.tokens, strict=True)
+        replay(one, tokens, policy, top_k, prefix=prefix, exact=setting.exact, first=first)
+        for one, tokens, prefix in zip(scores, corpus.tokens, corpus.prefixes.tolist(), strict=True)
     ]
 
 

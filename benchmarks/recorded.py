@@ -21,6 +21,8 @@ from grating_core.models.lens import Reader, Sequences
 
 Array = NDArray[np.float64]
 
+Computed = tuple[Recording, Array, NDArray[np.int64]]
+
 _BEST_MEAN = -5  # among the features of layer 0: the mean over query tokens of the best cosine
 
 
@@ -34,6 +36,7 @@ class Recorded:
         recording: What a lens would look at, final scores and tokens.
         head: float64 ``[R, N, L + 1]``: the own head's scores after layers 0 to L. Layer 0, the token embeddings,
             says nothing to it: all zero.
+        prefixes: int64 ``[R]``: tokens that all candidates of a request share, which are computed once.
         dropped: How many requests were left out because they had fewer candidates.
     """
 
@@ -41,11 +44,12 @@ class Recorded:
     requests: list[Request]
     recording: Recording
     head: Array
+    prefixes: NDArray[np.int64]
     dropped: int
 
     @property
     def tokens(self) -> NDArray[np.int64]:
-        """int64 ``[R, N]``: tokens of each candidate."""
+        """int64 ``[R, N]``: tokens of each candidate, without the shared prefix."""
         return np.stack(self.recording.tokens)
 
     @property
@@ -70,10 +74,12 @@ class Observer(Recorder):
         self._model = model
         self.scores: list[list[Tensor]] = [[] for _ in range(1, model.depth)]
         """For each layer from 1 to the last but one float32 ``[N]``, in parts."""
+        self.prefix = 0
+        """Tokens that all candidates share."""
 
     def reader(self, number: int, prefix: int) -> Reader:
         """See :meth:`Recorder.reader`; the scores are those of the head."""
-        record = super().reader(number, prefix)
+        record, self.prefix = super().reader(number, prefix), prefix
 
         def observe(hidden: Tensor, sequences: Sequences) -> Tensor:
             nothing = record(hidden, sequences)
@@ -100,41 +106,49 @@ def record_corpus(
     """
     full = [request for request in requests if len(request.documents) == candidates]
     if cached and cached.is_file():
-        recording, head = _restore(cached)
+        computed = _restore(cached)
     else:
-        recording, head = _compute(reranker, name, full)
+        computed = _compute(reranker, name, full)
         if cached:
-            _store(cached, recording, head)
-    return Recorded(name, full, recording, head, len(requests) - len(full))
+            _store(cached, *computed)
+    return Recorded(name, full, *computed, len(requests) - len(full))
 
 
-def _compute(reranker: Reranker, name: str, requests: list[Request]) -> tuple[Recording, Array]:
+def _compute(reranker: Reranker, name: str, requests: list[Request]) -> Computed:
     model = reranker._model()
-    recording, heads = Recording(), []
+    recording, heads, prefixes = Recording(), [], []
     for request in track(requests, f"{name}: computing without pruning"):
         observer = Observer(model)
         scores, tokens = reranker._observe(calibration.Request(request.query, request.documents), observer)
         recording.add(observer, scores, tokens)
         between = [torch.cat(parts).numpy() for parts in observer.scores]
+        prefixes.append(observer.prefix)
         heads.append(np.stack([np.zeros_like(scores), *between, scores], axis=1))
-    return recording, np.stack(heads).astype(np.float64)
+    return recording, np.stack(heads).astype(np.float64), np.array(prefixes)
 
 
-def _store(path: Path, recording: Recording, head: Array) -> None:
+def _store(path: Path, recording: Recording, head: Array, prefixes: NDArray[np.int64]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {
         f"layer_{number}": recording.layer(number) for number in range(len(recording.features))
     }
-    np.savez(path, head=head, scores=np.stack(recording.scores), tokens=np.stack(recording.tokens), **arrays)
+    np.savez(
+        path,
+        head=head,
+        prefixes=prefixes,
+        scores=np.stack(recording.scores),
+        tokens=np.stack(recording.tokens),
+        **arrays,
+    )
 
 
-def _restore(path: Path) -> tuple[Recording, Array]:
+def _restore(path: Path) -> Computed:
     recording = Recording()
     with np.load(path) as stored:
-        head, scores, tokens = stored["head"], stored["scores"], stored["tokens"]
+        head, scores, tokens, prefixes = (stored[name] for name in ("head", "scores", "tokens", "prefixes"))
         layers = [torch.from_numpy(stored[f"layer_{number}"]) for number in range(head.shape[2] - 1)]
     for number in range(len(scores)):
         recorder = Recorder(len(layers), "first")  # the pooling no longer matters
         recorder.features = [[layer[number]] for layer in layers]
         recording.add(recorder, scores[number], tokens[number])
-    return recording, head
+    return recording, head, prefixes

@@ -53,7 +53,14 @@ class SimilarityExit:
 
 
 def replay(
-    scores: Array, tokens: NDArray[np.int64], policy: PruningPolicy, top_k: int, *, exact: bool, first: int
+    scores: Array,
+    tokens: NDArray[np.int64],
+    policy: PruningPolicy,
+    top_k: int,
+    *,
+    prefix: int = 0,
+    exact: bool,
+    first: int,
 ) -> Outcome:
     """Prune one request as :func:`grating_core.engine.forward.forward` does.
 
@@ -62,13 +69,14 @@ def replay(
         tokens: int64 ``[N]``.
         policy: Decides.
         top_k: K, at most N.
+        prefix: Tokens that all share, which are computed once.
         exact: Whether what is selected is computed to the end all the same.
         first: The layer after which the policy is asked for the first time: 0 or 1.
     """
     depth = scores.shape[1] - 1
     alive, winners, computed = np.arange(len(scores)), list[int](), 0
     for layer in range(first, depth + 1):
-        computed += int(tokens[alive].sum()) if layer else 0
+        computed += prefix + int(tokens[alive].sum()) if layer else 0
         seen, wanted = scores[alive, layer], top_k - len(winners)
         pruning = layer < depth and wanted < len(alive)
         routes = policy.route(layer, seen, wanted) if pruning else [Route.DEFERRED] * len(alive)
@@ -81,7 +89,7 @@ def replay(
             winners += _best(alive[going_on], seen[going_on])[:places]
             break
         alive = alive[going_on]
-    return Outcome(winners, computed / (depth * int(tokens.sum())))
+    return Outcome(winners, computed / (depth * (prefix + int(tokens.sum()))))
 
 
 def _best(candidates: NDArray[np.intp], scores: Array) -> list[int]:
