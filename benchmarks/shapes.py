@@ -185,6 +185,7 @@ def write_smollm2(directory: Path) -> Path:
         weights = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}
         save_file(weights, unfinished / "model.safetensors", {"format": "pt"})
         model.config.architectures = ["LlamaForCausalLM"]
+        vars(model.config).pop("quantization_config", None)  # of the file; these weights have none
         model.config.save_pretrained(unfinished)
         AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(unfinished)
     return directory
