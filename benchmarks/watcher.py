@@ -161,11 +161,11 @@ class Reporter:
 
     def mark(self, name: str, *, tidy: bool = False, **facts: Any) -> None:
         """Report this moment; with ``tidy`` after what is not in use was given back to the system."""
-        peak = _high_water() if self._peak_is_known else None
+        peak = high_water() if self._peak_is_known else None
         if tidy:
-            _return_memory()
+            return_memory()
         resident, private = _memory(self._process)
-        self._peak_is_known = _reset_high_water()
+        self._peak_is_known = reset_high_water()
         self._channel.send(Mark(name, time.monotonic(), resident, private, peak, facts))
 
 
@@ -205,7 +205,8 @@ def _forget_pages(job: Job) -> None:
         os.close(file)
 
 
-def _return_memory() -> None:
+def return_memory() -> None:
+    """Give what is not in use back to the system."""
     gc.collect()
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # glibc has it
         trim(0)
@@ -217,7 +218,8 @@ def _memory(process: psutil.Process) -> tuple[int, int | None]:
     return memory.rss, memory.rss - memory.shared if hasattr(memory, "shared") else None
 
 
-def _reset_high_water() -> bool:
+def reset_high_water() -> bool:
+    """Let the kernel forget the most memory this process had so far, and tell whether it can."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
@@ -225,7 +227,8 @@ def _reset_high_water() -> bool:
     return True
 
 
-def _high_water() -> int:
+def high_water() -> int:
+    """The most bytes this process had in memory since the kernel last forgot."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 

@@ -34,6 +34,7 @@ def load_planned(
     chunk_tokens: int = 64,
     template: Prompt | None = None,
     adapter: Path | None = None,
+    window: int = WINDOW,
     **changes: object,
 ) -> Reranker:
     """A reranker under a plan that keeps everything, but for the changes."""
@@ -45,7 +46,7 @@ def load_planned(
         lasting=True,
         adapter=None if adapter is None else Adapter(adapter),
     )
-    sizes = stored.sizes(WINDOW)
+    sizes = stored.sizes(window)
     everything = MemoryPlan(
         budget=10**9,
         sizes=sizes,
@@ -55,7 +56,7 @@ def load_planned(
         hidden_tokens=10**9,
     )
     plan = replace(everything, **changes)
-    encoder = load_template(directory, WINDOW, prompt=template, asks=stored.family.asks)
+    encoder = load_template(directory, window, prompt=template, asks=stored.family.asks)
     return Reranker(
         stored.load(plan, encoder.answers),
         encoder,

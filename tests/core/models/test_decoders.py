@@ -52,6 +52,7 @@ CAUSAL = {
     ),
 }  # fmt: skip
 QUERY = "w1 w2 w5 w6"
+LONG = 3000
 SOURCE = random.Random(11)
 DOCUMENTS = [random_text(length, SOURCE, WORDS) for length in (4, 30, 1, 0, 60, 7, 7, 25, 200)]
 
@@ -79,11 +80,13 @@ def token_ids(directory: Path, *pieces: str) -> list[int]:
     return [token for piece in pieces for token in tokenizer(piece, add_special_tokens=False)["input_ids"]]
 
 
-def spelled_out(directory: Path, query: str, document: str, instruction: str = "w20 w21") -> list[int]:
+def spelled_out(
+    directory: Path, query: str, document: str, instruction: str = "w20 w21", window: int = WINDOW
+) -> list[int]:
     """The token ids of :data:`PROMPT`, with as much of the document as fits."""
     before = token_ids(directory, "<s>", f"w7 w8 w7 w8 {instruction} {query} w9", "w10 ")
     after = token_ids(directory, " w11 w12", "</s>")
-    return before + token_ids(directory, document)[: WINDOW - len(before) - len(after)] + after
+    return before + token_ids(directory, document)[: window - len(before) - len(after)] + after
 
 
 @torch.inference_mode()
@@ -259,6 +262,45 @@ def test_windows_of_a_candidate_leave_together(qwen3: Path) -> None:
     expected = {ranked.index: ranked.score for ranked in full.ranking}
     for ranked in reranker.rerank(QUERY, documents, 2).ranking:
         assert ranked.score == pytest.approx(expected[ranked.index], abs=TOLERANCE)
+
+
+# Documents far longer than the steps that attention is taken in
+
+
+LONG_DOCUMENTS = [random_text(length, SOURCE, WORDS) for length in (30, LONG, 5, 900)]
+
+
+@pytest.fixture(scope="module", params=[{}, SLIDING | {"sliding_window": 600}], ids=["full", "sliding"])
+def long_decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("long")
+    torch.manual_seed(0)
+    config = Qwen3Config(**SIZES, **DECODER | {"max_position_embeddings": LONG}, **request.param)
+    randomise(Qwen3ForCausalLM(config)).save_pretrained(directory)
+    save_tokenizer(directory, types=False)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def long_scores(long_decoder: Path) -> list[float]:
+    """One by one: padded to the longest they would take gigabytes."""
+    sequences = [spelled_out(long_decoder, QUERY, text, window=LONG) for text in LONG_DOCUMENTS]
+    return [reference(long_decoder, [sequence])[0] for sequence in sequences]
+
+
+@pytest.mark.parametrize("plan", ["resident", "all at once"])
+def test_a_long_document_beside_short_ones(
+    long_decoder: Path, long_scores: list[float], plan: str, spill_directory: Path
+) -> None:
+    reranker = load_planned(long_decoder, template=PROMPT, window=LONG, chunk_tokens=1000, **PLANS[plan])
+    trace = reranker.rerank(QUERY, LONG_DOCUMENTS).trace
+    assert trace.layers[-1].scores == pytest.approx(long_scores, abs=TOLERANCE)
+    assert (trace.lengths[1], trace.truncated) == (LONG, (1,))
+    assert trace.shared_prefix >= 12
+
+
+def test_a_long_document_alone(long_decoder: Path, long_scores: list[float]) -> None:
+    reranker = load_planned(long_decoder, template=PROMPT, window=LONG)
+    assert reranker.score([(QUERY, LONG_DOCUMENTS[1])]) == pytest.approx(long_scores[1:2], abs=TOLERANCE)
 
 
 # MiniCPM: nothing in transformers to compare with, so the architecture is written out once more.

