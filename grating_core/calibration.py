@@ -191,9 +191,9 @@ def fit(
 ) -> CalibratedLens:
     """Fit a lens and find its margins, on requests that it was not fitted on.
 
-    Of a single corpus some requests are left for the margins. Of several, each corpus is estimated by a lens that was
-    fitted on the others only: the margins are then those for a corpus that the lens has not seen. The lens that is
-    returned has seen them all.
+    Of a single corpus some requests are left for the margins. Of several, each corpus is estimated by a lens that
+    was fitted on the others only: the margins are then those for a corpus that the lens has not seen. The lens that
+    is returned has seen them all.
 
     Args:
         recordings: One for each corpus.
@@ -279,7 +279,7 @@ def _fit_layer(features: Sequence[Floats], scores: Sequence[Floats], strength: f
 
 
 def _prepared(features: Sequence[Floats], scores: Sequence[Floats]) -> tuple[Floats, Floats, Floats]:
-    """Features ``[n, F]``, centred by request and standardised; scores ``[n]``, centred; the scale of the former."""
+    """Features ``[n, F]``, centred by request and standardised; scores ``[n]``, centred; the features' scale."""
     inputs = np.concatenate([_centred(one).reshape(-1, one.shape[-1]) for one in features])
     wanted = np.concatenate([_centred(one).reshape(-1) for one in scores])
     scale = inputs.std(0) + np.float32(1e-6)

@@ -357,13 +357,13 @@ def demo(
         passages = load_passages()
         _err.print(f"Passages of the Python language reference: {len(passages)}. BM25 picks {candidates} ...")
         found = first_stage(query, passages, candidates)
-        pruned = _measured("cluster", query, found, top_k)
+        pruned = _measured("auto", query, found, top_k)
         full = _measured("off", query, found, top_k)
     _out.print(Text(f"\n{query}", style="bold"))
     _out.print(_ranking_table(pruned[0]))
     table = _table("", "seconds", "compute share", f"same top {top_k}")
     winners = {ranked.index for ranked in full[0].ranking}
-    for name, (result, seconds) in {"unpruned": full, "pruning='cluster'": pruned}.items():
+    for name, (result, seconds) in {"unpruned": full, "pruning='auto'": pruned}.items():
         same = len(winners & {ranked.index for ranked in result.ranking})
         table.add_row(name, f"{seconds:.3f}", f"{result.trace.compute_share:.2f}", f"{same} of {len(winners)}")
     _out.print(table)

@@ -48,7 +48,9 @@ def plot_trajectories(result: RerankResult, path: Path) -> None:
         axes.plot(layers, scores, color=colour, linestyle=style, linewidth=2.2 if won else 1.0, zorder=2 + won)
         if layers[-1] < trace.depth:
             axes.plot(layers[-1], scores[-1], ".", color=colour, markersize=8)
-    axes.set(xlabel="layer", ylabel="score by the model's own head", xlim=(0.8, trace.depth + 0.2))
+    first = trace.layers[0].layer
+    reader = "score by the model's own head" if first else "final score as the lens estimates it"
+    axes.set(xlabel="layer", ylabel=reader, xlim=(first - 0.2, trace.depth + 0.2))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(
         f"{len(trace.lengths)} candidates, top {len(winners)} drawn thick, compute share {trace.compute_share:.2f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -522,6 +523,8 @@ class Reranker:
         policy = pruning.calibrated.margins.policy(
             candidates, top_k, target=pruning.target, guarantee=pruning.guarantee, exact=exact
         )
+        if min(policy.drop) == math.inf:  # too few requests were calibrated on for this promise
+            return {"policy": Off()}
         return {"policy": scaled(policy, factor), "lens": pruning.calibrated.lens}
 
     def _start_recalibration(self) -> Recalibration[Reranker] | None:

@@ -29,12 +29,12 @@ class LayerTrace:
     """One layer of a rerank.
 
     Attributes:
-        layer: Its number, from 1.
+        layer: Its number, from 1; 0 for the token embeddings, which only a lens reads.
         alive: The candidates that were computed, as indices of documents.
         routes: What the policy decided for each of them afterwards. With ``scores="exact"`` a selected
             candidate is computed to the end all the same.
-        scores: The provisional score of each; after the last layer, the score.
-        tokens: Tokens computed.
+        scores: The provisional score of each, by the head or by a lens; after the last layer, the score.
+        tokens: Tokens computed; none for layer 0.
         seconds: Time taken, reading scores and deciding included.
         seconds_waited: How much of it computing stood still for the disk.
         bytes_read: Weights and embedding rows read from disk for it.

@@ -1,6 +1,7 @@
 """The grating command, run as its users run it: in a process of its own."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from grating_core import Reranker
+from tests.core.conftest import WORDS
 from tests.core.models.test_prompts import save_qwen3_reranker
+from tests.core.parity import random_text
 
 GRATING = [str(Path(sys.executable).with_name("grating"))]
 QUERY = "How many people live in Berlin?"
@@ -28,7 +31,9 @@ def grating(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str
 def test_help_names_every_command() -> None:
     shown = grating("--help")
     assert shown.returncode == 0
-    assert all(command in shown.stdout for command in ("rerank", "explain", "plan", "models", "doctor", "demo"))
+    assert all(
+        command in shown.stdout for command in ("rerank", "explain", "calibrate", "plan", "models", "doctor")
+    )
 
 
 @pytest.mark.parametrize(
@@ -171,3 +176,33 @@ def test_rerank_within_a_budget_tells_of_the_disk() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "read 8" in " ".join(done.stdout.split())
+
+
+def test_calibrate_writes_a_lens_that_rerank_takes(tiny_bert: Path, tmp_path: Path) -> None:
+    source = random.Random(5)
+    texts = [random_text(source.randint(4, 30), source, WORDS) for _ in range(80)]
+    corpus, queries = tmp_path / "corpus.txt", tmp_path / "queries.txt"
+    corpus.write_text("\n".join(texts[:50]), encoding="utf-8")
+    queries.write_text("\n".join(texts[50:]), encoding="utf-8")
+    lens = tmp_path / "lens"
+    done = grating(
+        "calibrate", str(tiny_bert), "--corpus", str(corpus), "--queries", str(queries), "--output", str(lens),
+        "--candidates", "8", "--top-k", "2", "--requests", "30", "--target", "0.8",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Fitted on 18 requests. On 12 others with 8 candidates, top 2, target 0.80" in " ".join(
+        done.stdout.split()
+    )
+    assert "Calibrating" in done.stderr
+    assert sorted(path.name for path in lens.iterdir()) == ["lens.json", "lens.safetensors"]
+    options = ["-m", str(tiny_bert), "-i", str(corpus), "-k", "2", "--lens", str(lens), "--target", "0.8"]
+    explained = grating("explain", "-q", texts[-1], *options, "--json")
+    assert explained.returncode == 0, explained.stderr
+    assert json.loads(explained.stdout)["layers"][0]["layer"] == 0
+
+    refused = grating("rerank", "-q", "w1", "-i", str(corpus), "--lens", str(lens))
+    assert refused.returncode == 2
+    assert "other weights" in " ".join(refused.stderr.split())
+    missing = grating("calibrate", str(tiny_bert), "--corpus", str(tmp_path / "absent.txt"))
+    assert missing.returncode == 2
+    assert "absent.txt" in missing.stderr
