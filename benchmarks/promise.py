@@ -28,7 +28,7 @@ from rich.table import Table
 from benchmarks.quality import record_all
 from benchmarks.recorded import Array, Recorded
 from grating_core import Reranker
-from grating_core.calibration import _fit_layer
+from grating_core.calibration import choose_strength, fit_layer
 from grating_core.pruning import Margins
 from grating_core.pruning.conformal import Requests, Simulation, calibrate_margins, simulate
 
@@ -64,7 +64,9 @@ def fit_lens(corpora: Sequence[Recorded]) -> tuple[Requests, Array]:
     estimates, spread = [], []
     for number in track(range(len(recordings[0].features)), "Fitting the lens"):
         layers = [recording.layer(number) for recording in recordings]
-        layer, error = _fit_layer(_where(fitted, layers), _where(fitted, scores))
+        known = _where(fitted, layers), _where(fitted, scores)
+        strength, error = choose_strength(*known)
+        layer = fit_layer(*known, strength)
         spread.append(error)
         others = np.concatenate(_where(left, layers))
         estimates.append(others @ layer.weight.numpy() + float(layer.bias))

@@ -192,8 +192,8 @@ def fit(
     """Fit a lens and find its margins, on requests that it was not fitted on.
 
     Of a single corpus some requests are left for the margins. Of several, each corpus is estimated by a lens that
-    was fitted on the others only: the margins are then those for a corpus that the lens has not seen. The lens that
-    is returned has seen them all.
+    was fitted on the others only: the margins are then those for a corpus that the lens has not seen. The lens
+    that is returned has seen them all.
 
     Args:
         recordings: One for each corpus.
@@ -210,15 +210,15 @@ def fit(
     for number in tqdm(range(depth), "Lens", unit="layer", disable=not show_progress):
         features = [recording.layer(number)[:cut] for recording in recordings]
         scores = [np.stack(recording.scores[:cut]) for recording in recordings]
-        strength, error = _choose_strength(features, scores)
-        layer = _fit_layer(features, scores, strength)
+        strength, error = choose_strength(features, scores)
+        layer = fit_layer(features, scores, strength)
         maps.append(layer)
         spread.append(error)
         for index, recording in enumerate(recordings):
             apart = layer
             if cut is None:
                 others = [i for i in range(len(recordings)) if i != index]
-                apart = _fit_layer([features[i] for i in others], [scores[i] for i in others], strength)
+                apart = fit_layer([features[i] for i in others], [scores[i] for i in others], strength)
             estimates[index].append(recording.layer(number)[cut or 0 :] @ apart.weight.numpy())
     groups = [
         Requests(
@@ -253,7 +253,7 @@ def _summarise(groups: Sequence[Requests], margins: Margins, *, fitted: int, top
     )
 
 
-def _choose_strength(features: Sequence[Floats], scores: Sequence[Floats]) -> tuple[float, float]:
+def choose_strength(features: Sequence[Floats], scores: Sequence[Floats]) -> tuple[float, float]:
     """The strength of the ridge with the smallest error on requests that are left out, and that error.
 
     Args:
@@ -270,7 +270,8 @@ def _choose_strength(features: Sequence[Floats], scores: Sequence[Floats]) -> tu
     return best, errors[best]
 
 
-def _fit_layer(features: Sequence[Floats], scores: Sequence[Floats], strength: float) -> LayerMap:
+def fit_layer(features: Sequence[Floats], scores: Sequence[Floats], strength: float) -> LayerMap:
+    """The map of one layer; arguments as for :func:`choose_strength`, and the strength it chose."""
     inputs, wanted, scale = _prepared(features, scores)
     weight = _ridge(inputs, wanted, strength) / scale
     mean = np.mean([one.mean((0, 1)) for one in features], axis=0)
