@@ -62,15 +62,15 @@ def test_a_lens_for_any_model(how: str, budget: str | None, tmp_path: Path, spil
 
 
 def test_a_lens_sees_what_the_head_does_not(bundled: Reranker, tmp_path: Path, spill_directory: Path) -> None:
-    passages = [" ".join(passage.split()[:60]) for passage in load_passages()]
-    calibrated = bundled.calibrate(passages, candidates=10, top_k=3, requests=100, output=tmp_path / "lens")
+    passages = [" ".join(passage.split()[:40]) for passage in load_passages()]
+    calibrated = bundled.calibrate(passages, candidates=10, top_k=3, requests=60, output=tmp_path / "lens")
     gammas = calibrated.summary.gammas
     assert min(gammas[2:]) > 0.25
     assert gammas[-1] > 0.9
     assert calibrated.summary.agreement > 0.9
     assert bundled.lens is None  # it was made with pruning="off"
     reranker = Reranker.from_pretrained(
-        bundled.model_path, dtype="float32", device="cpu", lens=tmp_path / "lens", target=0.9
+        bundled.model_path, dtype="float32", device="cpu", lens=tmp_path / "lens", target=0.8
     )
     shares, kept = [], []
     for request in make_requests(passages, None, candidates=10, count=12, seed=5):
@@ -83,7 +83,7 @@ def test_a_lens_sees_what_the_head_does_not(bundled: Reranker, tmp_path: Path, s
         for ranked in result.ranking:
             assert ranked.score == pytest.approx(expected.get(ranked.index, ranked.score), abs=1e-4)
     assert np.mean(shares) < 0.9
-    assert np.mean(kept) > 0.8
+    assert np.mean(kept) > 0.65
 
 
 def test_bad_input_is_refused_before_work_starts(tiny_bert: Path) -> None:

@@ -195,7 +195,9 @@ def test_calibrate_writes_a_lens_that_rerank_takes(tiny_bert: Path, tmp_path: Pa
     )
     assert "Calibrating" in done.stderr
     assert sorted(path.name for path in lens.iterdir()) == ["lens.json", "lens.safetensors"]
-    options = ["-m", str(tiny_bert), "-i", str(corpus), "-k", "2", "--lens", str(lens), "--target", "0.8"]
+    few = tmp_path / "few.txt"
+    few.write_text("\n".join(texts[:8]), encoding="utf-8")
+    options = ["-m", str(tiny_bert), "-i", str(few), "-k", "2", "--lens", str(lens), "--target", "0.8"]
     explained = grating("explain", "-q", texts[-1], *options, "--json")
     assert explained.returncode == 0, explained.stderr
     assert json.loads(explained.stdout)["layers"][0]["layer"] == 0

@@ -203,9 +203,7 @@ def test_the_readme_example_runs():
 
 
 def test_a_memory_budget_reaches_the_engine_and_leaves_the_ranking(reranker, documents, model):
-    within = GratingRerank(
-        model=model, memory_budget="110MB", dtype="float32", device="cpu", pruning="off", top_n=4
-    )
+    within = GratingRerank(model=model, memory_budget="110MB", device="cpu", top_n=4)
     assert within.reranker.plan.budget == 110_000_000
     assert within.reranker.plan.streamed
     base = RunnableLambda(lambda _: documents)
