@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grating_core.lenses import CalibratedLens, Summary
+from grating_core.models.bundled import cache_directory
 from grating_core.models.lens import Features, LayerMap, Lens, Reader, Sequences
 from grating_core.pruning import Margins
 from grating_core.pruning.conformal import Requests, calibrate_margins, simulate
@@ -93,7 +94,10 @@ class Recording:
     def add(self, recorder: Recorder, scores: Floats, tokens: NDArray[np.int64]) -> None:
         """Keep one more request, with as many candidates as those before it."""
         if not self.features:
-            self.features = [tempfile.TemporaryFile() for _ in recorder.features]  # noqa: SIM115 - kept open
+            place = cache_directory()
+            place.mkdir(parents=True, exist_ok=True)
+            # Not where temporary files usually go: that may be memory.
+            self.features = [tempfile.TemporaryFile(dir=place) for _ in recorder.features]  # noqa: SIM115
         for file, parts in zip(self.features, recorder.features, strict=True):
             file.write(torch.cat(parts).numpy().tobytes())
         self.scores.append(scores)

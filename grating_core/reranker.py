@@ -406,8 +406,9 @@ class Reranker:
     ) -> CalibratedLens:
         """Fit a lens to this model and find the margins that keep a promise, on texts of your own.
 
-        Takes as long as that many requests without pruning. The lens then belongs to the model: it is found by
-        every later ``pruning="auto"``, and this reranker uses it from now on if it was made so.
+        Takes as long as that many requests without pruning, and for the fit some hundred MB beside any
+        ``memory_budget``. The lens then belongs to the model: it is found by every later ``pruning="auto"``, and
+        this reranker uses it from now on if it was made so.
 
         Args:
             documents: Texts like those that will be reranked, more than ``candidates``. No judgements are needed.
@@ -441,6 +442,8 @@ class Reranker:
         model = self._model()
         corpora = documents if isinstance(documents, Mapping) else {"documents": documents}
         asked = queries if isinstance(queries, Mapping) else dict.fromkeys(corpora, queries)
+        if unknown := asked.keys() - corpora.keys():
+            raise ValueError(f"queries are given for {sorted(unknown)}, but documents only for {sorted(corpora)}")
         made = [
             make_requests(
                 _checked_documents(texts),

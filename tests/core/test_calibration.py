@@ -96,6 +96,8 @@ def test_bad_input_is_refused_before_work_starts(tiny_bert: Path) -> None:
         reranker.calibrate(["a", 1])  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"there are 0 queries.*sentence"):
         reranker.calibrate(["w1", "w2", "w3"], candidates=2, top_k=1)
+    with pytest.raises(ValueError, match=r"queries are given for \['other'\]"):
+        reranker.calibrate(TEXTS, {"other": QUESTIONS})
     with pytest.raises(ValueError, match=r"requests=3"):
         reranker.calibrate(TEXTS, QUESTIONS, requests=3)
     with pytest.raises(ValueError, match=r"there are 1 queries"):
