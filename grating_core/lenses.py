@@ -30,6 +30,7 @@ _DESCRIPTION = "lens.json"
 _FORMAT = 1
 _SAMPLE = 512  # bytes
 _SAMPLES_OF_FILE = 64
+_WAY_OUT = "delete the directory, or calibrate again"
 _PACKAGED = Path(__file__).parent / "packaged_lenses"
 
 
@@ -109,7 +110,9 @@ class CalibratedLens:
         try:
             data = (directory / _TENSORS).read_bytes()
             if hashlib.sha256(data).hexdigest() != description["sha256"]:
-                raise LensError(f"{directory / _TENSORS} is not the file that {_DESCRIPTION} describes")
+                raise LensError(
+                    f"{directory / _TENSORS} is not the file that {_DESCRIPTION} describes: {_WAY_OUT}"
+                )
             tensors = parse_tensors(data)
             maps = [
                 LayerMap(tensors[f"layer.{number}.weight"], tensors[f"layer.{number}.bias"])
@@ -119,7 +122,9 @@ class CalibratedLens:
             summary = Summary(**description["summary"] | {"gammas": tuple(description["summary"]["gammas"])})
             return cls(Lens(maps, description["pooling"]), Margins(**margins), description["fingerprint"], summary)
         except (OSError, KeyError, TypeError, SafetensorError) as error:
-            raise LensError(f"the lens in {directory} cannot be read: {type(error).__name__}: {error}") from error
+            raise LensError(
+                f"the lens in {directory} cannot be read ({type(error).__name__}: {error}): {_WAY_OUT}"
+            ) from error
 
 
 def find_lens(fingerprint: str) -> CalibratedLens | None:
@@ -170,7 +175,9 @@ def fingerprint(model: Path, adapter: Path | None, prompt: Prompt | None) -> str
         if path is not None and is_gguf(path):
             _add_file(digest, path)
         elif path is not None:
-            _add_tensors(digest, Checkpoint(_weights(path)).tensors.values())
+            checkpoint = Checkpoint(_weights(path))
+            checkpoint.close()  # what is in which place is all that is needed
+            _add_tensors(digest, checkpoint.tensors.values())
     if prompt is not None:
         digest.update(json.dumps((prompt.pieces, prompt.yes, prompt.no)).encode())
     return digest.hexdigest()
@@ -220,5 +227,5 @@ def _describe(directory: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise LensError(f"there is no lens in {directory}: it has no {_DESCRIPTION}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LensError(f"{path} cannot be read as the description of a lens: {error!r}") from error
+        raise LensError(f"{path} cannot be read as the description of a lens ({error!r}): {_WAY_OUT}") from error
     return description
