@@ -278,6 +278,11 @@ def calibrate(
         f"top {summary.top_k}, target {summary.target:.2f}: compute share {summary.compute_share:.2f}, "
         f"{summary.agreement:.1%} of the full model's top {summary.top_k} kept."
     )
+    if summary.compute_share == 1:
+        _out.print(
+            f"That is: nothing will be pruned. {summary.measured} requests are evidence for a target of "
+            f"{1 - 1 / (summary.measured + 1):.3f} at most: take more --requests, or a lower --target."
+        )
     _out.print(f"The lens is in {output}." if output else "From now on pruning='auto' finds it for this model.")
 
 

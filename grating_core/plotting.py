@@ -49,7 +49,7 @@ def plot_trajectories(result: RerankResult, path: Path) -> None:
         if layers[-1] < trace.depth:
             axes.plot(layers[-1], scores[-1], ".", color=colour, markersize=8)
     first = trace.layers[0].layer
-    reader = "score by the model's own head" if first else "final score as the lens estimates it"
+    reader = "score by the model's own head" if first else "estimate by the lens (differences in a layer count)"
     axes.set(xlabel="layer", ylabel=reader, xlim=(first - 0.2, trace.depth + 0.2))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(

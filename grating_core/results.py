@@ -15,7 +15,8 @@ class RankedDocument:
         index: Its position in the caller's list.
         score: The model's relevance score: a raw logit, higher is more relevant.
         text: The document.
-        estimated: Whether the score is an estimate read before the last layer. Never with ``scores="exact"``.
+        estimated: Whether the score is an estimate read before the last layer. Never with ``scores="exact"``. By a
+            lens it only compares with other estimates of the request: its level may be off.
     """
 
     index: int
