@@ -26,6 +26,12 @@ from grating_core.results import RerankResult
 
 # torch and transformers take seconds to import, so the commands that need them import them themselves.
 
+# Options of several commands that are arguments of Reranker.from_pretrained.
+_SETTINGS = frozenset(
+    ("pruning", "target", "guarantee", "lens", "device", "dtype", "max_length", "long_documents", "template",
+     "instruction", "adapter", "memory_budget")
+)  # fmt: skip
+
 BUNDLED = "bundled:ms-marco-minilm-l12"
 
 app = typer.Typer(
@@ -63,6 +69,7 @@ Budget = Annotated[str | None, typer.Option(help="Memory it may take, such as 30
 
 @app.command()
 def rerank(
+    context: typer.Context,
     query: Query,
     input: Input,
     top_k: TopK = 5,
@@ -85,20 +92,7 @@ def rerank(
     lens: LensDirectory = None,
 ) -> None:
     """Print the documents that answer a question best."""
-    settings = {
-        "pruning": pruning,
-        "device": device,
-        "dtype": dtype,
-        "max_length": max_length,
-        "long_documents": long_documents,
-        "template": template,
-        "instruction": instruction,
-        "adapter": adapter,
-        "memory_budget": memory_budget,
-        "target": target,
-        "guarantee": guarantee,
-        "lens": lens,
-    }
+    settings = _settings(context)
     with _plain_errors():
         result = _run(model, settings, query, read_documents(input, format=format, field=field), top_k, scores)
     if as_json:
@@ -110,6 +104,7 @@ def rerank(
 
 @app.command()
 def explain(
+    context: typer.Context,
     query: Query,
     input: Input,
     top_k: TopK = 5,
@@ -133,20 +128,7 @@ def explain(
     plot: Annotated[Path | None, typer.Option(help="Draw score trajectories into this picture.")] = None,
 ) -> None:
     """Like rerank, and show layer by layer how the ranking came about."""
-    settings = {
-        "pruning": pruning,
-        "device": device,
-        "dtype": dtype,
-        "max_length": max_length,
-        "long_documents": long_documents,
-        "template": template,
-        "instruction": instruction,
-        "adapter": adapter,
-        "memory_budget": memory_budget,
-        "target": target,
-        "guarantee": guarantee,
-        "lens": lens,
-    }
+    settings = _settings(context)
     with _plain_errors():
         result = _run(model, settings, query, read_documents(input, format=format, field=field), top_k, scores)
         if plot is not None and result.trace.layers:
@@ -216,6 +198,7 @@ def plan(
 
 @app.command()
 def calibrate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Hub id, local directory or bundled name.")],
     corpus: Annotated[list[Path], typer.Option(help="File of documents; several for several kinds of text.")],
     queries: Annotated[list[Path] | None, typer.Option(help="File of queries for each corpus, in order.")] = None,
@@ -246,18 +229,7 @@ def calibrate(
         }
         from grating_core.reranker import Reranker
 
-        with Reranker.from_pretrained(
-            model,
-            target=target,
-            device=device,
-            dtype=dtype,
-            max_length=max_length,
-            template=template,
-            instruction=instruction,
-            adapter=adapter,
-            memory_budget=memory_budget,
-            show_progress=True,
-        ) as reranker:
+        with Reranker.from_pretrained(model, show_progress=True, **_settings(context)) as reranker:
             found = reranker.calibrate(
                 documents,
                 asked,
@@ -372,6 +344,11 @@ def demo(
         same = len(winners & {ranked.index for ranked in result.ranking})
         table.add_row(name, f"{seconds:.3f}", f"{result.trace.compute_share:.2f}", f"{same} of {len(winners)}")
     _out.print(table)
+
+
+def _settings(context: typer.Context) -> dict[str, Any]:
+    """Those of a command's options that :meth:`Reranker.from_pretrained` takes."""
+    return {name: value for name, value in context.params.items() if name in _SETTINGS}
 
 
 @contextmanager
