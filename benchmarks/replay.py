@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from benchmarks.collections import Request
 from grating_core import PruningPolicy, Route
+from grating_core.calibration import gamma
 from grating_core.pruning.cluster import _cluster
 
 Array = NDArray[np.float64]
@@ -120,24 +121,20 @@ def ndcg(rankings: Sequence[list[int]], requests: Sequence[Request]) -> float:
     return float(ir_measures.calc_aggregate([nDCG @ 10], grades, run)[nDCG @ 10]) if grades else float("nan")
 
 
-def gamma(estimates: Array, scores: Array, *, clusters: bool) -> float:
-    """Goodman and Kruskal's γ between the provisional and the final scores of one request.
+def cluster_gamma(estimates: Array, scores: Array) -> float:
+    """γ over the pairs that k-means puts into different clusters by their provisional scores.
+
+    These are the pairs that cluster pruning decides about (*cluster-γ* of the GRATING paper). If the provisional
+    scores are all equal, there are no clusters and all pairs count.
 
     Args:
         estimates: float64 ``[N]``.
         scores: float64 ``[N]``.
-        clusters: Count only pairs of candidates that k-means puts into different clusters by their provisional
-            scores: the pairs that cluster pruning decides about (*cluster-γ* of the GRATING paper).
-
-    Returns:
-        (concordant − discordant) / (concordant + discordant) pairs; NaN if there are none.
     """
-    order = np.sign(estimates[:, None] - estimates) * np.sign(scores[:, None] - scores)
-    if clusters and np.ptp(estimates) > 0:
-        labels = _cluster(estimates, _CLUSTERS)
-        order = order[labels[:, None] != labels]
-    counted = np.abs(order).sum()
-    return float(order.sum() / counted) if counted else float("nan")
+    if np.ptp(estimates) == 0:
+        return gamma(estimates, scores)
+    labels = _cluster(estimates, _CLUSTERS)
+    return gamma(estimates, scores, labels[:, None] != labels)
 
 
 def mean_gammas(estimates: Array, scores: Array, *, clusters: bool) -> Array:
@@ -146,11 +143,9 @@ def mean_gammas(estimates: Array, scores: Array, *, clusters: bool) -> Array:
     Args:
         estimates: float64 ``[R, N, S]``.
         scores: float64 ``[R, N]``: final scores.
-        clusters: See :func:`gamma`.
+        clusters: Take :func:`cluster_gamma`.
     """
-    found = [
-        [gamma(seen, final, clusters=clusters) for seen in request.T]
-        for request, final in zip(estimates, scores, strict=True)
-    ]
+    one = cluster_gamma if clusters else gamma
+    found = [[one(seen, final) for seen in request.T] for request, final in zip(estimates, scores, strict=True)]
     means: Array = np.nanmean(np.array(found), axis=0)
     return means

@@ -243,7 +243,12 @@ def _summarise(groups: Sequence[Requests], margins: Margins, *, fitted: int, top
     policy = margins.policy(candidates, top_k, target=target, guarantee="share", exact=True)
     outcomes = [simulate(requests, top_k, drop=np.array(policy.drop), select=None) for requests in groups]
     gammas = [
-        np.concatenate([_gammas(requests, number) for requests in groups]) for number in range(len(margins.drop))
+        [
+            np.nan_to_num(gamma(estimates, scores))  # a request whose scores are all equal has none
+            for requests in groups
+            for estimates, scores in zip(requests.estimates[:, :, number], requests.scores, strict=True)
+        ]
+        for number in range(len(margins.drop))
     ]
     return Summary(
         fitted=fitted,
@@ -253,7 +258,7 @@ def _summarise(groups: Sequence[Requests], margins: Margins, *, fitted: int, top
         target=target,
         agreement=float(1 - np.concatenate([outcome.lost for outcome in outcomes]).mean()),
         compute_share=float(np.concatenate([outcome.compute_share for outcome in outcomes]).mean()),
-        gammas=tuple(float(found.mean()) for found in gammas),
+        gammas=tuple(float(np.mean(found)) for found in gammas),
     )
 
 
@@ -302,10 +307,19 @@ def _centred(values: Floats) -> Floats:
     return np.asarray(values - values.mean(1, keepdims=True))
 
 
-def _gammas(requests: Requests, number: int) -> NDArray[np.float64]:
-    """Goodman and Kruskal's γ between the estimates after a layer and the final scores, of each request."""
-    gammas = []
-    for estimates, scores in zip(requests.estimates[:, :, number], requests.scores, strict=True):
-        order = np.sign(estimates[:, None] - estimates) * np.sign(scores[:, None] - scores)
-        gammas.append(order.sum() / max(1, np.abs(order).sum()))
-    return np.array(gammas)
+def gamma(estimates: NDArray[Any], scores: NDArray[Any], pairs: NDArray[np.bool_] | None = None) -> float:
+    """Goodman and Kruskal's γ between two readings of the same candidates.
+
+    Args:
+        estimates: ``[N]``.
+        scores: ``[N]``.
+        pairs: bool ``[N, N]``, symmetric: the pairs that count; None for all.
+
+    Returns:
+        (concordant − discordant) / (concordant + discordant) pairs; NaN if there are none.
+    """
+    order = np.sign(estimates[:, None] - estimates) * np.sign(scores[:, None] - scores)
+    if pairs is not None:
+        order = order[pairs]
+    counted = np.abs(order).sum()
+    return float(order.sum() / counted) if counted else float("nan")
