@@ -218,7 +218,7 @@ class Reranker:
         prompt = find_prompt(template, str(model), directory, stored.family)
         window = find_window(directory, stored.window, max_length, usual_length(prompt, stored.family))
         plan = None if budget is None else make_plan(stored.sizes(window), budget)
-        identity = fingerprint(directory, None if adapter is None else find_model(str(adapter)), prompt)
+        identity = fingerprint(directory, None if stored.adapter is None else stored.adapter.directory, prompt)
         policy: PruningPolicy | ByLens
         if chosen is None:
             calibrated = find_lens(identity) if lens is None else open_lens(Path(lens).expanduser(), identity)

@@ -44,6 +44,7 @@ class GgufModel:
         self, path: Path, *, device: torch.device, dtype: torch.dtype, attention: str, adapter: Adapter | None
     ) -> None:
         self.directory = path
+        self.adapter = adapter
         self.device = device
         self._dtype = dtype
         self._module = _unpack(path, dtype=dtype, attn_implementation=attention)

@@ -53,7 +53,7 @@ class StoredModel:
         self.directory = directory
         self.device = device
         self._dtype = dtype
-        self._adapter = adapter
+        self.adapter = adapter
         self._config, self.family = read_config(directory)
         self._config._attn_implementation = attention
         with blaming_config(directory / "config.json"), construction, init_empty_weights(include_buffers=False):
@@ -130,7 +130,7 @@ class StoredModel:
 
     def _group(self, names: Iterable[str], dtype: torch.dtype) -> TensorGroup:
         tensors = {name: self._tensors[name] for name in names}
-        changes = {} if self._adapter is None else self._adapter.changes
+        changes = {} if self.adapter is None else self.adapter.changes
         return TensorGroup(self._checkpoint, tensors, dict.fromkeys(tensors, dtype), changes)
 
     def _answer_rows(self, answers: tuple[int, int | None]) -> TensorGroup:
@@ -165,7 +165,7 @@ class StoredModel:
             bytes_read=tuple(group.bytes_read for group in self._layers.values()),
             vocabulary=vocabulary,
             row=width * self._dtype.itemsize,
-            rest=sum(group.size for group in self._rest) + (self._adapter.size if self._adapter else 0),
+            rest=sum(group.size for group in self._rest) + (self.adapter.size if self.adapter else 0),
             converted=any(group.converts for group in self._layers.values()),
             hidden=width * self._dtype.itemsize,
             work=work_per_token(layer, width, self._dtype),
@@ -200,8 +200,8 @@ class StoredModel:
             else:
                 rows = self._row_cache(plan, meter)
                 self._module.set_submodule(self.family.embedding, rows)
-            if self._adapter is not None:
-                bind(self._module, {name: w.to(self.device) for name, w in self._adapter.weights.items()})
+            if self.adapter is not None:
+                bind(self._module, {name: w.to(self.device) for name, w in self.adapter.weights.items()})
         except CheckpointError as error:
             raise ModelNotFoundError(f"{error}; delete the file and fetch the model again") from error
         for module in self._module.modules():
