@@ -112,8 +112,8 @@ def calibrate_margins(groups: Sequence[Requests], spread: Array, *, show_progres
     bounds = np.zeros((len(MODES), len(GUARANTEES), len(cells), len(_FACTORS)))
     for index, (number, wanted) in enumerate(tqdm(cells, "Margins", unit="cell", disable=not show_progress)):
         some = [requests.first(number) for requests in groups if requests.scores.shape[1] >= number]
-        for mode, _ in enumerate(MODES):
-            bounds[mode, :, index] = _bounds(some, wanted, spread, estimated=bool(mode))
+        for mode, scores in enumerate(MODES):
+            bounds[mode, :, index] = _bounds(some, wanted, spread, estimated=scores == "estimated")
     return Margins(spread, spread, _FACTORS, np.array(cells), bounds)
 
 
