@@ -135,7 +135,8 @@ def _compared(query: Tensor, document: Tensor) -> list[Tensor]:
     """The product of every query token with its most similar document token, and cosines."""
     if not len(query) or not len(document):
         return [query.new_zeros(query.shape[1] + _SIMILARITIES, dtype=torch.float32)]
-    cosines = (normalize(query, dim=1) @ normalize(document, dim=1).T).float()
+    # In float32: kernels for bfloat16 are made for the shape they meet and kept, and every pair here has its own.
+    cosines = normalize(query.float(), dim=1) @ normalize(document.float(), dim=1).T
     best, match = cosines.max(1)
     product = _mean(query * document[match])
     length = torch.tensor(float(len(document)), device=query.device).log()
