@@ -1,5 +1,6 @@
 """grating: the reranking step of a RAG or agent-memory pipeline, fast and small."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from grating_core.errors import (
@@ -17,6 +18,7 @@ from grating_core.pruning import ClusterPolicy, Off, PruningPolicy, Route
 from grating_core.results import LayerTrace, RankedDocument, RerankResult, Trace
 
 if TYPE_CHECKING:
+    from grating_core.context import Passage, join_passages, select_context
     from grating_core.models.prompts import Prompt
     from grating_core.reranker import Reranker
 
@@ -31,6 +33,7 @@ __all__ = [
     "LensError",
     "ModelNotFoundError",
     "Off",
+    "Passage",
     "PolicyError",
     "Prompt",
     "PruningPolicy",
@@ -42,17 +45,22 @@ __all__ = [
     "SpillError",
     "Trace",
     "UnsupportedModelError",
+    "join_passages",
+    "select_context",
 ]
 
 
+# On first use: they bring in torch and transformers, which take seconds that `grating --help` should not.
+_LATE = {
+    "Passage": "context",
+    "Prompt": "models.prompts",
+    "Reranker": "reranker",
+    "join_passages": "context",
+    "select_context": "context",
+}
+
+
 def __getattr__(name: str) -> Any:
-    # On first use: they bring in torch and transformers, which take seconds that `grating --help` should not.
-    if name == "Reranker":
-        from grating_core.reranker import Reranker
-
-        return Reranker
-    if name == "Prompt":
-        from grating_core.models.prompts import Prompt
-
-        return Prompt
+    if name in _LATE:
+        return getattr(import_module(f"{__name__}.{_LATE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

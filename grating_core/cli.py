@@ -144,6 +144,50 @@ def explain(
 
 
 @app.command()
+def select(
+    context: typer.Context,
+    query: Query,
+    input: Annotated[
+        str, typer.Option("--input", "-i", help="File of a text or documents, or - for standard input.")
+    ],
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", help="Most tokens to print, by the model's count.")
+    ],
+    chunk_tokens: Annotated[int, typer.Option(help="About how many tokens a chunk has at most.")] = 256,
+    format: InputFormat = "auto",
+    field: Field = "text",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with positions, instead of text.")] = False,
+    model: Model = BUNDLED,
+    pruning: Pruning = "auto",
+    device: Device = None,
+    dtype: Dtype = "auto",
+    max_length: MaxLength = None,
+    template: TemplateName = None,
+    instruction: Instruction = None,
+    adapter: AdapterName = None,
+    memory_budget: Budget = None,
+    target: Target = 0.98,
+    guarantee: GuaranteeOf = "share",
+    lens: LensDirectory = None,
+) -> None:
+    """Print the passages of a long text that answer a question best, in their order, for a prompt."""
+    with _plain_errors():
+        texts = read_documents(input, format=format, field=field, plain="text")
+        with _err.status("Loading ..."):
+            from grating_core.context import join_passages, select_context
+            from grating_core.reranker import Reranker
+
+            with Reranker.from_pretrained(model, show_progress=True, **_settings(context)) as reranker:
+                passages = select_context(
+                    query, texts, reranker=reranker, max_tokens=max_tokens, chunk_tokens=chunk_tokens
+                )
+    if as_json:
+        _print_json({"query": query, "passages": [asdict(passage) for passage in passages]})
+    else:
+        typer.echo(join_passages(passages))
+
+
+@app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="Hub id, local directory or bundled name.")],
     memory_budget: Annotated[str, typer.Option(help="Memory it may take, such as 300MB.")],
@@ -300,7 +344,7 @@ def doctor() -> None:
     device = choose_device(None)
     dtype, reason = choose_dtype("auto", device)
     try:
-        bundled_source()
+        bundled_source(BUNDLED)
         bundled = "ready to be converted, or converted"
     except GratingError as error:
         bundled = str(error)
@@ -448,19 +492,8 @@ def _shortened(text: str) -> str:
 
 
 def _summary(query: str, result: RerankResult) -> dict[str, Any]:
-    trace = result.trace
-    return {
-        "query": query,
-        "ranking": [asdict(ranked) for ranked in result.ranking],
-        "compute_share": trace.compute_share,
-        "seconds": trace.seconds,
-        "truncated": trace.truncated,
-        "seconds_waited": trace.seconds_waited,
-        "bytes_read": trace.bytes_read,
-        "bytes_spilled": trace.bytes_spilled,
-        "embedding_hit_rate": trace.embedding_hit_rate,
-        "peak_memory": trace.peak_memory,
-    }
+    ranking = [asdict(ranked) for ranked in result.ranking]
+    return {"query": query, "ranking": ranking, **result.trace.summary()}
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Documents from a file or standard input: JSON Lines, CSV, or one per line."""
+"""Documents from a file or standard input: JSON Lines, CSV, one per line, or all of it as one."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
-Format = Literal["auto", "jsonl", "csv", "lines"]
+Format = Literal["auto", "jsonl", "csv", "lines", "text"]
 
 _BY_SUFFIX = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
 
 
-def read_documents(source: str, *, format: Format = "auto", field: str = "text") -> list[str]:
+def read_documents(
+    source: str, *, format: Format = "auto", field: str = "text", plain: Literal["lines", "text"] = "lines"
+) -> list[str]:
     """Read the documents to rerank.
 
     Args:
         source: A file's path, or ``-`` for standard input. UTF-8.
-        format: ``"jsonl"``: one JSON object a line; ``"csv"``: with a header; ``"lines"``: a document a line.
-            ``"auto"`` goes by the file's ending and, where that says nothing, takes text whose first line is a
-            JSON object for JSON Lines. Empty lines are passed over.
+        format: ``"jsonl"``: one JSON object a line; ``"csv"``: with a header; ``"lines"``: a document a line;
+            ``"text"``: all of it is one document. ``"auto"`` goes by the file's ending and, where that says
+            nothing, takes text whose first line is a JSON object for JSON Lines. Empty lines are passed over.
         field: The field of the JSON object, or the column of the CSV, that holds the text.
+        plain: What ``"auto"`` takes for the format of any other text.
 
     Raises:
         ValueError: The input is not what the format says; the message names the line.
@@ -34,14 +37,14 @@ def read_documents(source: str, *, format: Format = "auto", field: str = "text")
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is not UTF-8 text (byte {error.start}); convert it first") from error
-    chosen = _guess(source, text) if format == "auto" else format
+    chosen = _guess(source, text, plain) if format == "auto" else format
     return _READERS[chosen](text, field)
 
 
-def _guess(source: str, text: str) -> str:
+def _guess(source: str, text: str, plain: str) -> str:
     if (suffix := Path(source).suffix.lower()) in _BY_SUFFIX:
         return _BY_SUFFIX[suffix]
-    return "jsonl" if text.lstrip().startswith("{") else "lines"
+    return "jsonl" if text.lstrip().startswith("{") else plain
 
 
 def _numbered_lines(text: str) -> Iterable[tuple[int, str]]:
@@ -79,4 +82,5 @@ _READERS: dict[str, Callable[[str, str], list[str]]] = {
     "jsonl": _read_jsonl,
     "csv": _read_csv,
     "lines": _read_lines,
+    "text": lambda text, field: [text],
 }

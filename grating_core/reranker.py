@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import wraps
 from itertools import groupby
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
@@ -272,7 +272,6 @@ class Reranker:
                 reranker = _shared[key] = cls.from_pretrained(model, **settings)
             return reranker
 
-    @_for_a_caller
     def rerank(
         self,
         query: str,
@@ -300,10 +299,39 @@ class Reranker:
             ScoreError: The model gave a score that is not a finite number.
             RuntimeError: The reranker has been closed.
         """
+        return self._rerank(query, documents, top_k, scores)
+
+    async def arerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int = 10,
+        *,
+        scores: Literal["exact", "estimated"] = "exact",
+    ) -> RerankResult:
+        """:meth:`rerank` in a worker thread, so that the event loop goes on.
+
+        When the task is cancelled, the computing stops after the chunk it is at.
+        """
+        abandoned = Event()
+        try:
+            return await asyncio.to_thread(self._rerank, query, documents, top_k, scores, abandoned.is_set)
+        finally:
+            abandoned.set()
+
+    @_for_a_caller
+    def _rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int,
+        scores: Literal["exact", "estimated"],
+        pause: Callable[[], bool] | None = None,
+    ) -> RerankResult:
         started = perf_counter()
         model = self._model()
         documents = _checked_documents(documents)
-        _check_query(query)
+        check_query(query)
         _check_top_k(top_k)
         if scores not in ("exact", "estimated"):
             raise ValueError(f"scores={scores!r} must be 'exact' or 'estimated'")
@@ -315,7 +343,13 @@ class Reranker:
         peak = None if self.plan is None else PeakMemory(model.device)
         top_k, exact = min(top_k, len(batch)), scores == "exact"
         outcome = self._forward(
-            model, batch, top_k=top_k, exact=exact, peak=peak, **self._pruned_by(len(batch), top_k, exact)
+            model,
+            batch,
+            top_k=top_k,
+            exact=exact,
+            peak=peak,
+            pause=pause,
+            **self._pruned_by(len(batch), top_k, exact),
         )
         ranking = [
             RankedDocument(winner.index, winner.score, documents[winner.index], winner.estimated)
@@ -339,17 +373,6 @@ class Reranker:
             peak_memory=None if peak is None else peak.bytes,
         )
         return RerankResult(ranking, trace)
-
-    async def arerank(
-        self,
-        query: str,
-        documents: Sequence[str],
-        top_k: int = 10,
-        *,
-        scores: Literal["exact", "estimated"] = "exact",
-    ) -> RerankResult:
-        """:meth:`rerank` in a worker thread, so that the event loop goes on."""
-        return await asyncio.to_thread(self.rerank, query, documents, top_k, scores=scores)
 
     @_for_a_caller
     def score(self, pairs: Sequence[tuple[str, str]], *, show_progress: bool = False) -> list[float]:
@@ -385,6 +408,22 @@ class Reranker:
                 found += [winner.score for winner in sorted(outcome.winners, key=lambda w: w.index)]
                 bar.update(len(group))
         return found
+
+    def tail(self, text: str, tokens: int) -> str:
+        """The end of a text: its last tokens, as the model counts them, or all of it if it has no more.
+
+        A query that fills the window is refused; of a conversation the last words are what it is about.
+
+        Args:
+            text: A query, for instance.
+            tokens: How many to keep, 1 or more.
+
+        Raises:
+            ValueError: ``tokens`` is below 1.
+        """
+        if tokens < 1:
+            raise ValueError(f"tokens={tokens} must be 1 or more")
+        return self._template.tail(text, tokens)
 
     @property
     def lens(self) -> CalibratedLens | None:
@@ -506,6 +545,10 @@ class Reranker:
     def max_length(self) -> int:
         """Most tokens of a query and a document together."""
         return self._template.window
+
+    def count_tokens(self, text: str) -> int:
+        """How many tokens the model's tokenizer makes of a text, special tokens not counted."""
+        return self._template.count_tokens(text)
 
     def _model(self) -> CrossEncoder:
         if (model := self._loaded) is None:
@@ -675,7 +718,8 @@ def _check_promise(target: float, guarantee: str, lens: object, pruning: object)
         raise ValueError(f"lens={str(lens)!r} and pruning={pruning!r} exclude each other: a lens takes 'auto'")
 
 
-def _check_query(query: str) -> None:
+def check_query(query: str) -> None:
+    """Raise ``ValueError`` for a query that is not a string, or blank."""
     if not isinstance(query, str) or not query.strip():
         raise ValueError(f"query={query!r} must be a string that is not empty")
 

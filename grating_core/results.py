@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from grating_core.pruning import Route
 
@@ -93,6 +94,29 @@ class Trace:
         repeated = self.shared_prefix * (sum(self.windows) - 1)
         full = (sum(self.lengths) - repeated) * self.depth if self.lengths else 0
         return sum(layer.tokens for layer in self.layers) / full if full else 1.0
+
+    def summary(self) -> dict[str, Any]:
+        """What a log or a tracing tool shows of it: numbers and lists of numbers, as JSON can hold them.
+
+        Returns:
+            ``candidates`` and ``tokens`` (how many), ``alive`` (candidates computed, layer by layer),
+            ``compute_share``, and of the attributes ``depth``, ``truncated``, ``seconds``, ``seconds_waited``,
+            ``bytes_read``, ``bytes_spilled``, ``embedding_hit_rate`` and ``peak_memory``.
+        """
+        return {
+            "candidates": len(self.lengths),
+            "tokens": sum(self.lengths),
+            "depth": self.depth,
+            "alive": [len(layer.alive) for layer in self.layers if layer.layer > 0],
+            "compute_share": self.compute_share,
+            "truncated": list(self.truncated),
+            "seconds": self.seconds,
+            "seconds_waited": self.seconds_waited,
+            "bytes_read": self.bytes_read,
+            "bytes_spilled": self.bytes_spilled,
+            "embedding_hit_rate": self.embedding_hit_rate,
+            "peak_memory": self.peak_memory,
+        }
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,12 @@ class Template(Protocol):
             ValueError: The query alone fills the window.
         """
 
+    def count_tokens(self, text: str) -> int:
+        """How many tokens a text has by itself, without special tokens."""
+
+    def tail(self, text: str, tokens: int) -> str:
+        """The last tokens of a text, as text; all of it if it has no more."""
+
 
 class PairTemplate:
     """The template of encoder rerankers: both texts joined by the tokenizer's own special tokens.
@@ -105,10 +111,18 @@ class PairTemplate:
 
     def encode(self, query: str, documents: Sequence[str]) -> list[list[TokenisedPair]]:
         """See :meth:`Template.encode`."""
-        question = self._backend.encode(_encodable(query), add_special_tokens=False)
+        question = self._backend.encode(encodable(query), add_special_tokens=False)
         room = self.window - self._special_tokens - len(question)
         _check_room(room, len(question), self.window)
         return [self._windows(question, body, room) for body in _encodings(self._backend, documents)]
+
+    def count_tokens(self, text: str) -> int:
+        """See :meth:`Template.count_tokens`."""
+        return _count_tokens(self._backend, text)
+
+    def tail(self, text: str, tokens: int) -> str:
+        """See :meth:`Template.tail`."""
+        return _tail(self._backend, text, tokens)
 
     def _windows(self, question: Any, body: Any, room: int) -> list[TokenisedPair]:
         long = len(body) > room
@@ -158,7 +172,7 @@ class PromptTemplate:
             raise ValueError(f"instruction={instruction!r}: the template has no slot {{instruction}} for it")
         self._backend = backend
         self._prompt = prompt
-        self._instruction = None if instruction is None else _encodable(instruction)
+        self._instruction = None if instruction is None else encodable(instruction)
         self._long_documents = long_documents
         self.window = window
         self.answers = None
@@ -174,7 +188,7 @@ class PromptTemplate:
 
     def encode(self, query: str, documents: Sequence[str]) -> list[list[TokenisedPair]]:
         """See :meth:`Template.encode`."""
-        query = _encodable(query)
+        query = encodable(query)
         tokens = len(self._ids(query))
         before, head, after = self._around(query)
         empty_before, empty_head, empty_after = self._around("")
@@ -191,6 +205,14 @@ class PromptTemplate:
             _check_room(room, tokens, self.window)
             found.append(self._windows(fixed, body.ids[start:], after, room, asked))
         return found
+
+    def count_tokens(self, text: str) -> int:
+        """See :meth:`Template.count_tokens`."""
+        return _count_tokens(self._backend, text)
+
+    def tail(self, text: str, tokens: int) -> str:
+        """See :meth:`Template.tail`."""
+        return _tail(self._backend, text, tokens)
 
     def _windows(
         self, before: list[int], text: list[int], after: list[int], room: int, asked: tuple[Span, Span]
@@ -253,11 +275,21 @@ def _overlap(room: int) -> int:
 def _encodings(backend: Tokenizer, texts: Sequence[str]) -> Iterator[Any]:
     """The encoding of each text; a few at a time, for they are ten times as large as the token ids in them."""
     for start in range(0, len(texts), _GROUP):
-        group = [_encodable(text) for text in texts[start : start + _GROUP]]
+        group = [encodable(text) for text in texts[start : start + _GROUP]]
         yield from backend.encode_batch(group, add_special_tokens=False)
 
 
-def _encodable(text: str) -> str:
+def _count_tokens(backend: Tokenizer, text: str) -> int:
+    # The fast one keeps no positions, which would take most of the memory.
+    return len(backend.encode_batch_fast([encodable(text)], add_special_tokens=False)[0])
+
+
+def _tail(backend: Tokenizer, text: str, tokens: int) -> str:
+    offsets = backend.encode(encodable(text), add_special_tokens=False).offsets
+    return text if len(offsets) <= tokens else text[offsets[-tokens][0] :]
+
+
+def encodable(text: str) -> str:
     """Half characters (lone surrogates, as broken JSON leaves them) become question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")
 

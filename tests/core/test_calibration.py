@@ -61,6 +61,7 @@ def test_a_lens_for_any_model(how: str, budget: str | None, tmp_path: Path, spil
         assert ranked.score == pytest.approx(full[ranked.index], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_lens_sees_what_the_head_does_not(bundled: Reranker, tmp_path: Path, spill_directory: Path) -> None:
     passages = [" ".join(passage.split()[:40]) for passage in load_passages()]
     calibrated = bundled.calibrate(passages, candidates=10, top_k=3, requests=60, output=tmp_path / "lens")

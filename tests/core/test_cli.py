@@ -31,9 +31,8 @@ def grating(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str
 def test_help_names_every_command() -> None:
     shown = grating("--help")
     assert shown.returncode == 0
-    assert all(
-        command in shown.stdout for command in ("rerank", "explain", "calibrate", "plan", "models", "doctor")
-    )
+    commands = ("rerank", "explain", "select", "calibrate", "plan", "models", "doctor")
+    assert all(command in shown.stdout for command in commands)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +60,28 @@ def test_rerank_prints_a_table_from_standard_input() -> None:
     assert "3,520,031" in done.stdout
     assert "Metropolitan" not in done.stdout
     assert "compute share" in done.stdout
+
+
+def test_select_prints_passages_of_a_text(tmp_path: Path) -> None:
+    bread = "Bread rises because yeast turns sugar into carbon dioxide.\n"
+    path = tmp_path / "book.txt"
+    path.write_text("\n".join([*[bread] * 9, DOCUMENTS[1] + "\n", *[bread] * 9]), encoding="utf-8")
+    asked = ("select", "-q", QUERY, "-i", str(path), "-n", "20", "--chunk-tokens", "20")
+    done = grating(*asked)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == DOCUMENTS[1] + "\n"
+    (passage,) = json.loads(grating(*asked, "--json").stdout)["passages"]
+    assert path.read_text(encoding="utf-8")[passage["start"] : passage["end"]] == passage["text"] == DOCUMENTS[1]
+    assert (passage["document"], passage["tokens"]) == (0, 16)
+
+
+def test_select_takes_documents_and_tells_of_bad_input() -> None:
+    documents = "\n".join(json.dumps({"text": text}) for text in DOCUMENTS)
+    done = grating("select", "-q", QUERY, "-i", "-", "-n", "20", "--json", stdin=documents)
+    assert [passage["document"] for passage in json.loads(done.stdout)["passages"]] == [1]
+    done = grating("select", "-q", QUERY, "-i", "-", "-n", "0", stdin="text")
+    assert done.returncode == 2
+    assert "max_tokens=0" in done.stderr
 
 
 def test_explain_shows_every_layer_and_draws_a_picture(tmp_path: Path) -> None:

@@ -21,6 +21,14 @@ def test_json_lines_are_known_by_their_content(tmp_path: Path) -> None:
     assert read_documents(written(tmp_path, "data", '\ufeff{"text": "a\\nb"}\n\n{"text": ""}\n')) == ["a\nb", ""]
 
 
+def test_what_is_not_structured_is_lines_or_one_text(tmp_path: Path) -> None:
+    text = "one\n\ntwo\r\n"
+    path = written(tmp_path, "d.txt", text)
+    assert read_documents(path) == ["one", "two"]
+    assert read_documents(path, plain="text") == read_documents(path, format="text") == [text]
+    assert read_documents(written(tmp_path, "d", '{"text": "a"}'), plain="text") == ["a"]
+
+
 def test_csv_with_line_breaks_and_long_fields(tmp_path: Path) -> None:
     long = "word " * 50_000
     assert read_documents(written(tmp_path, "d.csv", f'n,text\n1,"a\nb"\n2,{long}\n3\n')) == ["a\nb", long, ""]

@@ -8,9 +8,10 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from grating_core import ClusterPolicy, Reranker
+from grating_core import ClusterPolicy, Reranker, Route
 from tests.core.conftest import BUNDLED
 from tests.core.parity import load
 
@@ -155,6 +156,34 @@ async def test_arerank_leaves_the_event_loop_free(bundled: Reranker) -> None:
     await bundled.arerank(QUERY, [" ".join(DOCUMENTS) * 5] * 20)
     heart.cancel()
     assert beats > 5
+
+
+class StandsStill:
+    """After the first layer it waits to be let go."""
+
+    def __init__(self) -> None:
+        self.reached, self.go, self.layers = threading.Event(), threading.Event(), []
+
+    def route(self, layer: int, scores: np.ndarray, top_k: int) -> list[Route]:
+        self.layers.append(layer)
+        self.reached.set()
+        assert self.go.wait(30)
+        return [Route.DEFERRED] * len(scores)
+
+
+async def test_a_cancelled_arerank_stops_computing(tiny_bert: Path) -> None:
+    policy = StandsStill()
+    with load(tiny_bert, pruning=policy) as reranker, ThreadPoolExecutor(1) as one:
+        asyncio.get_running_loop().set_default_executor(one)
+        task = asyncio.create_task(reranker.arerank("w1", ["w2", "w3"], top_k=1))
+        while not policy.reached.is_set():
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        policy.go.set()
+        result = await reranker.arerank("w1", ["w2", "w3"], top_k=1)  # once the only thread is free again
+    assert policy.layers == [1, *range(1, result.trace.depth)]
 
 
 def test_a_closed_reranker_says_so(tiny_bert: Path) -> None:

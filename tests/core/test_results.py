@@ -1,6 +1,7 @@
 """The record of a rerank, made by hand; tests of the reranker check the real ones."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -29,6 +30,17 @@ def test_compute_share_counts_tokens_times_layers(layers: list[LayerTrace], shar
 
 def test_nothing_to_compute_is_a_share_of_one() -> None:
     assert Trace((), depth=12, lengths=(), truncated=(), seconds=0.0).compute_share == 1.0
+
+
+def test_the_summary_is_json_and_counts_candidates() -> None:
+    layers = (layer(0, 0, 1, 2, tokens=0), layer(1, 0, 2, tokens=9), layer(2, 2, tokens=5))
+    trace = Trace(layers, depth=2, lengths=(4, 6, 5), truncated=(1,), seconds=0.5, bytes_read=7)
+    summary = trace.summary()
+    assert json.loads(json.dumps(summary)) == summary
+    assert summary["alive"] == [2, 1]
+    assert summary["compute_share"] == trace.compute_share
+    assert (summary["candidates"], summary["tokens"], summary["truncated"]) == (3, 15, [1])
+    assert (summary["seconds"], summary["bytes_read"], summary["peak_memory"]) == (0.5, 7, None)
 
 
 def test_results_are_values() -> None:

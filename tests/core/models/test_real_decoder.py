@@ -80,7 +80,7 @@ def merge(model: nn.Module, adapter: Path, scale: float) -> None:
             weight += scale * tensors[name.replace("lora_A", "lora_B")].float() @ down.float()
 
 
-@pytest.mark.parametrize("how", ["gguf", "resident", "budget"])
+@pytest.mark.parametrize("how", [pytest.param("gguf", marks=pytest.mark.slow), "resident", "budget"])
 def test_scores_equal_transformers(gguf: Path, base: Path, adapter: Path, expected: list[float], how: str) -> None:
     settings = {"memory_budget": "200MB", "max_length": 512} if how == "budget" else {}
     reranker = load(gguf if how == "gguf" else base, template=PROMPT, adapter=adapter, **settings)
@@ -95,6 +95,7 @@ def test_scores_equal_transformers(gguf: Path, base: Path, adapter: Path, expect
     reranker.close()
 
 
+@pytest.mark.slow
 def test_the_instruct_model_alone_is_asked_in_its_chat_format(gguf: Path, base: Path) -> None:
     scores = [load(directory).score([(QUERY, text) for text in DOCUMENTS]) for directory in (gguf, base)]
     assert scores[0] == pytest.approx(scores[1], abs=TOLERANCE)

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from grating_core import Reranker
+from grating_core import Prompt, Reranker
 from grating_core.models.templates import find_window, load_template
 from tests.core.conftest import WINDOW, WORDS, save_tokenizer
+from tests.core.models.test_decoders import save_decoder
 
 TEXT = st.lists(st.sampled_from([*WORDS[:20], "unknown", "🎉"]), max_size=150).map(" ".join)
 
@@ -53,3 +54,24 @@ def test_a_query_that_fills_the_window_is_refused(directory: Path) -> None:
 def test_max_length_must_fit_the_model(directory: Path, max_length: int) -> None:
     with pytest.raises(ValueError, match=f"max_length={max_length} "):
         find_window(directory, WINDOW, max_length)
+
+
+def test_the_tail_of_a_text(bundled: Reranker) -> None:
+    text = "Naïve 東京 talk. \ud800 🎉 What do bees eat?"
+    assert bundled.tail(text, 5) == "What do bees eat?"
+    assert bundled.tail(text, 1) == "?"
+    assert bundled.tail(text, 100) == text
+    assert bundled.tail("", 1) == ""
+    with pytest.raises(ValueError, match="tokens=0"):
+        bundled.tail(text, 0)
+    rest = bundled.tail("word " * 600 + "What do bees eat?", 256)
+    assert rest.split() == ["word"] * 251 + ["What", "do", "bees", "eat?"]
+    assert bundled.rerank(rest, ["Pollen and nectar."]).trace.truncated == ()
+
+
+def test_the_tail_as_a_decoders_tokenizer_counts(tmp_path: Path) -> None:
+    prompt = Prompt(("<s>", "{query} {document}"), yes="w3", no="w4")
+    model = Reranker.from_pretrained(
+        save_decoder(tmp_path, "qwen3"), template=prompt, dtype="float32", device="cpu"
+    )
+    assert model.tail("w1 w2 w3", 2) == "w2 w3"

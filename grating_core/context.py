@@ -1,0 +1,246 @@
+"""Long texts cut down to what answers a query, within a budget of tokens."""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
+
+from semantic_text_splitter import TextSplitter
+
+from grating_core.models.templates import encodable
+from grating_core.reranker import Reranker, check_query
+
+CountTokens = Callable[[str], int]
+
+_FEW = 10_000  # tokens that are counted at no cost worth mentioning
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A part of one of the caller's documents, or all of it.
+
+    Attributes:
+        document: Index of the document in the caller's list; 0 if that was a single text.
+        start: Its first character in the document.
+        end: The character after its last: ``documents[document][start:end] == text``.
+        text: The passage.
+        score: The model's relevance score of the best chunk in it: a raw logit, higher is more relevant. None if
+            everything fitted, and there was nothing to judge.
+        tokens: How many tokens it has.
+    """
+
+    document: int
+    start: int
+    end: int
+    text: str
+    score: float | None
+    tokens: int
+
+
+def select_context(
+    query: str,
+    text_or_documents: str | Sequence[str],
+    *,
+    reranker: Reranker,
+    max_tokens: int,
+    chunk_tokens: int = 256,
+    count_tokens: CountTokens | None = None,
+) -> list[Passage]:
+    """Cut long texts down to the passages that answer a query best and fit into a prompt together.
+
+    The texts are divided into chunks where they divide naturally: between paragraphs, else between lines, between
+    sentences or between words. The reranker finds the best of them, as many as fill the budget if they are of
+    average length. These are kept one after the other; one for which there is no room is passed over. If all of it
+    fits, all of it is returned and nothing is computed.
+
+    Args:
+        query: The question; not empty.
+        text_or_documents: A text, or several, whose order is kept.
+        reranker: What judges the chunks. All of them go through the model together: for texts of megabytes give it
+            a ``memory_budget``.
+        max_tokens: Most tokens of all that is returned, as :func:`join_passages` joins it.
+        chunk_tokens: About how many tokens a chunk has at most. A chunk is kept or left out as a whole.
+        count_tokens: Says how many tokens a text has. Take the tokenizer of the model that will read the prompt;
+            with tiktoken ``lambda text: len(encoding.encode_ordinary(text))``. None for the reranker's.
+
+    Returns:
+        Passages in the order of the texts, without overlap; chunks that adjoin are one passage. None at all if the
+        texts are blank, or if ``max_tokens`` is too few for any of their characters.
+
+    Raises:
+        ValueError: An argument is not usable; the message names it. Raised before any computing.
+        ScoreError: The model gave a score that is not a finite number.
+        RuntimeError: The reranker has been closed.
+
+    Example:
+        .. code-block:: python
+
+            passages = select_context("Who did it?", book, reranker=reranker, max_tokens=4000)
+            prompt = join_passages(passages) + " Who did it?"
+    """
+    check_query(query)
+    texts = _checked_texts(text_or_documents)
+    if not isinstance(reranker, Reranker):
+        raise ValueError(f"reranker={reranker!r} must be a Reranker, as Reranker.from_pretrained makes it")
+    _check_sizes(max_tokens, chunk_tokens, reranker)
+    count = reranker.count_tokens if count_tokens is None else _checked_counter(count_tokens, query)
+    source = _Source(texts, count)
+    if (everything := source.everything(max_tokens)) is not None:
+        return everything
+    chunks = list(source.chunks(min(chunk_tokens, max_tokens), max_tokens))
+    if not chunks:
+        return []
+    # Pruning has to know how many are wanted. The best are seldom shorter than the average, so that these fill the
+    # budget. Were more asked for, less could be pruned, and the last gap be filled with anything that is short.
+    top_k = -(-max_tokens * len(chunks) // max(1, sum(chunk.tokens for chunk in chunks)))
+    ranking = reranker.rerank(query, [chunk.text for chunk in chunks], top_k).ranking
+    kept = source.fill([replace(chunks[best.index], score=best.score) for best in ranking], max_tokens)
+    # A whole may have a few more tokens than its parts.
+    while not source.fit(passages := source.merged(kept), max_tokens):
+        kept.pop()
+    return passages
+
+
+def join_passages(passages: Iterable[Passage]) -> str:
+    """The passages as one text for a prompt; where something is left out within a document it says ``[…]``.
+
+    Args:
+        passages: From :func:`select_context`, in their order.
+    """
+    passages = list(passages)
+    rest = [_separator(before, after) + after.text for before, after in pairwise(passages)]
+    return "".join([passage.text for passage in passages[:1]] + rest)
+
+
+def _separator(before: Passage, after: Passage) -> str:
+    return "\n\n[…]\n\n" if before.document == after.document else "\n\n"
+
+
+def _place(passage: Passage) -> tuple[int, int]:
+    return passage.document, passage.start
+
+
+class _Source:
+    """The caller's texts, and the counting of their tokens."""
+
+    def __init__(self, texts: list[str], count: CountTokens) -> None:
+        self._texts = texts
+        self._count = count
+        nothing = count("")  # some count special tokens
+        self._word_tokens = cache(lambda word: max(0, count(word) - nothing))
+        self._gap_tokens = cache(count)
+
+    def everything(self, max_tokens: int) -> list[Passage] | None:
+        """All texts that are not blank, if they fit."""
+        # To count a book in one piece takes a hundred times its memory, so that is left to texts that may fit.
+        if sum(map(self._estimate, self._texts)) > 2 * max_tokens + _FEW:
+            return None
+        whole = [self._cut(index, 0, len(text)) for index, text in enumerate(self._texts) if text.strip()]
+        return whole if self.fit(whole, max_tokens) else None
+
+    def chunks(self, chunk_tokens: int, max_tokens: int) -> Iterator[Passage]:
+        """The texts in pieces of about ``chunk_tokens`` tokens at most, and never more than ``max_tokens``."""
+        coarse = TextSplitter.from_callback(self._estimate, chunk_tokens)
+        fine = TextSplitter.from_callback(self._count, max_tokens)
+        for document, text in enumerate(self._texts):
+            for start, chunk in coarse.chunk_indices(encodable(text)):
+                if (passage := self._cut(document, start, start + len(chunk))).tokens <= max_tokens:
+                    yield passage
+                    continue
+                # It was estimated too low. A character that alone is too large is left out.
+                for offset, piece in fine.chunk_indices(chunk):
+                    passage = self._cut(document, start + offset, start + offset + len(piece))
+                    if passage.tokens <= max_tokens:
+                        yield passage
+
+    def fill(self, ranked: Iterable[Passage], max_tokens: int) -> list[Passage]:
+        """Those of the chunks, best first, for which there is room beside the better ones."""
+        kept: list[Passage] = []
+        in_order: list[Passage] = []
+        used = 0
+        for chunk in ranked:
+            place = bisect(in_order, _place(chunk), key=_place)
+            left, right = in_order[max(0, place - 1) : place], in_order[place : place + 1]
+            added = chunk.tokens + self._gaps([*left, chunk, *right]) - self._gaps([*left, *right])
+            if used + added <= max_tokens:
+                used += added
+                in_order.insert(place, chunk)
+                kept.append(chunk)
+        return kept
+
+    def merged(self, chunks: Iterable[Passage]) -> list[Passage]:
+        """The chunks in the order of the texts; those that adjoin have become one passage."""
+        runs: list[list[Passage]] = []
+        for chunk in sorted(chunks, key=_place):
+            if runs and self._adjoin(runs[-1][-1], chunk):
+                runs[-1].append(chunk)
+            else:
+                runs.append([chunk])
+        return [
+            self._cut(run[0].document, run[0].start, run[-1].end, max(c.score for c in run if c.score is not None))
+            for run in runs
+        ]
+
+    def fit(self, passages: list[Passage], max_tokens: int) -> bool:
+        """Whether the passages are within the budget, joined as well as by themselves."""
+        sizes = [passage.tokens for passage in passages]
+        return not passages or max(sum(sizes), self._count(join_passages(passages))) <= max_tokens
+
+    def _cut(self, document: int, start: int, end: int, score: float | None = None) -> Passage:
+        text = self._texts[document][start:end]
+        return Passage(document, start, end, text, score, self._count(text))
+
+    def _estimate(self, text: str) -> int:
+        """The count, but words are counted by themselves and each once: a splitter asks often."""
+        return sum(map(self._word_tokens, text.split()))
+
+    def _gaps(self, chunks: list[Passage]) -> int:
+        """Tokens of what stands between chunks that follow each other."""
+        return sum(
+            self._gap_tokens(
+                self._texts[before.document][before.end : after.start]
+                if self._adjoin(before, after)
+                else _separator(before, after)
+            )
+            for before, after in pairwise(chunks)
+        )
+
+    def _adjoin(self, before: Passage, after: Passage) -> bool:
+        """Whether there is only white space between them, with which no chunk begins or ends."""
+        between = self._texts[before.document][before.end : after.start]
+        return before.document == after.document and not between.strip()
+
+
+def _checked_texts(text_or_documents: str | Sequence[str]) -> list[str]:
+    if isinstance(text_or_documents, str):
+        return [text_or_documents]
+    try:
+        texts = list(text_or_documents)
+    except TypeError as error:
+        raise ValueError(f"text_or_documents must be a text or a list of texts: {error}") from error
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"text_or_documents[{index}] is a {type(text).__name__}, not a string")
+    return texts
+
+
+def _check_sizes(max_tokens: int, chunk_tokens: int, reranker: Reranker) -> None:
+    for name, tokens in (("max_tokens", max_tokens), ("chunk_tokens", chunk_tokens)):
+        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+            raise ValueError(f"{name}={tokens!r} must be a whole number, 1 or more")
+    if chunk_tokens > reranker.max_length:
+        raise ValueError(
+            f"chunk_tokens={chunk_tokens} is more than the reranker reads, {reranker.max_length} tokens with the "
+            f"query; use fewer"
+        )
+
+
+def _checked_counter(count_tokens: CountTokens, query: str) -> CountTokens:
+    if not callable(count_tokens):
+        raise ValueError(f"count_tokens={count_tokens!r} must be a function of a text, or None")
+    if not isinstance(tokens := count_tokens(query), int):
+        raise ValueError(f"count_tokens must return a whole number, not a {type(tokens).__name__}")
+    return lambda text: count_tokens(encodable(text))
