@@ -55,7 +55,12 @@ def documents():
 
 
 @pytest.fixture
-def retriever(documents):
+def store(documents):
     store = InMemoryVectorStore(HashedWords())
     store.add_documents(documents)
+    return store
+
+
+@pytest.fixture
+def retriever(store):
     return store.as_retriever(search_kwargs={"k": 6})

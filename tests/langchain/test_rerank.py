@@ -112,6 +112,8 @@ async def test_empty_query(compressor, documents, query):
         ("top_n", 0),
         ("top_n", -1),
         ("top_n", "many"),
+        ("score_threshold", float("nan")),
+        ("score_threshold", "high"),
         ("scores", "guessed"),
         ("pruning", "wild"),
         ("device", "abacus"),
@@ -148,12 +150,41 @@ def test_same_settings_share_one_model(model, reranker):
     assert GratingRerank(reranker=reranker).reranker is reranker
 
 
-def test_serialises_to_its_settings(model, reranker):
-    compressor = GratingRerank(model=model, top_n=2, pruning="off")
-    copy = GratingRerank.model_validate_json(compressor.model_dump_json())
-    assert copy == compressor
-    assert copy.reranker is compressor.reranker
-    assert GratingRerank(reranker=reranker).model_dump()["model"] == str(reranker.model_path)
+def test_top_n_none_keeps_all_in_order(reranker, documents):
+    ranked = GratingRerank(reranker=reranker, top_n=None).compress_documents(documents, QUERY)
+    assert found(ranked) == expected(reranker, documents, len(documents))
+    assert GratingRerank(reranker=reranker, top_n=None).compress_documents([], QUERY) == []
+
+
+async def test_what_scores_below_the_threshold_is_left_out(reranker, documents):
+    wanted = expected(reranker, documents, 4)
+    threshold = wanted[1][1]  # what scores just that stays
+    compressor = GratingRerank(reranker=reranker, top_n=4, score_threshold=threshold)
+    assert found(compressor.compress_documents(documents, QUERY)) == wanted[:2]
+    assert found(await compressor.acompress_documents(documents, QUERY)) == wanted[:2]
+    compressor.score_threshold = 1000.0
+    assert compressor.compress_documents(documents, QUERY) == []
+    compressor.score_threshold = 0.0  # a logit like any other, not "off"
+    assert found(compressor.compress_documents(documents, QUERY)) == [pair for pair in wanted if pair[1] >= 0]
+
+
+def test_estimates_are_not_compared_with_a_threshold(model):
+    with pytest.raises(ValueError, match=r"score_threshold=-3\.0 and scores='estimated' exclude each other"):
+        GratingRerank(model=model, scores="estimated", score_threshold=-3.0)
+
+
+def test_metadata_with_a_prefix(model, documents):
+    compressor = GratingRerank(
+        model=model, pruning=FirstIsSure(), scores="estimated", top_n=2, prefix_metadata="grating_"
+    )
+    first, second = compressor.compress_documents(documents, QUERY)
+    assert first.metadata.keys() == {
+        "source",
+        "tags",
+        "grating_relevance_score",
+        "grating_relevance_score_estimated",
+    }
+    assert second.metadata.keys() == {"source", "tags", "grating_relevance_score"}
 
 
 def test_settings_of_pruning_reach_the_reranker(model):
@@ -228,3 +259,14 @@ def test_a_decoder_with_its_own_question(documents, tmp_path):
         tmp_path, template=prompt, instruction="w5", dtype="float32", device="cpu"
     ) as reranker:
         assert scores == pytest.approx(reranker.score([("w6 w7", text.page_content) for text in found]), abs=1e-4)
+
+
+async def test_of_a_long_query_the_end_is_used(model, documents):
+    compressor = GratingRerank(model=model, top_n=3, pruning="off")
+    question = "How many people live in Berlin?"
+    long = "Some words that were said before. " * 200 + question
+    kept = compressor.compress_documents(documents, long)
+    assert kept == await compressor.acompress_documents(documents, long)
+    assert compressor.rerank(documents, long)[0]["relevance_score"] == kept[0].metadata["relevance_score"]
+    last = GratingRerank(model=model, top_n=3, pruning="off", max_query_tokens=7)
+    assert last.compress_documents(documents, long) == compressor.compress_documents(documents, question)

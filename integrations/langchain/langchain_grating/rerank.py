@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
-from pydantic import Field
+from langchain_core.runnables import RunnableConfig, RunnableLambda
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
-from grating_core import RankedDocument
+from grating_core import RankedDocument, RerankResult
 from langchain_grating.settings import RerankerSettings
+
+logger = logging.getLogger(__name__)
 
 
 class GratingRerank(RerankerSettings, BaseDocumentCompressor):
@@ -18,6 +23,9 @@ class GratingRerank(RerankerSettings, BaseDocumentCompressor):
 
     Each is a copy of the caller's document with ``relevance_score`` in its metadata, and
     ``relevance_score_estimated`` where the score is an estimate (only with ``scores="estimated"``).
+
+    In LangChain's callbacks it is a chain of its own name, within whatever run it is called from, whose outputs
+    are the documents and the ``trace``: :meth:`grating_core.Trace.summary`.
 
     Example:
         .. code-block:: python
@@ -28,11 +36,33 @@ class GratingRerank(RerankerSettings, BaseDocumentCompressor):
             )
     """
 
-    top_n: int = Field(default=3, ge=1, description="How many documents to keep.")
+    top_n: int | None = Field(default=3, ge=1, description="How many documents to keep; None for all, reordered.")
     scores: Literal["exact", "estimated"] = Field(
         default="exact",
         description="'exact': as the full model's. 'estimated': sure winners stop early, which is faster.",
     )
+    score_threshold: float | None = Field(
+        default=None,
+        allow_inf_nan=False,
+        description="Documents with a lower score are left out. A raw logit, that of a probability p is "
+        "log(p / (1 - p)). Only with exact scores: the level of an estimate may be off.",
+    )
+    max_query_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Of a query with more tokens the end is kept, where a conversation's last words are; None for "
+        "half of what the model can read.",
+    )
+    prefix_metadata: str = Field(default="", description="What the names of the metadata written here begin with.")
+
+    @model_validator(mode="after")
+    def _check_threshold(self) -> Self:
+        if self.score_threshold is not None and self.scores == "estimated":
+            raise ValueError(
+                f"score_threshold={self.score_threshold} and scores='estimated' exclude each other: the level of "
+                f"an estimate may be off. Use scores='exact'"
+            )
+        return self
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
@@ -42,7 +72,7 @@ class GratingRerank(RerankerSettings, BaseDocumentCompressor):
         Args:
             documents: The candidates; left as they are.
             query: The question; not empty.
-            callbacks: Not used.
+            callbacks: Who is told of the run; None for those of the run that it is called from.
 
         Returns:
             Copies of the best ``top_n``, best first.
@@ -50,22 +80,103 @@ class GratingRerank(RerankerSettings, BaseDocumentCompressor):
         Raises:
             ValueError: The query is empty.
         """
-        texts = [document.page_content for document in documents]
-        result = self.reranker.rerank(query, texts, self.top_n, scores=self.scores)
-        return [_with_score(documents[ranked.index], ranked) for ranked in result.ranking]
+        given = {"query": query, "documents": documents}
+        kept: list[Document] = self._run.invoke(given, self._config(callbacks))["documents"]
+        return kept
 
     async def acompress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> list[Document]:
-        """:meth:`compress_documents` without blocking the event loop."""
-        texts = [document.page_content for document in documents]
-        result = await self.reranker.arerank(query, texts, self.top_n, scores=self.scores)
-        return [_with_score(documents[ranked.index], ranked) for ranked in result.ranking]
+        """:meth:`compress_documents` without blocking the event loop; cancelled, it stops computing."""
+        given = {"query": query, "documents": documents}
+        kept: list[Document] = (await self._run.ainvoke(given, self._config(callbacks)))["documents"]
+        return kept
+
+    def rerank(
+        self,
+        documents: Sequence[str | Document | Mapping[str, Any]],
+        query: str,
+        *,
+        rank_fields: Sequence[str] | None = None,
+        top_n: int | None = -1,
+    ) -> list[dict[str, Any]]:
+        """Rank documents as the method of this name of ``CohereRerank`` and ``JinaRerank`` does.
+
+        Args:
+            documents: Texts, documents, or mappings, of which a line per field is read.
+            query: The question; not empty.
+            rank_fields: The fields of mappings to read, in this order; None for all.
+            top_n: How many to return; None for all, -1 for the object's ``top_n``.
+
+        Returns:
+            For each of the best its ``index`` in ``documents`` and ``relevance_score``, best first.
+
+        Raises:
+            ValueError: The query is empty, a document is none of these, or ``top_n`` is none of these.
+        """
+        if top_n is not None and top_n < 1 and top_n != -1:
+            raise ValueError(f"top_n={top_n} must be 1 or more, None for all, or -1 for the object's")
+        texts = [_text(document, rank_fields) for document in documents]
+        top_k = _top_k(self.top_n if top_n == -1 else top_n, texts)
+        result = self.reranker.rerank(self._asked(query), texts, top_k, scores=self.scores)
+        return [{"index": ranked.index, **_scores(ranked)} for ranked in self._kept(result)]
+
+    @property
+    def _run(self) -> RunnableLambda[dict[str, Any], dict[str, Any]]:
+        # A Runnable tells the callbacks of inputs, outputs and errors, and finds the run that it is called from.
+        return RunnableLambda(self._compress, self._acompress, name=type(self).__name__)
+
+    def _config(self, callbacks: Callbacks | None) -> RunnableConfig:
+        return {"callbacks": callbacks, "metadata": {"model": self.model, "top_n": self.top_n}}
+
+    def _compress(self, given: dict[str, Any]) -> dict[str, Any]:
+        texts = [document.page_content for document in given["documents"]]
+        top_k = _top_k(self.top_n, texts)
+        result = self.reranker.rerank(self._asked(given["query"]), texts, top_k, scores=self.scores)
+        return self._outputs(given["documents"], result)
+
+    async def _acompress(self, given: dict[str, Any]) -> dict[str, Any]:
+        texts = [document.page_content for document in given["documents"]]
+        top_k = _top_k(self.top_n, texts)
+        result = await self.reranker.arerank(self._asked(given["query"]), texts, top_k, scores=self.scores)
+        return self._outputs(given["documents"], result)
+
+    def _asked(self, query: str) -> str:
+        tokens = self.max_query_tokens or self.reranker.max_length // 2
+        asked = self.reranker.tail(query, tokens)
+        if asked != query:
+            logger.info("the query has %d characters; its last %d tokens are used", len(query), tokens)
+        return asked
+
+    def _outputs(self, documents: Sequence[Document], result: RerankResult) -> dict[str, Any]:
+        kept = [self._with_score(documents[ranked.index], ranked) for ranked in self._kept(result)]
+        return {"documents": kept, "trace": result.trace.summary()}
+
+    def _kept(self, result: RerankResult) -> list[RankedDocument]:
+        threshold = self.score_threshold
+        return [ranked for ranked in result.ranking if threshold is None or ranked.score >= threshold]
+
+    def _with_score(self, document: Document, ranked: RankedDocument) -> Document:
+        metadata = dict(document.metadata)
+        metadata.pop(f"{self.prefix_metadata}relevance_score_estimated", None)  # an earlier reranking's
+        metadata |= {f"{self.prefix_metadata}{name}": value for name, value in _scores(ranked).items()}
+        return document.model_copy(update={"metadata": metadata})
 
 
-def _with_score(document: Document, ranked: RankedDocument) -> Document:
-    metadata = {**document.metadata, "relevance_score": ranked.score}
-    metadata.pop("relevance_score_estimated", None)  # an earlier reranking's
-    if ranked.estimated:
-        metadata["relevance_score_estimated"] = True
-    return document.model_copy(update={"metadata": metadata})
+def _scores(ranked: RankedDocument) -> dict[str, float]:
+    """What is said of a score; a mark only if it is an estimate."""
+    marks = {"relevance_score_estimated": True} if ranked.estimated else {}
+    return {"relevance_score": ranked.score, **marks}
+
+
+def _top_k(top_n: int | None, texts: list[str]) -> int:
+    return max(1, len(texts)) if top_n is None else top_n
+
+
+def _text(document: str | Document | Mapping[str, Any], fields: Sequence[str] | None) -> str:
+    if isinstance(document, Document):
+        return document.page_content
+    if isinstance(document, Mapping):
+        names = document if fields is None else [name for name in fields if name in document]
+        return "\n".join(f"{name}: {document[name]}" for name in names)
+    return document

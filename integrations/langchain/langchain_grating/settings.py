@@ -1,23 +1,56 @@
-"""The fields that say which reranker to use, and its loading."""
+"""The fields that say which reranker to use, its loading, and what becomes of it in copies and dumps."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from typing_extensions import Self
+from langchain_core.load.serializable import Serializable
+from pydantic import (
+    AliasChoices,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_serializer,
+    model_serializer,
+    model_validator,
+)
+from typing_extensions import Self, override
 
-from grating_core import Prompt, PruningPolicy, Reranker
+from grating_core import ClusterPolicy, Off, Prompt, PruningPolicy, Reranker
+
+_NO_SERVICE = "the model runs on this machine and asks no service: leave it out"
+# What the constructors of other rerankers take, and what to do here instead.
+_ELSEWHERE = {
+    "client": "give the model's name as model, or a grating_core.Reranker as reranker",
+    **dict.fromkeys(("cohere_api_key", "jina_api_key", "base_url", "user_agent", "session"), _NO_SERVICE),
+}
+# FlashRank's names of models, and where their weights are from.
+_PUBLISHED = {
+    "ms-marco-MiniLM-L-12-v2": "cross-encoder/ms-marco-MiniLM-L12-v2",
+    "ms-marco-TinyBERT-L-2-v2": "cross-encoder/ms-marco-TinyBERT-L2-v2",
+}
 
 
-class RerankerSettings(BaseModel):
-    """Settings of a reranker, which is loaded on construction and shared with whoever uses the same ones."""
+class RerankerSettings(Serializable):
+    """Settings of a reranker, which is loaded on construction and shared with whoever uses the same ones.
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+    They are fixed from then on; ``model_copy(update={…})`` makes another object with other settings. Copies share
+    the reranker. ``model_dump``, ``model_dump_json``, LangChain's ``dumpd`` and pickle keep the settings, from
+    which the same reranker is made again.
+    """
+
+    model_config = ConfigDict(
+        arbitrary_types_allowed=True, extra="forbid", ser_json_inf_nan="strings", validate_assignment=True
+    )
 
     model: str = Field(
         default="cross-encoder/ms-marco-MiniLM-L12-v2",
-        description="Hub id, local directory, or 'bundled:ms-marco-minilm-l12'.",
+        validation_alias=AliasChoices("model", "model_name"),
+        description="Hub id, local directory, or 'bundled:ms-marco-minilm-l12'. Instead of a name, another "
+        "cross-encoder: its name and settings are taken over.",
     )
     device: str | None = Field(
         default=None, description="'cpu', 'cuda' or 'mps'; None takes the best that is there."
@@ -48,7 +81,7 @@ class RerankerSettings(BaseModel):
     adapter: str | None = Field(
         default=None, description="LoRA adapter, a directory or hub id, that is merged into the weights."
     )
-    pruning: str | PruningPolicy = Field(
+    pruning: str | ClusterPolicy | PruningPolicy = Field(
         default="auto",
         description="'auto', 'cluster', 'off', or a policy object. Never applies to GratingCrossEncoder.score.",
     )
@@ -74,13 +107,96 @@ class RerankerSettings(BaseModel):
         description="A ready Reranker, instead of all settings above.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _take_over(cls, given: Any) -> Any:
+        """Read what the constructors of other rerankers take as settings of this one."""
+        if not isinstance(given, Mapping):
+            return given
+        for name in filter(given.__contains__, _ELSEWHERE):
+            raise ValueError(f"{name} is not a parameter of {cls.__name__}: {_ELSEWHERE[name]}")
+        settings = dict(given)
+        model = settings.get("model", "")
+        if isinstance(model, RerankerSettings):
+            del settings["model"]
+            taken = model._given()
+            settings = {name: taken[name] for name in taken.keys() & RerankerSettings.model_fields} | settings
+        elif isinstance(getattr(model, "model_name", None), str):  # as of a HuggingFaceCrossEncoder
+            settings |= {"model": model.model_name, "model_kwargs": getattr(model, "model_kwargs", None)}
+        elif not isinstance(model, str):
+            raise ValueError(
+                f"model={model!r} must be a name: the hub id, or the directory, of the weights to read"
+            )
+        elif model in _PUBLISHED:
+            settings["model"] = _PUBLISHED[model]
+        return (settings.pop("model_kwargs", None) or {}) | settings
+
     @model_validator(mode="after")
     def _load(self) -> Self:
+        """Find the reranker of these settings."""
         settings = [name for name in RerankerSettings.model_fields if name != "reranker"]
+        # By __dict__, so that it does not count as given.
         if "reranker" not in self.model_fields_set:
-            self.reranker = Reranker.shared(**{name: getattr(self, name) for name in settings})
+            self.__dict__["reranker"] = Reranker.shared(**{name: getattr(self, name) for name in settings})
         elif clash := [name for name in settings if name in self.model_fields_set]:
             raise ValueError(f"reranker is given and brings its own {', '.join(clash)}: leave those out")
         else:
-            self.model = str(self.reranker.model_path)
+            self.__dict__["model"] = str(self.reranker.model_path)
         return self
+
+    def _given(self) -> dict[str, Any]:
+        """The arguments that it was made with."""
+        return {name: getattr(self, name) for name in self.model_fields_set}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in RerankerSettings.model_fields:
+            raise AttributeError(
+                f"{name} is fixed, since the model has been loaded with it: "
+                f"model_copy(update={{{name!r}: {value!r}}}) makes another {type(self).__name__}"
+            )
+        super().__setattr__(name, value)
+
+    # Copies are made like any other object: whatever the settings, they find the reranker that belongs to them.
+
+    @override
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        return type(self)(**{**self._given(), **(update or {})})
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        return self.model_copy()
+
+    def __reduce__(self) -> tuple[partial[Self], tuple[()]]:
+        return partial(type(self), **self._given()), ()
+
+    @model_serializer(mode="wrap")
+    def _dump(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        if "reranker" in self.model_fields_set:
+            raise ValueError(
+                "reranker was given ready-made, and how it was made is not known: give its model and settings "
+                "instead, then they can be dumped"
+            )
+        dumped: dict[str, Any] = write(self)
+        return dumped
+
+    @field_serializer("pruning", when_used="json")
+    def _write_policy(self, pruning: str | PruningPolicy) -> str | dict[str, Any]:
+        if isinstance(pruning, str):
+            return pruning
+        if isinstance(pruning, Off):
+            return "off"
+        if isinstance(pruning, ClusterPolicy):
+            return asdict(pruning)
+        raise ValueError(
+            f"pruning={pruning!r} cannot be written as JSON: use 'auto', 'cluster', 'off' or a ClusterPolicy, "
+            f"or leave it out with exclude={{'pruning'}}"
+        )
+
+    @classmethod
+    @override
+    def is_lc_serializable(cls) -> bool:
+        return True
+
+    @property
+    @override
+    def lc_attributes(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")

@@ -1,0 +1,102 @@
+"""The context selector: long documents cut down to a budget of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from langchain_core.callbacks import Callbacks
+from langchain_core.documents import BaseDocumentCompressor, Document
+from langchain_core.runnables import RunnableLambda
+from pydantic import Field
+
+from grating_core import Passage, select_context
+from langchain_grating.settings import RerankerSettings
+
+
+class GratingContextSelector(RerankerSettings, BaseDocumentCompressor):
+    """Keeps the passages of long documents that answer the query best, within a budget of tokens.
+
+    The documents are divided into chunks, the reranker judges them, and as many of the best are kept as fit. They
+    come in the order of the documents and of the text, chunks that adjoin as one document. Each is a copy of the
+    caller's document with the passage as its content, ``start_index`` in the metadata as text splitters write it,
+    and ``relevance_score``. If everything fits, everything is returned, and there is no score.
+
+    The budget is for the contents with blank lines between them, without what a prompt adds to each document.
+
+    Example:
+        .. code-block:: python
+
+            selector = GratingContextSelector(model="bundled:ms-marco-minilm-l12", max_tokens=4000)
+            retriever = ContextualCompressionRetriever(
+                base_compressor=selector, base_retriever=vector_store.as_retriever()
+            )
+            chain = {"documents": retriever, "query": RunnablePassthrough()} | selector.as_runnable() | …
+    """
+
+    max_tokens: int = Field(ge=1, description="Most tokens of all passages together.")
+    chunk_tokens: int = Field(
+        default=256,
+        ge=1,
+        description="About how many tokens a chunk has at most; it is kept or left out as a whole.",
+    )
+    count_tokens: Callable[[str], int] | None = Field(
+        default=None,
+        description="Says how many tokens a text has, such as llm.get_num_tokens; None for the reranker's.",
+    )
+
+    def compress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> list[Document]:
+        """Select passages.
+
+        Args:
+            documents: The texts; left as they are.
+            query: The question; not empty.
+            callbacks: Who is told of the run, beside those that listen to the run it is called from.
+
+        Returns:
+            The passages, in the order of the documents.
+
+        Raises:
+            ValueError: The query is empty, or chunks of this size are more than the model reads.
+        """
+        return self.as_runnable().invoke({"documents": documents, "query": query}, {"callbacks": callbacks})
+
+    async def acompress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> list[Document]:
+        """:meth:`compress_documents` in a worker thread, so that the event loop goes on."""
+        return await self.as_runnable().ainvoke({"documents": documents, "query": query}, {"callbacks": callbacks})
+
+    def as_runnable(self) -> RunnableLambda[dict[str, Any], list[Document]]:
+        """The selector as a step of a chain.
+
+        Returns:
+            A Runnable from ``{"documents": …, "query": …}``, where the documents are a list of them or simply one
+            long text, to the passages.
+        """
+        return RunnableLambda(self._select, name=type(self).__name__)
+
+    def _select(self, given: dict[str, Any]) -> list[Document]:
+        documents = given["documents"]
+        if isinstance(documents, str):
+            documents = [Document(documents)]
+        passages = select_context(
+            given["query"],
+            [document.page_content for document in documents],
+            reranker=self.reranker,
+            max_tokens=self.max_tokens,
+            chunk_tokens=self.chunk_tokens,
+            count_tokens=self.count_tokens,
+        )
+        return [_cut(documents[passage.document], passage) for passage in passages]
+
+
+def _cut(document: Document, passage: Passage) -> Document:
+    # The document may itself have been cut out of a longer one.
+    metadata = {**document.metadata, "start_index": document.metadata.get("start_index", 0) + passage.start}
+    if passage.score is not None:
+        metadata["relevance_score"] = passage.score
+    whole = passage.text == document.page_content
+    return Document(passage.text, id=document.id if whole else None, metadata=metadata)
