@@ -5,6 +5,10 @@ from hashlib import blake2b
 import pytest
 from llama_index.core import VectorStoreIndex
 from llama_index.core.embeddings import BaseEmbedding
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
+from llama_index.core.instrumentation.span_handlers import SimpleSpanHandler
 from llama_index.core.schema import NodeWithScore, TextNode
 
 from grating_core import Reranker
@@ -69,3 +73,30 @@ def nodes():
 @pytest.fixture
 def index(nodes):
     return VectorStoreIndex([node.node for node in nodes], embed_model=HashedWords())
+
+
+@pytest.fixture
+def events():
+    """The reranking events that the root dispatcher sees."""
+    seen = []
+
+    class Collect(BaseEventHandler):
+        def handle(self, event, **kwargs):
+            if isinstance(event, ReRankStartEvent | ReRankEndEvent):
+                seen.append(event)
+
+    root = get_dispatcher()
+    before = list(root.event_handlers)
+    root.add_event_handler(Collect())
+    yield seen
+    root.event_handlers = before
+
+
+@pytest.fixture
+def spans():
+    """The spans that the root dispatcher sees."""
+    root = get_dispatcher()
+    before = list(root.span_handlers)
+    root.add_span_handler(handler := SimpleSpanHandler())
+    yield handler
+    root.span_handlers = before

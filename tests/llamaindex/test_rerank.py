@@ -5,18 +5,17 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
-from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload, LlamaDebugHandler
-from llama_index.core.instrumentation import get_dispatcher
-from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+from llama_index.core import VectorStoreIndex
+from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.llms import MockLLM
-from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.query_engine import RetrieverQueryEngine
-from llama_index.core.schema import ImageNode, MetadataMode, Node, NodeWithScore, QueryBundle, TextNode
+from llama_index.core.schema import ImageNode, IndexNode, MetadataMode, Node, NodeWithScore, QueryBundle, TextNode
 from llama_index.postprocessor.grating import GratingRerank
 
 from grating_core import ClusterPolicy, LensError, ModelNotFoundError, Prompt, Reranker
 from tests.core.models.test_decoders import save_decoder
+from tests.llamaindex.conftest import HashedWords
 
 QUERY = "How many people live in Berlin?"
 
@@ -24,23 +23,6 @@ QUERY = "How many people live in Berlin?"
 @pytest.fixture(scope="module")
 def postprocessor(reranker):
     return GratingRerank(reranker=reranker)
-
-
-@pytest.fixture
-def events():
-    """The reranking events that the root dispatcher sees."""
-    seen = []
-
-    class Collect(BaseEventHandler):
-        def handle(self, event, **kwargs):
-            if isinstance(event, ReRankStartEvent | ReRankEndEvent):
-                seen.append(event)
-
-    root = get_dispatcher()
-    before = list(root.event_handlers)
-    root.add_event_handler(Collect())
-    yield seen
-    root.event_handlers = before
 
 
 def expected(reranker, nodes, top_n, query=QUERY):
@@ -129,6 +111,61 @@ def test_duplicates_and_odd_nodes(reranker, nodes):
     assert sorted(node.node_id for node in ranked) == sorted(node.node_id for node in odd)
 
 
+def test_nodes_that_stand_for_something(reranker, nodes):
+    """An IndexNode keeps what it leads to."""
+    other = VectorStoreIndex([TextNode(text="Berlin has twelve boroughs.")], embed_model=HashedWords())
+    leads = IndexNode(text="All about the people of Berlin", index_id="berlin", obj=other.as_retriever())
+    candidates = [*nodes, NodeWithScore(node=leads, score=0.5)]
+    for keep in (False, True):
+        ranked = GratingRerank(reranker=reranker, top_n=9, keep_retrieval_score=keep).postprocess_nodes(
+            candidates, query_str=QUERY
+        )
+        (kept,) = [node.node for node in ranked if isinstance(node.node, IndexNode)]
+        assert kept.obj is leads.obj
+        assert kept.metadata == ({"retrieval_score": 0.5} if keep else {})
+
+
+@pytest.mark.parametrize("mode", list(MetadataMode))
+def test_the_metadata_that_is_judged(reranker, mode):
+    node = TextNode(
+        text="See the title.",
+        metadata={"title": "Berlin has 3.7 million inhabitants", "url": "x.org", "key": 7},
+        excluded_embed_metadata_keys=["url"],
+        excluded_llm_metadata_keys=["title"],
+    )
+    (ranked,) = GratingRerank(reranker=reranker, metadata_mode=mode).postprocess_nodes(
+        [NodeWithScore(node=node)], query_str=QUERY
+    )
+    assert [ranked.score] == reranker.score([(QUERY, node.get_content(metadata_mode=mode))])
+
+
+def test_a_long_query_is_asked_by_its_end(reranker, nodes):
+    filler = "That is another matter, of which more later. " * 100
+    usual = GratingRerank(reranker=reranker, top_n=3)
+    half = reranker.tail(filler + QUERY, reranker.max_length // 2)
+    assert found(usual.postprocess_nodes(nodes, query_str=filler + QUERY)) == expected(reranker, nodes, 3, half)
+
+    short = GratingRerank(reranker=reranker, top_n=3, max_query_tokens=7)
+    assert short.postprocess_nodes(nodes, query_str=filler + QUERY) == short.postprocess_nodes(
+        nodes, query_str=QUERY
+    )
+
+
+@pytest.mark.parametrize("place", [0, 1, 7])
+async def test_the_score_threshold(reranker, nodes, place):
+    everything = GratingRerank(reranker=reranker, top_n=8).postprocess_nodes(nodes, query_str=QUERY)
+    for above in (0, 1e-4):
+        postprocessor = GratingRerank(reranker=reranker, top_n=8, score_threshold=everything[place].score + above)
+        wanted = everything[: place + (not above)]
+        assert postprocessor.postprocess_nodes(nodes, query_str=QUERY) == wanted
+        assert await postprocessor.apostprocess_nodes(nodes, query_str=QUERY) == wanted
+
+
+def test_estimates_have_no_threshold(reranker):
+    with pytest.raises(ValueError, match=r"score_threshold=0\.5 and scores='estimated' exclude each other"):
+        GratingRerank(reranker=reranker, score_threshold=0.5, scores="estimated")
+
+
 async def test_no_nodes(postprocessor, events):
     assert postprocessor.postprocess_nodes([], query_str=QUERY) == []
     assert await postprocessor.apostprocess_nodes([], query_str=QUERY) == []
@@ -184,16 +221,6 @@ def test_same_settings_share_one_model(model, reranker):
     assert GratingRerank(reranker=reranker).reranker is reranker
 
 
-def test_serialises_to_its_settings(model, reranker):
-    postprocessor = GratingRerank(model=model, top_n=2, pruning="off")
-    assert isinstance(postprocessor, BaseNodePostprocessor)
-    assert postprocessor.to_dict()["class_name"] == "GratingRerank"
-    copy = GratingRerank.from_json(postprocessor.to_json())
-    assert copy.to_dict() == postprocessor.to_dict()
-    assert copy.reranker is postprocessor.reranker
-    assert GratingRerank(reranker=reranker).to_dict()["model"] == str(reranker.model_path)
-
-
 def test_settings_of_pruning_reach_the_reranker(model):
     settings = {"target": 0.9, "guarantee": "set", "recalibrate": 0.5}
     postprocessor = GratingRerank(model=model, **settings)
@@ -202,38 +229,6 @@ def test_settings_of_pruning_reach_the_reranker(model):
     assert reranker.recalibration.factor > 0
     with pytest.raises(LensError, match="no lens in nowhere"):
         GratingRerank(model=model, lens="nowhere")
-
-
-@pytest.mark.parametrize("asynchronous", [False, True])
-async def test_emits_the_instrumentation_events(reranker, postprocessor, nodes, events, asynchronous):
-    if asynchronous:
-        ranked = await postprocessor.apostprocess_nodes(nodes, query_str=QUERY)
-    else:
-        ranked = postprocessor.postprocess_nodes(nodes, query_str=QUERY)
-    start, end = events
-    assert isinstance(start, ReRankStartEvent)
-    assert (start.query.query_str, start.top_n, start.nodes) == (QUERY, 3, nodes)
-    assert start.model_name == str(reranker.model_path)
-    assert isinstance(end, ReRankEndEvent)
-    assert end.nodes == ranked
-
-
-@pytest.mark.parametrize("asynchronous", [False, True])
-async def test_tells_the_callback_manager(reranker, model, nodes, asynchronous):
-    debug = LlamaDebugHandler(print_trace_on_end=False)
-    postprocessor = GratingRerank(model=model, top_n=2, callback_manager=CallbackManager([debug]))
-    if asynchronous:
-        ranked = await postprocessor.apostprocess_nodes(nodes, query_str=QUERY)
-    else:
-        ranked = postprocessor.postprocess_nodes(nodes, query_str=QUERY)
-    ((start, end),) = debug.get_event_pairs(CBEventType.RERANKING)
-    assert start.payload == {
-        EventPayload.NODES: nodes,
-        EventPayload.MODEL_NAME: model,
-        EventPayload.QUERY_STR: QUERY,
-        EventPayload.TOP_K: 2,
-    }
-    assert end.payload == {EventPayload.NODES: ranked}
 
 
 async def test_in_a_query_engine(reranker, postprocessor, index, events):

@@ -1,0 +1,90 @@
+"""The context selector: long nodes cut down to a budget of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llama_index.core.bridge.pydantic import Field
+from llama_index.core.schema import BaseNode, MetadataMode, NodeRelationship, NodeWithScore, QueryBundle, TextNode
+from llama_index.postprocessor.grating.settings import RerankerSettings
+
+from grating_core import Passage, select_context
+
+
+class GratingContextSelector(RerankerSettings):
+    """Keeps the passages of long nodes that answer the query best, within a budget of tokens.
+
+    The texts are divided into chunks, the reranker judges them, and as many of the best are kept as fit. They come
+    in the order of the nodes and of the text, chunks that adjoin as one node. A node of which only a part is kept
+    is replaced by new ones: with its metadata, its source or else itself as their source, and their place in that
+    as ``start_char_idx`` and ``end_char_idx``. The caller's nodes are left as they are. If everything fits, all
+    nodes with text are returned, with the scores they had.
+
+    The budget is for the texts with blank lines between them, without the metadata that a prompt adds to each.
+
+    Example:
+        .. code-block:: python
+
+            selector = GratingContextSelector(model="bundled:ms-marco-minilm-l12", max_tokens=4000)
+            engine = index.as_query_engine(similarity_top_k=5, node_postprocessors=[selector])
+    """
+
+    max_tokens: int = Field(ge=1, description="Most tokens of all passages together.")
+    chunk_tokens: int = Field(
+        default=256,
+        ge=1,
+        description="About how many tokens a chunk has at most; it is kept or left out as a whole.",
+    )
+    count_tokens: Callable[[str], int] | None = Field(
+        default=None,
+        description="Says how many tokens a text has; None for the reranker's tokenizer.",
+    )
+
+    @classmethod
+    def class_name(cls) -> str:
+        """The name that LlamaIndex serialises it under."""
+        return "GratingContextSelector"
+
+    # The base class runs this in a worker thread for its asynchronous twin.
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        if query_bundle is None:
+            raise ValueError("query_bundle (or query_str) is missing: without a query nothing can be selected")
+        passages = select_context(
+            query_bundle.query_str,
+            [node.node.get_content(metadata_mode=MetadataMode.NONE) for node in nodes],
+            reranker=self.reranker,
+            max_tokens=self.max_tokens,
+            chunk_tokens=self.chunk_tokens,
+            count_tokens=self.count_tokens,
+        )
+        return [_cut(nodes[passage.document], passage) for passage in passages]
+
+
+def _cut(retrieved: NodeWithScore, passage: Passage) -> NodeWithScore:
+    node = retrieved.node
+    score = retrieved.score if passage.score is None else passage.score
+    if passage.text == node.get_content(metadata_mode=MetadataMode.NONE):
+        return NodeWithScore(node=node, score=score)
+    return NodeWithScore(node=_part(node, passage), score=score)
+
+
+def _part(node: BaseNode, passage: Passage) -> TextNode:
+    source = node.source_node
+    # Places are counted from the beginning of the source; nobody knows them if the node does not know its own.
+    origin = 0 if source is None else getattr(node, "start_char_idx", None)
+    shared = {
+        name: getattr(node, name)
+        for name in ("excluded_embed_metadata_keys", "excluded_llm_metadata_keys", "metadata_template",
+                     "metadata_separator", "text_template")
+        if hasattr(node, name)
+    }  # fmt: skip
+    return TextNode(
+        text=passage.text,
+        metadata=dict(node.metadata),
+        start_char_idx=None if origin is None else origin + passage.start,
+        end_char_idx=None if origin is None else origin + passage.end,
+        relationships={NodeRelationship.SOURCE: source or node.as_related_node_info()},
+        **shared,
+    )
