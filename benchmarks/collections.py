@@ -78,38 +78,69 @@ def dense(model: str) -> FirstStage:
     return index
 
 
+@dataclass(frozen=True)
+class Collection:
+    """Texts, queries and what people judged.
+
+    Attributes:
+        name: Of the collection.
+        texts: Title and body of each text, by its id.
+        queries: The queries, by their ids.
+        grades: What people judged: the grade by query and text; above 0 is relevant.
+    """
+
+    name: str
+    texts: dict[str, str]
+    queries: dict[str, str]
+    grades: dict[str, dict[str, int]]
+
+
+def load_collection(directory: Path) -> Collection:
+    """Read a collection.
+
+    Args:
+        directory: Holds ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/test.tsv``.
+    """
+    corpus, queries = (_read_lines(directory / f"{name}.jsonl") for name in ("corpus", "queries"))
+    grades: dict[str, dict[str, int]] = {}
+    for line in (directory / "qrels" / "test.tsv").read_text(encoding="utf-8").splitlines()[1:]:
+        query, text, grade = line.split("\t")
+        grades.setdefault(query, {})[text] = int(grade)
+    return Collection(
+        directory.name,
+        {entry["_id"]: f"{entry['title']} {entry['text']}".strip() for entry in corpus},
+        {entry["_id"]: entry["text"] for entry in queries},
+        grades,
+    )
+
+
+def conversation(name: str) -> str:
+    """The conversation that a turn or a question of LoCoMo belongs to: its id begins with it."""
+    return name.split("/")[0]
+
+
 def load_requests(
     directory: Path, *, candidates: int, queries: int, seed: int = 0, first_stage: FirstStage = bm25
 ) -> list[Request]:
     """Sample queries of a collection and let a first stage pick their candidates.
 
     Args:
-        directory: Holds ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/test.tsv``.
+        directory: See :func:`load_collection`.
         candidates: Candidates per query.
         queries: How many queries; all, if there are fewer.
         seed: Of the sample.
         first_stage: What picks them.
     """
-    corpus = _read_lines(directory / "corpus.jsonl")
-    texts = [f"{entry['title']} {entry['text']}".strip() for entry in corpus]
-    grades: dict[str, dict[str, int]] = {}
-    for line in (directory / "qrels" / "test.tsv").read_text(encoding="utf-8").splitlines()[1:]:
-        judged_query, document, grade = line.split("\t")
-        grades.setdefault(judged_query, {})[document] = int(grade)
-
-    chosen = _read_lines(directory / "queries.jsonl")
+    collection = load_collection(directory)
+    ids, texts = list(collection.texts), list(collection.texts.values())
+    chosen = list(collection.queries.items())
     random.Random(seed).shuffle(chosen)
     search = first_stage(texts)
     requests = []
-    for query in chosen[:queries]:
-        found = search(query["text"], min(candidates, len(texts)))
+    for name, query in chosen[:queries]:
+        found = search(query, min(candidates, len(texts)))
         requests.append(
-            Request(
-                query["text"],
-                [texts[i] for i in found],
-                [corpus[i]["_id"] for i in found],
-                grades.get(query["_id"], {}),
-            )
+            Request(query, [texts[i] for i in found], [ids[i] for i in found], collection.grades.get(name, {}))
         )
     return requests
 
