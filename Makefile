@@ -1,12 +1,14 @@
-# make venv | demo | test | test-all | check | format. Each does its own set-up.
+# make venv | demo | test | test-all | check | docs | format. Each does its own set-up.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := -e ".[dev]" -e integrations/langchain -e integrations/llamaindex
 TYPED := grating_core integrations/langchain/langchain_grating integrations/llamaindex/llama_index benchmarks
+# The variable silences a notice about the theme's successor.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: venv demo test test-all check format bench-deps clean
+.PHONY: venv demo test test-all check docs format bench-deps clean
 
 venv: $(READY)
 
@@ -33,6 +35,11 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy $(TYPED)
+	$(MKDOCS) build --strict
+
+# The documentation, built anew whenever something is saved. `make check` leaves it in site/.
+docs: $(READY)
+	$(MKDOCS) serve
 
 format: $(READY)
 	$(BIN)/ruff format .
@@ -43,4 +50,4 @@ bench-deps: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e ".[bench]"
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache site
