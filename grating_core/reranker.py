@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -59,6 +60,8 @@ _SCORE_GROUP = 256  # pairs that score() holds in memory at a time
 _TARGET = 0.98
 # For models without a lens. Lost at most 2 % of the top 5 on each corpus of benchmarks/quality.py.
 _CAUTIOUS = ClusterPolicy(dispersion_threshold=16.0)
+
+_log = logging.getLogger("grating")
 
 _shared: WeakValueDictionary[tuple[Any, ...], Reranker] = WeakValueDictionary()
 _shared_lock = Lock()
@@ -409,21 +412,26 @@ class Reranker:
                 bar.update(len(group))
         return found
 
-    def tail(self, text: str, tokens: int) -> str:
+    def tail(self, text: str, tokens: int | None = None) -> str:
         """The end of a text: its last tokens, as the model counts them, or all of it if it has no more.
 
         A query that fills the window is refused; of a conversation the last words are what it is about.
 
         Args:
             text: A query, for instance.
-            tokens: How many to keep, 1 or more.
+            tokens: How many to keep, 1 or more; None for half of the window, which leaves the rest to a document.
 
         Raises:
             ValueError: ``tokens`` is below 1.
         """
+        if tokens is None:
+            tokens = self.max_length // 2
         if tokens < 1:
             raise ValueError(f"tokens={tokens} must be 1 or more")
-        return self._template.tail(text, tokens)
+        kept = self._template.tail(text, tokens)
+        if kept != text:
+            _log.info("of a text of %d characters the last %d tokens are used", len(text), tokens)
+        return kept
 
     @property
     def lens(self) -> CalibratedLens | None:

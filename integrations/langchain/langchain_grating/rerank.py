@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,8 +13,6 @@ from typing_extensions import Self
 
 from grating_core import RankedDocument, RerankResult
 from langchain_grating.settings import RerankerSettings
-
-logger = logging.getLogger(__name__)
 
 
 class GratingRerank(RerankerSettings, BaseDocumentCompressor):
@@ -118,7 +115,8 @@ class GratingRerank(RerankerSettings, BaseDocumentCompressor):
             raise ValueError(f"top_n={top_n} must be 1 or more, None for all, or -1 for the object's")
         texts = [_text(document, rank_fields) for document in documents]
         top_k = _top_k(self.top_n if top_n == -1 else top_n, texts)
-        result = self.reranker.rerank(self._asked(query), texts, top_k, scores=self.scores)
+        asked = self.reranker.tail(query, self.max_query_tokens)
+        result = self.reranker.rerank(asked, texts, top_k, scores=self.scores)
         return [{"index": ranked.index, **_scores(ranked)} for ranked in self._kept(result)]
 
     @property
@@ -130,23 +128,17 @@ class GratingRerank(RerankerSettings, BaseDocumentCompressor):
         return {"callbacks": callbacks, "metadata": {"model": self.model, "top_n": self.top_n}}
 
     def _compress(self, given: dict[str, Any]) -> dict[str, Any]:
-        texts = [document.page_content for document in given["documents"]]
-        top_k = _top_k(self.top_n, texts)
-        result = self.reranker.rerank(self._asked(given["query"]), texts, top_k, scores=self.scores)
+        result = self.reranker.rerank(*self._request(given), scores=self.scores)
         return self._outputs(given["documents"], result)
 
     async def _acompress(self, given: dict[str, Any]) -> dict[str, Any]:
-        texts = [document.page_content for document in given["documents"]]
-        top_k = _top_k(self.top_n, texts)
-        result = await self.reranker.arerank(self._asked(given["query"]), texts, top_k, scores=self.scores)
+        result = await self.reranker.arerank(*self._request(given), scores=self.scores)
         return self._outputs(given["documents"], result)
 
-    def _asked(self, query: str) -> str:
-        tokens = self.max_query_tokens or self.reranker.max_length // 2
-        asked = self.reranker.tail(query, tokens)
-        if asked != query:
-            logger.info("the query has %d characters; its last %d tokens are used", len(query), tokens)
-        return asked
+    def _request(self, given: dict[str, Any]) -> tuple[str, list[str], int]:
+        query = self.reranker.tail(given["query"], self.max_query_tokens)
+        texts = [document.page_content for document in given["documents"]]
+        return query, texts, _top_k(self.top_n, texts)
 
     def _outputs(self, documents: Sequence[Document], result: RerankResult) -> dict[str, Any]:
         kept = [self._with_score(documents[ranked.index], ranked) for ranked in self._kept(result)]

@@ -148,7 +148,7 @@ class GratingStore(BaseStore):
     def _order(self, op: SearchOp, texts: list[str]) -> list[tuple[int, float]]:
         """Indices and scores of texts, best first: of the first page's, or of all of them for a later page."""
         # Agents search with whole messages, whose last words say what they are about.
-        query = self.reranker.tail(cast(str, op.query), self.reranker.max_length // 2)
+        query = self.reranker.tail(cast(str, op.query))
         best = [(ranked.index, ranked.score) for ranked in self.reranker.rerank(query, texts, op.limit).ranking]
         if op.offset == 0:
             return best

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +19,6 @@ from typing_extensions import Self
 from grating_core import RerankResult
 
 dispatcher = get_dispatcher(__name__)
-logger = logging.getLogger(__name__)
 
 
 class GratingRerank(RerankerSettings):
@@ -105,10 +103,7 @@ class GratingRerank(RerankerSettings):
             return self._ended(event, nodes, result)
 
     def _request(self, nodes: list[NodeWithScore], query: QueryBundle) -> tuple[str, list[str], int]:
-        tokens = self.max_query_tokens or self.reranker.max_length // 2
-        question = self.reranker.tail(query.query_str, tokens)
-        if question != query.query_str:
-            logger.info("the query has %d characters; its last %d tokens are used", len(query.query_str), tokens)
+        question = self.reranker.tail(query.query_str, self.max_query_tokens)
         texts = [node.node.get_content(metadata_mode=self.metadata_mode) for node in nodes]
         return question, texts, self.top_n
 
