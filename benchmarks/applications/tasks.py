@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 
 from benchmarks.applications.worker import Corpus, Job, Question, System
 from benchmarks.collections import Collection, conversation
-from grating_core.models.bundled import bundled_embedder, bundled_model, cache_directory
+from grating_core.files import replace_file
+from grating_core.models.bundled import BUNDLED_RERANKER, bundled_embedder, bundled_model, cache_directory
 
 Framework = Literal["LangChain", "LlamaIndex"]
 Span = tuple[int, int]
@@ -25,7 +27,6 @@ Span = tuple[int, int]
 Judge = Callable[[Sequence[list[Any]]], dict[str, float]]
 """Means over the questions, by several measures, of how good it is what was kept for each of them."""
 
-MODEL = "bundled:ms-marco-minilm-l12"
 DOCUMENTS = 30  # in a long text
 PLANTED = 3  # of them relevant, at most
 
@@ -77,7 +78,7 @@ def long_context(collection: Collection, questions: int, budget: str) -> Applica
     asked = [Question(text.query, collection.queries[text.query], text.text) for text in texts]
     return Application(
         f"long context in LangChain, {collection.name}",
-        Job("benchmarks.applications.langchain:long_context", bundled_model(MODEL), asked),
+        Job("benchmarks.applications.langchain:long_context", bundled_model(BUNDLED_RERANKER), asked),
         [*_usual("LangChain", batch_size=2), *_grating("GratingContextSelector", budget)],
         lambda kept: {"passages kept": mean(map(share_kept, texts, kept))},
     )
@@ -193,7 +194,7 @@ def share_kept(text: LongText, kept: list[Span]) -> float:
 def _search_job(build: str, collection: Collection, asked: list[Question]) -> Job:
     embedder = bundled_embedder()
     corpus = Corpus(collection.texts, embed(embedder, list(collection.texts.values())), embedder)
-    return Job(build, bundled_model(MODEL), asked, corpus)
+    return Job(build, bundled_model(BUNDLED_RERANKER), asked, corpus)
 
 
 def embed(embedder: Path, texts: list[str]) -> NDArray[np.float32]:
@@ -213,6 +214,7 @@ def embed(embedder: Path, texts: list[str]) -> NDArray[np.float32]:
 
         encoder = SentenceTransformer(str(embedder), device="cpu")
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, encoder.encode_document(texts, show_progress_bar=True))
+        np.save(buffer := BytesIO(), encoder.encode_document(texts, show_progress_bar=True))
+        replace_file(path, buffer.getvalue())
     vectors: NDArray[np.float32] = np.load(path)
     return vectors
