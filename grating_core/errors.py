@@ -16,7 +16,10 @@ class UnsupportedModelError(GratingError):
 
 
 class ScoreError(GratingError):
-    """The model gave a score that is not a finite number. The message names the document's index."""
+    """The model gave a score that is not a finite number, or logits that are not.
+
+    The message of :meth:`Reranker.rerank` names the document's index.
+    """
 
 
 class PolicyError(GratingError):
@@ -32,6 +35,10 @@ class CheckpointError(GratingError):
 
     After one that was raised by a request, the next request works if the file is back.
     """
+
+
+class ColumnsError(GratingError):
+    """The companion file of columns is damaged, belongs to other weights, or cannot be written."""
 
 
 class SpillError(GratingError):
@@ -50,3 +57,7 @@ class BudgetError(GratingError, ValueError):
         super().__init__(message)
         self.smallest = smallest
         self.resident = resident
+
+
+class TraceError(GratingError):
+    """A file of recorded activations is damaged, or is of another model, text or number of tokens."""

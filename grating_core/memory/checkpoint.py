@@ -92,7 +92,20 @@ class Checkpoint:
         Raises:
             CheckpointError: The file is cut short, cannot be read, or is another one than was opened.
         """
-        self._files[tensor.path].read(tensor.name, start, buffer, direct)
+        self._files[tensor.path].read(tensor.name, [(start, [_view(buffer)])], direct)
+
+    def read_scattered(self, tensor: StoredTensor, pieces: Sequence[tuple[int, list[memoryview]]]) -> None:
+        """Fill many places from many parts of a file, past the page cache if possible.
+
+        Args:
+            tensor: Says which file, and what messages call the bytes.
+            pieces: Each has the offset of its first byte and the places that are filled from there on, one after
+                the other; offsets, lengths and addresses are whole sectors.
+
+        Raises:
+            CheckpointError: As for :meth:`read`.
+        """
+        self._files[tensor.path].read(tensor.name, pieces, direct=True)
 
     def announce(self, tensor: StoredTensor, ranges: Sequence[tuple[int, int]]) -> None:
         """Tell the system which bytes, as (start, end), will be read next: it fetches them all at once."""
@@ -130,12 +143,13 @@ class _File:
             digest.update(_pread(self._buffered, tensor.start, length, self._identity[0]))
         return digest.digest()
 
-    def read(self, name: str, start: int, buffer: Tensor, direct: bool) -> None:
+    def read(self, name: str, pieces: Sequence[tuple[int, list[memoryview]]], direct: bool) -> None:
         cause = "it changes while it is being read"
         for _ in range(2):
             file = self._direct if direct and self._direct is not None else self._buffered
             try:
-                _fill(file, start, _view(buffer), self._identity[0])
+                for start, views in pieces:
+                    _fill_all(file, start, views, self._identity[0])
                 if not self._lasting or _identity(self._buffered) == self._identity:
                     return
             except (OSError, EOFError, ValueError) as error:  # ValueError: the file is closed
@@ -198,6 +212,17 @@ def _fill(file: FileIO, start: int, view: memoryview, size: int) -> None:
         if got == 0:
             raise EOFError(f"it was {size:,} bytes long and now ends at byte {start + done:,}")
         done += got
+
+
+def _fill_all(file: FileIO, start: int, views: list[memoryview], size: int) -> None:
+    """Read into one view after the other, in one call of the system where that does it."""
+    if len(views) > 1 and hasattr(os, "preadv"):
+        wanted = min(sum(map(len, views)), size - start)
+        if os.preadv(file.fileno(), views, start) == wanted:
+            return
+    for view in views:
+        _fill(file, start, view, size)
+        start += len(view)
 
 
 def _view(buffer: Tensor) -> memoryview:

@@ -26,6 +26,8 @@ class Meter:
         seconds_waited: Time that computing stood still for reading and writing.
         rows_wanted: Embedding rows looked up, each counted once a request.
         rows_read: Those that were not in memory.
+        columns_wanted: Columns of MLPs that tokens used.
+        columns_read: Those of them that were not in memory.
     """
 
     bytes_read: int = 0
@@ -33,10 +35,17 @@ class Meter:
     seconds_waited: float = 0.0
     rows_wanted: int = 0
     rows_read: int = 0
+    columns_wanted: int = 0
+    columns_read: int = 0
 
     def since(self, before: Meter) -> Meter:
         """What has been added since a copy of these totals was taken."""
         return Meter(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
+
+    @property
+    def column_hit_rate(self) -> float | None:
+        """Share of the columns wanted that were in memory; None if none was wanted."""
+        return 1 - self.columns_read / self.columns_wanted if self.columns_wanted else None
 
     @property
     def hit_rate(self) -> float | None:

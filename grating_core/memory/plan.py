@@ -30,7 +30,11 @@ class ModelSizes:
         converted: Whether weights are converted while they are read, which takes a buffer.
         hidden: Hidden states of one token.
         work: Intermediate results for one token, at most.
-        window: Tokens of the longest pair.
+        window: Tokens of the longest piece that is never divided: of a reranker, the longest pair.
+        keys: Keys and values of the longest text that is generated, its prompt included; 0 for a reranker.
+        table_needed: Whether the whole embedding table is wanted all the time, as it is the output embedding too.
+        columns: All columns of the MLPs, if those are pruned; the layers are then without these weights.
+        staging: Where columns arrive.
     """
 
     layers: tuple[int, ...]
@@ -42,6 +46,10 @@ class ModelSizes:
     hidden: int
     work: int
     window: int
+    keys: int = 0
+    table_needed: bool = False
+    columns: int = 0
+    staging: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ class MemoryPlan:
         chunk_tokens: Most tokens computed at once. A longer candidate is computed alone.
         embedding_rows: Rows of the embedding table in memory; all of them when the table is resident.
         hidden_tokens: Tokens of a request whose hidden states stay in memory; those of a larger one are spilled.
+        column_share: How much of each layer's MLP stays in memory, if the MLPs are pruned.
         tokenizer: What the tokenizer took when it was loaded, in bytes. It comes on top of the budget. None if
             it has not been loaded.
     """
@@ -65,6 +74,7 @@ class MemoryPlan:
     chunk_tokens: int
     embedding_rows: int
     hidden_tokens: int
+    column_share: float = 0.0
     tokenizer: int | None = None
 
     @property
@@ -82,7 +92,7 @@ class MemoryPlan:
         """Bytes of each part of the plan, by what they are for."""
         sizes = self.sizes
         streamed = [sizes.layers[number - 1] for number in self.streamed]
-        return {
+        parts = {
             "runtime": RUNTIME,
             "head, norms and small tables": sizes.rest,
             "resident layers": sum(sizes.layers[number - 1] for number in self.resident),
@@ -92,6 +102,9 @@ class MemoryPlan:
             "intermediate results": max(self.chunk_tokens, sizes.window) * sizes.work,
             "hidden states": self.hidden_tokens * sizes.hidden,
         }
+        if sizes.columns:
+            parts |= {"columns": int(self.column_share * sizes.columns), "arriving columns": sizes.staging}
+        return parts | ({"keys and values": sizes.keys} if sizes.keys else {})
 
     @property
     def total(self) -> int:
@@ -164,6 +177,7 @@ def make_plan(sizes: ModelSizes, budget: int) -> MemoryPlan:
             resident=_all_but(depth, 0),
             chunk_tokens=largest_chunk,
             embedding_rows=sizes.vocabulary,
+            column_share=1.0,
             hidden_tokens=max(_USUAL_HIDDEN, _three_spans(largest_chunk)),
         ).total
         raise BudgetError(
@@ -177,11 +191,60 @@ def make_plan(sizes: ModelSizes, budget: int) -> MemoryPlan:
     plan = _more_hidden(plan, _USUAL_HIDDEN)
     plan = _more_rows(plan, sizes.vocabulary // 10)
     plan = _more_layers(plan)
-    if not plan.streamed:
+    if sizes.columns and not plan.streamed:
+        plan = _more_columns(_larger_chunk(plan, largest_chunk))  # each chunk reads columns of its own
+    elif not plan.streamed:
         plan = _larger_chunk(plan, largest_chunk)
         table = replace(plan, embedding_rows=sizes.vocabulary)
         plan = table if table.total <= budget else plan
     return _more_hidden(plan, budget)
+
+
+def make_generation_plan(sizes: ModelSizes, budget: int, max_length: int) -> MemoryPlan:
+    """Spend a budget on a language model that generates.
+
+    First comes what it cannot run without, the keys and values of the longest text among it. Then resident layers:
+    every other is read once for each token. At last larger chunks and the whole embedding table.
+
+    Args:
+        sizes: Of the model, for texts of ``max_length``.
+        budget: In bytes.
+        max_length: Tokens of the longest prompt together with its continuation.
+
+    Raises:
+        BudgetError: It is too small; the error states the smallest that works.
+    """
+    depth = len(sizes.layers)
+    # Columns of pruned MLPs are read for each chunk of a prompt.
+    work = max(LARGEST_WORK, budget // 20) if sizes.columns else LARGEST_WORK
+    largest_chunk = max(sizes.window, min(max_length, work // sizes.work))
+    smallest = MemoryPlan(
+        budget=budget,
+        sizes=sizes,
+        resident=_all_but(depth, depth if depth > 2 else 0),
+        chunk_tokens=sizes.window,
+        embedding_rows=sizes.vocabulary if sizes.table_needed else min(_FEWEST_ROWS, sizes.vocabulary),
+        hidden_tokens=max_length,
+    )
+    everything = replace(
+        smallest,
+        resident=_all_but(depth, 0),
+        chunk_tokens=largest_chunk,
+        embedding_rows=sizes.vocabulary,
+        column_share=1.0,
+    )
+    if smallest.total > budget:
+        raise BudgetError(
+            f"memory_budget={budget:,} bytes is too small for this model, which needs "
+            f"{-(-smallest.total // 1_000_000)}MB for prompts with what follows of up to {max_length:,} tokens: "
+            f"give it that much, or a smaller max_length",
+            smallest=smallest.total,
+            resident=everything.total,
+        )
+    plan = _more_layers(smallest)
+    larger = replace(plan, chunk_tokens=largest_chunk)
+    plan = _more_columns(larger if larger.total <= budget else plan)
+    return everything if everything.total <= budget else plan
 
 
 def _room(plan: MemoryPlan, unit: int) -> int:
@@ -211,6 +274,12 @@ def _more_layers(plan: MemoryPlan) -> MemoryPlan:
         if richer.total <= plan.budget:
             return richer
     return plan
+
+
+def _more_columns(plan: MemoryPlan) -> MemoryPlan:
+    if not plan.sizes.columns:
+        return plan
+    return replace(plan, column_share=min(1.0, _room(plan, 1) / plan.sizes.columns))
 
 
 def _all_but(depth: int, streamed: int) -> tuple[int, ...]:

@@ -1,16 +1,17 @@
-"""Rerankers with a plan of the test's own making: tiny models fit any budget, and nothing would be streamed."""
+"""Models with a plan of the test's own making: tiny ones fit any budget, and nothing would be streamed."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from grating_core import Prompt, Reranker
-from grating_core.engine.attention import PACKED_ATTENTION
+from grating_core import Prompt, Reranker, StreamedCausalLM
+from grating_core.engine.attention import CACHED_ATTENTION, PACKED_ATTENTION
 from grating_core.memory.plan import MemoryPlan
 from grating_core.models.adapter import Adapter
-from grating_core.models.loading import StoredModel
+from grating_core.models.loading import StoredCausalLM, StoredCrossEncoder, StoredModel
 from grating_core.models.templates import load_template
+from grating_core.models.text import PromptTokenizer
 from grating_core.pruning import Off, PruningPolicy
 from tests.core.conftest import WINDOW
 
@@ -38,7 +39,7 @@ def load_planned(
     **changes: object,
 ) -> Reranker:
     """A reranker under a plan that keeps everything, but for the changes."""
-    stored = StoredModel(
+    stored = StoredCrossEncoder(
         directory,
         device=torch.device("cpu"),
         dtype=dtype,
@@ -46,16 +47,7 @@ def load_planned(
         lasting=True,
         adapter=None if adapter is None else Adapter(adapter),
     )
-    sizes = stored.sizes(window)
-    everything = MemoryPlan(
-        budget=10**9,
-        sizes=sizes,
-        resident=tuple(range(1, len(sizes.layers) + 1)),
-        chunk_tokens=chunk_tokens,
-        embedding_rows=sizes.vocabulary,
-        hidden_tokens=10**9,
-    )
-    plan = replace(everything, **changes)
+    plan = planned(stored, window, chunk_tokens, **changes)
     encoder = load_template(directory, window, prompt=template, asks=stored.family.asks)
     return Reranker(
         stored.load(plan, encoder.answers),
@@ -66,3 +58,39 @@ def load_planned(
         chunk_tokens=chunk_tokens,
         plan=plan,
     )
+
+
+def load_planned_lm(
+    directory: Path, *, chunk_tokens: int = 64, adapter: Path | None = None, **changes: object
+) -> StreamedCausalLM:
+    """A language model under a plan that keeps everything, but for the changes."""
+    stored = StoredCausalLM(
+        directory,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        attention=CACHED_ATTENTION,
+        lasting=True,
+        adapter=None if adapter is None else Adapter(adapter),
+    )
+    plan = planned(stored, WINDOW, chunk_tokens, **changes)
+    return StreamedCausalLM(
+        stored.load(plan),
+        PromptTokenizer(directory),
+        model_path=directory,
+        max_length=WINDOW,
+        end_tokens=stored.end_tokens,
+        plan=plan,
+    )
+
+
+def planned(stored: StoredModel, window: int, chunk_tokens: int, **changes: object) -> MemoryPlan:
+    sizes = stored.sizes(window)
+    everything = MemoryPlan(
+        budget=10**9,
+        sizes=sizes,
+        resident=tuple(range(1, len(sizes.layers) + 1)),
+        chunk_tokens=chunk_tokens,
+        embedding_rows=sizes.vocabulary,
+        hidden_tokens=10**9,
+    )
+    return replace(everything, **changes)

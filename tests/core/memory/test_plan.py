@@ -1,5 +1,6 @@
 """From a budget to a plan."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from grating_core import Reranker
 from grating_core.errors import BudgetError
-from grating_core.memory.plan import ModelSizes, make_plan, parse_budget
+from grating_core.memory.plan import ModelSizes, make_generation_plan, make_plan, parse_budget
 from tests.core.conftest import BUNDLED
 
 M3 = ModelSizes(
@@ -40,6 +41,26 @@ def test_a_plan_keeps_to_its_budget(model: ModelSizes, more: int) -> None:
     with pytest.raises(BudgetError):
         make_plan(model, told.value.smallest - 1)
     assert make_plan(model, max(told.value.resident, told.value.smallest)).streamed == ()
+
+
+@given(sizes, st.integers(128, 4096), st.booleans(), st.integers(0, 3 * 10**9))
+def test_a_plan_for_generating_keeps_to_its_budget(
+    model: ModelSizes, max_length: int, tied: bool, more: int
+) -> None:
+    model = replace(model, keys=max_length * model.row, table_needed=tied)
+    with pytest.raises(BudgetError) as told:
+        make_generation_plan(model, 1, max_length)
+    plan = make_generation_plan(model, told.value.smallest + more, max_length)
+    assert plan.total <= plan.budget
+    assert plan.parts["keys and values"] == model.keys
+    assert sorted([*plan.resident, *plan.streamed]) == list(range(1, len(model.layers) + 1))
+    assert len(plan.streamed) not in (1, 2)
+    assert plan.table_resident or not tied
+    with pytest.raises(BudgetError):
+        make_generation_plan(model, told.value.smallest - 1, max_length)
+    richest = make_generation_plan(model, told.value.resident, max_length)
+    assert richest.streamed == ()
+    assert richest.table_resident
 
 
 @given(st.integers(180, 3000), st.integers(0, 500))
