@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,13 @@ from torch import Tensor
 
 from grating_core.errors import LensError
 from grating_core.files import replace_file
-from grating_core.memory.checkpoint import Checkpoint, StoredTensor
 from grating_core.models.bundled import cache_directory
-from grating_core.models.directory import weight_files
-from grating_core.models.gguf import is_gguf
 from grating_core.models.lens import LayerMap, Lens
-from grating_core.models.prompts import Prompt
 from grating_core.pruning import Margins
 
 _TENSORS = "lens.safetensors"
 _DESCRIPTION = "lens.json"
 _FORMAT = 1
-_SAMPLE = 512  # bytes
-_SAMPLES_OF_FILE = 64
 _WAY_OUT = "delete the directory, or calibrate again"
 _PACKAGED = Path(__file__).parent / "packaged_lenses"
 
@@ -66,7 +59,7 @@ class CalibratedLens:
     Attributes:
         lens: Estimates of the final score.
         margins: How far they can be trusted.
-        fingerprint: Of the weights, see :func:`fingerprint`.
+        fingerprint: Of the weights, see :func:`grating_core.models.fingerprint.fingerprint`.
         summary: What calibration measured.
     """
 
@@ -139,18 +132,18 @@ def find_lens(fingerprint: str) -> CalibratedLens | None:
     return None
 
 
-def open_lens(directory: Path, fingerprint: str) -> CalibratedLens:
-    """The lens in a directory.
+def open_lens(directory: Path, *fingerprints: str) -> CalibratedLens:
+    """The lens in a directory, which has to have one of these fingerprints.
 
     Raises:
         LensError: There is none, it is damaged, or it is for other weights.
     """
     found = CalibratedLens.load(directory)
-    if found.fingerprint != fingerprint:
+    if found.fingerprint not in fingerprints:
         raise LensError(
             f"lens={str(directory)!r} was calibrated for other weights, or with another adapter or template "
-            f"(fingerprint {found.fingerprint[:16]}…, this model has {fingerprint[:16]}…): calibrate one for this "
-            f"model with 'grating calibrate', or leave the lens out"
+            f"(fingerprint {found.fingerprint[:16]}…, this model has {fingerprints[0][:16]}…): calibrate one for "
+            f"this model with 'grating calibrate', or leave the lens out"
         )
     return found
 
@@ -158,52 +151,6 @@ def open_lens(directory: Path, fingerprint: str) -> CalibratedLens:
 def lens_directory(fingerprint: str) -> Path:
     """Where the lens for these weights is kept when it is calibrated here."""
     return cache_directory() / "lenses" / fingerprint[:16]
-
-
-def fingerprint(model: Path, adapter: Path | None, prompt: Prompt | None) -> str:
-    """What tells the weights of one model, and what it is asked, from those of another.
-
-    Of each tensor the name, type and shape count, and a few bytes: reading all would take as long as loading.
-
-    Args:
-        model: A model directory, or a GGUF file.
-        adapter: The directory of the adapter that is merged into it, if any.
-        prompt: What it is asked, if it is. The instruction does not count.
-    """
-    digest = hashlib.sha256()
-    for path in (model, adapter):
-        if path is not None and is_gguf(path):
-            _add_file(digest, path)
-        elif path is not None:
-            checkpoint = Checkpoint(_weights(path))
-            checkpoint.close()  # what is in which place is all that is needed
-            _add_tensors(digest, checkpoint.tensors.values())
-    if prompt is not None:
-        digest.update(json.dumps((prompt.pieces, prompt.yes, prompt.no)).encode())
-    return digest.hexdigest()
-
-
-def _weights(directory: Path) -> list[Path]:
-    adapter = directory / "adapter_model.safetensors"
-    return [adapter] if adapter.is_file() else weight_files(directory)
-
-
-def _add_tensors(digest: Any, tensors: Iterable[StoredTensor]) -> None:
-    for tensor in sorted(tensors, key=lambda tensor: tensor.name):
-        digest.update(f"{tensor.name} {tensor.kind} {tensor.shape} ".encode())
-        with tensor.path.open("rb") as file:
-            for start in (tensor.start, (tensor.start + tensor.end) // 2):
-                file.seek(start)
-                digest.update(file.read(min(_SAMPLE, tensor.end - start)))
-
-
-def _add_file(digest: Any, path: Path) -> None:
-    size = path.stat().st_size
-    digest.update(f"{size} ".encode())
-    with path.open("rb") as file:
-        for number in range(_SAMPLES_OF_FILE):
-            file.seek(size * number // _SAMPLES_OF_FILE)
-            digest.update(file.read(_SAMPLE))
 
 
 def _tensors(calibrated: CalibratedLens) -> dict[str, Tensor]:

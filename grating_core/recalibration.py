@@ -318,7 +318,7 @@ def state_path(fingerprint: str, pruning: ClusterPolicy | Margins, sampling: Sam
     """Where it is kept what was learnt for these weights with this pruning and this goal.
 
     Args:
-        fingerprint: Of the weights, see :func:`grating_core.lenses.fingerprint`.
+        fingerprint: Of the weights, see :func:`grating_core.models.fingerprint.fingerprint`.
         pruning: What the factor multiplies; one that was learnt for something else would be wrong.
         sampling: Has the goal.
     """

@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from grating_core.engine.kv_cache import KeyValueCache
+
 PACKED_ATTENTION = "grating_packed"
+CACHED_ATTENTION = "grating_cached"
 
 # Queries per step under a sliding window; with it the keys that one step looks at are few.
 _WINDOW_BLOCK = 256
@@ -115,6 +118,43 @@ def packed_attention(
     return output, None
 
 
+def cached_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    cache: KeyValueCache,
+    tokens: int,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of the next tokens of one sequence to themselves and all before them.
+
+    Args:
+        module: The attention module that calls; its ``layer_idx`` says which layer of the cache is its own.
+        query: ``[1, heads, T, head size]``; there may be fill behind the tokens.
+        key: The same shape, or with fewer heads, each for several of the query's.
+        value: As ``key``.
+        attention_mask: Always None.
+        cache: Keys and values of the tokens before these, to which theirs are added.
+        tokens: How many of the T are no fill.
+        scaling: As :func:`packed_attention` has it, and so are the others.
+        sliding_window: See there.
+        softcap: See there.
+
+    Returns:
+        ``[1, T, heads, head size]``, zero for the fill, and no attention weights.
+    """
+    new = (slice(None), slice(None), slice(tokens))
+    keys, values = cache.extend(module.layer_idx, key[new], value[new])
+    attended = _Rule(True, scaling, sliding_window, softcap).attend(query[new], keys, values)
+    return pad(attended.transpose(1, 2), (0, 0, 0, 0, 0, query.shape[2] - tokens)), None
+
+
 def _spans(lengths: tuple[int, ...], start: int) -> Iterator[slice]:
     ends = accumulate(lengths, initial=start)
     next(ends)
@@ -168,6 +208,11 @@ class _Rule:
 
     def _fused(self, query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
         grouped = query.shape[1] != key.shape[1]
+        if grouped and query.shape[2] == 1:
+            # The queries of a group as if they were several tokens: else keys and values would be copied for each.
+            folded = query.reshape(1, key.shape[1], -1, query.shape[3])
+            attended = scaled_dot_product_attention(folded, key, value, scale=self.scaling, **how)
+            return attended.reshape(*query.shape[:3], -1)
         return scaled_dot_product_attention(query, key, value, scale=self.scaling, enable_gqa=grouped, **how)
 
     def _capped(self, query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor) -> Tensor:
@@ -183,3 +228,4 @@ class _Rule:
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+AttentionInterface.register(CACHED_ATTENTION, cached_attention)

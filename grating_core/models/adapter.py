@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
+from grating_core.models.directory import find_model
 
 _WEIGHTS = "adapter_model.safetensors"
 _BEFORE = "base_model.model."
@@ -83,6 +85,14 @@ class Adapter:
                     f"the adapter in {directory} has {name}, which is no change of a layer"
                 )
 
+    def digest(self) -> str:
+        """Tells what it changes, and by how much, from the changes of other adapters."""
+        digest = hashlib.sha256()
+        for name, change in sorted(self.changes.items()):
+            digest.update(f"{name} {change.shape} {float(change.down.abs().sum())} ".encode())
+            digest.update(f"{float(change.up.abs().sum())} {float(change.up.sum())} ".encode())
+        return digest.hexdigest()
+
     @property
     def size(self) -> int:
         """Bytes in memory."""
@@ -114,6 +124,20 @@ class Adapter:
                     f"the adapter in {self.directory} was made for another model: it changes {name} of shape "
                     f"{list(shape)}, which {there}; use the base model that its adapter_config.json names"
                 )
+
+
+def find_adapter(name: str, *, show_progress: bool = False) -> Adapter:
+    """The adapter of that name: a directory, or a hub id.
+
+    Raises:
+        ModelNotFoundError: There is none, or it is damaged.
+        UnsupportedModelError: It is another kind of adapter.
+    """
+    try:
+        directory = find_model(name, show_progress=show_progress)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(f"adapter={name!r} was not found. {error}") from error
+    return Adapter(directory)
 
 
 def _read_settings(directory: Path) -> dict[str, Any]:

@@ -100,6 +100,21 @@ def read_config(directory: Path) -> tuple[Config, Family]:
     return config, family
 
 
+def end_tokens(directory: Path, config: Config) -> frozenset[int]:
+    """The tokens that end a text: those of ``generation_config.json``, or else of the configuration.
+
+    Raises:
+        ModelNotFoundError: ``generation_config.json`` is damaged.
+    """
+    path = directory / "generation_config.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = fields.get("eos_token_id", getattr(config, "eos_token_id", None))
+        return frozenset(map(int, found if isinstance(found, list) else [] if found is None else [found]))
+    except (ValueError, OSError, AttributeError, TypeError) as error:
+        raise ModelNotFoundError(f"{path} cannot be read: {error}") from error
+
+
 @contextmanager
 def blaming_config(config: Path) -> Iterator[None]:
     """Tell whose fault it is: transformers and torch raise errors of many kinds for a senseless configuration."""

@@ -14,8 +14,9 @@ from grating_core.errors import ModelNotFoundError, UnsupportedModelError
 from grating_core.memory.meter import Meter
 from grating_core.memory.plan import MemoryPlan, ModelSizes
 from grating_core.models.adapter import Adapter
-from grating_core.models.cross_encoder import CrossEncoder, bind, construction
+from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.models.families import find_family
+from grating_core.models.layered import bind, construction
 
 _INSTALL = "reading GGUF files takes the package gguf: pip install gguf"
 
@@ -64,7 +65,7 @@ class GgufModel:
         return self.family.window(self._module.config)
 
     def sizes(self, window: int) -> ModelSizes:
-        """See :meth:`StoredModel.sizes`; there is nothing that a plan could leave on disk."""
+        """See :meth:`StoredCrossEncoder.sizes`; there is nothing that a plan could leave on disk."""
         raise NotImplementedError
 
     def load(self, plan: MemoryPlan | None, answers: tuple[int, int | None] | None) -> CrossEncoder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,23 +182,41 @@ def chat_prompt(directory: Path, settings: Mapping[str, Any]) -> Prompt:
     Raises:
         ModelNotFoundError: The chat template is damaged.
     """
+    message = {"role": "user", "content": _ANY_MODEL}
+    try:
+        # Without thinking: what follows is to be the answer.
+        text = render_chat(directory, settings, [message], enable_thinking=False)
+    except Exception as error:  # jinja runs what the file says, which may fail in any way
+        raise ModelNotFoundError(f"the chat template in {directory} cannot be used: {error}") from error
+    return Prompt(pieces=(f"{_ANY_MODEL}\n" if text is None else text,), instruction=_ANY_INSTRUCTION)
+
+
+def render_chat(
+    directory: Path, settings: Mapping[str, Any], messages: Sequence[Mapping[str, str]], **variables: Any
+) -> str | None:
+    """Messages in the chat format of an instruct model, up to where its answer begins; None if it has no format.
+
+    Args:
+        directory: Where the model's files are.
+        settings: Of its ``tokenizer_config.json``.
+        messages: Each with ``role`` and ``content``.
+        variables: What else the template is told.
+
+    Raises:
+        Exception: Whatever the template raises; some refuse messages of some kinds.
+    """
     chat_template = _chat_template(directory, settings)
-    text = f"{_ANY_MODEL}\n"
-    if chat_template is not None:
-        message = {"role": "user", "content": _ANY_MODEL}
-        specials: dict[str, Any] = {name: _content(settings.get(name)) for name in ("bos_token", "eos_token")}
-        try:
-            rendered: Any = render_jinja_template(
-                [[message]],
-                chat_template=chat_template,
-                add_generation_prompt=True,
-                enable_thinking=False,  # what follows is to be the answer
-                **specials,
-            )
-        except Exception as error:  # jinja runs what the file says, which may fail in any way
-            raise ModelNotFoundError(f"the chat template in {directory} cannot be used: {error}") from error
-        text = rendered[0][0]  # of one conversation; where answers would be comes second
-    return Prompt(pieces=(text,), instruction=_ANY_INSTRUCTION)
+    if chat_template is None:
+        return None
+    specials: dict[str, Any] = {name: _content(settings.get(name)) for name in ("bos_token", "eos_token")}
+    rendered: Any = render_jinja_template(
+        [[dict(message) for message in messages]],
+        chat_template=chat_template,
+        add_generation_prompt=True,
+        **variables,
+        **specials,
+    )
+    return str(rendered[0][0])  # of one conversation; where answers would be comes second
 
 
 def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:

@@ -327,7 +327,7 @@ def find_prompt(template: Prompt | str | None, model: str, directory: Path, fami
     for name in (Path(model).name, *_names(directory.resolve()), family.prompt or ""):
         if prompt := official_prompt(name):
             return prompt
-    return chat_prompt(directory, _read_settings(directory)) if family.asks else None
+    return chat_prompt(directory, read_settings(directory)) if family.asks else None
 
 
 def _names(path: Path) -> list[str]:
@@ -358,7 +358,7 @@ def find_window(directory: Path, model_window: int, max_length: int | None, usua
         ModelNotFoundError: The tokenizer's settings are damaged.
         ValueError: ``max_length`` is not between 8 and the model's window.
     """
-    stated = _read_settings(directory).get("model_max_length")
+    stated = read_settings(directory).get("model_max_length")
     window = min(model_window, int(stated)) if isinstance(stated, int | float) else model_window
     if max_length is not None and not 8 <= max_length <= window:
         raise ValueError(f"max_length={max_length} does not fit this model; use 8 to {window} tokens, or None")
@@ -392,7 +392,7 @@ def load_template(
         UnsupportedModelError: The tokenizer has no Rust backend, or no token for an answer.
         ValueError: The instruction or the window do not go with the prompt.
     """
-    backend, has_types = _load_backend(directory)
+    backend, has_types = load_backend(directory)
     backend.no_padding()
     backend.no_truncation()
     if prompt is not None:
@@ -404,14 +404,14 @@ def load_template(
     return PairTemplate(backend, window, has_types=has_types, long_documents=long_documents)
 
 
-def _load_backend(directory: Path) -> tuple[Tokenizer, bool]:
+def load_backend(directory: Path) -> tuple[Tokenizer, bool]:
     """The tokenizer of a model, and whether the model is to know which text a token belongs to."""
     if is_gguf(directory):
         return gguf_tokenizer(directory)[0], False
     # Without any of them transformers makes up an empty vocabulary, and every text becomes the same.
     if not any(list(directory.glob(pattern)) for pattern in ("tokenizer.json", "vocab.*", "*.model")):
         raise ModelNotFoundError(f"{directory} has no tokenizer.json, vocabulary or sentencepiece model")
-    settings = _read_settings(directory)
+    settings = read_settings(directory)
     named = getattr(transformers, str(settings.get("tokenizer_class")), None)
     inputs: Any = settings.get("model_input_names") or getattr(named, "model_input_names", _TYPES)
     backend: Any
@@ -428,7 +428,12 @@ def _load_backend(directory: Path) -> tuple[Tokenizer, bool]:
     return backend, _TYPES[0] in inputs
 
 
-def _read_settings(directory: Path) -> dict[str, Any]:
+def read_settings(directory: Path) -> dict[str, Any]:
+    """What ``tokenizer_config.json`` says; nothing if there is none.
+
+    Raises:
+        ModelNotFoundError: It is damaged.
+    """
     if is_gguf(directory):
         return gguf_tokenizer(directory)[1]
     path = directory / "tokenizer_config.json"

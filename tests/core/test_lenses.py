@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from grating_core import LensError, Prompt, Reranker
-from grating_core.lenses import CalibratedLens, Summary, find_lens, fingerprint, lens_directory
+from grating_core.lenses import CalibratedLens, Summary, find_lens, lens_directory
+from grating_core.models.fingerprint import fingerprint
 from grating_core.models.lens import LayerMap, Lens, compares_tokens, feature_count
 from grating_core.pruning import Margins
 from tests.core.conftest import save_model

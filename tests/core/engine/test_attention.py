@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AttentionInterface
 
-from grating_core.engine.attention import PACKED_ATTENTION, KeysKept, Packing, SharedKeys, packed_attention
+from grating_core.engine.attention import (
+    CACHED_ATTENTION,
+    PACKED_ATTENTION,
+    KeysKept,
+    Packing,
+    SharedKeys,
+    cached_attention,
+    packed_attention,
+)
+from grating_core.engine.kv_cache import KeyValueCache
 
 HEADS, SIZE = 2, 8
 States = tuple[Tensor, Tensor, Tensor]
@@ -162,6 +171,40 @@ def test_scoring_positions_attend_to_the_keys_put_aside(window: int | None) -> N
     torch.testing.assert_close(attend(few, packing, sliding_window=window), whole[:, first], atol=1e-5, rtol=1e-5)
 
 
+@given(
+    pieces=st.lists(st.integers(1, 30), min_size=1, max_size=8),
+    key_heads=st.sampled_from([1, 2]),
+    scaling=st.sampled_from([None, 0.3]),
+    window=st.sampled_from([None, 1, 8, 40]),
+    softcap=st.sampled_from([None, 0.5]),
+    fill=st.integers(0, 3),
+)
+def test_piece_by_piece_with_the_keys_of_those_before(
+    pieces: list[int],
+    key_heads: int,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    fill: int,
+) -> None:
+    states = random_states(sum(pieces), key_heads)
+    cache = KeyValueCache(2, key_heads, SIZE, sum(pieces) + 5, dtype=torch.float32, device=torch.device("cpu"))
+    module = torch.nn.Identity()
+    module.layer_idx = 1
+    rules = {"scaling": scaling, "sliding_window": window, "softcap": softcap}
+    outputs = []
+    for end, tokens in zip(accumulate(pieces), pieces, strict=True):
+        # Fill of any content: nobody may look at it.
+        chunk = [torch.nn.functional.pad(s[:, :, end - tokens : end], (0, 0, 0, fill), value=7.0) for s in states]
+        output, weights = cached_attention(module, *chunk, None, cache=cache, tokens=tokens, **rules)
+        assert weights is None
+        assert not output[:, tokens:].any()
+        outputs.append(output[:, :tokens])
+        assert cache.tokens == end
+    expected = dense_attention(states, (sum(pieces),), scaling, window, causal=True, softcap=softcap)
+    torch.testing.assert_close(torch.cat(outputs, 1), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_broken_sequence_stays_alone() -> None:
     lengths = (4, 6, 5)
     states = random_states(15)
@@ -176,3 +219,4 @@ def test_a_broken_sequence_stays_alone() -> None:
 
 def test_transformers_knows_it_by_name() -> None:
     assert AttentionInterface()[PACKED_ATTENTION] is packed_attention
+    assert AttentionInterface()[CACHED_ATTENTION] is cached_attention

@@ -1,0 +1,90 @@
+"""The pass that generating is made of: the next tokens of a sequence through all layers, to what comes after them.
+
+A prompt is the same to it as a single token, only longer: layers outside, chunks inside, so that a streamed layer
+is read once for all of them.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from grating_core.engine.kv_cache import KeyValueCache
+from grating_core.engine.ragged import filled
+from grating_core.errors import ScoreError
+from grating_core.memory.meter import PeakMemory
+from grating_core.models.causal_lm import CausalLM
+
+
+def new_cache(model: CausalLM, tokens: int) -> KeyValueCache:
+    """Room for the keys and values of a sequence of so many tokens."""
+    return KeyValueCache(model.depth, *model.keys, tokens, dtype=model.dtype, device=model.device)
+
+
+@torch.inference_mode()
+def advance(
+    model: CausalLM,
+    input_ids: list[int],
+    cache: KeyValueCache,
+    *,
+    chunk_tokens: int,
+    peak: PeakMemory | None = None,
+) -> Tensor:
+    """Put the next tokens of a sequence through the model.
+
+    Args:
+        model: The language model.
+        input_ids: The tokens, at least one.
+        cache: Keys and values of those before them, to which theirs are added; has room for them. After an error
+            it is of no use any more.
+        chunk_tokens: Most tokens computed at once.
+        peak: Looks at the memory after every layer of a prompt.
+
+    Returns:
+        float32 ``[V]``, the logits of what comes after the last of them.
+
+    Raises:
+        CheckpointError: Weights cannot be read.
+        ScoreError: The logits are not all finite.
+    """
+    count = len(input_ids)
+    ids = torch.tensor(input_ids, device=model.device)
+    positions = torch.arange(cache.tokens, cache.tokens + count, device=model.device)[None]
+    chunks = _chunks(count, chunk_tokens)
+    try:
+        model.prepare(ids)
+        hidden = model.embed(ids[None], torch.zeros_like(ids)[None], positions)
+        for number in range(1, model.depth + 1):
+            with model.layer(number):
+                for chunk in chunks:
+                    hidden[:, chunk] = _run_layer(model, number, hidden[:, chunk], positions[:, chunk], cache)
+            if peak is not None and count > 1:
+                peak.look()
+    finally:
+        model.rewind()
+    logits = model.logits(hidden)
+    if not logits.isfinite().all():
+        raise ScoreError(
+            "the model's logits are not all finite numbers; the weights are damaged, or overflow in this dtype: "
+            "try dtype='float32'"
+        )
+    return logits
+
+
+def _chunks(count: int, most: int) -> list[slice]:
+    """Even parts of so many tokens, of at most so many each: a single one left over would be pruned."""
+    parts = -(-count // most)
+    edges = [count * part // parts for part in range(parts + 1)]
+    return [slice(start, end) for start, end in pairwise(edges)]
+
+
+def _run_layer(model: CausalLM, number: int, hidden: Tensor, positions: Tensor, cache: KeyValueCache) -> Tensor:
+    tokens = hidden.shape[1]
+    fill = filled(tokens) - tokens if tokens > 1 else 0
+    output = model.run_layer(
+        number, pad(hidden, (0, 0, 0, fill)), pad(positions, (0, fill)), cache=cache, tokens=tokens
+    )
+    return output[:, :tokens]

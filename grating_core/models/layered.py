@@ -1,0 +1,159 @@
+"""A loaded model as the engine sees it, whatever its head: embed, run one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grating_core.memory.meter import Meter
+from grating_core.memory.rows import RowCache
+from grating_core.memory.streamer import Streamer
+from grating_core.models.families import Family
+from grating_core.sparsity.columns import ColumnFile
+
+
+class LayeredModel:
+    """A transformers model that is driven one layer at a time.
+
+    Everything runs on a packed token axis without padding: hidden states are ``[1, T, D]`` in the compute
+    dtype, where T counts the tokens of all sequences together. With all weights resident the object holds no
+    state of a request, so several threads may use it at once; otherwise (:attr:`remembers`) only one may.
+
+    Args:
+        module: The transformers model in evaluation mode; weights bound, except those of streamed layers.
+        family: The description that fits it.
+        device: Where the weights are and the computing happens.
+        dtype: The compute dtype of the layers.
+        streamer: Brings the weights of the layers that are not bound; None if all are.
+        rows: What stands in for the embedding table; None if the table is resident.
+        columns: What the columns of pruned MLPs are read from; None if the MLPs are dense.
+        meter: What streamer and row cache count with.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        family: Family,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        streamer: Streamer | None,
+        rows: RowCache | None,
+        columns: ColumnFile | None = None,
+        meter: Meter,
+    ) -> None:
+        self._module = module
+        self._family = family
+        self._layers: list[Any] = list(module.get_submodule(family.layers))
+        self._norm = module.get_submodule(family.norm) if family.norm else nn.Identity()
+        self._streamer = streamer
+        self._rows = rows
+        self._columns = columns
+        self.meter = meter
+        self.causal = family.causal
+        self.width: int = module.config.hidden_size
+        self.work = work_per_token(self._layers[0], self.width, dtype, pruned=columns is not None)
+        self.device = device
+        self.dtype = dtype
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return len(self._layers)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether one request changes what is in memory for the next, so that only one may run at a time."""
+        return any(part is not None for part in (self._streamer, self._rows, self._columns))
+
+    def prepare(self, input_ids: Tensor) -> None:
+        """Have the embedding rows of a request's tokens, int64 ``[T]``, as far as there is room for them."""
+        if self._rows is not None:
+            self._rows.fetch(input_ids)
+
+    @contextmanager
+    def layer(self, number: int) -> Iterator[None]:
+        """Have the weights of a layer inside the ``with``; layers are asked for in rising order.
+
+        Raises:
+            CheckpointError: They cannot be read from disk.
+        """
+        if self._streamer is None or number not in self._streamer:
+            yield
+            return
+        with self._streamer.layer(number) as weights:
+            bind(self._module, weights)
+            yield
+
+    def rewind(self) -> None:
+        """Say that a request is over, so that what the next one begins with is read meanwhile."""
+        if self._streamer is not None:
+            self._streamer.rewind()
+
+    def close(self) -> None:
+        """Stop reading."""
+        if self._streamer is not None:
+            self._streamer.close()
+        if self._columns is not None:
+            self._columns.close()
+
+    def embed(self, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states before the first layer, ``[1, T, D]``, from int64 tensors ``[1, T]``."""
+        return self._family.embed(self._module, input_ids, token_type_ids, positions)
+
+    def run_layer(
+        self, number: int, hidden: Tensor, positions: Tensor, *, tokens: int, **attention: Any
+    ) -> Tensor:
+        """Put hidden states through one layer.
+
+        Args:
+            number: Layer number, from 1 to :attr:`depth`; its weights are there (:meth:`layer`).
+            hidden: ``[1, T, D]``.
+            positions: int64 ``[1, T]``, counted from 0 within each sequence.
+            tokens: How many of the T are tokens; behind them there may be fill.
+            attention: Handed through to the attention function that the model was built with.
+
+        Returns:
+            Hidden states of the same shape.
+        """
+        layer = self._layers[number - 1]
+        if self._columns is not None:
+            layer.mlp.tokens = tokens
+        arguments = self._family.layer_arguments(self._module, layer, hidden, positions)
+        output: Tensor = layer(hidden, attention_mask=None, tokens=tokens, **arguments, **attention)
+        return output
+
+
+# accelerate patches torch.nn.Module while an empty model is built: one thread at a time makes modules.
+construction = Lock()
+
+
+def work_per_token(layer: nn.Module, width: int, dtype: torch.dtype, *, pruned: bool = False) -> int:
+    """Bytes of intermediate results that a layer has for one token, at most.
+
+    Args:
+        layer: One of them.
+        width: D.
+        dtype: Of the results.
+        pruned: Whether its MLP computes from columns, which sums parts of the products in float32.
+    """
+    widest = max(part.out_features for part in layer.modules() if isinstance(part, nn.Linear))
+    # Gated layers hold two products of that width and what becomes of them; others one, before and after.
+    gated = any(name.endswith("gate_proj") for name, _ in layer.named_modules())
+    # Beside them hidden states, queries, keys and values.
+    if pruned:
+        return (5 * widest + 8 * width) * dtype.itemsize + 4 * 4 * widest
+    return ((3 if gated else 2) * widest + 8 * width) * dtype.itemsize
+
+
+def bind(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Make tensors the parameters of a module, by their dotted names. Nothing is copied."""
+    for name, weight in weights.items():
+        owner, _, leaf = name.rpartition(".")
+        # Not by setattr: while accelerate builds another model, in another thread, that would lose the weight.
+        module.get_submodule(owner)._parameters[leaf] = nn.Parameter(weight, requires_grad=False)

@@ -1,0 +1,97 @@
+"""The pass over prompts and tokens against transformers' whole model, for every family of decoders."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from grating_core import ScoreError
+from grating_core.engine.decode import advance, new_cache
+from grating_core.models.causal_lm import CausalLM
+from tests.core.conftest import WINDOW
+from tests.core.memory.conftest import load_planned_lm
+from tests.core.models.test_decoders import CAUSAL, save_decoder
+from tests.core.parity import TOLERANCE
+
+IDS = torch.randint(4, 200, (WINDOW,), generator=torch.Generator().manual_seed(5)).tolist()
+STREAMED: dict[str, object] = {"resident": ()}
+SOME: dict[str, object] = {"resident": (2, 5)}
+
+
+@pytest.fixture(scope="module", params=CAUSAL)
+def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_decoder(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def expected(decoder: Path) -> Tensor:
+    """The logits of every position, ``[WINDOW, V]``.
+
+    In float64: logits of these models go up to 9, and transformers' own rounding in float32 takes most of 1e-4.
+    """
+    model = AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.float64, attn_implementation="eager")
+    with torch.inference_mode():
+        return model(torch.tensor([IDS])).logits[0].float()
+
+
+def load(directory: Path, **changes: object) -> CausalLM:
+    return load_planned_lm(directory, **changes)._model()
+
+
+def one_by_one(model: CausalLM, prompt: int, until: int, chunk_tokens: int = 64) -> Tensor:
+    """The logits after a prompt of so many tokens, and after every token behind it."""
+    cache = new_cache(model, until)
+    found = [advance(model, IDS[:prompt], cache, chunk_tokens=chunk_tokens)]
+    found += [advance(model, [token], cache, chunk_tokens=chunk_tokens) for token in IDS[prompt:until]]
+    assert cache.tokens == until
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "until", "chunk_tokens"),
+    [(1, 60, 64), (40, 44, 64), (40, 44, 7), (40, 44, 1), (WINDOW - 1, WINDOW, 50), (WINDOW, WINDOW, 10**6)],
+)
+def test_logits_equal_transformers(
+    decoder: Path, expected: Tensor, prompt: int, until: int, chunk_tokens: int
+) -> None:
+    found = one_by_one(load(decoder), prompt, until, chunk_tokens)
+    torch.testing.assert_close(found, expected[prompt - 1 : until], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("changes", [STREAMED, SOME], ids=["streamed", "some streamed"])
+def test_streamed_layers_give_the_same_bits(decoder: Path, changes: dict[str, object]) -> None:
+    loaded = load_planned_lm(decoder, **changes)
+    whole, streamed = load(decoder), loaded._model()
+    for _ in range(2):
+        assert torch.equal(one_by_one(streamed, 20, 25), one_by_one(whole, 20, 25))
+    # The prompt is one pass, each token after it another.
+    assert streamed.meter.bytes_read == 2 * 6 * loaded.plan.bytes_read()
+    streamed.close()
+
+
+def test_embedding_rows_give_the_same_bits(tmp_path: Path) -> None:
+    directory = save_decoder(tmp_path, "llama")
+    whole, rows = load(directory), load(directory, **STREAMED, embedding_rows=3)
+    assert torch.equal(one_by_one(rows, 20, 25), one_by_one(whole, 20, 25))
+    assert rows.meter.rows_read > 3
+    rows.close()
+
+
+def test_tied_embeddings_are_there_once(tmp_path: Path) -> None:
+    module = load(save_decoder(tmp_path, "llama-tied"))._module
+    assert module.lm_head.weight.data_ptr() == module.model.embed_tokens.weight.data_ptr()
+
+
+def test_keys_and_values_take_what_was_planned(tmp_path: Path) -> None:
+    loaded = load_planned_lm(save_decoder(tmp_path, "llama"))
+    cache = new_cache(loaded._model(), WINDOW)
+    assert sum(part.nbytes for part in (*cache._keys, *cache._values)) == loaded.plan.sizes.keys
+
+
+def test_logits_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    model = load(save_decoder(tmp_path, "llama"))
+    model._module.model.norm.weight[3] = torch.nan
+    with pytest.raises(ScoreError, match="logits are not all finite"):
+        one_by_one(model, 3, 3)
