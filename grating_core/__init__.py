@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 from grating_core.errors import (
     BudgetError,
     CheckpointError,
+    ColumnsError,
     GratingError,
     LensError,
     ModelNotFoundError,
     PolicyError,
     ScoreError,
     SpillError,
+    TraceError,
     UnsupportedModelError,
 )
 from grating_core.pruning import ClusterPolicy, Off, PruningPolicy, Route
@@ -19,6 +21,7 @@ from grating_core.results import LayerTrace, RankedDocument, RerankResult, Trace
 
 if TYPE_CHECKING:
     from grating_core.context import Passage, join_passages, select_context
+    from grating_core.generation import Generation, StreamedCausalLM
     from grating_core.models.prompts import Prompt
     from grating_core.reranker import Reranker
 
@@ -28,6 +31,8 @@ __all__ = [
     "BudgetError",
     "CheckpointError",
     "ClusterPolicy",
+    "ColumnsError",
+    "Generation",
     "GratingError",
     "LayerTrace",
     "LensError",
@@ -43,7 +48,9 @@ __all__ = [
     "Route",
     "ScoreError",
     "SpillError",
+    "StreamedCausalLM",
     "Trace",
+    "TraceError",
     "UnsupportedModelError",
     "join_passages",
     "select_context",
@@ -52,9 +59,11 @@ __all__ = [
 
 # On first use: they bring in torch and transformers, which take seconds that `grating --help` should not.
 _LATE = {
+    "Generation": "generation",
     "Passage": "context",
     "Prompt": "models.prompts",
     "Reranker": "reranker",
+    "StreamedCausalLM": "generation",
     "join_passages": "context",
     "select_context": "context",
 }

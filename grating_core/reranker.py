@@ -9,13 +9,13 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
+from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 from threading import Event, Lock
 from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
-from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -25,17 +25,18 @@ from typing_extensions import Self
 from grating_core.engine.attention import PACKED_ATTENTION
 from grating_core.engine.forward import Outcome, forward
 from grating_core.engine.ragged import RaggedBatch, filled
-from grating_core.errors import ModelNotFoundError, UnsupportedModelError
-from grating_core.lenses import CalibratedLens, find_lens, fingerprint, lens_directory, open_lens
+from grating_core.errors import UnsupportedModelError
+from grating_core.lenses import CalibratedLens, find_lens, lens_directory, open_lens
 from grating_core.memory.hidden import HiddenInMemory, HiddenOnDisk, HiddenStates
 from grating_core.memory.meter import PeakMemory, resident_memory
 from grating_core.memory.plan import LARGEST_WORK, MemoryPlan, make_plan, parse_budget
-from grating_core.models.adapter import Adapter
+from grating_core.models.adapter import find_adapter
 from grating_core.models.bundled import cache_directory
 from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.models.directory import find_model
+from grating_core.models.fingerprint import fingerprint
 from grating_core.models.gguf import GgufModel, is_gguf
-from grating_core.models.loading import StoredModel
+from grating_core.models.loading import StoredCrossEncoder
 from grating_core.models.placement import choose_device, choose_dtype
 from grating_core.models.prompts import Prompt
 from grating_core.models.templates import (
@@ -51,6 +52,8 @@ from grating_core.models.templates import (
 from grating_core.pruning import ClusterPolicy, Guarantee, Off, PruningPolicy
 from grating_core.recalibration import Logged, Recalibration, Sampling, check_share, scaled, state_path
 from grating_core.results import RankedDocument, RerankResult, Trace
+from grating_core.sharing import find_or_load
+from grating_core.sparsity.pruning import mlp_pruning
 
 if TYPE_CHECKING:
     from grating_core.calibration import Recorder, Request
@@ -62,9 +65,6 @@ _TARGET = 0.98
 _CAUTIOUS = ClusterPolicy(dispersion_threshold=16.0)
 
 _log = logging.getLogger("grating")
-
-_shared: WeakValueDictionary[tuple[Any, ...], Reranker] = WeakValueDictionary()
-_shared_lock = Lock()
 
 Arguments = ParamSpec("Arguments")
 Returned = TypeVar("Returned")
@@ -125,7 +125,7 @@ class Reranker:
         usual = plan.chunk_tokens if plan else _CHUNK_TOKENS.get(model.device.type, LARGEST_WORK // model.work)
         self._chunk_tokens = chunk_tokens or usual
         # A budget is for one request at a time; without one, threads need not wait for each other.
-        self._turn = nullcontext() if plan is None else Lock()
+        self._turn = nullcontext() if plan is None and not model.remembers else Lock()
         self.plan = plan
         """What the memory budget is spent on; None without a budget."""
         self.model_path = model_path
@@ -152,6 +152,7 @@ class Reranker:
         template: Prompt | str | None = None,
         instruction: str | None = None,
         adapter: str | Path | None = None,
+        mlp_density: float | None = None,
         chunk_tokens: int | None = None,
         show_progress: bool = False,
     ) -> Reranker:
@@ -189,6 +190,10 @@ class Reranker:
             instruction: What to judge by, for templates that have a slot for it; None for their own words.
             adapter: A LoRA adapter as PEFT saves it, a directory or hub id, which is merged into the weights when
                 they are read.
+            mlp_density: Share of the MLPs' weights that a chunk of tokens uses, for decoders on the CPU: those
+                columns that matter most to all its tokens together, and rather those that are in memory. Fewer
+                bytes are read within a memory budget, and scores are approximate: a trade for disks that cannot
+                keep up. A file with the columns, as large as the MLPs, is written on first use. None for all.
             chunk_tokens: Most tokens computed at once, which bounds the memory of intermediate results. A
                 document is never split. None for a value that suits the device or the memory budget.
             show_progress: Show progress bars while fetching or converting.
@@ -198,6 +203,8 @@ class Reranker:
             UnsupportedModelError: The weights are of a kind that grating does not run.
             BudgetError: The memory budget is too small; the message states the smallest that works. It is a
                 ``ValueError`` as well.
+            ColumnsError: The file with the columns of the MLPs cannot be written, is damaged, or belongs to other
+                weights.
             LensError: There is no lens in that directory, it is damaged, or it is for other weights.
             ValueError: An argument is not usable; the message names it.
         """
@@ -215,16 +222,28 @@ class Reranker:
         if instruction is not None and not isinstance(instruction, str):
             raise ValueError(f"instruction={instruction!r} must be a string or None")
         stored = _open(
-            str(model), device, dtype, adapter=adapter, lasting=budget is not None, show_progress=show_progress
+            str(model),
+            device,
+            dtype,
+            adapter=adapter,
+            lasting=budget is not None,
+            mlp_density=mlp_density,
+            show_progress=show_progress,
         )
         directory = stored.directory
         prompt = find_prompt(template, str(model), directory, stored.family)
         window = find_window(directory, stored.window, max_length, usual_length(prompt, stored.family))
         plan = None if budget is None else make_plan(stored.sizes(window), budget)
         identity = fingerprint(directory, None if stored.adapter is None else stored.adapter.directory, prompt)
+        # What is found out about the pruned model is not true of the dense one; the other way it is near enough.
+        own = identity if mlp_density in (None, 1) else sha256(f"{identity} {mlp_density}".encode()).hexdigest()
         policy: PruningPolicy | ByLens
         if chosen is None:
-            calibrated = find_lens(identity) if lens is None else open_lens(Path(lens).expanduser(), identity)
+            calibrated = (
+                (find_lens(own) or find_lens(identity))
+                if lens is None
+                else open_lens(Path(lens).expanduser(), own, identity)
+            )
             policy = ByLens(target, guarantee, calibrated and calibrated.to(stored.device))
         else:
             policy = chosen
@@ -244,7 +263,7 @@ class Reranker:
             stored.load(plan, encoder.answers),
             encoder,
             model_path=directory,
-            fingerprint=identity,
+            fingerprint=own,
             pruning=policy,
             chunk_tokens=chunk_tokens,
             plan=plan,
@@ -268,12 +287,7 @@ class Reranker:
             raise ValueError(
                 f"pruning={settings['pruning']!r} is not hashable, so it cannot be told whether it is shared"
             )
-        key = (str(model), *sorted(settings.items()))
-        with _shared_lock:
-            reranker = _shared.get(key)
-            if reranker is None or reranker._loaded is None:
-                reranker = _shared[key] = cls.from_pretrained(model, **settings)
-            return reranker
+        return find_or_load(cls.from_pretrained, model, settings)
 
     def rerank(
         self,
@@ -540,6 +554,11 @@ class Reranker:
         self.close()
 
     @property
+    def closed(self) -> bool:
+        """Whether it has been closed."""
+        return self._loaded is None
+
+    @property
     def device(self) -> torch.device:
         """Where it computes."""
         return self._model().device
@@ -618,7 +637,7 @@ class Reranker:
 
     def _forward(self, model: CrossEncoder, batch: RaggedBatch, **how: Any) -> Outcome:
         with self._turn:
-            model = self._model() if self.plan else model  # it may have been closed while this call waited
+            model = self._model() if model.remembers else model  # it may have been closed while this call waited
             try:
                 with self._hidden(model, batch) as hidden:
                     return forward(model, batch, hidden, chunk_tokens=self._chunk_tokens, **how)
@@ -647,6 +666,7 @@ def plan_memory(
     max_length: int | None = None,
     template: Prompt | str | None = None,
     adapter: str | Path | None = None,
+    mlp_density: float | None = None,
     show_progress: bool = False,
 ) -> tuple[Path, int, MemoryPlan]:
     """What :meth:`Reranker.from_pretrained` would do with a memory budget; no weights are read.
@@ -657,7 +677,15 @@ def plan_memory(
         The model's directory, the most tokens of a pair, and the plan.
     """
     budget = _find_budget(memory_budget, model)
-    stored = _open(str(model), device, dtype, adapter=adapter, lasting=False, show_progress=show_progress)
+    stored = _open(
+        str(model),
+        device,
+        dtype,
+        adapter=adapter,
+        lasting=False,
+        mlp_density=mlp_density,
+        show_progress=show_progress,
+    )
     prompt = find_prompt(template, str(model), stored.directory, stored.family)
     window = find_window(stored.directory, stored.window, max_length, usual_length(prompt, stored.family))
     return stored.directory, window, make_plan(stored.sizes(window), budget)
@@ -670,8 +698,10 @@ def _open(
     *,
     adapter: str | Path | None,
     lasting: bool,
+    mlp_density: float | None,
     show_progress: bool,
-) -> StoredModel | GgufModel:
+) -> StoredCrossEncoder | GgufModel:
+    pruning = mlp_pruning(mlp_density, by_chunk=True, show_progress=show_progress)
     chosen_device = choose_device(device)
     chosen_dtype, _ = choose_dtype(dtype, chosen_device)
     directory = find_model(model, show_progress=show_progress)
@@ -679,17 +709,16 @@ def _open(
         "device": chosen_device,
         "dtype": chosen_dtype,
         "attention": PACKED_ATTENTION,
-        "adapter": None if adapter is None else _find_adapter(str(adapter), show_progress),
+        "adapter": None if adapter is None else find_adapter(str(adapter), show_progress=show_progress),
     }
-    return GgufModel(directory, **how) if is_gguf(directory) else StoredModel(directory, **how, lasting=lasting)
-
-
-def _find_adapter(name: str, show_progress: bool) -> Adapter:
-    try:
-        directory = find_model(name, show_progress=show_progress)
-    except ModelNotFoundError as error:
-        raise ModelNotFoundError(f"adapter={name!r} was not found. {error}") from error
-    return Adapter(directory)
+    if not is_gguf(directory):
+        return StoredCrossEncoder(directory, **how, lasting=lasting, pruning=pruning)
+    if pruning is not None:
+        raise UnsupportedModelError(
+            f"mlp_density={mlp_density!r} is for models that are read from disk, and {directory} is unpacked as a "
+            f"whole: leave it out, or take the model as safetensors"
+        )
+    return GgufModel(directory, **how)
 
 
 def _find_budget(memory_budget: str | int, model: str | Path) -> int:

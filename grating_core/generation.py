@@ -1,0 +1,435 @@
+"""Generating text with a language model that need not fit into memory."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from threading import Event, Lock
+from time import perf_counter
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from typing_extensions import Self
+
+from grating_core.engine.attention import CACHED_ATTENTION
+from grating_core.engine.decode import advance, new_cache
+from grating_core.engine.forward import Interrupted
+from grating_core.engine.sampling import Sampler
+from grating_core.errors import UnsupportedModelError
+from grating_core.memory.meter import Meter, PeakMemory, resident_memory
+from grating_core.memory.plan import LARGEST_WORK, MemoryPlan, make_generation_plan, parse_budget
+from grating_core.models.adapter import find_adapter
+from grating_core.models.causal_lm import CausalLM
+from grating_core.models.directory import find_model
+from grating_core.models.gguf import is_gguf
+from grating_core.models.loading import StoredCausalLM
+from grating_core.models.placement import choose_device, choose_dtype
+from grating_core.models.templates import find_window
+from grating_core.models.text import Messages, PromptTokenizer
+from grating_core.sharing import find_or_load
+from grating_core.sparsity.pruning import MlpPruning, mlp_pruning
+
+_CHUNK_TOKENS = {"cuda": 8192, "mps": 4096}  # on the CPU it depends on the size of the layers
+_USUAL_LENGTH = 4096
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A generated text, and what it took.
+
+    Attributes:
+        text: What follows the prompt, without special tokens and stop string.
+        finish_reason: ``"stop"``: a stop string came, or the model ended the text; ``"length"``: it has as many
+            tokens as were allowed.
+        prompt_tokens: Tokens of the prompt.
+        new_tokens: Tokens generated, with the one that ended the text.
+        seconds_to_first: Time until the first of them.
+        seconds: Time until the last of them.
+        bytes_read: Bytes of weights and embedding rows read from disk.
+        bytes_to_first: Those of them that were read for the prompt, until the first new token.
+        seconds_waited: Time that computing stood still for reading.
+        hit_rate: Share of the columns that new tokens used which were in memory; None without ``mlp_density``, and
+            for a single token.
+    """
+
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    new_tokens: int
+    seconds_to_first: float
+    seconds: float
+    bytes_read: int
+    bytes_to_first: int
+    seconds_waited: float
+    hit_rate: float | None
+
+
+class StreamedCausalLM:
+    """A language model that generates text, with as much of it in memory as a budget says.
+
+    Made by :meth:`from_pretrained`. May be called from several threads: calls of :meth:`generate` take turns, and
+    open streams go on token by token beside them. Each has keys and values of its own; a memory budget counts
+    them once.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        tokenizer: PromptTokenizer,
+        *,
+        model_path: Path,
+        max_length: int,
+        end_tokens: frozenset[int],
+        plan: MemoryPlan | None = None,
+        chunk_tokens: int | None = None,
+    ) -> None:
+        self._loaded: CausalLM | None = model
+        self._tokenizer = tokenizer
+        self._end_tokens = end_tokens
+        usual = plan.chunk_tokens if plan else _CHUNK_TOKENS.get(model.device.type, LARGEST_WORK // model.work)
+        self._chunk_tokens = chunk_tokens or usual
+        self._requests = Lock()  # so that keys and values are there once, as planned
+        self._turn = Lock()  # for one pass: with a lock for a whole stream, one left open would block all others
+        self.plan = plan
+        """What the memory budget is spent on; None without a budget."""
+        self.model_path = model_path
+        """The local directory that the weights were read from."""
+        self.max_length = max_length
+        """Most tokens of a prompt together with what follows it."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        memory_budget: str | int | None = None,
+        mlp_density: float | None = None,
+        max_length: int | None = None,
+        adapter: str | Path | None = None,
+        show_progress: bool = False,
+    ) -> StreamedCausalLM:
+        """Load a language model.
+
+        Args:
+            model: A hub id such as ``"HuggingFaceTB/SmolLM2-135M-Instruct"``, or a local directory in Hugging Face
+                layout with safetensors weights.
+            device: ``"cpu"``, ``"cuda"`` or ``"mps"``; None takes the best that is there.
+            dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: bfloat16 where the processor
+                has instructions for it, else float32.
+            memory_budget: How much memory loading and generating may take beyond what importing the packages and
+                the tokenizer takes: bytes, or a size such as ``"300MB"``. Layers that do not fit are read from
+                disk for every token, one while another computes; the text stays the same. On CUDA it holds for the
+                memory of the device. None keeps everything resident and sets no bound.
+            mlp_density: Share of the MLPs' weights that each new token uses, on the CPU: those columns that matter
+                most to it, and rather those that are in memory (dynamic input pruning). Fewer bytes are read
+                within a budget, and the text is another than the dense model's. The prompt is computed with all
+                weights. A file with the columns, as large as the MLPs, is written on first use. None for all.
+            max_length: Most tokens of a prompt and its continuation together; None for what the model was made
+                for, at most 4,096. Memory for the keys and values of as many is part of the budget.
+            adapter: A LoRA adapter as PEFT saves it, a directory or hub id, which is merged into the weights when
+                they are read.
+            show_progress: Show progress bars while fetching.
+
+        Raises:
+            ModelNotFoundError: The name leads to no usable weights.
+            UnsupportedModelError: The weights are of a kind that grating does not generate with.
+            BudgetError: The memory budget is too small; the message states the smallest that works. It is a
+                ``ValueError`` as well.
+            ColumnsError: The file with the columns of the MLPs cannot be written, is damaged, or belongs to other
+                weights.
+            ValueError: An argument is not usable; the message names it.
+        """
+        budget = None if memory_budget is None else parse_budget(memory_budget)
+        stored = _open(
+            str(model),
+            device,
+            dtype,
+            adapter=adapter,
+            lasting=budget is not None,
+            pruning=mlp_pruning(mlp_density, by_chunk=False, show_progress=show_progress),
+            show_progress=show_progress,
+        )
+        directory = stored.directory
+        length = find_window(directory, stored.window, max_length, _USUAL_LENGTH)
+        plan = None if budget is None else make_generation_plan(stored.sizes(length), budget, length)
+        # The tokenizer first: what loading it takes for a moment is then free for the weights.
+        before = resident_memory()
+        tokenizer = PromptTokenizer(directory)
+        if plan is not None:
+            plan = replace(plan, tokenizer=max(0, resident_memory() - before))
+        return cls(
+            stored.load(plan),
+            tokenizer,
+            model_path=directory,
+            max_length=length,
+            end_tokens=stored.end_tokens,
+            plan=plan,
+        )
+
+    @classmethod
+    def shared(cls, model: str | Path, **settings: Any) -> StreamedCausalLM:
+        """The process's one language model with this name and these settings, loaded if nobody holds it yet.
+
+        It is freed when the last holder lets go of it. Do not close it: others may be using it.
+
+        Args:
+            model: As in :meth:`from_pretrained`.
+            settings: As in :meth:`from_pretrained`.
+        """
+        return find_or_load(cls.from_pretrained, model, settings)
+
+    def generate(
+        self,
+        prompt: str | Messages,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Generation:
+        """Continue a text, or answer messages.
+
+        Args:
+            prompt: A string, which is continued as it is; or a list of messages, ``{"role": "user", "content":
+                "…"}`` with the roles system, user and assistant, which go through the model's chat template.
+            max_new_tokens: Most tokens to generate.
+            temperature: 0 takes the likeliest token always; above, tokens are picked at random, by probabilities
+                that a higher temperature makes more alike.
+            top_p: Only the likeliest tokens that have this probability together are picked from.
+            seed: Of the random numbers: the same gives the same text, unless ``mlp_density`` chooses other columns
+                because others are in memory. None for another every time.
+            stop: Strings that end the text; they are not part of it.
+
+        Returns:
+            The text, and what it took.
+
+        Raises:
+            ValueError: An argument is not usable; the message names it. Raised before any computing.
+            CheckpointError: Weights cannot be read from disk any more. The next call works if they are back.
+            ScoreError: The model's logits are not finite numbers.
+            RuntimeError: The model has been closed.
+        """
+        stream = self.stream(
+            prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
+        )
+        return self._finish(stream, lambda: False)
+
+    async def agenerate(self, prompt: str | Messages, **settings: Any) -> Generation:
+        """:meth:`generate` in a worker thread, so that the event loop goes on.
+
+        When the task is cancelled, the computing stops after the token it is at.
+        """
+        abandoned = Event()
+
+        def work() -> Generation:
+            return self._finish(self.stream(prompt, **settings), abandoned.is_set)
+
+        try:
+            return await asyncio.to_thread(work)
+        finally:
+            abandoned.set()
+
+    def _finish(self, stream: Generator[str, None, Generation], pause: Callable[[], bool]) -> Generation:
+        with self._requests:
+            while not pause():
+                try:
+                    next(stream)
+                except StopIteration as end:
+                    generation: Generation = end.value
+                    return generation
+        raise Interrupted
+
+    def stream(
+        self,
+        prompt: str | Messages,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Generator[str, None, Generation]:
+        """Like :meth:`generate`, piece by piece.
+
+        Args:
+            prompt: As in :meth:`generate`, and so are the others.
+            max_new_tokens: See there.
+            temperature: See there.
+            top_p: See there.
+            seed: See there.
+            stop: See there.
+
+        Returns:
+            An iterator over pieces of text as they come. Closing it ends the work. What a generator of your own
+            gets from ``yield from`` is the :class:`Generation`.
+
+        Raises:
+            ValueError: An argument is not usable; the message names it. Raised at once.
+            RuntimeError: The model has been closed; this too is raised at once.
+        """
+        model = self._model()
+        _check_settings(max_new_tokens, temperature, top_p, seed, stop)
+        prompt_ids = self._tokenizer.encode(prompt)
+        if len(prompt_ids) + max_new_tokens > self.max_length:
+            raise ValueError(
+                f"prompt has {len(prompt_ids):,} tokens, which with max_new_tokens={max_new_tokens} is more than "
+                f"max_length={self.max_length}: shorten it, or ask for fewer"
+            )
+        sampler = Sampler(temperature, top_p, seed, model.device)
+        return self._stream(prompt_ids, max_new_tokens, sampler, tuple(stop))
+
+    def _stream(
+        self, prompt_ids: list[int], max_new_tokens: int, sampler: Sampler, stop: tuple[str, ...]
+    ) -> Generator[str, None, Generation]:
+        started = perf_counter()
+        model = self._model()
+        cache = new_cache(model, len(prompt_ids) + max_new_tokens)
+        peak = None if self.plan is None else PeakMemory(model.device)
+        text = self._tokenizer.stream(prompt_ids, stop)
+        pieces: list[str] = []
+        usage: list[Meter] = []
+        moments: list[float] = []
+        finish_reason: FinishReason = "length"
+        next_ids = prompt_ids
+        while len(moments) < max_new_tokens and not text.stopped:
+            with self._turn:
+                model = self._model()
+                before = replace(model.meter)
+                logits = advance(model, next_ids, cache, chunk_tokens=self._chunk_tokens, peak=peak)
+                token = sampler.pick(logits)
+                usage.append(model.meter.since(before))
+            moments.append(perf_counter() - started)
+            if token in self._end_tokens:
+                finish_reason = "stop"
+                break
+            del model  # a stream that is left open must not keep the weights of a model that is closed
+            if piece := text.add(token):
+                pieces.append(piece)
+                yield piece
+            next_ids = [token]
+        if text.stopped:
+            finish_reason = "stop"
+        elif piece := text.rest():
+            pieces.append(piece)
+            yield piece
+        return Generation(
+            text="".join(pieces),
+            finish_reason=finish_reason,
+            prompt_tokens=len(prompt_ids),
+            new_tokens=len(moments),
+            seconds_to_first=moments[0],
+            seconds=moments[-1],
+            bytes_read=_total(usage).bytes_read,
+            bytes_to_first=usage[0].bytes_read,
+            seconds_waited=_total(usage).seconds_waited,
+            hit_rate=_total(usage[1:]).column_hit_rate,  # the prompt uses all columns
+        )
+
+    def close(self) -> None:
+        """Free the weights, close the files, stop the threads.
+
+        Calls after this one raise ``RuntimeError``, and so do those that are in progress, at their next token.
+        """
+        with self._turn:
+            if self._loaded is not None:
+                self._loaded.close()
+            self._loaded = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._model().device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self._model().dtype
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has been closed."""
+        return self._loaded is None
+
+    def count_tokens(self, text: str) -> int:
+        """How many tokens the model's tokenizer makes of a text, special tokens not counted."""
+        return self._tokenizer.count(text)
+
+    def _model(self) -> CausalLM:
+        if (model := self._loaded) is None:
+            raise RuntimeError("this StreamedCausalLM has been closed; make a new one with from_pretrained")
+        return model
+
+
+def _total(steps: list[Meter]) -> Meter:
+    return Meter(*map(sum, zip(*map(astuple, steps), strict=True))) if steps else Meter()
+
+
+def _open(
+    model: str,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype,
+    *,
+    adapter: str | Path | None,
+    lasting: bool,
+    pruning: MlpPruning | None,
+    show_progress: bool,
+) -> StoredCausalLM:
+    chosen_device = choose_device(device)
+    chosen_dtype, _ = choose_dtype(dtype, chosen_device)
+    directory = find_model(model, show_progress=show_progress)
+    if is_gguf(directory):
+        raise UnsupportedModelError(
+            f"model={model!r} is a GGUF file, which would be unpacked as a whole; generating is for safetensors. "
+            f"Save it as such: AutoModelForCausalLM.from_pretrained({str(directory.parent)!r}, "
+            f"gguf_file={directory.name!r}).save_pretrained(DIRECTORY), and the AutoTokenizer likewise"
+        )
+    return StoredCausalLM(
+        directory,
+        device=chosen_device,
+        dtype=chosen_dtype,
+        attention=CACHED_ATTENTION,
+        lasting=lasting,
+        pruning=pruning,
+        adapter=None if adapter is None else find_adapter(str(adapter), show_progress=show_progress),
+    )
+
+
+def _check_settings(max_new_tokens: Any, temperature: Any, top_p: Any, seed: Any, stop: Any) -> None:
+    if not _is_whole(max_new_tokens) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens!r} must be a whole number, 1 or more")
+    if not _is_number(temperature) or not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature!r} must be a number, 0 or more")
+    if not _is_number(top_p) or not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p!r} must be a number above 0, 1 at most")
+    if seed is not None and not (_is_whole(seed) and 0 <= seed < 2**63):
+        raise ValueError(f"seed={seed!r} must be a whole number, 0 or more, or None")
+    if isinstance(stop, str) or not isinstance(stop, Sequence):
+        raise ValueError(f"stop={stop!r} must be a list of strings")
+    for text in stop:
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"stop={stop!r} has {text!r} in it; each must be a string that is not empty")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
