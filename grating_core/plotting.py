@@ -1,12 +1,18 @@
-"""A picture of a rerank: every candidate's score, layer by layer."""
+"""Pictures: every candidate's score in a rerank, layer by layer; what a simulation found."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from grating_core.pruning import Route
 from grating_core.results import RerankResult, Trace
+
+if TYPE_CHECKING:
+    from grating_core.sparsity.comparison import Point
 
 # Told apart by colour-blind readers, and without colour by their line style.
 _STYLES: dict[Route, tuple[str, Literal["-", "--", ":"]]] = {
@@ -14,6 +20,7 @@ _STYLES: dict[Route, tuple[str, Literal["-", "--", ":"]]] = {
     Route.DEFERRED: ("#E69F00", "--"),
     Route.DROPPED: ("#999999", ":"),
 }
+_WAYS = {"dense streaming": ("black", "*"), "DIP": ("#E69F00", "s"), "cache-aware DIP": ("#0072B2", "o")}
 
 
 def plot_trajectories(result: RerankResult, path: Path) -> None:
@@ -29,12 +36,10 @@ def plot_trajectories(result: RerankResult, path: Path) -> None:
     Raises:
         ModuleNotFoundError: matplotlib is not installed; the message names the extra that installs it.
     """
-    try:
+    with _naming_the_extra():
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
         from matplotlib.ticker import MaxNLocator
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plots need matplotlib: pip install 'grating-core[plot]'") from error
 
     trace = result.trace
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -72,3 +77,42 @@ def _trajectory(trace: Trace, candidate: int) -> tuple[list[int], list[float], R
             # Nothing is decided after the last layer: what was decided before it is what it is known by.
             route = record.routes[place] if record.layer < trace.depth else route
     return layers, scores, route
+
+
+def plot_simulation(points: Sequence[Point], path: Path) -> None:
+    """Draw perplexity against tokens a second: a curve over densities for each way of pruning, a point for dense.
+
+    Args:
+        points: With perplexities.
+        path: Where the picture goes; its ending gives the format.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed; the message names the extra that installs it.
+    """
+    with _naming_the_extra():
+        from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    for way in dict.fromkeys(point.estimate.way for point in points):
+        curve = sorted((point for point in points if point.estimate.way == way), key=lambda point: -point.density)
+        colour, marker = _WAYS[way]
+        speeds = [point.estimate.tokens_per_second for point in curve]
+        costs = [point.perplexity or math.nan for point in curve]
+        axes.plot(speeds, costs, color=colour, marker=marker, label=way)
+        for point, speed, cost in zip(curve, speeds, costs, strict=True):
+            axes.annotate(f"{point.density:g}", (speed, cost), (4, 4), textcoords="offset points", fontsize=8)
+    axes.set(
+        xlabel="tokens per second, simulated", ylabel="perplexity", yscale="log", title="at each point: density"
+    )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+@contextmanager
+def _naming_the_extra() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("plots need matplotlib: pip install 'grating-core[plot]'") from error
