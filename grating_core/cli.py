@@ -12,7 +12,7 @@ from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,12 +24,15 @@ from grating_core.inputs import Format, read_documents
 from grating_core.pruning import Route
 from grating_core.results import RerankResult
 
+if TYPE_CHECKING:
+    from grating_core.generation import Generation, StreamedCausalLM
+
 # torch and transformers take seconds to import, so the commands that need them import them themselves.
 
-# Options of several commands that are arguments of Reranker.from_pretrained.
+# Options of several commands that are arguments of Reranker.from_pretrained, StreamedCausalLM.from_pretrained.
 _SETTINGS = frozenset(
     ("pruning", "target", "guarantee", "lens", "device", "dtype", "max_length", "long_documents", "template",
-     "instruction", "adapter", "memory_budget")
+     "instruction", "adapter", "memory_budget", "mlp_density")
 )  # fmt: skip
 
 BUNDLED = "bundled:ms-marco-minilm-l12"
@@ -65,6 +68,7 @@ TemplateName = Annotated[str | None, typer.Option(help="Official prompt of a dec
 Instruction = Annotated[str | None, typer.Option(help="What to judge by, for models that take an instruction.")]
 AdapterName = Annotated[str | None, typer.Option("--adapter", help="LoRA adapter: directory or hub id.")]
 Budget = Annotated[str | None, typer.Option(help="Memory it may take, such as 300MB; no bound by default.")]
+MlpDensity = Annotated[float | None, typer.Option(help="Share of the MLPs' weights that is used; all by default.")]
 
 
 @app.command()
@@ -86,6 +90,7 @@ def rerank(
     template: TemplateName = None,
     instruction: Instruction = None,
     adapter: AdapterName = None,
+    mlp_density: MlpDensity = None,
     memory_budget: Budget = None,
     target: Target = 0.98,
     guarantee: GuaranteeOf = "share",
@@ -121,6 +126,7 @@ def explain(
     template: TemplateName = None,
     instruction: Instruction = None,
     adapter: AdapterName = None,
+    mlp_density: MlpDensity = None,
     memory_budget: Budget = None,
     target: Target = 0.98,
     guarantee: GuaranteeOf = "share",
@@ -165,6 +171,7 @@ def select(
     template: TemplateName = None,
     instruction: Instruction = None,
     adapter: AdapterName = None,
+    mlp_density: MlpDensity = None,
     memory_budget: Budget = None,
     target: Target = 0.98,
     guarantee: GuaranteeOf = "share",
@@ -188,6 +195,44 @@ def select(
 
 
 @app.command()
+def generate(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Hub id or local directory of a language model.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text, or - for standard input.")],
+    chat: Annotated[bool, typer.Option("--chat/--raw", help="Answer it as a message, or just go on.")] = True,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token always.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Probability of the tokens that are picked from.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the random numbers; another every time by default.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends it; several may be given.")] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    memory_budget: Budget = None,
+    mlp_density: MlpDensity = None,
+    max_length: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")] = None,
+    adapter: AdapterName = None,
+) -> None:
+    """Answer a prompt with a language model, which need not fit into memory."""
+    with _plain_errors():
+        text = sys.stdin.read() if prompt == "-" else prompt
+        with _err.status("Loading ..."):
+            from grating_core.generation import StreamedCausalLM
+
+            loaded = StreamedCausalLM.from_pretrained(model, show_progress=True, **_settings(context))
+        with loaded:
+            generation = _written(
+                loaded,
+                [{"role": "user", "content": text}] if chat else text,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                stop=stop or (),
+            )
+    _err.print(_speed_line(generation), style="dim")
+
+
+@app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="Hub id, local directory or bundled name.")],
     memory_budget: Annotated[str, typer.Option(help="Memory it may take, such as 300MB.")],
@@ -198,6 +243,7 @@ def plan(
     max_length: MaxLength = None,
     template: TemplateName = None,
     adapter: AdapterName = None,
+    mlp_density: MlpDensity = None,
 ) -> None:
     """Show what a memory budget is spent on, and what a request will read from disk and write to it."""
     with _plain_errors(), _err.status("Looking at the model ..."):
@@ -213,6 +259,7 @@ def plan(
             max_length=max_length,
             template=template,
             adapter=adapter,
+            mlp_density=mlp_density,
             show_progress=True,
         )
         before = resident_memory()
@@ -226,6 +273,7 @@ def plan(
         "embedding rows": f"{planned.embedding_rows:,} of {planned.sizes.vocabulary:,}",
         "intermediate results": f"chunks of {planned.chunk_tokens:,} tokens, documents of up to {window:,}",
         "hidden states": f"of up to {planned.hidden_tokens:,} tokens",
+        "columns": f"{planned.column_share:.0%} of those of the MLPs",
     }
     for part, size in planned.parts.items():
         table.add_row(part, f"{size / 1e6:,.1f}", details.get(part, ""))
@@ -237,6 +285,7 @@ def plan(
         f"A request of {candidates} candidates, {request:,} tokens, reads {planned.bytes_read() / 1e6:,.0f} MB of "
         f"weights and the embedding rows it lacks; "
         + (f"writes and reads {spilled:,.0f} MB of hidden states." if spilled else "no hidden states are spilled.")
+        + (" Of the MLPs each chunk reads the columns that it uses and lacks." if planned.sizes.columns else "")
     )
 
 
@@ -300,6 +349,162 @@ def calibrate(
             f"{1 - 1 / (summary.measured + 1):.3f} at most: take more --requests, or a lower --target."
         )
     _out.print(f"The lens is in {output}." if output else "From now on pruning='auto' finds it for this model.")
+
+
+@app.command()
+def simulate(
+    model: Annotated[str, typer.Argument(help="Decoder whose activations are recorded: hub id or directory.")],
+    text: Annotated[str, typer.Option(help="Real text for it to read: a file of text or of JSON Lines.")],
+    memory: Annotated[
+        str, typer.Option(help="For all weights, such as 2GB, or the share of the MLPs in memory, such as 50%.")
+    ],
+    mlp_density: Annotated[
+        list[float], typer.Option(help="Share of the MLPs that a token uses; may be given several times.")
+    ] = [0.83, 0.67, 0.57, 0.5],  # noqa: B006 - typer copies it
+    tokens: Annotated[int, typer.Option(help="Tokens of the text to go through.")] = 512,
+    trace: Annotated[
+        Path | None, typer.Option(help="File of recorded activations; in grating's cache by default.")
+    ] = None,
+    shape: Annotated[
+        Path | None, typer.Option(help="Directory with the config.json of another model to simulate.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16, float16 or float32.")] = "bfloat16",
+    inputs_preference: Annotated[
+        float, typer.Option(help="What an input counts where its column is not in memory, in cache-aware DIP.")
+    ] = 0.9,
+    products_preference: Annotated[float, typer.Option(help="The same of a product.")] = 0.3,
+    machine: Annotated[
+        str, typer.Option(help="this, which is measured; phone, sata-ssd, nvme; or what the options below say.")
+    ] = "this",
+    disk_bandwidth: Annotated[str | None, typer.Option(help="Of long reads, such as 500MB/s.")] = None,
+    disk_reads: Annotated[float | None, typer.Option(help="Random reads of 4 KB a second, 8 at a time.")] = None,
+    memory_bandwidth: Annotated[str | None, typer.Option(help="Such as 20GB/s.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw perplexity against tokens/s into this picture.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Estimate how fast a decoder larger than memory generates: streamed, or pruned by dynamic input pruning."""
+    with _plain_errors():
+        read = "\n\n".join(read_documents(text, plain="text"))
+        with _err.status("Loading ..."):
+            import torch
+
+            from grating_core.models.directory import find_model
+            from grating_core.models.placement import choose_dtype
+            from grating_core.sparsity.cache import Preference
+            from grating_core.sparsity.comparison import compare
+            from grating_core.sparsity.machine import describe_machine, parse_rate
+            from grating_core.sparsity.probe import find_machine
+            from grating_core.sparsity.simulator import Shape
+
+            directory = find_model(model)
+            weights, _ = choose_dtype(dtype, torch.device("cpu"))
+            simulated = Shape.of(shape or directory, weights)
+            bytes_of_weights = simulated.parse_memory(memory)
+            preference = Preference(inputs_preference, products_preference)
+            if disk_bandwidth is not None and disk_reads is not None and memory_bandwidth is not None:
+                found = describe_machine(
+                    parse_rate(disk_bandwidth, "disk_bandwidth"),
+                    disk_reads,
+                    parse_rate(memory_bandwidth, "memory_bandwidth"),
+                )
+            elif any(given is not None for given in (disk_bandwidth, disk_reads, memory_bandwidth)):
+                raise ValueError(
+                    "a machine is described by --disk-bandwidth, --disk-reads and --memory-bandwidth together"
+                )
+            else:
+                found = find_machine(machine, weights)
+        points = compare(
+            directory,
+            read,
+            simulated,
+            found,
+            memory=bytes_of_weights,
+            densities=mlp_density,
+            tokens=tokens,
+            preference=preference,
+            trace=trace,
+            perplexity=figure is not None,
+            show_progress=True,
+        )
+        if figure is not None:
+            from grating_core.plotting import plot_simulation
+
+            plot_simulation(points, figure)
+    if as_json:
+        _print_json({"memory": bytes_of_weights, "points": [asdict(point) for point in points]})
+        return
+    table = _table("way", "density", "tokens/s", "MB a token", "hit rate", "perplexity")
+    for point in points:
+        table.add_row(
+            point.estimate.way,
+            f"{point.density:.2f}",
+            f"{point.estimate.tokens_per_second:.2f}",
+            f"{point.estimate.bytes_per_token / 1e6:,.1f}",
+            "" if point.estimate.hit_rate is None else f"{point.estimate.hit_rate:.1%}",
+            "" if point.perplexity is None else f"{point.perplexity:.2f}",
+        )
+    _out.print(table)
+    _out.print(
+        f"{bytes_of_weights / 1e6:,.0f} of {simulated.total / 1e6:,.0f} MB of weights in memory; "
+        f"buffers, keys and values aside.",
+        style="dim",
+    )
+
+
+@app.command()
+def distill(
+    model: Annotated[str, typer.Argument(help="Language model: hub id or local directory.")],
+    text: Annotated[list[Path], typer.Option(help="File of texts, of the kind the model will read; or several.")],
+    output: Annotated[Path, typer.Option(help="New directory for the adapter, or one that a stopped run left.")],
+    mlp_density: Annotated[float, typer.Option(help="Share of the MLPs' weights that a token will use.")] = 0.5,
+    rank: Annotated[int, typer.Option(help="Of the adapter's changes.")] = 32,
+    learning_rate: Annotated[float, typer.Option(help="Its highest value.")] = 1e-3,
+    steps: Annotated[int, typer.Option(help="How often the adapter is changed.")] = 400,
+    tokens_per_step: Annotated[int, typer.Option(help="Tokens that each change is computed from.")] = 1024,
+    window: Annotated[int, typer.Option(help="Tokens that the model sees at once.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of the order of the text, and of what is held out.")] = 0,
+    format: InputFormat = "auto",
+    field: Field = "text",
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Train an adapter that makes up for pruned MLPs. The same command goes on where it stopped."""
+    with _plain_errors():
+        texts = [
+            document
+            for path in text
+            for document in read_documents(str(path), format=format, field=field, plain="text")
+        ]
+        with _err.status("Loading ..."):
+            from grating_core.sparsity.distill import distill as train
+        try:
+            found = train(
+                model,
+                texts,
+                output,
+                mlp_density=mlp_density,
+                rank=rank,
+                learning_rate=learning_rate,
+                steps=steps,
+                tokens_per_step=tokens_per_step,
+                window=window,
+                seed=seed,
+                device=device,
+                dtype=dtype,
+                show_progress=True,
+            )
+        except KeyboardInterrupt:
+            _err.print(f"Stopped. The same command goes on from the last state in {output}, if there is one.")
+            raise typer.Exit(130) from None
+    table = _table(f"on {found.held_out:,} tokens held out", "perplexity", "", "KL to dense")
+    table.add_row("dense", f"{found.dense:.2f}")
+    for name, loss in {"pruned": found.pruned, "pruned, with the adapter": found.recovered}.items():
+        cost = f"{loss.perplexity / found.dense - 1:+.1%}"
+        table.add_row(name, f"{loss.perplexity:.2f}", cost, f"{loss.divergence:.4f}")
+    _out.print(table)
+    _out.print(f"Trained on {found.trained:,} tokens. The adapter is in {found.directory}: give it as --adapter.")
 
 
 @app.command()
@@ -415,6 +620,18 @@ def _run(
             return reranker.rerank(query, documents, top_k, scores=scores)
 
 
+def _written(model: StreamedCausalLM, prompt: Any, **how: Any) -> Generation:
+    """Generate, and print the text as it comes."""
+    stream = model.stream(prompt, **how)
+    while True:
+        try:
+            typer.echo(next(stream), nl=False)
+        except StopIteration as end:
+            typer.echo()
+            generation: Generation = end.value
+            return generation
+
+
 def _measured(pruning: str, query: str, documents: list[str], top_k: int) -> tuple[RerankResult, float]:
     """The result, and the median seconds of three runs after a warm-up."""
     from grating_core.reranker import Reranker
@@ -483,6 +700,21 @@ def _closing_line(result: RerankResult) -> str:
     return (
         f"{line}; read {trace.bytes_read / 1e6:,.0f} MB{spilled}, waited {trace.seconds_waited:.2f} s for the "
         f"disk, {trace.peak_memory / 1e6:,.0f} MB in memory at most"
+    )
+
+
+def _speed_line(generation: Generation) -> str:
+    tokens, after = generation.new_tokens, generation.seconds - generation.seconds_to_first
+    speed = f", the others {(tokens - 1) / after:,.1f} a second" if tokens > 1 else ""
+    line = f"{tokens} tokens; the first after {generation.seconds_to_first:.2f} s{speed}"
+    if not generation.bytes_read:
+        return line
+    rate = generation.hit_rate
+    found = "" if rate is None else f", {rate:.0%} of the columns were in memory"
+    each = (generation.bytes_read - generation.bytes_to_first) / max(1, tokens - 1)
+    return (
+        f"{line}; read {generation.bytes_to_first / 1e6:,.0f} MB for the prompt and {each / 1e6:,.1f} MB a token, "
+        f"waited {generation.seconds_waited:.2f} s for the disk{found}"
     )
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from grating_core import Reranker
+from grating_core import Reranker, StreamedCausalLM
 from tests.core.conftest import WORDS
+from tests.core.models.test_decoders import save_decoder
 from tests.core.models.test_prompts import save_qwen3_reranker
 from tests.core.parity import random_text
 
@@ -31,7 +32,18 @@ def grating(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str
 def test_help_names_every_command() -> None:
     shown = grating("--help")
     assert shown.returncode == 0
-    commands = ("rerank", "explain", "select", "calibrate", "plan", "models", "doctor")
+    commands = (
+        "rerank",
+        "explain",
+        "select",
+        "generate",
+        "calibrate",
+        "distill",
+        "simulate",
+        "plan",
+        "models",
+        "doctor",
+    )
     assert all(command in shown.stdout for command in commands)
 
 
@@ -197,6 +209,22 @@ def test_rerank_within_a_budget_tells_of_the_disk() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "read 8" in " ".join(done.stdout.split())
+
+
+def test_generate_writes_the_text_and_how_fast_it_came(tmp_path: Path) -> None:
+    model = save_decoder(tmp_path / "model", "llama")
+    options = ["-n", "12", "--temperature", "0.8", "--seed", "3", "--dtype", "float32", "--device", "cpu"]
+    done = grating("generate", str(model), "--raw", "--prompt", "-", "--stop", "never", *options, stdin="w1 w2 w3")
+    assert done.returncode == 0, done.stderr
+    with StreamedCausalLM.from_pretrained(model, dtype="float32", device="cpu") as loaded:
+        expected = loaded.generate("w1 w2 w3", max_new_tokens=12, temperature=0.8, seed=3)
+    assert done.stdout == f"{expected.text}\n"
+    told = " ".join(done.stderr.split())
+    assert f"{expected.new_tokens} tokens; the first after" in told
+    assert "a second" in told
+    refused = grating("generate", str(model), "--prompt", "w1")
+    assert refused.returncode == 2
+    assert "no chat template; give a string (--raw)" in " ".join(refused.stderr.split())
 
 
 def test_calibrate_writes_a_lens_that_rerank_takes(tiny_bert: Path, tmp_path: Path) -> None:
