@@ -1,7 +1,8 @@
-"""grating for LangChain: document compressors, a cross-encoder, and a LangGraph store that reranks."""
+"""grating for LangChain: document compressors, a cross-encoder, a store that reranks, and a chat model."""
 
 from typing import TYPE_CHECKING, Any
 
+from langchain_grating.chat import ChatGrating
 from langchain_grating.context import GratingContextSelector
 from langchain_grating.cross_encoder import GratingCrossEncoder
 from langchain_grating.rerank import GratingRerank
@@ -9,7 +10,7 @@ from langchain_grating.rerank import GratingRerank
 if TYPE_CHECKING:
     from langchain_grating.store import GratingStore
 
-__all__ = ["GratingContextSelector", "GratingCrossEncoder", "GratingRerank", "GratingStore"]
+__all__ = ["ChatGrating", "GratingContextSelector", "GratingCrossEncoder", "GratingRerank", "GratingStore"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from langchain_core.load.serializable import Serializable
 from pydantic import (
     AliasChoices,
+    BaseModel,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
@@ -34,7 +35,44 @@ _PUBLISHED = {
 }
 
 
-class RerankerSettings(Serializable):
+class ModelSettings(BaseModel):
+    """Settings of any model. Copies and pickles are made of them, like any object, and find the same model."""
+
+    device: str | None = Field(
+        default=None, description="'cpu', 'cuda' or 'mps'; None takes the best that is there."
+    )
+    dtype: str = Field(
+        default="auto",
+        description="'float32', 'bfloat16', 'float16', or 'auto': bfloat16 where the device is made for it.",
+    )
+    memory_budget: str | int | None = Field(
+        default=None,
+        description="How much memory it may take, in bytes or such as '300MB'; None keeps everything resident.",
+    )
+    mlp_density: float | None = Field(
+        default=None,
+        description="Share of the MLPs' weights that a token is computed with, above 0, 1 at most; None for all.",
+    )
+    adapter: str | None = Field(
+        default=None, description="LoRA adapter, a directory or hub id, that is merged into the weights."
+    )
+
+    def _given(self) -> dict[str, Any]:
+        """The arguments that it was made with, and what has been assigned since."""
+        return {name: getattr(self, name) for name in self.model_fields_set}
+
+    @override
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        return type(self)(**{**self._given(), **(update or {})})
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        return self.model_copy()
+
+    def __reduce__(self) -> tuple[partial[Self], tuple[()]]:
+        return partial(type(self), **self._given()), ()
+
+
+class RerankerSettings(ModelSettings, Serializable):
     """Settings of a reranker, which is loaded on construction and shared with whoever uses the same ones.
 
     They are fixed from then on; ``model_copy(update={…})`` makes another object with other settings. Copies share
@@ -52,17 +90,6 @@ class RerankerSettings(Serializable):
         description="Hub id, local directory, or 'bundled:ms-marco-minilm-l12'. Instead of a name, another "
         "cross-encoder: its name and settings are taken over.",
     )
-    device: str | None = Field(
-        default=None, description="'cpu', 'cuda' or 'mps'; None takes the best that is there."
-    )
-    dtype: str = Field(
-        default="auto",
-        description="'float32', 'bfloat16', 'float16', or 'auto': bfloat16 where the device is made for it.",
-    )
-    memory_budget: str | int | None = Field(
-        default=None,
-        description="How much memory it may take, in bytes or such as '300MB'; None keeps everything resident.",
-    )
     max_length: int | None = Field(
         default=None,
         description="Most tokens of a query and document together; None for what the model was made for.",
@@ -77,9 +104,6 @@ class RerankerSettings(Serializable):
     )
     instruction: str | None = Field(
         default=None, description="What to judge by, for models that take an instruction."
-    )
-    adapter: str | None = Field(
-        default=None, description="LoRA adapter, a directory or hub id, that is merged into the weights."
     )
     pruning: str | ClusterPolicy | PruningPolicy = Field(
         default="auto",
@@ -144,10 +168,6 @@ class RerankerSettings(Serializable):
             self.__dict__["model"] = str(self.reranker.model_path)
         return self
 
-    def _given(self) -> dict[str, Any]:
-        """The arguments that it was made with."""
-        return {name: getattr(self, name) for name in self.model_fields_set}
-
     def __setattr__(self, name: str, value: Any) -> None:
         if name in RerankerSettings.model_fields:
             raise AttributeError(
@@ -155,18 +175,6 @@ class RerankerSettings(Serializable):
                 f"model_copy(update={{{name!r}: {value!r}}}) makes another {type(self).__name__}"
             )
         super().__setattr__(name, value)
-
-    # Copies are made like any other object: whatever the settings, they find the reranker that belongs to them.
-
-    @override
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        return type(self)(**{**self._given(), **(update or {})})
-
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        return self.model_copy()
-
-    def __reduce__(self) -> tuple[partial[Self], tuple[()]]:
-        return partial(type(self), **self._given()), ()
 
     @model_serializer(mode="wrap")
     def _dump(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

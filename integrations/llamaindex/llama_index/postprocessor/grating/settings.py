@@ -7,7 +7,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
-from llama_index.core.bridge.pydantic import ConfigDict, Field, field_serializer, model_validator
+from llama_index.core.bridge.pydantic import BaseModel, ConfigDict, Field, field_serializer, model_validator
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from typing_extensions import Self, override
 
@@ -15,11 +15,50 @@ from grating_core import ClusterPolicy, Off, Prompt, PruningPolicy, Reranker
 
 _SETTINGS = (
     "model", "device", "dtype", "memory_budget", "max_length", "long_documents", "template", "instruction",
-    "adapter", "pruning", "target", "guarantee", "lens", "recalibrate",
+    "adapter", "mlp_density", "pruning", "target", "guarantee", "lens", "recalibrate",
 )  # fmt: skip
 
 
-class RerankerSettings(BaseNodePostprocessor):
+class ModelSettings(BaseModel):
+    """Settings of any model. Copies and pickles are made of them, like any object, and find the same model."""
+
+    device: str | None = Field(
+        default=None, description="'cpu', 'cuda' or 'mps'; None takes the best that is there."
+    )
+    dtype: str = Field(
+        default="auto",
+        description="'float32', 'bfloat16', 'float16', or 'auto': bfloat16 where the device is made for it.",
+    )
+    memory_budget: str | int | None = Field(
+        default=None,
+        description="How much memory it may take, in bytes or such as '300MB'; None keeps everything resident.",
+    )
+    mlp_density: float | None = Field(
+        default=None,
+        description="Share of the MLPs' weights that a token is computed with, above 0, 1 at most; None for all.",
+    )
+    adapter: str | None = Field(
+        default=None, description="LoRA adapter, a directory or hub id, that is merged into the weights."
+    )
+
+    def _given(self) -> dict[str, Any]:
+        """The arguments that it was made with, and what has been assigned since."""
+        return {name: getattr(self, name) for name in self.model_fields_set}
+
+    @override
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        return type(self)(**{**self._given(), **(update or {})})
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        return self.model_copy()
+
+    def __reduce__(self) -> tuple[partial[Self], tuple[()]]:
+        given = self._given()
+        given.pop("callback_manager", None)  # those who listen are in this process
+        return partial(type(self), **given), ()
+
+
+class RerankerSettings(ModelSettings, BaseNodePostprocessor):
     """Settings of a reranker, which is loaded on construction and shared with whoever uses the same ones.
 
     They are fixed from then on; ``model_copy(update={…})`` makes another object with other settings. Copies share
@@ -31,17 +70,6 @@ class RerankerSettings(BaseNodePostprocessor):
     model: str = Field(
         default="cross-encoder/ms-marco-MiniLM-L12-v2",
         description="Hub id, local directory, or 'bundled:ms-marco-minilm-l12'.",
-    )
-    device: str | None = Field(
-        default=None, description="'cpu', 'cuda' or 'mps'; None takes the best that is there."
-    )
-    dtype: str = Field(
-        default="auto",
-        description="'float32', 'bfloat16', 'float16', or 'auto': bfloat16 where the device is made for it.",
-    )
-    memory_budget: str | int | None = Field(
-        default=None,
-        description="How much memory it may take, in bytes or such as '300MB'; None keeps everything resident.",
     )
     max_length: int | None = Field(
         default=None,
@@ -57,9 +85,6 @@ class RerankerSettings(BaseNodePostprocessor):
     )
     instruction: str | None = Field(
         default=None, description="What to judge by, for models that take an instruction."
-    )
-    adapter: str | None = Field(
-        default=None, description="LoRA adapter, a directory or hub id, that is merged into the weights."
     )
     pruning: str | ClusterPolicy | PruningPolicy = Field(
         default="auto", description="'auto', 'cluster', 'off', or a policy object."
@@ -132,21 +157,3 @@ class RerankerSettings(BaseNodePostprocessor):
                 f"model_copy(update={{{name!r}: {value!r}}}) makes another {type(self).__name__}"
             )
         super().__setattr__(name, value)
-
-    # Copies are made like any other object: whatever the settings, they find the reranker that belongs to them.
-
-    @override
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        return type(self)(**{**self._given(), **(update or {})})
-
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        return self.model_copy()
-
-    def __reduce__(self) -> tuple[partial[Self], tuple[()]]:
-        given = self._given()
-        given.pop("callback_manager", None)  # those who listen are in this process
-        return partial(type(self), **given), ()
-
-    def _given(self) -> dict[str, Any]:
-        """The arguments that it was made with, and what has been assigned since."""
-        return {name: getattr(self, name) for name in self.model_fields_set}

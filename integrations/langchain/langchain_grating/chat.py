@@ -1,0 +1,203 @@
+"""The chat model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import BaseChatModel
+from langchain_core.language_models.base import LangSmithParams
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage
+from langchain_core.messages.ai import UsageMetadata
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import run_in_executor
+from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr, model_validator
+from typing_extensions import override
+
+from grating_core import Generation, StreamedCausalLM
+from langchain_grating.settings import ModelSettings
+
+# Names of fields, by what the model calls them.
+_OF_MODEL = ("model", "device", "dtype", "memory_budget", "mlp_density", "max_length", "adapter")
+_OF_REQUEST = {
+    "max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "seed": "seed", "stop": "stop",
+}  # fmt: skip
+# Standard parameters of LangChain's chat models that are about services.
+_OF_SERVICES = ("api_key", "max_retries", "streaming", "timeout")
+_ROLES: dict[type[BaseMessage], str] = {SystemMessage: "system", HumanMessage: "user", AIMessage: "assistant"}
+
+
+class ChatGrating(ModelSettings, BaseChatModel):
+    """A language model on this machine, whose weights are read from disk as far as they do not fit into memory.
+
+    It is loaded on first use, and shared with whoever uses the same model and settings. Requests to one model are
+    answered one after the other; streams go on beside them. Messages are texts: neither tools nor images.
+
+    What LangChain's chat models usually take and only a service needs (``api_key``, ``timeout``, ``max_retries``,
+    ``streaming``) is accepted and does nothing.
+
+    Example:
+        .. code-block:: python
+
+            llm = ChatGrating(model="HuggingFaceTB/SmolLM2-135M-Instruct", max_tokens=100)
+            chain = prompt | llm | StrOutputParser()
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(
+        validation_alias=AliasChoices("model", "model_name"),
+        description="Hub id, or local directory, of a language model with a chat template.",
+    )
+    max_length: int | None = Field(
+        default=None,
+        description="Most tokens of prompt and answer together; None for what the model was made for.",
+    )
+    max_tokens: int = Field(
+        default=256,
+        ge=1,
+        validation_alias=AliasChoices("max_tokens", "max_new_tokens"),
+        description="Most tokens of an answer.",
+    )
+    temperature: float = Field(
+        default=0.0, ge=0, description="How freely words are chosen; 0 takes the most likely one."
+    )
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="Words are chosen among the most likely, up to this probability."
+    )
+    seed: int | None = Field(default=None, description="Of the choice; None for another one each time.")
+    stop: list[str] | None = Field(
+        default=None,
+        validation_alias=AliasChoices("stop", "stop_sequences"),
+        description="Texts before which an answer ends.",
+    )
+    _held: StreamedCausalLM | None = PrivateAttr(default=None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        return {name: value for name, value in given.items() if name not in _OF_SERVICES}
+
+    @property
+    def llm(self) -> StreamedCausalLM:
+        """The language model of these settings, loaded if nobody has done so yet."""
+        self._held = StreamedCausalLM.shared(**{name: getattr(self, name) for name in _OF_MODEL})
+        return self._held
+
+    @classmethod
+    @override
+    def is_lc_serializable(cls) -> bool:
+        return True
+
+    @property
+    @override
+    def _llm_type(self) -> str:
+        return "grating"
+
+    @property
+    @override
+    def _identifying_params(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in (*_OF_MODEL, *_OF_REQUEST.values())}
+
+    @override
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        return super()._get_ls_params(stop or self.stop, **kwargs)
+
+    @override
+    def get_num_tokens(self, text: str) -> int:
+        """How many tokens the model's tokenizer makes of a text, special tokens not counted."""
+        return self.llm.count_tokens(text)
+
+    @override
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        return self._result(self.llm.generate(_as_prompt(messages), **self._request(stop, kwargs)))
+
+    @override
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        llm = await run_in_executor(None, lambda: self.llm)  # it may have to be loaded
+        return self._result(await llm.agenerate(_as_prompt(messages), **self._request(stop, kwargs)))
+
+    # The base class runs each of its steps in a worker thread for its asynchronous twin.
+    @override
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        stream = self.llm.stream(_as_prompt(messages), **self._request(stop, kwargs))
+        while True:
+            try:
+                piece = next(stream)
+            except StopIteration as ended:
+                known = self._known(ended.value)
+                yield ChatGenerationChunk(message=AIMessageChunk(content="", chunk_position="last", **known))
+                return
+            chunk = ChatGenerationChunk(message=AIMessageChunk(content=piece))
+            if run_manager:
+                run_manager.on_llm_new_token(piece, chunk=chunk)
+            yield chunk
+
+    def _request(self, stop: Sequence[str] | None, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of a request: those given with it, else the object's."""
+        if unknown := given.keys() - set(_OF_REQUEST.values()):
+            raise ValueError(
+                f"{', '.join(sorted(unknown))} cannot be given with a request: it takes "
+                f"{', '.join(_OF_REQUEST.values())}"
+            )
+        settings = {name: given.get(field, getattr(self, field)) for name, field in _OF_REQUEST.items()}
+        return {**settings, "stop": (self.stop if stop is None else stop) or ()}
+
+    def _result(self, generation: Generation) -> ChatResult:
+        message = AIMessage(generation.text, **self._known(generation))
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+    def _known(self, generation: Generation) -> dict[str, Any]:
+        """What a message says of how it came about."""
+        return {
+            "response_metadata": {"finish_reason": generation.finish_reason, "model_name": self.model},
+            "usage_metadata": UsageMetadata(
+                input_tokens=generation.prompt_tokens,
+                output_tokens=generation.new_tokens,
+                total_tokens=generation.prompt_tokens + generation.new_tokens,
+            ),
+        }
+
+
+def _as_prompt(messages: Sequence[BaseMessage]) -> list[dict[str, str]]:
+    return [
+        {"role": _role(index, message), "content": _text(index, message)} for index, message in enumerate(messages)
+    ]
+
+
+def _role(index: int, message: BaseMessage) -> str:
+    for kind, role in _ROLES.items():
+        if isinstance(message, kind):
+            return role
+    raise ValueError(
+        f"messages[{index}] is a {type(message).__name__}: there are no tools; use SystemMessage, HumanMessage or "
+        f"AIMessage"
+    )
+
+
+def _text(index: int, message: BaseMessage) -> str:
+    for block in message.content_blocks:
+        if block["type"] != "text":
+            raise ValueError(f"messages[{index}] has content of type {block['type']!r}, but only text can be read")
+    return str(message.text)

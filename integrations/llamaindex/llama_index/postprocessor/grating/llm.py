@@ -1,0 +1,222 @@
+"""The language model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any
+
+from llama_index.core.base.llms.generic_utils import (
+    astream_completion_response_to_chat_response,
+    completion_response_to_chat_response,
+    messages_to_prompt,
+    stream_completion_response_to_chat_response,
+)
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
+    CompletionResponse,
+    CompletionResponseAsyncGen,
+    CompletionResponseGen,
+    LLMMetadata,
+    MessageRole,
+    TextBlock,
+)
+from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
+from llama_index.core.llms import CustomLLM
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.postprocessor.grating.settings import ModelSettings
+
+from grating_core import Generation, StreamedCausalLM
+
+# Names of fields, by what the model calls them.
+_OF_MODEL = ("model", "device", "dtype", "memory_budget", "mlp_density", "max_length", "adapter")
+_OF_REQUEST = {
+    "max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "seed": "seed", "stop": "stop",
+}  # fmt: skip
+Prompt = str | list[dict[str, str]]  # a text to continue, or messages
+_ROLES = (MessageRole.SYSTEM, MessageRole.USER, MessageRole.ASSISTANT)
+
+
+class GratingLLM(ModelSettings, CustomLLM):
+    """A language model on this machine, whose weights are read from disk as far as they do not fit into memory.
+
+    It is loaded on first use, and shared with whoever uses the same model and settings. Requests to one model are
+    answered one after the other; streams go on beside them. ``complete`` continues a text as it is; ``chat``,
+    which engines use, asks through the model's chat template. Messages are texts: neither tools nor images.
+
+    Example:
+        .. code-block:: python
+
+            llm = GratingLLM(model="HuggingFaceTB/SmolLM2-135M-Instruct", max_tokens=100)
+            engine = index.as_query_engine(llm=llm, node_postprocessors=[reranker])
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(description="Hub id, or local directory, of a language model with a chat template.")
+    max_length: int | None = Field(
+        default=None,
+        description="Most tokens of prompt and answer together; None for what the model was made for.",
+    )
+    max_tokens: int = Field(default=256, ge=1, description="Most tokens of an answer.")
+    temperature: float = Field(
+        default=0.0, ge=0, description="How freely words are chosen; 0 takes the most likely one."
+    )
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="Words are chosen among the most likely, up to this probability."
+    )
+    seed: int | None = Field(default=None, description="Of the choice; None for another one each time.")
+    stop: list[str] | None = Field(default=None, description="Texts before which an answer ends.")
+    _held: StreamedCausalLM | None = PrivateAttr(default=None)
+
+    @classmethod
+    def class_name(cls) -> str:
+        """The name that LlamaIndex serialises it under."""
+        return "GratingLLM"
+
+    @property
+    def llm(self) -> StreamedCausalLM:
+        """The language model of these settings, loaded if nobody has done so yet."""
+        self._held = StreamedCausalLM.shared(**{name: getattr(self, name) for name in _OF_MODEL})
+        return self._held
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """What LlamaIndex packs prompts by; the model is loaded for it."""
+        return LLMMetadata(
+            context_window=self.llm.max_length,
+            num_output=self.max_tokens,
+            is_chat_model=True,
+            model_name=self.model,
+        )
+
+    def to_payload(self) -> dict[str, Any]:
+        """The settings, for those who listen; unlike :attr:`metadata` they are there without the model."""
+        return {**self.to_dict(), "model_name": self.model}
+
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """Continue a text.
+
+        Args:
+            prompt: The text.
+            formatted: Whether ``completion_to_prompt`` has been applied to it.
+            kwargs: Settings of the request, instead of the object's.
+        """
+        return _response(self.llm.generate(self._text(prompt, formatted), **self._request(kwargs)))
+
+    @llm_completion_callback()
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
+        """:meth:`complete`, piece by piece."""
+        return _responses(self.llm.stream(self._text(prompt, formatted), **self._request(kwargs)))
+
+    @llm_completion_callback()
+    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """:meth:`complete` without blocking the event loop; cancelled, it stops computing."""
+        llm = await self._allm()
+        return _response(await llm.agenerate(self._text(prompt, formatted), **self._request(kwargs)))
+
+    @llm_completion_callback()
+    async def astream_complete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> CompletionResponseAsyncGen:
+        """:meth:`stream_complete` without blocking the event loop; closed or cancelled, it stops computing."""
+        llm = await self._allm()
+        return _in_threads(_responses(llm.stream(self._text(prompt, formatted), **self._request(kwargs))))
+
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """Answer the last message.
+
+        Args:
+            messages: Texts of system, user and assistant.
+            kwargs: Settings of the request, instead of the object's.
+        """
+        generation = self.llm.generate(self._prompt(messages), **self._request(kwargs))
+        return completion_response_to_chat_response(_response(generation))
+
+    @llm_chat_callback()
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        """:meth:`chat`, piece by piece."""
+        stream = self.llm.stream(self._prompt(messages), **self._request(kwargs))
+        return stream_completion_response_to_chat_response(_responses(stream))
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """:meth:`chat` without blocking the event loop; cancelled, it stops computing."""
+        llm = await self._allm()
+        generation = await llm.agenerate(self._prompt(messages), **self._request(kwargs))
+        return completion_response_to_chat_response(_response(generation))
+
+    @llm_chat_callback()
+    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
+        """:meth:`stream_chat` without blocking the event loop; closed or cancelled, it stops computing."""
+        llm = await self._allm()
+        stream = llm.stream(self._prompt(messages), **self._request(kwargs))
+        return astream_completion_response_to_chat_response(_in_threads(_responses(stream)))
+
+    async def _allm(self) -> StreamedCausalLM:
+        return await asyncio.to_thread(lambda: self.llm)  # it may have to be loaded
+
+    def _request(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of a request: those given with it, else the object's."""
+        if unknown := given.keys() - set(_OF_REQUEST.values()):
+            raise ValueError(
+                f"{', '.join(sorted(unknown))} cannot be given with a request: it takes "
+                f"{', '.join(_OF_REQUEST.values())}"
+            )
+        settings = {name: given.get(field, getattr(self, field)) for name, field in _OF_REQUEST.items()}
+        return {**settings, "stop": settings["stop"] or ()}
+
+    def _text(self, prompt: str, formatted: bool) -> str:
+        return prompt if formatted else self.completion_to_prompt(prompt)  # type: ignore[misc]  # never None
+
+    def _prompt(self, messages: Sequence[ChatMessage]) -> Prompt:
+        if self.messages_to_prompt not in (None, messages_to_prompt):  # somebody's own
+            return self.messages_to_prompt(messages)
+        return [_as_message(index, message) for index, message in enumerate(messages)]
+
+
+def _response(generation: Generation) -> CompletionResponse:
+    """The text, and what is known of it, with the tokens where LlamaIndex counts them."""
+    usage = {
+        "prompt_tokens": generation.prompt_tokens,
+        "completion_tokens": generation.new_tokens,
+        "total_tokens": generation.prompt_tokens + generation.new_tokens,
+    }
+    return CompletionResponse(
+        text=generation.text, raw={"finish_reason": generation.finish_reason, "usage": usage}
+    )
+
+
+def _responses(stream: Generator[str, None, Generation]) -> CompletionResponseGen:
+    """The text so far with each new piece, and at last what is known of it."""
+    text = ""
+    while True:
+        try:
+            piece = next(stream)
+        except StopIteration as ended:
+            yield _response(ended.value).model_copy(update={"delta": ""})
+            return
+        text += piece
+        yield CompletionResponse(text=text, delta=piece)
+
+
+async def _in_threads(responses: CompletionResponseGen) -> CompletionResponseAsyncGen:
+    """The same, each computed in a worker thread, so that the event loop goes on."""
+    while (response := await asyncio.to_thread(next, responses, None)) is not None:
+        yield response
+
+
+def _as_message(index: int, message: ChatMessage) -> dict[str, str]:
+    if message.role not in _ROLES:
+        raise ValueError(
+            f"messages[{index}] has the role {message.role.value!r}: there are no tools; use system, user or "
+            f"assistant"
+        )
+    if others := [block for block in message.blocks if not isinstance(block, TextBlock)]:
+        raise ValueError(f"messages[{index}] has a {type(others[0]).__name__}, but only text can be read")
+    return {"role": message.role.value, "content": message.content or ""}
