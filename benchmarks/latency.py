@@ -39,7 +39,7 @@ from grating_core import Reranker
 from grating_core.engine.attention import PACKED_ATTENTION, Packing
 from grating_core.engine.ragged import RaggedBatch
 from grating_core.models.bundled import BUNDLED_PREFIX, BUNDLED_RERANKER, bundled_source
-from grating_core.models.loading import StoredModel
+from grating_core.models.loading import StoredCrossEncoder
 from grating_core.models.templates import load_template
 
 Ranking = list[int]
@@ -93,7 +93,7 @@ def onnx_int8(directory: Path) -> System:
 
 def packed_loop(directory: Path, dtype: torch.dtype) -> System:
     """The layers on a packed batch and nothing else: what grating's own bookkeeping is measured against."""
-    stored = StoredModel(directory, device=torch.device("cpu"), dtype=dtype, attention=PACKED_ATTENTION)
+    stored = StoredCrossEncoder(directory, device=torch.device("cpu"), dtype=dtype, attention=PACKED_ATTENTION)
     model, template = stored.load(None), load_template(directory, 512)
 
     @torch.inference_mode()
@@ -103,7 +103,8 @@ def packed_loop(directory: Path, dtype: torch.dtype) -> System:
         positions = batch.positions()[None]
         hidden = model.embed(batch.input_ids[None], batch.token_type_ids[None], positions)
         for number in range(1, model.depth + 1):
-            hidden = model.run_layer(number, hidden, positions, packing=Packing(batch.lengths))
+            packing = Packing(batch.lengths)
+            hidden = model.run_layer(number, hidden, positions, tokens=batch.tokens, packing=packing)
         return best(model.read_scores(model.depth, hidden, batch.lengths), top_k)
 
     return rank

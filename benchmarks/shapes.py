@@ -75,8 +75,8 @@ def find_or_write(model: str, directory: Path | None = None) -> Path:
     """The directory of a model that is to be measured.
 
     Args:
-        model: ``m3``, ``qwen3-0.6b``, ``-4b`` or ``-8b``, which are shapes, or ``smollm2-135m``, a real model:
-            written if it is not there yet. Else a hub id, directory or bundled name.
+        model: ``m3``, ``qwen3-0.6b``, ``-4b`` or ``-8b``, which are shapes, or ``smollm2-135m``, a real model, or
+            ``smollm2-135m-bf16``: written if it is not there yet. Else a hub id, directory or bundled name.
         directory: Where what is written is, or goes; None for the cache.
     """
     cache = cache_directory() / "benchmarks"
@@ -85,6 +85,8 @@ def find_or_write(model: str, directory: Path | None = None) -> Path:
         return write_m3_shape(directory or cache / "m3")
     if model == "smollm2-135m":
         return write_smollm2(directory or cache / "SmolLM2-135M-Instruct")
+    if model == "smollm2-135m-bf16":
+        return write_smollm2(directory or cache / "SmolLM2-135M-Instruct-bf16", torch.bfloat16)
     if family == "qwen3" and size in _QWEN3_SIZES:
         return write_qwen3_shape(directory or cache / f"Qwen3-Reranker-{size.upper()}-shape", size)
     return find_model(model, show_progress=True)
@@ -162,12 +164,13 @@ def smollm2_file() -> Path:
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
-def write_smollm2(directory: Path) -> Path:
+def write_smollm2(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
     """SmolLM2-135M-Instruct with its 4-bit weights unpacked, written if it is not there yet.
 
     Args:
-        directory: Where it goes: 0.5 GB of float32 weights in one safetensors file, which can be streamed, and the
-            tokenizer.
+        directory: Where it goes: 0.5 GB of float32 weights, or half of it, in one safetensors file, which can be
+            streamed, and the tokenizer.
+        dtype: Of the weights.
 
     Returns:
         The directory.
@@ -180,7 +183,7 @@ def write_smollm2(directory: Path) -> Path:
     source = smollm2_file()
     architecture: Any = AutoModelForCausalLM
     with _seen_when_finished(directory) as unfinished:
-        model = architecture.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+        model = architecture.from_pretrained(source.parent, gguf_file=source.name, dtype=dtype)
         # save_pretrained refuses what came from a GGUF file.
         weights = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}
         save_file(weights, unfinished / "model.safetensors", {"format": "pt"})

@@ -31,12 +31,12 @@ SAMPLE_SECONDS = 0.005
 
 Request = tuple[str, list[str]]
 Facts = dict[str, Any]
-Rank = Callable[[Request], Facts]
+Rank = Callable[[Any], Facts]
 
 
 @dataclass(frozen=True)
 class System:
-    """Something that reranks.
+    """Something that reranks, or generates.
 
     Attributes:
         name: What the table calls it.
@@ -57,13 +57,13 @@ class Job:
 
     Attributes:
         directory: The model.
-        requests: Queries with their candidates.
+        requests: Queries with their candidates, or prompts.
         rounds: How many requests are made; they come round again when there are fewer.
         warm: Leave the page cache alone.
     """
 
     directory: Path
-    requests: list[Request]
+    requests: Sequence[Any]
     rounds: int
     warm: bool
 
