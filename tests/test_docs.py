@@ -10,18 +10,21 @@ from typing import Any
 import langchain_grating
 import llama_index.postprocessor.grating as llama_index_grating
 import pytest
+from langchain_core.language_models import BaseChatModel
 from langchain_grating.settings import RerankerSettings as LangChainSettings
 from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.llms import CustomLLM
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.postprocessor.grating.settings import RerankerSettings as LlamaIndexSettings
 from pydantic import BaseModel
 from typer.main import get_command
 
 import grating_core
-from grating_core import Reranker, errors, select_context
+from grating_core import Reranker, StreamedCausalLM, errors, select_context
 from grating_core.cli import app
 from grating_core.models.families import FAMILIES
 from grating_core.models.prompts import PROMPTS
+from grating_core.sparsity.distill import distill
 
 DOCS = Path(__file__).parent.parent / "docs"
 EXAMPLE = re.compile(r"^( *)```python.*\n((?:.*\n)*?)\1```$", re.MULTILINE)
@@ -90,18 +93,29 @@ RERANKING = {
     "command": options("rerank"),
 }
 CALIBRATING = {"setting": arguments(Reranker.calibrate), "command": options("calibrate")}
+DISTILLING = {"setting": arguments(distill), "command": options("distill")}
 SELECTING = {
     "setting": arguments(select_context, "query", "text_or_documents", "reranker"),
     "LangChain": fields(langchain_grating.GratingContextSelector, LangChainSettings),
     "LlamaIndex": fields(llama_index_grating.GratingContextSelector, LlamaIndexSettings),
     "command": options("select"),
 }
+GENERATING = {
+    "setting": {**arguments(StreamedCausalLM.from_pretrained), **arguments(StreamedCausalLM.generate, "prompt")},
+    "LangChain": fields(langchain_grating.ChatGrating, BaseChatModel),
+    "LlamaIndex": fields(llama_index_grating.GratingLLM, CustomLLM),
+    "command": options("generate"),
+}
+SIMULATING = {"setting": options("simulate")}
 STORING = {"setting": arguments(langchain_grating.GratingStore)}
 TABLES = {
     "Reranking": RERANKING,
     "Selecting context": SELECTING,
+    "Generating": GENERATING,
     "Agent memory": STORING,
     "Calibrating": CALIBRATING,
+    "Simulating": SIMULATING,
+    "Distilling": DISTILLING,
 }
 
 

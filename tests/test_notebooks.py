@@ -12,6 +12,9 @@ PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 READABLE = ("text/plain", "text/html", "text/markdown")
 ABSOLUTE_PATH = re.compile(r"(?<![\w.~<:/])/(?:[\w.-]+/)+[\w.-]+|\b[A-Z]:\\\w+")
 
+# One of RAG and the one that shows the insides; the others take another two minutes.
+QUICK = ("how_pruning_decides", "langchain_rag")
+
 each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
 
@@ -19,7 +22,10 @@ def test_there_are_notebooks() -> None:
     assert PATHS
 
 
-@each
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow) for path in PATHS],
+)
 def test_runs(path: Path) -> None:
     execute(path)
 
