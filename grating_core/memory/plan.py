@@ -215,8 +215,8 @@ def make_generation_plan(sizes: ModelSizes, budget: int, max_length: int) -> Mem
         BudgetError: It is too small; the error states the smallest that works.
     """
     depth = len(sizes.layers)
-    # Columns of pruned MLPs are read for each chunk of a prompt.
-    work = max(LARGEST_WORK, budget // 20) if sizes.columns else LARGEST_WORK
+    # Columns of pruned MLPs are read for each chunk of a prompt; what chunks take, columns lack for every token.
+    work = budget // 50 if sizes.columns else LARGEST_WORK
     largest_chunk = max(sizes.window, min(max_length, work // sizes.work))
     smallest = MemoryPlan(
         budget=budget,
