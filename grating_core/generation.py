@@ -321,6 +321,7 @@ class StreamedCausalLM:
         elif piece := text.rest():
             pieces.append(piece)
             yield piece
+        total = _total(usage)
         return Generation(
             text="".join(pieces),
             finish_reason=finish_reason,
@@ -328,9 +329,9 @@ class StreamedCausalLM:
             new_tokens=len(moments),
             seconds_to_first=moments[0],
             seconds=moments[-1],
-            bytes_read=_total(usage).bytes_read,
+            bytes_read=total.bytes_read,
             bytes_to_first=usage[0].bytes_read,
-            seconds_waited=_total(usage).seconds_waited,
+            seconds_waited=total.seconds_waited,
             hit_rate=_total(usage[1:]).column_hit_rate,  # the prompt uses all columns
         )
 

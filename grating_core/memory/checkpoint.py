@@ -276,7 +276,12 @@ def _stored(name: str, path: Path, entry: dict[str, Any], data: int, size: int) 
 
 def aligned_buffer(size: int, *, pinned: bool = False) -> Tensor:
     """uint8 ``[size]`` whose address is a whole sector, ``size`` rounded up to whole sectors."""
-    size = -(-size // SECTOR) * SECTOR
+    size = whole_sectors(size)
     memory = torch.empty(size + SECTOR, dtype=torch.uint8, pin_memory=pinned)
     shift = -memory.data_ptr() % SECTOR
     return memory[shift : shift + size]
+
+
+def whole_sectors(size: int) -> int:
+    """So many bytes, rounded up to whole sectors."""
+    return -(-size // SECTOR) * SECTOR

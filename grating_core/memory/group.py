@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from grating_core.memory.checkpoint import FLOATS, SECTOR, Checkpoint, StoredTensor
+from grating_core.memory.checkpoint import FLOATS, SECTOR, Checkpoint, StoredTensor, whole_sectors
 
 _GAP = 64 * 1024  # reading this much for nothing costs less than a read of its own
 PIECE = 1 << 22  # bytes of the buffer in which tensors are as stored while they are converted
@@ -146,7 +146,7 @@ class TensorGroup:
             start = tensor.start + first * dtype.itemsize
             shift = start % SECTOR
             end = shift + count * dtype.itemsize
-            self._checkpoint.read(tensor, start - shift, staging[: _sectors(end)], direct=True)
+            self._checkpoint.read(tensor, start - shift, staging[: whole_sectors(end)], direct=True)
             stored = staging[shift:end]
             # A tensor may lie at any byte, and torch wants elements at multiples of their size.
             stored = (stored if shift % dtype.itemsize == 0 else stored.clone()).view(dtype)
@@ -156,13 +156,9 @@ class TensorGroup:
 def _coalesced(tensors: Mapping[str, StoredTensor]) -> list[_Run]:
     runs: list[_Run] = []
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.path, tensor.start)):
-        end = _sectors(tensor.end)
+        end = whole_sectors(tensor.end)
         if runs and runs[-1].first.path == tensor.path and tensor.start <= runs[-1].end + _GAP:
             runs[-1].end = max(end, runs[-1].end)
         else:
             runs.append(_Run(tensor, tensor.start - tensor.start % SECTOR, end))
     return runs
-
-
-def _sectors(size: int) -> int:
-    return -(-size // SECTOR) * SECTOR

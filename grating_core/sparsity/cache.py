@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from grating_core.sparsity.allocation import divide_room
+from grating_core.sparsity.columns import Kind
+from grating_core.sparsity.masks import Shares
+
 _NOWHERE = -1
 
 
@@ -140,3 +144,27 @@ class ColumnCache:
         uses = np.where(self._column == _NOWHERE, _NOWHERE, self._uses[self._column])
         uses[self._slot[hits]] = np.iinfo(np.int64).max
         return np.argpartition(uses, count - 1)[:count] if count else np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Caching:
+    """How much of each layer's MLP is in memory, and how much rather that is used.
+
+    Attributes:
+        share: Of the layer's MLP, how much it holds; see :func:`divide_room`.
+        preference: For columns that are in memory; none is plain DIP.
+    """
+
+    share: float
+    preference: Preference = NO_PREFERENCE
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share={self.share!r} must be from 0 to 1: how much of the MLPs is in memory")
+
+    def cache(self, columns: int, kind: Kind, shares: Shares) -> ColumnCache:
+        """A full cache for so many columns of an MLP of which a token uses these shares."""
+        room = int(getattr(divide_room(self.share, shares), kind) * columns)
+        cache = ColumnCache(columns, room, preference=getattr(self.preference, kind))
+        cache.fill()
+        return cache

@@ -11,11 +11,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grating_core.errors import CheckpointError, ColumnsError
-from grating_core.memory.checkpoint import FLOATS, SECTOR, Checkpoint, StoredTensor
+from grating_core.files import replacing
+from grating_core.memory.checkpoint import FLOATS, Checkpoint, StoredTensor, whole_sectors
 
 Kind = Literal["inputs", "products"]
 KINDS: tuple[Kind, Kind] = ("inputs", "products")
@@ -68,7 +67,7 @@ class ColumnSizes:
 
     def length(self, kind: Kind) -> int:
         """The same with the fill up to a whole sector, as it is in the companion file."""
-        return _sectors(self.used(kind) * self.dtype.itemsize) // self.dtype.itemsize
+        return whole_sectors(self.used(kind) * self.dtype.itemsize) // self.dtype.itemsize
 
     def row_bytes(self, kind: Kind) -> int:
         """Bytes of one row of the companion file."""
@@ -101,14 +100,12 @@ def write_columns(
         ColumnsError: There is no room for it, or it cannot be written.
     """
     header, size = _header(sizes, fingerprint)
-    unfinished: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
         if (free := shutil.disk_usage(path.parent).free) < size:
             raise OSError(f"{free / 1e6:,.0f} MB are free there")
-        descriptor, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        with os.fdopen(descriptor, "wb") as file:
+        with replacing(path) as file:
             file.write(header)
             checks = b"".join(
                 _write_table(file, rows)
@@ -118,17 +115,11 @@ def write_columns(
             file.write(checks)
             file.flush()
             os.fsync(file.fileno())
-        Path(unfinished).chmod(0o644)
-        Path(unfinished).replace(path)
     except OSError as error:
         raise ColumnsError(
             f"the companion file {path}, {size / 1e6:,.0f} MB with the columns of the MLPs, cannot be written: "
             f"{error}. Make room, have GRATING_CACHE name a directory on another disk, or leave mlp_density out"
         ) from error
-    finally:
-        if unfinished is not None:
-            with suppress(FileNotFoundError):
-                Path(unfinished).unlink()
 
 
 def _remove_abandoned(path: Path) -> None:
@@ -151,7 +142,7 @@ def _header(sizes: ColumnSizes, fingerprint: str) -> tuple[bytes, int]:
         start, end = end, end + 8 * sizes.count(kind)
         entries[f"{name}.checks"] = {"dtype": "U64", "shape": [sizes.count(kind)], "data_offsets": [start, end]}
     text = json.dumps(entries).encode()
-    length = _sectors(8 + len(text)) - 8
+    length = whole_sectors(8 + len(text)) - 8
     return length.to_bytes(8, "little") + text.ljust(length), 8 + length + end
 
 
@@ -195,18 +186,18 @@ class ColumnFile:
         self.sizes = sizes
         try:
             self._checkpoint = Checkpoint([path], lasting=True)
-            self._check(fingerprint)
-            self._matrices = {
-                (number, kind): _Matrix(self._checkpoint, f"{number}.{kind}")
-                for number in range(1, sizes.depth + 1)
-                for kind in KINDS
-            }
-        except BaseException as error:
-            if (checkpoint := getattr(self, "_checkpoint", None)) is not None:
-                checkpoint.close()
-            if isinstance(error, CheckpointError | KeyError | OSError):
-                raise ColumnsError(f"{path} is no companion file ({error}); {_WAY_OUT}") from error
-            raise
+            try:
+                self._check(fingerprint)
+                self._matrices = {
+                    (number, kind): _Matrix(self._checkpoint, f"{number}.{kind}")
+                    for number in range(1, sizes.depth + 1)
+                    for kind in KINDS
+                }
+            except BaseException:
+                self._checkpoint.close()
+                raise
+        except (CheckpointError, KeyError, OSError) as error:
+            raise ColumnsError(f"{path} is no companion file ({error}); {_WAY_OUT}") from error
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="grating-columns")
 
     def _check(self, fingerprint: str) -> None:
@@ -299,7 +290,3 @@ class _Matrix:
 
 
 _WAY_OUT = "delete the file, and it is written anew when the model is loaded"
-
-
-def _sectors(size: int) -> int:
-    return -(-size // SECTOR) * SECTOR

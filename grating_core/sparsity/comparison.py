@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grating_core.sparsity.allocation import allocate, check_density
-from grating_core.sparsity.cache import Preference
+from grating_core.sparsity.cache import Caching, Preference
 from grating_core.sparsity.machine import Machine
 from grating_core.sparsity.pruning import PREFERENCE
-from grating_core.sparsity.quality import Caching, cut_windows, evaluate
+from grating_core.sparsity.quality import cut_windows, evaluate
 from grating_core.sparsity.simulator import CACHE_AWARE, DENSE, Estimate, Shape, simulate
 from grating_core.sparsity.trace import load_decoder, record
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from grating_core.memory.meter import Meter
-from grating_core.sparsity.allocation import allocate, check_density, divide_room
-from grating_core.sparsity.cache import ColumnCache, Preference
+from grating_core.sparsity.allocation import allocate, check_density
+from grating_core.sparsity.cache import Caching, Preference
 from grating_core.sparsity.columns import KINDS, ColumnFile, ColumnSizes, write_columns
 from grating_core.sparsity.masks import find_gated_mlp
 from grating_core.sparsity.mlp import ColumnMlp, ColumnTable, Staging
@@ -97,12 +97,11 @@ def install(
     """
     sizes = file.sizes
     staging = Staging(staging_bytes(sizes), sizes)
+    caching = Caching(share, pruning.preference)
     for number, (layer, shares) in enumerate(zip(layers, allocate(pruning.density, len(layers)), strict=True), 1):
         tables = {}
-        room = divide_room(share, shares)
         for kind in KINDS:
-            capacity = int(getattr(room, kind) * sizes.count(kind))
-            cache = ColumnCache(sizes.count(kind), capacity, preference=getattr(pruning.preference, kind))
+            cache = caching.cache(sizes.count(kind), kind, shares)
             tables[kind] = ColumnTable(file, number, kind, cache, staging, meter)
             tables[kind].fill()
         layer.mlp = ColumnMlp(

@@ -14,35 +14,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from grating_core.errors import UnsupportedModelError
-from grating_core.sparsity.allocation import divide_room
-from grating_core.sparsity.cache import NO_PREFERENCE, ColumnCache, Preference
-from grating_core.sparsity.columns import KINDS, ColumnSizes, Kind
+from grating_core.sparsity.cache import Caching
+from grating_core.sparsity.columns import KINDS, ColumnSizes
 from grating_core.sparsity.masks import MaskedMlp, Method, Shares, find_gated_mlp, kept
 from grating_core.sparsity.traffic import Traffic
-
-
-@dataclass(frozen=True)
-class Caching:
-    """A cache of columns in each layer.
-
-    Attributes:
-        share: Of the layer's MLP, how much it holds; see :func:`divide_room`.
-        preference: For columns that are in memory; none is plain DIP.
-    """
-
-    share: float
-    preference: Preference = NO_PREFERENCE
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"share={self.share!r} must be from 0 to 1: how much of the MLPs is in memory")
-
-    def cache(self, columns: int, kind: Kind, shares: Shares) -> ColumnCache:
-        """A full cache for so many columns of an MLP of which a token uses these shares."""
-        room = int(getattr(divide_room(self.share, shares), kind) * columns)
-        cache = ColumnCache(columns, room, preference=getattr(self.preference, kind))
-        cache.fill()
-        return cache
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,11 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 from numpy.typing import NDArray
 
-from grating_core.sparsity.cache import Preference
+from grating_core.sparsity.cache import Caching, Preference
 from grating_core.sparsity.columns import KINDS, ColumnSizes, Kind
 from grating_core.sparsity.machine import Machine
 from grating_core.sparsity.masks import Shares, kept
 from grating_core.sparsity.pruning import PREFERENCE
-from grating_core.sparsity.quality import Caching
 from grating_core.sparsity.trace import ActivationTrace, empty_decoder
 from grating_core.sparsity.traffic import Traffic
 

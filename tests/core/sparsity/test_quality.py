@@ -10,9 +10,9 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from grating_core import UnsupportedModelError
-from grating_core.sparsity.cache import Preference
+from grating_core.sparsity.cache import Caching, Preference
 from grating_core.sparsity.masks import MaskedMlp, Shares, baseline_shares, find_gated_mlp
-from grating_core.sparsity.quality import CachedMlp, Caching, cut_windows, decoder_layers, evaluate
+from grating_core.sparsity.quality import CachedMlp, cut_windows, decoder_layers, evaluate
 from tests.core.sparsity.conftest import TEXT
 
 HALF = (Shares(0.5, 0.5),) * 5

@@ -12,12 +12,11 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from grating_core import ModelNotFoundError, UnsupportedModelError
 from grating_core.sparsity.allocation import divide_room
-from grating_core.sparsity.cache import ColumnCache, Preference
+from grating_core.sparsity.cache import Caching, ColumnCache, Preference
 from grating_core.sparsity.columns import ColumnSizes
 from grating_core.sparsity.machine import MACHINES, Costs, Machine, describe_machine
 from grating_core.sparsity.masks import Shares
 from grating_core.sparsity.probe import probe
-from grating_core.sparsity.quality import Caching
 from grating_core.sparsity.simulator import (
     WAYS,
     Shape,
