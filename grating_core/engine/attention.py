@@ -56,6 +56,19 @@ class Packing:
     kept: tuple[Tensor, Tensor] | None = field(default=None, init=False)
 
 
+@dataclass(frozen=True)
+class Continuation:
+    """The next tokens of one sequence, handed through a layer to its attention.
+
+    Attributes:
+        cache: Keys and values of the tokens before these, to which theirs are added.
+        tokens: How many of the layer's rows are tokens; the rest is fill.
+    """
+
+    cache: KeyValueCache
+    tokens: int
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -63,7 +76,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: None,
     *,
-    packing: Packing,
+    grating: Packing,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -76,8 +89,8 @@ def packed_attention(
         query: ``[1, heads, T, head size]``; there may be fill behind the last sequence.
         key: The same shape, or with fewer heads, each for several of the query's.
         value: As ``key``.
-        attention_mask: Always None: sequences are told apart by ``packing``.
-        packing: The division into sequences.
+        attention_mask: Always None: sequences are told apart by ``grating``.
+        grating: The division into sequences.
         scaling: Factor on the products of queries and keys; None for 1/√head size.
         sliding_window: A token sees those less than this far away; None for all.
         softcap: Bound of the scaled products, by a hyperbolic tangent; None for no bound.
@@ -86,8 +99,9 @@ def packed_attention(
         ``[1, T, heads, head size]``, zero for the fill, and no attention weights.
 
     Raises:
-        KeysKept: When ``packing.keep_keys`` asks for the keys only.
+        KeysKept: When ``grating.keep_keys`` asks for the keys only.
     """
+    packing = grating
     if packing.prefix and packing.kept is None:
         prefix = (slice(None), slice(None), slice(packing.prefix))
         # Copies: views would hold on to the keys of the whole chunk.
@@ -125,8 +139,7 @@ def cached_attention(
     value: Tensor,
     attention_mask: None,
     *,
-    cache: KeyValueCache,
-    tokens: int,
+    grating: Continuation,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -140,8 +153,7 @@ def cached_attention(
         key: The same shape, or with fewer heads, each for several of the query's.
         value: As ``key``.
         attention_mask: Always None.
-        cache: Keys and values of the tokens before these, to which theirs are added.
-        tokens: How many of the T are no fill.
+        grating: The keys and values of the tokens before these, and how many of the T are no fill.
         scaling: As :func:`packed_attention` has it, and so are the others.
         sliding_window: See there.
         softcap: See there.
@@ -149,10 +161,10 @@ def cached_attention(
     Returns:
         ``[1, T, heads, head size]``, zero for the fill, and no attention weights.
     """
-    new = (slice(None), slice(None), slice(tokens))
-    keys, values = cache.extend(module.layer_idx, key[new], value[new])
+    new = (slice(None), slice(None), slice(grating.tokens))
+    keys, values = grating.cache.extend(module.layer_idx, key[new], value[new])
     attended = _Rule(True, scaling, sliding_window, softcap).attend(query[new], keys, values)
-    return pad(attended.transpose(1, 2), (0, 0, 0, 0, 0, query.shape[2] - tokens)), None
+    return pad(attended.transpose(1, 2), (0, 0, 0, 0, 0, query.shape[2] - grating.tokens)), None
 
 
 def _spans(lengths: tuple[int, ...], start: int) -> Iterator[slice]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from grating_core.engine.attention import Continuation
 from grating_core.engine.kv_cache import KeyValueCache
 from grating_core.engine.ragged import filled
 from grating_core.errors import ScoreError
@@ -85,6 +86,10 @@ def _run_layer(model: CausalLM, number: int, hidden: Tensor, positions: Tensor, 
     tokens = hidden.shape[1]
     fill = filled(tokens) - tokens if tokens > 1 else 0
     output = model.run_layer(
-        number, pad(hidden, (0, 0, 0, fill)), pad(positions, (0, fill)), cache=cache, tokens=tokens
+        number,
+        pad(hidden, (0, 0, 0, fill)),
+        pad(positions, (0, fill)),
+        tokens=tokens,
+        attention=Continuation(cache, tokens),
     )
     return output[:, :tokens]

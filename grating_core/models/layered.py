@@ -107,7 +107,7 @@ class LayeredModel:
         return self._family.embed(self._module, input_ids, token_type_ids, positions)
 
     def run_layer(
-        self, number: int, hidden: Tensor, positions: Tensor, *, tokens: int, **attention: Any
+        self, number: int, hidden: Tensor, positions: Tensor, *, tokens: int, attention: object
     ) -> Tensor:
         """Put hidden states through one layer.
 
@@ -116,7 +116,8 @@ class LayeredModel:
             hidden: ``[1, T, D]``.
             positions: int64 ``[1, T]``, counted from 0 within each sequence.
             tokens: How many of the T are tokens; behind them there may be fill.
-            attention: Handed through to the attention function that the model was built with.
+            attention: What the attention function that the model was built with is told, such as how the token
+                axis divides.
 
         Returns:
             Hidden states of the same shape.
@@ -125,7 +126,9 @@ class LayeredModel:
         if self._columns is not None:
             layer.mlp.tokens = tokens
         arguments = self._family.layer_arguments(self._module, layer, hidden, positions)
-        output: Tensor = layer(hidden, attention_mask=None, tokens=tokens, **arguments, **attention)
+        # Under one name of our own: transformers hands on what it does not know, and takes for itself what it
+        # does. A release that began to know "cache" broke everything that generates.
+        output: Tensor = layer(hidden, attention_mask=None, grating=attention, **arguments)
         return output
 
 

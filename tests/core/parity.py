@@ -1,13 +1,18 @@
 """transformers' own answer, and random texts to ask it about."""
 
+import inspect
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -46,3 +51,11 @@ def load(directory: Path, **settings: object) -> Reranker:
     return Reranker.from_pretrained(
         directory, **{"pruning": "off", "dtype": "float32", "device": "cpu", **settings}
     )
+
+
+def going_on(model: PreTrainedModel) -> Callable[[list[int]], Any]:
+    """A function that puts the next tokens of a sequence through a language model, which keeps keys and values."""
+    # Since transformers 5.24 it is called "cache".
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    kept = {name: DynamicCache(config=model.config)}
+    return lambda ids: model(torch.tensor([ids]), use_cache=True, **kept)

@@ -12,6 +12,7 @@ from transformers import AttentionInterface
 from grating_core.engine.attention import (
     CACHED_ATTENTION,
     PACKED_ATTENTION,
+    Continuation,
     KeysKept,
     Packing,
     SharedKeys,
@@ -67,7 +68,7 @@ def dense_attention(
 
 
 def attend(states: States, packing: Packing, module: torch.nn.Module = MODULE, **options: object) -> Tensor:
-    output, weights = packed_attention(module, *states, None, packing=packing, **options)
+    output, weights = packed_attention(module, *states, None, grating=packing, **options)
     assert weights is None
     return output
 
@@ -196,7 +197,7 @@ def test_piece_by_piece_with_the_keys_of_those_before(
     for end, tokens in zip(accumulate(pieces), pieces, strict=True):
         # Fill of any content: nobody may look at it.
         chunk = [torch.nn.functional.pad(s[:, :, end - tokens : end], (0, 0, 0, fill), value=7.0) for s in states]
-        output, weights = cached_attention(module, *chunk, None, cache=cache, tokens=tokens, **rules)
+        output, weights = cached_attention(module, *chunk, None, grating=Continuation(cache, tokens), **rules)
         assert weights is None
         assert not output[:, tokens:].any()
         outputs.append(output[:, :tokens])

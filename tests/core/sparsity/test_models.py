@@ -36,7 +36,7 @@ from tests.core.models.test_decoders import (
     save_decoder,
     spelled_out,
 )
-from tests.core.parity import TOLERANCE, random_text
+from tests.core.parity import TOLERANCE, going_on, random_text
 
 TEXT = random_text(12, random.Random(5), WORDS)
 DENSITY = 0.5
@@ -81,14 +81,15 @@ def masked_text(directory: Path, new_tokens: int, model: nn.Module | None = None
     model = model or AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
     ids = tokenizer(TEXT)["input_ids"]
-    output = model(torch.tensor([ids]), use_cache=True)
+    step = going_on(model)
+    output = step(ids)
     replace_mlps(model, lambda mlp, shares, last: MaskedMlp(mlp, shares))
     found = []
     while True:
         found.append(int(output.logits[0, -1].argmax()))
         if len(found) == new_tokens or found[-1] == model.generation_config.eos_token_id:
             return tokenizer.decode(ids + found, skip_special_tokens=True)
-        output = model(torch.tensor([found[-1:]]), past_key_values=output.past_key_values, use_cache=True)
+        output = step(found[-1:])
 
 
 @pytest.mark.parametrize("family", CAUSAL)
