@@ -1,13 +1,51 @@
-"""Files that are there as a whole or not at all."""
+"""Files that are written as a whole or not at all, and JSON files that are read without trust."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that somebody else may have written, damaged or put there to do harm.
+
+    Args:
+        path: The file, UTF-8.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        OSError: The file is not there, cannot be read, or is not a regular file. A named pipe would be waited for
+            without end.
+        ValueError: The file is not JSON, or nested too deeply to be read.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file")
+    return parse_json(path.read_bytes())
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Read JSON text without trust.
+
+    Args:
+        text: The text; as bytes it is UTF-8.
+
+    Returns:
+        What the text says.
+
+    Raises:
+        ValueError: The text is not JSON, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("the JSON is nested too deeply") from error
 
 
 def replace_file(path: Path, data: bytes) -> None:
