@@ -32,8 +32,8 @@ from benchmarks.shapes import find_or_write, random_texts, write_qwen3_shape
 from benchmarks.watcher import Facts, Job, Rank, Run, System, watch
 from grating_core import StreamedCausalLM
 from grating_core.engine.attention import CACHED_ATTENTION
+from grating_core.files import cache_directory
 from grating_core.memory.plan import ModelSizes, make_generation_plan
-from grating_core.models.bundled import cache_directory
 from grating_core.models.loading import StoredCausalLM
 from grating_core.models.text import PromptTokenizer
 from grating_core.sparsity.allocation import allocate

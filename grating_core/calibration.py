@@ -21,8 +21,8 @@ from sklearn.linear_model import Ridge
 from torch import Tensor
 from tqdm import tqdm
 
+from grating_core.files import cache_directory
 from grating_core.lenses import CalibratedLens, Summary
-from grating_core.models.bundled import cache_directory
 from grating_core.models.lens import Features, LayerMap, Lens, Reader, Sequences
 from grating_core.pruning import Margins
 from grating_core.pruning.conformal import Requests, calibrate_margins, simulate

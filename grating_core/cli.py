@@ -543,7 +543,8 @@ def doctor() -> None:
     import torch
     from huggingface_hub import constants
 
-    from grating_core.models.bundled import bundled_source, cache_directory
+    from grating_core.files import cache_directory
+    from grating_core.models.bundled import bundled_source
     from grating_core.models.placement import choose_device, choose_dtype
 
     device = choose_device(None)

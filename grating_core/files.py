@@ -1,4 +1,4 @@
-"""Files that are written as a whole or not at all, and JSON files that are read without trust."""
+"""Where grating keeps files; files that are written as a whole or not at all; JSON that is read without trust."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import platformdirs
+
+
+def cache_directory() -> Path:
+    """Where grating keeps what it makes: ``GRATING_CACHE``, or the platform's place for caches."""
+    chosen = os.environ.get("GRATING_CACHE")
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("grating"))
 
 
 def read_json(path: Path) -> Any:

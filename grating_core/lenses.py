@@ -15,8 +15,7 @@ from safetensors.torch import save as format_tensors
 from torch import Tensor
 
 from grating_core.errors import LensError
-from grating_core.files import replace_file
-from grating_core.models.bundled import cache_directory
+from grating_core.files import cache_directory, replace_file
 from grating_core.models.lens import LayerMap, Lens
 from grating_core.pruning import Margins
 

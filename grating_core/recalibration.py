@@ -25,8 +25,7 @@ from time import monotonic
 from typing import Generic, TypeVar
 
 from grating_core.engine.forward import Interrupted
-from grating_core.files import replace_file
-from grating_core.models.bundled import cache_directory
+from grating_core.files import cache_directory, replace_file
 from grating_core.pruning import ClusterPolicy, Guarantee, MarginPolicy, Margins, PruningPolicy
 
 # A whole top 1 lost at a target of 0.98 widens by 22 %, one of 10 by 2 %; a request without loss narrows by 0.4 %.

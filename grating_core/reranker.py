@@ -26,12 +26,12 @@ from grating_core.engine.attention import PACKED_ATTENTION
 from grating_core.engine.forward import Outcome, forward
 from grating_core.engine.ragged import RaggedBatch, filled
 from grating_core.errors import UnsupportedModelError
+from grating_core.files import cache_directory
 from grating_core.lenses import CalibratedLens, find_lens, lens_directory, open_lens
 from grating_core.memory.hidden import HiddenInMemory, HiddenOnDisk, HiddenStates
 from grating_core.memory.meter import PeakMemory, resident_memory
 from grating_core.memory.plan import LARGEST_WORK, MemoryPlan, make_plan, parse_budget
 from grating_core.models.adapter import find_adapter
-from grating_core.models.bundled import cache_directory
 from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.models.directory import find_model
 from grating_core.models.fingerprint import fingerprint

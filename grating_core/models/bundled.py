@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import platformdirs
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
+from grating_core.files import cache_directory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -128,12 +127,6 @@ _RECIPES = {
         },
     ),
 }
-
-
-def cache_directory() -> Path:
-    """Where grating keeps what it makes: ``GRATING_CACHE``, or the platform's place for caches."""
-    chosen = os.environ.get("GRATING_CACHE")
-    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("grating"))
 
 
 def bundled_directory(name: str) -> Path:

@@ -13,6 +13,7 @@ from accelerate import init_empty_weights
 from torch import Tensor
 
 from grating_core.errors import CheckpointError, ColumnsError, ModelNotFoundError, UnsupportedModelError
+from grating_core.files import cache_directory
 from grating_core.memory.checkpoint import FLOATS, Checkpoint, StoredTensor, aligned_buffer
 from grating_core.memory.group import PIECE, TensorGroup
 from grating_core.memory.meter import Meter
@@ -20,7 +21,6 @@ from grating_core.memory.plan import MemoryPlan, ModelSizes
 from grating_core.memory.rows import RowCache
 from grating_core.memory.streamer import Streamer
 from grating_core.models.adapter import Adapter
-from grating_core.models.bundled import cache_directory
 from grating_core.models.causal_lm import CausalLM, keys_of
 from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.models.directory import blaming_config, end_tokens, read_config, weight_files

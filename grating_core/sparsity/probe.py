@@ -17,8 +17,8 @@ import torch
 from torch.nn.functional import embedding_bag, linear
 from transformers import LlamaConfig, LlamaModel
 
+from grating_core.files import cache_directory
 from grating_core.memory.checkpoint import SECTOR, aligned_buffer
-from grating_core.models.bundled import cache_directory
 from grating_core.sparsity.cache import ColumnCache
 from grating_core.sparsity.columns import READERS
 from grating_core.sparsity.machine import MACHINES, Costs, Machine

@@ -17,8 +17,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from grating_core.errors import TraceError
-from grating_core.files import replace_file
-from grating_core.models.bundled import cache_directory
+from grating_core.files import cache_directory, replace_file
 from grating_core.models.directory import blaming_config
 from grating_core.models.fingerprint import fingerprint
 from grating_core.sparsity.columns import ColumnSizes
