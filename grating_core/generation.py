@@ -26,6 +26,7 @@ from grating_core.models.adapter import find_adapter
 from grating_core.models.causal_lm import CausalLM
 from grating_core.models.directory import find_model
 from grating_core.models.gguf import is_gguf
+from grating_core.models.hub import Hub
 from grating_core.models.loading import StoredCausalLM
 from grating_core.models.placement import choose_device, choose_dtype
 from grating_core.models.templates import find_window
@@ -114,6 +115,10 @@ class StreamedCausalLM:
         mlp_density: float | None = None,
         max_length: int | None = None,
         adapter: str | Path | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
         show_progress: bool = False,
     ) -> StreamedCausalLM:
         """Load a language model.
@@ -136,6 +141,12 @@ class StreamedCausalLM:
                 for, at most 4,096. Memory for the keys and values of as many is part of the budget.
             adapter: A LoRA adapter as PEFT saves it, a directory or hub id, which is merged into the weights when
                 they are read.
+            revision: Branch, tag or commit of the model on the hub; None for the newest. This and the next three
+                are ignored for a model that is not on the hub; an adapter takes all but the revision.
+            token: What proves to the hub who asks; None or True for the one of ``hf auth login`` or ``HF_TOKEN``,
+                False for none.
+            cache_dir: Where the hub's files are kept; None for the hub's own place.
+            local_files_only: Use what is kept there already, without asking the hub.
             show_progress: Show progress bars while fetching.
 
         Raises:
@@ -152,6 +163,7 @@ class StreamedCausalLM:
             str(model),
             device,
             dtype,
+            hub=Hub(revision, token, cache_dir, local_files_only),
             adapter=adapter,
             lasting=budget is not None,
             pruning=mlp_pruning(mlp_density, by_chunk=False, show_progress=show_progress),
@@ -387,6 +399,7 @@ def _open(
     device: str | torch.device | None,
     dtype: str | torch.dtype,
     *,
+    hub: Hub,
     adapter: str | Path | None,
     lasting: bool,
     pruning: MlpPruning | None,
@@ -394,7 +407,7 @@ def _open(
 ) -> StoredCausalLM:
     chosen_device = choose_device(device)
     chosen_dtype, _ = choose_dtype(dtype, chosen_device)
-    directory = find_model(model, show_progress=show_progress)
+    directory = find_model(model, hub=hub, show_progress=show_progress)
     if is_gguf(directory):
         raise UnsupportedModelError(
             f"model={model!r} is a GGUF file, which would be unpacked as a whole; generating is for safetensors. "
@@ -408,7 +421,7 @@ def _open(
         attention=CACHED_ATTENTION,
         lasting=lasting,
         pruning=pruning,
-        adapter=None if adapter is None else find_adapter(str(adapter), show_progress=show_progress),
+        adapter=None if adapter is None else find_adapter(str(adapter), hub=hub, show_progress=show_progress),
     )
 
 

@@ -36,6 +36,7 @@ from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.models.directory import find_model
 from grating_core.models.fingerprint import fingerprint
 from grating_core.models.gguf import GgufModel, is_gguf
+from grating_core.models.hub import Hub
 from grating_core.models.loading import StoredCrossEncoder
 from grating_core.models.placement import choose_device, choose_dtype
 from grating_core.models.prompts import Prompt
@@ -154,6 +155,10 @@ class Reranker:
         adapter: str | Path | None = None,
         mlp_density: float | None = None,
         chunk_tokens: int | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
         show_progress: bool = False,
     ) -> Reranker:
         """Load a cross-encoder.
@@ -196,6 +201,12 @@ class Reranker:
                 keep up. A file with the columns, as large as the MLPs, is written on first use. None for all.
             chunk_tokens: Most tokens computed at once, which bounds the memory of intermediate results. A
                 document is never split. None for a value that suits the device or the memory budget.
+            revision: Branch, tag or commit of the model on the hub; None for the newest. This and the next three
+                are ignored for a model that is not on the hub; an adapter takes all but the revision.
+            token: What proves to the hub who asks; None or True for the one of ``hf auth login`` or ``HF_TOKEN``,
+                False for none.
+            cache_dir: Where the hub's files are kept; None for the hub's own place.
+            local_files_only: Use what is kept there already, without asking the hub.
             show_progress: Show progress bars while fetching or converting.
 
         Raises:
@@ -225,6 +236,7 @@ class Reranker:
             str(model),
             device,
             dtype,
+            hub=Hub(revision, token, cache_dir, local_files_only),
             adapter=adapter,
             lasting=budget is not None,
             mlp_density=mlp_density,
@@ -667,6 +679,10 @@ def plan_memory(
     template: Prompt | str | None = None,
     adapter: str | Path | None = None,
     mlp_density: float | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
     show_progress: bool = False,
 ) -> tuple[Path, int, MemoryPlan]:
     """What :meth:`Reranker.from_pretrained` would do with a memory budget; no weights are read.
@@ -681,6 +697,7 @@ def plan_memory(
         str(model),
         device,
         dtype,
+        hub=Hub(revision, token, cache_dir, local_files_only),
         adapter=adapter,
         lasting=False,
         mlp_density=mlp_density,
@@ -696,6 +713,7 @@ def _open(
     device: str | torch.device | None,
     dtype: str | torch.dtype,
     *,
+    hub: Hub,
     adapter: str | Path | None,
     lasting: bool,
     mlp_density: float | None,
@@ -704,12 +722,12 @@ def _open(
     pruning = mlp_pruning(mlp_density, by_chunk=True, show_progress=show_progress)
     chosen_device = choose_device(device)
     chosen_dtype, _ = choose_dtype(dtype, chosen_device)
-    directory = find_model(model, show_progress=show_progress)
+    directory = find_model(model, hub=hub, show_progress=show_progress)
     how: dict[str, Any] = {
         "device": chosen_device,
         "dtype": chosen_dtype,
         "attention": PACKED_ATTENTION,
-        "adapter": None if adapter is None else find_adapter(str(adapter), show_progress=show_progress),
+        "adapter": None if adapter is None else find_adapter(str(adapter), hub=hub, show_progress=show_progress),
     }
     if not is_gguf(directory):
         return StoredCrossEncoder(directory, **how, lasting=lasting, pruning=pruning)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
 from grating_core.models.directory import find_model
+from grating_core.models.hub import Hub
 
 _WEIGHTS = "adapter_model.safetensors"
 _BEFORE = "base_model.model."
@@ -126,15 +127,20 @@ class Adapter:
                 )
 
 
-def find_adapter(name: str, *, show_progress: bool = False) -> Adapter:
+def find_adapter(name: str, *, hub: Hub | None = None, show_progress: bool = False) -> Adapter:
     """The adapter of that name: a directory, or a hub id.
+
+    Args:
+        name: The name.
+        hub: How the hub is asked for the base model. The adapter is another, of which the newest is taken.
+        show_progress: Show progress bars while fetching.
 
     Raises:
         ModelNotFoundError: There is none, or it is damaged.
         UnsupportedModelError: It is another kind of adapter.
     """
     try:
-        directory = find_model(name, show_progress=show_progress)
+        directory = find_model(name, hub=hub and hub.newest, show_progress=show_progress)
     except ModelNotFoundError as error:
         raise ModelNotFoundError(f"adapter={name!r} was not found. {error}") from error
     return Adapter(directory)

@@ -10,23 +10,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
 from grating_core.errors import GratingError, ModelNotFoundError, UnsupportedModelError
 from grating_core.models.bundled import BUNDLED_PREFIX, bundled_model
 from grating_core.models.families import Config, Family, find_family
+from grating_core.models.hub import Hub
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
 
-def find_model(name: str, *, show_progress: bool = False) -> Path:
+def find_model(name: str, *, hub: Hub | None = None, show_progress: bool = False) -> Path:
     """The local directory of a model, fetched or converted first where needed; or its GGUF file.
 
     Args:
         name: ``bundled:…``, a local directory in Hugging Face layout, a ``.gguf`` file, or a hub id. A directory
             wins over a hub id of the same name. The hub's cache and offline variables are honoured.
+        hub: How the hub is asked; None for the newest version, as whoever is logged in.
         show_progress: Show progress bars on standard error.
 
     Raises:
@@ -44,25 +43,7 @@ def find_model(name: str, *, show_progress: bool = False) -> Path:
             f"model={name!r}: there is no directory {directory.absolute()}, and this is not a hub id "
             f"(owner/name) nor a bundled name ({BUNDLED_PREFIX}…)"
         )
-    return _download(name)
-
-
-def _download(hub_id: str) -> Path:
-    try:
-        return Path(
-            snapshot_download(
-                hub_id,
-                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
-                ignore_patterns=["*/*"],  # exports to other formats live in subfolders
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelNotFoundError(
-            f"model={hub_id!r}: there is no directory of that name here, and it was not had from the hub or "
-            f"its cache ({reason}). Check the name; for a private model log in with 'hf auth login'; offline, "
-            f"pass a local directory"
-        ) from error
+    return (hub or Hub()).fetch(name)
 
 
 def read_config(directory: Path) -> tuple[Config, Family]:
