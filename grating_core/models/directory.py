@@ -12,6 +12,7 @@ from typing import Any
 
 from grating_core.errors import GratingError, ModelNotFoundError, UnsupportedModelError
 from grating_core.models.bundled import BUNDLED_PREFIX, bundled_model
+from grating_core.models.elsewhere import known_elsewhere
 from grating_core.models.families import Config, Family, find_family
 from grating_core.models.hub import Hub
 
@@ -38,6 +39,8 @@ def find_model(name: str, *, hub: Hub | None = None, show_progress: bool = False
         return directory
     if name and os.path.isdir(directory):  # noqa: PTH112 - Path.is_dir raises for names that are too long
         return directory
+    if (sentence := known_elsewhere(name)) is not None:
+        raise ModelNotFoundError(sentence)
     if not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", name) or name.startswith("."):
         raise ModelNotFoundError(
             f"model={name!r}: there is no directory {directory.absolute()}, and this is not a hub id "

@@ -1,0 +1,85 @@
+"""Names that rerankers have elsewhere: in other libraries, and at services."""
+
+from __future__ import annotations
+
+import os
+import re
+
+_SMALL = "cross-encoder/ms-marco-MiniLM-L12-v2"
+_MULTILINGUAL = "BAAI/bge-reranker-v2-m3"
+_DECODER = "Qwen/Qwen3-Reranker-0.6B"
+
+_SAME_WEIGHTS = {
+    "ms-marco-MiniLM-L-12-v2": _SMALL,
+    "ms-marco-TinyBERT-L-2-v2": "cross-encoder/ms-marco-TinyBERT-L2-v2",
+}
+"""FlashRank's names, and where these weights are on the hub."""
+
+_FLASHRANK = {
+    "ce-esci-MiniLM-L12-v2": _SMALL,
+    "miniReranker_arabic_v1": _MULTILINGUAL,
+    "ms-marco-MultiBERT-L-12": _MULTILINGUAL,
+    "rank-T5-flan": _SMALL,
+    "rank_zephyr_7b_v1_full": _DECODER,
+}
+"""FlashRank's other names, and what to take here instead."""
+
+_SERVICES = (
+    (r"rerank-(v\d|english-|multilingual-).*|cohere\.rerank-.*", "Cohere", _MULTILINGUAL),
+    (r"rerank-(lite-)?\d.*", "Voyage AI", _MULTILINGUAL),
+    (r"jina-(reranker|colbert)-.*", "Jina AI", _MULTILINGUAL),
+    (r"semantic-ranker-.*", "Google", _MULTILINGUAL),
+    (r"amazon\.rerank-.*", "Amazon", _MULTILINGUAL),
+    (r"pinecone-rerank-.*", "Pinecone", _SMALL),
+    (r"ctxl-rerank-.*", "Contextual AI", _DECODER),
+    (r"(gpt-|chatgpt-|o\d|claude-|gemini-|command-).*", "a language-model service", _DECODER),
+)
+"""Names at services as a pattern, whose they are, and what to take here instead."""
+
+_OWNERS = (
+    (r"(ms-|m)marco-.*", "cross-encoder"),
+    (r"bge-reranker-.*", "BAAI"),
+    (r"mxbai-rerank-.*", "mixedbread-ai"),
+    (r"qwen3-reranker-.*", "Qwen"),
+    (r"gte-.*rerank.*", "Alibaba-NLP"),
+    (r"zerank-.*", "zeroentropy"),
+)
+"""Names on the hub without the owner that belongs before them."""
+
+
+def hub_name(name: str) -> str:
+    """The hub id of the weights that FlashRank has under a name; a directory of that name is left alone.
+
+    Args:
+        name: Any model's name.
+
+    Returns:
+        The hub id; ``name`` itself where none is known.
+    """
+    return name if os.path.isdir(name) else _SAME_WEIGHTS.get(name, name)  # noqa: PTH112 - Path raises for long ones
+
+
+def known_elsewhere(name: str) -> str | None:
+    """What to say of a name that leads nowhere here, because it is another library's, or a service's.
+
+    Args:
+        name: A model's name, that is no directory.
+
+    Returns:
+        A sentence without its full stop: whose name it is, and what to take. None for a name nobody is known to
+        use.
+    """
+    if name in _SAME_WEIGHTS:
+        return f"model={name!r} is FlashRank's name of {_SAME_WEIGHTS[name]!r}: write that"
+    if name in _FLASHRANK:
+        return f"model={name!r} is FlashRank's name of a file that is not on the hub: take {_FLASHRANK[name]!r}"
+    for pattern, owner, instead in _SERVICES:
+        if re.fullmatch(pattern, name, re.IGNORECASE):
+            return (
+                f"model={name!r} is {owner}'s name of a model that runs there: take one that runs here, "
+                f"such as {instead!r}"
+            )
+    for pattern, owner in _OWNERS:
+        if re.fullmatch(pattern, name, re.IGNORECASE):
+            return f"model={name!r} lacks its owner: write '{owner}/{name}'"
+    return None
