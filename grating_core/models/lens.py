@@ -138,7 +138,7 @@ def _compared(query: Tensor, document: Tensor) -> list[Tensor]:
     # In float32: kernels for bfloat16 are made for the shape they meet and kept, and every pair here has its own.
     cosines = normalize(query.float(), dim=1) @ normalize(document.float(), dim=1).T
     best, match = cosines.max(1)
-    product = _mean(query * document[match])
+    product = (query.float() * document[match].float()).mean(0)
     length = torch.tensor(float(len(document)), device=query.device).log()
     return [
         product,

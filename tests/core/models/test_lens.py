@@ -55,6 +55,17 @@ def test_features_by_hand(pooling: str, place: int | None) -> None:
     assert Features(4, DEPTH, 0, pooling)(hidden, Sequences()).shape == (2, feature_count(6, False))
 
 
+@pytest.mark.parametrize("pooling", ["first", "last", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_features_of_large_states_are_computed_in_float32(pooling: str, dtype: torch.dtype) -> None:
+    """Products of states above 256 are infinite in float16."""
+    hidden = (3000 * torch.randn(1, 20, 6, generator=torch.Generator().manual_seed(2))).to(dtype)
+    found = Features(0, DEPTH, 0, pooling)(hidden, Sequences())
+    assert found.dtype == torch.float32
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, Features(0, DEPTH, 0, pooling)(hidden.float(), Sequences()))
+
+
 def read_layers(reranker: Reranker, documents: list[str]) -> np.ndarray:
     """The estimates of all layers but the last, ``[L, N]``."""
     model = reranker._model()
