@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, TypeGuard, get_args
 
 import transformers
 from tokenizers import Tokenizer
@@ -21,6 +22,7 @@ LongDocuments = Literal["truncate", "windows"]
 Span = tuple[int, int]  # first position, and the one after the last
 _TYPES = ("token_type_ids",)
 _GROUP = 32  # documents
+_SMALLEST_WINDOW = 8  # tokens
 _OVERLAP = 8  # the part of a window that the next one repeats: one in so many tokens
 
 
@@ -351,18 +353,32 @@ def find_window(directory: Path, model_window: int, max_length: int | None, usua
     Args:
         directory: Where the tokenizer's files are.
         model_window: The most tokens that the model itself can take.
-        max_length: A smaller window asked for by the user, or None.
+        max_length: A window asked for by the user, or None for the one that the tokenizer's settings state. It may
+            be larger than that one, if the model can take as many.
         usual: The window for users who do not ask, if the model has a larger one.
 
     Raises:
         ModelNotFoundError: The tokenizer's settings are damaged.
         ValueError: ``max_length`` is not between 8 and the model's window.
     """
+    if max_length is not None and not _SMALLEST_WINDOW <= max_length <= model_window:
+        raise ValueError(
+            f"max_length={max_length} does not fit this model; use {_SMALLEST_WINDOW} to {model_window} tokens, "
+            f"or None"
+        )
     stated = read_settings(directory).get("model_max_length")
-    window = min(model_window, int(stated)) if isinstance(stated, int | float) else model_window
-    if max_length is not None and not 8 <= max_length <= window:
-        raise ValueError(f"max_length={max_length} does not fit this model; use 8 to {window} tokens, or None")
+    window = min(model_window, int(stated)) if _is_window(stated) else model_window
     return max_length or min(window, usual or window)
+
+
+def _is_window(stated: object) -> TypeGuard[float]:
+    """Whether what a tokenizer's settings state is a number of tokens; files have 0, -1 and infinity as well."""
+    return (
+        isinstance(stated, int | float)
+        and not isinstance(stated, bool)
+        and math.isfinite(stated)
+        and stated >= _SMALLEST_WINDOW
+    )
 
 
 def load_template(

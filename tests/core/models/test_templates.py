@@ -1,5 +1,7 @@
 """Token ids are those of transformers' tokenizers."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,26 @@ def test_a_query_that_fills_the_window_is_refused(directory: Path) -> None:
 def test_max_length_must_fit_the_model(directory: Path, max_length: int) -> None:
     with pytest.raises(ValueError, match=f"max_length={max_length} "):
         find_window(directory, WINDOW, max_length)
+
+
+@pytest.mark.parametrize(
+    "stated", ["0", "-1", "5", "NaN", "Infinity", "-Infinity", '"512"', "true", "null", "[64]", "1e30", "-0.5"]
+)
+def test_a_window_that_makes_no_sense_is_ignored(directory: Path, tmp_path: Path, stated: str) -> None:
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    text = json.dumps(settings | {"model_max_length": "here"}).replace('"here"', stated)
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    assert find_window(tmp_path, 512, None) == 512
+    assert find_window(tmp_path, 512, 300) == 300
+    assert find_window(tmp_path, 512, None, usual=256) == 256
+
+
+def test_a_window_larger_than_the_tokenizers(directory: Path) -> None:
+    assert find_window(directory, WINDOW + 100, None) == WINDOW
+    assert find_window(directory, WINDOW + 100, WINDOW + 100) == WINDOW + 100
+    with pytest.raises(ValueError, match=f"use 8 to {WINDOW + 100} tokens"):
+        find_window(directory, WINDOW + 100, WINDOW + 101)
 
 
 def test_the_tail_of_a_text(bundled: Reranker) -> None:
