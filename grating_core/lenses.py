@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +18,18 @@ from safetensors.torch import save as format_tensors
 from torch import Tensor
 
 from grating_core.errors import LensError
-from grating_core.files import cache_directory, replace_file
-from grating_core.models.lens import LayerMap, Lens
+from grating_core.files import cache_directory, read_json, replace_file
+from grating_core.models.lens import LayerMap, Lens, Shape
 from grating_core.pruning import Margins
 
 _TENSORS = "lens.safetensors"
 _DESCRIPTION = "lens.json"
 _FORMAT = 1
 _WAY_OUT = "delete the directory, or calibrate again"
+_FIELDS = {"fingerprint": str, "sha256": str, "pooling": str, "layers": int, "summary": dict}
 _PACKAGED = Path(__file__).parent / "packaged_lenses"
+
+_log = logging.getLogger("grating")
 
 
 @dataclass(frozen=True)
@@ -99,40 +105,55 @@ class CalibratedLens:
             LensError: It is missing or damaged.
         """
         description = _describe(directory)
+        path = directory / _TENSORS
         try:
-            data = (directory / _TENSORS).read_bytes()
+            if path.exists() and not path.is_file():
+                raise OSError(f"{path} is not a regular file")  # a named pipe would be waited for without end
+            data = path.read_bytes()
             if hashlib.sha256(data).hexdigest() != description["sha256"]:
-                raise LensError(
-                    f"{directory / _TENSORS} is not the file that {_DESCRIPTION} describes: {_WAY_OUT}"
-                )
+                raise LensError(f"{path} is not the file that {_DESCRIPTION} describes: {_WAY_OUT}")
             tensors = parse_tensors(data)
             maps = [
                 LayerMap(tensors[f"layer.{number}.weight"], tensors[f"layer.{number}.bias"])
                 for number in range(description["layers"])
             ]
-            margins = {name: tensors[f"margins.{name}"].numpy() for name in Margins.__annotations__}
-            summary = Summary(**description["summary"] | {"gammas": tuple(description["summary"]["gammas"])})
-            return cls(Lens(maps, description["pooling"]), Margins(**margins), description["fingerprint"], summary)
-        except (OSError, KeyError, TypeError, SafetensorError) as error:
-            raise LensError(
-                f"the lens in {directory} cannot be read ({type(error).__name__}: {error}): {_WAY_OUT}"
-            ) from error
+            margins = Margins(**{name: tensors[f"margins.{name}"].numpy() for name in Margins.__annotations__})
+            if len(margins.drop) != len(maps):
+                raise ValueError(f"it has {len(maps)} layers, and margins for {len(margins.drop)}")
+            summary = _read_summary(description["summary"], len(maps))
+            return cls(Lens(maps, description["pooling"]), margins, description["fingerprint"], summary)
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise _damaged(directory, error) from error
 
 
-def find_lens(fingerprint: str) -> CalibratedLens | None:
+def find_lens(fingerprint: str, shape: Shape) -> CalibratedLens | None:
     """The lens for these weights: calibrated here, or come with this package; None if there is none.
 
-    Raises:
-        LensError: There is one, and it is damaged.
+    Nobody has asked for the lens by name, so one that cannot be used is left out, with a warning once.
+
+    Args:
+        fingerprint: Of the weights.
+        shape: Of the model.
     """
-    for directory in (lens_directory(fingerprint), *sorted(_PACKAGED.glob("*/"))):
-        if (directory / _DESCRIPTION).is_file() and _describe(directory)["fingerprint"] == fingerprint:
-            return CalibratedLens.load(directory)
+    here = lens_directory(fingerprint)
+    for directory in (here, *sorted(_PACKAGED.glob("*/"))):
+        try:
+            if not (directory / _DESCRIPTION).exists():
+                continue
+            if directory == here or _describe(directory)["fingerprint"] == fingerprint:
+                return open_lens(directory, shape, fingerprint)
+        except (LensError, OSError) as error:
+            _warn(f"pruning goes on without a lens of this model: {error}")
     return None
 
 
-def open_lens(directory: Path, *fingerprints: str) -> CalibratedLens:
+def open_lens(directory: Path, shape: Shape, *fingerprints: str) -> CalibratedLens:
     """The lens in a directory, which has to have one of these fingerprints.
+
+    Args:
+        directory: Holds the lens.
+        shape: Of the model.
+        fingerprints: Those that the model goes by.
 
     Raises:
         LensError: There is none, it is damaged, or it is for other weights.
@@ -144,7 +165,17 @@ def open_lens(directory: Path, *fingerprints: str) -> CalibratedLens:
             f"(fingerprint {found.fingerprint[:16]}…, this model has {fingerprints[0][:16]}…): calibrate one for "
             f"this model with 'grating calibrate', or leave the lens out"
         )
+    try:
+        found.lens.check(shape)
+    except ValueError as error:
+        raise _damaged(directory, error) from error
     return found
+
+
+@lru_cache
+def _warn(message: str) -> None:
+    """Log a warning, the first time that it is given in this process."""
+    _log.warning(message)
 
 
 def lens_directory(fingerprint: str) -> Path:
@@ -165,13 +196,35 @@ def _tensors(calibrated: CalibratedLens) -> dict[str, Tensor]:
 def _describe(directory: Path) -> dict[str, Any]:
     path = directory / _DESCRIPTION
     try:
-        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        description: dict[str, Any] = read_json(path)
         if description["format"] != _FORMAT:
             raise LensError(
-                f"{path} has the format {description['format']}, this release reads {_FORMAT}: calibrate again"
+                f"{path} has the format {description['format']!r}, this release reads {_FORMAT}: calibrate again"
             )
+        for name, kind in _FIELDS.items():
+            if type(description[name]) is not kind:
+                raise TypeError(f"{name}={description[name]!r} is not of the type {kind.__name__}")
     except FileNotFoundError as error:
         raise LensError(f"there is no lens in {directory}: it has no {_DESCRIPTION}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LensError(f"{path} cannot be read as the description of a lens ({error!r}): {_WAY_OUT}") from error
     return description
+
+
+def _read_summary(fields: dict[str, Any], layers: int) -> Summary:
+    gammas = fields["gammas"]
+    whole = [fields[name] for name in ("fitted", "measured", "candidates", "top_k")]
+    shares = [fields[name] for name in ("target", "agreement", "compute_share")]
+    if not all(type(number) is int and number > 0 for number in whole):
+        raise ValueError(f"the summary has {whole} where it counts requests, candidates and K")
+    if len(gammas) != layers or not all(_is_number(number) for number in (*shares, *gammas)):
+        raise ValueError(f"the summary has {shares} for shares, and for the {layers} layers γ of {gammas}")
+    return Summary(**fields | {"gammas": tuple(gammas)})
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _damaged(directory: Path, error: Exception) -> LensError:
+    return LensError(f"the lens in {directory} cannot be read ({type(error).__name__}: {error}): {_WAY_OUT}")

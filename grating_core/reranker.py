@@ -252,9 +252,9 @@ class Reranker:
         policy: PruningPolicy | ByLens
         if chosen is None:
             calibrated = (
-                (find_lens(own) or find_lens(identity))
+                (find_lens(own, stored.shape) or find_lens(identity, stored.shape))
                 if lens is None
-                else open_lens(Path(lens).expanduser(), own, identity)
+                else open_lens(Path(lens).expanduser(), stored.shape, own, identity)
             )
             policy = ByLens(target, guarantee, calibrated and calibrated.to(stored.device))
         else:

@@ -17,6 +17,7 @@ from grating_core.models.adapter import Adapter
 from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.models.families import find_family
 from grating_core.models.layered import bind, construction
+from grating_core.models.lens import Shape
 
 _INSTALL = "reading GGUF files takes the package gguf: pip install gguf"
 
@@ -63,6 +64,12 @@ class GgufModel:
     def window(self) -> int:
         """The most tokens that the model can take."""
         return self.family.window(self._module.config)
+
+    @property
+    def shape(self) -> Shape:
+        """What a lens has to fit."""
+        config = self._module.config
+        return Shape(config.num_hidden_layers, config.hidden_size, self.family.pooling(config))
 
     def sizes(self, window: int) -> ModelSizes:
         """See :meth:`StoredCrossEncoder.sizes`; there is nothing that a plan could leave on disk."""

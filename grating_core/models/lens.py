@@ -10,17 +10,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from grating_core.models.templates import Segments
+if TYPE_CHECKING:
+    from grating_core.models.templates import Segments
 
 # Beyond this part of the layers, token similarities add nothing to what the states themselves say.
 _SIMILARITY_PART = 6
 _SIMILARITIES = 5
+
+
+class Shape(NamedTuple):
+    """What a lens has to fit of a model.
+
+    Attributes:
+        depth: Number of layers.
+        width: D, of the hidden states.
+        pooling: The token that the head reads: ``"first"``, ``"last"``, or ``"mean"`` of all.
+    """
+
+    depth: int
+    width: int
+    pooling: str
 
 
 class Sequences(Protocol):
@@ -170,6 +185,28 @@ class Lens:
     def __init__(self, maps: Sequence[LayerMap], pooling: str) -> None:
         self.maps = tuple(maps)
         self.pooling = pooling
+
+    def check(self, shape: Shape) -> None:
+        """Compare with a model.
+
+        Raises:
+            ValueError: It is damaged, or for a model of another shape.
+        """
+        if (len(self.maps), self.pooling) != (shape.depth, shape.pooling):
+            raise ValueError(
+                f"it is for {len(self.maps)} layers and a head that reads {self.pooling!r}, and this model has "
+                f"{shape.depth} and {shape.pooling!r}"
+            )
+        for number, layer in enumerate(self.maps):
+            wanted = feature_count(shape.width, compares_tokens(number, shape.depth))
+            if layer.weight.shape != (wanted,) or layer.bias.shape != ():
+                raise ValueError(
+                    f"layer {number} has weights {list(layer.weight.shape)} and a bias {list(layer.bias.shape)}, "
+                    f"and not [{wanted}] and []"
+                )
+            for part in (layer.weight, layer.bias):
+                if part.dtype != torch.float32 or not part.isfinite().all():
+                    raise ValueError(f"layer {number} has numbers that are not finite float32")
 
     def to(self, device: torch.device) -> Lens:
         """The same lens on a device."""

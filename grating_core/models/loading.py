@@ -27,6 +27,7 @@ from grating_core.models.directory import blaming_config, end_tokens, read_confi
 from grating_core.models.families import FAMILIES
 from grating_core.models.fingerprint import fingerprint
 from grating_core.models.layered import bind, construction, work_per_token
+from grating_core.models.lens import Shape
 from grating_core.sparsity.columns import ColumnFile, ColumnSizes
 from grating_core.sparsity.masks import find_gated_mlp
 from grating_core.sparsity.pruning import MlpPruning, install, open_columns, staging_bytes
@@ -338,6 +339,11 @@ class StoredCrossEncoder(StoredModel):
                 )
             self._output = output
         return super()._match(stored, wanted)
+
+    @property
+    def shape(self) -> Shape:
+        """What a lens has to fit."""
+        return Shape(len(self._layers), self._tensors[self._table].shape[1], self.family.pooling(self._config))
 
     def load(self, plan: MemoryPlan | None, answers: tuple[int, int | None] | None = None) -> CrossEncoder:
         """Read the weights.

@@ -60,6 +60,9 @@ class Margins:
         bounds: float64 ``[2, 2, C, G]``: the bound on the expected loss, for exact and estimated scores (axis 0),
             of the share of the top K and of whole sets (axis 1), in each cell with each factor. Never rises with
             the factor.
+
+    Raises:
+        ValueError: They are not so: damaged, as calibration finds no such margins.
     """
 
     drop: Array
@@ -67,6 +70,31 @@ class Margins:
     factors: Array
     cells: NDArray[np.int64]
     bounds: Array
+
+    def __post_init__(self) -> None:
+        layers, factors, cells = len(self.drop), len(self.factors), len(self.cells)
+        wanted: dict[str, tuple[Array | NDArray[np.int64], type, tuple[int, ...]]] = {
+            "drop": (self.drop, np.float64, (layers,)),
+            "select": (self.select, np.float64, (layers,)),
+            "factors": (self.factors, np.float64, (factors,)),
+            "cells": (self.cells, np.int64, (cells, 2)),
+            "bounds": (self.bounds, np.float64, (len(MODES), len(GUARANTEES), cells, factors)),
+        }
+        for name, (values, dtype, shape) in wanted.items():
+            if values.dtype != dtype or values.shape != shape or not values.size:
+                raise ValueError(
+                    f"margins.{name}: {values.dtype} {list(values.shape)}, not {np.dtype(dtype)} {list(shape)}"
+                )
+            if not np.isfinite(values).all() or (values < 0).any():
+                raise ValueError(f"margins.{name} has numbers that are negative or not finite")
+        if (np.diff(self.factors) <= 0).any():
+            raise ValueError("margins.factors do not rise")
+        if (self.bounds > 1).any() or (np.diff(self.bounds) > 0).any():
+            raise ValueError("margins.bounds rise with the factor, or are above 1")
+        if len(np.unique(self.cells, axis=0)) < cells or not (self.cells[:, 1] >= 1).all():
+            raise ValueError("margins.cells has a cell twice, or one for no documents")
+        if (self.cells[:, 1] > self.cells[:, 0]).any():
+            raise ValueError("margins.cells has a K above its N")
 
     def policy(
         self, candidates: int, top_k: int, *, target: float, guarantee: Guarantee, exact: bool
