@@ -1,0 +1,71 @@
+"""``grating generate``."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from grating_core.cli.options import GeneratorOptions
+from grating_core.cli.output import err
+
+if TYPE_CHECKING:
+    from grating_core.generation import Generation, StreamedCausalLM
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="Hub id or local directory of a language model.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text, or - for standard input.")],
+    settings: GeneratorOptions,
+    chat: Annotated[bool, typer.Option("--chat/--raw", help="Answer it as a message, or just go on.")] = True,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token always.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Probability of the tokens that are picked from.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the random numbers; another every time by default.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends it; several may be given.")] = None,
+) -> None:
+    """Answer a prompt with a language model, which need not fit into memory."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with err.status("Loading ..."):
+        from grating_core.generation import StreamedCausalLM
+
+        loaded = StreamedCausalLM.from_pretrained(model, **vars(settings), show_progress=True)
+    with loaded:
+        generation = _written(
+            loaded,
+            [{"role": "user", "content": text}] if chat else text,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=stop or (),
+        )
+    err.print(_speed_line(generation), style="dim")
+
+
+def _written(model: StreamedCausalLM, prompt: Any, **how: Any) -> Generation:
+    """Generate, and print the text as it comes."""
+    stream = model.stream(prompt, **how)
+    while True:
+        try:
+            typer.echo(next(stream), nl=False)
+        except StopIteration as end:
+            typer.echo()
+            generation: Generation = end.value
+            return generation
+
+
+def _speed_line(generation: Generation) -> str:
+    tokens, after = generation.new_tokens, generation.seconds - generation.seconds_to_first
+    speed = f", the others {(tokens - 1) / after:,.1f} a second" if tokens > 1 else ""
+    line = f"{tokens} tokens; the first after {generation.seconds_to_first:.2f} s{speed}"
+    if not generation.bytes_read:
+        return line
+    rate = generation.hit_rate
+    found = "" if rate is None else f", {rate:.0%} of the columns were in memory"
+    each = (generation.bytes_read - generation.bytes_to_first) / max(1, tokens - 1)
+    return (
+        f"{line}; read {generation.bytes_to_first / 1e6:,.0f} MB for the prompt and {each / 1e6:,.1f} MB a token, "
+        f"waited {generation.seconds_waited:.2f} s for the disk{found}"
+    )

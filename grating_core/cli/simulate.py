@@ -1,0 +1,114 @@
+"""``grating simulate``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grating_core.cli.options import AsJson
+from grating_core.cli.output import err, out, print_json
+from grating_core.cli.tables import plain_table
+from grating_core.inputs import read_documents
+
+
+def simulate(
+    model: Annotated[str, typer.Argument(help="Decoder whose activations are recorded: hub id or directory.")],
+    text: Annotated[str, typer.Option(help="Real text for it to read: a file of text or of JSON Lines.")],
+    memory: Annotated[
+        str, typer.Option(help="For all weights, such as 2GB, or the share of the MLPs in memory, such as 50%.")
+    ],
+    mlp_density: Annotated[
+        list[float], typer.Option(help="Share of the MLPs that a token uses; may be given several times.")
+    ] = [0.83, 0.67, 0.57, 0.5],  # noqa: B006 - typer copies it
+    tokens: Annotated[int, typer.Option(help="Tokens of the text to go through.")] = 512,
+    trace: Annotated[
+        Path | None, typer.Option(help="File of recorded activations; in grating's cache by default.")
+    ] = None,
+    shape: Annotated[
+        Path | None, typer.Option(help="Directory with the config.json of another model to simulate.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16, float16 or float32.")] = "bfloat16",
+    inputs_preference: Annotated[
+        float, typer.Option(help="What an input counts where its column is not in memory, in cache-aware DIP.")
+    ] = 0.9,
+    products_preference: Annotated[float, typer.Option(help="The same of a product.")] = 0.3,
+    machine: Annotated[
+        str, typer.Option(help="this, which is measured; phone, sata-ssd, nvme; or what the options below say.")
+    ] = "this",
+    disk_bandwidth: Annotated[str | None, typer.Option(help="Of long reads, such as 500MB/s.")] = None,
+    disk_reads: Annotated[float | None, typer.Option(help="Random reads of 4 KB a second, 8 at a time.")] = None,
+    memory_bandwidth: Annotated[str | None, typer.Option(help="Such as 20GB/s.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw perplexity against tokens/s into this picture.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Estimate how fast a decoder larger than memory generates: streamed, or pruned by dynamic input pruning."""
+    read = "\n\n".join(read_documents(text, plain="text"))
+    with err.status("Loading ..."):
+        import torch
+
+        from grating_core.models.directory import find_model
+        from grating_core.models.placement import choose_dtype
+        from grating_core.sparsity.cache import Preference
+        from grating_core.sparsity.comparison import compare
+        from grating_core.sparsity.machine import describe_machine, parse_rate
+        from grating_core.sparsity.probe import find_machine
+        from grating_core.sparsity.simulator import Shape
+
+        directory = find_model(model)
+        weights, _ = choose_dtype(dtype, torch.device("cpu"))
+        simulated = Shape.of(shape or directory, weights)
+        bytes_of_weights = simulated.parse_memory(memory)
+        preference = Preference(inputs_preference, products_preference)
+        if disk_bandwidth is not None and disk_reads is not None and memory_bandwidth is not None:
+            found = describe_machine(
+                parse_rate(disk_bandwidth, "disk_bandwidth"),
+                disk_reads,
+                parse_rate(memory_bandwidth, "memory_bandwidth"),
+            )
+        elif any(given is not None for given in (disk_bandwidth, disk_reads, memory_bandwidth)):
+            raise ValueError(
+                "a machine is described by --disk-bandwidth, --disk-reads and --memory-bandwidth together"
+            )
+        else:
+            found = find_machine(machine, weights)
+    points = compare(
+        directory,
+        read,
+        simulated,
+        found,
+        memory=bytes_of_weights,
+        densities=mlp_density,
+        tokens=tokens,
+        preference=preference,
+        trace=trace,
+        perplexity=figure is not None,
+        show_progress=True,
+    )
+    if figure is not None:
+        from grating_core.plotting import plot_simulation
+
+        plot_simulation(points, figure)
+    if as_json:
+        print_json({"memory": bytes_of_weights, "points": [asdict(point) for point in points]})
+        return
+    table = plain_table("way", "density", "tokens/s", "MB a token", "hit rate", "perplexity")
+    for point in points:
+        table.add_row(
+            point.estimate.way,
+            f"{point.density:.2f}",
+            f"{point.estimate.tokens_per_second:.2f}",
+            f"{point.estimate.bytes_per_token / 1e6:,.1f}",
+            "" if point.estimate.hit_rate is None else f"{point.estimate.hit_rate:.1%}",
+            "" if point.perplexity is None else f"{point.perplexity:.2f}",
+        )
+    out.print(table)
+    out.print(
+        f"{bytes_of_weights / 1e6:,.0f} of {simulated.total / 1e6:,.0f} MB of weights in memory; "
+        f"buffers, keys and values aside.",
+        style="dim",
+    )

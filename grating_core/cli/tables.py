@@ -1,0 +1,83 @@
+"""Results as tables and lines of text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from grating_core.results import RerankResult
+
+
+def plain_table(*headings: str) -> Table:
+    """Columns without lines between them."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
+def ranking_table(result: RerankResult) -> Table:
+    """The documents of a ranking, best first."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("rank", "score", "index"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("text")
+    for rank, ranked in enumerate(result.ranking, 1):
+        score = f"{ranked.score:.3f}{' (estimate)' if ranked.estimated else ''}"
+        table.add_row(str(rank), score, str(ranked.index), Text(_shortened(ranked.text)))
+    return table
+
+
+def trace_table(result: RerankResult) -> Table:
+    """A line for each layer."""
+    from grating_core.pruning import Route
+
+    table = Table(box=None, pad_edge=False, header_style="bold", title="By layer", title_justify="left")
+    for heading in (
+        "layer",
+        "alive",
+        *(route.value for route in Route),
+        "best",
+        "worst",
+        "tokens",
+        "ms",
+        "waited",
+    ):
+        table.add_column(heading, justify="right")
+    for layer in result.trace.layers:
+        table.add_row(
+            str(layer.layer),
+            str(len(layer.alive)),
+            *(str(layer.routes.count(route)) for route in Route),
+            f"{max(layer.scores):.2f}",
+            f"{min(layer.scores):.2f}",
+            f"{layer.tokens:,}",
+            f"{1000 * layer.seconds:.1f}",
+            f"{1000 * layer.seconds_waited:.1f}",
+        )
+    return table
+
+
+def closing_line(result: RerankResult) -> str:
+    """What the rerank took."""
+    trace = result.trace
+    cut = f", {len(trace.truncated)} cut to the window" if trace.truncated else ""
+    line = (
+        f"{len(trace.lengths)} documents, {sum(trace.lengths):,} tokens{cut}; {trace.seconds:.2f} s, "
+        f"compute share {trace.compute_share:.2f}"
+    )
+    if trace.peak_memory is None:
+        return line
+    spilled = f", spilled {trace.bytes_spilled / 1e6:,.0f} MB" if trace.bytes_spilled else ""
+    return (
+        f"{line}; read {trace.bytes_read / 1e6:,.0f} MB{spilled}, waited {trace.seconds_waited:.2f} s for the "
+        f"disk, {trace.peak_memory / 1e6:,.0f} MB in memory at most"
+    )
+
+
+def _shortened(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else text[:299] + "…"
