@@ -45,6 +45,10 @@ class SpillError(GratingError):
     """There is no room, or no working disk, for hidden states that do not fit into the memory budget."""
 
 
+class StorageError(GratingError, OSError):
+    """A file cannot be written: no room, no right, no such place. The message names it, and the room it takes."""
+
+
 class BudgetError(GratingError, ValueError):
     """A memory budget is too small for the model.
 

@@ -1,22 +1,100 @@
-"""Where grating keeps files; files that are written as a whole or not at all; JSON that is read without trust."""
+"""Where grating keeps files, how they are written as a whole by one process at a time, and how JSON is read.
+
+What is being written is beside its place, as ``.{name}-{8 letters}``; who writes it holds the lock
+``.{name}.lock``. The system frees the lock of a process that ends, however it ends. So whoever holds it knows that
+what is there unfinished was left by the dead, and removes it.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
+import re
+import secrets
+import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import platformdirs
 
+from grating_core.errors import StorageError
+
+_UNFINISHED = re.compile(r"\.(.+)-[a-z0-9_]{8}")
+_LOCK = re.compile(r"\.(.+)\.lock")
+_ABANDONED = 3600.0  # seconds since anything was written, where a file system has no locks
+_PAUSE = 0.1  # seconds between two attempts to get a lock that cannot be waited for
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_CANNOT_RESERVE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+
+_log = logging.getLogger("grating")
+_locks: set[int] = set()  # descriptors of this process
+_said: set[Path | None] = set()
+
 
 def cache_directory() -> Path:
-    """Where grating keeps what it makes: ``GRATING_CACHE``, or the platform's place for caches."""
-    chosen = os.environ.get("GRATING_CACHE")
-    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("grating"))
+    """Where grating keeps what it makes: ``GRATING_CACHE``, or the platform's place for caches.
+
+    Raises:
+        StorageError: The user has no home directory that anything knows of, and ``GRATING_CACHE`` names no other.
+    """
+    place = os.environ.get("GRATING_CACHE") or platformdirs.user_cache_dir("grating")
+    try:
+        return Path(place).expanduser().absolute()
+    except (RuntimeError, OSError) as error:  # OSError: the working directory is gone
+        raise StorageError(
+            f"there is no place for grating's cache, {place} ({error}): have GRATING_CACHE name a directory"
+        ) from error
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file or directory is there, as far as we may look; never an error."""
+    try:
+        path.stat()
+    except OSError:
+        return False
+    return True
+
+
+def is_kept(path: Path) -> bool:
+    """Whether a file of the cache is there. If the cache cannot be looked into, that is said once.
+
+    Args:
+        path: Inside the cache directory.
+    """
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        go_on_without_cache(error)
+        return False
+    return True
+
+
+def go_on_without_cache(error: OSError) -> None:
+    """Say, once for each cache directory, that nothing is kept there.
+
+    Args:
+        error: Why not.
+    """
+    try:
+        directory = cache_directory()
+    except StorageError:
+        directory = None
+    if directory not in _said:
+        _said.add(directory)
+        _log.warning(
+            "grating's cache%s cannot be used (%s): lenses that were calibrated here are not found, and what is "
+            "learnt is not kept. Have GRATING_CACHE name a directory that can be written",
+            "" if directory is None else f", {directory},", explained(error),
+        )  # fmt: skip
 
 
 def read_json(path: Path) -> Any:
@@ -56,36 +134,297 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("the JSON is nested too deeply") from error
 
 
-def replace_file(path: Path, data: bytes) -> None:
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Be the only one, of all processes and threads, that writes a file or a directory.
+
+    What processes that were killed left unfinished of it is removed. Where a file system has no locks nobody is
+    kept out, and what is unfinished is removed when nothing has been written to it for an hour.
+
+    Args:
+        path: The file or directory. Its parent is made if it is not there.
+        wait: Whether to wait for another that is writing it.
+
+    Yields:
+        Whether nobody else is writing it; always true with ``wait``.
+
+    Raises:
+        StorageError: Nothing can be written there.
+    """
+    place = path.with_name(f".{path.name}.lock")
+    with storing(path):
+        descriptor, certain = _take(place, wait)
+    if descriptor is None:
+        yield False
+        return
+    try:
+        _remove_unfinished(path, certain)
+        yield True
+    finally:
+        if descriptor in _locks:  # not so in the child of a fork, which has let go of it
+            if sys.platform != "win32":  # there a file that is open cannot be removed
+                with suppress(OSError):
+                    place.unlink()
+            _let_go(descriptor)
+
+
+def _take(place: Path, wait: bool) -> tuple[int | None, bool]:
+    """Open and lock a file. None if another has it; whether the lock is one."""
+    while True:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:  # in a cache that is shared it may be another user's
+            descriptor = os.open(place, os.O_RDONLY)
+        except FileNotFoundError:  # the directory has just been removed
+            continue
+        _locks.add(descriptor)
+        try:
+            found = _lock(descriptor, wait=False)
+            if found is False and wait:
+                _log.info("waiting for another process, which writes what %s stands for", place)
+                found = _lock(descriptor, wait=True)
+            # Who had it before has removed the file: a lock on that keeps nobody out.
+            if found is not False and _is_same(place, descriptor):
+                return descriptor, found is True
+        except BaseException:
+            _let_go(descriptor)
+            raise
+        _let_go(descriptor)
+        if found is False:
+            return None, False
+
+
+def _is_same(place: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(place.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(descriptor: int, wait: bool) -> bool | None:
+        while True:
+            try:
+                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            except OSError:
+                if not wait:
+                    return False
+                time.sleep(_PAUSE)
+            else:
+                return True
+
+    def _let_go(descriptor: int) -> None:
+        _locks.discard(descriptor)
+        os.close(descriptor)  # and with it goes the lock
+
+else:
+    import fcntl
+
+    def _lock(descriptor: int, wait: bool) -> bool | None:
+        """Whether the lock was had; None if the file system has none."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+        except OSError:
+            return None
+        return True
+
+    def _let_go(descriptor: int) -> None:
+        _locks.discard(descriptor)
+        os.close(descriptor)  # and with it goes the lock, since no child of a fork has kept it open
+
+    def _close_in_child() -> None:
+        for descriptor in list(_locks):
+            _let_go(descriptor)
+
+    os.register_at_fork(after_in_child=_close_in_child)
+
+
+def _remove_unfinished(path: Path, certain: bool) -> None:
+    """Remove what the dead have left of a file or directory; the lock is held."""
+    with suppress(OSError), os.scandir(path.parent) as entries:
+        for entry in entries:
+            if (found := _UNFINISHED.fullmatch(entry.name)) is None or found.group(1) != path.name:
+                continue
+            with suppress(OSError):
+                if certain or time.time() - entry.stat(follow_symlinks=False).st_mtime > _ABANDONED:
+                    remove(Path(entry.path))
+
+
+def unfinished(path: Path) -> Path:
+    """A place beside a file or directory for what will be it; who writes there has it :func:`locked`."""
+    return path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+
+
+def unfinished_of(name: str) -> str | None:
+    """The name of what this is the unfinished form of, or the lock of; None if it is something else."""
+    found = _UNFINISHED.fullmatch(name) or _LOCK.fullmatch(name)
+    return None if found is None else found.group(1)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a symbolic link (not what it points to), or a directory with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, data: bytes, *, private: bool = False) -> None:
     """Write a file as a whole, or leave what is there.
 
     Args:
-        path: The file; its directory exists.
+        path: The file. Its directory is made if it is not there.
         data: What it is to hold.
+        private: See :func:`replacing`.
 
     Raises:
-        OSError: It cannot be written.
+        StorageError: It cannot be written.
     """
-    with replacing(path) as file:
+    with locked(path), replacing(path, len(data), private=private) as file:
         file.write(data)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, size: int = 0, *, private: bool = False) -> Iterator[BinaryIO]:
     """A file to write to, which takes the place of what is there when all has been written, or leaves nothing.
 
     Args:
-        path: The file; its directory exists. Meanwhile what is written is beside it, as ``.{name}-…``.
+        path: The file, which the caller has :func:`locked`.
+        size: Bytes that it will have, if known: room for them is taken at once.
+        private: Only its owner may read it; otherwise all whom the umask allows.
 
     Raises:
-        OSError: It cannot be written.
+        StorageError: It cannot be written.
     """
-    descriptor, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    place = unfinished(path)
+    mode = 0o600 if private else 0o666
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-        Path(unfinished).chmod(0o644)
-        Path(unfinished).replace(path)
+        with storing(path, size):
+            with open(place, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+                reserve(file, path.parent, size)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            place.replace(path)
     finally:
-        with suppress(FileNotFoundError):
-            Path(unfinished).unlink()
+        with suppress(OSError):
+            place.unlink()
+
+
+def make_private(directory: Path) -> None:
+    """Make a directory into which only its owner may look.
+
+    Raises:
+        StorageError: It cannot be made.
+    """
+    with storing(directory):
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+@contextmanager
+def storing(path: Path, size: int = 0) -> Iterator[None]:
+    """Make an ``OSError`` of writing say what was to be written, and where.
+
+    Args:
+        path: The file or directory.
+        size: Bytes that it takes, if known.
+
+    Raises:
+        StorageError: Instead of an ``OSError``.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {_reason(error, path, size)}") from error
+
+
+def _reason(error: OSError, path: Path, size: int) -> str:
+    reason = explained(error)
+    if size:
+        reason += f"; it takes {size / 1e6:,.1f} MB"
+    if error.errno in _FULL:
+        with suppress(OSError):
+            free = shutil.disk_usage(_existing(path.parent)).free
+            reason += f", and {free / 1e6:,.1f} MB are free in {path.parent}"
+    with suppress(StorageError):
+        if path.is_relative_to(cache_directory()):
+            reason += ". Make room, or have GRATING_CACHE name a directory that can be written"
+    return reason
+
+
+def explained(error: OSError) -> str:
+    """The system's words for an error, and the place it is about."""
+    if error.strerror is None:
+        return str(error)
+    words = "Not a directory" if isinstance(error, FileExistsError) else error.strerror
+    return words if error.filename is None else f"{words}: {error.filename}"
+
+
+def _existing(directory: Path) -> Path:
+    """The directory, or the nearest one above that is there."""
+    return next((one for one in (directory, *directory.parents) if is_there(one)), directory)
+
+
+def reserve(file: IO[bytes], directory: Path, size: int) -> None:
+    """Take room for a file that will be written, so that a full disk is known before anything is computed.
+
+    Args:
+        file: Open for writing, and empty.
+        directory: Where it is.
+        size: Its bytes.
+
+    Raises:
+        OSError: There is no room.
+    """
+    if not size:
+        return
+    if shutil.disk_usage(directory).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in _CANNOT_RESERVE:
+                raise
+
+
+def temporary_file(directory: Path, size: int, *, buffering: int = -1) -> Any:
+    """A file without a name, of which nothing is left whatever happens. Only its owner may read it.
+
+    Args:
+        directory: On the disk where it will be; made if it is not there.
+        size: Bytes for which room is taken at once.
+        buffering: As in :func:`open`.
+
+    Raises:
+        OSError: It cannot be made, or there is no room.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    file = tempfile.TemporaryFile(dir=directory, buffering=buffering, prefix="grating-")  # noqa: SIM115
+    try:
+        reserve(file, directory, size)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def require_room(path: Path, size: int) -> None:
+    """Try, before anything is computed, whether there will be room for a file or directory.
+
+    Args:
+        path: The file or directory. Nothing is made there.
+        size: Bytes that it will take.
+
+    Raises:
+        StorageError: There is none, or nothing can be written there.
+    """
+    with storing(path, size):
+        temporary_file(_existing(path.parent), size).close()

@@ -17,8 +17,8 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as format_tensors
 from torch import Tensor
 
-from grating_core.errors import LensError
-from grating_core.files import cache_directory, read_json, replace_file
+from grating_core.errors import LensError, StorageError
+from grating_core.files import cache_directory, go_on_without_cache, is_kept, locked, read_json, replacing
 from grating_core.models.lens import LayerMap, Lens, Shape
 from grating_core.pruning import Margins
 
@@ -81,7 +81,7 @@ class CalibratedLens:
         """Write ``lens.safetensors`` and ``lens.json``. What is there is replaced as a whole, or not at all.
 
         Raises:
-            OSError: The directory cannot be written.
+            StorageError: The directory cannot be written.
         """
         data = format_tensors(_tensors(self))
         description = {
@@ -92,10 +92,13 @@ class CalibratedLens:
             "layers": len(self.lens.maps),
             "summary": asdict(self.summary),
         }
-        directory.mkdir(parents=True, exist_ok=True)
-        # The description last: while the two do not belong together, the digest in it tells.
-        replace_file(directory / _TENSORS, data)
-        replace_file(directory / _DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
+        text = (json.dumps(description, indent=2) + "\n").encode()
+        tensors, last = directory / _TENSORS, directory / _DESCRIPTION
+        with locked(last), locked(tensors):
+            # The description last: while the two do not belong together, the digest in it tells.
+            for path, content in ((tensors, data), (last, text)):
+                with replacing(path, len(content)) as file:
+                    file.write(content)
 
     @classmethod
     def load(cls, directory: Path) -> CalibratedLens:
@@ -135,16 +138,24 @@ def find_lens(fingerprint: str, shape: Shape) -> CalibratedLens | None:
         fingerprint: Of the weights.
         shape: Of the model.
     """
-    here = lens_directory(fingerprint)
-    for directory in (here, *sorted(_PACKAGED.glob("*/"))):
+    kept = _kept(fingerprint)
+    for directory in (*kept, *sorted(_PACKAGED.glob("*/"))):
         try:
-            if not (directory / _DESCRIPTION).exists():
-                continue
-            if directory == here or _describe(directory)["fingerprint"] == fingerprint:
+            if directory in kept or _describe(directory)["fingerprint"] == fingerprint:
                 return open_lens(directory, shape, fingerprint)
         except (LensError, OSError) as error:
             _warn(f"pruning goes on without a lens of this model: {error}")
     return None
+
+
+def _kept(fingerprint: str) -> list[Path]:
+    """The directory of the lens that was calibrated here, if there is one; a cache that is closed has none."""
+    try:
+        directory = lens_directory(fingerprint)
+    except StorageError as error:
+        go_on_without_cache(error)
+        return []
+    return [directory] if is_kept(directory / _DESCRIPTION) else []
 
 
 def open_lens(directory: Path, shape: Shape, *fingerprints: str) -> CalibratedLens:

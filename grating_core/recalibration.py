@@ -25,7 +25,8 @@ from time import monotonic
 from typing import Generic, TypeVar
 
 from grating_core.engine.forward import Interrupted
-from grating_core.files import cache_directory, replace_file
+from grating_core.errors import StorageError
+from grating_core.files import cache_directory, go_on_without_cache, is_kept, make_private, replace_file
 from grating_core.pruning import ClusterPolicy, Guarantee, MarginPolicy, Margins, PruningPolicy
 
 # A whole top 1 lost at a target of 0.98 widens by 22 %, one of 10 by 2 %; a request without loss narrows by 0.4 %.
@@ -105,13 +106,15 @@ class State:
         return State(factor, self.requests + 1, (*self.recent, kept)[-_RECENT:])
 
     def save(self, path: Path) -> None:
-        """Write it; raises ``OSError``."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, (json.dumps({"format": _FORMAT, **asdict(self)}) + "\n").encode())
+        """Write it, for its owner only; raises ``StorageError``."""
+        make_private(path.parent)
+        replace_file(path, (json.dumps({"format": _FORMAT, **asdict(self)}) + "\n").encode(), private=True)
 
     @classmethod
     def load(cls, path: Path) -> State:
         """What :meth:`save` wrote; a new one, with a warning, if that cannot be read."""
+        if not is_kept(path):
+            return cls()
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             state = cls(float(stored["factor"]), int(stored["requests"]), tuple(map(float, stored["recent"])))
@@ -136,8 +139,8 @@ class Recalibration(Generic[Owner]):
         rerun: Its method that gives the full-depth scores ``[N]`` of a logged request, and raises
             :class:`~grating_core.engine.forward.Interrupted` soon after the function that it is given says to.
         sampling: What is to be kept, and how much is looked at.
-        path: The file that keeps what was learnt, and nothing of the requests. Of several processes that share it
-            the last to write wins.
+        path: The file that keeps what was learnt, and nothing of the requests; None if there is no place for it.
+            Of several processes that share it the last to write wins.
     """
 
     def __init__(
@@ -145,13 +148,13 @@ class Recalibration(Generic[Owner]):
         owner: Owner,
         rerun: Callable[[Owner, Logged, Callable[[], bool]], Sequence[float]],
         sampling: Sampling,
-        path: Path,
+        path: Path | None,
     ) -> None:
         self._owner = weakref.ref(owner)
         self._rerun = rerun
         self._sampling = sampling
         self._path = path
-        self._state = State.load(path)
+        self._state = State() if path is None else State.load(path)
         self._warned_at: int | None = None
         self._random = random.Random()  # not the global one, whose sequence is the caller's
         self._queue: deque[Logged] = deque(maxlen=_LOGGED)
@@ -254,7 +257,11 @@ class Recalibration(Generic[Owner]):
         state = self._state.after(kept, self._sampling.target)
         self._warn_of_drop(state)
         self._state = state
-        state.save(self._path)
+        if self._path is not None:
+            try:
+                state.save(self._path)
+            except StorageError as error:
+                go_on_without_cache(error)
 
     def _wanted_elsewhere(self) -> bool:
         return self._callers > 0 or self._closed
@@ -313,8 +320,8 @@ def scaled(policy: PruningPolicy, factor: float) -> PruningPolicy:
     return policy
 
 
-def state_path(fingerprint: str, pruning: ClusterPolicy | Margins, sampling: Sampling) -> Path:
-    """Where it is kept what was learnt for these weights with this pruning and this goal.
+def state_path(fingerprint: str, pruning: ClusterPolicy | Margins, sampling: Sampling) -> Path | None:
+    """Where it is kept what was learnt for these weights with this pruning and this goal; None for nowhere.
 
     Args:
         fingerprint: Of the weights, see :func:`grating_core.models.fingerprint.fingerprint`.
@@ -327,4 +334,8 @@ def state_path(fingerprint: str, pruning: ClusterPolicy | Margins, sampling: Sam
         margins = pruning.drop.tobytes() + pruning.select.tobytes() + pruning.bounds.tobytes()
         kind = f"lens-{sha256(margins).hexdigest()[:8]}"
     name = f"{fingerprint[:16]}-{kind}-{sampling.guarantee}-{sampling.target}.json"
-    return cache_directory() / "recalibration" / name
+    try:
+        return cache_directory() / "recalibration" / name
+    except StorageError as error:
+        go_on_without_cache(error)
+        return None

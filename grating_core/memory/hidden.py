@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import mmap
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 from grating_core.errors import SpillError
+from grating_core.files import explained, temporary_file
 from grating_core.memory.meter import Meter
 
 FILL = 64  # the most rows that computing adds to a span
@@ -212,16 +211,9 @@ class HiddenOnDisk:
 
     def _make(self, size: int) -> FileIO:
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            file = tempfile.TemporaryFile(buffering=0, dir=self._directory, prefix="grating-")  # noqa: SIM115
-        except OSError as error:
-            raise self._error(error) from error
-        try:
             # Room is taken before the computing begins, so that a full disk is known at once.
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
+            file: FileIO = temporary_file(self._directory, size, buffering=0)
         except OSError as error:
-            file.close()
             raise self._error(error) from error
         return file
 
@@ -229,7 +221,7 @@ class HiddenOnDisk:
         size = len(self._where) * self._row_bytes
         return SpillError(
             f"the hidden states of {len(self._where):,} tokens are to be kept in a file in {self._directory} "
-            f"({size / 1e6:.0f} MB), which failed: {error.strerror or error}. Make room there, rerank fewer "
+            f"({size / 1e6:.0f} MB), which failed: {explained(error)}. Make room there, rerank fewer "
             f"documents at a time, or raise memory_budget"
         )
 

@@ -11,18 +11,18 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
-from grating_core.files import cache_directory
+from grating_core.files import cache_directory, is_there, locked, require_room, storing, unfinished
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,12 +47,14 @@ class _Recipe:
         sources: SHA-256 of each file that is read; those that are not the ONNX file are copied.
         weights: SHA-256 of the converted tensors rather than of the file, whose header may differ between
             safetensors releases.
+        size: Bytes that the model's directory takes, about.
         written: Contents of the JSON files to write, by their path inside the model's directory.
     """
 
     folder: str
     sources: dict[str, str]
     weights: str
+    size: int
     written: dict[str, Any]
 
     def digest(self) -> str:
@@ -87,6 +89,7 @@ _RECIPES = {
             "vocab.txt": _VOCABULARY_SHA256,
         },
         weights="8a5a688719f1aad3f4640f47313eeec0dc985ecb9d69a383a289446ba0154b98",
+        size=134_500_000,
         written={
             "config.json": {
                 "architectures": ["BertForSequenceClassification"],
@@ -105,6 +108,7 @@ _RECIPES = {
             "vocab.txt": _VOCABULARY_SHA256,
         },
         weights="dcd2cb35431604780690626528f1e5b7cb37e089899f111ff51556c19a6e8212",
+        size=134_000_000,
         written={
             "config.json": {"architectures": ["BertModel"], **_BERT},
             "modules.json": [
@@ -163,6 +167,7 @@ def bundled_model(name: str, *, show_progress: bool = False) -> Path:
         ModelNotFoundError: The name is unknown, the package that carries the weights is missing, or its
             files are not the expected ones.
         UnsupportedModelError: The name is that of the bundled embedding model.
+        StorageError: The model is not converted yet, and grating's cache has no room or cannot be written.
     """
     if name == BUNDLED_EMBEDDER:
         raise UnsupportedModelError(
@@ -188,6 +193,7 @@ def bundled_embedder(*, show_progress: bool = False) -> Path:
 
     Raises:
         ModelNotFoundError: As for :func:`bundled_model`.
+        StorageError: As for :func:`bundled_model`.
 
     Example:
         .. code-block:: python
@@ -203,43 +209,52 @@ def bundled_embedder(*, show_progress: bool = False) -> Path:
 
 def _converted(name: str, show_progress: bool) -> Path:
     directory = bundled_directory(name)
-    if not directory.is_dir():
-        _convert_into(directory, name, show_progress)
+    if not is_there(directory):
+        sources = {file: bundled_source(name, file) for file in _RECIPES[name].sources}
+        with locked(directory):
+            if not is_there(directory):  # otherwise another process was faster
+                _convert_into(directory, _RECIPES[name], sources, show_progress)
     return directory
 
 
-def _convert_into(directory: Path, name: str, show_progress: bool) -> None:
-    recipe = _RECIPES[name]
-    sources = {file: bundled_source(name, file) for file in recipe.sources}
+def _convert_into(directory: Path, recipe: _Recipe, sources: dict[str, Path], show_progress: bool) -> None:
     for file, path in sources.items():
         if (found := _sha256(path.read_bytes())) != recipe.sources[file]:
             raise ModelNotFoundError(
                 f"{path} has the SHA-256 {found}, not the expected {recipe.sources[file]}: run '{_INSTALL}'"
             )
+    require_room(directory, recipe.size)
     weights = dequantise(sources[_ONNX], show_progress=show_progress)
     if (found := _weights_digest(weights)) != recipe.weights:
         raise ModelNotFoundError(f"the converted weights have the SHA-256 {found}, not {recipe.weights}")
-
-    directory.parent.mkdir(parents=True, exist_ok=True)
     # Made under another name and renamed when complete: whoever sees the directory sees a finished one.
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    place = unfinished(directory)
     try:
-        save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
-        for file, content in recipe.written.items():
-            (unfinished / file).parent.mkdir(exist_ok=True)
-            (unfinished / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for file, path in sources.items():
-            if file != _ONNX:
-                shutil.copyfile(path, unfinished / file)
-        unfinished.chmod(0o755)  # a cache may be shared by several users
-        (unfinished / "model.safetensors").chmod(0o644)
-        try:
-            unfinished.rename(directory)
-        except OSError:
-            if not directory.is_dir():  # otherwise another process was faster, with the same result
-                raise
+        with storing(directory, recipe.size):
+            _write_model(place, weights, recipe, sources)
+            place.rename(directory)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _write_model(
+    place: Path, weights: dict[str, NDArray[np.float32]], recipe: _Recipe, sources: dict[str, Path]
+) -> None:
+    """Write what a model's directory holds. As far as the umask allows, others may read it: caches are shared."""
+    place.mkdir()
+    try:
+        save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{error}") from error  # it says no errno
+    for file, content in recipe.written.items():
+        (place / file).parent.mkdir(exist_ok=True)
+        (place / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for file, path in sources.items():
+        if file != _ONNX:
+            shutil.copyfile(path, place / file)
+    shutil.copymode(
+        place / "config.json", place / "model.safetensors"
+    )  # safetensors may leave it to its owner only
 
 
 def dequantise(path: Path, *, show_progress: bool = False) -> dict[str, NDArray[np.float32]]:

@@ -9,15 +9,12 @@ so that each can be read past the page cache.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -25,8 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from grating_core.errors import CheckpointError, ColumnsError
-from grating_core.files import replacing
+from grating_core.errors import CheckpointError, ColumnsError, StorageError
+from grating_core.files import is_there, locked, replacing
 from grating_core.memory.checkpoint import FLOATS, Checkpoint, StoredTensor, whole_sectors
 
 Kind = Literal["inputs", "products"]
@@ -36,7 +33,6 @@ _FORMAT = "1"
 READERS = 16  # reads under way at a time: more were no faster on an NVMe disk
 _LONGEST_READ = 1 << 20  # bytes of neighbouring columns that are read in one go
 _MOST_PLACES = 1024  # that the system fills in one go
-_ABANDONED = 3600.0  # seconds since anything was written
 _BLOCK = 256  # columns that are transposed at a time
 _KIND_OF = {dtype: kind for kind, dtype in FLOATS.items()}
 
@@ -87,7 +83,7 @@ def write_columns(
     *,
     show_progress: bool = False,
 ) -> None:
-    """Write a companion file; it is there as a whole or not at all.
+    """Write a companion file, unless another process has done so meanwhile. It is there as a whole or not at all.
 
     Args:
         path: Where it goes.
@@ -101,32 +97,27 @@ def write_columns(
     """
     header, size = _header(sizes, fingerprint)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path)
-        if (free := shutil.disk_usage(path.parent).free) < size:
-            raise OSError(f"{free / 1e6:,.0f} MB are free there")
-        with replacing(path) as file:
-            file.write(header)
-            checks = b"".join(
-                _write_table(file, rows)
-                for layer in tqdm(weights, "Writing columns", sizes.depth, unit="layer", disable=not show_progress)
-                for rows in (_rows(layer[:2], sizes, "inputs"), _rows(layer[2:], sizes, "products"))
-            )
-            file.write(checks)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
+        with locked(path):
+            if not is_there(path):
+                with replacing(path, size) as file:
+                    file.write(header)
+                    _write_tables(file, weights, sizes, show_progress)
+    except StorageError as error:
         raise ColumnsError(
-            f"the companion file {path}, {size / 1e6:,.0f} MB with the columns of the MLPs, cannot be written: "
-            f"{error}. Make room, have GRATING_CACHE name a directory on another disk, or leave mlp_density out"
+            f"the columns of the MLPs have no companion file, and {error}; or leave mlp_density out"
         ) from error
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Remove what processes that were killed have left half-written; others may be writing now."""
-    for unfinished in path.parent.glob(f".{path.name}-*"):
-        if time.time() - unfinished.stat().st_mtime > _ABANDONED:
-            unfinished.unlink(missing_ok=True)
+def _write_tables(
+    file: IO[bytes], weights: Iterable[tuple[Tensor, Tensor, Tensor]], sizes: ColumnSizes, show_progress: bool
+) -> None:
+    """Write all rows, and then their checksums."""
+    checks = b"".join(
+        _write_table(file, rows)
+        for layer in tqdm(weights, "Writing columns", sizes.depth, unit="layer", disable=not show_progress)
+        for rows in (_rows(layer[:2], sizes, "inputs"), _rows(layer[2:], sizes, "products"))
+    )
+    file.write(checks)
 
 
 def _header(sizes: ColumnSizes, fingerprint: str) -> tuple[bytes, int]:

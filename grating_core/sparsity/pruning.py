@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from grating_core.files import is_there
 from grating_core.memory.meter import Meter
 from grating_core.sparsity.allocation import allocate, check_density
 from grating_core.sparsity.cache import Caching, Preference
@@ -75,7 +76,7 @@ def open_columns(
         ColumnsError: It cannot be written, is damaged, or belongs to other weights.
     """
     path = directory / f"{fingerprint[:16]}-{str(sizes.dtype).removeprefix('torch.')}.safetensors"
-    if not path.is_file():
+    if not is_there(path):
         write_columns(path, weights(), sizes, fingerprint, show_progress=show_progress)
     return ColumnFile(path, sizes, fingerprint)
 
