@@ -13,6 +13,7 @@ from grating_core.errors import (
     PolicyError,
     ScoreError,
     SpillError,
+    StorageError,
     TraceError,
     UnsupportedModelError,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "Route",
     "ScoreError",
     "SpillError",
+    "StorageError",
     "StreamedCausalLM",
     "Trace",
     "TraceError",
