@@ -18,10 +18,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.memory_systems import load_grating
 from benchmarks.watcher import Run
 
 ALLOWED = 1.05  # a peak of more than so many budgets breaks the promise
+
+# What the figure shows, by how the systems' names begin; told apart by colour-blind readers.
+_LINES = {"transformers": "#E69F00", "accelerate": "#0072B2", "grating, ": "#009E73"}
 
 console = Console(width=150)
 
@@ -134,25 +136,44 @@ def judged(ratio: float | None) -> str:
 
 
 def draw_memory(runs_by_title: dict[str, list[Run]], path: Path) -> None:
-    """Memory over time while each system loads its weights and serves its first request; budgets are dotted."""
-    figure = Figure(figsize=(11, 5 * len(runs_by_title)), layout="constrained")
+    """Memory over time while a system loads its weights and serves its first request: three lines.
+
+    They are plain transformers and accelerate's offload, each in the batches that take the least memory, and
+    grating within its smallest budget, which is dotted. A system that was not run has no line.
+    """
+    figure = Figure(figsize=(9, 4.5 * len(runs_by_title)), layout="constrained")
     rows = figure.subplots(len(runs_by_title), squeeze=False)[:, 0]
     for axes, (title, runs) in zip(rows, runs_by_title.items(), strict=True):
-        for run in (run for run in runs if not run.failure):
+        peaks = []
+        for name, colour in _LINES.items():
+            alike = [run for run in runs if run.system.name.startswith(name) and not run.failure]
+            if not alike:
+                continue
+            run = min(alike, key=_least)
             start, end = run.all("tokenizer")[0], run.all("end")[0]
             seconds = run.samples(start, end, run.seconds) - start.seconds
             grown = (run.samples(start, end, run.resident) - start.resident) / 1e6
-            style = "-" if run.system.load is load_grating else "--"
-            (line,) = axes.plot(seconds, grown, linestyle=style, label=run.system.name)
+            axes.plot(seconds, grown, color=colour, linewidth=2)
+            axes.text(seconds[-1], grown[-1], f" {run.system.name}", color=colour, va="center")
             if run.system.budget:
-                axes.axhline(run.system.budget / 1e6, color=line.get_color(), linestyle=":", linewidth=1)
-        axes.set(title=title, xlabel="seconds since the tokenizer was loaded")
-        axes.set_ylabel("MB over imports and tokenizer")
-        axes.set_xlim(left=0)
+                axes.axhline(run.system.budget / 1e6, color=colour, linestyle=":", linewidth=1)
+            peaks.append(grown.max())
+        if len(peaks) > 1:
+            message = f"The same reranking in {peaks[-1]:,.0f} MB instead of {peaks[0]:,.0f}"
+            axes.set_title(message + "\n", loc="left", fontweight="bold")
+        axes.text(0, 1.02, title, transform=axes.transAxes, fontsize=9)
+        axes.set(xlabel="seconds since the tokenizer was loaded", ylabel="MB over imports and tokenizer")
+        axes.margins(x=0)
+        axes.set_xlim(0, axes.get_xlim()[1] * 1.3)  # room for the names
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
+
+
+def _least(run: Run) -> float:
+    """By what the run that is drawn is chosen among those of one kind."""
+    return run.system.budget or summarise(run).peak
 
 
 def draw_ablation(runs_by_title: dict[str, list[Run]], path: Path) -> None:

@@ -24,6 +24,7 @@ from rich.table import Table
 from benchmarks.recorded import Array, Recorded
 from benchmarks.replay import mean_gammas
 from grating_core.lenses import CalibratedLens
+from grating_core.plotting import write_ranks
 
 # Told apart by colour-blind readers, and without colour by their markers.
 _STYLES = {"cluster": ("#E69F00", "s"), "SEE": ("#009E73", "^"), "lens": ("#0072B2", "o")}
@@ -135,17 +136,28 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
     costs = {"compute_share": "compute share"}
     if len({row.value for row in means if row.policy == "lens" and row.seconds is not None}) > 1:
         costs["seconds"] = "seconds"
-    gains = {"agreement": "agreement@{}", "precision": "P@{}", "ndcg": "nDCG@10 of {}"}
+    gains = {
+        "agreement": "Share of the full model's top {} that is kept",
+        "precision": "Precision of the top {}, by human judgements",
+        "ndcg": "nDCG@10 of the top {}, by human judgements",
+    }
     shape = (len(top_ks), len(costs) * len(gains))
-    figure = Figure(figsize=(3.6 * shape[1], 3.2 * shape[0] + 0.5), layout="constrained")
+    figure = Figure(figsize=(3.8 * shape[1], 3.2 * shape[0] + 0.8), layout="constrained")
     panels = figure.subplots(*shape, squeeze=False)
     for top_k, line in zip(top_ks, panels, strict=True):
         kinds = [(cost, gain) for cost in costs for gain in gains]
         for (cost, gain), axes in zip(kinds, line, strict=True):
             _draw_curve(axes, [row for row in means if row.top_k == top_k], cost, gain)
-            axes.set(xlabel=costs[cost], ylabel=gains[gain].format(top_k))
+            axes.set_title(gains[gain].format(top_k), fontsize=10)
+            axes.set(xlabel=costs[cost])
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    corpora = list(dict.fromkeys(row.corpus for row in rows))
+    figure.suptitle(
+        f"What pruning saves and what it loses: {', '.join(corpora[:-1])} and {corpora[-1]}, mean"
+        if len(corpora) > 1
+        else f"What pruning saves and what it loses: {corpora[0]}"
+    )
     figure.savefig(path, dpi=120)
 
 
@@ -192,17 +204,22 @@ def draw_trajectories(corpus: Recorded, lens: CalibratedLens, path: Path, top_k:
     _draw_request(right, corpus.estimates(lens)[0], 0, top_k)
     left.set(title="read by the model's own head", ylabel="provisional score")
     right.set(title="estimated by the lens; after the last layer the score itself")
-    figure.suptitle(f"{corpus.name}: one request, {corpus.head.shape[1]} candidates, the top {top_k} drawn thick")
+    figure.suptitle(
+        f"{corpus.name}: one request, {corpus.head.shape[1]} candidates, the top {top_k} with their ranks"
+    )
     figure.savefig(path, dpi=150)
 
 
 def _draw_request(axes: Axes, scores: Array, first: int, top_k: int) -> None:
     layers = np.arange(first, first + scores.shape[1])
-    winners = set(np.argsort(-scores[:, -1], kind="stable")[:top_k].tolist())
+    ranks = {
+        index: rank for rank, index in enumerate(np.argsort(-scores[:, -1], kind="stable")[:top_k].tolist(), 1)
+    }
     for candidate, trajectory in enumerate(scores):
-        won = candidate in winners
+        won = candidate in ranks
         colour, width = ("#009E73", 2.2) if won else ("#999999", 1.0)
         axes.plot(layers, trajectory, color=colour, linewidth=width, zorder=2 + won)
+    write_ranks(axes, [(rank, int(layers[-1]), float(scores[index, -1])) for index, rank in ranks.items()])
     axes.set(xlabel="layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)

@@ -6,28 +6,25 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
-from grating_core.pruning import Route
 from grating_core.results import RerankResult, Trace
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from grating_core.sparsity.comparison import Point
 
-# Told apart by colour-blind readers, and without colour by their line style.
-_STYLES: dict[Route, tuple[str, Literal["-", "--", ":"]]] = {
-    Route.SELECTED: ("#009E73", "--"),
-    Route.DEFERRED: ("#E69F00", "--"),
-    Route.DROPPED: ("#999999", ":"),
-}
+# Colour-blind readers tell these colours apart, and without colour the style of the line does.
+_WINNER, _LOSER = "#009E73", "#999999"
 _WAYS = {"dense streaming": ("black", "*"), "DIP": ("#E69F00", "s"), "cache-aware DIP": ("#0072B2", "o")}
 
 
 def plot_trajectories(result: RerankResult, path: Path) -> None:
     """Draw the provisional scores of all candidates by layer.
 
-    A line has the colour of the last route its candidate was given; those of the top K are thick and unbroken. A
-    dot marks the layer after which a candidate stopped being computed.
+    The lines of the top K are thick and end with their rank. A dot marks the layer after which a candidate stopped
+    being computed.
 
     Args:
         result: A rerank of at least one document.
@@ -38,45 +35,76 @@ def plot_trajectories(result: RerankResult, path: Path) -> None:
     """
     with _naming_the_extra():
         from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
         from matplotlib.ticker import MaxNLocator
 
     trace = result.trace
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    winners = {ranked.index for ranked in result.ranking}
+    ranks = {ranked.index: rank for rank, ranked in enumerate(result.ranking, 1)}
     for candidate in range(len(trace.lengths)):
-        layers, scores, route = _trajectory(trace, candidate)
-        colour, style = _STYLES[route]
-        if won := candidate in winners:
-            style = "-"
-        axes.plot(layers, scores, color=colour, linestyle=style, linewidth=2.2 if won else 1.0, zorder=2 + won)
-        if layers[-1] < trace.depth:
-            axes.plot(layers[-1], scores[-1], ".", color=colour, markersize=8)
+        layers, scores = _trajectory(trace, candidate)
+        style = _line(won=candidate in ranks, stopped=layers[-1] < trace.depth, winners=len(ranks))
+        axes.plot(layers, scores, markevery=[-1], **style)
+    write_ranks(axes, [(rank, *_end(trace, candidate)) for candidate, rank in ranks.items()])
     first = trace.layers[0].layer
     reader = "score by the model's own head" if first else "estimate by the lens (differences in a layer count)"
-    axes.set(xlabel="layer", ylabel=reader, xlim=(first - 0.2, trace.depth + 0.2))
+    axes.set(xlabel="layer", ylabel=reader, xlim=(first - 0.2, trace.depth + 0.6))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(
-        f"{len(trace.lengths)} candidates, top {len(winners)} drawn thick, compute share {trace.compute_share:.2f}"
+        f"{len(trace.lengths)} candidates, of which the top {len(ranks)} are found "
+        f"with {trace.compute_share:.0%} of the computing"
     )
     axes.grid(alpha=0.3)
-    keys = [Line2D([], [], color=c, linestyle=s, label=route.value) for route, (c, s) in _STYLES.items()]
-    axes.legend(handles=keys, title="last route")
+    # Of each kind of line that is there one, the winners first.
+    kinds = dict(
+        sorted(((line.get_label(), line) for line in axes.lines), key=lambda kind: -kind[1].get_linewidth())
+    )
+    axes.legend(kinds.values(), kinds.keys(), loc="best")
     figure.savefig(path, dpi=150)
 
 
-def _trajectory(trace: Trace, candidate: int) -> tuple[list[int], list[float], Route]:
-    """The layers a candidate was computed in, its score after each, and its last route."""
-    layers, scores, route = [], [], Route.DEFERRED
-    for record in trace.layers:
-        if candidate in record.alive:
-            place = record.alive.index(candidate)
-            layers.append(record.layer)
-            scores.append(record.scores[place])
-            # Nothing is decided after the last layer: what was decided before it is what it is known by.
-            route = record.routes[place] if record.layer < trace.depth else route
-    return layers, scores, route
+def _line(*, won: bool, stopped: bool, winners: int) -> dict[str, Any]:
+    """How a candidate's line is drawn, and what the legend says of it."""
+    if won:
+        label = f"top {winners}, with the rank" + (", by an estimate" if stopped else "")
+        style, width = ("--" if stopped else "-"), 2.2
+    else:
+        label = "stops being computed at the dot" if stopped else "computed to the end, not in the top"
+        style, width = (":" if stopped else "-"), 1.0
+    return {
+        "label": label,
+        "color": _WINNER if won else _LOSER,
+        "linestyle": style,
+        "linewidth": width,
+        "marker": "." if stopped else "",
+        "markersize": 8,
+        "zorder": 2 + won,
+    }
+
+
+def write_ranks(axes: Axes, ends: list[tuple[int, int, float]]) -> None:
+    """Write the rank of each winner behind its line. Ranks of lines that end together are moved apart."""
+    low, high = axes.get_ylim()
+    gap = (high - low) / 28
+    below: dict[int, float] = {}  # the lowest text so far, by the layer where lines end
+    for rank, layer, score in sorted(ends, key=lambda end: -end[2]):
+        height = below[layer] = min(score, below.get(layer, high) - gap)
+        axes.text(layer + 0.15, height, str(rank), color=_WINNER, fontweight="bold", va="center", clip_on=False)
+
+
+def _end(trace: Trace, candidate: int) -> tuple[int, float]:
+    """The last layer that a candidate was computed in, and its score after it."""
+    layers, scores = _trajectory(trace, candidate)
+    return layers[-1], scores[-1]
+
+
+def _trajectory(trace: Trace, candidate: int) -> tuple[list[int], list[float]]:
+    """The layers a candidate was computed in, and its score after each."""
+    computed = [record for record in trace.layers if candidate in record.alive]
+    return (
+        [record.layer for record in computed],
+        [record.scores[record.alive.index(candidate)] for record in computed],
+    )
 
 
 def plot_simulation(points: Sequence[Point], path: Path) -> None:
