@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -35,10 +34,6 @@ from grating_core import Reranker
 BUNDLED = "bundled:ms-marco-minilm-l12"
 WINDOW = 96
 WORDS = [f"w{number}" for number in range(200)]
-
-# No deadlines: how long an example takes says more about the machine than about the code.
-settings.register_profile("grating", deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("grating")
 
 # Large weights: scores of different documents must differ clearly for a comparison to mean anything.
 SIZES = {
