@@ -59,7 +59,7 @@ def plot_trajectories(result: RerankResult, path: Path) -> None:
     kinds = dict(
         sorted(((line.get_label(), line) for line in axes.lines), key=lambda kind: -kind[1].get_linewidth())
     )
-    axes.legend(kinds.values(), kinds.keys(), loc="best")
+    axes.legend(list(kinds.values()), list(kinds), loc="best")
     figure.savefig(path, dpi=150)
 
 
