@@ -56,10 +56,8 @@ def plot_trajectories(result: RerankResult, path: Path) -> None:
     )
     axes.grid(alpha=0.3)
     # Of each kind of line that is there one, the winners first.
-    kinds = dict(
-        sorted(((line.get_label(), line) for line in axes.lines), key=lambda kind: -kind[1].get_linewidth())
-    )
-    axes.legend(list(kinds.values()), list(kinds), loc="best")
+    kinds = {line.get_label(): line for line in axes.lines}
+    axes.legend(handles=sorted(kinds.values(), key=lambda line: -line.get_linewidth()), loc="best")
     figure.savefig(path, dpi=150)
 
 
