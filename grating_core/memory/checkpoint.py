@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from io import FileIO
-from math import prod
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -18,43 +15,10 @@ import torch
 from torch import Tensor
 
 from grating_core.errors import CheckpointError
+from grating_core.memory.header import LONGEST_HEADER, StoredTensor, parse_header
 
 SECTOR = 4096  # what O_DIRECT wants addresses, offsets and lengths to be multiples of
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_LONGEST_HEADER = 100_000_000  # as the format's own reader has it
 _SAMPLE = 64  # bytes of each tensor that tell one checkpoint from another
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies.
-
-    Attributes:
-        name: Its name in the file.
-        path: The file.
-        kind: Its dtype as the format names it, such as ``"BF16"``.
-        shape: Its shape.
-        start: Offset of its first byte in the file.
-        end: Offset behind its last byte.
-    """
-
-    name: str
-    path: Path
-    kind: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return prod(self.shape)
-
-    def row(self, number: int) -> StoredTensor:
-        """One row of a table, ``[1, D]``."""
-        length = (self.end - self.start) // self.shape[0]
-        start = self.start + number * length
-        return replace(self, shape=(1, *self.shape[1:]), start=start, end=start + length)
 
 
 class Checkpoint:
@@ -76,9 +40,13 @@ class Checkpoint:
 
     def __init__(self, paths: Sequence[Path], *, lasting: bool = False) -> None:
         self._files = {path: _File(path, lasting) for path in paths}
-        self.tensors: dict[str, StoredTensor] = {
-            name: tensor for file in self._files.values() for name, tensor in file.tensors.items()
-        }
+        self.tensors: dict[str, StoredTensor] = {}
+        for path, file in self._files.items():
+            if repeated := self.tensors.keys() & file.tensors.keys():
+                name = min(repeated)
+                self.close()
+                raise CheckpointError(f"{name} is both in {self.tensors[name].path} and in {path}")
+            self.tensors |= file.tensors
 
     def read(self, tensor: StoredTensor, start: int, buffer: Tensor, *, direct: bool = False) -> None:
         """Fill a buffer with the bytes of a file from ``start`` on; past the end of the file it stays as it is.
@@ -245,33 +213,18 @@ def _read_header(path: Path, file: FileIO) -> tuple[bytes, dict[str, StoredTenso
     size = os.fstat(file.fileno()).st_size
     try:
         length = int.from_bytes(_pread(file, 0, 8, size), "little")
-        if length > min(size - 8, _LONGEST_HEADER):
+        if length > min(size - 8, LONGEST_HEADER):
             raise ValueError(f"the header would have {length:,} bytes, and the file has {size:,}")
         header = _pread(file, 8, length, size)
-        tensors = {
-            name: _stored(name, path, entry, 8 + length, size)
-            for name, entry in json.loads(header).items()
-            if name != "__metadata__"
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
-        raise CheckpointError(f"{path} is not safetensors: {error or type(error).__name__}") from error
-    return header, tensors
+        return header, parse_header(header, path, size)
+    except (ValueError, EOFError) as error:
+        raise CheckpointError(f"{path} is not safetensors: {error}") from error
 
 
 def _pread(file: FileIO, start: int, length: int, size: int) -> bytes:
     data = bytearray(length)
     _fill(file, start, memoryview(data), size)
     return bytes(data)
-
-
-def _stored(name: str, path: Path, entry: dict[str, Any], data: int, size: int) -> StoredTensor:
-    start, end = (data + int(offset) for offset in entry["data_offsets"])
-    tensor = StoredTensor(name, path, str(entry["dtype"]), tuple(map(int, entry["shape"])), start, end)
-    if not data <= start <= end <= size:
-        raise ValueError(f"{name} would lie at bytes {start:,} to {end:,} of {size:,}; the file is cut short")
-    if tensor.kind in FLOATS and end - start != tensor.size * FLOATS[tensor.kind].itemsize:
-        raise ValueError(f"{name} has {end - start:,} bytes, which is not {tensor.kind} {list(tensor.shape)}")
-    return tensor
 
 
 def aligned_buffer(size: int, *, pinned: bool = False) -> Tensor:

@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from grating_core.memory.checkpoint import FLOATS, SECTOR, Checkpoint, StoredTensor, whole_sectors
+from grating_core.memory.checkpoint import SECTOR, Checkpoint, whole_sectors
+from grating_core.memory.header import FLOATS, StoredTensor
 
 _GAP = 64 * 1024  # reading this much for nothing costs less than a read of its own
 PIECE = 1 << 22  # bytes of the buffer in which tensors are as stored while they are converted

@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from grating_core.memory.checkpoint import FLOATS, Checkpoint, StoredTensor
+from grating_core.memory.checkpoint import Checkpoint
+from grating_core.memory.header import FLOATS, StoredTensor
 from grating_core.memory.meter import Meter
 
 _GAP = 8 * 1024  # bytes; rows less far apart than this are read together

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from grating_core.memory.checkpoint import Checkpoint, StoredTensor
+from grating_core.memory.checkpoint import Checkpoint
+from grating_core.memory.header import StoredTensor
 from grating_core.models.directory import weight_files
 from grating_core.models.gguf import is_gguf
 from grating_core.models.prompts import Prompt

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from grating_core.errors import CheckpointError, ColumnsError, ModelNotFoundError, UnsupportedModelError
 from grating_core.files import cache_directory
-from grating_core.memory.checkpoint import FLOATS, Checkpoint, StoredTensor, aligned_buffer
+from grating_core.memory.checkpoint import Checkpoint, aligned_buffer
 from grating_core.memory.group import PIECE, TensorGroup
+from grating_core.memory.header import FLOATS, StoredTensor
 from grating_core.memory.meter import Meter
 from grating_core.memory.plan import MemoryPlan, ModelSizes
 from grating_core.memory.rows import RowCache

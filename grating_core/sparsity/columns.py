@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from grating_core.errors import CheckpointError, ColumnsError, StorageError
 from grating_core.files import is_there, locked, replacing
-from grating_core.memory.checkpoint import FLOATS, Checkpoint, StoredTensor, whole_sectors
+from grating_core.memory.checkpoint import Checkpoint, whole_sectors
+from grating_core.memory.header import FLOATS, StoredTensor
 
 Kind = Literal["inputs", "products"]
 KINDS: tuple[Kind, Kind] = ("inputs", "products")

@@ -1,0 +1,136 @@
+"""What a safetensors file says of itself, believed only as far as the format's own library would believe it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+LONGEST_HEADER = 100_000_000  # bytes; this and the next as the format's own reader has it
+_TOO_LARGE = 2**64
+_BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies.
+
+    Attributes:
+        name: Its name in the file.
+        path: The file.
+        kind: Its dtype as the format names it, such as ``"BF16"``.
+        shape: Its shape.
+        start: Offset of its first byte in the file.
+        end: Offset behind its last byte.
+    """
+
+    name: str
+    path: Path
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    def row(self, number: int) -> StoredTensor:
+        """One row of a table, ``[1, D]``."""
+        length = (self.end - self.start) // self.shape[0]
+        start = self.start + number * length
+        return replace(self, shape=(1, *self.shape[1:]), start=start, end=start + length)
+
+
+def parse_header(header: bytes, path: Path, size: int) -> dict[str, StoredTensor]:
+    """Where each tensor of a file lies.
+
+    The rules are those of the safetensors library: the tensors cover the file from the header to its end, without
+    holes and without overlap, and each is as long as its shape and dtype say. A name comes once.
+
+    Args:
+        header: The JSON text, without the eight bytes of its length.
+        path: The file.
+        size: Of the file, in bytes.
+
+    Raises:
+        ValueError: The header breaks a rule; the message names the tensor.
+    """
+    try:
+        fields = json.loads(header.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse)
+    except RecursionError as error:
+        raise ValueError("the header is nested too deeply") from error
+    if not isinstance(fields, dict):
+        raise ValueError("the header is not a JSON object")
+    metadata = fields.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
+    ):
+        raise ValueError("__metadata__ is not a map of texts")
+    data = 8 + len(header)
+    tensors = {name: _stored(name, path, entry, data) for name, entry in fields.items()}
+    covered = data
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.end)):
+        if tensor.start != covered:
+            what = "overlaps the tensor before it" if tensor.start < covered else "leaves a hole before it"
+            raise ValueError(f"{tensor.name} {what}: it would begin at byte {tensor.start:,}, not {covered:,}")
+        covered = tensor.end
+    if covered != size:
+        raise ValueError(f"the tensors end at byte {covered:,} and the file, which may be cut short, at {size:,}")
+    return tensors
+
+
+def _stored(name: str, path: Path, entry: Any, data: int) -> StoredTensor:
+    if not (isinstance(entry, dict) and entry.keys() >= {"dtype", "shape", "data_offsets"}):
+        raise ValueError(f"{name} lacks dtype, shape or data_offsets")
+    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(kind, str) or kind not in _BITS:
+        raise ValueError(f"{name} has dtype {kind!r}, which is none of the format's")
+    if not _are_sizes(shape):
+        raise ValueError(f"{name} has shape {shape!r}")
+    if not (_are_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
+        raise ValueError(f"{name} has data_offsets {offsets!r}")
+    tensor = StoredTensor(name, path, kind, tuple(shape), data + offsets[0], data + offsets[1])
+    if 8 * (tensor.end - tensor.start) != _elements(tensor.shape) * _BITS[kind]:
+        raise ValueError(f"{name} has {tensor.end - tensor.start:,} bytes, which is not {kind} {list(shape)}")
+    return tensor
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < _TOO_LARGE for size in value)
+
+
+def _elements(shape: Iterable[int]) -> int:
+    count = 1
+    for size in shape:
+        if (count := count * size) >= _TOO_LARGE:  # a product of very many would take for ever
+            raise ValueError(f"a shape begins with {count:,} elements")
+    return count
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name} is there twice")
+    for name in found:
+        name.encode("utf-8")  # half of a surrogate pair is no text
+    return found
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
