@@ -333,6 +333,8 @@ def test_judges_the_text_and_not_the_json_around_it(reranker):
     # LangGraph sorts the keys of an object that a path leads to.
     assert judged(reranker, value, "Berlin\nAnn\n3.7 million\nBob\npeople", fields=["content"])
     assert judged(reranker, value, "Berlin", fields=["nowhere", "content.title"])
+    for text in ('["Berlin", 3]', '{"city": "Berlin"}', "[", '"Berlin"', "{}"):
+        assert judged(reranker, {"text": text}, text, fields=["text"]), "a text is text, whatever it looks like"
     assert judged(reranker, {"text": '["Berlin" is no JSON'}, '["Berlin" is no JSON', fields=["text"])
 
 
@@ -346,6 +348,32 @@ def test_judges_the_fields_that_the_wrapped_store_indexes(reranker):
     # This item was indexed by another field than the store's.
     put = {"index": ["note"]}
     assert judged(reranker, {"note": "In Berlin."}, "In Berlin.", bare=InMemoryStore(index=INDEX), put=put)
+
+
+@pytest.mark.parametrize("fields", [["text"], ["$"], ["deep"]])
+def test_however_deep_a_memory_is_nested(reranker, fields):
+    """One such memory must not end every search of its namespace."""
+    deep = "Berlin"
+    for level in range(100_000):
+        deep = [deep] if level % 2 else {"in": deep}
+    bare = InMemoryStore()
+    bare.put(ANN, "brackets", {"text": "[" * 100_000})
+    bare.put(ANN, "braces", {"text": '{"a":' * 100_000})
+    bare.put(ANN, "deep", {"deep": deep})
+    bare.put(ANN, "pet", {"text": "How many people live in Berlin is counted."})
+    found = GratingStore(bare, reranker, fields=fields).search(ANN, query=QUERY)
+    assert sorted(item.key for item in found) == ["braces", "brackets", "deep", "pet"]
+    assert {item.key: item.score is not None for item in found} == dict.fromkeys(
+        ["braces", "brackets", "deep", "pet"], True
+    )
+
+
+def test_what_is_found_is_the_callers(reranker):
+    bare = InMemoryStore()
+    bare.put(ANN, "pet", {"text": "Rex", "tags": [["dog"]]})
+    store = GratingStore(bare, reranker)
+    store.search(ANN, query=QUERY)[0].value["tags"][0].append("cat")
+    assert bare.get(ANN, "pet").value == {"text": "Rex", "tags": [["dog"]]}
 
 
 def test_the_wrapped_stores_items_are_left_alone(reranker):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
 from grating_core import Reranker
+from grating_core.nested import copied, strings
 
 try:
-    from langgraph.store.base import BaseStore, GetOp, Op, Result, SearchItem, SearchOp, get_text_at_path
+    from langgraph.store.base import BaseStore, GetOp, Op, Result, SearchItem, SearchOp
+
+    from langchain_grating.paths import values_at
 except ModuleNotFoundError as error:
     raise ImportError(
         'GratingStore needs LangGraph\'s stores: pip install "langchain-grating[langgraph]"'
@@ -170,6 +172,7 @@ def _items(result: Result) -> list[SearchItem]:
 
 def _scored(item: SearchItem, score: float | None) -> SearchItem:
     item = copy(item)
+    item.value = copied(item.value)
     item.score = score
     return item
 
@@ -182,27 +185,14 @@ def _indexed_fields(store: BaseStore) -> list[str]:
 def _text(value: dict[str, Any], fields: list[str]) -> str:
     """What an item says, without the JSON around it."""
     found = [text for field in fields for text in _texts_at(value, field)]
-    return "\n".join(found).strip() or "\n".join(_strings(value)).strip()
+    return "\n".join(found).strip() or "\n".join(strings(value)).strip()
 
 
-def _texts_at(value: dict[str, Any], field: str) -> Iterator[str]:
+def _texts_at(value: Mapping[str, Any], field: str) -> Iterator[str]:
     if field == "$":
-        yield from _strings(value)
+        yield from strings(value)
         return
-    for text in get_text_at_path(value, field):
-        try:  # an object or a list comes as JSON
-            inner = json.loads(text) if text.startswith(("{", "[")) else text
-        except ValueError:
-            inner = text
-        yield from _strings(inner)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _strings(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _strings(inner)
+    for found in values_at(value, field):
+        if isinstance(found, int | float):  # LangGraph indexes numbers at a path as well
+            yield str(found)
+        yield from strings(found, by_key=True)
