@@ -1,0 +1,30 @@
+"""Importing a package is quick; torch and the frameworks come with the first name that needs them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+_SEEN = """
+import json, sys
+import {package}
+print(json.dumps([name for name in sys.modules if name.split(".")[0] in {heavy!r}]))
+assert all(getattr({package}, name).__name__ == name for name in {package}.__all__)
+assert "torch" in sys.modules
+"""
+
+
+@pytest.mark.parametrize("package", ["langchain_grating", "llama_index.postprocessor.grating"])
+def test_an_import_brings_nothing_along(package):
+    heavy = ("torch", "transformers", "numpy", "pydantic", "langchain_core", "langgraph", "grating_core")
+    code = _SEEN.format(package=package, heavy=heavy)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
+
+
+@pytest.mark.parametrize("package", ["langchain_grating", "llama_index.postprocessor.grating"])
+def test_what_is_not_there_is_an_error(package):
+    module = __import__(package, fromlist=["x"])
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'GratingShop'"):
+        module.GratingShop  # noqa: B018
