@@ -384,6 +384,17 @@ class StreamedCausalLM:
         """How many tokens the model's tokenizer makes of a text, special tokens not counted."""
         return self._tokenizer.count(text)
 
+    def room(self, prompt: str | Messages) -> int:
+        """How many tokens may follow a prompt; 0 or less if it fills the window.
+
+        Args:
+            prompt: As in :meth:`generate`.
+
+        Raises:
+            ValueError: The prompt is not usable; the message says why.
+        """
+        return self.max_length - len(self._tokenizer.encode(prompt))
+
     def _model(self) -> CausalLM:
         if (model := self._loaded) is None:
             raise RuntimeError("this StreamedCausalLM has been closed; make a new one with from_pretrained")

@@ -5,16 +5,20 @@ import copy
 import pickle
 
 import pytest
+from llama_index.core.base.llms.types import ThinkingBlock
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload, LlamaDebugHandler
 from llama_index.core.callbacks.token_counting import get_tokens_from_response
+from llama_index.core.indices.prompt_helper import PromptHelper
 from llama_index.core.llms import ChatMessage, ImageBlock, TextBlock
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.response_synthesizers import get_response_synthesizer
+from llama_index.core.schema import NodeWithScore, TextNode
 from llama_index.postprocessor.grating import GratingLLM, GratingRerank
 
 from benchmarks.shapes import find_or_write
-from grating_core import StreamedCausalLM
-from tests.tiny_chat import ROLES, WINDOW, save_chat_model
+from grating_core import GratingError, StreamedCausalLM
+from tests.tiny_chat import GEMMAS, ROLES, WINDOW, save_chat_model
 
 MESSAGES = [
     ChatMessage(role="system", content="w1 w2"),
@@ -28,6 +32,11 @@ SPOKEN = "{system} w1 w2 {user} w3 {assistant} w4 w5 {user} w6 w7 w8 {assistant}
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     return save_chat_model(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="module")
+def gemmas(tmp_path_factory):
+    return save_chat_model(tmp_path_factory.mktemp("gemma"), GEMMAS)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +128,8 @@ def test_callbacks_and_metadata(directory):
     assert start.payload[EventPayload.MESSAGES] == MESSAGES
     assert end.payload[EventPayload.RESPONSE] == answer
     metadata = llm.metadata
-    assert (metadata.context_window, metadata.num_output, metadata.is_chat_model) == (WINDOW, 7, True)
+    # LlamaIndex counts by another tokenizer: a quarter of the window is kept back.
+    assert (metadata.context_window, metadata.num_output, metadata.is_chat_model) == (WINDOW * 3 // 4, 7, True)
     assert metadata.model_name == str(directory)
 
 
@@ -147,6 +157,49 @@ async def test_what_is_cancelled_stops_computing(llm):
     with pytest.raises(asyncio.CancelledError):
         await task
     await asyncio.wait_for(llm.acomplete("w1", max_tokens=2), 3)
+
+
+def test_what_a_model_thought_is_left_out(llm):
+    thinking = ChatMessage(role="assistant", blocks=[ThinkingBlock(content="w20 w21"), TextBlock(text="w4 w5")])
+    assert llm.chat([*MESSAGES[:2], thinking, MESSAGES[3]]).message == llm.chat(MESSAGES).message
+
+
+def test_an_answer_is_as_long_as_there_is_room(directory):
+    short = GratingLLM(model=str(directory), max_length=40, max_tokens=30)
+    full = short.complete("w1 " * 15)  # and the token that begins a text, which this tokenizer does not write
+    assert get_tokens_from_response(full) == (15, 25)
+    assert get_tokens_from_response(short.chat(MESSAGES))[1] == 40 - len(SPOKEN.split())
+
+
+async def test_what_engines_would_not_hear_is_said(directory):
+    """They take a ValueError for an answer that cannot be parsed, and go on without it."""
+    short = GratingLLM(model=str(directory), max_length=40, max_tokens=30)
+    for ask in (
+        lambda: short.chat([ChatMessage("w1 " * 50)]),
+        lambda: short.complete("w1 " * 40),
+        lambda: list(short.stream_chat([ChatMessage("w1 " * 50)])),
+        lambda: get_response_synthesizer(
+            llm=short, prompt_helper=PromptHelper(context_window=4096), response_mode="compact"
+        ).synthesize("w1", [NodeWithScore(node=TextNode(text="w1 " * 100))]),
+    ):
+        with pytest.raises(GratingError, match="leaves no room for an answer within max_length=40") as refusal:
+            ask()
+        assert not isinstance(refusal.value, ValueError)
+    with pytest.raises(GratingError, match="leaves no room"):
+        await short.achat([ChatMessage("w1 " * 50)])
+
+
+@pytest.mark.parametrize("template", ["plain"])
+@pytest.mark.parametrize("mode", ["compact", "refine", "tree_summarize", "simple_summarize", "accumulate"])
+@pytest.mark.parametrize("window", [WINDOW, 1024])
+async def test_a_context_that_fills_the_window_is_answered(directory, gemmas, template, mode, window):
+    """LlamaIndex's own prompts begin with a system message, and it counts tokens for itself."""
+    llm = GratingLLM(model=str({"plain": directory, "gemma": gemmas}[template]), max_length=window, max_tokens=8)
+    nodes = [NodeWithScore(node=TextNode(text=f"w{n} is (w{n + 1}). " * 400)) for n in range(3)]
+    synthesizer = get_response_synthesizer(llm=llm, response_mode=mode)
+    for answer in (synthesizer.synthesize("w3 w4?", nodes), await synthesizer.asynthesize("w3 w4?", nodes)):
+        assert str(answer).strip()
+        assert "Empty Response" not in str(answer)
 
 
 @pytest.fixture(scope="module")

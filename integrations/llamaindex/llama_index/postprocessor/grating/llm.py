@@ -23,16 +23,20 @@ from llama_index.core.base.llms.types import (
     LLMMetadata,
     MessageRole,
     TextBlock,
+    ThinkingBlock,
 )
 from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
 from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.postprocessor.grating.settings import ModelSettings
 
-from grating_core import Generation, StreamedCausalLM
+from grating_core import Generation, GratingError, StreamedCausalLM
 
 # Names of fields, by what the model calls them.
-_OF_MODEL = ("model", "device", "dtype", "memory_budget", "mlp_density", "max_length", "adapter")
+_OF_MODEL = (
+    "model", "device", "dtype", "memory_budget", "mlp_density", "max_length", "adapter", "revision", "token",
+    "cache_dir", "local_files_only",
+)  # fmt: skip
 _OF_REQUEST = {
     "max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "seed": "seed", "stop": "stop",
 }  # fmt: skip
@@ -61,7 +65,9 @@ class GratingLLM(ModelSettings, CustomLLM):
         default=None,
         description="Most tokens of prompt and answer together; None for what the model was made for.",
     )
-    max_tokens: int = Field(default=256, ge=1, description="Most tokens of an answer.")
+    max_tokens: int = Field(
+        default=256, ge=1, description="Most tokens of an answer; fewer where a prompt leaves less room."
+    )
     temperature: float = Field(
         default=0.0, ge=0, description="How freely words are chosen; 0 takes the most likely one."
     )
@@ -80,15 +86,18 @@ class GratingLLM(ModelSettings, CustomLLM):
     @property
     def llm(self) -> StreamedCausalLM:
         """The language model of these settings, loaded if nobody has done so yet."""
-        self._held = StreamedCausalLM.shared(**{name: getattr(self, name) for name in _OF_MODEL})
+        self._held = StreamedCausalLM.shared(**self._of_model(_OF_MODEL))
         return self._held
 
     @property
     def metadata(self) -> LLMMetadata:
-        """What LlamaIndex packs prompts by; the model is loaded for it."""
+        """What LlamaIndex packs prompts by; the model is loaded for it.
+
+        It counts tokens by another tokenizer, and not those of the chat template, so a quarter is kept back.
+        """
         return LLMMetadata(
-            context_window=self.llm.max_length,
-            num_output=self.max_tokens,
+            context_window=(window := self.llm.max_length * 3 // 4),
+            num_output=min(self.max_tokens, window // 2),
             is_chat_model=True,
             model_name=self.model,
         )
@@ -106,26 +115,28 @@ class GratingLLM(ModelSettings, CustomLLM):
             formatted: Whether ``completion_to_prompt`` has been applied to it.
             kwargs: Settings of the request, instead of the object's.
         """
-        return _response(self.llm.generate(self._text(prompt, formatted), **self._request(kwargs)))
+        text = self._text(prompt, formatted)
+        return _response(self.llm.generate(text, **self._request(self.llm, text, kwargs)))
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """:meth:`complete`, piece by piece."""
-        return _responses(self.llm.stream(self._text(prompt, formatted), **self._request(kwargs)))
+        text = self._text(prompt, formatted)
+        return _responses(self.llm.stream(text, **self._request(self.llm, text, kwargs)))
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """:meth:`complete` without blocking the event loop; cancelled, it stops computing."""
-        llm = await self._allm()
-        return _response(await llm.agenerate(self._text(prompt, formatted), **self._request(kwargs)))
+        llm, text = await self._allm(), self._text(prompt, formatted)
+        return _response(await llm.agenerate(text, **self._request(llm, text, kwargs)))
 
     @llm_completion_callback()
     async def astream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseAsyncGen:
         """:meth:`stream_complete` without blocking the event loop; closed or cancelled, it stops computing."""
-        llm = await self._allm()
-        return _in_threads(_responses(llm.stream(self._text(prompt, formatted), **self._request(kwargs))))
+        llm, text = await self._allm(), self._text(prompt, formatted)
+        return _in_threads(_responses(llm.stream(text, **self._request(llm, text, kwargs))))
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
@@ -135,41 +146,47 @@ class GratingLLM(ModelSettings, CustomLLM):
             messages: Texts of system, user and assistant.
             kwargs: Settings of the request, instead of the object's.
         """
-        generation = self.llm.generate(self._prompt(messages), **self._request(kwargs))
+        prompt = self._prompt(messages)
+        generation = self.llm.generate(prompt, **self._request(self.llm, prompt, kwargs))
         return completion_response_to_chat_response(_response(generation))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """:meth:`chat`, piece by piece."""
-        stream = self.llm.stream(self._prompt(messages), **self._request(kwargs))
+        prompt = self._prompt(messages)
+        stream = self.llm.stream(prompt, **self._request(self.llm, prompt, kwargs))
         return stream_completion_response_to_chat_response(_responses(stream))
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """:meth:`chat` without blocking the event loop; cancelled, it stops computing."""
-        llm = await self._allm()
-        generation = await llm.agenerate(self._prompt(messages), **self._request(kwargs))
+        llm, prompt = await self._allm(), self._prompt(messages)
+        generation = await llm.agenerate(prompt, **self._request(llm, prompt, kwargs))
         return completion_response_to_chat_response(_response(generation))
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """:meth:`stream_chat` without blocking the event loop; closed or cancelled, it stops computing."""
-        llm = await self._allm()
-        stream = llm.stream(self._prompt(messages), **self._request(kwargs))
+        llm, prompt = await self._allm(), self._prompt(messages)
+        stream = llm.stream(prompt, **self._request(llm, prompt, kwargs))
         return astream_completion_response_to_chat_response(_in_threads(_responses(stream)))
 
     async def _allm(self) -> StreamedCausalLM:
         return await asyncio.to_thread(lambda: self.llm)  # it may have to be loaded
 
-    def _request(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of a request: those given with it, else the object's."""
+    def _request(self, llm: StreamedCausalLM, prompt: Prompt, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of a request: those given with it, else the object's; an answer that there is room for."""
         if unknown := given.keys() - set(_OF_REQUEST.values()):
             raise ValueError(
                 f"{', '.join(sorted(unknown))} cannot be given with a request: it takes "
                 f"{', '.join(_OF_REQUEST.values())}"
             )
-        settings = {name: given.get(field, getattr(self, field)) for name, field in _OF_REQUEST.items()}
-        return {**settings, "stop": settings["stop"] or ()}
+        said = {name: value for name, value in given.items() if value is not None}
+        settings = {name: said.get(field, getattr(self, field)) for name, field in _OF_REQUEST.items()}
+        room = _room(llm, prompt)
+        wanted = settings["max_new_tokens"]
+        fitting = min(wanted, room) if isinstance(wanted, int) else wanted  # which the model then refuses
+        return {**settings, "max_new_tokens": fitting, "stop": settings["stop"] or ()}
 
     def _text(self, prompt: str, formatted: bool) -> str:
         return prompt if formatted else self.completion_to_prompt(prompt)  # type: ignore[misc]  # never None
@@ -178,6 +195,21 @@ class GratingLLM(ModelSettings, CustomLLM):
         if self.messages_to_prompt not in (None, messages_to_prompt):  # somebody's own
             return self.messages_to_prompt(messages)
         return [_as_message(index, message) for index, message in enumerate(messages)]
+
+
+def _room(llm: StreamedCausalLM, prompt: Prompt) -> int:
+    """How many tokens the answer to a prompt may have."""
+    # Engines take a ValueError for an answer that cannot be parsed, and say "Empty Response" instead of it.
+    try:
+        room = llm.room(prompt)
+    except ValueError as error:
+        raise GratingError(str(error)) from error
+    if room < 1:
+        raise GratingError(
+            f"prompt has {llm.max_length - room:,} tokens, which leaves no room for an answer within "
+            f"max_length={llm.max_length}: shorten it, or take smaller chunks or fewer nodes"
+        )
+    return room
 
 
 def _response(generation: Generation) -> CompletionResponse:
@@ -217,6 +249,7 @@ def _as_message(index: int, message: ChatMessage) -> dict[str, str]:
             f"messages[{index}] has the role {message.role.value!r}: there are no tools; use system, user or "
             f"assistant"
         )
-    if others := [block for block in message.blocks if not isinstance(block, TextBlock)]:
+    # What a model thought before it answered is left out, as chat templates do.
+    if others := [block for block in message.blocks if not isinstance(block, TextBlock | ThinkingBlock)]:
         raise ValueError(f"messages[{index}] has a {type(others[0]).__name__}, but only text can be read")
     return {"role": message.role.value, "content": message.content or ""}
