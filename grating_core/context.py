@@ -57,7 +57,8 @@ def select_context(
     fits, all of it is returned and nothing is computed.
 
     Args:
-        query: The question; not empty.
+        query: The question; not empty. Of one longer than half of what the reranker reads the end is used, where a
+            conversation's last words are.
         text_or_documents: A text, or several, whose order is kept.
         reranker: What judges the chunks. All of them go through the model together: for texts of megabytes give it
             a ``memory_budget``.
@@ -82,12 +83,7 @@ def select_context(
             prompt = join_passages(passages) + " Who did it?"
     """
     check_query(query)
-    texts = _checked_texts(text_or_documents)
-    if not isinstance(reranker, Reranker):
-        raise ValueError(f"reranker={reranker!r} must be a Reranker, as Reranker.from_pretrained makes it")
-    _check_sizes(max_tokens, chunk_tokens, reranker)
-    count = reranker.count_tokens if count_tokens is None else _checked_counter(count_tokens, query)
-    source = _Source(texts, count)
+    source = _source(text_or_documents, reranker, max_tokens, chunk_tokens, count_tokens)
     if (everything := source.everything(max_tokens)) is not None:
         return everything
     chunks = list(source.chunks(min(chunk_tokens, max_tokens), max_tokens))
@@ -96,12 +92,46 @@ def select_context(
     # Pruning has to know how many are wanted. The best are seldom shorter than the average, so that these fill the
     # budget. Were more asked for, less could be pruned, and the last gap be filled with anything that is short.
     top_k = -(-max_tokens * len(chunks) // max(1, sum(chunk.tokens for chunk in chunks)))
-    ranking = reranker.rerank(query, [chunk.text for chunk in chunks], top_k).ranking
+    ranking = reranker.rerank(reranker.tail(query), [chunk.text for chunk in chunks], top_k).ranking
     kept = source.fill([replace(chunks[best.index], score=best.score) for best in ranking], max_tokens)
     # A whole may have a few more tokens than its parts.
     while not source.fit(passages := source.merged(kept), max_tokens):
         kept.pop()
     return passages
+
+
+def leading_context(
+    text_or_documents: str | Sequence[str],
+    *,
+    reranker: Reranker,
+    max_tokens: int,
+    chunk_tokens: int = 256,
+    count_tokens: CountTokens | None = None,
+) -> list[Passage]:
+    """The beginning of long texts, as much as fits into a prompt: what is left to do when nothing is asked.
+
+    Args:
+        text_or_documents: A text, or several, whose order is kept.
+        reranker: What counts the tokens if ``count_tokens`` does not; it judges nothing.
+        max_tokens: See :func:`select_context`.
+        chunk_tokens: See there.
+        count_tokens: See there.
+
+    Returns:
+        Passages as of :func:`select_context`, without scores.
+
+    Raises:
+        ValueError: An argument is not usable; the message names it.
+    """
+    source = _source(text_or_documents, reranker, max_tokens, chunk_tokens, count_tokens)
+    if (everything := source.everything(max_tokens)) is not None:
+        return everything
+    kept: list[Passage] = []
+    for chunk in source.chunks(min(chunk_tokens, max_tokens), max_tokens):
+        if not source.fit(source.merged([*kept, chunk]), max_tokens):
+            break
+        kept.append(chunk)
+    return source.merged(kept)
 
 
 def join_passages(passages: Iterable[Passage]) -> str:
@@ -121,6 +151,10 @@ def _separator(before: Passage, after: Passage) -> str:
 
 def _place(passage: Passage) -> tuple[int, int]:
     return passage.document, passage.start
+
+
+def _scores(chunks: Iterable[Passage]) -> list[float]:
+    return [chunk.score for chunk in chunks if chunk.score is not None]
 
 
 class _Source:
@@ -180,8 +214,7 @@ class _Source:
             else:
                 runs.append([chunk])
         return [
-            self._cut(run[0].document, run[0].start, run[-1].end, max(c.score for c in run if c.score is not None))
-            for run in runs
+            self._cut(run[0].document, run[0].start, run[-1].end, max(_scores(run), default=None)) for run in runs
         ]
 
     def fit(self, passages: list[Passage], max_tokens: int) -> bool:
@@ -214,6 +247,21 @@ class _Source:
         return before.document == after.document and not between.strip()
 
 
+def _source(
+    text_or_documents: str | Sequence[str],
+    reranker: Reranker,
+    max_tokens: int,
+    chunk_tokens: int,
+    count_tokens: CountTokens | None,
+) -> _Source:
+    """The arguments of a selection, checked."""
+    texts = _checked_texts(text_or_documents)
+    if not isinstance(reranker, Reranker):
+        raise ValueError(f"reranker={reranker!r} must be a Reranker, as Reranker.from_pretrained makes it")
+    _check_sizes(max_tokens, chunk_tokens, reranker)
+    return _Source(texts, reranker.count_tokens if count_tokens is None else _checked_counter(count_tokens))
+
+
 def _checked_texts(text_or_documents: str | Sequence[str]) -> list[str]:
     if isinstance(text_or_documents, str):
         return [text_or_documents]
@@ -238,9 +286,9 @@ def _check_sizes(max_tokens: int, chunk_tokens: int, reranker: Reranker) -> None
         )
 
 
-def _checked_counter(count_tokens: CountTokens, query: str) -> CountTokens:
+def _checked_counter(count_tokens: CountTokens) -> CountTokens:
     if not callable(count_tokens):
         raise ValueError(f"count_tokens={count_tokens!r} must be a function of a text, or None")
-    if not isinstance(tokens := count_tokens(query), int):
+    if not isinstance(tokens := count_tokens("a text"), int):
         raise ValueError(f"count_tokens must return a whole number, not a {type(tokens).__name__}")
     return lambda text: count_tokens(encodable(text))

@@ -47,15 +47,15 @@ async def test_a_child_of_the_retrievers_run(compressor, compressing, retriever,
 @pytest.mark.parametrize("asynchronous", [False, True])
 async def test_errors_are_reported(compressor, documents, asynchronous):
     compressing = ContextualCompressionRetriever(
-        base_compressor=compressor, base_retriever=RunnableLambda(lambda _: documents)
+        base_compressor=compressor, base_retriever=RunnableLambda(lambda _: [*documents, "text"])
     )
     collector = RunCollectorCallbackHandler()
     config = {"callbacks": [collector]}
-    with pytest.raises(ValueError, match="query"):
-        await compressing.ainvoke(" ", config) if asynchronous else compressing.invoke(" ", config)
+    with pytest.raises(ValueError, match=r"documents\[8\]"):
+        await compressing.ainvoke(QUERY, config) if asynchronous else compressing.invoke(QUERY, config)
     step = collector.traced_runs[0].child_runs[-1]
     assert step.name == "GratingRerank"
-    assert "query=' '" in step.error
+    assert "documents[8] is a str" in step.error
     assert not step.outputs
 
 

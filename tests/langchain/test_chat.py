@@ -96,6 +96,32 @@ def test_what_is_no_text_is_refused(llm, messages, said):
         llm.invoke(messages)
 
 
+@pytest.mark.parametrize(
+    "thought",
+    [
+        {"type": "reasoning", "reasoning": "w20 w21"},
+        {"type": "thinking", "thinking": "w20 w21", "signature": "x"},
+        {"type": "redacted_thinking", "data": "w20"},
+        {"type": "reasoning_content", "reasoning_content": {"text": "w20"}},
+    ],
+)
+@pytest.mark.parametrize("provider", [None, "anthropic"])
+def test_what_a_model_thought_is_left_out(llm, thought, provider):
+    metadata = {} if provider is None else {"model_provider": provider}
+    answer = AIMessage([thought, {"type": "text", "text": "w4 w5"}], response_metadata=metadata)
+    asked = HumanMessage("w6")
+    assert llm.invoke([HumanMessage("w3"), answer, asked]).text == llm.invoke(
+        [HumanMessage("w3"), AIMessage("w4 w5"), asked]
+    ).text  # fmt: skip
+
+
+def test_what_asks_for_nothing_means_not_given(directory, llm):
+    nothing = {"temperature": None, "max_tokens": None, "top_p": None, "stop": None, "dtype": None, "device": None}
+    asked = ChatGrating(model=directory, **nothing, api_key="k", streaming=True, verbose=None)
+    assert asked == ChatGrating(model=str(directory))
+    assert llm.invoke("w1", temperature=None, max_tokens=None).text == llm.invoke("w1").text
+
+
 def test_settings_reach_the_model(directory, core):
     settings = {"temperature": 0.9, "top_p": 0.8, "seed": 5}
     llm = ChatGrating(model_name=str(directory), max_new_tokens=20, **settings)

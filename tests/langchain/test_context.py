@@ -3,6 +3,7 @@
 from copy import deepcopy
 from pydoc_data.topics import topics
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -86,6 +87,47 @@ def test_positions_are_those_in_the_document_that_was_split_before(reranker):
     assert text[passage.metadata["start_index"] :].startswith(ANSWER)
 
 
+@pytest.mark.parametrize("place", [None, "7", 7.0, -7, True, [7]])
+def test_what_is_no_position_is_not_taken_for_one(reranker, long_documents, place):
+    selector = GratingContextSelector(reranker=reranker, max_tokens=30, chunk_tokens=30)
+    wanted = found(selector.compress_documents(long_documents[1:2], QUERY))
+    long_documents[1].metadata["start_index"] = place
+    assert found(selector.compress_documents(long_documents[1:2], QUERY)) == wanted
+    long_documents[1].metadata["start_index"] = np.int64(7)
+    assert found(selector.compress_documents(long_documents[1:2], QUERY))[0][1] == wanted[0][1] + 7
+
+
+class Marked(Document):
+    mark: str = ""
+
+
+def test_a_class_of_ones_own_is_kept_and_nested_metadata_is_copied(reranker, long_documents):
+    document = Marked(page_content=long_documents[1].page_content, mark="w", metadata={"tags": [[1]]})
+    selector = GratingContextSelector(reranker=reranker, max_tokens=16, chunk_tokens=16)
+    (passage,) = selector.compress_documents([document], QUERY)
+    assert (type(passage), passage.mark, passage.id) == (Marked, "w", None)
+    passage.metadata["tags"][0].append(2)
+    assert document.metadata == {"tags": [[1]]}
+
+
+async def test_a_blank_query_takes_what_comes_first(reranker, long_documents):
+    selector = GratingContextSelector(reranker=reranker, max_tokens=100, chunk_tokens=30)
+    (passage,) = kept = selector.compress_documents(long_documents, " ")
+    assert await selector.acompress_documents(long_documents, "") == kept
+    assert found(kept) == [("a.txt", 0)]
+    assert long_documents[0].page_content.startswith(passage.page_content)
+    assert 60 < reranker.count_tokens(passage.page_content) <= 100
+    assert "relevance_score" not in passage.metadata
+
+
+def test_of_a_long_query_the_end_is_used(reranker, long_documents):
+    selector = GratingContextSelector(reranker=reranker, max_tokens=40, chunk_tokens=20)
+    long = f"{FILLER[:4000]} {QUERY * 50}"
+    kept = selector.compress_documents(long_documents, long)
+    assert kept == selector.compress_documents(long_documents, reranker.tail(long))
+    assert any(ANSWER in passage.page_content for passage in kept)
+
+
 def test_a_token_counter_of_ones_own(model, long_documents):
     selector = GratingContextSelector(model=model, max_tokens=200, count_tokens=len)
     passages = selector.compress_documents(long_documents, QUERY)
@@ -152,8 +194,8 @@ def test_bad_arguments_are_named(reranker, settings):
 def test_a_budget_has_to_be_given_and_a_query_too(reranker, long_documents):
     with pytest.raises(ValueError, match="max_tokens"):
         GratingContextSelector(reranker=reranker)
-    with pytest.raises(ValueError, match="query=' '"):
-        GratingContextSelector(reranker=reranker, max_tokens=10).compress_documents(long_documents, " ")
+    with pytest.raises(ValueError, match="query=None"):
+        GratingContextSelector(reranker=reranker, max_tokens=10).compress_documents(long_documents, None)
 
 
 def test_settings_of_the_model(model):

@@ -25,9 +25,25 @@ def test_scores_as_the_reranker_does(reranker, encoder, documents):
     assert encoder.score([]) == []
 
 
-def test_bad_pairs_are_named(encoder):
-    with pytest.raises(ValueError, match=r"pairs\[1\]"):
-        encoder.score([(QUERY, "text"), ("", "text")])
+@pytest.mark.parametrize("pair", [(None, "text"), (QUERY,), (QUERY, "text", "more"), QUERY, 3, None])
+def test_bad_pairs_are_named(encoder, pair):
+    with pytest.raises(ValueError, match=r"text_pairs\[1\]"):
+        encoder.score([(QUERY, "text"), pair])
+
+
+def test_after_a_blank_query_documents_stay_in_their_order(reranker, encoder, documents):
+    scores = encoder.score([(" ", "a"), (QUERY, "b"), ("", "c")])
+    assert (scores[0], scores[2]) == (0.0, 0.0)
+    assert scores[1] == reranker.score([(QUERY, "b")])[0]
+    kept = CrossEncoderReranker(model=encoder, top_n=3).compress_documents(documents, "\n")
+    assert [document.id for document in kept] == [document.id for document in documents[:3]]
+
+
+def test_of_a_long_query_the_end_is_used(reranker, encoder):
+    long = "Let us talk about something else. " * 200 + QUERY
+    assert encoder.score([(long, "text"), (QUERY, "text")]) == reranker.score(
+        [(reranker.tail(long), "text"), (QUERY, "text")]
+    )
 
 
 def test_selects_nothing_and_so_takes_no_top_n(reranker):

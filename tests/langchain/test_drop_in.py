@@ -1,7 +1,12 @@
 """Calls written for other rerankers, with import and class name changed."""
 
+import warnings
+from pathlib import Path
+
 import huggingface_hub.constants
+import numpy as np
 import pytest
+import torch
 from langchain_classic.retrievers.document_compressors import CrossEncoderReranker
 from langchain_community.cross_encoders import HuggingFaceCrossEncoder
 from langchain_core.cross_encoders import BaseCrossEncoder
@@ -48,17 +53,71 @@ class Remote(BaseCrossEncoder):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"model": Remote()}, "model=.*Remote.* must be a name"),
-        ({"model_kwargs": {"trust_remote_code": True}}, "(?m)^trust_remote_code$"),
-        ({"client": object()}, "client is not a parameter of GratingRerank: give .* model, or .* reranker"),
-        ({"cohere_api_key": "secret", "top_n": 2}, "cohere_api_key is not a parameter .*: leave it out"),
-        ({"jina_api_key": "secret"}, "jina_api_key is not a parameter .*: leave it out"),
-        ({"base_url": "https://example.org"}, "base_url is not a parameter .*: leave it out"),
+        (
+            {"model": Remote()},
+            "model=.*Remote.* must be a name.* use a Remote with the library that it comes from",
+        ),
+        (
+            {"model_kwargs": {"trust_remote_code": True}},
+            "trust_remote_code has no place .* never run; leave it out",
+        ),
+        ({"trust_remote_code": True}, "trust_remote_code has no place .* never run; leave it out"),
+        ({"use_fp16": True}, "use_fp16 has no place in GratingRerank: write dtype='float16'"),
+        ({"model_kwargs": {"attn": 1}}, "attn has no place in GratingRerank: leave it out"),
+        ({"model_kwargs": "cpu"}, "model_kwargs must be a dictionary of arguments, not a str"),
+        ({"client": object()}, "client has no place in GratingRerank: give .* model, or .* reranker"),
+        ({"cohere_api_key": "secret", "top_n": 2}, "cohere_api_key has no place .*; leave it out"),
+        ({"jina_api_key": "secret"}, "jina_api_key has no place .*; leave it out"),
+        ({"base_url": "https://example.org"}, "base_url has no place .*; leave it out"),
     ],
 )
 def test_what_has_no_place_here_is_refused(model, given, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refusal:
         GratingRerank(**{"model": model, **given})
+    assert "secret" not in str(refusal.value)
+
+
+def test_a_reranker_goes_elsewhere(reranker):
+    with pytest.raises(ValueError, match="model must be a name; a Reranker that is ready goes to reranker="):
+        GratingRerank(model=reranker)
+
+
+@pytest.mark.parametrize("name", ["rerank-v3.5", "ms-marco-MultiBERT-L-12", "jina-reranker-v2-base-multilingual"])
+def test_names_at_services(name):
+    with pytest.raises(ModelNotFoundError, match=r"name of .*such as|take") as refusal:
+        GratingRerank(model=name)
+    assert "\n" not in str(refusal.value)
+    assert refusal.value.__context__ is None
+
+
+def test_what_asks_for_nothing_means_not_given(model, reranker):
+    nothing = {
+        "device": None, "dtype": None, "memory_budget": None, "pruning": None, "target": None, "adapter": None,
+        "use_fp16": False, "trust_remote_code": False, "client": None, "model_kwargs": {}, "recalibrate": False,
+        "revision": None, "token": None, "local_files_only": None, "scores": None, "prefix_metadata": None,
+    }  # fmt: skip
+    asked = GratingRerank(model=Path(model), **nothing)
+    assert asked == GratingRerank(model=model)
+    assert asked.reranker is GratingRerank(model=model).reranker
+    assert GratingRerank(model=Path(reranker.model_path)).model == str(reranker.model_path)
+    assert GratingRerank(model=model, top_n=None).top_n is None  # which CohereRerank takes for all
+    assert GratingRerank(model=model, top_n=np.int64(4), dtype=torch.float32).model_dump()["top_n"] == 4
+    assert GratingCrossEncoder(model=model, dtype=None).reranker is asked.reranker
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 1])
+def test_a_threshold_that_looks_like_a_probability(model, threshold):
+    """FlashRank's and Cohere's scores are probabilities; here it would leave out most that is relevant."""
+    with pytest.warns(UserWarning, match="raw logit") as heard:
+        GratingRerank(model=model, score_threshold=threshold)
+    assert len(heard) == 1
+    assert heard[0].filename == __file__, "it points to whoever wrote it"
+    if threshold == 0.3:
+        assert "math.log(0.3 / (1 - 0.3)), which is -0.85" in str(heard[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for other in (None, -0.85, 1.1):
+            GratingRerank(model=model, score_threshold=other)
 
 
 def test_rerank_as_cohere_and_jina_do(reranker, documents):

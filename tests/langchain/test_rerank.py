@@ -1,6 +1,7 @@
 """The document compressor, alone and inside LangChain."""
 
 import re
+import threading
 from copy import deepcopy
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from langchain_classic.retrievers import ContextualCompressionRetriever
 from langchain_core.documents import Document
 from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnablePassthrough
-from langchain_grating import GratingCrossEncoder, GratingRerank
+from langchain_grating import GratingContextSelector, GratingCrossEncoder, GratingRerank
 
 from grating_core import ClusterPolicy, LensError, ModelNotFoundError, Prompt, Reranker, Route
 from tests.core.models.test_decoders import save_decoder
@@ -100,10 +101,74 @@ def test_duplicates_and_odd_texts(reranker, documents):
 
 @pytest.mark.parametrize("query", ["", "  \n"])
 async def test_empty_query(compressor, documents, query):
-    with pytest.raises(ValueError, match="query"):
+    """A chat's first message may be blank: there is nothing to judge by."""
+    documents[1].metadata["relevance_score"] = 3.0  # an earlier reranking's
+    kept = compressor.compress_documents(documents, query)
+    assert await compressor.acompress_documents(documents, query) == kept
+    assert [document.id for document in kept] == [document.id for document in documents[: compressor.top_n]]
+    assert all("relevance_score" not in document.metadata for document in kept)
+    assert documents[1].metadata["relevance_score"] == 3.0
+    wide = GratingRerank(reranker=compressor.reranker, top_n=None, score_threshold=5.0)
+    assert len(wide.compress_documents(documents, query)) == len(documents)
+    assert wide.rerank(documents, query, top_n=2) == [{"index": n, "relevance_score": None} for n in (0, 1)]
+
+
+def test_no_model_is_needed_where_nothing_is_asked(documents, model):
+    with Reranker.from_pretrained(model) as reranker:
+        compressor = GratingRerank(reranker=reranker, top_n=2)
+    assert len(compressor.compress_documents(documents, "")) == 2
+    with pytest.raises(RuntimeError, match="closed"):
+        compressor.compress_documents(documents, "a question")
+
+
+@pytest.mark.parametrize("query", [None, 3, ["how", "many"]])
+async def test_a_query_that_is_no_text(compressor, documents, query):
+    with pytest.raises(ValueError, match="query="):
         compressor.compress_documents(documents, query)
-    with pytest.raises(ValueError, match="query"):
+    with pytest.raises(ValueError, match="query="):
         await compressor.acompress_documents(documents, query)
+    with pytest.raises(ValueError, match="query="):
+        compressor.rerank(documents, query)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["a text"], r"documents\[0\] is a str, not a Document: write Document\(text\)"),
+        ([None], r"documents\[0\] is a NoneType"),
+        ("a text", "documents must be a list of Document, not a str"),
+        (Document("a text"), "documents must be a list of Document, not a Document"),
+        ({"a": Document("a text")}, "documents must be a list of Document, not a dict"),
+        (None, "documents must be a list of Document, not a NoneType"),
+    ],
+)
+def test_documents_that_are_none(compressor, given, said):
+    with pytest.raises(ValueError, match=said):
+        compressor.compress_documents(given, QUERY)
+    if not isinstance(given, str):  # which a selector takes for one long text
+        with pytest.raises(ValueError, match=said):
+            GratingContextSelector(reranker=compressor.reranker, max_tokens=10).compress_documents(given, QUERY)
+
+
+def test_documents_may_come_one_by_one(compressor, documents):
+    assert compressor.compress_documents(iter(documents), QUERY) == compressor.compress_documents(documents, QUERY)
+
+
+def test_nested_metadata_is_copied(compressor):
+    lock = threading.Lock()
+    endless = {}
+    endless["itself"] = endless
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    document = Document("text", metadata={"tags": [{"n": [1]}], "lock": lock, "endless": endless, "deep": deep})
+    for query in (QUERY, ""):
+        (kept,) = compressor.compress_documents([document], query)
+        kept.metadata["tags"][0]["n"].append(2)
+        assert document.metadata["tags"] == [{"n": [1]}]
+        assert kept.metadata["lock"] is lock
+        assert kept.metadata["endless"]["itself"] is kept.metadata["endless"] is not endless
+        assert kept.metadata["deep"] is not deep
 
 
 @pytest.mark.parametrize(

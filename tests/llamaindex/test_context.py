@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from llama_index.core import SummaryIndex
 from llama_index.core.llms import MockLLM
 from llama_index.core.node_parser import SentenceSplitter
-from llama_index.core.schema import Document, ImageNode, MetadataMode, NodeRelationship, NodeWithScore, TextNode
+from llama_index.core.schema import (
+    Document,
+    ImageNode,
+    MetadataMode,
+    NodeRelationship,
+    NodeWithScore,
+    QueryBundle,
+    RelatedNodeInfo,
+    TextNode,
+)
 from llama_index.postprocessor.grating import GratingContextSelector
 
 from grating_core import select_context
@@ -27,6 +36,10 @@ def long_nodes():
         NodeWithScore(node=TextNode(id_=name, text=text, metadata={"file": name}), score=0.5)
         for name, text in texts.items()
     ]
+
+
+class Marked(TextNode):
+    mark: str = ""
 
 
 def texts_of(nodes):
@@ -65,7 +78,8 @@ def only(reranker, node):
     (kept,) = selector.postprocess_nodes([NodeWithScore(node=node)], query_str=QUERY)
     assert kept.node.text == ANSWER
     assert kept.score > 5
-    assert type(kept.node) is TextNode
+    # A Document cannot say where its part begins.
+    assert type(kept.node) is (type(node) if isinstance(node, TextNode) else TextNode)
     assert kept.node_id != node.node_id
     return kept.node
 
@@ -100,7 +114,40 @@ def test_a_part_of_a_chunk_has_its_place_in_the_document(reranker):
 
 
 def test_nodes_with_more_than_text(reranker):
-    assert only(reranker, ImageNode(text=LONG, image="aGk=")).start_char_idx == LONG.index(ANSWER)
+    part = only(reranker, ImageNode(text=LONG, image="aGk=", embedding=[1.0]))
+    assert (part.start_char_idx, part.image, part.embedding) == (LONG.index(ANSWER), "aGk=", None)
+    part = only(reranker, Marked(text=LONG, mark="w", metadata={"tags": [["a"]]}))
+    assert (part.mark, part.metadata) == ("w", {"tags": [["a"]]})
+
+
+@pytest.mark.parametrize("place", [None, -3, "7", 7.0, True])
+def test_what_is_no_position_is_not_taken_for_one(reranker, place):
+    node = TextNode(text=LONG, relationships={NodeRelationship.SOURCE: RelatedNodeInfo(node_id="book")})
+    object.__setattr__(node, "start_char_idx", place)  # as an index that was written by others may hold it
+    part = only(reranker, node)
+    assert (part.start_char_idx, part.end_char_idx) == (None, None)
+
+
+async def test_a_blank_query_takes_what_comes_first(reranker, long_nodes):
+    selector = GratingContextSelector(reranker=reranker, max_tokens=100, chunk_tokens=30)
+    for kept in (
+        selector.postprocess_nodes(long_nodes, query_str="  "),
+        await selector.apostprocess_nodes(long_nodes, query_str=""),
+    ):
+        whole = texts_of(long_nodes)[0]
+        assert len(kept) == 1
+        assert whole.startswith(texts_of(kept)[0])
+        assert 60 < reranker.count_tokens(texts_of(kept)[0]) <= 100
+        assert kept[0].score is None
+    assert selector.postprocess_nodes(long_nodes[2:], query_str="")[0].node is long_nodes[2].node
+
+
+def test_of_a_long_query_the_end_is_used(reranker, long_nodes):
+    selector = GratingContextSelector(reranker=reranker, max_tokens=40, chunk_tokens=20)
+    long = f"{FILLER[:4000]} {QUERY * 50}"
+    kept = texts_of(selector.postprocess_nodes(long_nodes, query_str=long))
+    assert kept == texts_of(selector.postprocess_nodes(long_nodes, query_str=reranker.tail(long)))
+    assert ANSWER in " ".join(kept)
 
 
 def test_what_fits_comes_back_as_it_is(reranker, long_nodes):
@@ -138,8 +185,8 @@ def test_a_budget_and_a_query_are_needed(reranker, long_nodes):
     selector = GratingContextSelector(reranker=reranker, max_tokens=10)
     with pytest.raises(ValueError, match="query_bundle"):
         selector.postprocess_nodes(long_nodes)
-    with pytest.raises(ValueError, match="query=' '"):
-        selector.postprocess_nodes(long_nodes, query_str=" ")
+    with pytest.raises(ValueError, match="query_str=None"):
+        selector.postprocess_nodes(long_nodes, QueryBundle(None))
 
 
 def test_settings_of_the_model(model):

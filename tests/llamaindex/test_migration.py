@@ -1,14 +1,18 @@
 """Calls written for other rerankers, with nothing changed but import and class name."""
 
 import math
+from pathlib import Path
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import torch
 from llama_index.core.llms import MockLLM
 from llama_index.core.postprocessor import SentenceTransformerRerank
 from llama_index.core.prompts import PromptTemplate
 from llama_index.postprocessor.grating import GratingRerank
+
+from grating_core import ModelNotFoundError
 
 MODEL = "bundled:ms-marco-minilm-l12"
 QUERY = "How many people live in Berlin?"
@@ -39,6 +43,12 @@ QUERY = "How many people live in Berlin?"
             },
             {"dtype": "float32", "max_length": None},
         ),
+        (
+            (MODEL,),
+            {"cache_folder": "models", "cross_encoder_kwargs": {"revision": "main", "device": "cpu"}},
+            {"cache_dir": "models", "revision": "main", "device": "cpu"},
+        ),
+        ((MODEL, "cpu"), {"cross_encoder_kwargs": {"device": "abacus"}}, {"device": "cpu"}),
         # FlashRankRerank
         ((), {"model": MODEL, "max_length": 256, "top_n": 20}, {"max_length": 256, "top_n": 20}),
     ],
@@ -52,14 +62,13 @@ def test_a_call_works_as_it_is(args, named, wanted):
 @pytest.mark.parametrize(
     ("named", "match"),
     [
-        ({"cache_folder": "models"}, "cache_folder has no place in GratingRerank: .*HF_HUB_CACHE"),
-        ({"cross_encoder_kwargs": {"revision": "main"}}, "cross_encoder_kwargs: revision has no place.*directory"),
+        ({"use_fp16": True}, "use_fp16 has no place in GratingRerank: write dtype='float16'"),
+        ({"model": MockLLM()}, r"model=MockLLM\(…\) must be a name"),
         ({"cross_encoder_kwargs": {"activation_fn": torch.sigmoid}}, "activation_fn .*raw logits"),
         (
             {"cross_encoder_kwargs": {"model_kwargs": {"attn_implementation": "eager"}}},
             "attn_implementation has no",
         ),
-        ({"cross_encoder_kwargs": {"device": "cpu"}}, "device has no place.*give it as such"),
         ({"llm": MockLLM()}, "llm has no place.*name a reranker with model="),
         ({"choice_batch_size": 5}, "choice_batch_size has no place.*memory_budget="),
         ({"choice_select_prompt": PromptTemplate("{query_str}")}, "choice_select_prompt .*instruction="),
@@ -72,12 +81,36 @@ def test_a_call_works_as_it_is(args, named, wanted):
 )
 def test_what_has_no_place_here_is_refused_with_advice(named, match):
     with pytest.raises(ValueError, match=match) as refusal:
-        GratingRerank(model=MODEL, **named)
+        GratingRerank(**{"model": MODEL, **named})
     assert "sesame" not in str(refusal.value)
 
 
 def test_what_asks_for_nothing_is_not_refused():
-    GratingRerank(model=MODEL, llm=None, verbose=False, api_key=None, choice_select_prompt=None)
+    plain = GratingRerank(model=MODEL)
+    nothing = {
+        "llm": None, "verbose": False, "api_key": None, "choice_select_prompt": None, "top_n": None,
+        "dtype": None, "use_fp16": False, "trust_remote_code": False, "callback_manager": None, "device": None,
+        "pruning": None, "metadata_mode": None, "scores": None, "memory_budget": False, "cross_encoder_kwargs": {},
+    }  # fmt: skip
+    asked = GratingRerank(model=Path(MODEL), **nothing)
+    assert (asked.to_dict(), asked.reranker) == (plain.to_dict(), plain.reranker)
+    assert GratingRerank(model=MODEL, top_n=np.int64(4), dtype=torch.float32).to_dict()["top_n"] == 4
+
+
+def test_names_at_services():
+    for name in ("rerank-english-v3.0", "rerank-2", "jina-reranker-v2-base-multilingual", "rank-T5-flan"):
+        with pytest.raises(ModelNotFoundError, match="name of a") as refusal:
+            GratingRerank(2, name)
+        assert "\n" not in str(refusal.value)
+        assert refusal.value.__context__ is None
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 1])
+def test_a_threshold_that_looks_like_a_probability(threshold):
+    with pytest.warns(UserWarning, match="raw logit") as heard:
+        GratingRerank(model=MODEL, score_threshold=threshold)
+    assert len(heard) == 1
+    assert heard[0].filename == __file__, "it points to whoever wrote it"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRan
 from llama_index.core.llms import MockLLM
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import ImageNode, IndexNode, MetadataMode, Node, NodeWithScore, QueryBundle, TextNode
-from llama_index.postprocessor.grating import GratingRerank
+from llama_index.postprocessor.grating import GratingContextSelector, GratingRerank
 
 from grating_core import ClusterPolicy, LensError, ModelNotFoundError, Prompt, Reranker
 from tests.core.models.test_decoders import save_decoder
@@ -172,8 +172,43 @@ async def test_no_nodes(postprocessor, events):
     assert events == []
 
 
+@pytest.mark.parametrize("query", ["", " \n"])
+async def test_a_blank_query_keeps_the_order(postprocessor, nodes, events, query):
+    """A chat's first message may be blank: there is nothing to judge by."""
+    for kept in (
+        postprocessor.postprocess_nodes(nodes, query_str=query),
+        await postprocessor.apostprocess_nodes(nodes, QueryBundle(query)),
+    ):
+        assert found(kept) == [(node.node_id, None) for node in nodes[: postprocessor.top_n]]
+    assert nodes[0].score == 1.0
+    assert events == []
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["a text"], r"nodes\[0\] is a str, not a NodeWithScore: write NodeWithScore"),
+        ([TextNode(text="a text")], r"nodes\[0\] is a TextNode"),
+        ("a text", "nodes must be a list of NodeWithScore, not a str"),
+        (None, "nodes must be a list of NodeWithScore, not a NoneType"),
+    ],
+)
+def test_nodes_that_are_none(postprocessor, given, said):
+    selector = GratingContextSelector(reranker=postprocessor.reranker, max_tokens=10)
+    for each in (postprocessor, selector):
+        with pytest.raises(ValueError, match=said):
+            each.postprocess_nodes(given, query_str=QUERY)
+
+
+def test_nested_metadata_is_copied(reranker, nodes):
+    keeping = GratingRerank(reranker=reranker, top_n=1, keep_retrieval_score=True)
+    (kept,) = keeping.postprocess_nodes(nodes, query_str=QUERY)
+    kept.metadata["tags"].append("b")
+    assert all(node.metadata["tags"] == ["a"] for node in nodes)
+
+
 async def test_no_query(postprocessor, nodes):
-    for wrong in ({}, {"query_str": ""}, {"query_bundle": QueryBundle(" ")}):
+    for wrong in ({}, {"query_str": None}, {"query_bundle": QueryBundle(None)}, {"query_bundle": QUERY}):
         with pytest.raises(ValueError, match=r"^query"):
             postprocessor.postprocess_nodes(nodes, **wrong)
         with pytest.raises(ValueError, match=r"^query"):

@@ -12,19 +12,22 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, Huma
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import run_in_executor
-from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr
 from typing_extensions import override
 
 from grating_core import Generation, StreamedCausalLM
 from langchain_grating.settings import ModelSettings
 
 # Names of fields, by what the model calls them.
-_OF_MODEL = ("model", "device", "dtype", "memory_budget", "mlp_density", "max_length", "adapter")
+_OF_MODEL = (
+    "model", "device", "dtype", "memory_budget", "mlp_density", "max_length", "adapter", "revision", "token",
+    "cache_dir", "local_files_only",
+)  # fmt: skip
 _OF_REQUEST = {
     "max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "seed": "seed", "stop": "stop",
 }  # fmt: skip
-# Standard parameters of LangChain's chat models that are about services.
-_OF_SERVICES = ("api_key", "max_retries", "streaming", "timeout")
+# What a model thought before it answered, by the names that several have for it. Templates leave it out as well.
+_REASONING = ("reasoning", "reasoning_content", "thinking", "redacted_thinking")
 _ROLES: dict[type[BaseMessage], str] = {SystemMessage: "system", HumanMessage: "user", AIMessage: "assistant"}
 
 
@@ -74,17 +77,12 @@ class ChatGrating(ModelSettings, BaseChatModel):
     )
     _held: StreamedCausalLM | None = PrivateAttr(default=None)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _leave_out(cls, given: Any) -> Any:
-        if not isinstance(given, Mapping):
-            return given
-        return {name: value for name, value in given.items() if name not in _OF_SERVICES}
+    ignored_arguments = ("api_key", "max_retries", "streaming", "timeout")
 
     @property
     def llm(self) -> StreamedCausalLM:
         """The language model of these settings, loaded if nobody has done so yet."""
-        self._held = StreamedCausalLM.shared(**{name: getattr(self, name) for name in _OF_MODEL})
+        self._held = StreamedCausalLM.shared(**self._of_model(_OF_MODEL))
         return self._held
 
     @classmethod
@@ -94,13 +92,19 @@ class ChatGrating(ModelSettings, BaseChatModel):
 
     @property
     @override
+    def lc_secrets(self) -> dict[str, str]:
+        return {"token": "HF_TOKEN"}
+
+    @property
+    @override
     def _llm_type(self) -> str:
         return "grating"
 
     @property
     @override
     def _identifying_params(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in (*_OF_MODEL, *_OF_REQUEST.values())}
+        names = (*_OF_MODEL, *_OF_REQUEST.values())
+        return {name: getattr(self, name) for name in names if name != "token"}
 
     @override
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
@@ -161,7 +165,8 @@ class ChatGrating(ModelSettings, BaseChatModel):
                 f"{', '.join(sorted(unknown))} cannot be given with a request: it takes "
                 f"{', '.join(_OF_REQUEST.values())}"
             )
-        settings = {name: given.get(field, getattr(self, field)) for name, field in _OF_REQUEST.items()}
+        said = {name: value for name, value in given.items() if value is not None}
+        settings = {name: said.get(field, getattr(self, field)) for name, field in _OF_REQUEST.items()}
         return {**settings, "stop": (self.stop if stop is None else stop) or ()}
 
     def _result(self, generation: Generation) -> ChatResult:
@@ -198,6 +203,7 @@ def _role(index: int, message: BaseMessage) -> str:
 
 def _text(index: int, message: BaseMessage) -> str:
     for block in message.content_blocks:
-        if block["type"] != "text":
-            raise ValueError(f"messages[{index}] has content of type {block['type']!r}, but only text can be read")
+        kind = block["value"].get("type") if block["type"] == "non_standard" else block["type"]
+        if kind != "text" and kind not in _REASONING:
+            raise ValueError(f"messages[{index}] has content of type {kind!r}, but only text can be read")
     return str(message.text)

@@ -11,6 +11,9 @@ from langchain_core.runnables import RunnableLambda
 from pydantic import Field
 
 from grating_core import Passage, select_context
+from grating_core.callers import checked_items, is_blank, position
+from grating_core.context import leading_context
+from grating_core.nested import copied
 from langchain_grating.settings import RerankerSettings
 
 
@@ -52,14 +55,16 @@ class GratingContextSelector(RerankerSettings, BaseDocumentCompressor):
 
         Args:
             documents: The texts; left as they are.
-            query: The question; not empty.
+            query: The question; of one longer than half of what the model reads the end. After a blank one the
+                beginning of the documents is kept, as much as fits, without a score.
             callbacks: Who is told of the run, beside those that listen to the run it is called from.
 
         Returns:
             The passages, in the order of the documents.
 
         Raises:
-            ValueError: The query is empty, or chunks of this size are more than the model reads.
+            ValueError: The query is no string, a document no Document, or chunks of this size are more than the
+                model reads.
         """
         return self.as_runnable().invoke({"documents": documents, "query": query}, {"callbacks": callbacks})
 
@@ -79,24 +84,27 @@ class GratingContextSelector(RerankerSettings, BaseDocumentCompressor):
         return RunnableLambda(self._select, name=type(self).__name__)
 
     def _select(self, given: dict[str, Any]) -> list[Document]:
-        documents = given["documents"]
+        query, documents = given["query"], given["documents"]
         if isinstance(documents, str):
             documents = [Document(documents)]
-        passages = select_context(
-            given["query"],
-            [document.page_content for document in documents],
-            reranker=self.reranker,
-            max_tokens=self.max_tokens,
-            chunk_tokens=self.chunk_tokens,
-            count_tokens=self.count_tokens,
-        )
+        documents = checked_items("documents", documents, Document, "Document(text)")
+        how: dict[str, Any] = {
+            "reranker": self.reranker,
+            "max_tokens": self.max_tokens,
+            "chunk_tokens": self.chunk_tokens,
+            "count_tokens": self.count_tokens,
+        }
+        texts = [document.page_content for document in documents]
+        passages = leading_context(texts, **how) if is_blank(query) else select_context(query, texts, **how)
         return [_cut(documents[passage.document], passage) for passage in passages]
 
 
 def _cut(document: Document, passage: Passage) -> Document:
+    metadata = copied(dict(document.metadata))
     # The document may itself have been cut out of a longer one.
-    metadata = {**document.metadata, "start_index": document.metadata.get("start_index", 0) + passage.start}
+    metadata["start_index"] = (position(metadata.get("start_index")) or 0) + passage.start
     if passage.score is not None:
         metadata["relevance_score"] = passage.score
     whole = passage.text == document.page_content
-    return Document(passage.text, id=document.id if whole else None, metadata=metadata)
+    known = {"page_content": passage.text, "id": document.id if whole else None, "metadata": metadata}
+    return document.model_copy(update=known)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import cache
+
 from langchain_core.cross_encoders import BaseCrossEncoder
 
 from langchain_grating.settings import RerankerSettings
@@ -23,12 +26,24 @@ class GratingCrossEncoder(RerankerSettings, BaseCrossEncoder):
         """Score the relevance of each text to its query.
 
         Args:
-            text_pairs: ``(query, text)`` for each score wanted.
+            text_pairs: ``(query, text)`` for each score wanted. Of a query longer than half of what the model can
+                read the end is used. A blank one asks nothing: all texts have the score 0.0 then, so that they
+                stay in their order.
 
         Returns:
             Scores in the order of the pairs: raw logits, higher is more relevant.
 
         Raises:
-            ValueError: A query is empty; the message names the pair.
+            ValueError: A pair is not two texts; the message names it.
         """
-        return self.reranker.score(text_pairs)
+        pairs = [_checked(index, pair) for index, pair in enumerate(text_pairs)]
+        end = cache(self.reranker.tail)
+        found = iter(self.reranker.score([(end(query), text) for query, text in pairs if query.strip()]))
+        return [next(found) if query.strip() else 0.0 for query, _ in pairs]
+
+
+def _checked(index: int, pair: Iterable[str]) -> tuple[str, str]:
+    texts = () if isinstance(pair, str) or not isinstance(pair, Iterable) else tuple(pair)
+    if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"text_pairs[{index}]={pair!r} must be a query and a text")
+    return texts

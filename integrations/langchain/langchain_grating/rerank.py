@@ -12,6 +12,8 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from grating_core import RankedDocument, RerankResult
+from grating_core.callers import check_threshold, checked_items, is_blank
+from grating_core.nested import copied
 from langchain_grating.settings import RerankerSettings
 
 
@@ -54,11 +56,7 @@ class GratingRerank(RerankerSettings, BaseDocumentCompressor):
 
     @model_validator(mode="after")
     def _check_threshold(self) -> Self:
-        if self.score_threshold is not None and self.scores == "estimated":
-            raise ValueError(
-                f"score_threshold={self.score_threshold} and scores='estimated' exclude each other: the level of "
-                f"an estimate may be off. Use scores='exact'"
-            )
+        check_threshold(self.score_threshold, self.scores)
         return self
 
     def compress_documents(
@@ -68,14 +66,14 @@ class GratingRerank(RerankerSettings, BaseDocumentCompressor):
 
         Args:
             documents: The candidates; left as they are.
-            query: The question; not empty.
+            query: The question. A blank one ranks nothing: the first ``top_n`` come back, without a score.
             callbacks: Who is told of the run; None for those of the run that it is called from.
 
         Returns:
             Copies of the best ``top_n``, best first.
 
         Raises:
-            ValueError: The query is empty.
+            ValueError: The query is no string, or a document no Document; the message says what to write.
         """
         given = {"query": query, "documents": documents}
         kept: list[Document] = self._run.invoke(given, self._config(callbacks))["documents"]
@@ -101,7 +99,7 @@ class GratingRerank(RerankerSettings, BaseDocumentCompressor):
 
         Args:
             documents: Texts, documents, or mappings, of which a line per field is read.
-            query: The question; not empty.
+            query: The question. After a blank one the first come back, with None as their score.
             rank_fields: The fields of mappings to read, in this order; None for all.
             top_n: How many to return; None for all, -1 for the object's ``top_n``.
 
@@ -109,12 +107,14 @@ class GratingRerank(RerankerSettings, BaseDocumentCompressor):
             For each of the best its ``index`` in ``documents`` and ``relevance_score``, best first.
 
         Raises:
-            ValueError: The query is empty, a document is none of these, or ``top_n`` is none of these.
+            ValueError: The query is no string, a document is none of these, or ``top_n`` is none of these.
         """
         if top_n is not None and top_n < 1 and top_n != -1:
             raise ValueError(f"top_n={top_n} must be 1 or more, None for all, or -1 for the object's")
         texts = [_text(document, rank_fields) for document in documents]
         top_k = _top_k(self.top_n if top_n == -1 else top_n, texts)
+        if is_blank(query):
+            return [{"index": index, "relevance_score": None} for index in range(min(top_k, len(texts)))]
         asked = self.reranker.tail(query, self.max_query_tokens)
         result = self.reranker.rerank(asked, texts, top_k, scores=self.scores)
         return [{"index": ranked.index, **_scores(ranked)} for ranked in self._kept(result)]
@@ -128,31 +128,47 @@ class GratingRerank(RerankerSettings, BaseDocumentCompressor):
         return {"callbacks": callbacks, "metadata": {"model": self.model, "top_n": self.top_n}}
 
     def _compress(self, given: dict[str, Any]) -> dict[str, Any]:
-        result = self.reranker.rerank(*self._request(given), scores=self.scores)
-        return self._outputs(given["documents"], result)
+        query, documents = _checked(given)
+        if is_blank(query):
+            return self._unranked(documents)
+        return self._outputs(documents, self.reranker.rerank(*self._request(query, documents), scores=self.scores))
 
     async def _acompress(self, given: dict[str, Any]) -> dict[str, Any]:
-        result = await self.reranker.arerank(*self._request(given), scores=self.scores)
-        return self._outputs(given["documents"], result)
+        query, documents = _checked(given)
+        if is_blank(query):
+            return self._unranked(documents)
+        result = await self.reranker.arerank(*self._request(query, documents), scores=self.scores)
+        return self._outputs(documents, result)
 
-    def _request(self, given: dict[str, Any]) -> tuple[str, list[str], int]:
-        query = self.reranker.tail(given["query"], self.max_query_tokens)
-        texts = [document.page_content for document in given["documents"]]
-        return query, texts, _top_k(self.top_n, texts)
+    def _request(self, query: str, documents: list[Document]) -> tuple[str, list[str], int]:
+        texts = [document.page_content for document in documents]
+        return self.reranker.tail(query, self.max_query_tokens), texts, _top_k(self.top_n, texts)
 
-    def _outputs(self, documents: Sequence[Document], result: RerankResult) -> dict[str, Any]:
-        kept = [self._with_score(documents[ranked.index], ranked) for ranked in self._kept(result)]
+    def _outputs(self, documents: list[Document], result: RerankResult) -> dict[str, Any]:
+        kept = [self._with_scores(documents[ranked.index], _scores(ranked)) for ranked in self._kept(result)]
         return {"documents": kept, "trace": result.trace.summary()}
+
+    def _unranked(self, documents: list[Document]) -> dict[str, Any]:
+        """What there is without a question: nothing was judged."""
+        return {
+            "documents": [self._with_scores(document, {}) for document in documents[: self.top_n]],
+            "trace": None,
+        }
 
     def _kept(self, result: RerankResult) -> list[RankedDocument]:
         threshold = self.score_threshold
         return [ranked for ranked in result.ranking if threshold is None or ranked.score >= threshold]
 
-    def _with_score(self, document: Document, ranked: RankedDocument) -> Document:
-        metadata = dict(document.metadata)
-        metadata.pop(f"{self.prefix_metadata}relevance_score_estimated", None)  # an earlier reranking's
-        metadata |= {f"{self.prefix_metadata}{name}": value for name, value in _scores(ranked).items()}
+    def _with_scores(self, document: Document, scores: Mapping[str, float]) -> Document:
+        metadata = copied(dict(document.metadata))
+        for name in ("relevance_score", "relevance_score_estimated"):  # an earlier reranking's
+            metadata.pop(f"{self.prefix_metadata}{name}", None)
+        metadata |= {f"{self.prefix_metadata}{name}": value for name, value in scores.items()}
         return document.model_copy(update={"metadata": metadata})
+
+
+def _checked(given: Mapping[str, Any]) -> tuple[str, list[Document]]:
+    return given["query"], checked_items("documents", given["documents"], Document, "Document(text)")
 
 
 def _scores(ranked: RankedDocument) -> dict[str, float]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from langchain_core.load.serializable import Serializable
 from pydantic import (
@@ -13,6 +13,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SecretStr,
     SerializerFunctionWrapHandler,
     field_serializer,
     model_serializer,
@@ -21,18 +22,7 @@ from pydantic import (
 from typing_extensions import Self, override
 
 from grating_core import ClusterPolicy, Off, Prompt, PruningPolicy, Reranker
-
-_NO_SERVICE = "the model runs on this machine and asks no service: leave it out"
-# What the constructors of other rerankers take, and what to do here instead.
-_ELSEWHERE = {
-    "client": "give the model's name as model, or a grating_core.Reranker as reranker",
-    **dict.fromkeys(("cohere_api_key", "jina_api_key", "base_url", "user_agent", "session"), _NO_SERVICE),
-}
-# FlashRank's names of models, and where their weights are from.
-_PUBLISHED = {
-    "ms-marco-MiniLM-L-12-v2": "cross-encoder/ms-marco-MiniLM-L12-v2",
-    "ms-marco-TinyBERT-L-2-v2": "cross-encoder/ms-marco-TinyBERT-L2-v2",
-}
+from grating_core.drop_in import as_settings
 
 
 class ModelSettings(BaseModel):
@@ -56,6 +46,44 @@ class ModelSettings(BaseModel):
     adapter: str | None = Field(
         default=None, description="LoRA adapter, a directory or hub id, that is merged into the weights."
     )
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit of the model on the hub; None for the newest."
+    )
+    token: SecretStr | bool | None = Field(
+        default=None,
+        exclude=True,
+        description="What proves to the hub who asks; None for the one of 'hf auth login'. It is not written to "
+        "dumps and pickles.",
+    )
+    cache_dir: str | None = Field(
+        default=None, description="Where the hub's files are kept; None for the hub's own place."
+    )
+    local_files_only: bool = Field(
+        default=False, description="Use what is kept there already, without asking the hub."
+    )
+
+    ignored_arguments: ClassVar[tuple[str, ...]] = ()
+    """Arguments of other libraries' classes that mean nothing here, whatever they say."""
+
+    if not TYPE_CHECKING:  # editors and type checkers are to see the fields
+
+        def __init__(self, **given: Any) -> None:
+            settings = as_settings(
+                type(self).__name__, self._taken_over(given), _types(type(self)), ignored=self.ignored_arguments
+            )
+            if isinstance(settings.get("token"), str):  # before an error may quote it
+                settings["token"] = SecretStr(settings["token"])
+            super().__init__(**settings)
+
+    @classmethod
+    def _taken_over(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments, where one is an object with settings of its own these instead."""
+        return given
+
+    def _of_model(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of the settings that the model is loaded with, as the core takes them."""
+        token = self.token.get_secret_value() if isinstance(self.token, SecretStr) else self.token
+        return {name: token if name == "token" else getattr(self, name) for name in names}
 
     def _given(self) -> dict[str, Any]:
         """The arguments that it was made with, and what has been assigned since."""
@@ -69,7 +97,19 @@ class ModelSettings(BaseModel):
         return self.model_copy()
 
     def __reduce__(self) -> tuple[partial[Self], tuple[()]]:
-        return partial(type(self), **self._given()), ()
+        given = self._given()
+        given.pop("token", None)  # nobody else is to read it
+        return partial(type(self), **given), ()
+
+
+def _types(cls: type[BaseModel]) -> dict[str, Any]:
+    """The types of a class's fields, by all names that they go by."""
+    types: dict[str, Any] = {}
+    for name, field in cls.model_fields.items():
+        alias = field.validation_alias
+        for spelling in alias.choices if isinstance(alias, AliasChoices) else [name]:
+            types[str(spelling)] = field.annotation
+    return types
 
 
 class RerankerSettings(ModelSettings, Serializable):
@@ -131,29 +171,18 @@ class RerankerSettings(ModelSettings, Serializable):
         description="A ready Reranker, instead of all settings above.",
     )
 
-    @model_validator(mode="before")
     @classmethod
-    def _take_over(cls, given: Any) -> Any:
-        """Read what the constructors of other rerankers take as settings of this one."""
-        if not isinstance(given, Mapping):
-            return given
-        for name in filter(given.__contains__, _ELSEWHERE):
-            raise ValueError(f"{name} is not a parameter of {cls.__name__}: {_ELSEWHERE[name]}")
-        settings = dict(given)
-        model = settings.get("model", "")
+    @override
+    def _taken_over(cls, given: dict[str, Any]) -> dict[str, Any]:
+        model = given.get("model")
         if isinstance(model, RerankerSettings):
-            del settings["model"]
             taken = model._given()
-            settings = {name: taken[name] for name in taken.keys() & RerankerSettings.model_fields} | settings
-        elif isinstance(getattr(model, "model_name", None), str):  # as of a HuggingFaceCrossEncoder
-            settings |= {"model": model.model_name, "model_kwargs": getattr(model, "model_kwargs", None)}
-        elif not isinstance(model, str):
-            raise ValueError(
-                f"model={model!r} must be a name: the hub id, or the directory, of the weights to read"
-            )
-        elif model in _PUBLISHED:
-            settings["model"] = _PUBLISHED[model]
-        return (settings.pop("model_kwargs", None) or {}) | settings
+            taken = {name: taken[name] for name in taken.keys() & RerankerSettings.model_fields}
+        elif isinstance(name := getattr(model, "model_name", None), str):  # as of a HuggingFaceCrossEncoder
+            taken = {"model": name, "model_kwargs": getattr(model, "model_kwargs", None)}
+        else:
+            return given
+        return taken | {name: value for name, value in given.items() if name != "model"}
 
     @model_validator(mode="after")
     def _load(self) -> Self:
@@ -161,7 +190,7 @@ class RerankerSettings(ModelSettings, Serializable):
         settings = [name for name in RerankerSettings.model_fields if name != "reranker"]
         # By __dict__, so that it does not count as given.
         if "reranker" not in self.model_fields_set:
-            self.__dict__["reranker"] = Reranker.shared(**{name: getattr(self, name) for name in settings})
+            self.__dict__["reranker"] = Reranker.shared(**self._of_model(settings))
         elif clash := [name for name in settings if name in self.model_fields_set]:
             raise ValueError(f"reranker is given and brings its own {', '.join(clash)}: leave those out")
         else:
@@ -172,7 +201,8 @@ class RerankerSettings(ModelSettings, Serializable):
         if name in RerankerSettings.model_fields:
             raise AttributeError(
                 f"{name} is fixed, since the model has been loaded with it: "
-                f"model_copy(update={{{name!r}: {value!r}}}) makes another {type(self).__name__}"
+                f"model_copy(update={{{name!r}: {'…' if name == 'token' else repr(value)}}}) makes another "
+                f"{type(self).__name__}"
             )
         super().__setattr__(name, value)
 
@@ -203,6 +233,11 @@ class RerankerSettings(ModelSettings, Serializable):
     @override
     def is_lc_serializable(cls) -> bool:
         return True
+
+    @property
+    @override
+    def lc_secrets(self) -> dict[str, str]:
+        return {"token": "HF_TOKEN"}
 
     @property
     @override

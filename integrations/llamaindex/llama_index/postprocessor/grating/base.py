@@ -12,11 +12,14 @@ from llama_index.core.callbacks.base import EventContext
 from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
-from llama_index.postprocessor.grating.migration import as_settings
+from llama_index.postprocessor.grating.migration import by_name
+from llama_index.postprocessor.grating.requests import checked_request
 from llama_index.postprocessor.grating.settings import RerankerSettings
 from typing_extensions import Self
 
 from grating_core import RerankResult
+from grating_core.callers import check_threshold, is_blank
+from grating_core.nested import copied
 
 dispatcher = get_dispatcher(__name__)
 
@@ -65,15 +68,11 @@ class GratingRerank(RerankerSettings):
     if not TYPE_CHECKING:  # editors and type checkers are to see the fields
 
         def __init__(self, *args: Any, **settings: Any) -> None:
-            super().__init__(**as_settings(args, settings))
+            super().__init__(**by_name(args, settings))
 
     @model_validator(mode="after")
     def _check_threshold(self) -> Self:
-        if self.score_threshold is not None and self.scores == "estimated":
-            raise ValueError(
-                f"score_threshold={self.score_threshold} and scores='estimated' exclude each other: the level of "
-                f"an estimate may be off. Use scores='exact'"
-            )
+        check_threshold(self.score_threshold, self.scores)
         return self
 
     @classmethod
@@ -84,9 +83,9 @@ class GratingRerank(RerankerSettings):
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        query = _checked(query_bundle)
-        if not nodes:
-            return []
+        query, nodes = checked_request(query_bundle, nodes)
+        if not nodes or is_blank(query.query_str):
+            return [NodeWithScore(node=found.node) for found in nodes[: self.top_n]]  # nothing to judge, or by
         with self._started(nodes, query) as event:
             result = self.reranker.rerank(*self._request(nodes, query), scores=self.scores)
             return self._ended(event, nodes, result)
@@ -95,9 +94,9 @@ class GratingRerank(RerankerSettings):
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        query = _checked(query_bundle)
-        if not nodes:
-            return []
+        query, nodes = checked_request(query_bundle, nodes)
+        if not nodes or is_blank(query.query_str):
+            return [NodeWithScore(node=found.node) for found in nodes[: self.top_n]]  # nothing to judge, or by
         with self._started(nodes, query) as event:
             result = await self.reranker.arerank(*self._request(nodes, query), scores=self.scores)
             return self._ended(event, nodes, result)
@@ -135,11 +134,6 @@ class GratingRerank(RerankerSettings):
     def _with_score(self, retrieved: NodeWithScore, score: float) -> NodeWithScore:
         node = retrieved.node
         if self.keep_retrieval_score:
-            node = node.model_copy(update={"metadata": {**node.metadata, "retrieval_score": retrieved.score}})
+            metadata = {**copied(node.metadata), "retrieval_score": retrieved.score}
+            node = node.model_copy(update={"metadata": metadata})
         return NodeWithScore(node=node, score=score)
-
-
-def _checked(query: QueryBundle | None) -> QueryBundle:
-    if query is None:
-        raise ValueError("query_bundle (or query_str) is missing: without a query nothing can be ranked")
-    return query

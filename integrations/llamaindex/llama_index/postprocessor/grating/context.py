@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+from uuid import uuid4
 
 from llama_index.core.bridge.pydantic import Field
 from llama_index.core.schema import BaseNode, MetadataMode, NodeRelationship, NodeWithScore, QueryBundle, TextNode
+from llama_index.postprocessor.grating.requests import checked_request
 from llama_index.postprocessor.grating.settings import RerankerSettings
 
 from grating_core import Passage, select_context
+from grating_core.callers import is_blank, position
+from grating_core.context import leading_context
+from grating_core.nested import copied
+
+_SHARED = (
+    "excluded_embed_metadata_keys", "excluded_llm_metadata_keys", "metadata_template", "metadata_separator",
+    "text_template",
+)  # fmt: skip
+"""What a part says of its metadata as the whole does."""
 
 
 class GratingContextSelector(RerankerSettings):
@@ -49,16 +61,20 @@ class GratingContextSelector(RerankerSettings):
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        if query_bundle is None:
-            raise ValueError("query_bundle (or query_str) is missing: without a query nothing can be selected")
-        passages = select_context(
-            query_bundle.query_str,
-            [node.node.get_content(metadata_mode=MetadataMode.NONE) for node in nodes],
-            reranker=self.reranker,
-            max_tokens=self.max_tokens,
-            chunk_tokens=self.chunk_tokens,
-            count_tokens=self.count_tokens,
-        )
+        query, nodes = checked_request(query_bundle, nodes)
+        how: dict[str, Any] = {
+            "reranker": self.reranker,
+            "max_tokens": self.max_tokens,
+            "chunk_tokens": self.chunk_tokens,
+            "count_tokens": self.count_tokens,
+        }
+        texts = [node.node.get_content(metadata_mode=MetadataMode.NONE) for node in nodes]
+        if is_blank(query.query_str):
+            return [
+                _cut(nodes[passage.document].model_copy(update={"score": None}), passage)
+                for passage in leading_context(texts, **how)
+            ]
+        passages = select_context(query.query_str, texts, **how)
         return [_cut(nodes[passage.document], passage) for passage in passages]
 
 
@@ -71,20 +87,19 @@ def _cut(retrieved: NodeWithScore, passage: Passage) -> NodeWithScore:
 
 
 def _part(node: BaseNode, passage: Passage) -> TextNode:
+    """A new node with a passage, of the same class if that is a TextNode's: others cannot say where they begin."""
     source = node.source_node
     # Places are counted from the beginning of the source; nobody knows them if the node does not know its own.
-    origin = 0 if source is None else getattr(node, "start_char_idx", None)
-    shared = {
-        name: getattr(node, name)
-        for name in ("excluded_embed_metadata_keys", "excluded_llm_metadata_keys", "metadata_template",
-                     "metadata_separator", "text_template")
-        if hasattr(node, name)
-    }  # fmt: skip
-    return TextNode(
-        text=passage.text,
-        metadata=dict(node.metadata),
-        start_char_idx=None if origin is None else origin + passage.start,
-        end_char_idx=None if origin is None else origin + passage.end,
-        relationships={NodeRelationship.SOURCE: source or node.as_related_node_info()},
-        **shared,
-    )
+    origin = 0 if source is None else position(getattr(node, "start_char_idx", None))
+    known = {
+        "id_": str(uuid4()),
+        "text": passage.text,
+        "metadata": copied(node.metadata),
+        "embedding": None,
+        "start_char_idx": None if origin is None else origin + passage.start,
+        "end_char_idx": None if origin is None else origin + passage.end,
+        "relationships": {NodeRelationship.SOURCE: source or node.as_related_node_info()},
+    }
+    if isinstance(node, TextNode):
+        return node.model_copy(update=known)
+    return TextNode(**known, **{name: getattr(node, name) for name in _SHARED if hasattr(node, name)})

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from llama_index.core.bridge.pydantic import BaseModel, ConfigDict, Field, field_serializer, model_validator
+from llama_index.core.bridge.pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    field_serializer,
+    model_validator,
+)
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from typing_extensions import Self, override
 
 from grating_core import ClusterPolicy, Off, Prompt, PruningPolicy, Reranker
+from grating_core.drop_in import as_settings
 
 _SETTINGS = (
     "model", "device", "dtype", "memory_budget", "max_length", "long_documents", "template", "instruction",
-    "adapter", "mlp_density", "pruning", "target", "guarantee", "lens", "recalibrate",
+    "adapter", "mlp_density", "pruning", "target", "guarantee", "lens", "recalibrate", "revision", "token",
+    "cache_dir", "local_files_only",
 )  # fmt: skip
 
 
@@ -40,6 +49,38 @@ class ModelSettings(BaseModel):
     adapter: str | None = Field(
         default=None, description="LoRA adapter, a directory or hub id, that is merged into the weights."
     )
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit of the model on the hub; None for the newest."
+    )
+    token: SecretStr | bool | None = Field(
+        default=None,
+        exclude=True,
+        description="What proves to the hub who asks; None for the one of 'hf auth login'. It is not written to "
+        "dumps and pickles.",
+    )
+    cache_dir: str | None = Field(
+        default=None, description="Where the hub's files are kept; None for the hub's own place."
+    )
+    local_files_only: bool = Field(
+        default=False, description="Use what is kept there already, without asking the hub."
+    )
+
+    ignored_arguments: ClassVar[tuple[str, ...]] = ()
+    """Arguments of other libraries' classes that mean nothing here, whatever they say."""
+
+    if not TYPE_CHECKING:  # editors and type checkers are to see the fields
+
+        def __init__(self, **given: Any) -> None:
+            types = {name: field.annotation for name, field in type(self).model_fields.items()}
+            settings = as_settings(type(self).__name__, given, types, ignored=self.ignored_arguments)
+            if isinstance(settings.get("token"), str):  # before an error may quote it
+                settings["token"] = SecretStr(settings["token"])
+            super().__init__(**settings)
+
+    def _of_model(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of the settings that the model is loaded with, as the core takes them."""
+        token = self.token.get_secret_value() if isinstance(self.token, SecretStr) else self.token
+        return {name: token if name == "token" else getattr(self, name) for name in names}
 
     def _given(self) -> dict[str, Any]:
         """The arguments that it was made with, and what has been assigned since."""
@@ -55,6 +96,7 @@ class ModelSettings(BaseModel):
     def __reduce__(self) -> tuple[partial[Self], tuple[()]]:
         given = self._given()
         given.pop("callback_manager", None)  # those who listen are in this process
+        given.pop("token", None)  # nobody else is to read it
         return partial(type(self), **given), ()
 
 
@@ -66,6 +108,8 @@ class RerankerSettings(ModelSettings, BaseNodePostprocessor):
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", validate_assignment=True)
+    # A permission that nothing needs: code that comes with a model is never run.
+    ignored_arguments = ("trust_remote_code",)
 
     model: str = Field(
         default="cross-encoder/ms-marco-MiniLM-L12-v2",
@@ -115,7 +159,7 @@ class RerankerSettings(ModelSettings, BaseNodePostprocessor):
     def _load(self) -> Self:
         # By __dict__, so that it does not count as given.
         if "reranker" not in self.model_fields_set:
-            self.__dict__["reranker"] = Reranker.shared(**{name: getattr(self, name) for name in _SETTINGS})
+            self.__dict__["reranker"] = Reranker.shared(**self._of_model(_SETTINGS))
         elif clash := [name for name in _SETTINGS if name in self.model_fields_set]:
             raise ValueError(f"reranker is given and brings its own {', '.join(clash)}: leave those out")
         else:
@@ -154,6 +198,7 @@ class RerankerSettings(ModelSettings, BaseNodePostprocessor):
         if name in (*_SETTINGS, "reranker"):
             raise AttributeError(
                 f"{name} is fixed, since the model has been loaded with it: "
-                f"model_copy(update={{{name!r}: {value!r}}}) makes another {type(self).__name__}"
+                f"model_copy(update={{{name!r}: {'…' if name == 'token' else repr(value)}}}) makes another "
+                f"{type(self).__name__}"
             )
         super().__setattr__(name, value)
