@@ -9,7 +9,6 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
-from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 from threading import Event, Lock
@@ -246,9 +245,10 @@ class Reranker:
         prompt = find_prompt(template, str(model), directory, stored.family)
         window = find_window(directory, stored.window, max_length, usual_length(prompt, stored.family))
         plan = None if budget is None else make_plan(stored.sizes(window), budget)
-        identity = fingerprint(directory, None if stored.adapter is None else stored.adapter.directory, prompt)
         # What is found out about the pruned model is not true of the dense one; the other way it is near enough.
-        own = identity if mlp_density in (None, 1) else sha256(f"{identity} {mlp_density}".encode()).hexdigest()
+        own, identity = (
+            fingerprint(directory, stored.adapter, prompt, density) for density in (mlp_density, None)
+        )
         policy: PruningPolicy | ByLens
         if chosen is None:
             calibrated = (

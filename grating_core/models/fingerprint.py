@@ -10,6 +10,7 @@ from typing import Any
 
 from grating_core.memory.checkpoint import Checkpoint
 from grating_core.memory.header import StoredTensor
+from grating_core.models.adapter import Adapter
 from grating_core.models.directory import weight_files
 from grating_core.models.gguf import is_gguf
 from grating_core.models.prompts import Prompt
@@ -18,27 +19,41 @@ _SAMPLE = 512  # bytes
 _SAMPLES_OF_FILE = 64
 
 
-def fingerprint(model: Path, adapter: Path | None, prompt: Prompt | None) -> str:
-    """What tells the weights of one model, and what it is asked, from those of another.
+def fingerprint(
+    model: Path, adapter: Adapter | None = None, prompt: Prompt | None = None, mlp_density: float | None = None
+) -> str:
+    """What tells the weights of one model, and how they are used, from those of another: its identity.
 
-    Of each tensor the name, type and shape count, and a few bytes: reading all would take as long as loading.
+    All that is kept for a model (lenses, the state of recalibration, columns) is kept under this. It covers
+
+    * the model's tensors: of each the name, type and shape, and a few bytes at its beginning and in its middle.
+      Reading all would take as long as loading;
+    * the adapter that is merged into them: every byte of it, and what its configuration multiplies it by;
+    * the question that it is asked, and the answers whose logits are the score, but not the instruction;
+    * the density that its MLPs are pruned to, if they are pruned.
+
+    It is the same on every machine, with any number of threads, and wherever the files lie. Files that hold no
+    weights, the compute dtype and the memory budget do not count.
 
     Args:
         model: A model directory, or a GGUF file.
-        adapter: The directory of the adapter that is merged into it, if any.
-        prompt: What it is asked, if it is. The instruction does not count.
+        adapter: What is merged into it, if anything is.
+        prompt: What it is asked, if it is.
+        mlp_density: Share of the MLPs' weights that are used; None for all.
     """
     digest = hashlib.sha256()
-    for path in (model, adapter):
-        if path is not None and is_gguf(path):
-            _add_file(digest, path)
-        elif path is not None:
-            files = weight_files(path) if path is model else [path / "adapter_model.safetensors"]
-            checkpoint = Checkpoint(files)
-            checkpoint.close()  # what is in which place is all that is needed
-            _add_tensors(digest, checkpoint.tensors.values())
+    if is_gguf(model):
+        _add_file(digest, model)
+    else:
+        checkpoint = Checkpoint(weight_files(model))
+        checkpoint.close()  # what is in which place is all that is needed
+        _add_tensors(digest, checkpoint.tensors.values())
+    if adapter is not None:
+        digest.update(f"adapter {adapter.identity} ".encode())
     if prompt is not None:
         digest.update(json.dumps((prompt.pieces, prompt.yes, prompt.no)).encode())
+    if mlp_density not in (None, 1):
+        digest.update(f"mlp_density {float(mlp_density)!r} ".encode())
     return digest.hexdigest()
 
 

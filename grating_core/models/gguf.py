@@ -19,6 +19,7 @@ from grating_core.models.families import find_family
 from grating_core.models.layered import bind, construction
 from grating_core.models.lens import Shape
 
+_OUTPUT = "lm_head.weight"
 _INSTALL = "reading GGUF files takes the package gguf: pip install gguf"
 
 
@@ -56,9 +57,14 @@ class GgufModel:
         self._module.eval().requires_grad_(False)
         if adapter is not None:
             weights = self._module.state_dict()
-            adapter.check({name: tuple(weight.shape) for name, weight in weights.items()}, ())
-            for name, change in adapter.changes.items():
-                change.add_to(weights[name])
+            head = [name for name in weights if name.startswith(tuple(f"{part}." for part in self.family.head))]
+            shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+            adapter.check(shapes, head, f"{self.family.embedding}.weight")
+            # Of the output embedding, which may be the embedding table as well, only rows are kept and adapted.
+            for name in adapter.weights.keys() - {_OUTPUT}:
+                weights[name].copy_(adapter.weights[name])
+            for name in adapter.changes.keys() - {_OUTPUT}:
+                adapter.changes[name].add_to(weights[name])
 
     @property
     def window(self) -> int:
@@ -86,9 +92,14 @@ class GgufModel:
             self._module.lm_head = self.family.head_module(self._module.config).requires_grad_(False)
         self._module.lm_head.no = None
         # Copies: views would hold on to the whole table.
-        for name, token in (("yes", yes), ("no", no)):
-            if token is not None:
-                bind(self._module.lm_head, {name: rows[token, None].to(torch.float32, copy=True)})
+        tokens = {name: token for name, token in (("yes", yes), ("no", no)) if token is not None}
+        kept = {name: rows[token, None].to(torch.float32, copy=True) for name, token in tokens.items()}
+        if self.adapter is not None:
+            adapter = self.adapter.pick_rows(_OUTPUT, tokens)
+            for name in kept.keys() & adapter.changes.keys():
+                adapter.changes[name].add_to(kept[name])
+            kept |= {name: adapter.weights[name] for name in kept.keys() & adapter.weights.keys()}
+        bind(self._module.lm_head, kept)
         self._module.get_submodule(str(self.family.norm)).float()
         return CrossEncoder(
             self._module.to(self.device),

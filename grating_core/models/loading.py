@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -95,7 +94,7 @@ class StoredModel:
         self._tensors = self._match(stored, self._module.state_dict())
         self._sort()
         if adapter is not None:
-            adapter.check({name: tensor.shape for name, tensor in self._tensors.items()}, self._head)
+            adapter.check(self._shapes(), [*self._head, _OUTPUT], self._table)
 
     def _build(self) -> Any:
         """The module, with weights of any content."""
@@ -127,6 +126,10 @@ class StoredModel:
                     f"should be {list(parameter.shape)} and is stored as {list(stored[name].shape)}"
                 )
         return {name: stored[name] for name in wanted}
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all weights that an adapter may change."""
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def _sort(self) -> None:
         """Group the tensors by what is read together."""
@@ -275,9 +278,7 @@ class StoredModel:
 
     def _open_columns(self, pruning: MlpPruning) -> ColumnFile:
         """The companion file, written first if there is none."""
-        identity = fingerprint(self.directory, None, None)
-        if self.adapter is not None:
-            identity = hashlib.sha256((identity + self.adapter.digest()).encode()).hexdigest()
+        identity = fingerprint(self.directory, self.adapter)
         try:
             return open_columns(
                 cache_directory() / "columns",
@@ -361,7 +362,11 @@ class StoredCrossEncoder(StoredModel):
         assert answers is not None
         if answers[1] is None:
             self._module.lm_head.no = None
-        return CrossEncoder(**self._load(plan, [self._answer_rows(answers)]))
+        rows = self._answer_rows(answers)
+        return CrossEncoder(**self._load(plan, [rows]))
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return super()._shapes() | ({_OUTPUT: self._output.shape} if self.family.asks else {})
 
     def _answer_rows(self, answers: tuple[int, int | None]) -> TensorGroup:
         """The rows of the output embedding that belong to the answers."""
@@ -370,12 +375,16 @@ class StoredCrossEncoder(StoredModel):
                 f"the tokenizer in {self.directory} has a token {last}, and the model's output embedding only "
                 f"{self._output.shape[0]} rows: they are not of the same model"
             )
-        rows = {
-            f"lm_head.{name}": self._output.row(token)
+        numbers = {
+            f"lm_head.{name}": token
             for name, token in zip(("yes", "no"), answers, strict=True)
             if token is not None
         }
-        return TensorGroup(self._checkpoint, rows, dict.fromkeys(rows, torch.float32))
+        if self.adapter is not None:
+            self.adapter = self.adapter.pick_rows(_OUTPUT, numbers)
+        rows = {name: self._output.row(number) for name, number in numbers.items()}
+        changes = {} if self.adapter is None else self.adapter.changes
+        return TensorGroup(self._checkpoint, rows, dict.fromkeys(rows, torch.float32), changes)
 
 
 class StoredCausalLM(StoredModel):

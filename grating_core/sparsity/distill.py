@@ -138,7 +138,7 @@ def distill(
     windows = _windows(texts, tokenizer, window, batch)
     student = _Student(module, mlp_density, rank, seed)
     settings: dict[str, Any] = {
-        "model": fingerprint(directory, None, None),
+        "model": fingerprint(directory),
         "text": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         "mlp_density": mlp_density,
         "shares": [[shares.inputs, shares.products] for shares in student.shares],

@@ -90,7 +90,7 @@ def record(
     """
     about = {
         "format": _FORMAT,
-        "model": fingerprint(directory, None, None),
+        "model": fingerprint(directory),
         "text": hashlib.sha256(text.encode()).hexdigest(),
         "tokens": str(tokens),
     }
