@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from numbers import Integral
 from typing import TypeVar
 
@@ -26,6 +26,26 @@ def is_blank(query: object, name: str = "query") -> bool:
     return not query.strip()
 
 
+def as_list(name: str, items: Iterable[Item], of: str) -> list[Item]:
+    """A list of documents, say, in an order that is the caller's.
+
+    Args:
+        name: What they are called there.
+        items: What was handed over.
+        of: What it is to be a list of.
+
+    Raises:
+        ValueError: It is none: a text, a set or a dictionary, or a table, whose items are not what is meant.
+    """
+    if (
+        isinstance(items, str | bytes | Mapping | Set)
+        or not isinstance(items, Iterable)
+        or hasattr(items, "columns")
+    ):
+        raise ValueError(f"{name} must be a list of {of}, not a {type(items).__name__}")
+    return list(items)
+
+
 def checked_items(name: str, items: Iterable[Item], kind: type[Item], wrap: str) -> list[Item]:
     """The documents or nodes of a request, as a list.
 
@@ -38,9 +58,9 @@ def checked_items(name: str, items: Iterable[Item], kind: type[Item], wrap: str)
     Raises:
         ValueError: It is not a list of these; the message names what is not, and what to write.
     """
-    if isinstance(items, str | bytes | Mapping | kind) or not isinstance(items, Iterable):
-        raise ValueError(f"{name} must be a list of {kind.__name__}, not a {type(items).__name__}")
-    items = list(items)
+    if isinstance(items, kind):  # some can be iterated over
+        raise ValueError(f"{name} must be a list of {kind.__name__}, not a {kind.__name__}: write [{name}]")
+    items = as_list(name, items, kind.__name__)
     for index, item in enumerate(items):
         if not isinstance(item, kind):
             raise ValueError(f"{name}[{index}] is a {type(item).__name__}, not a {kind.__name__}: write {wrap}")

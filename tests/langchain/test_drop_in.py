@@ -50,6 +50,15 @@ class Remote(BaseCrossEncoder):
         raise NotImplementedError
 
 
+class Table:
+    """What is asked for its items gives the names of its columns, as a data frame does."""
+
+    columns = ("text", "source")
+
+    def __iter__(self):
+        return iter(self.columns)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -137,6 +146,15 @@ def test_rerank_as_cohere_and_jina_do(reranker, documents):
     for top_n in (0, -2):
         with pytest.raises(ValueError, match=f"top_n={top_n}"):
             compressor.rerank(documents, QUERY, top_n=top_n)
+    assert compressor.rerank(texts, QUERY, top_n=np.int64(3)) == wanted(3)
+    for given in ("a text", {"a": "text"}, {"a text"}, Table(), None, 3):
+        with pytest.raises(
+            ValueError, match="documents must be a list of texts, Documents or dictionaries, not a"
+        ):
+            compressor.rerank(given, QUERY)
+    for top_n in ("3", 2.5):
+        with pytest.raises(ValueError, match="top_n="):
+            compressor.rerank(texts, QUERY, top_n=top_n)
     with pytest.raises(ValueError, match=r"documents\[1\] is a int"):
         compressor.rerank(["text", 3], QUERY)
 

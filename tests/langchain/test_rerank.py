@@ -137,8 +137,9 @@ async def test_a_query_that_is_no_text(compressor, documents, query):
         (["a text"], r"documents\[0\] is a str, not a Document: write Document\(text\)"),
         ([None], r"documents\[0\] is a NoneType"),
         ("a text", "documents must be a list of Document, not a str"),
-        (Document("a text"), "documents must be a list of Document, not a Document"),
+        (Document("a text"), r"not a Document: write \[documents\]"),
         ({"a": Document("a text")}, "documents must be a list of Document, not a dict"),
+        ({"a text"}, "documents must be a list of Document, not a set"),
         (None, "documents must be a list of Document, not a NoneType"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 from langchain_core.callbacks import Callbacks
@@ -12,7 +13,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from grating_core import RankedDocument, RerankResult
-from grating_core.callers import check_threshold, checked_items, is_blank
+from grating_core.callers import as_list, check_threshold, checked_items, is_blank
 from grating_core.nested import copied
 from langchain_grating.settings import RerankerSettings
 
@@ -109,9 +110,10 @@ class GratingRerank(RerankerSettings, BaseDocumentCompressor):
         Raises:
             ValueError: The query is no string, a document is none of these, or ``top_n`` is none of these.
         """
-        if top_n is not None and top_n < 1 and top_n != -1:
-            raise ValueError(f"top_n={top_n} must be 1 or more, None for all, or -1 for the object's")
-        texts = [_text(document, rank_fields) for document in documents]
+        if top_n is not None and (not isinstance(top_n, int | Integral) or (top_n < 1 and top_n != -1)):
+            raise ValueError(f"top_n={top_n!r} must be 1 or more, None for all, or -1 for the object's")
+        listed = as_list("documents", documents, "texts, Documents or dictionaries")
+        texts = [_text(document, rank_fields) for document in listed]
         top_k = _top_k(self.top_n if top_n == -1 else top_n, texts)
         if is_blank(query):
             return [{"index": index, "relevance_score": None} for index in range(min(top_k, len(texts)))]
@@ -178,7 +180,7 @@ def _scores(ranked: RankedDocument) -> dict[str, float]:
 
 
 def _top_k(top_n: int | None, texts: list[str]) -> int:
-    return max(1, len(texts)) if top_n is None else top_n
+    return max(1, len(texts)) if top_n is None else int(top_n)
 
 
 def _text(document: str | Document | Mapping[str, Any], fields: Sequence[str] | None) -> str:
