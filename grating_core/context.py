@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from semantic_text_splitter import TextSplitter
 
-from grating_core.models.templates import encodable
+from grating_core.models.tokenizer import encodable
 from grating_core.reranker import Reranker, check_query
 
 CountTokens = Callable[[str], int]

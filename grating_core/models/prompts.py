@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from grating_core.errors import ModelNotFoundError
 
+_MARK = re.compile(r"[<\[]\S+[>\]]")  # not what a line break or a run of spaces is to some tokenizers
 _SLOT = re.compile(r"\{(instruction|query|document)\}")
 
 
@@ -231,6 +233,26 @@ def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def control_tokens(directory: Path, settings: Mapping[str, Any], backend: Tokenizer) -> set[str]:
+    """The tokens that have a meaning to a model beside those that its tokenizer calls special.
+
+    Some say so in the settings only, or not at all: their chat template writes them.
+
+    Args:
+        directory: Where the model's files are.
+        settings: Of its ``tokenizer_config.json``.
+        backend: Its tokenizer.
+    """
+    named = [value for name, value in settings.items() if name.endswith("_token")]
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        values = settings.get(name) or []
+        named += values.values() if isinstance(values, dict) else values
+    contents = {_content(value) for value in named if isinstance(value, str | dict)}
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    template = _chat_template(directory, settings) or ""
+    return added & (contents | {token for token in added if _MARK.fullmatch(token) and token in template})
+
+
 def _content(token: Any) -> str:
     """Special tokens stand in the settings as text, or as an object that has it."""
-    return str(token["content"] if isinstance(token, dict) else token or "")
+    return str(token.get("content") or "" if isinstance(token, dict) else token or "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeGuard, get_args
 
@@ -16,13 +16,14 @@ from transformers import AutoTokenizer
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
 from grating_core.models.families import Family
 from grating_core.models.gguf import gguf_tokenizer, is_gguf
-from grating_core.models.prompts import Prompt, chat_prompt, named_prompt, official_prompt
+from grating_core.models.prompts import Prompt, chat_prompt, control_tokens, named_prompt, official_prompt
+from grating_core.models.tokenizer import TextTokenizer, encodable
 
 LongDocuments = Literal["truncate", "windows"]
 Span = tuple[int, int]  # first position, and the one after the last
 _TYPES = ("token_type_ids",)
-_GROUP = 32  # documents
 _SMALLEST_WINDOW = 8  # tokens
+_COUNTED = 100_000  # characters of a query whose tokens are counted to say how many are too many
 _OVERLAP = 8  # the part of a window that the next one repeats: one in so many tokens
 
 
@@ -82,14 +83,60 @@ class Template(Protocol):
         """The last tokens of a text, as text; all of it if it has no more."""
 
 
-class PairTemplate:
+class _Windows:
+    """What both kinds of template have in common: a document that is too long is cut, or becomes windows."""
+
+    def __init__(self, tokenizer: TextTokenizer, window: int, long_documents: LongDocuments) -> None:
+        self._tokenizer = tokenizer
+        self._long_documents = long_documents
+        self.window = window
+
+    def count_tokens(self, text: str) -> int:
+        """See :meth:`Template.count_tokens`."""
+        return self._tokenizer.count(text)
+
+    def tail(self, text: str, tokens: int) -> str:
+        """See :meth:`Template.tail`."""
+        return self._tokenizer.tail(text, tokens)
+
+    @property
+    def _most(self) -> int | None:
+        """How many tokens of a document are looked at; None for all."""
+        return None if self._long_documents == "windows" else self.window
+
+    def _question(self, query: str) -> list[int]:
+        """The tokens of a query; of one that is too long anyway only the first."""
+        (found,) = self._tokenizer.encode([query], self.window)
+        return found.ids
+
+    def _check_room(self, room: int, query: str) -> None:
+        if room < 1:
+            tokens = f"more than {self.window}" if len(query) > _COUNTED else self.count_tokens(query)
+            raise ValueError(
+                f"query has {tokens} tokens, which leaves no room for a document in the model's window "
+                f"of {self.window} tokens; shorten the query"
+            )
+
+    def _divided(self, text: list[int], room: int) -> Iterator[tuple[list[int], bool]]:
+        """The tokens of a document, or of each window of it, and whether its end was cut."""
+        if self._long_documents == "truncate":
+            yield text[:room], len(text) > room
+            return
+        overlap = room // _OVERLAP
+        for start in range(0, max(1, len(text) - overlap), room - overlap):
+            yield text[start : start + room], False
+
+
+class PairTemplate(_Windows):
     """The template of encoder rerankers: both texts joined by the tokenizer's own special tokens.
 
     Only the document is ever cut, never the query: a pair is then about the same question for every
-    document. Within the window the token ids are exactly those of ``tokenizer(query, document)``.
+    document. Within the window the token ids are exactly those of ``tokenizer(query, document)``, except that
+    special tokens in a text are text.
 
     Args:
         backend: A tokenizer of the tokenizers library.
+        tokenizer: What makes tokens of the texts.
         window: The most tokens a pair may have.
         has_types: Whether the model is to know which text a token belongs to.
         long_documents: What to do with a document that does not fit: cut its end, or make several windows of it.
@@ -98,57 +145,56 @@ class PairTemplate:
     answers: tuple[int, int | None] | None = None
 
     def __init__(
-        self, backend: Tokenizer, window: int, *, has_types: bool, long_documents: LongDocuments = "truncate"
+        self,
+        backend: Tokenizer,
+        tokenizer: TextTokenizer,
+        window: int,
+        *,
+        has_types: bool,
+        long_documents: LongDocuments = "truncate",
     ) -> None:
-        self._backend = backend
-        self._has_types = has_types
-        self._long_documents = long_documents
-        self._special_tokens = backend.num_special_tokens_to_add(is_pair=True)
-        # Special tokens before the query, and between it and the document. Not every pair tells: of one with an
-        # empty text the library says that no token comes from either.
-        origins = backend.encode("a", "a").sequence_ids
-        self._lead = origins.index(0)
-        self._gap = origins.index(1) - self._lead - origins.count(0)
-        self.window = window
+        super().__init__(tokenizer, window, long_documents)
+        # What the tokenizer puts around two texts. Not every pair tells: of one with an empty text the library
+        # says that no token comes from either.
+        pair = backend.encode("a", "a")
+        first, second = (_place(pair.sequence_ids, number) for number in (0, 1))
+        places = (0, first[0]), (first[1], second[0]), (second[1], len(pair))
+        self._lead, self._gap, self._trail = (pair.ids[slice(*place)] for place in places)
+        types = pair.type_ids if has_types else [0] * len(pair)
+        self._types = [types[slice(*place)] for place in places], (types[first[0]], types[second[0]])
 
     def encode(self, query: str, documents: Sequence[str]) -> list[list[TokenisedPair]]:
         """See :meth:`Template.encode`."""
-        question = self._backend.encode(encodable(query), add_special_tokens=False)
-        room = self.window - self._special_tokens - len(question)
-        _check_room(room, len(question), self.window)
-        return [self._windows(question, body, room) for body in _encodings(self._backend, documents)]
+        question = self._question(query)
+        room = self.window - len(self._lead) - len(self._gap) - len(self._trail) - len(question)
+        self._check_room(room, query)
+        most = None if self._most is None else room
+        return [
+            [self._join(question, part, cut) for part, cut in self._divided(found.ids, room)]
+            for found in self._tokenizer.encode(documents, most)
+        ]
 
-    def count_tokens(self, text: str) -> int:
-        """See :meth:`Template.count_tokens`."""
-        return _count_tokens(self._backend, text)
-
-    def tail(self, text: str, tokens: int) -> str:
-        """See :meth:`Template.tail`."""
-        return _tail(self._backend, text, tokens)
-
-    def _windows(self, question: Any, body: Any, room: int) -> list[TokenisedPair]:
-        long = len(body) > room
-        if long:
-            body.truncate(room, stride=_overlap(room))
-        if self._long_documents == "windows":
-            return [self._join(question, part, False) for part in (body, *body.overflowing)]
-        return [self._join(question, body, long)]
-
-    def _join(self, question: Any, body: Any, truncated: bool) -> TokenisedPair:
-        pair = self._backend.post_process(question, body)
-        types = pair.type_ids if self._has_types else [0] * len(pair)
-        query = (self._lead, self._lead + len(question))
-        start = query[1] + self._gap
-        return TokenisedPair(pair.ids, types, Segments(query, (start, start + len(body))), truncated)
+    def _join(self, question: list[int], body: list[int], truncated: bool) -> TokenisedPair:
+        (lead, gap, trail), (first, second) = self._types
+        query = (len(lead), len(lead) + len(question))
+        document = (query[1] + len(gap), query[1] + len(gap) + len(body))
+        return TokenisedPair(
+            self._lead + question + self._gap + body + self._trail,
+            lead + [first] * len(question) + gap + [second] * len(body) + trail,
+            Segments(query, document),
+            truncated,
+        )
 
 
-class PromptTemplate:
+class PromptTemplate(_Windows):
     """The template of decoder rerankers: a question about query and document, whose answer is the score.
 
-    Only the document is ever cut, never query, instruction or what comes after the document.
+    Only the document is ever cut, never query, instruction or what comes after the document. Special tokens in the
+    prompt's own pieces are tokens; in query, instruction and document they are text.
 
     Args:
         backend: A tokenizer of the tokenizers library.
+        tokenizer: What makes tokens of the texts.
         window: The most tokens a pair may have.
         prompt: The question.
         instruction: What to judge by; None for the prompt's own.
@@ -163,6 +209,7 @@ class PromptTemplate:
     def __init__(
         self,
         backend: Tokenizer,
+        tokenizer: TextTokenizer,
         window: int,
         prompt: Prompt,
         *,
@@ -170,17 +217,15 @@ class PromptTemplate:
         asks: bool,
         long_documents: LongDocuments = "truncate",
     ) -> None:
+        super().__init__(tokenizer, window, long_documents)
         if instruction is not None and not prompt.takes_instruction:
             raise ValueError(f"instruction={instruction!r}: the template has no slot {{instruction}} for it")
-        self._backend = backend
-        self._prompt = prompt
+        self._prompt = replace(prompt, pieces=tuple(map(tokenizer.written, prompt.pieces)))
         self._instruction = None if instruction is None else encodable(instruction)
-        self._long_documents = long_documents
-        self.window = window
         self.answers = None
         if asks:
-            no = None if prompt.no is None else self._answer(prompt.no)
-            self.answers = self._answer(prompt.yes), no
+            no = None if prompt.no is None else _answer(backend, prompt.no)
+            self.answers = _answer(backend, prompt.yes), no
         before, head, tail = self._around("")
         if (needed := len(before) + len(self._ids(head)) + len(tail)) >= window:
             raise ValueError(
@@ -190,40 +235,23 @@ class PromptTemplate:
 
     def encode(self, query: str, documents: Sequence[str]) -> list[list[TokenisedPair]]:
         """See :meth:`Template.encode`."""
-        query = encodable(query)
-        tokens = len(self._ids(query))
-        before, head, after = self._around(query)
+        question = self._question(query)
+        self._check_room(self.window - len(question), query)
+        before, head, after = self._around(encodable(query))
         empty_before, empty_head, empty_after = self._around("")
         asked = (
             _difference(before + self._ids(head), empty_before + self._ids(empty_head)),
             _difference(after, empty_after),
         )
-        found = []
+        pairs = []
         # With the text that leads up to it: the first word of a document may share a token with the space before.
-        for body in _encodings(self._backend, [head + text for text in documents]):
-            start = sum(1 for begin, _ in body.offsets if begin < len(head))
-            fixed = before + body.ids[:start]
+        for found in self._tokenizer.encode(documents, self._most, before=head):
+            fixed = before + found.before
             room = self.window - len(fixed) - len(after)
-            _check_room(room, tokens, self.window)
-            found.append(self._windows(fixed, body.ids[start:], after, room, asked))
-        return found
-
-    def count_tokens(self, text: str) -> int:
-        """See :meth:`Template.count_tokens`."""
-        return _count_tokens(self._backend, text)
-
-    def tail(self, text: str, tokens: int) -> str:
-        """See :meth:`Template.tail`."""
-        return _tail(self._backend, text, tokens)
-
-    def _windows(
-        self, before: list[int], text: list[int], after: list[int], room: int, asked: tuple[Span, Span]
-    ) -> list[TokenisedPair]:
-        if self._long_documents == "truncate":
-            return [self._join(before, text[:room], after, asked, len(text) > room)]
-        overlap = _overlap(room)
-        starts = range(0, max(1, len(text) - overlap), room - overlap)
-        return [self._join(before, text[start : start + room], after, asked, False) for start in starts]
+            self._check_room(room, query)
+            parts = self._divided(found.ids, room)
+            pairs.append([self._join(fixed, part, after, asked, cut) for part, cut in parts])
+        return pairs
 
     def _join(
         self, before: list[int], text: list[int], after: list[int], asked: tuple[Span, Span], truncated: bool
@@ -241,25 +269,24 @@ class PromptTemplate:
         return self._ids(*before), head, self._ids(*after)
 
     def _ids(self, *pieces: str) -> list[int]:
-        return [token for piece in pieces for token in self._backend.encode(piece, add_special_tokens=False).ids]
-
-    def _answer(self, word: str) -> int:
-        ids = self._ids(word)
-        unknown = getattr(self._backend.model, "unk_token", None)
-        if len(ids) != 1 or (unknown is not None and ids[0] == self._backend.token_to_id(unknown)):
-            raise UnsupportedModelError(
-                f"the model's tokenizer has no single token for the answer {word!r}, so its logit cannot be the "
-                f"score; pass template=Prompt(...) with answers that it has"
-            )
-        return ids[0]
+        return [token for piece in pieces for token in self._tokenizer.ids(piece)]
 
 
-def _check_room(room: int, tokens: int, window: int) -> None:
-    if room < 1:
-        raise ValueError(
-            f"query has {tokens} tokens, which leaves no room for a document in the model's window "
-            f"of {window} tokens; shorten the query"
+def _answer(backend: Tokenizer, word: str) -> int:
+    ids: list[int] = backend.encode(word, add_special_tokens=False).ids
+    unknown = getattr(backend.model, "unk_token", None)
+    if len(ids) != 1 or (unknown is not None and ids[0] == backend.token_to_id(unknown)):
+        raise UnsupportedModelError(
+            f"the model's tokenizer has no single token for the answer {word!r}, so its logit cannot be the "
+            f"score; pass template=Prompt(...) with answers that it has"
         )
+    return ids[0]
+
+
+def _place(sequences: list[int | None], number: int) -> Span:
+    """Where the tokens of one of two texts are."""
+    start = sequences.index(number)
+    return start, start + sequences.count(number)
 
 
 def _difference(ids: list[int], other: list[int]) -> Span:
@@ -268,32 +295,6 @@ def _difference(ids: list[int], other: list[int]) -> Span:
     start = next((i for i in range(shorter) if ids[i] != other[i]), shorter)
     end = next((i for i in range(shorter - start) if ids[-1 - i] != other[-1 - i]), shorter - start)
     return (start, len(ids) - end) if start < len(ids) - end else (0, 0)
-
-
-def _overlap(room: int) -> int:
-    return room // _OVERLAP
-
-
-def _encodings(backend: Tokenizer, texts: Sequence[str]) -> Iterator[Any]:
-    """The encoding of each text; a few at a time, for they are ten times as large as the token ids in them."""
-    for start in range(0, len(texts), _GROUP):
-        group = [encodable(text) for text in texts[start : start + _GROUP]]
-        yield from backend.encode_batch(group, add_special_tokens=False)
-
-
-def _count_tokens(backend: Tokenizer, text: str) -> int:
-    # The fast one keeps no positions, which would take most of the memory.
-    return len(backend.encode_batch_fast([encodable(text)], add_special_tokens=False)[0])
-
-
-def _tail(backend: Tokenizer, text: str, tokens: int) -> str:
-    offsets = backend.encode(encodable(text), add_special_tokens=False).offsets
-    return text if len(offsets) <= tokens else text[offsets[-tokens][0] :]
-
-
-def encodable(text: str) -> str:
-    """Half characters (lone surrogates, as broken JSON leaves them) become question marks."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def check_long_documents(long_documents: str) -> None:
@@ -411,13 +412,14 @@ def load_template(
     backend, has_types = load_backend(directory)
     backend.no_padding()
     backend.no_truncation()
+    tokenizer = TextTokenizer(backend, control_tokens(directory, read_settings(directory), backend))
     if prompt is not None:
         return PromptTemplate(
-            backend, window, prompt, instruction=instruction, asks=asks, long_documents=long_documents
+            backend, tokenizer, window, prompt, instruction=instruction, asks=asks, long_documents=long_documents
         )
     if instruction is not None:
         raise ValueError(f"instruction={instruction!r}: this model is given query and document only; leave it out")
-    return PairTemplate(backend, window, has_types=has_types, long_documents=long_documents)
+    return PairTemplate(backend, tokenizer, window, has_types=has_types, long_documents=long_documents)
 
 
 def load_backend(directory: Path) -> tuple[Tokenizer, bool]:

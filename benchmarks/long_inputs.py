@@ -1,0 +1,102 @@
+"""What a document costs that is far longer than the window: time and peak memory beside one that just exceeds it.
+
+Run from the repository's root: ``python -m benchmarks.long_inputs``. Prints a table. Time is the processor's, the
+best of some calls. Peak memory is what the call takes beyond what was there before it, the text included in that;
+Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+from time import process_time
+
+from grating_core import Reranker, select_context
+
+MODEL = "bundled:ms-marco-minilm-l12"
+QUERY = "Which method is called when an attribute is not found?"
+_MB = 1_000_000
+_WORDS = " ".join(topics.values())
+_JSON = "".join(f'{{"id":{n},"k{n % 97}":["{n * 7919 % 1013:x}",null,{n / 7:.3f}]}},' for n in range(3000))
+
+KINDS: dict[str, Callable[[int], str]] = {
+    "English": lambda size: _repeated(_WORDS, size),
+    "minified JSON": lambda size: _repeated(_JSON, size),
+    "Chinese, no spaces": lambda size: _repeated(
+        "".join(random.Random(0).choices("天地玄黄宇宙洪荒", k=5000)), size
+    ),
+    "one letter": lambda size: "x" * size,
+    "line breaks": lambda size: "a" + "\n" * size + "b",
+}
+
+
+def _repeated(text: str, size: int) -> str:
+    return (text * (size // len(text) + 1))[:size]
+
+
+def _peak(call: Callable[[], object]) -> float:
+    """Megabytes of memory that a call takes beyond what was there, at most."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status("VmRSS")
+    call()
+    return (_status("VmHWM") - before) / 1000
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def _measure(call: Callable[[], object], repeats: int) -> tuple[float, float]:
+    call()
+    peak = _peak(call)
+    seconds = []
+    for _ in range(repeats):
+        started = process_time()
+        call()
+        seconds.append(process_time() - started)
+    return min(seconds), peak
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 16], help="megabytes of the long documents")
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    print("| budget | what | text | size | ms | MB beyond before |\n|---|---|---|---|---|---|")
+    for budget in (None, "150MB"):
+        with Reranker.from_pretrained(MODEL, memory_budget=budget) as reranker:
+            calls: dict[str, Callable[[str], object]] = {
+                "rerank": lambda text, model=reranker: model.rerank(QUERY, [text] * 4, 2),
+                "score": lambda text, model=reranker: model.score([(QUERY, text)]),
+                "tail": lambda text, model=reranker: model.tail(text),
+                "a query": lambda text, model=reranker: model.rerank(model.tail(text), [QUERY]),
+            }
+            for what, call in calls.items():
+                for kind, make in KINDS.items():
+                    for size in (4000, *(_MB * size for size in arguments.sizes)):
+                        text = make(size)
+                        seconds, peak = _measure(lambda c=call, t=text: c(t), arguments.repeats)
+                        _print(budget, what, kind, size, seconds, peak)
+            if budget is None:
+                for kind, make in KINDS.items():
+                    for size in (250_000, _MB):
+                        text = make(size)
+                        seconds, peak = _measure(lambda t=text: reranker.count_tokens(t), 1)
+                        _print(budget, "count_tokens", kind, size, seconds, peak)
+                        seconds, peak = _measure(
+                            lambda t=text: select_context(QUERY, t, reranker=reranker, max_tokens=200), 1
+                        )
+                        _print(budget, "select_context", kind, size, seconds, peak)
+
+
+def _print(budget: str | None, what: str, kind: str, size: int, seconds: float, peak: float) -> None:
+    print(f"| {budget} | {what} | {kind} | {size:,} | {1000 * seconds:.1f} | {peak:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

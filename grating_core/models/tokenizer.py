@@ -1,0 +1,283 @@
+"""Token ids of texts that strangers wrote, without more of a long one being read than is used."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import Unigram
+
+_GROUP = 32  # texts
+_CHARACTERS = 6  # of a text for each token that is wanted of it, at first
+_MARGIN = 256  # characters before the end of a part whose tokens may depend on what comes next
+_CUTS = {True: 32, False: 4}  # ends that are tried within a word: Unigram's longest pieces have 16 characters
+_PART = 1 << 16  # characters that are counted at a time
+_SPACE = re.compile(r"(?<=\w) (?=\w)")
+_RUN = re.compile(r"(.)\1{999,}|\s{1000,}|[A-Za-z0-9]{1000,}", re.DOTALL)
+_UNKNOWN = "\U0010fffd"  # a character of no language
+_KEPT = 500  # characters of a run that comes to the same tokens however long it is
+
+
+def encodable(text: str) -> str:
+    """Half characters (lone surrogates, as broken JSON leaves them) become question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The token ids of a text, and of what stands before it in the same piece.
+
+    Attributes:
+        before: Of what stands before; with the first of the text where both share one.
+        ids: Of the text.
+    """
+
+    before: list[int]
+    ids: list[int]
+
+
+class TextTokenizer:
+    """Makes token ids of texts. No text can become a token that has a meaning of its own to the model.
+
+    Such tokens are text here: ``[SEP]`` in a document has the ids that its characters have. For all other texts
+    the ids are those of the tokenizer itself. What the template writes goes through :meth:`written` before.
+
+    Args:
+        backend: The model's tokenizer. Its vocabulary is shared with it.
+        controls: Tokens that have a meaning though the tokenizer does not say so, such as ``<start_of_turn>``.
+    """
+
+    def __init__(self, backend: Tokenizer, controls: Iterable[str] = ()) -> None:
+        self._parts = backend, tuple(controls)
+        added = backend.get_added_tokens_decoder()
+        self._controls = {
+            token.content: number for number, token in added.items() if token.special or token.content in controls
+        }
+        self._backend = _twin(backend, added, self._controls)
+        # Nobody can write these, so that they tell the template's own tokens from a stranger's.
+        key = secrets.token_hex(16)
+        names = {content: f"<{key}:{number}>" for content, number in self._controls.items()}
+        self._names = names
+        self._written = _any_of(names)
+        self._backend.add_tokens(
+            [_copy(added[number], content=names[content]) for content, number in self._controls.items()]
+        )
+        self._backend.encode_special_tokens = True
+        self._replaced = {
+            self._backend.token_to_id(name): [self._controls[content]] for content, name in names.items()
+        }
+        self._replaced.update(self._reachable())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._parts
+
+    @property
+    def controls(self) -> frozenset[str]:
+        """The tokens that have a meaning of their own."""
+        return frozenset(self._controls)
+
+    def written(self, text: str) -> str:
+        """A template's text as the other methods take it: the special tokens in it are tokens."""
+        return self._written.sub(lambda found: self._names[found[0]], text) if self._names else text
+
+    def ids(self, text: str) -> list[int]:
+        """The token ids of a text."""
+        return self._mapped(self._encode(text).ids)
+
+    def encode(self, texts: Sequence[str], most: int | None = None, *, before: str = "") -> Iterator[Tokens]:
+        """The token ids of each of some texts.
+
+        Args:
+            texts: The texts.
+            most: How many are used of each. Of a longer text only so much is read as it takes to know these, and
+                one more of them is returned. None for all.
+            before: What stands before each text; an end of it may share a token with the text.
+        """
+        for start in range(0, len(texts), _GROUP):  # encodings are ten times as large as the token ids in them
+            group = texts[start : start + _GROUP]
+            size = None if most is None else _CHARACTERS * (most + 1) + _MARGIN
+            pieces = [before + encodable(text[:size]) for text in group]
+            for text, piece, found in zip(
+                group, pieces, self._backend.encode_batch(pieces, add_special_tokens=False), strict=True
+            ):
+                if size is None or most is None or len(text) <= size:
+                    yield self._divided(found, len(before), len(found))
+                else:
+                    yield self._beginning(text, most, before, piece, found)
+
+    def count(self, text: str) -> int:
+        """How many tokens a text has."""
+        return sum(len(self._mapped(found.ids)) for found in self._in_parts(text))
+
+    def tail(self, text: str, tokens: int) -> str:
+        """The last tokens of a text, as text; all of it if it has no more.
+
+        Of a long text only the end is read, from a space on. Without any space near, it may be cut a few
+        characters from where the whole text's tokens would be.
+        """
+        size = _CHARACTERS * tokens + _MARGIN
+        while size < len(text):
+            start = len(text) - size
+            space = next(self._spaces(text, start - size, start, within=True), start)
+            offsets = self._encode(text[space:]).offsets
+            if len(offsets) > tokens:
+                return text[space + offsets[-tokens][0] :]
+            size *= 4
+        offsets = self._encode(text).offsets
+        return text if len(offsets) <= tokens else text[offsets[-tokens][0] :]
+
+    def _encode(self, text: str) -> Any:
+        return self._backend.encode(encodable(text), add_special_tokens=False)
+
+    def _divided(self, found: Any, begin: int, end: int) -> Tokens:
+        start = sum(1 for first, _ in takewhile(lambda place: place[0] < begin, found.offsets)) if begin else 0
+        return Tokens(self._mapped(found.ids[:start]), self._mapped(found.ids[start:end]))
+
+    # Long texts
+
+    def _beginning(self, text: str, most: int, before: str, piece: str, found: Any) -> Tokens:
+        """More tokens than ``most`` of a text, if it has more, of which ``found`` are those of its beginning."""
+        size = len(piece) - len(before)
+        squeezed = False
+        while True:
+            tokens = self._divided(found, len(before), self._certain(piece, found))
+            if len(tokens.ids) > most:
+                return tokens
+            if not squeezed:
+                text, squeezed = self._squeezed(text), True
+            size *= 4
+            piece = before + encodable(text[:size])
+            found = self._encode(piece)
+            if size >= len(text):
+                return self._divided(found, len(before), len(found))
+
+    def _certain(self, piece: str, found: Any) -> int:
+        """How many of the tokens stay the same whatever follows the piece."""
+        end = len(piece) - _MARGIN
+        words, offsets = found.word_ids, found.offsets
+        # No pre-tokeniser makes what stands before a space depend on what comes after the word behind it.
+        space = max(piece.rfind(" ", 0, end), piece.rfind("\n", 0, end))
+        edge = next((number for number, (_, last) in enumerate(offsets) if last > space), len(found))
+        while 0 < edge < len(found) and words[edge - 1] == words[edge]:
+            edge -= 1
+        if space > len(piece) // 2 and edge:
+            return edge
+        # Within a word all of it counts, but a model has forgotten where it ends after so many characters:
+        # Unigram, if the best ways to all ends that a longest piece can reach back to begin alike.
+        edge = next((number for number, (_, last) in enumerate(offsets) if last > end), len(found))
+        cuts = [piece[:-cut] for cut in range(1, _CUTS[isinstance(self._backend.model, Unigram)] + 1)]
+        for other in self._backend.encode_batch_fast(cuts, add_special_tokens=False):
+            alike = takewhile(lambda both: both[0] == both[1], zip(found.ids[:edge], other.ids, strict=False))
+            edge = sum(1 for _ in alike)
+        return edge
+
+    def _squeezed(self, text: str) -> str:
+        """The text with long runs made shorter that come to no token, or one, however long they are."""
+
+        def shorter(run: re.Match[str]) -> str:
+            few, more = (self._encode(run[0][:length]).ids for length in (_KEPT, 2 * _KEPT))
+            alike = few == more and len(few) <= 1
+            if alike and run[1] is None and run[0].isspace():  # of different characters
+                alike = not self._encode("".join(set(run[0]))).ids
+            return run[0][:_KEPT] if alike else run[0]
+
+        return _RUN.sub(shorter, text)
+
+    def _in_parts(self, text: str) -> Iterator[Any]:
+        """Encodings of parts of a text, which are together that of the whole."""
+        start = 0
+        while len(text) - start > 2 * _PART:
+            end = next(self._spaces(text, start + _PART, start + 2 * _PART), None)
+            if end is None:
+                break
+            yield self._fast(text[start:end])
+            start = end
+        yield self._fast(text[start:])
+
+    def _fast(self, text: str) -> Any:
+        # Without positions, which would take most of the memory.
+        return self._backend.encode_batch_fast([encodable(text)], add_special_tokens=False)[0]
+
+    def _spaces(self, text: str, start: int, end: int, *, within: bool = False) -> Iterator[int]:
+        """Where a text may be divided: at spaces from which on the tokens are as by themselves.
+
+        Args:
+            text: The text.
+            start: Where to look from.
+            end: Where to look to.
+            within: Whether it may be within what the pre-tokeniser leaves in one.
+        """
+        for number, space in enumerate(_SPACE.finditer(text, max(0, start), end)):
+            place = space.start()
+            left, right = text[max(0, place - 32) : place], text[place : place + 32]
+            both = self._encode(left + right)
+            first = len(self._encode(left))
+            if (
+                0 < first < len(both)
+                and (within or both.word_ids[first - 1] != both.word_ids[first])
+                and both.ids[first:] == self._encode(right).ids
+            ):
+                yield place
+            if number == 8:  # none of them will do
+                return
+
+    # Tokens that have a meaning
+
+    def _mapped(self, ids: list[int]) -> list[int]:
+        if self._replaced.keys().isdisjoint(ids):
+            return ids
+        return [token for found in ids for token in self._replaced.get(found, [found])]
+
+    def _reachable(self) -> dict[int, list[int]]:
+        """Tokens with a meaning that the model makes of a word, as Unigram does; and what stands for them."""
+        found = {}
+        unknown = self._by_model(_UNKNOWN)  # what has no token is as it is for any other text
+        for content, number in self._controls.items():
+            if number not in unknown and number in self._by_model(content):
+                found[number] = self._by_model(content[:1]) + self._by_model(content[1:])
+        return found
+
+    def _by_model(self, word: str) -> list[int]:
+        try:
+            return [token.id for token in self._backend.model.tokenize(word)] if word else []
+        except Exception:  # the tokenizers library raises plain Exception if there is no token for what is unknown
+            return []
+
+
+def _copy(token: AddedToken, *, content: str, special: bool = False) -> AddedToken:
+    return AddedToken(
+        content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+        special=special,
+    )
+
+
+def _twin(backend: Tokenizer, added: dict[int, AddedToken], controls: dict[str, int]) -> Tokenizer:
+    """The same tokenizer, to which ``controls`` are special. It shares the vocabulary, which is most of it."""
+    twin = Tokenizer(backend.model)
+    twin.normalizer = backend.normalizer
+    twin.pre_tokenizer = backend.pre_tokenizer
+    twin.post_processor = backend.post_processor
+    tokens = {
+        number: _copy(token, content=token.content, special=token.content in controls)
+        for number, token in sorted(added.items())
+    }
+    twin.add_tokens(list(tokens.values()))
+    if twin.get_added_tokens_decoder().keys() != added.keys():  # numbers with gaps, which only a file can have
+        twin = Tokenizer.from_str(backend.to_str())
+        twin.no_padding()
+        twin.no_truncation()
+        twin.add_special_tokens([token for token in tokens.values() if token.special])
+    return twin
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))
