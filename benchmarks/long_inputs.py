@@ -10,11 +10,14 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from time import process_time
 
 from grating_core import Reranker, select_context
+
+Call = Callable[[str], object]
 
 MODEL = "bundled:ms-marco-minilm-l12"
 QUERY = "Which method is called when an attribute is not found?"
@@ -37,11 +40,11 @@ def _repeated(text: str, size: int) -> str:
     return (text * (size // len(text) + 1))[:size]
 
 
-def _peak(call: Callable[[], object]) -> float:
+def _peak(call: Call, text: str) -> float:
     """Megabytes of memory that a call takes beyond what was there, at most."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _status("VmRSS")
-    call()
+    call(text)
     return (_status("VmHWM") - before) / 1000
 
 
@@ -50,13 +53,13 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
-def _measure(call: Callable[[], object], repeats: int) -> tuple[float, float]:
-    call()
-    peak = _peak(call)
+def _measure(call: Call, text: str, repeats: int) -> tuple[float, float]:
+    call(text)
+    peak = _peak(call, text)
     seconds = []
     for _ in range(repeats):
         started = process_time()
-        call()
+        call(text)
         seconds.append(process_time() - started)
     return min(seconds), peak
 
@@ -68,30 +71,43 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     print("| budget | what | text | size | ms | MB beyond before |\n|---|---|---|---|---|---|")
+    sizes = [4000, *(_MB * size for size in arguments.sizes)]
     for budget in (None, "150MB"):
         with Reranker.from_pretrained(MODEL, memory_budget=budget) as reranker:
-            calls: dict[str, Callable[[str], object]] = {
-                "rerank": lambda text, model=reranker: model.rerank(QUERY, [text] * 4, 2),
-                "score": lambda text, model=reranker: model.score([(QUERY, text)]),
-                "tail": lambda text, model=reranker: model.tail(text),
-                "a query": lambda text, model=reranker: model.rerank(model.tail(text), [QUERY]),
-            }
-            for what, call in calls.items():
+            for what, call in _calls(reranker).items():
                 for kind, make in KINDS.items():
-                    for size in (4000, *(_MB * size for size in arguments.sizes)):
-                        text = make(size)
-                        seconds, peak = _measure(lambda c=call, t=text: c(t), arguments.repeats)
-                        _print(budget, what, kind, size, seconds, peak)
-            if budget is None:
+                    for size in sizes if budget is None or what == "rerank" else []:
+                        _print(budget, what, kind, size, *_measure(call, make(size), arguments.repeats))
+            for what, call in _growing(reranker).items() if budget is None else ():
                 for kind, make in KINDS.items():
-                    for size in (250_000, _MB):
-                        text = make(size)
-                        seconds, peak = _measure(lambda t=text: reranker.count_tokens(t), 1)
-                        _print(budget, "count_tokens", kind, size, seconds, peak)
-                        seconds, peak = _measure(
-                            lambda t=text: select_context(QUERY, t, reranker=reranker, max_tokens=200), 1
-                        )
-                        _print(budget, "select_context", kind, size, seconds, peak)
+                    for size in (_MB // 4, _MB):
+                        _print(budget, what, kind, size, *_measure(call, make(size), 1))
+
+
+def _calls(reranker: Reranker) -> dict[str, Call]:
+    """What throws most of a long text away."""
+    return {
+        "rerank": partial(_rerank, reranker),
+        "score": partial(_score, reranker),
+        "tail": reranker.tail,
+    }
+
+
+def _growing(reranker: Reranker) -> dict[str, Call]:
+    """What needs all of it."""
+    return {"count_tokens": reranker.count_tokens, "select_context": partial(_select, reranker)}
+
+
+def _rerank(reranker: Reranker, text: str) -> object:
+    return reranker.rerank(QUERY, [text] * 4, 2)
+
+
+def _score(reranker: Reranker, text: str) -> object:
+    return reranker.score([(QUERY, text)])
+
+
+def _select(reranker: Reranker, text: str) -> object:
+    return select_context(QUERY, text, reranker=reranker, max_tokens=200)
 
 
 def _print(budget: str | None, what: str, kind: str, size: int, seconds: float, peak: float) -> None:

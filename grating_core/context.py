@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from grating_core.reranker import Reranker, check_query
 
 CountTokens = Callable[[str], int]
 
+_SHORTEST = 1000  # characters that a word is cut after, at least
+_MARKS = re.compile(r"[^\w\s](?=\w)|[,;]|[、。，；]")
 _FEW = 10_000  # tokens that are counted at no cost worth mentioning
 
 
@@ -92,7 +95,7 @@ def select_context(
     # Pruning has to know how many are wanted. The best are seldom shorter than the average, so that these fill the
     # budget. Were more asked for, less could be pruned, and the last gap be filled with anything that is short.
     top_k = -(-max_tokens * len(chunks) // max(1, sum(chunk.tokens for chunk in chunks)))
-    ranking = reranker.rerank(reranker.tail(query), [chunk.text for chunk in chunks], top_k).ranking
+    ranking = reranker.rerank(reranker.tail(query.strip()), [chunk.text for chunk in chunks], top_k).ranking
     kept = source.fill([replace(chunks[best.index], score=best.score) for best in ranking], max_tokens)
     # A whole may have a few more tokens than its parts.
     while not source.fit(passages := source.merged(kept), max_tokens):
@@ -145,6 +148,22 @@ def join_passages(passages: Iterable[Passage]) -> str:
     return "".join([passage.text for passage in passages[:1]] + rest)
 
 
+def _sections(text: str, size: int) -> Iterator[tuple[int, str]]:
+    """The text, cut within words of more than ``size`` characters: a splitter reads such a word for every chunk.
+
+    They are cut after punctuation where there is some, as in JSON without spaces.
+    """
+    start = 0
+    for word in re.finditer(rf"\S{{{size},}}", text):
+        place = max(word.start(), start)
+        while word.end() - place > size:
+            marks = _MARKS.finditer(text, place + size // 2, place + size)
+            place = max((mark.end() for mark in marks), default=place + size)
+            yield start, text[start:place]
+            start = place
+    yield start, text[start:]
+
+
 def _separator(before: Passage, after: Passage) -> str:
     return "\n\n[…]\n\n" if before.document == after.document else "\n\n"
 
@@ -180,15 +199,17 @@ class _Source:
         coarse = TextSplitter.from_callback(self._estimate, chunk_tokens)
         fine = TextSplitter.from_callback(self._count, max_tokens)
         for document, text in enumerate(self._texts):
-            for start, chunk in coarse.chunk_indices(encodable(text)):
-                if (passage := self._cut(document, start, start + len(chunk))).tokens <= max_tokens:
-                    yield passage
-                    continue
-                # It was estimated too low. A character that alone is too large is left out.
-                for offset, piece in fine.chunk_indices(chunk):
-                    passage = self._cut(document, start + offset, start + offset + len(piece))
-                    if passage.tokens <= max_tokens:
+            for begin, section in _sections(encodable(text), max(_SHORTEST, 4 * chunk_tokens)):
+                for start, chunk in coarse.chunk_indices(section):
+                    first = begin + start
+                    if (passage := self._cut(document, first, first + len(chunk))).tokens <= max_tokens:
                         yield passage
+                        continue
+                    # It was estimated too low. A character that alone is too large is left out.
+                    for offset, piece in fine.chunk_indices(chunk):
+                        passage = self._cut(document, first + offset, first + offset + len(piece))
+                        if passage.tokens <= max_tokens:
+                            yield passage
 
     def fill(self, ranked: Iterable[Passage], max_tokens: int) -> list[Passage]:
         """Those of the chunks, best first, for which there is room beside the better ones."""

@@ -68,10 +68,8 @@ class TextTokenizer:
             [_copy(added[number], content=names[content]) for content, number in self._controls.items()]
         )
         self._backend.encode_special_tokens = True
-        self._replaced = {
-            self._backend.token_to_id(name): [self._controls[content]] for content, name in names.items()
-        }
-        self._replaced.update(self._reachable())
+        aliases = {self._backend.token_to_id(name): [self._controls[content]] for content, name in names.items()}
+        self._replaced: dict[int | None, list[int]] = {**aliases, **self._reachable()}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._parts
@@ -118,7 +116,7 @@ class TextTokenizer:
         """The last tokens of a text, as text; all of it if it has no more.
 
         Of a long text only the end is read, from a space on. Without any space near, it may be cut a few
-        characters from where the whole text's tokens would be.
+        characters from where the whole text's tokens would be; of what hardly has tokens less is kept.
         """
         size = _CHARACTERS * tokens + _MARGIN
         while size < len(text):
@@ -127,6 +125,8 @@ class TextTokenizer:
             offsets = self._encode(text[space:]).offsets
             if len(offsets) > tokens:
                 return text[space + offsets[-tokens][0] :]
+            if size > _CHARACTERS * tokens + _PART:
+                return text[space:]
             size *= 4
         offsets = self._encode(text).offsets
         return text if len(offsets) <= tokens else text[offsets[-tokens][0] :]
@@ -233,9 +233,9 @@ class TextTokenizer:
             return ids
         return [token for found in ids for token in self._replaced.get(found, [found])]
 
-    def _reachable(self) -> dict[int, list[int]]:
+    def _reachable(self) -> dict[int | None, list[int]]:
         """Tokens with a meaning that the model makes of a word, as Unigram does; and what stands for them."""
-        found = {}
+        found: dict[int | None, list[int]] = {}
         unknown = self._by_model(_UNKNOWN)  # what has no token is as it is for any other text
         for content, number in self._controls.items():
             if number not in unknown and number in self._by_model(content):

@@ -12,6 +12,7 @@ from semantic_text_splitter import TextSplitter
 from tokenizers import Tokenizer
 
 from grating_core import Passage, Reranker, Route, join_passages, select_context
+from grating_core.context import _Source
 from tests.core.conftest import WORDS
 
 QUERY = "How many people live in Berlin?"
@@ -195,6 +196,37 @@ def test_a_word_longer_than_the_budget_is_divided(bundled: Reranker) -> None:
     passages = select_context(QUERY, text, reranker=bundled, max_tokens=150, count_tokens=len)
     check(passages, [text], 150, len)
     assert any("3,520,031" in passage.text for passage in passages)
+
+
+@pytest.mark.parametrize("make", [
+    lambda size: "".join(f'{{"id":{number},"k":["{number:x}",null]}},' for number in range(size // 20))[:size],
+    lambda size: "天地玄黄宇宙洪荒" * (size // 8),
+    lambda size: "x" * size,
+    lambda size: "a" + "\n" * size + "b",
+], ids=["JSON", "Chinese", "one letter", "line breaks"])  # fmt: skip
+def test_a_text_without_spaces_is_divided_in_linear_time(make: Callable[[int], str]) -> None:
+    read = []
+
+    def count(text: str) -> int:
+        read.append(len(text))
+        return len(text) // 4
+
+    text = make(50_000)
+    chunks = list(_Source([text], count).chunks(256, 1000))
+    few = sum(read)
+    assert "".join(chunk.text for chunk in chunks) == text.replace("\n", "")
+    assert all(0 <= chunk.tokens <= 256 for chunk in chunks)
+    read.clear()
+    assert len(list(_Source([make(200_000)], count).chunks(256, 1000))) >= len(chunks)
+    assert sum(read) < 5 * few + 10_000
+
+
+def test_the_end_of_a_long_query_is_used(bundled: Reranker) -> None:
+    query = "word " * 600 + QUERY
+    texts = ["Bread rises.", ANSWER, "Yeast turns sugar into gas.", "Berlin has many museums."]
+    found = select_context(query, texts, reranker=bundled, max_tokens=25, chunk_tokens=20)
+    assert found == select_context(bundled.tail(query), texts, reranker=bundled, max_tokens=25, chunk_tokens=20)
+    assert found[0].score is not None
 
 
 def test_pruning_and_a_memory_budget_find_the_same(bundled: Reranker) -> None:
