@@ -59,8 +59,8 @@ def as_settings(
 ) -> dict[str, Any]:
     """The arguments of a constructor, as the fields of a class take them.
 
-    None and False ask for nothing, so they are left out unless the field itself takes them. Paths become text,
-    numbers of numpy Python's, and FlashRank's names those of the same weights on the hub.
+    None, False and empty dictionaries ask for nothing, so they are left out unless the field itself takes them.
+    Paths become text, numbers of numpy Python's, and FlashRank's names those of the same weights on the hub.
 
     Args:
         owner: The name of the class.
@@ -104,6 +104,8 @@ def _flat(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _asks_nothing(value: Any, kind: Any) -> bool:
     """Whether a value means "not given" for a field of this type, or where there is no field."""
     taken = (kind, *get_args(kind))
+    if kind is None and isinstance(value, Mapping) and not value:
+        return True
     if value is None:
         return kind is None or not {type(None), Any} & set(taken)
     return value is False and not {bool, Any} & set(taken)

@@ -102,8 +102,9 @@ def test_names_at_services(name):
 def test_what_asks_for_nothing_means_not_given(model, reranker):
     nothing = {
         "device": None, "dtype": None, "memory_budget": None, "pruning": None, "target": None, "adapter": None,
-        "use_fp16": False, "trust_remote_code": False, "client": None, "model_kwargs": {}, "recalibrate": False,
-        "revision": None, "token": None, "local_files_only": None, "scores": None, "prefix_metadata": None,
+        "use_fp16": False, "trust_remote_code": False, "client": None, "recalibrate": False,
+        "model_kwargs": {"config_kwargs": {}}, "revision": None, "token": None, "local_files_only": None,
+        "scores": None, "prefix_metadata": None,
     }  # fmt: skip
     asked = GratingRerank(model=Path(model), **nothing)
     assert asked == GratingRerank(model=model)
