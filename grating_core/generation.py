@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from threading import Event, Lock
+from threading import Event
 from time import perf_counter
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
-from typing_extensions import Self
 
 from grating_core.engine.attention import CACHED_ATTENTION
 from grating_core.engine.decode import advance, new_cache
 from grating_core.engine.forward import Interrupted
+from grating_core.engine.kv_cache import KeyValueCache
 from grating_core.engine.sampling import Sampler
 from grating_core.errors import UnsupportedModelError
+from grating_core.lifetime import Loaded, Lock, Threads, closed_on_error, computed, find_or_load, remembering
 from grating_core.memory.meter import Meter, PeakMemory, resident_memory
 from grating_core.memory.plan import LARGEST_WORK, MemoryPlan, make_generation_plan, parse_budget
 from grating_core.models.adapter import find_adapter
@@ -31,7 +30,6 @@ from grating_core.models.loading import StoredCausalLM
 from grating_core.models.placement import choose_device, choose_dtype
 from grating_core.models.templates import find_window
 from grating_core.models.text import Messages, PromptTokenizer
-from grating_core.sharing import find_or_load
 from grating_core.sparsity.pruning import MlpPruning, mlp_pruning
 
 _CHUNK_TOKENS = {"cuda": 8192, "mps": 4096}  # on the CPU it depends on the size of the layers
@@ -71,12 +69,13 @@ class Generation:
     hit_rate: float | None
 
 
-class StreamedCausalLM:
+class StreamedCausalLM(Loaded[CausalLM]):
     """A language model that generates text, with as much of it in memory as a budget says.
 
     Made by :meth:`from_pretrained`. May be called from several threads: calls of :meth:`generate` take turns, and
     open streams go on token by token beside them. Each has keys and values of its own; a memory budget counts
-    them once.
+    them once. May be called from a forked child. Pickled or copied it is loaded again, from the same name with
+    the same settings; a ``token`` is never written, so the other process needs its own.
     """
 
     def __init__(
@@ -96,6 +95,7 @@ class StreamedCausalLM:
         usual = plan.chunk_tokens if plan else _CHUNK_TOKENS.get(model.device.type, LARGEST_WORK // model.work)
         self._chunk_tokens = chunk_tokens or usual
         self._requests = Lock()  # so that keys and values are there once, as planned
+        self._calls = Threads(1, "grating-generate")
         self._turn = Lock()  # for one pass: with a lock for a whole stream, one left open would block all others
         self.plan = plan
         """What the memory budget is spent on; None without a budget."""
@@ -105,6 +105,7 @@ class StreamedCausalLM:
         """Most tokens of a prompt together with what follows it."""
 
     @classmethod
+    @remembering
     def from_pretrained(
         cls,
         model: str | Path,
@@ -169,22 +170,23 @@ class StreamedCausalLM:
             pruning=mlp_pruning(mlp_density, by_chunk=False, show_progress=show_progress),
             show_progress=show_progress,
         )
-        directory = stored.directory
-        length = find_window(directory, stored.window, max_length, _USUAL_LENGTH)
-        plan = None if budget is None else make_generation_plan(stored.sizes(length), budget, length)
-        # The tokenizer first: what loading it takes for a moment is then free for the weights.
-        before = resident_memory()
-        tokenizer = PromptTokenizer(directory)
-        if plan is not None:
-            plan = replace(plan, tokenizer=max(0, resident_memory() - before))
-        return cls(
-            stored.load(plan),
-            tokenizer,
-            model_path=directory,
-            max_length=length,
-            end_tokens=stored.end_tokens,
-            plan=plan,
-        )
+        with closed_on_error(stored):
+            directory = stored.directory
+            length = find_window(directory, stored.window, max_length, _USUAL_LENGTH)
+            plan = None if budget is None else make_generation_plan(stored.sizes(length), budget, length)
+            # The tokenizer first: what loading it takes for a moment is then free for the weights.
+            before = resident_memory()
+            tokenizer = PromptTokenizer(directory)
+            if plan is not None:
+                plan = replace(plan, tokenizer=max(0, resident_memory() - before))
+            return cls(
+                stored.load(plan),
+                tokenizer,
+                model_path=directory,
+                max_length=length,
+                end_tokens=stored.end_tokens,
+                plan=plan,
+            )
 
     @classmethod
     def shared(cls, model: str | Path, **settings: Any) -> StreamedCausalLM:
@@ -196,7 +198,8 @@ class StreamedCausalLM:
             model: As in :meth:`from_pretrained`.
             settings: As in :meth:`from_pretrained`.
         """
-        return find_or_load(cls.from_pretrained, model, settings)
+        found: StreamedCausalLM = find_or_load(cls, model, settings)
+        return found
 
     def generate(
         self,
@@ -240,13 +243,14 @@ class StreamedCausalLM:
 
         When the task is cancelled, the computing stops after the token it is at.
         """
+        self._model()
         abandoned = Event()
 
         def work() -> Generation:
             return self._finish(self.stream(prompt, **settings), abandoned.is_set)
 
         try:
-            return await asyncio.to_thread(work)
+            return await self._calls.run(work)
         finally:
             abandoned.set()
 
@@ -304,7 +308,7 @@ class StreamedCausalLM:
     ) -> Generator[str, None, Generation]:
         started = perf_counter()
         model = self._model()
-        cache = new_cache(model, len(prompt_ids) + max_new_tokens)
+        cache = computed(new_cache, model, len(prompt_ids) + max_new_tokens)
         peak = None if self.plan is None else PeakMemory(model.device)
         text = self._tokenizer.stream(prompt_ids, stop)
         pieces: list[str] = []
@@ -316,8 +320,7 @@ class StreamedCausalLM:
             with self._turn:
                 model = self._model()
                 before = replace(model.meter)
-                logits = advance(model, next_ids, cache, chunk_tokens=self._chunk_tokens, peak=peak)
-                token = sampler.pick(logits)
+                token = computed(self._next_token, model, next_ids, cache, sampler, peak)
                 usage.append(model.meter.since(before))
             moments.append(perf_counter() - started)
             if token in self._end_tokens:
@@ -347,23 +350,17 @@ class StreamedCausalLM:
             hit_rate=_total(usage[1:]).column_hit_rate,  # the prompt uses all columns
         )
 
+    def _next_token(
+        self, model: CausalLM, ids: list[int], cache: KeyValueCache, sampler: Sampler, peak: PeakMemory | None
+    ) -> int:
+        return sampler.pick(advance(model, ids, cache, chunk_tokens=self._chunk_tokens, peak=peak))
+
     def close(self) -> None:
         """Free the weights, close the files, stop the threads.
 
         Calls after this one raise ``RuntimeError``, and so do those that are in progress, at their next token.
         """
-        with self._turn:
-            if self._loaded is not None:
-                self._loaded.close()
-            self._loaded = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        super().close()
 
     @property
     def device(self) -> torch.device:
@@ -374,11 +371,6 @@ class StreamedCausalLM:
     def dtype(self) -> torch.dtype:
         """What it computes in."""
         return self._model().dtype
-
-    @property
-    def closed(self) -> bool:
-        """Whether it has been closed."""
-        return self._loaded is None
 
     def count_tokens(self, text: str) -> int:
         """How many tokens the model's tokenizer makes of a text, special tokens not counted."""
@@ -394,11 +386,6 @@ class StreamedCausalLM:
             ValueError: The prompt is not usable; the message says why.
         """
         return self.max_length - len(self._tokenizer.encode(prompt))
-
-    def _model(self) -> CausalLM:
-        if (model := self._loaded) is None:
-            raise RuntimeError("this StreamedCausalLM has been closed; make a new one with from_pretrained")
-        return model
 
 
 def _total(steps: list[Meter]) -> Meter:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from itertools import groupby
 from pathlib import Path
-from threading import Event, Lock
+from threading import Event
 from time import perf_counter
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from typing_extensions import Self
 
 from grating_core.engine.attention import PACKED_ATTENTION
 from grating_core.engine.forward import Outcome, forward
@@ -27,6 +24,7 @@ from grating_core.engine.ragged import RaggedBatch, filled
 from grating_core.errors import UnsupportedModelError
 from grating_core.files import cache_directory
 from grating_core.lenses import CalibratedLens, find_lens, lens_directory, open_lens
+from grating_core.lifetime import Loaded, Lock, Threads, closed_on_error, computed, find_or_load, remembering
 from grating_core.memory.hidden import HiddenInMemory, HiddenOnDisk, HiddenStates
 from grating_core.memory.meter import PeakMemory, resident_memory
 from grating_core.memory.plan import LARGEST_WORK, MemoryPlan, make_plan, parse_budget
@@ -52,13 +50,13 @@ from grating_core.models.templates import (
 from grating_core.pruning import ClusterPolicy, Guarantee, Off, PruningPolicy
 from grating_core.recalibration import Logged, Recalibration, Sampling, check_share, scaled, state_path
 from grating_core.results import RankedDocument, RerankResult, Trace
-from grating_core.sharing import find_or_load
 from grating_core.sparsity.pruning import mlp_pruning
 
 if TYPE_CHECKING:
     from grating_core.calibration import Recorder, Request
 
 _CHUNK_TOKENS = {"cuda": 32768, "mps": 8192}  # on the CPU it depends on the size of the layers
+_CALLS = 4  # of arerank at a time, where they need not take turns
 _SCORE_GROUP = 256  # pairs that score() holds in memory at a time
 _TARGET = 0.98
 # For models without a lens. Lost at most 2 % of the top 5 on each corpus of benchmarks/quality.py.
@@ -94,16 +92,18 @@ def _for_a_caller(
     def call(self: Reranker, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
         recalibration = self.recalibration
         with nullcontext() if recalibration is None else recalibration.caller():
-            return method(self, *args, **kwargs)
+            return computed(method, self, *args, **kwargs)
 
     return call
 
 
-class Reranker:
+class Reranker(Loaded[CrossEncoder]):
     """Finds the K of N documents that answer a query best, with a cross-encoder.
 
     All documents go through the model together, layer by layer, packed without padding; those that cannot
-    reach the top K stop being computed. Made by :meth:`from_pretrained`. May be called from several threads.
+    reach the top K stop being computed. Made by :meth:`from_pretrained`. May be called from several threads, and
+    from a forked child. Pickled or copied it is loaded again, from the same name with the same settings; a
+    ``token`` is never written, so the other process needs its own.
     """
 
     def __init__(
@@ -125,7 +125,9 @@ class Reranker:
         usual = plan.chunk_tokens if plan else _CHUNK_TOKENS.get(model.device.type, LARGEST_WORK // model.work)
         self._chunk_tokens = chunk_tokens or usual
         # A budget is for one request at a time; without one, threads need not wait for each other.
-        self._turn = nullcontext() if plan is None and not model.remembers else Lock()
+        alone = plan is not None or model.remembers
+        self._turn = Lock() if alone else nullcontext()
+        self._calls = Threads(1 if alone else _CALLS, "grating-rerank")
         self.plan = plan
         """What the memory budget is spent on; None without a budget."""
         self.model_path = model_path
@@ -135,6 +137,7 @@ class Reranker:
         """What ``recalibrate`` has found out so far; None if it is off."""
 
     @classmethod
+    @remembering
     def from_pretrained(
         cls,
         model: str | Path,
@@ -183,7 +186,7 @@ class Reranker:
             recalibrate: Share of requests, from 0 (off) to 1, that are computed again without pruning when nobody
                 has called for a second, to see what was lost. The margins of the lens, or the threshold of
                 ``"cluster"``, then move until ``target`` is what is kept. The factor they are multiplied by is
-                kept in grating's cache directory, texts never are. A reranker that does so cannot be pickled.
+                kept in grating's cache directory, texts never are.
             max_length: Most tokens of a query and document together, with all that the model wants around them;
                 None for what the model was made for, at most 8,192 with decoders.
             long_documents: What to do with a document that does not fit: ``"truncate"`` cuts its end,
@@ -241,46 +244,48 @@ class Reranker:
             mlp_density=mlp_density,
             show_progress=show_progress,
         )
-        directory = stored.directory
-        prompt = find_prompt(template, str(model), directory, stored.family)
-        window = find_window(directory, stored.window, max_length, usual_length(prompt, stored.family))
-        plan = None if budget is None else make_plan(stored.sizes(window), budget)
-        # What is found out about the pruned model is not true of the dense one; the other way it is near enough.
-        own, identity = (
-            fingerprint(directory, stored.adapter, prompt, density) for density in (mlp_density, None)
-        )
-        policy: PruningPolicy | ByLens
-        if chosen is None:
-            calibrated = (
-                (find_lens(own, stored.shape) or find_lens(identity, stored.shape))
-                if lens is None
-                else open_lens(Path(lens).expanduser(), stored.shape, own, identity)
+        with closed_on_error(stored):
+            directory = stored.directory
+            prompt = find_prompt(template, str(model), directory, stored.family)
+            window = find_window(directory, stored.window, max_length, usual_length(prompt, stored.family))
+            plan = None if budget is None else make_plan(stored.sizes(window), budget)
+            # What is found out about the pruned model is not true of the dense one; the other way round it is
+            # near enough.
+            own, identity = (
+                fingerprint(directory, stored.adapter, prompt, density) for density in (mlp_density, None)
             )
-            policy = ByLens(target, guarantee, calibrated and calibrated.to(stored.device))
-        else:
-            policy = chosen
-        # The tokenizer first: what loading it takes for a moment is then free for the weights.
-        before = resident_memory()
-        encoder = load_template(
-            directory,
-            window,
-            prompt=prompt,
-            instruction=instruction,
-            asks=stored.family.asks,
-            long_documents=long_documents,
-        )
-        if plan is not None:
-            plan = replace(plan, tokenizer=max(0, resident_memory() - before))
-        return cls(
-            stored.load(plan, encoder.answers),
-            encoder,
-            model_path=directory,
-            fingerprint=own,
-            pruning=policy,
-            chunk_tokens=chunk_tokens,
-            plan=plan,
-            sampling=Sampling(recalibrate, target, guarantee) if recalibrate else None,
-        )
+            policy: PruningPolicy | ByLens
+            if chosen is None:
+                calibrated = (
+                    (find_lens(own, stored.shape) or find_lens(identity, stored.shape))
+                    if lens is None
+                    else open_lens(Path(lens).expanduser(), stored.shape, own, identity)
+                )
+                policy = ByLens(target, guarantee, calibrated and calibrated.to(stored.device))
+            else:
+                policy = chosen
+            # The tokenizer first: what loading it takes for a moment is then free for the weights.
+            before = resident_memory()
+            encoder = load_template(
+                directory,
+                window,
+                prompt=prompt,
+                instruction=instruction,
+                asks=stored.family.asks,
+                long_documents=long_documents,
+            )
+            if plan is not None:
+                plan = replace(plan, tokenizer=max(0, resident_memory() - before))
+            return cls(
+                stored.load(plan, encoder.answers),
+                encoder,
+                model_path=directory,
+                fingerprint=own,
+                pruning=policy,
+                chunk_tokens=chunk_tokens,
+                plan=plan,
+                sampling=Sampling(recalibrate, target, guarantee) if recalibrate else None,
+            )
 
     @classmethod
     def shared(cls, model: str | Path, **settings: Any) -> Reranker:
@@ -299,7 +304,8 @@ class Reranker:
             raise ValueError(
                 f"pruning={settings['pruning']!r} is not hashable, so it cannot be told whether it is shared"
             )
-        return find_or_load(cls.from_pretrained, model, settings)
+        found: Reranker = find_or_load(cls, model, settings)
+        return found
 
     def rerank(
         self,
@@ -342,9 +348,10 @@ class Reranker:
 
         When the task is cancelled, the computing stops after the chunk it is at.
         """
+        self._model()
         abandoned = Event()
         try:
-            return await asyncio.to_thread(self._rerank, query, documents, top_k, scores, abandoned.is_set)
+            return await self._calls.run(self._rerank, query, documents, top_k, scores, abandoned.is_set)
         finally:
             abandoned.set()
 
@@ -541,6 +548,8 @@ class Reranker:
         )
         calibrated.save(lens_directory(self._fingerprint) if output is None else Path(output))
         if isinstance(self._pruning, ByLens):
+            if output is not None and self._remake is not None:
+                self._remake = partial(self._remake, lens=str(Path(output).absolute()))
             self._pruning = replace(self._pruning, calibrated=calibrated.to(model.device))
             self._stop_recalibration()
             self.recalibration = self._start_recalibration()  # what was learnt was about other margins
@@ -552,23 +561,7 @@ class Reranker:
         Calls after this one raise ``RuntimeError``; calls in progress end normally.
         """
         self._stop_recalibration()
-        with self._turn:
-            if self._loaded is not None:
-                self._loaded.close()
-            self._loaded = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @property
-    def closed(self) -> bool:
-        """Whether it has been closed."""
-        return self._loaded is None
+        super().close()
 
     @property
     def device(self) -> torch.device:
@@ -588,11 +581,6 @@ class Reranker:
     def count_tokens(self, text: str) -> int:
         """How many tokens the model's tokenizer makes of a text, special tokens not counted."""
         return self._template.count_tokens(text)
-
-    def _model(self) -> CrossEncoder:
-        if (model := self._loaded) is None:
-            raise RuntimeError("this Reranker has been closed; make a new one with from_pretrained")
-        return model
 
     def _pack(self, model: CrossEncoder, candidates: list[list[TokenisedPair]]) -> RaggedBatch:
         return RaggedBatch.pack(candidates, model.device, share_prefix=model.causal)
@@ -703,9 +691,10 @@ def plan_memory(
         mlp_density=mlp_density,
         show_progress=show_progress,
     )
-    prompt = find_prompt(template, str(model), stored.directory, stored.family)
-    window = find_window(stored.directory, stored.window, max_length, usual_length(prompt, stored.family))
-    return stored.directory, window, make_plan(stored.sizes(window), budget)
+    with closing(stored):
+        prompt = find_prompt(template, str(model), stored.directory, stored.family)
+        window = find_window(stored.directory, stored.window, max_length, usual_length(prompt, stored.family))
+        return stored.directory, window, make_plan(stored.sizes(window), budget)
 
 
 def _open(

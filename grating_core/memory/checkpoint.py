@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from io import FileIO
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from grating_core.errors import CheckpointError
+from grating_core.lifetime import Lock
 from grating_core.memory.header import LONGEST_HEADER, StoredTensor, parse_header
 
 SECTOR = 4096  # what O_DIRECT wants addresses, offsets and lengths to be multiples of
@@ -25,7 +26,7 @@ class Checkpoint:
     """The safetensors files of one model, open for reading.
 
     May be used from several threads. After a failed read the files are opened again at the next one, so that a
-    checkpoint that comes back is found.
+    checkpoint that comes back is found. Once closed it stays so.
 
     Args:
         paths: The files.
@@ -39,14 +40,18 @@ class Checkpoint:
     """
 
     def __init__(self, paths: Sequence[Path], *, lasting: bool = False) -> None:
-        self._files = {path: _File(path, lasting) for path in paths}
+        self._files: dict[Path, _File] = {}
         self.tensors: dict[str, StoredTensor] = {}
-        for path, file in self._files.items():
-            if repeated := self.tensors.keys() & file.tensors.keys():
-                name = min(repeated)
-                self.close()
-                raise CheckpointError(f"{name} is both in {self.tensors[name].path} and in {path}")
-            self.tensors |= file.tensors
+        try:
+            for path in paths:
+                self._files[path] = file = _File(path, lasting)
+                if repeated := self.tensors.keys() & file.tensors.keys():
+                    name = min(repeated)
+                    raise CheckpointError(f"{name} is both in {self.tensors[name].path} and in {path}")
+                self.tensors |= file.tensors
+        except BaseException:
+            self.close()
+            raise
 
     def read(self, tensor: StoredTensor, start: int, buffer: Tensor, *, direct: bool = False) -> None:
         """Fill a buffer with the bytes of a file from ``start`` on; past the end of the file it stays as it is.
@@ -80,7 +85,7 @@ class Checkpoint:
         self._files[tensor.path].announce(ranges)
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files; reading raises CheckpointError from now on."""
         for file in self._files.values():
             file.close()
 
@@ -92,11 +97,16 @@ class _File:
         self.path = path
         self._lasting = lasting
         self._lock = Lock()
-        self._open()
+        self._closed = False
+        self._buffered = _open(path)
+        self._direct = _open_direct(path) if lasting else None
+        try:
+            self._look()
+        except BaseException:
+            self.close()
+            raise
 
-    def _open(self) -> None:
-        self._buffered = FileIO(self.path)
-        self._direct = _open_direct(self.path) if self._lasting else None
+    def _look(self) -> None:
         self._identity = _identity(self._buffered)
         header, self.tensors = _read_header(self.path, self._buffered)
         self._digest = self._fingerprint(header) if self._lasting else b""
@@ -128,7 +138,8 @@ class _File:
     def _reopen(self, name: str, cause: str) -> None:
         """Open the file again; it must be the one that was opened first."""
         with self._lock:
-            digest = self._digest
+            if self._closed:
+                raise CheckpointError(f"{self.path} has been closed, so {name} cannot be read")
             try:
                 twin = _File(self.path, self._lasting)
             except (OSError, CheckpointError) as error:
@@ -136,23 +147,41 @@ class _File:
                     f"{self.path}: reading {name} failed ({cause}), and so did opening the file again ({error}). "
                     f"The next call works if the file is back by then"
                 ) from error
-            if twin._digest != digest:
-                raise CheckpointError(
-                    f"{self.path} has changed since it was opened, so {name} cannot be read: put the file back, "
-                    f"or load the model anew"
-                )
-            self._buffered, self._direct, self._identity = twin._buffered, twin._direct, twin._identity
+            with closing(twin):
+                if twin._digest != self._digest:
+                    raise CheckpointError(
+                        f"{self.path} has changed since it was opened, so {name} cannot be read: put the file "
+                        f"back, or load the model anew"
+                    )
+                # Other threads may be reading. They have the descriptors, which then mean the new file.
+                os.dup2(twin._buffered.fileno(), self._buffered.fileno(), inheritable=False)
+                if self._direct is not None:
+                    os.dup2((twin._direct or twin._buffered).fileno(), self._direct.fileno(), inheritable=False)
+                self._identity = twin._identity
 
     def announce(self, ranges: Sequence[tuple[int, int]]) -> None:
         if hasattr(os, "posix_fadvise"):
-            with suppress(OSError):  # if something is wrong, reading will tell
+            with suppress(OSError, ValueError):  # if something is wrong, reading will tell
                 for start, end in ranges:
                     os.posix_fadvise(self._buffered.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
-        self._buffered.close()
-        if self._direct is not None:
-            self._direct.close()
+        with self._lock:
+            self._closed = True
+            self._buffered.close()
+            if self._direct is not None:
+                self._direct.close()
+
+
+def _open(path: Path, flags: int = 0) -> FileIO:
+    """The file, opened for reading; raises ``OSError`` for anything else that may have its name."""
+    # Without waiting: a named pipe would be waited for until somebody writes into it.
+    flags |= getattr(os, "O_NONBLOCK", 0)
+    file = FileIO(path, opener=lambda name, usual: os.open(name, usual | flags))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(f"{path} is not a regular file")
+    return file
 
 
 def _open_direct(path: Path) -> FileIO | None:
@@ -160,9 +189,13 @@ def _open_direct(path: Path) -> FileIO | None:
     if not hasattr(os, "O_DIRECT"):
         return None
     try:
-        file = FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_DIRECT))
-        _preadv(file, 0, _view(aligned_buffer(SECTOR)))
+        file = _open(path, os.O_DIRECT)
     except OSError:  # some file systems refuse to open, others to read
+        return None
+    try:
+        _preadv(file, 0, _view(aligned_buffer(SECTOR)))
+    except OSError:
+        file.close()
         return None
     return file
 

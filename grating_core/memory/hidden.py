@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import mmap
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from io import FileIO
 from itertools import pairwise
 from math import prod
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from grating_core.errors import SpillError
 from grating_core.files import explained, temporary_file
+from grating_core.lifetime import Threads
 from grating_core.memory.meter import Meter
 
 FILL = 64  # the most rows that computing adds to a span
@@ -134,13 +136,13 @@ class HiddenOnDisk:
         self._buffers = [torch.zeros(1, rows, width, dtype=dtype) for _ in range(3)]
         self._file = self._make(tokens * self._row_bytes)
         # One thread: a buffer is written to disk before the next read into it begins.
-        self._mover = ThreadPoolExecutor(1, thread_name_prefix="grating-hidden")
+        self._mover = Threads(1, "grating-hidden")
 
     def __enter__(self) -> HiddenOnDisk:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._mover.shutdown(wait=True, cancel_futures=True)
+        self._mover.close()
         self._file.close()
 
     def visit(
@@ -191,14 +193,12 @@ class HiddenOnDisk:
 
     def _read(self, where: Tensor, states: Tensor) -> None:
         for start, view in self._stretches(where, states):
-            self._file.seek(start)
-            if self._file.readinto(view) != len(view):
+            if _read_at(self._file, start, view) != len(view):
                 raise OSError("the file is shorter than what was written")
 
     def _write(self, where: Tensor, states: Tensor) -> None:
         for start, view in self._stretches(where, states):
-            self._file.seek(start)
-            if self._file.write(view) != len(view):
+            if _write_at(self._file, start, view) != len(view):
                 raise OSError(errno.ENOSPC, "no room for all that was to be written")
 
     def _stretches(self, where: Tensor, states: Tensor) -> Iterator[tuple[int, memoryview]]:
@@ -224,6 +224,20 @@ class HiddenOnDisk:
             f"({size / 1e6:.0f} MB), which failed: {explained(error)}. Make room there, rerank fewer "
             f"documents at a time, or raise memory_budget"
         )
+
+
+def _read_at(file: FileIO, start: int, view: memoryview) -> int:
+    if hasattr(os, "preadv"):  # a forked process has the same position in the file
+        return os.preadv(file.fileno(), [view], start)
+    file.seek(start)
+    return file.readinto(view) or 0
+
+
+def _write_at(file: FileIO, start: int, view: memoryview) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(file.fileno(), view, start)
+    file.seek(start)
+    return file.write(view) or 0
 
 
 def _length(tokens: slice) -> int:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from time import perf_counter
 
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from grating_core.errors import CheckpointError
+from grating_core.lifetime import Threads, tell_of_forks
 from grating_core.memory.checkpoint import aligned_buffer
 from grating_core.memory.group import PIECE, TensorGroup
 from grating_core.memory.meter import Meter
@@ -35,12 +35,17 @@ class Streamer:
         self._meter = meter
         size = max(group.size for group in groups.values())
         staging = aligned_buffer(PIECE if any(group.converts for group in groups.values()) else 0)
-        self._free = [_Slot(size, staging, device) for _ in range(2)]
+        self._slots = tuple(_Slot(size, staging, device) for _ in range(2))
+        self._free = list(self._slots)
         self._ahead: dict[int, tuple[_Slot, Future[dict[str, Tensor]]]] = {}
         # One thread: a read that nobody waits for any more is over before the next into its buffer begins.
-        self._reader = ThreadPoolExecutor(
-            1, thread_name_prefix="grating-weights", initializer=_leave_processors_alone
-        )
+        self._reader = Threads(1, "grating-weights", _leave_processors_alone)
+        tell_of_forks(self)
+
+    def after_fork(self) -> None:
+        """Forget what was being read: the thread that read it is not here."""
+        self._ahead = {}
+        self._free = list(self._slots)
 
     def __contains__(self, number: int) -> bool:
         """Whether this layer is streamed."""
@@ -52,6 +57,7 @@ class Streamer:
 
         Raises:
             CheckpointError: They cannot be read. The next call tries again.
+            RuntimeError: There is no thread to be had that would read them. The next call tries again.
         """
         started = perf_counter()
         slot, weights = self._wait_for(number)
@@ -61,26 +67,27 @@ class Streamer:
             yield weights
         finally:
             slot.release()
-        self._aim_from(self._after(number))
+        self._read_ahead(self._after(number))
 
     def rewind(self) -> None:
         """Read ahead for the next request, wherever this one ended."""
-        self._aim_from(self._order[0])
+        self._read_ahead(self._order[0])
 
     def close(self) -> None:
         """Stop the thread."""
-        self._reader.shutdown(wait=True, cancel_futures=True)
+        self._reader.close()
 
     def _wait_for(self, number: int) -> tuple[_Slot, dict[str, Tensor]]:
         if number not in self._ahead:
-            self._aim_from(number)
+            self._aim(number)
+        self._read_ahead(number)
         slot, reading = self._ahead[number]
         try:
             return slot, reading.result()
-        except CheckpointError:
+        except Exception:
             # It was read ahead, perhaps long ago, and what was wrong then may be right by now.
             self._aim()
-        self._aim_from(number)
+        self._aim(number)
         slot, reading = self._ahead[number]
         try:
             return slot, reading.result()
@@ -91,8 +98,10 @@ class Streamer:
     def _after(self, number: int) -> int:
         return self._order[(self._order.index(number) + 1) % len(self._order)]
 
-    def _aim_from(self, number: int) -> None:
-        self._aim(number, self._after(number))
+    def _read_ahead(self, number: int) -> None:
+        """Have this layer and the one after it read, or being read, if there is a thread to be had."""
+        with suppress(RuntimeError):  # then they are read when they are wanted
+            self._aim(number, self._after(number))
 
     def _aim(self, *numbers: int) -> None:
         """Have exactly these layers read or being read."""
@@ -102,8 +111,8 @@ class Streamer:
             self._free.append(slot)
         for number in numbers:
             if number not in self._ahead:
-                slot = self._free.pop()
-                self._ahead[number] = slot, self._reader.submit(slot.read, self._groups[number])
+                reading = self._reader.submit(self._free[-1].read, self._groups[number])
+                self._ahead[number] = self._free.pop(), reading
 
 
 def _leave_processors_alone() -> None:

@@ -11,12 +11,13 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
+from grating_core.lifetime import Lock
 from grating_core.memory.meter import Meter
 from grating_core.memory.plan import MemoryPlan, ModelSizes
 from grating_core.models.adapter import Adapter
 from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.models.families import find_family
-from grating_core.models.layered import bind, construction
+from grating_core.models.layered import bind, without_weights
 from grating_core.models.lens import Shape
 
 _OUTPUT = "lm_head.weight"
@@ -81,6 +82,9 @@ class GgufModel:
         """See :meth:`StoredCrossEncoder.sizes`; there is nothing that a plan could leave on disk."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Nothing is open: the file was read as a whole."""
+
     def load(self, plan: MemoryPlan | None, answers: tuple[int, int | None] | None) -> CrossEncoder:
         """Put the model where it computes, with nothing of its output embedding but the rows of the answers."""
         assert plan is None
@@ -88,7 +92,7 @@ class GgufModel:
         yes, no = answers
         rows = self._module.get_output_embeddings().weight
         assert self.family.head_module is not None
-        with construction:
+        with without_weights():
             self._module.lm_head = self.family.head_module(self._module.config).requires_grad_(False)
         self._module.lm_head.no = None
         # Copies: views would hold on to the whole table.
@@ -133,9 +137,13 @@ def _tokenizer(path: Path, changed: int) -> tuple[Tokenizer, dict[str, Any]]:
     return tokenizer.backend_tokenizer, {name: getattr(tokenizer, name) for name in names}
 
 
+# transformers sets torch's default dtype for all threads while it unpacks: two at once would leave the wrong one.
+_unpacking = Lock()
+
+
 def _unpack(path: Path, **how: Any) -> Any:
     try:
-        with construction:
+        with _unpacking:
             return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **how)
     except ImportError as error:
         raise ModelNotFoundError(_INSTALL) from error

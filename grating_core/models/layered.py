@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from grating_core.memory.checkpoint import Checkpoint
 from grating_core.memory.meter import Meter
 from grating_core.memory.rows import RowCache
 from grating_core.memory.streamer import Streamer
@@ -32,6 +33,7 @@ class LayeredModel:
         streamer: Brings the weights of the layers that are not bound; None if all are.
         rows: What stands in for the embedding table; None if the table is resident.
         columns: What the columns of pruned MLPs are read from; None if the MLPs are dense.
+        checkpoint: What streamer and row cache read, which is closed with the model; None if they are not there.
         meter: What streamer and row cache count with.
     """
 
@@ -45,6 +47,7 @@ class LayeredModel:
         streamer: Streamer | None,
         rows: RowCache | None,
         columns: ColumnFile | None = None,
+        checkpoint: Checkpoint | None = None,
         meter: Meter,
     ) -> None:
         self._module = module
@@ -54,6 +57,7 @@ class LayeredModel:
         self._streamer = streamer
         self._rows = rows
         self._columns = columns
+        self._checkpoint = checkpoint
         self.meter = meter
         self.causal = family.causal
         self.width: int = module.config.hidden_size
@@ -96,11 +100,10 @@ class LayeredModel:
             self._streamer.rewind()
 
     def close(self) -> None:
-        """Stop reading."""
-        if self._streamer is not None:
-            self._streamer.close()
-        if self._columns is not None:
-            self._columns.close()
+        """Stop reading, and close what was read."""
+        for part in (self._streamer, self._columns, self._checkpoint):
+            if part is not None:
+                part.close()
 
     def embed(self, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor) -> Tensor:
         """Hidden states before the first layer, ``[1, T, D]``, from int64 tensors ``[1, T]``."""
@@ -132,8 +135,28 @@ class LayeredModel:
         return output
 
 
-# accelerate patches torch.nn.Module while an empty model is built: one thread at a time makes modules.
-construction = Lock()
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Modules that this thread makes meanwhile take no memory for weights; their buffers have their values."""
+    with torch.device("meta"), _RealBuffers():
+        yield
+
+
+class _RealBuffers(TorchFunctionMode):
+    """Has tensors that are made with their values on the CPU. Weights are made empty, and filled afterwards."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # By torch.tensor([]) transformers asks whether weights are to be filled at all; they are not.
+        asks = func is torch.tensor and bool(args) and isinstance(args[0], list) and not args[0]
+        if func in _WITH_VALUES and not asks:
+            kwargs.setdefault("device", "cpu")
+        return func(*args, **kwargs)
+
+
+_WITH_VALUES = {torch.arange, torch.full, torch.linspace, torch.ones, torch.tensor, torch.zeros}
 
 
 def work_per_token(layer: nn.Module, width: int, dtype: torch.dtype, *, pruned: bool = False) -> int:
@@ -158,5 +181,5 @@ def bind(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Make tensors the parameters of a module, by their dotted names. Nothing is copied."""
     for name, weight in weights.items():
         owner, _, leaf = name.rpartition(".")
-        # Not by setattr: while accelerate builds another model, in another thread, that would lose the weight.
+        # Not by setattr: while another thread makes a model with accelerate, that would lose the weight.
         module.get_submodule(owner)._parameters[leaf] = nn.Parameter(weight, requires_grad=False)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor
 
 from grating_core.errors import CheckpointError, ColumnsError, ModelNotFoundError, UnsupportedModelError
 from grating_core.files import cache_directory
+from grating_core.lifetime import closed_on_error
 from grating_core.memory.checkpoint import Checkpoint, aligned_buffer
 from grating_core.memory.group import PIECE, TensorGroup
 from grating_core.memory.header import FLOATS, StoredTensor
@@ -26,7 +26,7 @@ from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.models.directory import blaming_config, end_tokens, read_config, weight_files
 from grating_core.models.families import FAMILIES
 from grating_core.models.fingerprint import fingerprint
-from grating_core.models.layered import bind, construction, work_per_token
+from grating_core.models.layered import bind, without_weights, work_per_token
 from grating_core.models.lens import Shape
 from grating_core.sparsity.columns import ColumnFile, ColumnSizes
 from grating_core.sparsity.masks import find_gated_mlp
@@ -78,7 +78,7 @@ class StoredModel:
         self._pruning = pruning
         self._config, self.family = read_config(directory)
         self._config._attn_implementation = attention
-        with blaming_config(directory / "config.json"), construction, init_empty_weights(include_buffers=False):
+        with blaming_config(directory / "config.json"), without_weights():
             self._module = self._build()
         self._module.eval().requires_grad_(False)
         try:
@@ -87,14 +87,23 @@ class StoredModel:
             raise ModelNotFoundError(
                 f"the weights cannot be read as safetensors ({error}); delete them and fetch the model again"
             ) from error
-        stored = {_modern_name(name): tensor for name, tensor in self._checkpoint.tensors.items()}
+        with closed_on_error(self._checkpoint):
+            self._take(self._checkpoint.tensors)
+
+    def close(self) -> None:
+        """Close the files, unless a model that was loaded from them reads them."""
+        self._checkpoint.close()
+
+    def _take(self, tensors: Mapping[str, StoredTensor]) -> None:
+        """Find a place for the stored tensors, as far as the module wants them."""
+        stored = {_modern_name(name): tensor for name, tensor in tensors.items()}
         for target, source in self._module.all_tied_weights_keys.items():
             if source in stored:
                 stored.setdefault(target, stored[source])
         self._tensors = self._match(stored, self._module.state_dict())
         self._sort()
-        if adapter is not None:
-            adapter.check(self._shapes(), [*self._head, _OUTPUT], self._table)
+        if self.adapter is not None:
+            self.adapter.check(self._shapes(), [*self._head, _OUTPUT], self._table)
 
     def _build(self) -> Any:
         """The module, with weights of any content."""
@@ -230,7 +239,8 @@ class StoredModel:
             if columns is not None:
                 columns.close()
             raise
-        if streamer is None and rows is None:
+        lasting = streamer is not None or rows is not None
+        if not lasting:
             self._checkpoint.close()
         return {
             "module": self._module,
@@ -240,6 +250,7 @@ class StoredModel:
             "streamer": streamer,
             "rows": rows,
             "columns": columns,
+            "checkpoint": self._checkpoint if lasting else None,
             "meter": meter,
         }
 

@@ -93,6 +93,11 @@ class ColumnCache:
         self._column[slots[slots != _NOWHERE]] = _NOWHERE
         self._slot[columns] = _NOWHERE
 
+    def clear(self) -> None:
+        """Take no column as in memory."""
+        self._slot[:] = _NOWHERE
+        self._column[:] = _NOWHERE
+
     def choose(self, magnitudes: NDArray[np.floating], count: int) -> Choice:
         """The columns for one token. Those that are not in memory take the place of the least frequently used.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from grating_core.errors import CheckpointError, ColumnsError, StorageError
 from grating_core.files import is_there, locked, replacing
+from grating_core.lifetime import Threads
 from grating_core.memory.checkpoint import Checkpoint, whole_sectors
 from grating_core.memory.header import FLOATS, StoredTensor
 
@@ -190,7 +191,7 @@ class ColumnFile:
                 raise
         except (CheckpointError, KeyError, OSError) as error:
             raise ColumnsError(f"{path} is no companion file ({error}); {_WAY_OUT}") from error
-        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="grating-columns")
+        self._readers = Threads(READERS, "grating-columns")
 
     def _check(self, fingerprint: str) -> None:
         with self.path.open("rb") as file:
@@ -211,8 +212,8 @@ class ColumnFile:
 
     def read(
         self, number: int, kind: Kind, columns: NDArray[np.int64], places: list[memoryview]
-    ) -> list[Future[None]]:
-        """Set going the reading of some columns.
+    ) -> Iterator[Future[None]]:
+        """Set going the reading of some columns, a share of them with every step of the iterator.
 
         Args:
             number: Of the layer, from 1.
@@ -222,18 +223,19 @@ class ColumnFile:
 
         Returns:
             What to wait for. A result raises CheckpointError if a column cannot be read or is damaged.
+
+        Raises:
+            RuntimeError: No thread can be had; the reads that have come are under way.
         """
         matrix = self._matrices[number, kind]
         runs = matrix.runs(columns)
         share = max(1, -(-len(runs) // READERS))
-        return [
-            self._readers.submit(matrix.read, runs[start : start + share], columns, places)
-            for start in range(0, len(runs), share)
-        ]
+        for start in range(0, len(runs), share):
+            yield self._readers.submit(matrix.read, runs[start : start + share], columns, places)
 
     def close(self) -> None:
         """Stop the threads and close the file."""
-        self._readers.shutdown(wait=True, cancel_futures=True)
+        self._readers.close()
         self._checkpoint.close()
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
+from grating_core.lifetime import tell_of_forks
 from grating_core.memory.checkpoint import aligned_buffer
 from grating_core.memory.meter import Meter
 from grating_core.sparsity.cache import Choice, ColumnCache
@@ -78,9 +79,20 @@ class ColumnTable:
         self._meter = meter
         self._rows = file.sizes.used(kind)
         self._held = torch.zeros(cache.capacity + 1, self._rows, dtype=file.sizes.dtype)
+        self._changing = False
+        tell_of_forks(self)
+
+    def after_fork(self) -> None:
+        """If another thread was at work, what it took for present may never have arrived: begin with nothing."""
+        if self._changing:
+            self._cache.clear()
+            for half in self._halves:
+                half.matrix.view(torch.uint8).numpy().fill(0)  # by numpy: torch's threads are not here
+            self._changing = False
 
     def fill(self) -> None:
         """Read as many columns as find room, so that the first tokens find something."""
+        self._changing = True
         columns = self._cache.fill()
         with self._reading(columns) as blocks:
             for block, matrix in blocks:
@@ -146,6 +158,7 @@ class ColumnTable:
         return total
 
     def _choose(self, magnitudes: Tensor, count: int) -> Choice:
+        self._changing = True
         choice = self._cache.choose(magnitudes.float().numpy(), count)
         self._meter.columns_wanted += count
         return choice
@@ -174,7 +187,8 @@ class ColumnTable:
         def begin(index: int) -> None:
             if index < len(blocks):
                 places = self._halves[index % 2].places
-                under_way.extend(self._file.read(self._number, self._kind, columns[blocks[index]], places))
+                for reading in self._file.read(self._number, self._kind, columns[blocks[index]], places):
+                    under_way.append(reading)  # one by one: if the next cannot begin, this one is waited for
 
         def arrivals() -> Iterator[tuple[slice, Tensor]]:
             for index, block in enumerate(blocks):
@@ -182,12 +196,15 @@ class ColumnTable:
                 begin(index + 1)
                 yield block, self._halves[index % 2].matrix
 
+        self._changing = True
         try:
             begin(0)
             yield arrivals()
         except BaseException:
             self._give_up(under_way, columns)
             raise
+        finally:
+            self._changing = False
         self._meter.columns_read += len(columns)
         self._meter.bytes_read += len(columns) * self._file.sizes.row_bytes(self._kind)
 
