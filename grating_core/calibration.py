@@ -117,6 +117,7 @@ def make_requests(
     candidates: int,
     count: int,
     seed: int = 0,
+    fewest: int = FEWEST_REQUESTS,
 ) -> list[Request]:
     """Requests like those that will come: queries, and the documents that have most words in common with each.
 
@@ -127,6 +128,7 @@ def make_requests(
         candidates: How many documents each request gets.
         count: The most requests that are made.
         seed: Of the choice of queries or documents.
+        fewest: How many queries there must be to choose from.
 
     Raises:
         ValueError: There are too few documents for that many candidates, or too few queries.
@@ -136,9 +138,10 @@ def make_requests(
         raise ValueError(f"documents has {len(texts)} texts, which is too few for requests of {candidates}")
     chance = random.Random(seed)
     asked = _leading_sentences(texts) if queries is None else [(query, None) for query in queries if query.strip()]
-    if len(asked) < FEWEST_REQUESTS:
+    if len(asked) < fewest:
+        purpose = " to fit a lens" if fewest == FEWEST_REQUESTS else ""
         raise ValueError(
-            f"there are {len(asked)} queries, which is too few to fit a lens: pass {FEWEST_REQUESTS} or more, or "
+            f"there are {len(asked)} queries, which is too few{purpose}: pass {fewest} or more, or "
             f"documents that begin with a title or sentence, of which they can be made"
         )
     chosen = chance.sample(asked, min(count, len(asked)))

@@ -1,0 +1,288 @@
+"""grating beside other ways to rerank, on the user's own texts: time, memory, and whether they agree.
+
+Each system computes the same requests in a process of its own, one after the other, with as many threads. Others
+get what suits them: sentence-transformers the batch size that is quickest here, OpenVINO one pair at a time.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import fmean, median
+from time import perf_counter
+from typing import Any
+
+import psutil
+from tqdm import tqdm
+
+Ranking = list[int]
+Rank = Callable[[str, list[str]], Ranking]
+Ways = Mapping[str, Rank]  # by what is said of them; the quickest counts
+
+_PATIENCE = 30  # seconds for a process that is done to end by itself
+_BATCH_SIZES = (1, 4, 32)  # of which the quickest is taken; 32 is what sentence-transformers takes by itself
+UNPRUNED, PRUNED = "grating, unpruned", "grating"
+SENTENCE_TRANSFORMERS, OPENVINO = "sentence-transformers", "OpenVINO"
+PEERS = {SENTENCE_TRANSFORMERS: "sentence_transformers", OPENVINO: "openvino"}
+"""Modules of the other systems, by name."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every system is given.
+
+    Attributes:
+        model: As :meth:`Reranker.from_pretrained` takes it.
+        directory: Where its files are.
+        requests: Queries with their documents.
+        top_k: How many are wanted.
+        rounds: How often each request is timed.
+        threads: To compute with.
+        max_length: Most tokens of a query and a document together.
+        settings: Other arguments of :meth:`Reranker.from_pretrained`.
+    """
+
+    model: str
+    directory: str
+    requests: Sequence[tuple[str, list[str]]]
+    top_k: int
+    rounds: int
+    threads: int
+    max_length: int
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a system took.
+
+    Attributes:
+        system: Its name.
+        setting: How it was used.
+        load_seconds: Loading, after imports.
+        seconds: Of a request: the mean over requests of the median over rounds.
+        peak_memory: The most bytes that its process had in memory while it reranked, imports included.
+        rankings: Of each request the indices of the top K, best first.
+        error: Why there is nothing of all this; None if there is.
+    """
+
+    system: str
+    setting: str = ""
+    load_seconds: float = 0.0
+    seconds: float = 0.0
+    peak_memory: int = 0
+    rankings: tuple[Ranking, ...] = ()
+    error: str | None = None
+
+
+def installed(peer: str) -> bool:
+    """Whether one of :data:`PEERS` is there."""
+    return find_spec(PEERS[peer]) is not None
+
+
+def agreement(found: Measured, reference: Measured) -> float:
+    """Mean share of the reference's top K that is in the other's."""
+    pairs = zip(found.rankings, reference.rankings, strict=True)
+    return fmean(len(set(ours) & set(theirs)) / max(1, len(theirs)) for ours, theirs in pairs)
+
+
+def measure(job: Job, systems: Sequence[str], *, show_progress: bool = False) -> list[Measured]:
+    """Let systems compute, one after the other.
+
+    Args:
+        job: What they compute.
+        systems: Some of :data:`UNPRUNED`, :data:`PRUNED` and :data:`PEERS`.
+        show_progress: Show a progress bar on standard error.
+
+    Returns:
+        What each took. One that fails has an ``error``, and the others go on.
+    """
+    steps = len(systems) * len(job.requests) * (job.rounds + 1)
+    with tqdm(total=steps, unit="request", disable=not show_progress) as bar:
+        found = []
+        for number, system in enumerate(systems, 1):
+            bar.set_description(system)
+            found.append(_in_a_process(job, system, bar))
+            bar.update(number * steps // len(systems) - bar.n)
+        return found
+
+
+def _in_a_process(job: Job, system: str, bar: Any) -> Measured:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(job, system, theirs), daemon=True)
+    with _new_processes(job.threads):
+        process.start()
+    theirs.close()
+    try:
+        while not isinstance(told := ours.recv(), Measured):
+            bar.update()
+        process.join(_PATIENCE)
+        return told
+    except EOFError:
+        process.join()
+        return Measured(system, error=f"its process ended with status {process.exitcode}")
+    finally:
+        ours.close()
+        process.kill()
+        process.join()
+        process.close()
+
+
+@contextmanager
+def _new_processes(threads: int) -> Iterator[None]:
+    """Let processes that are started now compute with so many threads, and leave an interrupt to this one."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    alone = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if alone else None
+    try:
+        yield
+    finally:
+        if alone:
+            signal.signal(signal.SIGINT, handler)
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def _work(job: Job, system: str, told: Connection) -> None:
+    """Measure one system in this process."""
+    sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - for their progress bars and warnings
+    try:
+        told.send(_measured(job, system, lambda: told.send(None)))
+    except Exception as error:  # whatever a foreign system raises is told in its line of the table
+        told.send(Measured(system, error=f"{type(error).__name__}: {error}".splitlines()[0]))
+
+
+def _measured(job: Job, system: str, step: Callable[[], None]) -> Measured:
+    import torch
+
+    torch.set_num_threads(job.threads)
+    load = _LOADERS[system]
+    started = perf_counter()
+    ways = load(job)
+    load_seconds = perf_counter() - started
+    setting, rank = _quickest(ways, *job.requests[0])
+    rankings = []
+    for query, documents in job.requests:  # the first round is not timed
+        rankings.append(rank(query, documents))
+        step()
+    gc.collect()
+    memory = _Memory()
+    seconds: list[list[float]] = [[] for _ in job.requests]
+    for _ in range(job.rounds):
+        for number, (query, documents) in enumerate(job.requests):
+            started = perf_counter()
+            rank(query, documents)
+            seconds[number].append(perf_counter() - started)
+            memory.look()
+            step()
+    taken = fmean(median(runs) for runs in seconds)
+    return Measured(system, setting, load_seconds, taken, memory.peak, tuple(rankings))
+
+
+def _quickest(ways: Mapping[str, Rank], query: str, documents: list[str]) -> tuple[str, Rank]:
+    """The way that takes least for a request; its name and itself. Nothing is tried if there is only one."""
+    if len(ways) > 1:
+        next(iter(ways.values()))(query, documents)  # the first call of all is not like the others
+    taken = {name: _seconds(rank, query, documents) if len(ways) > 1 else 0.0 for name, rank in ways.items()}
+    best = min(taken, key=taken.__getitem__)
+    return best, ways[best]
+
+
+class _Memory:
+    """The most memory that this process has from now on; exact on Linux, elsewhere as seen at each look."""
+
+    def __init__(self) -> None:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak of loading
+        self.peak = 0
+        self.look()
+
+    def look(self) -> None:
+        seen = psutil.Process().memory_info().rss
+        if sys.platform == "linux":
+            with suppress(OSError):
+                status = Path("/proc/self/status").read_text(encoding="utf-8")
+                seen = 1024 * int(status.split("VmHWM:")[1].split()[0])
+        self.peak = max(self.peak, seen)
+
+
+def _load_grating(job: Job, pruning: str) -> Ways:
+    from grating_core.reranker import Reranker
+
+    reranker = Reranker.from_pretrained(job.model, pruning=pruning, device="cpu", **job.settings)
+
+    def rank(query: str, documents: list[str]) -> Ranking:
+        return [ranked.index for ranked in reranker.rerank(query, documents, job.top_k).ranking]
+
+    return {f"{str(reranker.dtype).removeprefix('torch.')}, packed, pruning={pruning!r}": rank}
+
+
+def _load_sentence_transformers(job: Job) -> Ways:
+    from sentence_transformers import CrossEncoder
+
+    model = CrossEncoder(job.directory, device="cpu", max_length=job.max_length)
+
+    def rank_by(batch_size: int) -> Rank:
+        def rank(query: str, documents: list[str]) -> Ranking:
+            found = model.rank(query, documents, top_k=job.top_k, batch_size=batch_size, show_progress_bar=False)
+            return [int(entry["corpus_id"]) for entry in found]
+
+        return rank
+
+    sizes = ", ".join(map(str, _BATCH_SIZES))
+    return {f"float32, batch_size={size}, the quickest of {sizes}": rank_by(size) for size in _BATCH_SIZES}
+
+
+def _seconds(rank: Rank, query: str, documents: list[str]) -> float:
+    started = perf_counter()
+    rank(query, documents)
+    return perf_counter() - started
+
+
+def _load_openvino(job: Job) -> Ways:
+    import numpy as np
+    import openvino
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(job.directory)
+    model = AutoModelForSequenceClassification.from_pretrained(job.directory, attn_implementation="sdpa").eval()
+    pair = tokenizer("a question", "an answer", return_tensors="pt")
+    converted = openvino.convert_model(model, example_input=dict(pair))
+    settings = {"INFERENCE_NUM_THREADS": job.threads, "PERFORMANCE_HINT": "LATENCY"}
+    compiled = openvino.compile_model(converted, "CPU", settings)
+    names = {key: key for key in pair}
+    precision = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+    del model, converted
+
+    def rank(query: str, documents: list[str]) -> Ranking:
+        scores = []
+        for document in documents:
+            tokens = tokenizer(
+                query, document, truncation="only_second", max_length=job.max_length, return_tensors="np"
+            )
+            scores.append(compiled({name: tokens[name] for name in names})[0].item())
+        return [int(index) for index in np.argsort(-np.array(scores), kind="stable")[: job.top_k]]
+
+    return {f"{precision}, one pair at a time": rank}
+
+
+_LOADERS: dict[str, Callable[[Job], Ways]] = {
+    SENTENCE_TRANSFORMERS: _load_sentence_transformers,
+    OPENVINO: _load_openvino,
+    UNPRUNED: lambda job: _load_grating(job, "off"),
+    PRUNED: lambda job: _load_grating(job, "auto"),
+}
