@@ -17,14 +17,14 @@ from grating_core.errors import (
     TraceError,
     UnsupportedModelError,
 )
-from grating_core.pruning import ClusterPolicy, Off, PruningPolicy, Route
-from grating_core.results import LayerTrace, RankedDocument, RerankResult, Trace
 
 if TYPE_CHECKING:
     from grating_core.context import Passage, join_passages, select_context
     from grating_core.generation import Generation, StreamedCausalLM
     from grating_core.models.prompts import Prompt
+    from grating_core.pruning import ClusterPolicy, Off, PruningPolicy, Route
     from grating_core.reranker import Reranker
+    from grating_core.results import LayerTrace, RankedDocument, RerankResult, Trace
 
 __version__ = "0.1.0"
 
@@ -59,13 +59,22 @@ __all__ = [
 ]
 
 
-# On first use: they bring in torch and transformers, which take seconds that `grating --help` should not.
+# On first use: they bring in torch, transformers and scikit-learn, which take seconds that `grating --help` should
+# not.
 _LATE = {
+    "ClusterPolicy": "pruning",
     "Generation": "generation",
+    "LayerTrace": "results",
+    "Off": "pruning",
     "Passage": "context",
     "Prompt": "models.prompts",
+    "PruningPolicy": "pruning",
+    "RankedDocument": "results",
+    "RerankResult": "results",
     "Reranker": "reranker",
+    "Route": "pruning",
     "StreamedCausalLM": "generation",
+    "Trace": "results",
     "join_passages": "context",
     "select_context": "context",
 }

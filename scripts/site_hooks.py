@@ -53,7 +53,7 @@ def on_page_content(html: str, page: Page, **_: Any) -> str:
 
 def _command_reference() -> str:
     """The commands and their options as typer describes them, a level below the page's title."""
-    call = [sys.executable, "-m", "typer", "grating_core.cli", "utils", "docs", "--name", "grating"]
+    call = [sys.executable, "-m", "typer", "grating_core.cli.commands", "utils", "docs", "--name", "grating"]
     described = subprocess.run(call, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     return described[described.index("## ") :]
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from grating_core.cli.options import InputOptions, Instruction, ModelName, ModelOptions, Target, TemplateName, TopK
-from grating_core.cli.output import out
+from grating_core.cli.output import show
 from grating_core.cli.tables import plain_table
 from grating_core.inputs import read_documents
 
@@ -38,7 +38,7 @@ def calibrate(
     """Fit a lens to a model on your own texts, so that it prunes early and keeps what it promises."""
     if queries and len(queries) != len(corpus):
         raise ValueError(f"there are {len(queries)} files of queries for {len(corpus)} of documents")
-    how = vars(how_stored)
+    how = how_stored.reading
     documents = {str(path): read_documents(str(path), **how) for path in corpus}
     asked = {
         str(path): read_documents(str(file), **how) for path, file in zip(corpus, queries or (), strict=False)
@@ -60,15 +60,15 @@ def calibrate(
     table = plain_table("layer", "γ of its estimates")
     for layer, gamma in enumerate(summary.gammas):
         table.add_row(str(layer), f"{gamma:.2f}")
-    out.print(table)
-    out.print(
+    show(table)
+    show(
         f"Fitted on {summary.fitted} requests. On {summary.measured} others with {summary.candidates} candidates, "
         f"top {summary.top_k}, target {summary.target:.2f}: compute share {summary.compute_share:.2f}, "
         f"{summary.agreement:.1%} of the full model's top {summary.top_k} kept."
     )
     if summary.compute_share == 1:
-        out.print(
+        show(
             f"That is: nothing will be pruned. {summary.measured} requests are evidence for a target of "
             f"{1 - 1 / (summary.measured + 1):.3f} at most: take more --requests, or a lower --target."
         )
-    out.print(f"The lens is in {output}." if output else "From now on pruning='auto' finds it for this model.")
+    show(f"The lens is in {output}." if output else "From now on pruning='auto' finds it for this model.")

@@ -6,10 +6,9 @@ from statistics import median
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.text import Text
 
-from grating_core.cli.options import BUNDLED, TopK
-from grating_core.cli.output import err, out
+from grating_core.cli.options import BUNDLED, TopK, not_blank
+from grating_core.cli.output import show, tell
 from grating_core.cli.tables import plain_table, ranking_table
 
 if TYPE_CHECKING:
@@ -17,27 +16,29 @@ if TYPE_CHECKING:
 
 
 def demo(
-    query: Annotated[str | None, typer.Option("--query", "-q", help="Your own question about Python.")] = None,
+    query: Annotated[
+        str | None, typer.Option("--query", "-q", help="Your own question about Python.", callback=not_blank)
+    ] = None,
     top_k: TopK = 5,
-    candidates: Annotated[int, typer.Option(help="Passages that BM25 picks.")] = 50,
+    candidates: Annotated[int, typer.Option(min=1, help="Passages that BM25 picks.")] = 50,
 ) -> None:
     """Answer a question from the Python language reference: BM25 picks 50 passages, the reranker returns 5."""
     from grating_core.demo import QUESTION, first_stage, load_passages
 
     query = query or QUESTION
     passages = load_passages()
-    err.print(f"Passages of the Python language reference: {len(passages)}. BM25 picks {candidates} ...")
+    tell(f"Passages of the Python language reference: {len(passages)}. BM25 picks {candidates} ...")
     found = first_stage(query, passages, candidates)
     pruned = _measured("auto", query, found, top_k)
     full = _measured("off", query, found, top_k)
-    out.print(Text(f"\n{query}", style="bold"))
-    out.print(ranking_table(pruned[0]))
+    show(f"\n{query}", style="bold")
+    show(ranking_table(pruned[0]))
     table = plain_table("", "seconds", "compute share", f"same top {top_k}")
     winners = {ranked.index for ranked in full[0].ranking}
     for name, (result, seconds) in {"unpruned": full, "pruning='auto'": pruned}.items():
         same = len(winners & {ranked.index for ranked in result.ranking})
         table.add_row(name, f"{seconds:.3f}", f"{result.trace.compute_share:.2f}", f"{same} of {len(winners)}")
-    out.print(table)
+    show(table)
 
 
 def _measured(pruning: str, query: str, documents: list[str], top_k: int) -> tuple[RerankResult, float]:
@@ -45,6 +46,6 @@ def _measured(pruning: str, query: str, documents: list[str], top_k: int) -> tup
     from grating_core.reranker import Reranker
 
     with Reranker.from_pretrained(BUNDLED, pruning=pruning, show_progress=True) as reranker:
-        err.print(f"Reranking with pruning={pruning!r} ...", markup=False, highlight=False)
+        tell(f"Reranking with pruning={pruning!r} ...")
         results = [reranker.rerank(query, documents, top_k) for _ in range(4)]
     return results[-1], median(result.trace.seconds for result in results[1:])

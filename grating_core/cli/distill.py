@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from grating_core.cli.options import Device, Dtype, InputOptions
-from grating_core.cli.output import err, out
+from grating_core.cli.output import err, show, tell
 from grating_core.cli.tables import plain_table
 from grating_core.inputs import read_documents
 
@@ -29,7 +29,9 @@ def distill(
     dtype: Dtype = "auto",
 ) -> None:
     """Train an adapter that makes up for pruned MLPs. The same command goes on where it stopped."""
-    texts = [document for path in text for document in read_documents(str(path), **vars(how_stored), plain="text")]
+    texts = [
+        document for path in text for document in read_documents(str(path), **how_stored.reading, plain="text")
+    ]
     with err.status("Loading ..."):
         from grating_core.sparsity.distill import distill as train
     try:
@@ -49,12 +51,12 @@ def distill(
             show_progress=True,
         )
     except KeyboardInterrupt:
-        err.print(f"Stopped. The same command goes on from the last state in {output}, if there is one.")
+        tell(f"Stopped. The same command goes on from the last state in {output}, if there is one.")
         raise typer.Exit(130) from None
     table = plain_table(f"on {found.held_out:,} tokens held out", "perplexity", "", "KL to dense")
     table.add_row("dense", f"{found.dense:.2f}")
     for name, loss in {"pruned": found.pruned, "pruned, with the adapter": found.recovered}.items():
         cost = f"{loss.perplexity / found.dense - 1:+.1%}"
         table.add_row(name, f"{loss.perplexity:.2f}", cost, f"{loss.divergence:.4f}")
-    out.print(table)
-    out.print(f"Trained on {found.trained:,} tokens. The adapter is in {found.directory}: give it as --adapter.")
+    show(table)
+    show(f"Trained on {found.trained:,} tokens. The adapter is in {found.directory}: give it as --adapter.")

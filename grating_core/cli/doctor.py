@@ -5,47 +5,86 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
+from typing import Any
 
-from grating_core.cli.options import BUNDLED
-from grating_core.cli.output import out
+from grating_core.cli.options import BUNDLED, AsJson
+from grating_core.cli.output import err, show, write_json
 from grating_core.cli.tables import plain_table
 from grating_core.errors import GratingError
 
+_PACKAGES = (
+    "grating-core",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "langchain-grating",
+    "llama-index-postprocessor-grating",
+    "matplotlib",
+    "onnx",
+)
 
-def doctor() -> None:
+
+def doctor(as_json: AsJson = False) -> None:
     """Show versions, the device and dtype that will be used and why, and where the caches are."""
+    with err.status("Looking ..."):
+        found = _found()
+    if as_json:
+        write_json(found)
+        return
+    table = plain_table("what", "found")
+    table.add_row("python", f"{found['python']} on {found['platform']}")
+    for package, version in found["packages"].items():
+        table.add_row(package, version or "not installed")
+    table.add_row("device", f"{found['device']} (CUDA: {found['cuda']}, MPS: {found['mps']})")
+    table.add_row("dtype", f"{found['dtype']}: {found['dtype_reason']}")
+    table.add_row("threads", f"{found['threads']} of {found['processors']} processors")
+    table.add_row("grating's cache", found["cache"])
+    table.add_row("hub cache", f"{found['hub_cache']}{', offline' if found['hub_offline'] else ''}")
+    table.add_row("bundled model", found["bundled_model"])
+    show(table)
+
+
+def _found() -> dict[str, Any]:
     import torch
     from huggingface_hub import constants
 
     from grating_core.files import cache_directory
-    from grating_core.models.bundled import bundled_source
     from grating_core.models.placement import choose_device, choose_dtype
 
     device = choose_device(None)
     dtype, reason = choose_dtype("auto", device)
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {package: _version(package) for package in _PACKAGES},
+        "device": str(device),
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "dtype_reason": reason,
+        "threads": torch.get_num_threads(),
+        "processors": os.cpu_count(),
+        "cache": str(cache_directory()),
+        "hub_cache": str(constants.HF_HUB_CACHE),
+        "hub_offline": bool(constants.HF_HUB_OFFLINE),
+        "bundled_model": _bundled_state(),
+    }
+
+
+def _bundled_state() -> str:
+    from grating_core.models.bundled import bundled_directory, bundled_source
+
+    if (directory := bundled_directory(BUNDLED)).is_dir():
+        return f"converted, in {directory}"
     try:
         bundled_source(BUNDLED)
-        bundled = "ready to be converted, or converted"
     except GratingError as error:
-        bundled = str(error)
-    table = plain_table("what", "found")
-    table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
-    for package in ("grating-core", "torch", "transformers", "tokenizers", "langchain-grating",
-                    "llama-index-postprocessor-grating", "matplotlib", "onnx"):  # fmt: skip
-        table.add_row(package, _version(package))
-    table.add_row(
-        "device", f"{device} (CUDA: {torch.cuda.is_available()}, MPS: {torch.backends.mps.is_available()})"
-    )
-    table.add_row("dtype", f"{str(dtype).removeprefix('torch.')}: {reason}")
-    table.add_row("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors")
-    table.add_row("grating's cache", str(cache_directory()))
-    table.add_row("hub cache", f"{constants.HF_HUB_CACHE}{', offline' if constants.HF_HUB_OFFLINE else ''}")
-    table.add_row("bundled model", bundled)
-    out.print(table)
+        return str(error)
+    return "ready to be converted on first use"
 
 
-def _version(package: str) -> str:
+def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return None

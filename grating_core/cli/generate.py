@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from grating_core.cli.options import GeneratorOptions
-from grating_core.cli.output import err
+from grating_core.cli.output import err, tell, write, write_text
+from grating_core.inputs import read_documents
 
 if TYPE_CHECKING:
     from grating_core.generation import Generation, StreamedCausalLM
@@ -19,14 +19,18 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text, or - for standard input.")],
     settings: GeneratorOptions,
     chat: Annotated[bool, typer.Option("--chat/--raw", help="Answer it as a message, or just go on.")] = True,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to generate.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token always.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Probability of the tokens that are picked from.")] = 1.0,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens to generate.")
+    ] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token always.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Probability of the tokens that are picked from.")
+    ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of the random numbers; another every time by default.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends it; several may be given.")] = None,
 ) -> None:
     """Answer a prompt with a language model, which need not fit into memory."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = read_documents("-", format="text")[0] if prompt == "-" else prompt
     with err.status("Loading ..."):
         from grating_core.generation import StreamedCausalLM
 
@@ -41,7 +45,7 @@ def generate(
             seed=seed,
             stop=stop or (),
         )
-    err.print(_speed_line(generation), style="dim")
+    tell(_speed_line(generation), "dim")
 
 
 def _written(model: StreamedCausalLM, prompt: Any, **how: Any) -> Generation:
@@ -49,9 +53,9 @@ def _written(model: StreamedCausalLM, prompt: Any, **how: Any) -> Generation:
     stream = model.stream(prompt, **how)
     while True:
         try:
-            typer.echo(next(stream), nl=False)
+            write_text(next(stream))
         except StopIteration as end:
-            typer.echo()
+            write("\n")
             generation: Generation = end.value
             return generation
 

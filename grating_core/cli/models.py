@@ -2,59 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from grating_core.cli.options import MlpDensity, ModelName, ModelOptions, TemplateName
-from grating_core.cli.output import err, out
+from grating_core.cli.options import AsJson, GivenBudget, MlpDensity, ModelName, ModelOptions, TemplateName
+from grating_core.cli.output import err, show, show_whole, write_json
 from grating_core.cli.tables import plain_table
 from grating_core.errors import GratingError
 
 
-def models() -> None:
+def models(as_json: AsJson = False) -> None:
     """List the models that are bundled, cached and supported."""
+    from grating_core.models.families import FAMILIES
+
+    found = [*_bundled(), *_cached()]
+    if as_json:
+        write_json({"models": found, "supported": list(FAMILIES)})
+        return
+    table = plain_table("model", "kind", "layers", "size")
+    for model in found:
+        size = "made on first use" if model["bytes"] is None else f"{model['bytes'] / 1e6:,.0f} MB"
+        table.add_row(model["name"], model["kind"], str(model["layers"] or ""), size)
+    show_whole(table)
+    show("Supported, as safetensors and if classifiers with one label: " + ", ".join(FAMILIES) + ".")
+
+
+def _bundled() -> Iterator[dict[str, Any]]:
+    from grating_core.models.bundled import BUNDLED_MODELS, bundled_directory
+
+    for name in BUNDLED_MODELS:
+        directory = bundled_directory(name)
+        made = directory.is_dir()
+        yield {"name": name, "kind": "bundled", "path": str(directory)} | _described(directory if made else None)
+
+
+def _cached() -> Iterator[dict[str, Any]]:
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
-    from grating_core.models.bundled import BUNDLED_MODELS, bundled_directory
-    from grating_core.models.families import FAMILIES
-
-    table = plain_table("model", "kind", "layers", "size", "where")
-    for name in BUNDLED_MODELS:
-        directory = bundled_directory(name)
-        if directory.is_dir():
-            table.add_row(name, "bundled", *_described(directory), str(directory))
-        else:
-            table.add_row(name, "bundled", "", "", "made on first use")
     try:
         cached = scan_cache_dir().repos
-    except CacheNotFound:
-        cached = frozenset()
+    except (CacheNotFound, ValueError, OSError):  # none, or none that may be read
+        return
     for repo in sorted((repo for repo in cached if repo.repo_type == "model"), key=lambda repo: repo.repo_id):
+        if not repo.revisions:
+            continue
         snapshot = max(repo.revisions, key=lambda revision: revision.last_modified).snapshot_path
         try:
-            table.add_row(repo.repo_id, "hub cache", *_described(snapshot), str(snapshot))
-        except GratingError:
+            yield {"name": repo.repo_id, "kind": "hub cache", "path": str(snapshot)} | _described(snapshot)
+        except (GratingError, OSError):
             continue  # not a reranker that grating runs
-    out.print(table)
-    out.print("Supported, as safetensors and if classifiers with one label: " + ", ".join(FAMILIES) + ".")
 
 
-def _described(directory: Path) -> tuple[str, str]:
+def _described(directory: Path | None) -> dict[str, Any]:
     from grating_core.models.directory import describe_weights
 
-    described = describe_weights(directory)
-    return str(described["layers"]), f"{described['bytes'] / 1e6:,.0f} MB"
+    if directory is None:
+        return {"architecture": None, "layers": None, "bytes": None}
+    return describe_weights(directory)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedOptions(ModelOptions):
     """Arguments of ``plan_memory``."""
 
-    memory_budget: Annotated[str, typer.Option(help="Memory it may take, such as 300MB.")] = field()
+    memory_budget: GivenBudget = field()
     template: TemplateName = None
     mlp_density: MlpDensity = None
 
@@ -64,6 +80,7 @@ def plan(
     settings: PlannedOptions,
     candidates: Annotated[int, typer.Option(min=1, help="Documents of a request.")] = 20,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each of them with the query.")] = 500,
+    as_json: AsJson = False,
 ) -> None:
     """Show what a memory budget is spent on, and what a request will read from disk and write to it."""
     with err.status("Looking at the model ..."):
@@ -77,6 +94,26 @@ def plan(
         tokenizer = resident_memory() - before
         del loaded
     request = candidates * min(tokens, window)
+    spilled = planned.bytes_spilled(request)
+    if as_json:
+        write_json(
+            {
+                "budget": planned.budget,
+                "parts": planned.parts,
+                "total": planned.total,
+                "tokenizer": tokenizer,
+                "layers": len(planned.sizes.layers),
+                "resident_layers": len(planned.resident),
+                "window": window,
+                "request": {
+                    "candidates": candidates,
+                    "tokens": request,
+                    "bytes_read": planned.bytes_read(),
+                    "bytes_spilled": spilled,
+                },
+            }
+        )
+        return
     table = plain_table("what", "MB", "")
     details = {
         "resident layers": f"{len(planned.resident)} of {len(planned.sizes.layers)}",
@@ -89,11 +126,11 @@ def plan(
         table.add_row(part, f"{size / 1e6:,.1f}", details.get(part, ""))
     table.add_row("together", f"{planned.total / 1e6:,.1f}", f"of a budget of {planned.budget / 1e6:,.1f}")
     table.add_row("the tokenizer, beside the budget", f"{tokenizer / 1e6:,.1f}", "as just measured")
-    out.print(table)
-    spilled = planned.bytes_spilled(request) / 1e6
-    out.print(
+    show(table)
+    spills = f"writes and reads {spilled / 1e6:,.0f} MB of hidden states."
+    show(
         f"A request of {candidates} candidates, {request:,} tokens, reads {planned.bytes_read() / 1e6:,.0f} MB of "
         f"weights and the embedding rows it lacks; "
-        + (f"writes and reads {spilled:,.0f} MB of hidden states." if spilled else "no hidden states are spilled.")
+        + (spills if spilled else "no hidden states are spilled.")
         + (" Of the MLPs each chunk reads the columns that it uses and lacks." if planned.sizes.columns else "")
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import os
+import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -15,27 +17,111 @@ from grating_core.inputs import Format
 
 BUNDLED = "bundled:ms-marco-minilm-l12"
 
-Query = Annotated[str, typer.Option("--query", "-q", help="The question.")]
-Input = Annotated[str, typer.Option("--input", "-i", help="File of documents, or - for standard input.")]
-InputFormat = Annotated[Format, typer.Option("--format", help="How the documents are stored.")]
-Field = Annotated[str, typer.Option(help="JSON field or CSV column that holds the text.")]
-TopK = Annotated[int, typer.Option("--top-k", "-k", help="How many to return.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+_PANELS = ("input", "output", "model", "pruning", "memory", "hub")  # in the order of the help
+in_panel = {name: partial(typer.Option, rich_help_panel=name.capitalize()) for name in _PANELS}
+
+
+def matching(pattern: str, told: str) -> Callable[[Any], Any]:
+    """A callback that refuses what a pattern does not match, before anything is imported."""
+
+    def check(value: Any) -> Any:
+        if value is not None and not re.fullmatch(pattern, value.strip()):
+            raise typer.BadParameter(f"{value!r} is not {told}.")
+        return value
+
+    return check
+
+
+def _check_share(value: Any) -> Any:
+    if value is not None and not 0 < value < 1:
+        raise typer.BadParameter(f"{value} is not between 0 and 1.")
+    return value
+
+
+def _check_density(value: Any) -> Any:
+    if value is not None and not 0 < value <= 1:
+        raise typer.BadParameter(f"{value} is not above 0 and at most 1.")
+    return value
+
+
+def writable(path: Any) -> Any:
+    """Refuse a file that could not be written, before anything is computed for it."""
+    if path is not None and (path.exists() and not path.is_file()):
+        raise typer.BadParameter(f"{str(path)!r} is not a regular file.")
+    if path is not None and not os.access(path.parent, os.W_OK | os.X_OK):
+        raise typer.BadParameter(f"there is no directory {str(path.parent)!r} that may be written to.")
+    return path
+
+
+def not_blank(value: Any) -> Any:
+    """Refuse an empty question."""
+    if value is not None and not value.strip():
+        raise typer.BadParameter("it is empty.")
+    return value
+
+
+_SIZE = matching(r"(?i)0*[1-9]\d*|\d+(\.\d+)?\s*[KMG]I?B", "a size such as 300MB or 1.5GiB")
+
+Query = Annotated[str, typer.Option("--query", "-q", help="The question.", callback=not_blank)]
+Input = Annotated[str, in_panel["input"]("--input", "-i", help="File of documents, or - for standard input.")]
+TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="How many to return.")]
+AsJson = Annotated[bool, in_panel["output"]("--json", help="Print JSON.")]
 ModelName = Annotated[str, typer.Argument(help="Hub id, local directory or bundled name.")]
 
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best there is by default.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-MaxLength = Annotated[int | None, typer.Option(help="Most tokens of query and document together.")]
-TemplateName = Annotated[str | None, typer.Option(help="Official prompt of a decoder, if its name does not tell.")]
-Instruction = Annotated[str | None, typer.Option(help="What to judge by, for models that take an instruction.")]
-Adapter = Annotated[str | None, typer.Option(help="LoRA adapter: directory or hub id.")]
-Budget = Annotated[str | None, typer.Option(help="Memory it may take, such as 300MB; no bound by default.")]
-MlpDensity = Annotated[float | None, typer.Option(help="Share of the MLPs' weights that is used; all by default.")]
-Target = Annotated[float, typer.Option(help="Share of the full model's top K that a lens promises to keep.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], in_panel["model"](help="What the layers compute in.")
+]
+Device = Annotated[
+    str | None,
+    in_panel["model"](
+        help="cpu, cuda, cuda:N or mps; the best there is by default.",
+        callback=matching(r"cpu|mps|cuda(:\d+)?", "cpu, cuda, cuda:N or mps"),
+    ),
+]
+MaxLength = Annotated[int | None, in_panel["model"](min=1, help="Most tokens of query and document together.")]
+TemplateName = Annotated[
+    str | None, in_panel["model"](help="Official prompt of a decoder, if its name does not tell.")
+]
+Instruction = Annotated[str | None, in_panel["model"](help="What to judge by, if the model takes an instruction.")]
+Adapter = Annotated[str | None, in_panel["model"](help="LoRA adapter: directory or hub id.")]
+Budget = Annotated[
+    str | None,
+    in_panel["memory"](help="Memory it may take, such as 300MB; no bound by default.", callback=_SIZE),
+]
+GivenBudget = Annotated[str, in_panel["memory"](help="Memory it may take, such as 300MB.", callback=_SIZE)]
+MlpDensity = Annotated[
+    float | None,
+    in_panel["memory"](help="Share of the MLPs' weights that is used; all by default.", callback=_check_density),
+]
+Target = Annotated[
+    float,
+    in_panel["pruning"](help="Share of the full model's top K that a lens promises.", callback=_check_share),
+]
+Output = Annotated[
+    Path | None,
+    in_panel["output"](
+        "--output", "-o", help="Write it to this file; standard output by default.", callback=writable
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class HubOptions:
+    """How the hub is asked. The token is no option, which others could see: ``HF_TOKEN`` has it."""
+
+    revision: Annotated[
+        str | None, in_panel["hub"](help="Branch, tag or commit of the model; the newest by default.")
+    ] = None
+    cache_dir: Annotated[
+        Path | None, in_panel["hub"](help="Where the hub's files are kept; the hub's own place by default.")
+    ] = None
+    local_files_only: Annotated[
+        bool, in_panel["hub"]("--local-files-only", help="Use what is kept there, without asking the hub.")
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(HubOptions):
     """Arguments of both ``from_pretrained``: how a model is loaded."""
 
     device: Device = None
@@ -49,14 +135,20 @@ class ModelOptions:
 class RerankerOptions(ModelOptions):
     """Arguments of :meth:`Reranker.from_pretrained`."""
 
-    model: Annotated[str, typer.Option("--model", "-m", help="Hub id, local directory or bundled name.")] = BUNDLED
+    model: Annotated[str, in_panel["model"]("--model", "-m", help="Hub id, local directory or bundled name.")] = (
+        BUNDLED
+    )
     template: TemplateName = None
     instruction: Instruction = None
     mlp_density: MlpDensity = None
-    pruning: Annotated[str, typer.Option(help="auto, cluster or off.")] = "auto"
+    pruning: Annotated[
+        Literal["auto", "cluster", "off"], in_panel["pruning"](help="How candidates are dropped early.")
+    ] = "auto"
     target: Target = 0.98
-    guarantee: Annotated[str, typer.Option(help="share, or set: the whole top K, so often.")] = "share"
-    lens: Annotated[Path | None, typer.Option(help="Lens to prune by; the model's own by default.")] = None
+    guarantee: Annotated[
+        Literal["share", "set"], in_panel["pruning"](help="set: the whole top K is kept, so often.")
+    ] = "share"
+    lens: Annotated[Path | None, in_panel["pruning"](help="Lens to prune by; the model's own by default.")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +156,8 @@ class RankingOptions(RerankerOptions):
     """The same where documents are ranked as they are."""
 
     long_documents: Annotated[
-        str, typer.Option(help="truncate, or windows: the best window of a document counts.")
+        Literal["truncate", "windows"],
+        in_panel["model"](help="windows: the best window of a document counts."),
     ] = "truncate"
 
 
@@ -73,15 +166,24 @@ class GeneratorOptions(ModelOptions):
     """Arguments of :meth:`StreamedCausalLM.from_pretrained`."""
 
     mlp_density: MlpDensity = None
-    max_length: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")] = None
+    max_length: Annotated[
+        int | None, in_panel["model"](min=1, help="Most tokens of prompt and answer together.")
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputOptions:
     """How a file of documents is read."""
 
-    format: InputFormat = "auto"
-    field: Field = "text"
+    input_format: Annotated[
+        Format, in_panel["input"](help="How the documents are stored; auto goes by the file.")
+    ] = "auto"
+    field: Annotated[str, in_panel["input"](help="JSON field or CSV column that holds the text.")] = "text"
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The same as arguments of :func:`read_records`."""
+        return {"format": self.input_format, "field": self.field}
 
 
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
@@ -95,6 +197,8 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
         else:
             parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
 
+    parameters.sort(key=_panel)
+
     @wraps(command)
     def call(**given: Any) -> None:
         made = {
@@ -106,6 +210,11 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call
+
+
+def _panel(parameter: inspect.Parameter) -> int:
+    panel = getattr(parameter.annotation.__metadata__[0], "rich_help_panel", None)
+    return _PANELS.index(panel.lower()) + 1 if panel else 0
 
 
 def _options(group: Any) -> list[inspect.Parameter]:

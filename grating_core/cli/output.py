@@ -1,24 +1,151 @@
-"""Where results and messages go."""
+"""Where results and messages go, and how text that others wrote is shown in a terminal."""
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.text import Text
 
-out = Console()
-err = Console(stderr=True)
+from grating_core.errors import StorageError
+from grating_core.files import replacing
+
+_FILE_WIDTH = 120  # columns of a table that goes into a file
+
+# What a terminal obeys or hides: control characters, marks that turn the direction of writing, characters without
+# width, tags. A joiner is left where it joins (emoji, Persian, Hindi), a variation selector where it stands alone.
+_HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200e\u200f"
+    "\u2028-\u202e\u2060-\u206f\u3164\ud800-\udfff\ufeff\uffa0\ufff0-\ufffb"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+    "|(?<![^\x00-\x7f])[\u200c\u200d]|[\u200c\u200d](?![^\x00-\x7f])"
+    "|(?<=[\u200c\u200d\ufe00-\ufe0f])[\ufe00-\ufe0f]"
+)
 
 
-def print_json(value: dict[str, Any]) -> None:
-    """Write a value to standard output."""
-    json.dump(value, sys.stdout, ensure_ascii=False, indent=2)
-    sys.stdout.write("\n")
+def visible(text: str) -> str:
+    r"""A text as a terminal may be given it: what the terminal would obey or hide is written as ``\x1b``."""
+    return _HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
+
+
+class _PlainConsole(Console):
+    """Strings are text: no markup, no emoji by name, nothing that a terminal would obey."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(visible(text), **how)
+
+
+err = _PlainConsole(stderr=True)
+
+
+def forgive_encodings() -> None:
+    """Let what the encoding of standard output or standard error lacks be written as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def write(text: str, path: Path | None = None) -> None:
+    """Write a text as it is.
+
+    Args:
+        text: All of a result, or a part of it if it goes to standard output.
+        path: The file that it becomes; None for standard output.
+
+    Raises:
+        OSError: It cannot be written; the message says where to.
+    """
+    try:
+        if path is None:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        else:
+            data = text.encode("utf-8", "backslashreplace")
+            with replacing(path.resolve(), len(data)) as file:
+                file.write(data)
+    except (BrokenPipeError, StorageError):
+        raise
+    except OSError as error:
+        raise OSError(error.errno, f"standard output cannot be written: {error.strerror or error}") from error
+
+
+def write_text(text: str) -> None:
+    """Write text that others wrote to standard output: as it is into a pipe, made visible in a terminal."""
+    write(visible(text) if sys.stdout.isatty() else text)
+
+
+def show(*renderables: RenderableType, path: Path | None = None, style: str | None = None) -> None:
+    """Write strings and tables.
+
+    Args:
+        renderables: One below the other.
+        path: The file that they become; None for standard output.
+        style: Of a line in a terminal.
+    """
+    write(_rendered(renderables, _console(_FILE_WIDTH if path else None, terminal=path is None), style), path)
+
+
+def show_whole(table: RenderableType) -> None:
+    """Write a table with all its columns as wide as they are, though the terminal be narrower."""
+    needed = _console(10_000).measure(table).maximum
+    write(_rendered([table], _console(max(needed, _console().width))))
+
+
+def _console(width: int | None = None, *, terminal: bool = True) -> Console:
+    """One that keeps what is printed, as it is to look like on standard output."""
+    colours = terminal and sys.stdout.isatty()
+    return _PlainConsole(file=io.StringIO(), width=width, force_terminal=colours)
+
+
+def _rendered(renderables: Iterable[RenderableType], console: Console, style: str | None = None) -> str:
+    for renderable in renderables:
+        console.print(renderable, style=style)
+    return str(console.file.getvalue())  # type: ignore[attr-defined]
+
+
+def write_json(value: Any, path: Path | None = None) -> None:
+    """Write a value as JSON, to a file or to standard output."""
+    write(_as_json(value, path, indent=2) + "\n", path)
+
+
+def write_json_lines(values: Iterable[Any], path: Path | None = None) -> None:
+    """Write each value as a line of JSON, to a file or to standard output."""
+    write("".join(_as_json(value, path, indent=None) + "\n" for value in values), path)
+
+
+def _as_json(value: Any, path: Path | None, indent: int | None) -> str:
+    encoding = "utf-8" if path is not None else getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        text = json.dumps(value, ensure_ascii="utf" not in encoding.lower(), indent=indent)
+    except RecursionError as error:
+        raise ValueError("a record is nested too deeply to be written as JSON") from error
+    # Of equal value: what would act on a terminal, or is no character at all, goes as JSON's own escape.
+    return _HIDDEN.sub(lambda found: json.dumps(found[0])[1:-1], text)
+
+
+def tell(message: str, style: str = "") -> None:
+    """Write a sentence to standard error, if that is possible."""
+    with suppress(OSError):
+        err.print(message, style=style)
+
+
+def told(error: Exception) -> str:
+    """What an error says, without the number that the system has for it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
 
 
 def tell_error(message: str) -> None:
     """Say on standard error why a command could not do what it was asked."""
-    err.print(Text(f"Error: {message}", style="red"))
+    tell(f"Error: {message}", "red")

@@ -2,75 +2,185 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from grating_core.cli.options import AsJson, Input, InputOptions, Query, RankingOptions, TopK
-from grating_core.cli.output import err, out, print_json
+from grating_core.cli.options import (
+    AsJson,
+    Input,
+    InputOptions,
+    Output,
+    Query,
+    RankingOptions,
+    TopK,
+    in_panel,
+    writable,
+)
+from grating_core.cli.output import err, show, tell, write_json, write_json_lines
 from grating_core.cli.tables import closing_line, ranking_table, trace_table
-from grating_core.inputs import read_documents
+from grating_core.inputs import Record, read_records
 
 if TYPE_CHECKING:
     from grating_core.results import RerankResult
 
+
+@dataclass(frozen=True, kw_only=True)
+class RecordOptions(InputOptions):
+    """How documents are read that come back with all that they were stored with."""
+
+    id_field: Annotated[
+        str | None, in_panel["input"](help="JSON field or CSV column that names a document; id if there is one.")
+    ] = None
+
+
 Scores = Annotated[
-    Literal["exact", "estimated"], typer.Option(help="exact, or estimated: sure winners stop early as well.")
+    Literal["exact", "estimated"], in_panel["pruning"](help="estimated: sure winners stop early as well.")
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(help="Leave out what scores below it: a raw logit such as 0.0, not a probability."),
 ]
 
 
 def rerank(
     query: Query,
     input: Input,
-    how_stored: InputOptions,
+    how_stored: RecordOptions,
     settings: RankingOptions,
     top_k: TopK = 5,
+    score_threshold: Threshold = None,
     scores: Scores = "exact",
+    format: Annotated[
+        Literal["table", "json", "jsonl"],
+        in_panel["output"](help="How it is printed; jsonl: a line of JSON for each document."),
+    ] = "table",
     as_json: AsJson = False,
+    output: Output = None,
 ) -> None:
     """Print the documents that answer a question best."""
-    result = _run(settings, query, read_documents(input, **vars(how_stored)), top_k, scores)
-    if as_json:
-        print_json(_summary(query, result))
+    ranked = _Ranked.of(query, input, how_stored, settings, top_k, scores, score_threshold)
+    chosen = "json" if as_json else format
+    if chosen == "json":
+        write_json(ranked.summary(), output)
+    elif chosen == "jsonl":
+        write_json_lines(ranked.entries(), output)
+    elif output is not None:
+        show(ranked.table(), closing_line(ranked.result), path=output)
     else:
-        out.print(ranking_table(result))
-        out.print(closing_line(result), style="dim")
+        show(ranked.table())
+        show(closing_line(ranked.result), style="dim")
 
 
 def explain(
     query: Query,
     input: Input,
-    how_stored: InputOptions,
+    how_stored: RecordOptions,
     settings: RankingOptions,
     top_k: TopK = 5,
+    score_threshold: Threshold = None,
     scores: Scores = "exact",
+    plot: Annotated[
+        Path | None,
+        in_panel["output"](help="Draw score trajectories into this picture.", callback=writable),
+    ] = None,
+    format: Annotated[Literal["table", "json"], in_panel["output"](help="How it is printed.")] = "table",
     as_json: AsJson = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw score trajectories into this picture.")] = None,
+    output: Output = None,
 ) -> None:
     """Like rerank, and show layer by layer how the ranking came about."""
-    result = _run(settings, query, read_documents(input, **vars(how_stored)), top_k, scores)
-    if plot is not None and result.trace.layers:
+    ranked = _Ranked.of(query, input, how_stored, settings, top_k, scores, score_threshold)
+    trace = ranked.result.trace
+    if plot is not None and trace.layers:
         from grating_core.plotting import plot_trajectories
 
-        plot_trajectories(result, plot)
-    if as_json:
-        print_json(_summary(query, result) | {"layers": [asdict(layer) for layer in result.trace.layers]})
-        return
-    out.print(ranking_table(result))
-    out.print(trace_table(result))
-    out.print(closing_line(result), style="dim")
+        plot_trajectories(ranked.result, plot)
+    if as_json or format == "json":
+        write_json(ranked.summary() | {"layers": [asdict(layer) for layer in trace.layers]}, output)
+    else:
+        show(ranked.table(), trace_table(ranked.result), closing_line(ranked.result), path=output)
 
 
-def _run(settings: RankingOptions, query: str, documents: list[str], top_k: int, scores: Scores) -> RerankResult:
-    with err.status("Loading ..."):
-        from grating_core.reranker import Reranker
+@dataclass(frozen=True)
+class _Ranked:
+    """A ranking beside the records that its documents are of.
 
-        with Reranker.from_pretrained(**vars(settings), show_progress=True) as reranker:
-            return reranker.rerank(query, documents, top_k, scores=scores)
+    Attributes:
+        query: The question.
+        records: Those that were ranked, by index.
+        id_field: The field that names a record, if it has it.
+        result: The ranking, without what scores below the threshold.
+    """
+
+    query: str
+    records: Sequence[Record]
+    id_field: str
+    result: RerankResult
+
+    @classmethod
+    def of(
+        cls,
+        query: str,
+        input: str,
+        how_stored: RecordOptions,
+        settings: RankingOptions,
+        top_k: int,
+        scores: Literal["exact", "estimated"],
+        threshold: float | None,
+    ) -> _Ranked:
+        """Read documents, rank them, and leave out what scores below a threshold."""
+        if threshold is not None and scores == "estimated":
+            raise ValueError("--score-threshold needs --scores exact: estimates only compare with each other")
+        records = read_records(input, **how_stored.reading)
+        _check_ids(records, how_stored.id_field)
+        if not records:
+            tell("There are no documents.")
+        with err.status("Loading ..."):
+            from grating_core.reranker import Reranker
+
+            with Reranker.from_pretrained(**vars(settings), show_progress=True) as reranker:
+                result = reranker.rerank(query, [record.text for record in records], top_k, scores=scores)
+        if threshold is not None:
+            result = _above(result, threshold)
+        return cls(query, records, how_stored.id_field or "id", result)
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Each document of the ranking as JSON has it, best first; docs/cli.md describes it."""
+        return [
+            {"rank": rank, "id": self._id(ranked.index)}
+            | asdict(ranked)
+            | {"record": self.records[ranked.index].fields}
+            for rank, ranked in enumerate(self.result.ranking, 1)
+        ]
+
+    def summary(self) -> dict[str, Any]:
+        """All of it as JSON has it."""
+        return {"query": self.query, "ranking": self.entries(), **self.result.trace.summary()}
+
+    def table(self) -> Any:
+        """The ranking for people."""
+        return ranking_table(self.result, [self._id(ranked.index) for ranked in self.result.ranking])
+
+    def _id(self, index: int) -> Any:
+        return (self.records[index].fields or {}).get(self.id_field)
 
 
-def _summary(query: str, result: RerankResult) -> dict[str, Any]:
-    ranking = [asdict(ranked) for ranked in result.ranking]
-    return {"query": query, "ranking": ranking, **result.trace.summary()}
+def _check_ids(records: Sequence[Record], id_field: str | None) -> None:
+    for number, record in enumerate(records):
+        if id_field is not None and id_field not in (record.fields or {}):
+            raise ValueError(f"document {number} (from 0) has no field {id_field!r}, which --id-field names")
+
+
+def _above(result: RerankResult, threshold: float) -> RerankResult:
+    from grating_core.results import RerankResult
+
+    kept = [ranked for ranked in result.ranking if ranked.score >= threshold]
+    if result.ranking and not kept:
+        tell(
+            f"No document scores {threshold:g} or more; the best has {result.ranking[0].score:.3f}. Scores are "
+            f"raw logits: a probability p is a logit of log(p / (1 - p))."
+        )
+    return RerankResult(kept, result.trace)

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from grating_core.cli.options import InputOptions, Query, RerankerOptions
-from grating_core.cli.output import err, print_json
+from grating_core.cli.options import AsJson, InputOptions, Output, Query, RerankerOptions, in_panel
+from grating_core.cli.output import err, write, write_json, write_json_lines, write_text
 from grating_core.inputs import read_documents
 
 
 def select(
     query: Query,
     input: Annotated[
-        str, typer.Option("--input", "-i", help="File of a text or documents, or - for standard input.")
+        str, in_panel["input"]("--input", "-i", help="File of a text or documents, or - for standard input.")
     ],
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-n", help="Most tokens to print, by the model's count.")
+        int, typer.Option("--max-tokens", "-n", min=1, help="Most tokens to print, by the model's count.")
     ],
     how_stored: InputOptions,
     settings: RerankerOptions,
-    chunk_tokens: Annotated[int, typer.Option(help="About how many tokens a chunk has at most.")] = 256,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with positions, instead of text.")] = False,
+    chunk_tokens: Annotated[int, typer.Option(min=1, help="About how many tokens a chunk has at most.")] = 256,
+    format: Annotated[
+        Literal["text", "json", "jsonl"], in_panel["output"](help="How it is printed; JSON tells positions.")
+    ] = "text",
+    as_json: AsJson = False,
+    output: Output = None,
 ) -> None:
     """Print the passages of a long text that answer a question best, in their order, for a prompt."""
-    texts = read_documents(input, **vars(how_stored), plain="text")
+    texts = read_documents(input, **how_stored.reading, plain="text")
     with err.status("Loading ..."):
         from grating_core.context import join_passages, select_context
         from grating_core.reranker import Reranker
@@ -35,7 +39,11 @@ def select(
             passages = select_context(
                 query, texts, reranker=reranker, max_tokens=max_tokens, chunk_tokens=chunk_tokens
             )
-    if as_json:
-        print_json({"query": query, "passages": [asdict(passage) for passage in passages]})
+    if as_json or format == "json":
+        write_json({"query": query, "passages": [asdict(passage) for passage in passages]}, output)
+    elif format == "jsonl":
+        write_json_lines(map(asdict, passages), output)
+    elif output is not None:
+        write(join_passages(passages) + "\n", output)
     else:
-        typer.echo(join_passages(passages))
+        write_text(join_passages(passages) + "\n")

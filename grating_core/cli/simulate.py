@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from grating_core.cli.options import AsJson
-from grating_core.cli.output import err, out, print_json
+from grating_core.cli.options import AsJson, HubOptions
+from grating_core.cli.output import err, show, write_json
 from grating_core.cli.tables import plain_table
 from grating_core.inputs import read_documents
 
@@ -20,6 +20,7 @@ def simulate(
     memory: Annotated[
         str, typer.Option(help="For all weights, such as 2GB, or the share of the MLPs in memory, such as 50%.")
     ],
+    hub: HubOptions,
     mlp_density: Annotated[
         list[float], typer.Option(help="Share of the MLPs that a token uses; may be given several times.")
     ] = [0.83, 0.67, 0.57, 0.5],  # noqa: B006 - typer copies it
@@ -30,7 +31,7 @@ def simulate(
     shape: Annotated[
         Path | None, typer.Option(help="Directory with the config.json of another model to simulate.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="Of the weights.")] = "bfloat16",
     inputs_preference: Annotated[
         float, typer.Option(help="What an input counts where its column is not in memory, in cache-aware DIP.")
     ] = 0.9,
@@ -52,6 +53,7 @@ def simulate(
         import torch
 
         from grating_core.models.directory import find_model
+        from grating_core.models.hub import Hub
         from grating_core.models.placement import choose_dtype
         from grating_core.sparsity.cache import Preference
         from grating_core.sparsity.comparison import compare
@@ -59,7 +61,7 @@ def simulate(
         from grating_core.sparsity.probe import find_machine
         from grating_core.sparsity.simulator import Shape
 
-        directory = find_model(model)
+        directory = find_model(model, hub=Hub(**vars(hub)), show_progress=True)
         weights, _ = choose_dtype(dtype, torch.device("cpu"))
         simulated = Shape.of(shape or directory, weights)
         bytes_of_weights = simulated.parse_memory(memory)
@@ -94,7 +96,7 @@ def simulate(
 
         plot_simulation(points, figure)
     if as_json:
-        print_json({"memory": bytes_of_weights, "points": [asdict(point) for point in points]})
+        write_json({"memory": bytes_of_weights, "points": [asdict(point) for point in points]})
         return
     table = plain_table("way", "density", "tokens/s", "MB a token", "hit rate", "perplexity")
     for point in points:
@@ -106,8 +108,8 @@ def simulate(
             "" if point.estimate.hit_rate is None else f"{point.estimate.hit_rate:.1%}",
             "" if point.perplexity is None else f"{point.perplexity:.2f}",
         )
-    out.print(table)
-    out.print(
+    show(table)
+    show(
         f"{bytes_of_weights / 1e6:,.0f} of {simulated.total / 1e6:,.0f} MB of weights in memory; "
         f"buffers, keys and values aside.",
         style="dim",

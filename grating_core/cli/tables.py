@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
-from rich.text import Text
 
 if TYPE_CHECKING:
     from grating_core.results import RerankResult
@@ -19,15 +19,24 @@ def plain_table(*headings: str) -> Table:
     return table
 
 
-def ranking_table(result: RerankResult) -> Table:
-    """The documents of a ranking, best first."""
+def ranking_table(result: RerankResult, ids: Sequence[Any] = ()) -> Table:
+    """The documents of a ranking, best first.
+
+    Args:
+        result: The ranking.
+        ids: What names each of them, None where nothing does.
+    """
+    named = any(id is not None for id in ids)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("rank", "score", "index"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("text")
-    for rank, ranked in enumerate(result.ranking, 1):
+    if named:
+        table.add_column("id", overflow="fold")
+    table.add_column("text", overflow="fold")
+    for place, ranked in enumerate(result.ranking):
         score = f"{ranked.score:.3f}{' (estimate)' if ranked.estimated else ''}"
-        table.add_row(str(rank), score, str(ranked.index), Text(_shortened(ranked.text)))
+        name = ("" if ids[place] is None else str(ids[place]),) if named else ()
+        table.add_row(str(place + 1), score, str(ranked.index), *name, _shortened(ranked.text))
     return table
 
 

@@ -1,0 +1,178 @@
+"""``grating bench``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from grating_core.cli.options import (
+    AsJson,
+    Budget,
+    Dtype,
+    HubOptions,
+    InputOptions,
+    MaxLength,
+    ModelName,
+    TopK,
+    in_panel,
+)
+from grating_core.cli.output import err, show, show_whole, tell, write_json
+from grating_core.cli.tables import plain_table
+from grating_core.inputs import read_documents
+
+if TYPE_CHECKING:
+    from grating_core.benchmarking import Job, Measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedOptions(HubOptions):
+    """Those arguments of :meth:`Reranker.from_pretrained` that are worth comparing."""
+
+    dtype: Dtype = "auto"
+    max_length: MaxLength = None
+    memory_budget: Budget = None
+
+
+def bench(
+    model: ModelName,
+    corpus: Annotated[Path, in_panel["input"](help="File of documents like yours.")],
+    how_stored: InputOptions,
+    settings: ComparedOptions,
+    queries: Annotated[
+        Path | None, in_panel["input"](help="File of queries; made of leading sentences by default.")
+    ] = None,
+    candidates: Annotated[int, typer.Option(min=2, help="Documents of a request.")] = 20,
+    top_k: TopK = 5,
+    requests: Annotated[int, typer.Option(min=1, help="Requests to compute.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each is timed; medians are shown.")] = 5,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="For each system; as torch chooses by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of requests.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Compare time, memory and top K with sentence-transformers and OpenVINO on your own texts."""
+    documents = read_documents(str(corpus), **how_stored.reading)
+    asked = None if queries is None else read_documents(str(queries), **how_stored.reading)
+    with err.status("Preparing ..."):
+        import torch
+
+        from grating_core.benchmarking import PEERS, PRUNED, UNPRUNED, Job, installed, measure
+        from grating_core.calibration import make_requests
+        from grating_core.models.directory import read_config
+        from grating_core.reranker import Reranker
+
+        made = make_requests(documents, asked, candidates=candidates, count=requests, seed=seed, fewest=1)
+        with Reranker.from_pretrained(model, device="cpu", **vars(settings), show_progress=True) as reranker:
+            directory, window = reranker.model_path, reranker.max_length
+        _, family = read_config(directory)
+        job = Job(
+            model=model,
+            directory=str(directory),
+            requests=[(request.query, request.documents) for request in made],
+            top_k=top_k,
+            rounds=rounds,
+            threads=threads or torch.get_num_threads(),
+            max_length=window,
+            settings=vars(settings),
+        )
+    peers = [] if family.causal else [peer for peer in PEERS if installed(peer)]
+    found = measure(job, [*peers, UNPRUNED, PRUNED], show_progress=True)
+    if as_json:
+        write_json(_as_json(job, found))
+    else:
+        _print(job, found)
+    if family.causal:
+        tell("The others do not know the prompts of language models, so grating is compared with itself.")
+    for peer in PEERS if not family.causal else ():
+        if not installed(peer):
+            tell(f"{peer} is not installed: pip install {peer.lower()}")
+    if any(one.error for one in found if one.system in (UNPRUNED, PRUNED)):
+        raise typer.Exit(1)
+
+
+def _reference(found: list[Measured]) -> Measured:
+    """What the others have to agree with: float32 by sentence-transformers, else grating without pruning."""
+    from grating_core.benchmarking import SENTENCE_TRANSFORMERS, UNPRUNED
+
+    worked = {one.system: one for one in found if one.error is None}
+    return worked.get(SENTENCE_TRANSFORMERS) or worked.get(UNPRUNED) or found[-1]
+
+
+def _agreement(one: Measured, reference: Measured) -> float | None:
+    from grating_core.benchmarking import agreement
+
+    return None if one.error or reference.error else agreement(one, reference)
+
+
+def _as_json(job: Job, found: list[Measured]) -> dict[str, Any]:
+    reference = _reference(found)
+    systems = [asdict(one) | {"agreement": _agreement(one, reference)} for one in found]
+    for system in systems:
+        del system["rankings"]
+    return {
+        "model": job.model,
+        "requests": len(job.requests),
+        "candidates": len(job.requests[0][1]),
+        "top_k": job.top_k,
+        "rounds": job.rounds,
+        "threads": job.threads,
+        "reference": reference.system,
+        "systems": systems,
+    }
+
+
+def _print(job: Job, found: list[Measured]) -> None:
+    reference = _reference(found)
+    table = plain_table("system", "s / request", "speed", "memory", "loads in", f"same top {job.top_k}")
+    for one in found:
+        if one.error is not None:
+            table.add_row(one.system, "failed", "", "", "", "")
+            continue
+        same = _agreement(one, reference)
+        table.add_row(
+            one.system,
+            f"{one.seconds:.3f}",
+            f"{reference.seconds / one.seconds:.2f} ×",
+            f"{one.peak_memory / 1e6:,.0f} MB",
+            f"{one.load_seconds:.1f} s",
+            "reference" if one is reference else f"{same:.1%}",
+        )
+    show_whole(table)
+    for one in found:
+        show(f"{one.system}: {one.error or one.setting}.", style="dim" if one.error is None else "red")
+    show(
+        f"{len(job.requests)} requests of {len(job.requests[0][1])} documents, medians of {job.rounds} rounds, "
+        f"{job.threads} threads; each system in a process of its own, one after the other. Memory is the most "
+        f"that the process had while it reranked, imports included.",
+        style="dim",
+    )
+    if (line := closing_line(job, found)) is not None:
+        show(line, style="bold")
+
+
+def closing_line(job: Job, found: list[Measured]) -> str | None:
+    """What it comes to; None if grating or all that it is compared with failed."""
+    from grating_core.benchmarking import PRUNED, UNPRUNED
+
+    worked = [one for one in found if one.error is None]
+    ours = next((one for one in worked if one.system == PRUNED), None)
+    others = [one for one in worked if one.system not in (PRUNED, UNPRUNED)]
+    if ours is None:
+        return None
+    if not others:
+        others = [one for one in worked if one.system == UNPRUNED]
+    if not others:
+        return None
+    fastest = min(others, key=lambda one: one.seconds)
+    ratio = fastest.seconds / ours.seconds
+    speed = f"{ratio:.1f} times as fast as" if ratio >= 1 else f"slower by {1 / ratio - 1:.0%} than"
+    same = _agreement(ours, _reference(found))
+    return (
+        f"On these texts grating is {speed} the fastest other ({fastest.system}), with {same:.1%} of the "
+        f"reference's top {job.top_k}, and {ours.peak_memory / 1e6:,.0f} MB against "
+        f"{fastest.peak_memory / 1e6:,.0f} MB."
+    )

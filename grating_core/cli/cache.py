@@ -1,0 +1,105 @@
+"""``grating cache``: what lies in grating's cache, and clearing it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import typer
+
+from grating_core.caches import KINDS, Cached
+from grating_core.cli.options import AsJson, matching
+from grating_core.cli.output import show, show_whole, tell, write_json
+from grating_core.cli.tables import plain_table
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def _check_kinds(kinds: Any) -> Any:
+    for kind in kinds or ():
+        if kind not in KINDS:
+            raise typer.BadParameter(f"{kind!r} is not one of {', '.join(KINDS)}.")
+    return kinds
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenOptions:
+    """Some of what lies in the cache."""
+
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="|".join(KINDS), help="Only this; may be given several times.", callback=_check_kinds
+        ),
+    ] = None
+    older_than: Annotated[
+        str | None,
+        typer.Option(
+            help="Only what was not used for so long, such as 30d, 12h or 2w.",
+            callback=matching(r"\d+(\.\d+)?[smhdw]", "a time such as 30d, 12h or 2w"),
+        ),
+    ] = None
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The same as arguments of :func:`contents` and :func:`clear`."""
+        age = self.older_than and self.older_than.strip()
+        return {
+            "kinds": self.kind or None,
+            "older_than": float(age[:-1]) * _SECONDS[age[-1]] if age else None,
+        }
+
+
+def list_cache(what: ChosenOptions, as_json: AsJson = False) -> None:
+    """List what lies in grating's cache: converted models, lenses, columns, and so on."""
+    from grating_core.caches import contents
+    from grating_core.files import cache_directory
+
+    found = contents(**what.chosen)
+    if as_json:
+        write_json({"cache": str(cache_directory()), "contents": _as_json(found)})
+        return
+    table = plain_table("kind", "MB", "last used", "name")
+    for one in found:
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.used))
+        table.add_row(one.kind, f"{one.size / 1e6:,.1f}", used, one.path.name)
+    if found:
+        show_whole(table)
+    show(f"{_together(found)} in {cache_directory()}.")
+
+
+def clear_cache(
+    what: ChosenOptions,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove things from grating's cache; what is needed is made again. What a process is writing stays."""
+    from grating_core.caches import clear, contents
+
+    found = contents(**what.chosen)
+    if not yes and found:
+        tell(f"{_together(found)} will be removed:")
+        for one in found:
+            tell(f"  {one.kind}: {one.path}")
+        if not typer.confirm("Remove them?", err=True):
+            tell("Nothing was removed.")
+            raise typer.Exit(1)
+    done = clear(**what.chosen)
+    if as_json:
+        kept = [{"path": str(one.path), "reason": reason} for one, reason in done.kept]
+        write_json({"removed": _as_json(done.removed), "kept": kept})
+        return
+    show(f"{_together(done.removed)} removed.")
+    for one, reason in done.kept:
+        tell(f"{one.path} is kept: {reason}.")
+
+
+def _together(found: list[Cached]) -> str:
+    things = "1 thing" if len(found) == 1 else f"{len(found)} things"
+    return f"{things}, {sum(one.size for one in found) / 1e6:,.1f} MB,"
+
+
+def _as_json(found: Iterable[Cached]) -> list[dict[str, Any]]:
+    return [asdict(one) | {"path": str(one.path)} for one in found]
