@@ -23,7 +23,6 @@ from llama_index.core.base.llms.types import (
     LLMMetadata,
     MessageRole,
     TextBlock,
-    ThinkingBlock,
 )
 from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
 from llama_index.core.llms import CustomLLM
@@ -249,7 +248,8 @@ def _as_message(index: int, message: ChatMessage) -> dict[str, str]:
             f"messages[{index}] has the role {message.role.value!r}: there are no tools; use system, user or "
             f"assistant"
         )
-    # What a model thought before it answered is left out, as chat templates do.
-    if others := [block for block in message.blocks if not isinstance(block, TextBlock | ThinkingBlock)]:
+    # What a model thought before it answered is left out, as chat templates do. Older versions have no such block.
+    said = [block for block in message.blocks if block.block_type != "thinking"]
+    if others := [block for block in said if not isinstance(block, TextBlock)]:
         raise ValueError(f"messages[{index}] has a {type(others[0]).__name__}, but only text can be read")
     return {"role": message.role.value, "content": message.content or ""}
