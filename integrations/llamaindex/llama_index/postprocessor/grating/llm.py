@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +29,7 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.postprocessor.grating.settings import ModelSettings
 
 from grating_core import Generation, GratingError, StreamedCausalLM
+from grating_core.lifetime import run_in_thread
 
 # Names of fields, by what the model calls them.
 _OF_MODEL = (
@@ -171,7 +171,7 @@ class GratingLLM(ModelSettings, CustomLLM):
         return astream_completion_response_to_chat_response(_in_threads(_responses(stream)))
 
     async def _allm(self) -> StreamedCausalLM:
-        return await asyncio.to_thread(lambda: self.llm)  # it may have to be loaded
+        return await run_in_thread(lambda: self.llm)  # it may have to be loaded
 
     def _request(self, llm: StreamedCausalLM, prompt: Prompt, given: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a request: those given with it, else the object's; an answer that there is room for."""
@@ -238,7 +238,7 @@ def _responses(stream: Generator[str, None, Generation]) -> CompletionResponseGe
 
 async def _in_threads(responses: CompletionResponseGen) -> CompletionResponseAsyncGen:
     """The same, each computed in a worker thread, so that the event loop goes on."""
-    while (response := await asyncio.to_thread(next, responses, None)) is not None:
+    while (response := await run_in_thread(next, responses, None)) is not None:
         yield response
 
 
