@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from statistics import mean, median
 from typing import Annotated, Literal
@@ -50,14 +50,14 @@ SHOWN = MEASURED | {("cluster", 16.0), ("SEE", 0.1), ("SEE", 0.3), ("lens", 0.9)
 console = Console(width=130)
 
 
-class Stage(str, Enum):
+class Stage(StrEnum):
     """The first stage."""
 
     BM25 = "bm25"
     DENSE = "dense"
 
 
-class Calibration(str, Enum):
+class Calibration(StrEnum):
     """Where the lens comes from."""
 
     LEAVE_ONE_OUT = "leave-one-out"

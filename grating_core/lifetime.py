@@ -17,10 +17,8 @@ from contextvars import copy_context
 from functools import partial, wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar
 from weakref import WeakSet, WeakValueDictionary
-
-from typing_extensions import Self
 
 Arguments = ParamSpec("Arguments")
 Returned = TypeVar("Returned")

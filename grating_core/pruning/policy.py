@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 
-class Route(str, Enum):
+class Route(StrEnum):
     """What a policy decides for a candidate after a layer."""
 
     SELECTED = "selected"  # sure to be among the top K

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 from pydantic import Field, model_validator
-from typing_extensions import Self
 
 from grating_core import RankedDocument, RerankResult
 from grating_core.callers import as_list, check_threshold, checked_items, is_blank

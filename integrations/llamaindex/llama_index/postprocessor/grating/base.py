@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from llama_index.core.bridge.pydantic import Field, model_validator
 from llama_index.core.callbacks import CBEventType, EventPayload
@@ -15,7 +15,6 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from llama_index.postprocessor.grating.migration import by_name
 from llama_index.postprocessor.grating.requests import checked_request
 from llama_index.postprocessor.grating.settings import RerankerSettings
-from typing_extensions import Self
 
 from grating_core import RerankResult
 from grating_core.callers import check_threshold, is_blank

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from llama_index.core.bridge.pydantic import (
     BaseModel,
@@ -16,7 +16,7 @@ from llama_index.core.bridge.pydantic import (
     model_validator,
 )
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from grating_core import ClusterPolicy, Off, Prompt, PruningPolicy, Reranker
 from grating_core.drop_in import as_settings
