@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import weakref
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from io import FileIO
@@ -100,6 +101,8 @@ class _File:
         self._closed = False
         self._buffered = _open(path)
         self._direct = _open_direct(path) if lasting else None
+        # A model that nobody holds any more is freed without being closed.
+        self._end = weakref.finalize(self, _close, self._buffered, self._direct)
         try:
             self._look()
         except BaseException:
@@ -168,9 +171,13 @@ class _File:
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            self._buffered.close()
-            if self._direct is not None:
-                self._direct.close()
+            self._end()
+
+
+def _close(*files: FileIO | None) -> None:
+    for file in files:
+        if file is not None:
+            file.close()
 
 
 def _open(path: Path, flags: int = 0) -> FileIO:

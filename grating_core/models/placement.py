@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
+from threadpoolctl import threadpool_info
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -54,3 +57,20 @@ def _has_bfloat16(device: torch.device) -> bool:
         # x86 has it as AVX512-BF16 or AMX, ARM as an extension of its own.
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return False
+
+
+def thread_advice() -> str | None:
+    """What to set so that processes on the same processors do not slow each other; None if nothing need be.
+
+    GNU's OpenMP, which torch for Linux computes with, has threads spin while they wait for each other. If another
+    process is at work on the same processors they wait long, and take its time. OpenMP reads its settings when
+    torch is imported, so a library cannot change them.
+    """
+    if torch.get_num_threads() < 2 or {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        return None
+    if not any(pool.get("prefix") == "libgomp" for pool in threadpool_info()):
+        return None
+    return (
+        f"if other processes compute on these processors, set OMP_WAIT_POLICY=PASSIVE before Python starts: else "
+        f"the {torch.get_num_threads()} threads of torch spin while they wait, and all take ten times as long"
+    )

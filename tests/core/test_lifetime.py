@@ -563,6 +563,16 @@ def test_closing_closes_the_weights(plan: str, tiny_bert: Path, spill_directory:
 
 
 @weights
+def test_a_model_that_nobody_holds_closes_its_files_without_a_warning(
+    tiny_bert: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    load_planned(tiny_bert, resident=(), embedding_rows=7).rerank(QUERY, DOCUMENTS)
+    gc.collect()
+    assert not [name for name in open_files() if name.startswith(str(tiny_bert))]
+    assert not [str(one.message) for one in recwarn if one.category is ResourceWarning]
+
+
+@weights
 def test_a_load_that_fails_leaves_no_file_open(tmp_path: Path, decoder: Path) -> None:
     directory = save_model(tmp_path / "model", "bert")
     failing: list[Callable[[], object]] = [

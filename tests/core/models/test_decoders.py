@@ -547,7 +547,7 @@ def test_decoders_that_are_none(tmp_path: Path) -> None:
 
 
 def test_one_model_is_loaded_while_another_works(qwen3: Path, decoder: Path) -> None:
-    """accelerate patches all modules while it builds an empty one."""
+    """What a loading thread does with modules is for that thread alone."""
     working = load_planned(qwen3, template=PROMPT, resident=())
     expected = working.score([(QUERY, "w50 w51")])
     with ThreadPoolExecutor(2) as threads:

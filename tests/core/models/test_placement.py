@@ -1,7 +1,8 @@
 import pytest
 import torch
+from threadpoolctl import threadpool_info
 
-from grating_core.models.placement import choose_device, choose_dtype
+from grating_core.models.placement import choose_device, choose_dtype, thread_advice
 
 CPU = torch.device("cpu")
 
@@ -31,3 +32,16 @@ def test_a_dtype_may_be_named_or_given() -> None:
     for wrong in ("int8", "float64", torch.int8, torch.float64):
         with pytest.raises(ValueError, match="dtype="):
             choose_dtype(wrong, CPU)
+
+
+def test_spinning_threads_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    gnu = any(pool["prefix"] == "libgomp" for pool in threadpool_info())
+    assert ("OMP_WAIT_POLICY=PASSIVE" in (thread_advice() or "")) == gnu
+    with monkeypatch.context() as one:
+        one.setattr(torch, "get_num_threads", lambda: 1)
+        assert thread_advice() is None
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    assert thread_advice() is None

@@ -14,7 +14,6 @@ from llama_index.postprocessor.grating.settings import RerankerSettings
 from grating_core import Passage, select_context
 from grating_core.callers import is_blank, position
 from grating_core.context import leading_context
-from grating_core.lifetime import run_in_thread
 from grating_core.nested import copied
 
 _SHARED = (
@@ -58,11 +57,7 @@ class GratingContextSelector(RerankerSettings):
         """The name that LlamaIndex serialises it under."""
         return "GratingContextSelector"
 
-    async def _apostprocess_nodes(
-        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
-    ) -> list[NodeWithScore]:
-        return await run_in_thread(self._postprocess_nodes, nodes, query_bundle)
-
+    # The base class runs this in a worker thread for its asynchronous twin.
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
