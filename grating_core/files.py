@@ -44,20 +44,30 @@ def cache_directory() -> Path:
     Raises:
         StorageError: The user has no home directory that anything knows of, and ``GRATING_CACHE`` names no other.
     """
-    place = os.environ.get("GRATING_CACHE") or platformdirs.user_cache_dir("grating")
+    chosen = os.environ.get("GRATING_CACHE")
     try:
-        return Path(place).expanduser().absolute()
+        return Path(chosen or platformdirs.user_cache_dir("grating")).expanduser().absolute()
     except (RuntimeError, OSError) as error:  # OSError: the working directory is gone
+        told = f"GRATING_CACHE={chosen!r} names no directory" if chosen else "this user has no home directory"
         raise StorageError(
-            f"there is no place for grating's cache, {place} ({error}): have GRATING_CACHE name a directory"
+            f"grating has no place for its cache, because {told}: have GRATING_CACHE name one that can be written"
         ) from error
+
+
+def expanded(path: str | Path) -> Path:
+    """A path that a user gave, where ``~`` is the home directory; if nobody knows that, the path as it is."""
+    path = Path(path)
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
 
 
 def is_there(path: Path) -> bool:
     """Whether a file or directory is there, as far as we may look; never an error."""
     try:
         path.stat()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         return False
     return True
 
@@ -88,13 +98,19 @@ def go_on_without_cache(error: OSError) -> None:
         directory = cache_directory()
     except StorageError:
         directory = None
-    if directory not in _said:
-        _said.add(directory)
-        _log.warning(
-            "grating's cache%s cannot be used (%s): lenses that were calibrated here are not found, and what is "
-            "learnt is not kept. Have GRATING_CACHE name a directory that can be written",
-            "" if directory is None else f", {directory},", explained(error),
-        )  # fmt: skip
+    if directory in _said:
+        return
+    _said.add(directory)
+    told = str(error)
+    if directory is not None:
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        told = (
+            f"grating's cache, {directory}, cannot be used ({explained(cause)}): have GRATING_CACHE name a "
+            f"directory that can be written"
+        )
+    _log.warning(
+        "%s. Until then no lens is found that was calibrated here, and nothing is kept that is learnt", told
+    )
 
 
 def read_json(path: Path) -> Any:
@@ -355,7 +371,8 @@ def _reason(error: OSError, path: Path, size: int) -> str:
             reason += f", and {free / 1e6:,.1f} MB are free in {path.parent}"
     with suppress(StorageError):
         if path.is_relative_to(cache_directory()):
-            reason += ". Make room, or have GRATING_CACHE name a directory that can be written"
+            reason += ". Make room, or have" if error.errno in _FULL else ". Have"
+            reason += " GRATING_CACHE name a directory that can be written"
     return reason
 
 
@@ -407,7 +424,11 @@ def temporary_file(directory: Path, size: int, *, buffering: int = -1) -> Any:
         OSError: It cannot be made, or there is no room.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    file = tempfile.TemporaryFile(dir=directory, buffering=buffering, prefix="grating-")  # noqa: SIM115
+    try:
+        file = tempfile.TemporaryFile(dir=directory, buffering=buffering, prefix="grating-")  # noqa: SIM115
+    except OSError as error:
+        error.filename = str(directory)  # rather than a name that nobody chose
+        raise
     try:
         reserve(file, directory, size)
     except BaseException:

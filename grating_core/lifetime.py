@@ -20,6 +20,8 @@ from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar
 from weakref import WeakSet, WeakValueDictionary
 
+from grating_core.files import expanded, is_there
+
 Arguments = ParamSpec("Arguments")
 Returned = TypeVar("Returned")
 
@@ -281,8 +283,8 @@ def _found_anywhere(place: Any) -> Any:
     """A path that is there as one that a process in another directory finds; a hub id as it is."""
     if not isinstance(place, str | Path):
         return place
-    path = Path(place).expanduser()
-    return str(path.absolute()) if path.exists() else place
+    path = expanded(place)
+    return str(path.absolute()) if is_there(path) else place
 
 
 _shared: WeakValueDictionary[tuple[Any, ...], Any] = WeakValueDictionary()

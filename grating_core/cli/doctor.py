@@ -48,7 +48,6 @@ def _found() -> dict[str, Any]:
     import torch
     from huggingface_hub import constants
 
-    from grating_core.files import cache_directory
     from grating_core.models.placement import choose_device, choose_dtype
 
     device = choose_device(None)
@@ -64,19 +63,32 @@ def _found() -> dict[str, Any]:
         "dtype_reason": reason,
         "threads": torch.get_num_threads(),
         "processors": os.cpu_count(),
-        "cache": str(cache_directory()),
+        "cache": _cache(),
         "hub_cache": str(constants.HF_HUB_CACHE),
         "hub_offline": bool(constants.HF_HUB_OFFLINE),
         "bundled_model": _bundled_state(),
     }
 
 
+def _cache() -> str:
+    """Where the cache is, or why it cannot be used."""
+    from grating_core.files import cache_directory, require_room
+
+    try:
+        directory = cache_directory()
+        require_room(directory / "models", 0)
+    except GratingError as error:
+        return str(error)
+    return str(directory)
+
+
 def _bundled_state() -> str:
+    from grating_core.files import is_there
     from grating_core.models.bundled import bundled_directory, bundled_source
 
-    if (directory := bundled_directory(BUNDLED)).is_dir():
-        return f"converted, in {directory}"
     try:
+        if is_there(directory := bundled_directory(BUNDLED)):
+            return f"converted, in {directory}"
         bundled_source(BUNDLED)
     except GratingError as error:
         return str(error)

@@ -12,7 +12,7 @@ import typer
 from grating_core.cli.options import AsJson, GivenBudget, MlpDensity, ModelName, ModelOptions, TemplateName
 from grating_core.cli.output import err, show, show_whole, write_json
 from grating_core.cli.tables import plain_table
-from grating_core.errors import GratingError
+from grating_core.errors import GratingError, StorageError
 
 
 def models(as_json: AsJson = False) -> None:
@@ -32,12 +32,17 @@ def models(as_json: AsJson = False) -> None:
 
 
 def _bundled() -> Iterator[dict[str, Any]]:
+    from grating_core.files import is_there
     from grating_core.models.bundled import BUNDLED_MODELS, bundled_directory
 
     for name in BUNDLED_MODELS:
-        directory = bundled_directory(name)
-        made = directory.is_dir()
-        yield {"name": name, "kind": "bundled", "path": str(directory)} | _described(directory if made else None)
+        try:
+            directory = bundled_directory(name)
+        except StorageError:  # there is no place for it
+            yield {"name": name, "kind": "bundled", "path": None} | _described(None)
+            continue
+        made = directory if is_there(directory) else None
+        yield {"name": name, "kind": "bundled", "path": str(directory)} | _described(made)
 
 
 def _cached() -> Iterator[dict[str, Any]]:
@@ -46,7 +51,7 @@ def _cached() -> Iterator[dict[str, Any]]:
 
     try:
         cached = scan_cache_dir().repos
-    except (CacheNotFound, ValueError, OSError):  # none, or none that may be read
+    except (CacheNotFound, ValueError, OSError, RuntimeError):  # none, or none that may be read
         return
     for repo in sorted((repo for repo in cached if repo.repo_type == "model"), key=lambda repo: repo.repo_id):
         if not repo.revisions:

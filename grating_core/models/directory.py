@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grating_core.errors import GratingError, ModelNotFoundError, UnsupportedModelError
+from grating_core.files import expanded
 from grating_core.models.bundled import BUNDLED_PREFIX, bundled_model
 from grating_core.models.elsewhere import known_elsewhere
 from grating_core.models.families import Config, Family, find_family
@@ -34,7 +35,7 @@ def find_model(name: str, *, hub: Hub | None = None, show_progress: bool = False
     """
     if name.startswith(BUNDLED_PREFIX):
         return bundled_model(name, show_progress=show_progress)
-    directory = Path(name).expanduser()
+    directory = expanded(name)
     if name.endswith(".gguf") and os.path.isfile(directory):  # noqa: PTH113 - as below
         return directory
     if name and os.path.isdir(directory):  # noqa: PTH112 - Path.is_dir raises for names that are too long

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ _INSTALL = "reading GGUF files takes the package gguf: pip install gguf"
 
 def is_gguf(path: Path) -> bool:
     """Whether a model is a GGUF file."""
-    return path.suffix == ".gguf" and path.is_file()
+    return path.suffix == ".gguf" and os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises for closed directories
 
 
 class GgufModel:

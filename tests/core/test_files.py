@@ -2,12 +2,10 @@
 
 import errno
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from grating_core.files import (
     replacing,
     require_room,
 )
+from tests.core.faults import largest_file
 
 
 @pytest.mark.parametrize("text", ["", "{", b"\xff", "[" * 100_000, '{"a":' * 100_000, "9" * 5_000])
@@ -168,26 +167,18 @@ def test_a_file_that_is_not_written_to_its_end_leaves_what_was_there(tmp_path: P
     assert (tmp_path / "file").read_bytes() == b"old"
 
 
-@pytest.fixture
-def limited() -> Iterator[int]:
-    """No file may get larger than this."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
-    yield 50_000
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_full_disk_is_told_with_the_place_and_the_bytes_before_anything_is_written(
-    tmp_path: Path, limited: int
-) -> None:
-    path = tmp_path / "file"
-    with pytest.raises(StorageError, match=rf"{path} cannot be written: .*takes 0\.1 MB, and .* MB are free in"):
-        require_room(path, 2 * limited)
-    with locked(path), pytest.raises(StorageError, match=r"takes 0\.1 MB"), replacing(path, 2 * limited):
-        pytest.fail("there is no room")
-    with pytest.raises(StorageError, match=r"cannot be written"), locked(path), replacing(path) as file:
-        file.write(bytes(2 * limited))
-    require_room(path, limited)
+def test_a_full_disk_is_told_with_the_place_and_the_bytes_before_anything_is_written(tmp_path: Path) -> None:
+    path, size = tmp_path / "file", 100_000
+    with largest_file(size // 2):
+        with pytest.raises(
+            StorageError, match=rf"{path} cannot be written: .*takes 0\.1 MB, and .* MB are free in"
+        ):
+            require_room(path, size)
+        with locked(path), pytest.raises(StorageError, match=r"takes 0\.1 MB"), replacing(path, size):
+            pytest.fail("there is no room")
+        with pytest.raises(StorageError, match=r"cannot be written"), locked(path), replacing(path) as file:
+            file.write(bytes(size))
+        require_room(path, size // 2)
     assert not names(tmp_path)
 
 
@@ -198,5 +189,5 @@ def test_the_cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("GRATING_CACHE", "~root/there")
     assert cache_directory() == Path("/root/there")
     monkeypatch.setenv("GRATING_CACHE", "~no-such-user")
-    with pytest.raises(StorageError, match=r"~no-such-user.*have GRATING_CACHE name a directory"):
+    with pytest.raises(StorageError, match=r"~no-such-user.*: have GRATING_CACHE name one"):
         cache_directory()
