@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ from sklearn.linear_model import Ridge
 from torch import Tensor
 from tqdm import tqdm
 
-from grating_core.files import cache_directory
+from grating_core.files import cache_directory, storing, temporary_file
 from grating_core.lenses import CalibratedLens, Summary
 from grating_core.models.lens import Features, LayerMap, Lens, Reader, Sequences
 from grating_core.pruning import Margins
@@ -81,25 +81,31 @@ class Recording:
         scores: Final scores of each request, float32 ``[N]``.
         tokens: Tokens of its candidates, int64 ``[N]``.
         features: For each layer from 0 a file with float32 ``[R · N, F]``. The files have no names and are gone
-            with the recording.
+            with the recording. What they hold is derived from the texts: only their owner may read them.
+        expected: Requests that it will hold, so that room for them is taken with the first.
     """
 
     scores: list[Floats] = field(default_factory=list)
     tokens: list[NDArray[np.int64]] = field(default_factory=list)
     features: list[Any] = field(default_factory=list)
+    expected: int = 1
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def add(self, recorder: Recorder, scores: Floats, tokens: NDArray[np.int64]) -> None:
-        """Keep one more request, with as many candidates as those before it."""
-        if not self.features:
-            place = cache_directory()
-            place.mkdir(parents=True, exist_ok=True)
-            # Not where temporary files usually go: that may be memory.
-            self.features = [tempfile.TemporaryFile(dir=place) for _ in recorder.features]  # noqa: SIM115
-        for file, parts in zip(self.features, recorder.features, strict=True):
-            file.write(torch.cat(parts).numpy().tobytes())
+        """Keep one more request, with as many candidates as those before it; raises ``StorageError``."""
+        layers = [torch.cat(parts).numpy().tobytes() for parts in recorder.features]
+        sizes = [self.expected * len(layer) for layer in layers]
+        # Not where temporary files usually go: that may be memory.
+        directory = cache_directory()
+        with storing(directory / "calibration", sum(sizes)):
+            if not self.features:
+                for size in sizes:
+                    self.features.append(temporary_file(directory, size))
+                    weakref.finalize(self, self.features[-1].close)
+            for file, layer in zip(self.features, layers, strict=True):
+                file.write(layer)
         self.scores.append(scores)
         self.tokens.append(tokens)
 
@@ -179,8 +185,11 @@ def record(
         depth: Number of layers of the model.
         pooling: The token that its head reads.
         show_progress: Show a progress bar on standard error.
+
+    Raises:
+        StorageError: There is no room in grating's cache for what is recorded.
     """
-    recording = Recording()
+    recording = Recording(expected=len(requests))
     for request in tqdm(requests, "Calibrating", unit="request", disable=not show_progress):
         recorder = Recorder(depth, pooling)
         recording.add(recorder, *run(request, recorder))

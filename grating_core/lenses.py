@@ -18,13 +18,22 @@ from safetensors.torch import save as format_tensors
 from torch import Tensor
 
 from grating_core.errors import LensError, StorageError
-from grating_core.files import cache_directory, go_on_without_cache, is_kept, locked, read_json, replacing
-from grating_core.models.lens import LayerMap, Lens, Shape
+from grating_core.files import (
+    cache_directory,
+    go_on_without_cache,
+    is_kept,
+    locked,
+    read_json,
+    replacing,
+    require_room,
+)
+from grating_core.models.lens import LayerMap, Lens, Shape, compares_tokens, feature_count
 from grating_core.pruning import Margins
 
 _TENSORS = "lens.safetensors"
 _DESCRIPTION = "lens.json"
 _FORMAT = 1
+_BESIDE_MAPS = 1 << 17  # bytes of margins, names and the description, at most
 _WAY_OUT = "delete the directory, or calibrate again"
 _FIELDS = {"fingerprint": str, "sha256": str, "pooling": str, "layers": int, "summary": dict}
 _PACKAGED = Path(__file__).parent / "packaged_lenses"
@@ -187,6 +196,22 @@ def open_lens(directory: Path, shape: Shape, *fingerprints: str) -> CalibratedLe
 def _warn(message: str) -> None:
     """Log a warning, the first time that it is given in this process."""
     _log.warning(message)
+
+
+def require_room_for_lens(directory: Path, shape: Shape) -> None:
+    """Try, before anything is computed, whether there will be room for a lens.
+
+    Args:
+        directory: Where it will be saved.
+        shape: Of the model.
+
+    Raises:
+        StorageError: There is none, or nothing can be written there.
+    """
+    features = sum(
+        feature_count(shape.width, compares_tokens(number, shape.depth)) for number in range(shape.depth)
+    )
+    require_room(directory / _TENSORS, 4 * features + _BESIDE_MAPS)
 
 
 def lens_directory(fingerprint: str) -> Path:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grating_core.files import replace_file
 from grating_core.results import RerankResult, Trace
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ def plot_trajectories(result: RerankResult, path: Path) -> None:
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed; the message names the extra that installs it.
+        StorageError: The picture cannot be written.
     """
     with _naming_the_extra():
         from matplotlib.figure import Figure
@@ -58,7 +61,7 @@ def plot_trajectories(result: RerankResult, path: Path) -> None:
     # Of each kind of line that is there one, the winners first.
     kinds = {line.get_label(): line for line in axes.lines}
     axes.legend(handles=sorted(kinds.values(), key=lambda line: -line.get_linewidth()), loc="best")
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
 
 
 def _line(*, won: bool, stopped: bool, winners: int) -> dict[str, Any]:
@@ -114,6 +117,7 @@ def plot_simulation(points: Sequence[Point], path: Path) -> None:
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed; the message names the extra that installs it.
+        StorageError: The picture cannot be written.
     """
     with _naming_the_extra():
         from matplotlib.figure import Figure
@@ -133,7 +137,7 @@ def plot_simulation(points: Sequence[Point], path: Path) -> None:
     )
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
 
 
 @contextmanager
@@ -142,3 +146,11 @@ def _naming_the_extra() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("plots need matplotlib: pip install 'grating-core[plot]'") from error
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Write a picture as a whole, or leave what is there; raises ``StorageError``."""
+    path = path if path.suffix else path.with_suffix(".png")
+    picture = BytesIO()
+    figure.savefig(picture, format=path.suffix[1:], dpi=150)
+    replace_file(path, picture.getvalue())

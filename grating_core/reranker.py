@@ -22,8 +22,8 @@ from grating_core.engine.attention import PACKED_ATTENTION
 from grating_core.engine.forward import Outcome, forward
 from grating_core.engine.ragged import RaggedBatch, filled
 from grating_core.errors import UnsupportedModelError
-from grating_core.files import cache_directory
-from grating_core.lenses import CalibratedLens, find_lens, lens_directory, open_lens
+from grating_core.files import cache_directory, expanded
+from grating_core.lenses import CalibratedLens, find_lens, lens_directory, open_lens, require_room_for_lens
 from grating_core.lifetime import Loaded, Lock, Threads, closed_on_error, computed, find_or_load, remembering
 from grating_core.memory.hidden import HiddenInMemory, HiddenOnDisk, HiddenStates
 from grating_core.memory.meter import PeakMemory, resident_memory
@@ -34,6 +34,7 @@ from grating_core.models.directory import find_model
 from grating_core.models.fingerprint import fingerprint
 from grating_core.models.gguf import GgufModel, is_gguf
 from grating_core.models.hub import Hub
+from grating_core.models.lens import Shape
 from grating_core.models.loading import StoredCrossEncoder
 from grating_core.models.placement import choose_device, choose_dtype
 from grating_core.models.prompts import Prompt
@@ -259,7 +260,7 @@ class Reranker(Loaded[CrossEncoder]):
                 calibrated = (
                     (find_lens(own, stored.shape) or find_lens(identity, stored.shape))
                     if lens is None
-                    else open_lens(Path(lens).expanduser(), stored.shape, own, identity)
+                    else open_lens(expanded(lens), stored.shape, own, identity)
                 )
                 policy = ByLens(target, guarantee, calibrated and calibrated.to(stored.device))
             else:
@@ -510,7 +511,7 @@ class Reranker(Loaded[CrossEncoder]):
 
         Raises:
             ValueError: An argument is not usable, or there is too little text; the message names it.
-            OSError: The output cannot be written.
+            StorageError: The output cannot be written, or grating's cache has no room for what is recorded.
         """
         from grating_core.calibration import FEWEST_REQUESTS, fit, make_requests, record
 
@@ -534,6 +535,8 @@ class Reranker(Loaded[CrossEncoder]):
             )
             for name, texts in corpora.items()
         ]
+        place = lens_directory(self._fingerprint) if output is None else expanded(output)
+        require_room_for_lens(place, Shape(model.depth, model.width, model.pooling))
         recordings = [
             record(self._observe, some, depth=model.depth, pooling=model.pooling, show_progress=show_progress)
             for some in made
@@ -546,10 +549,10 @@ class Reranker(Loaded[CrossEncoder]):
             target=self._pruning.target if isinstance(self._pruning, ByLens) else _TARGET,
             show_progress=show_progress,
         )
-        calibrated.save(lens_directory(self._fingerprint) if output is None else Path(output))
+        calibrated.save(place)
         if isinstance(self._pruning, ByLens):
             if output is not None and self._remake is not None:
-                self._remake = partial(self._remake, lens=str(Path(output).absolute()))
+                self._remake = partial(self._remake, lens=str(place.absolute()))
             self._pruning = replace(self._pruning, calibrated=calibrated.to(model.device))
             self._stop_recalibration()
             self.recalibration = self._start_recalibration()  # what was learnt was about other margins
@@ -730,7 +733,7 @@ def _open(
 
 def _find_budget(memory_budget: str | int, model: str | Path) -> int:
     budget = parse_budget(memory_budget)
-    if is_gguf(Path(model).expanduser()):
+    if is_gguf(expanded(model)):
         raise UnsupportedModelError(
             f"memory_budget={memory_budget!r} cannot be kept with {model}: a GGUF file is unpacked as a whole. "
             f"Leave the budget out, or take the model as safetensors"

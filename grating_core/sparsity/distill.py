@@ -11,8 +11,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,8 +25,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from grating_core.errors import GratingError, ModelNotFoundError, UnsupportedModelError
-from grating_core.files import replace_file
+from grating_core.errors import GratingError, ModelNotFoundError, StorageError, UnsupportedModelError
+from grating_core.files import (
+    expanded,
+    is_there,
+    locked,
+    replace_file,
+    replacing,
+    require_room,
+    storing,
+    unfinished_of,
+)
 from grating_core.models.directory import find_model, read_config
 from grating_core.models.fingerprint import fingerprint
 from grating_core.models.gguf import is_gguf
@@ -123,7 +132,7 @@ def distill(
         ModelNotFoundError: The model is not there, or damaged.
         UnsupportedModelError: It is no language model with gated MLPs.
         GratingError: Training diverged.
-        OSError: ``output`` cannot be written.
+        StorageError: ``output`` cannot be written.
     """
     check_density(mlp_density)
     _check_numbers(rank=rank, steps=steps, tokens_per_step=tokens_per_step, window=window)
@@ -132,7 +141,7 @@ def distill(
     if not 0 < learning_rate < math.inf:
         raise ValueError(f"learning_rate={learning_rate} is not a number above 0")
     batch = max(1, round(tokens_per_step / window))
-    output = Path(output).expanduser()
+    output = expanded(output)
     _check_output(output)
     directory, module, tokenizer = _load(str(model), device, dtype, show_progress)
     windows = _windows(texts, tokenizer, window, batch)
@@ -152,16 +161,18 @@ def distill(
     }
     held_out, windows = _divide(windows, seed)
     training = _Training(student, settings, output)
-    if not training.resume():
-        training.before = student.measure(held_out)
-        training.save()
-    with tqdm(
-        total=steps, initial=training.step, unit="step", desc="Distilling", disable=not show_progress
-    ) as bar:
-        training.run(windows, batch, bar)
-    _, recovered = student.measure(held_out)
-    dense, pruned = training.before
-    _write_adapter(output, str(model), mlp_density, rank, student.changes())
+    with _as_output(output), _alone(output):
+        training.require_room()
+        if not training.resume():
+            training.before = student.measure(held_out)
+            training.save()
+        with tqdm(
+            total=steps, initial=training.step, unit="step", desc="Distilling", disable=not show_progress
+        ) as bar:
+            training.run(windows, batch, bar)
+        _, recovered = student.measure(held_out)
+        dense, pruned = training.before
+        _write_adapter(output, str(model), mlp_density, rank, student.changes())
     return Distilled(output, dense, pruned, recovered, steps * batch * window, held_out.numel())
 
 
@@ -172,20 +183,38 @@ def _check_numbers(**numbers: int) -> None:
 
 
 def _check_output(output: Path) -> None:
-    """Refuse what is not ours, and remove what a killed process left half-written."""
-    if not output.exists():
+    """Refuse what is not ours."""
+    if not is_there(output):
         return
     if not output.is_dir():
         raise ValueError(f"output={str(output)!r} is a file; name a directory")
-    for unfinished in output.glob(f".{_STATE}-*"):
-        unfinished.unlink()
-    there = {path.name for path in output.iterdir()}
+    # What a process that was killed left half-written of our files is removed when they are written.
+    with storing(output):
+        there = {unfinished_of(path.name) or path.name for path in output.iterdir()}
     # A process that ended while it wrote the adapter leaves all three.
     if others := there - ({_STATE, _WEIGHTS, _CONFIG} if _STATE in there else set()):
         raise ValueError(
             f"output={str(output)!r} already holds {', '.join(sorted(others)[:3])}; name a new directory, "
             f"or an empty one"
         )
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Keep other processes from writing to the same directory, and leave none if nothing is in it."""
+    made = not is_there(output)
+    try:
+        with locked(output / _STATE, wait=False) as alone:
+            if not alone:
+                raise ValueError(
+                    f"output={str(output)!r} is being written by another process: wait for it, or name another "
+                    f"directory"
+                )
+            yield
+    finally:
+        if made:
+            with suppress(OSError):
+                output.rmdir()
 
 
 def _load(name: str, device: str | None, dtype: str, show_progress: bool) -> tuple[Path, Any, Any]:
@@ -361,7 +390,15 @@ class _Training:
             "before": json.dumps({"dense": dense, **asdict(pruned)}),
         }
         data = format_tensors(tensors, description)
-        _write(self.output, lambda: replace_file(self.output / _STATE, data), len(data))
+        # It is derived from the text. :func:`_alone` has it locked.
+        with replacing(self.output / _STATE, len(data), private=True) as file:
+            file.write(data)
+
+    def require_room(self) -> None:
+        """Try whether there is room for the state, twice while it is written anew, before anything is computed."""
+        most = 3 * sum(change.nbytes for change in self._changes.values())  # with AdamW's two moments
+        there = (self.output / _STATE).exists()
+        require_room(self.output / _STATE, most if there else 2 * most)
 
     def resume(self) -> bool:
         """Go on where another process stopped, if one did.
@@ -421,24 +458,18 @@ def _write_adapter(
         "inference_mode": True,
     }
 
-    def write() -> None:
-        replace_file(output / _WEIGHTS, data)
-        replace_file(output / _CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-        (output / _STATE).unlink()
-
-    _write(output, write, len(data))
+    replace_file(output / _WEIGHTS, data)
+    replace_file(output / _CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    (output / _STATE).unlink()
 
 
-def _write(output: Path, write: Callable[[], None], size: int) -> None:
-    made = not output.exists()
+@contextmanager
+def _as_output(output: Path) -> Iterator[None]:
+    """Let an error of writing name the argument, and say how to go on."""
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        write()
-    except OSError as error:
-        if made:
-            with suppress(OSError):
-                output.rmdir()
-        raise OSError(
-            f"output={str(output)!r} cannot be written ({error.strerror or error}); it takes {size / 1e6:,.1f} "
-            f"MB. What was reached before is kept: when there is room, the same call goes on from it"
+        yield
+    except StorageError as error:
+        raise StorageError(
+            f"output={str(output)!r} cannot be written ({error}). What was reached before is kept: when there is "
+            f"room, the same call goes on from it"
         ) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,7 +16,8 @@ import torch
 from torch.nn.functional import embedding_bag, linear
 from transformers import LlamaConfig, LlamaModel
 
-from grating_core.files import cache_directory
+from grating_core.errors import StorageError
+from grating_core.files import cache_directory, locked, reserve, storing, unfinished
 from grating_core.memory.checkpoint import SECTOR, aligned_buffer
 from grating_core.sparsity.cache import ColumnCache
 from grating_core.sparsity.columns import READERS
@@ -40,9 +40,8 @@ def probe(directory: Path, dtype: torch.dtype) -> Machine:
         dtype: Of the weights.
 
     Raises:
-        OSError: The disk has no room, or cannot be read past the page cache.
+        StorageError: The disk has no room, or cannot be read past the page cache.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     with _written(directory) as file:
         points = [(size, _seconds_of_read(file, size, READERS)) for size in _SIZES]
         latency = _seconds_of_read(file, SECTOR, 1)
@@ -63,7 +62,7 @@ def find_machine(name: str, dtype: torch.dtype) -> Machine:
 
     Raises:
         ValueError: The name is unknown.
-        OSError: See :func:`probe`.
+        StorageError: See :func:`probe`.
     """
     if name == "this":
         return probe(cache_directory(), dtype)
@@ -75,23 +74,29 @@ def find_machine(name: str, dtype: torch.dtype) -> Machine:
 @contextmanager
 def _written(directory: Path) -> Iterator[int]:
     """The descriptor of a large file that is read past the page cache."""
-    with tempfile.NamedTemporaryFile(dir=directory, prefix=".probe-") as file:
-        block = np.random.default_rng(0).bytes(_FILE // 16)  # not zeros, which some disks do not store
-        for _ in range(16):
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-        try:
-            descriptor = os.open(file.name, os.O_RDONLY | os.O_DIRECT)
-        except (OSError, AttributeError) as error:
-            raise OSError(
-                f"the disk of {directory} cannot be measured, since it has no reads past the page cache "
-                f"({error}): name a machine, or describe one"
-            ) from error
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
+    path = directory / "probe"
+    with locked(path), storing(path, _FILE):
+        place = unfinished(path)
+        with place.open("xb") as file:
+            try:
+                descriptor = os.open(place, os.O_RDONLY | os.O_DIRECT)
+            except (OSError, AttributeError) as error:
+                raise StorageError(
+                    f"the disk of {directory} cannot be measured, since it has no reads past the page cache "
+                    f"({error}): name a machine, or describe one"
+                ) from error
+            finally:
+                place.unlink()  # so that nothing is left of it whatever happens
+            try:
+                reserve(file, directory, _FILE)
+                block = np.random.default_rng(0).bytes(_FILE // 16)  # not zeros, which some disks do not store
+                for _ in range(16):
+                    file.write(block)
+                file.flush()
+                os.fsync(file.fileno())
+                yield descriptor
+            finally:
+                os.close(descriptor)
 
 
 def _seconds_of_read(file: int, size: int, threads: int) -> float:

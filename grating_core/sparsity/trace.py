@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from grating_core.errors import TraceError
-from grating_core.files import cache_directory, replace_file
+from grating_core.files import cache_directory, is_there, locked, make_private, replacing, require_room
 from grating_core.models.directory import blaming_config
 from grating_core.models.fingerprint import fingerprint
 from grating_core.sparsity.columns import ColumnSizes
@@ -85,6 +85,7 @@ def record(
 
     Raises:
         TraceError: The file is damaged, or is of another model, text or number of tokens.
+        StorageError: The file cannot be written.
         UnsupportedModelError: The model has no gated MLPs.
         ValueError: The text has too few tokens.
     """
@@ -95,15 +96,29 @@ def record(
         "tokens": str(tokens),
     }
     key = hashlib.sha256(repr(sorted(about.items())).encode()).hexdigest()[:16]
-    path = cache_directory() / "activations" / f"{key}.safetensors" if path is None else path
-    if path.exists():
+    if path is None:
+        path = cache_directory() / "activations" / f"{key}.safetensors"
+        if not is_there(path):
+            make_private(path.parent)
+    if is_there(path):
         return _load(path, about)
     if tokens < 1:
         raise ValueError(f"tokens={tokens!r} must be 1 or more")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    trace = _record(directory, text, tokens, show_progress)
-    replace_file(path, save({"inputs": trace.inputs, "products": trace.products}, about))
+    with locked(path):
+        if is_there(path):  # another process has recorded it meanwhile
+            return _load(path, about)
+        require_room(path, _size(directory, tokens))
+        trace = _record(directory, text, tokens, show_progress)
+        data = save({"inputs": trace.inputs, "products": trace.products}, about)
+        with replacing(path, len(data), private=True) as file:  # it is derived from the text
+            file.write(data)
     return trace
+
+
+def _size(directory: Path, tokens: int) -> int:
+    """Bytes of a trace."""
+    widths = [sum(layer.mlp.gate_proj.weight.shape) for layer in decoder_layers(empty_decoder(directory))]
+    return int(tokens * sum(widths) * np.dtype(np.float16).itemsize)
 
 
 def _load(path: Path, about: dict[str, str]) -> ActivationTrace:

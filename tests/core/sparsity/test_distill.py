@@ -1,11 +1,11 @@
 """Adapters that make up for pruning, trained on tiny random decoders."""
 
-import errno
 import json
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 
 from grating_core import GratingError, ModelNotFoundError, UnsupportedModelError
 from grating_core.cli import app
+from grating_core.errors import StorageError
+from grating_core.files import locked
 from grating_core.models.adapter import Adapter
 from grating_core.sparsity import distill as module
 from grating_core.sparsity.allocation import allocate
@@ -24,6 +26,7 @@ from grating_core.sparsity.distill import Distilled, distill
 from grating_core.sparsity.lowrank import Divergence, LowRankMlp, TrainedMlp
 from grating_core.sparsity.masks import MaskedMlp, Shares
 from tests.core.conftest import DECODER, SIZES, WORDS, randomise, save_model, save_tokenizer
+from tests.core.faults import largest_file
 from tests.core.models.test_decoders import CAUSAL, save_decoder
 from tests.core.parity import random_text
 
@@ -203,7 +206,9 @@ def test_going_on_ends_where_going_through_does(decoder: Path, tmp_path: Path, s
 def test_what_a_killed_process_leaves_is_no_hindrance(decoder: Path, tmp_path: Path) -> None:
     with stopping(4, KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         distill(decoder, TEXTS, tmp_path, **SETTINGS)
-    (tmp_path / f".{STATE}-x1").write_bytes(b"half")
+    for name in (STATE, "adapter_model.safetensors", "adapter_config.json"):
+        (tmp_path / f".{name}-abcdef01").write_bytes(b"half")
+        (tmp_path / f".{name}.lock").write_bytes(b"")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"written before its description")
     distill(decoder, TEXTS, tmp_path, **SETTINGS)
     assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
@@ -326,24 +331,48 @@ def test_an_output_that_holds_something_else(decoder: Path, finished: Distilled,
 
 @pytest.mark.parametrize("write", [1, 4])
 def test_no_space_left(decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int) -> None:
-    replace, done = module.replace_file, 0
+    write_state, done = module._Training.save, 0
 
-    def full(path: Path, data: bytes) -> None:
+    def filling_up(training: Any) -> None:
         nonlocal done
         done += 1
-        if done >= write:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        replace(path, data)
+        with largest_file(10_000) if done >= write else nullcontext():
+            write_state(training)
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "replace_file", full)
+        patched.setattr(module._Training, "save", filling_up)
         patched.setattr(module, "_SECONDS_BETWEEN_STATES", -1.0)
-        with pytest.raises(OSError, match=r"output=.*No space left.* MB"):
+        with pytest.raises(StorageError, match=r"output=.*File too large; it takes \d.* MB"):
             distill(decoder, TEXTS, tmp_path / "output", **SETTINGS)
-    if write == 1:
-        assert not (tmp_path / "output").exists()
+    assert (tmp_path / "output").exists() == (write > 1)
+    if write > 1:
+        assert [path.name for path in (tmp_path / "output").iterdir()] == [STATE]
     found = distill(decoder, TEXTS, tmp_path / "output", **SETTINGS)
     assert found.recovered.divergence < found.pruned.divergence
+
+
+def test_no_space_is_known_before_anything_is_computed(
+    decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module._Student, "measure", lambda *_: pytest.fail("it has been computed"))
+    with (
+        largest_file(10_000),
+        pytest.raises(StorageError, match=r"output=.*takes 0\.\d MB, and .* MB are free in"),
+    ):
+        distill(decoder, TEXTS, tmp_path / "output", **SETTINGS)
+    assert not (tmp_path / "output").exists()
+
+
+def test_an_output_that_another_process_writes(decoder: Path, unfinished: Path) -> None:
+    with locked(unfinished / STATE), pytest.raises(ValueError, match="is being written by another process"):
+        distill(decoder, TEXTS, unfinished, **SETTINGS)
+    assert [path.name for path in unfinished.iterdir()] == [STATE]
+
+
+def test_who_may_read_what_is_written(unfinished: Path, finished: Distilled) -> None:
+    assert (unfinished / STATE).stat().st_mode & 0o777 == 0o600  # it is derived from the text
+    for path in finished.directory.iterdir():  # which an adapter is as well, but that is there to be shared
+        assert path.stat().st_mode & 0o777 == 0o644
 
 
 def test_training_that_diverges_says_so(decoder: Path, tmp_path: Path) -> None:
