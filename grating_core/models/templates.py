@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeGuard, get_args
+from typing import Literal, Protocol, TypeGuard, get_args
 
-import transformers
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
 
-from grating_core.errors import ModelNotFoundError, UnsupportedModelError
+from grating_core.errors import UnsupportedModelError
+from grating_core.models.backend import load_backend, read_settings
 from grating_core.models.families import Family
-from grating_core.models.gguf import gguf_tokenizer, is_gguf
+from grating_core.models.gguf import is_gguf
 from grating_core.models.prompts import Prompt, chat_prompt, control_tokens, named_prompt, official_prompt
 from grating_core.models.tokenizer import TextTokenizer, encodable
 
 LongDocuments = Literal["truncate", "windows"]
 Span = tuple[int, int]  # first position, and the one after the last
-_TYPES = ("token_type_ids",)
 _SMALLEST_WINDOW = 8  # tokens
 _COUNTED = 100_000  # characters of a query whose tokens are counted to say how many are too many
 _OVERLAP = 8  # the part of a window that the next one repeats: one in so many tokens
@@ -393,9 +390,6 @@ def load_template(
 ) -> Template:
     """The template of a model directory.
 
-    ``tokenizer.json`` is read as it is: transformers' wrapper around it keeps copies of the vocabulary, which for
-    250,000 entries takes another 130 MB.
-
     Args:
         directory: Where the tokenizer's files are.
         window: The most tokens a pair may have.
@@ -420,42 +414,3 @@ def load_template(
     if instruction is not None:
         raise ValueError(f"instruction={instruction!r}: this model is given query and document only; leave it out")
     return PairTemplate(backend, tokenizer, window, has_types=has_types, long_documents=long_documents)
-
-
-def load_backend(directory: Path) -> tuple[Tokenizer, bool]:
-    """The tokenizer of a model, and whether the model is to know which text a token belongs to."""
-    if is_gguf(directory):
-        return gguf_tokenizer(directory)[0], False
-    # Without any of them transformers makes up an empty vocabulary, and every text becomes the same.
-    if not any(list(directory.glob(pattern)) for pattern in ("tokenizer.json", "vocab.*", "*.model")):
-        raise ModelNotFoundError(f"{directory} has no tokenizer.json, vocabulary or sentencepiece model")
-    settings = read_settings(directory)
-    named = getattr(transformers, str(settings.get("tokenizer_class")), None)
-    inputs: Any = settings.get("model_input_names") or getattr(named, "model_input_names", _TYPES)
-    backend: Any
-    try:
-        if (directory / "tokenizer.json").is_file():
-            backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-            inputs, backend = tokenizer.model_input_names, getattr(tokenizer, "backend_tokenizer", None)
-    except Exception as error:  # the tokenizers library raises plain Exception for damaged files
-        raise ModelNotFoundError(f"the tokenizer in {directory} cannot be loaded: {error}") from error
-    if backend is None:
-        raise UnsupportedModelError(f"{directory} has a tokenizer without tokenizer.json; convert it to that form")
-    return backend, _TYPES[0] in inputs
-
-
-def read_settings(directory: Path) -> dict[str, Any]:
-    """What ``tokenizer_config.json`` says; nothing if there is none.
-
-    Raises:
-        ModelNotFoundError: It is damaged.
-    """
-    if is_gguf(directory):
-        return gguf_tokenizer(directory)[1]
-    path = directory / "tokenizer_config.json"
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except (ValueError, TypeError, OSError) as error:
-        raise ModelNotFoundError(f"{path} cannot be read: {error}") from error

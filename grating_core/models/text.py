@@ -8,8 +8,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from grating_core.models.backend import load_backend, read_settings
 from grating_core.models.prompts import render_chat
-from grating_core.models.templates import load_backend, read_settings
 from grating_core.models.tokenizer import encodable
 
 Messages = Sequence[Mapping[str, str]]
