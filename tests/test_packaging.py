@@ -200,4 +200,5 @@ def test_wheels_work_in_an_empty_environment_outside_the_repository(
     assert all(line.startswith(str(tmp_path)) for line in lines[:3])
     assert sum("3,520,031" in line for line in lines) == len(examples)
     command_line = Path(paths["scripts"], "grating")
+    assert grating_core.__version__ in run(command_line, "--version")
     assert "grating-core" in run(command_line, "doctor")
