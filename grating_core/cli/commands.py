@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from importlib import metadata
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from grating_core import __version__
 from grating_core.cli import BROKEN_PIPE, INTERRUPTED
 from grating_core.cli.bench import bench
 from grating_core.cli.cache import clear_cache, list_cache
@@ -89,7 +89,7 @@ app = typer.Typer(
 
 def _print_version(asked: bool) -> None:
     if asked:
-        write(f"grating {metadata.version('grating-core')}\n")
+        write(f"grating {__version__}\n")
         raise typer.Exit
 
 

@@ -46,7 +46,8 @@ def _check_density(value: Any) -> Any:
 
 def writable(path: Any) -> Any:
     """Refuse a file that could not be written, before anything is computed for it."""
-    if path is not None and (path.exists() and not path.is_file()):
+    # os.path, unlike Path, takes a name that no file can have for one that is not there.
+    if path is not None and os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113
         raise typer.BadParameter(f"{str(path)!r} is not a regular file.")
     if path is not None and not os.access(path.parent, os.W_OK | os.X_OK):
         raise typer.BadParameter(f"there is no directory {str(path.parent)!r} that may be written to.")
