@@ -96,11 +96,14 @@ def load_transformers(
         tokens: How many to generate.
         offload: Hold no weights: accelerate maps each module's from the file for as long as it computes.
     """
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     tokenizer_loaded()
     architecture: Any = AutoModelForCausalLM
     model = architecture.from_pretrained(
-        directory, dtype=torch.bfloat16, device_map={"": "disk"} if offload else None
+        directory,
+        dtype=torch.bfloat16,
+        device_map={"": "disk"} if offload else None,
+        trust_remote_code=False,
     )
 
     def generate(prompt: str) -> Facts:

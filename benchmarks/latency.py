@@ -52,7 +52,7 @@ PADDED = "transformers, padded, bfloat16"
 def transformers_padded(directory: Path, dtype: torch.dtype, batch_size: int | None = None) -> System:
     """The plain way: batches padded to the longest pair of each, or a single one."""
     recipe = find_recipe(directory, None)
-    model = recipe.architecture.from_pretrained(directory, dtype=dtype).eval()
+    model = recipe.architecture.from_pretrained(directory, dtype=dtype, trust_remote_code=False).eval()
 
     def rank(request: Request, top_k: int) -> Ranking:
         return best(recipe.scores(model, request.query, request.documents, batch_size), top_k)
@@ -73,7 +73,7 @@ def sentence_transformers(directory: Path, batch_size: int) -> System:
 
 def onnx_int8(directory: Path) -> System:
     """ONNX Runtime on the bundled 8-bit file, one pair at a time: its fastest way."""
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(

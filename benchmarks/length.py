@@ -88,7 +88,7 @@ def main(
     """Measure and print the table."""
     directory = find_or_write(model)
     architecture = find_recipe(directory, None).architecture
-    padded = architecture.from_pretrained(directory, dtype=torch.bfloat16).eval()
+    padded = architecture.from_pretrained(directory, dtype=torch.bfloat16, trust_remote_code=False).eval()
     table = Table(title=f"{model}, bfloat16: one document, {rounds} rounds, {torch.get_num_threads()} threads")
     for heading in ("tokens", "system", "seconds", "seconds per 1,000 tokens", "grows by MB"):
         table.add_column(heading, justify="left" if heading == "system" else "right")

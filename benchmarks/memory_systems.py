@@ -46,7 +46,10 @@ def load_transformers(
     recipe = find_recipe(directory, max_length(directory))
     tokenizer_loaded()
     model = recipe.architecture.from_pretrained(
-        directory, dtype=torch.bfloat16, device_map={"": "disk"} if offload else None
+        directory,
+        dtype=torch.bfloat16,
+        device_map={"": "disk"} if offload else None,
+        trust_remote_code=False,
     ).eval()
     # Were anything held after all, this would compare with something else.
     assert {weight.is_meta for weight in model.parameters()} == {offload}

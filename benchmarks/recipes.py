@@ -60,7 +60,7 @@ class EncoderRecipe(Recipe):
     architecture = AutoModelForSequenceClassification
 
     def __init__(self, directory: Path, max_length: int | None) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(directory)
+        self._tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         self._max_length = max_length
 
     def _batch_scores(self, model: Any, query: str, documents: list[str]) -> torch.Tensor:
@@ -87,7 +87,9 @@ class DecoderRecipe(Recipe):
     architecture = AutoModelForCausalLM
 
     def __init__(self, directory: Path, max_length: int) -> None:
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, padding_side="left")
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(
+            directory, padding_side="left", trust_remote_code=False
+        )
         self._prefix, self._suffix = self._encode([PREFIX, SUFFIX])
         (self._yes,), (self._no,) = self._encode(["yes", "no"])
         self._room = max_length - len(self._prefix) - len(self._suffix)

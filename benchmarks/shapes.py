@@ -183,14 +183,18 @@ def write_smollm2(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
     source = smollm2_file()
     architecture: Any = AutoModelForCausalLM
     with _seen_when_finished(directory) as unfinished:
-        model = architecture.from_pretrained(source.parent, gguf_file=source.name, dtype=dtype)
+        model = architecture.from_pretrained(
+            source.parent, gguf_file=source.name, dtype=dtype, trust_remote_code=False
+        )
         # save_pretrained refuses what came from a GGUF file.
         weights = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}
         save_file(weights, unfinished / "model.safetensors", {"format": "pt"})
         model.config.architectures = ["LlamaForCausalLM"]
         vars(model.config).pop("quantization_config", None)  # of the file; these weights have none
         model.config.save_pretrained(unfinished)
-        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(unfinished)
+        AutoTokenizer.from_pretrained(
+            source.parent, gguf_file=source.name, trust_remote_code=False
+        ).save_pretrained(unfinished)
     return directory
 
 

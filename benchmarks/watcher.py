@@ -174,7 +174,7 @@ def work(system: System, job: Job, channel: Connection) -> None:
     reporter = Reporter(channel)
     try:
         # transformers imports a model's code on first use: an import all the same.
-        getattr(transformers, AutoConfig.from_pretrained(job.directory).architectures[0])
+        getattr(transformers, AutoConfig.from_pretrained(job.directory, trust_remote_code=False).architectures[0])
         reporter.mark("imported", tidy=True)
         _forget_pages(job)
         # Not tidied: the pages that loading the tokenizer leaves half empty are its own doing, for every system.

@@ -176,7 +176,7 @@ class StreamedCausalLM(Loaded[CausalLM]):
             plan = None if budget is None else make_generation_plan(stored.sizes(length), budget, length)
             # The tokenizer first: what loading it takes for a moment is then free for the weights.
             before = resident_memory()
-            tokenizer = PromptTokenizer(directory)
+            tokenizer = PromptTokenizer(directory, stored.vocabulary)
             if plan is not None:
                 plan = replace(plan, tokenizer=max(0, resident_memory() - before))
             return cls(

@@ -274,6 +274,7 @@ class Reranker(Loaded[CrossEncoder]):
                 instruction=instruction,
                 asks=stored.family.asks,
                 long_documents=long_documents,
+                rows=stored.vocabulary,
             )
             if plan is not None:
                 plan = replace(plan, tokenizer=max(0, resident_memory() - before))

@@ -185,7 +185,7 @@ def _work(job: Job, system: System, channel: Connection) -> None:
         attach: Attach = resolve_name(job.build)(job)
         return_memory()
         # The tokenizer counts as there before: what this one leaves is free for the system's own.
-        tokenizer = AutoTokenizer.from_pretrained(job.model)
+        tokenizer = AutoTokenizer.from_pretrained(job.model, trust_remote_code=False)
         before, known = psutil.Process().memory_info().rss, reset_high_water()
         del tokenizer
         ask = attach(system)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -203,3 +204,17 @@ def _renumber(step: dict[str, Any], tokenizer: Tokenizer) -> None:
     if step["type"] == "TemplateProcessing":
         for special in step["special_tokens"].values():
             special["ids"] = [number(token) for token in special["tokens"]]
+
+
+def check_vocabulary(directory: Path, backend: Tokenizer, rows: int | None) -> None:
+    """Refuse a tokenizer that has tokens for which the embedding table has no row. Fewer tokens are usual.
+
+    Raises:
+        ModelNotFoundError: It has; the message names both files.
+    """
+    token, last = max(backend.get_vocab(with_added_tokens=True).items(), key=itemgetter(1), default=("", -1))
+    if rows is not None and last >= rows:
+        raise ModelNotFoundError(
+            f"{directory / 'tokenizer.json'} has the token {token!r} of id {last}, and the embedding table that "
+            f"{directory / 'config.json'} describes has {rows} rows: they are not of the same model"
+        )

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from grating_core.errors import GratingError, ModelNotFoundError, UnsupportedModelError
-from grating_core.files import expanded
+from grating_core.errors import CheckpointError, GratingError, ModelNotFoundError, UnsupportedModelError
+from grating_core.files import expanded, read_json
+from grating_core.memory.checkpoint import Checkpoint
+from grating_core.memory.header import StoredTensor
+from grating_core.models.agreement import check_implemented, check_numbers
 from grating_core.models.bundled import BUNDLED_PREFIX, bundled_model
 from grating_core.models.elsewhere import known_elsewhere
 from grating_core.models.families import Config, Family, find_family
-from grating_core.models.hub import Hub
+from grating_core.models.hub import MODEL_FILES, Hub
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_MODULES = ("Transformer", "LogitScore")  # the second is what a prompt's answers are
 
 
 def find_model(name: str, *, hub: Hub | None = None, show_progress: bool = False) -> Path:
@@ -39,6 +42,7 @@ def find_model(name: str, *, hub: Hub | None = None, show_progress: bool = False
     if name.endswith(".gguf") and os.path.isfile(directory):  # noqa: PTH113 - as below
         return directory
     if name and os.path.isdir(directory):  # noqa: PTH112 - Path.is_dir raises for names that are too long
+        _check_files(directory)
         return directory
     if (sentence := known_elsewhere(name)) is not None:
         raise ModelNotFoundError(sentence)
@@ -50,37 +54,36 @@ def find_model(name: str, *, hub: Hub | None = None, show_progress: bool = False
     return (hub or Hub()).fetch(name)
 
 
+def _check_files(directory: Path) -> None:
+    """Refuse what is not a file in the place of one: a named pipe would be waited for without end."""
+    for path in directory.iterdir():
+        if path.suffix in MODEL_FILES and path.exists() and not path.is_file() and not path.is_dir():
+            raise ModelNotFoundError(f"{path} is not a regular file")
+
+
 def read_config(directory: Path) -> tuple[Config, Family]:
     """The configuration of a model directory, and the family it belongs to.
 
     Raises:
-        ModelNotFoundError: There is no readable ``config.json``.
-        UnsupportedModelError: grating does not run this architecture, or it has other than one label.
+        ModelNotFoundError: There is no readable ``config.json``, or what it says makes no sense.
+        UnsupportedModelError: grating does not run this architecture, something that it says is not implemented,
+            or it has other than one label.
     """
     path = directory / "config.json"
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path)
         architectures = list(fields.get("architectures") or [])
     except FileNotFoundError as error:
         raise ModelNotFoundError(f"{directory} is not a model directory: it has no config.json") from error
     except (ValueError, OSError, AttributeError, TypeError) as error:
         raise ModelNotFoundError(f"{path} cannot be read as a configuration: {error}") from error
     family = find_family(architectures)
+    check_numbers(path, fields)
     # The class is chosen by the family, so code that the checkpoint may bring along is never looked at.
     with blaming_config(path):
         config = family.config(fields)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        raise UnsupportedModelError(
-            f"{path} has rope_type='longrope', with which a score depends on what is beside it"
-        )
-    if family.causal and getattr(config, "use_bidirectional_attention", False):
-        raise UnsupportedModelError(f"{path} has use_bidirectional_attention; only causal decoders are supported")
-    if family.head_module is None and config.num_labels != 1:
-        raise UnsupportedModelError(
-            f"{path} describes {config.num_labels} labels; a reranker has one relevance score. "
-            f"Classifiers with several labels cannot rank"
-        )
+        check_implemented(path, fields, config, family)
+    check_modules(directory)
     config.chunk_size_feed_forward = 0  # grating does the chunking, along the packed axis
     return config, family
 
@@ -93,7 +96,7 @@ def end_tokens(directory: Path, config: Config) -> frozenset[int]:
     """
     path = directory / "generation_config.json"
     try:
-        fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        fields = read_json(path) if path.exists() else {}
         found = fields.get("eos_token_id", getattr(config, "eos_token_id", None))
         return frozenset(map(int, found if isinstance(found, list) else [] if found is None else [found]))
     except (ValueError, OSError, AttributeError, TypeError) as error:
@@ -119,21 +122,83 @@ def weight_files(directory: Path) -> list[Path]:
         ModelNotFoundError: They are not all there.
     """
     index = directory / _INDEX
-    if index.is_file():
+    if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(read_json(index)["weight_map"].values()))
             files = [directory / name for name in names]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
             raise ModelNotFoundError(f"{index} cannot be read: {error!r}") from error
+        if strangers := [name for name in names if not _is_inside(name)]:
+            raise ModelNotFoundError(
+                f"{index} names {strangers[0]!r}, which is not a file in the model's own directory"
+            )
     else:
         files = [directory / _WEIGHTS]
-    absent = [path.name for path in files if not path.is_file()]
+    absent = [path.name for path in files if not os.path.isfile(path)]  # noqa: PTH113 - as in find_model
     if absent:
         raise ModelNotFoundError(
             f"{directory} lacks {', '.join(absent)}. Only safetensors are loaded, never pickled weights "
             f"(pytorch_model.bin): convert those with save_pretrained first"
         )
     return files
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a relative path stays in its directory, on every system."""
+    paths = (PurePosixPath(name), PureWindowsPath(name))
+    return bool(name) and not any(path.anchor or ".." in path.parts for path in paths)
+
+
+def read_headers(directory: Path) -> dict[str, StoredTensor]:
+    """Where each tensor of a model directory lies.
+
+    Raises:
+        ModelNotFoundError: The files are not all there, or are not safetensors.
+    """
+    try:
+        checkpoint = Checkpoint(weight_files(directory))
+    except (CheckpointError, OSError) as error:
+        raise ModelNotFoundError(
+            f"the weights cannot be read as safetensors ({error}); delete them and fetch the model again"
+        ) from error
+    checkpoint.close()
+    return checkpoint.tensors
+
+
+def check_modules(directory: Path) -> None:
+    """Refuse a sentence-transformers model that has modules behind the transformer which change the score.
+
+    Raises:
+        ModelNotFoundError: Its ``modules.json`` cannot be read.
+        UnsupportedModelError: It has; the message names them.
+    """
+    if others := [kind for kind in _modules(directory) if kind not in _MODULES]:
+        raise UnsupportedModelError(
+            f"{directory / 'modules.json'} has {', '.join(others)} behind the transformer, which change the "
+            f"score and are not supported. Take a checkpoint whose head is part of the transformers model"
+        )
+
+
+def _modules(directory: Path) -> list[str]:
+    """The classes of the modules that a sentence-transformers model has."""
+    path = directory / "modules.json"
+    try:
+        return [str(module["type"]).rpartition(".")[2] for module in read_json(path)] if path.exists() else []
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise ModelNotFoundError(f"{path} cannot be read: {error!r}") from error
+
+
+def check_answers(directory: Path) -> None:
+    """Refuse a model that has its answers in a module of sentence-transformers, where nothing else names them.
+
+    Raises:
+        UnsupportedModelError: It is one.
+    """
+    if "LogitScore" in _modules(directory):
+        raise UnsupportedModelError(
+            f"{directory / 'modules.json'} has LogitScore, whose token ids make the score, which are not read "
+            f"yet: say how the model is asked by template=Prompt(pieces, yes, no), with those tokens as texts"
+        )
 
 
 def describe_weights(directory: Path) -> dict[str, Any]:

@@ -79,6 +79,11 @@ class GgufModel:
         config = self._module.config
         return Shape(config.num_hidden_layers, config.hidden_size, self.family.pooling(config))
 
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding table."""
+        return int(self._module.get_input_embeddings().weight.shape[0])
+
     def sizes(self, window: int) -> ModelSizes:
         """See :meth:`StoredCrossEncoder.sizes`; there is nothing that a plan could leave on disk."""
         raise NotImplementedError
@@ -129,7 +134,7 @@ def gguf_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
 @lru_cache(maxsize=1)  # asked for twice when a model is loaded, and slow
 def _tokenizer(path: Path, changed: int) -> tuple[Tokenizer, dict[str, Any]]:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except ImportError as error:
         raise ModelNotFoundError(_INSTALL) from error
     except Exception as error:  # whatever a damaged file leads to
@@ -145,7 +150,9 @@ _unpacking = Lock()
 def _unpack(path: Path, **how: Any) -> Any:
     try:
         with _unpacking:
-            return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **how)
+            return AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, trust_remote_code=False, **how
+            )
     except ImportError as error:
         raise ModelNotFoundError(_INSTALL) from error
     except Exception as error:  # whatever a damaged file leads to

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from grating_core.errors import ModelNotFoundError
 
-_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 _REVISION = re.compile(r"(?!/)(?!.*\.\.)[^\s~^:?*\[\\]+")  # what git takes as a name
 
 
@@ -71,7 +71,7 @@ class Hub:
                     token=self.token,
                     cache_dir=self.cache_dir,
                     local_files_only=self.local_files_only,
-                    allow_patterns=list(_FILES),
+                    allow_patterns=[f"*{ending}" for ending in MODEL_FILES],
                     ignore_patterns=["*/*"],  # exports to other formats live in subfolders
                 )
             )

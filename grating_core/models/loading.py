@@ -21,9 +21,10 @@ from grating_core.memory.plan import MemoryPlan, ModelSizes
 from grating_core.memory.rows import RowCache
 from grating_core.memory.streamer import Streamer
 from grating_core.models.adapter import Adapter
+from grating_core.models.agreement import check_stored, check_taken
 from grating_core.models.causal_lm import CausalLM, keys_of
 from grating_core.models.cross_encoder import CrossEncoder
-from grating_core.models.directory import blaming_config, end_tokens, read_config, weight_files
+from grating_core.models.directory import blaming_config, end_tokens, read_config, read_headers, weight_files
 from grating_core.models.families import FAMILIES
 from grating_core.models.fingerprint import fingerprint
 from grating_core.models.layered import bind, without_weights, work_per_token
@@ -77,6 +78,9 @@ class StoredModel:
         self.adapter = adapter
         self._pruning = pruning
         self._config, self.family = read_config(directory)
+        self._check_family()
+        with blaming_config(directory / "config.json"):
+            check_stored(directory / "config.json", self._config, self.family, read_headers(directory))
         self._config._attn_implementation = attention
         with blaming_config(directory / "config.json"), without_weights():
             self._module = self._build()
@@ -98,12 +102,16 @@ class StoredModel:
         """Find a place for the stored tensors, as far as the module wants them."""
         stored = {_modern_name(name): tensor for name, tensor in tensors.items()}
         for target, source in self._module.all_tied_weights_keys.items():
-            if source in stored:
-                stored.setdefault(target, stored[source])
+            for name, other in ((target, source), (source, target)):
+                if name in stored:
+                    stored.setdefault(other, stored[name])
         self._tensors = self._match(stored, self._module.state_dict())
         self._sort()
         if self.adapter is not None:
             self.adapter.check(self._shapes(), [*self._head, _OUTPUT], self._table)
+
+    def _check_family(self) -> None:
+        """Refuse a family that cannot do what is wanted of it."""
 
     def _build(self) -> Any:
         """The module, with weights of any content."""
@@ -116,6 +124,7 @@ class StoredModel:
 
     def _match(self, stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
         """The stored tensor for each parameter of the module."""
+        check_taken(self.family, stored, wanted)
         missing = [name for name in wanted if name not in stored]
         if missing:
             raise ModelNotFoundError(
@@ -189,6 +198,11 @@ class StoredModel:
     def window(self) -> int:
         """The most tokens that the model can take."""
         return self.family.window(self._config)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding table."""
+        return self._tensors[self._table].shape[0]
 
     def sizes(self, window: int) -> ModelSizes:
         """What the parts of the model take in memory.
@@ -401,13 +415,15 @@ class StoredCrossEncoder(StoredModel):
 class StoredCausalLM(StoredModel):
     """A stored language model, to generate with. Its head is the final norm and the output embedding."""
 
-    def _build(self) -> Any:
+    def _check_family(self) -> None:
         if not self.family.asks:
             able = ", ".join(name for name, family in FAMILIES.items() if family.asks)
             raise UnsupportedModelError(
                 f"{self.directory} holds a {self.family.architecture}, which does not generate text; "
                 f"supported are {able}"
             )
+
+    def _build(self) -> Any:
         return self.family.module_class(self._config)
 
     @property

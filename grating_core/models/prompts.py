@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from grating_core.errors import ModelNotFoundError
+from grating_core.files import read_json
 
 _MARK = re.compile(r"[<\[]\S+[>\]]")  # not what a line break or a run of spaces is to some tokenizers
 _SLOT = re.compile(r"\{(instruction|query|document)\}")
@@ -226,7 +226,7 @@ def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
     if (path := directory / "chat_template.jinja").is_file():
         return path.read_text(encoding="utf-8")
     if (path := directory / "chat_template.json").is_file():
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_json(path)
     found = settings.get("chat_template")
     if isinstance(found, list):
         found = {entry["name"]: entry["template"] for entry in found}.get("default")

@@ -11,7 +11,8 @@ from typing import Literal, Protocol, TypeGuard, get_args
 from tokenizers import Tokenizer
 
 from grating_core.errors import UnsupportedModelError
-from grating_core.models.backend import load_backend, read_settings
+from grating_core.models.backend import check_vocabulary, load_backend, read_settings
+from grating_core.models.directory import check_answers
 from grating_core.models.families import Family
 from grating_core.models.gguf import is_gguf
 from grating_core.models.prompts import Prompt, chat_prompt, control_tokens, named_prompt, official_prompt
@@ -327,7 +328,10 @@ def find_prompt(template: Prompt | str | None, model: str, directory: Path, fami
     for name in (Path(model).name, *_names(directory.resolve()), family.prompt or ""):
         if prompt := official_prompt(name):
             return prompt
-    return chat_prompt(directory, read_settings(directory)) if family.asks else None
+    if not family.asks:
+        return None
+    check_answers(directory)
+    return chat_prompt(directory, read_settings(directory))
 
 
 def _names(path: Path) -> list[str]:
@@ -387,6 +391,7 @@ def load_template(
     instruction: str | None = None,
     asks: bool = False,
     long_documents: LongDocuments = "truncate",
+    rows: int | None = None,
 ) -> Template:
     """The template of a model directory.
 
@@ -397,13 +402,16 @@ def load_template(
         instruction: What to judge by; None for the prompt's own.
         asks: Whether the score is the logit of the prompt's answers.
         long_documents: What to do with a document that does not fit: cut its end, or make several windows of it.
+        rows: Of the model's embedding table, if a token without one is to be refused.
 
     Raises:
-        ModelNotFoundError: The tokenizer's files are missing or damaged, or need a package that is not there.
+        ModelNotFoundError: The tokenizer's files are missing or damaged, need a package that is not there, or are
+            of a model with more tokens.
         UnsupportedModelError: The tokenizer has no Rust backend, or no token for an answer.
         ValueError: The instruction or the window do not go with the prompt.
     """
     backend, has_types = load_backend(directory)
+    check_vocabulary(directory, backend, rows)
     backend.no_padding()
     backend.no_truncation()
     tokenizer = TextTokenizer(backend, control_tokens(directory, read_settings(directory), backend))

@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from grating_core.models.backend import load_backend, read_settings
+from grating_core.models.backend import check_vocabulary, load_backend, read_settings
 from grating_core.models.prompts import render_chat
 from grating_core.models.tokenizer import encodable
 
@@ -22,16 +22,18 @@ class PromptTokenizer:
 
     Args:
         directory: Where the model's files are.
+        rows: Of the model's embedding table, if a token without one is to be refused.
 
     Raises:
-        ModelNotFoundError: The tokenizer's files are missing or damaged.
+        ModelNotFoundError: The tokenizer's files are missing or damaged, or of a model with more tokens.
         UnsupportedModelError: The tokenizer has no Rust backend.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, rows: int | None = None) -> None:
         self._directory = directory
         self._settings = read_settings(directory)
         self._backend, _ = load_backend(directory)
+        check_vocabulary(directory, self._backend, rows)
         self._backend.no_padding()
         self._backend.no_truncation()
 

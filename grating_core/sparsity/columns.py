@@ -196,7 +196,7 @@ class ColumnFile:
     def _check(self, fingerprint: str) -> None:
         with self.path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        metadata = header.get("__metadata__", {})
+        metadata = header.get("__metadata__") or {}
         if metadata.get("format") != _FORMAT or metadata.get("fingerprint") != fingerprint:
             raise ColumnsError(
                 f"{self.path} has the columns of other weights, or of another release of grating (fingerprint "

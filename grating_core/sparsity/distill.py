@@ -231,7 +231,7 @@ def _load(name: str, device: str | None, dtype: str, show_progress: bool) -> tup
     stored = StoredCausalLM(directory, device=place, dtype=chosen, attention=attention)
     stored.load(None)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever damaged files lead to
         raise ModelNotFoundError(f"the tokenizer in {directory} cannot be read: {error}") from error
     return directory, stored.module, tokenizer

@@ -176,8 +176,10 @@ def load_decoder(directory: Path) -> tuple[Any, Any]:
     empty_decoder(directory)  # so that what cannot be pruned is not loaded
     architecture: Any = AutoModelForCausalLM
     with blaming_config(directory / "config.json"):
-        model = architecture.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        model = architecture.from_pretrained(
+            directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -190,6 +192,8 @@ def empty_decoder(directory: Path) -> Any:
     """
     architecture: Any = AutoModelForCausalLM
     with blaming_config(directory / "config.json"), torch.device("meta"):
-        model = architecture.from_config(AutoConfig.from_pretrained(directory, local_files_only=True))
+        model = architecture.from_config(
+            AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        )
         decoder_layers(model)
     return model
