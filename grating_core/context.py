@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from bisect import bisect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 
 from semantic_text_splitter import TextSplitter
 
+from grating_core import arguments
+from grating_core.arguments import check_query, whole_number
 from grating_core.models.tokenizer import encodable
-from grating_core.reranker import Reranker, check_query
+from grating_core.reranker import Reranker
 
 CountTokens = Callable[[str], int]
 
@@ -45,7 +47,7 @@ class Passage:
 
 def select_context(
     query: str,
-    text_or_documents: str | Sequence[str],
+    text_or_documents: str | Iterable[str],
     *,
     reranker: Reranker,
     max_tokens: int,
@@ -86,7 +88,8 @@ def select_context(
             prompt = join_passages(passages) + " Who did it?"
     """
     check_query(query)
-    source = _source(text_or_documents, reranker, max_tokens, chunk_tokens, count_tokens)
+    max_tokens, chunk_tokens = whole_number("max_tokens", max_tokens), whole_number("chunk_tokens", chunk_tokens)
+    source = _source(text_or_documents, reranker, chunk_tokens, count_tokens)
     if (everything := source.everything(max_tokens)) is not None:
         return everything
     chunks = list(source.chunks(min(chunk_tokens, max_tokens), max_tokens))
@@ -104,7 +107,7 @@ def select_context(
 
 
 def leading_context(
-    text_or_documents: str | Sequence[str],
+    text_or_documents: str | Iterable[str],
     *,
     reranker: Reranker,
     max_tokens: int,
@@ -126,7 +129,8 @@ def leading_context(
     Raises:
         ValueError: An argument is not usable; the message names it.
     """
-    source = _source(text_or_documents, reranker, max_tokens, chunk_tokens, count_tokens)
+    max_tokens, chunk_tokens = whole_number("max_tokens", max_tokens), whole_number("chunk_tokens", chunk_tokens)
+    source = _source(text_or_documents, reranker, chunk_tokens, count_tokens)
     if (everything := source.everything(max_tokens)) is not None:
         return everything
     kept: list[Passage] = []
@@ -269,9 +273,8 @@ class _Source:
 
 
 def _source(
-    text_or_documents: str | Sequence[str],
+    text_or_documents: str | Iterable[str],
     reranker: Reranker,
-    max_tokens: int,
     chunk_tokens: int,
     count_tokens: CountTokens | None,
 ) -> _Source:
@@ -279,27 +282,17 @@ def _source(
     texts = _checked_texts(text_or_documents)
     if not isinstance(reranker, Reranker):
         raise ValueError(f"reranker={reranker!r} must be a Reranker, as Reranker.from_pretrained makes it")
-    _check_sizes(max_tokens, chunk_tokens, reranker)
+    _check_chunk(chunk_tokens, reranker)
     return _Source(texts, reranker.count_tokens if count_tokens is None else _checked_counter(count_tokens))
 
 
-def _checked_texts(text_or_documents: str | Sequence[str]) -> list[str]:
+def _checked_texts(text_or_documents: str | Iterable[str]) -> list[str]:
     if isinstance(text_or_documents, str):
         return [text_or_documents]
-    try:
-        texts = list(text_or_documents)
-    except TypeError as error:
-        raise ValueError(f"text_or_documents must be a text or a list of texts: {error}") from error
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"text_or_documents[{index}] is a {type(text).__name__}, not a string")
-    return texts
+    return arguments.texts("text_or_documents", text_or_documents, "a text or a list of texts")
 
 
-def _check_sizes(max_tokens: int, chunk_tokens: int, reranker: Reranker) -> None:
-    for name, tokens in (("max_tokens", max_tokens), ("chunk_tokens", chunk_tokens)):
-        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-            raise ValueError(f"{name}={tokens!r} must be a whole number, 1 or more")
+def _check_chunk(chunk_tokens: int, reranker: Reranker) -> None:
     if chunk_tokens > reranker.max_length:
         raise ValueError(
             f"chunk_tokens={chunk_tokens} is more than the reranker reads, {reranker.max_length} tokens with the "

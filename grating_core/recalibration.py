@@ -24,6 +24,7 @@ from threading import Condition, Thread, current_thread
 from time import monotonic
 from typing import Generic, TypeVar
 
+from grating_core.arguments import is_number
 from grating_core.engine.forward import Interrupted
 from grating_core.errors import StorageError
 from grating_core.files import cache_directory, go_on_without_cache, is_kept, make_private, replace_file
@@ -306,8 +307,7 @@ def check_share(recalibrate: float, pruning: object) -> None:
     Raises:
         ValueError: One or the other.
     """
-    number = isinstance(recalibrate, float | int) and not isinstance(recalibrate, bool)
-    if not number or not 0 <= recalibrate <= 1:
+    if not is_number(recalibrate) or not 0 <= recalibrate <= 1:
         raise ValueError(f"recalibrate={recalibrate!r} must be a share of requests: a number from 0 (off) to 1")
     if not recalibrate or (isinstance(pruning, str) and pruning in ("auto", "cluster")):
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial, wraps
@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from grating_core import arguments
+from grating_core.arguments import check_query, is_number, whole_number
 from grating_core.engine.attention import PACKED_ATTENTION
 from grating_core.engine.forward import Outcome, forward
 from grating_core.engine.ragged import RaggedBatch, filled
@@ -144,15 +146,15 @@ class Reranker(Loaded[CrossEncoder]):
         model: str | Path,
         *,
         device: str | torch.device | None = None,
-        dtype: str | torch.dtype = "auto",
+        dtype: str | torch.dtype | None = "auto",
         memory_budget: str | int | None = None,
-        pruning: str | PruningPolicy = "auto",
-        target: float = _TARGET,
-        guarantee: Guarantee = "share",
+        pruning: str | PruningPolicy | None = "auto",
+        target: float | None = _TARGET,
+        guarantee: Guarantee | None = "share",
         lens: str | Path | None = None,
-        recalibrate: float = 0.0,
+        recalibrate: float | None = 0.0,
         max_length: int | None = None,
-        long_documents: LongDocuments = "truncate",
+        long_documents: LongDocuments | None = "truncate",
         template: Prompt | str | None = None,
         instruction: str | None = None,
         adapter: str | Path | None = None,
@@ -161,7 +163,7 @@ class Reranker(Loaded[CrossEncoder]):
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
+        local_files_only: bool | None = False,
         show_progress: bool = False,
     ) -> Reranker:
         """Load a cross-encoder.
@@ -220,10 +222,18 @@ class Reranker(Loaded[CrossEncoder]):
             ColumnsError: The file with the columns of the MLPs cannot be written, is damaged, or belongs to other
                 weights.
             LensError: There is no lens in that directory, it is damaged, or it is for other weights.
-            ValueError: An argument is not usable; the message names it.
+            ValueError: An argument is not usable; the message names it. None is as if it were not given, for all.
         """
-        if chunk_tokens is not None and chunk_tokens < 1:
-            raise ValueError(f"chunk_tokens={chunk_tokens} must be 1 or more, or None")
+        dtype = "auto" if dtype is None else dtype
+        pruning = "auto" if pruning is None else pruning
+        target = _TARGET if target is None else target
+        guarantee = "share" if guarantee is None else guarantee
+        recalibrate = 0.0 if recalibrate is None else recalibrate
+        long_documents = "truncate" if long_documents is None else long_documents
+        if chunk_tokens is not None:
+            chunk_tokens = whole_number("chunk_tokens", chunk_tokens)
+        if max_length is not None:
+            max_length = whole_number("max_length", max_length)
         if chunk_tokens is not None and memory_budget is not None:
             raise ValueError(
                 f"chunk_tokens={chunk_tokens} and memory_budget exclude each other: the budget sets both"
@@ -239,7 +249,7 @@ class Reranker(Loaded[CrossEncoder]):
             str(model),
             device,
             dtype,
-            hub=Hub(revision, token, cache_dir, local_files_only),
+            hub=Hub(revision, token, cache_dir, False if local_files_only is None else local_files_only),
             adapter=adapter,
             lasting=budget is not None,
             mlp_density=mlp_density,
@@ -262,7 +272,7 @@ class Reranker(Loaded[CrossEncoder]):
                     if lens is None
                     else open_lens(expanded(lens), stored.shape, own, identity)
                 )
-                policy = ByLens(target, guarantee, calibrated and calibrated.to(stored.device))
+                policy = ByLens(float(target), guarantee, calibrated and calibrated.to(stored.device))
             else:
                 policy = chosen
             # The tokenizer first: what loading it takes for a moment is then free for the weights.
@@ -286,7 +296,7 @@ class Reranker(Loaded[CrossEncoder]):
                 pruning=policy,
                 chunk_tokens=chunk_tokens,
                 plan=plan,
-                sampling=Sampling(recalibrate, target, guarantee) if recalibrate else None,
+                sampling=Sampling(float(recalibrate), float(target), guarantee) if recalibrate else None,
             )
 
     @classmethod
@@ -302,6 +312,7 @@ class Reranker(Loaded[CrossEncoder]):
         Raises:
             ValueError: The policy object is not hashable; and as :meth:`from_pretrained` does.
         """
+        settings = arguments.given(settings)
         if not isinstance(settings.get("pruning"), Hashable):
             raise ValueError(
                 f"pruning={settings['pruning']!r} is not hashable, so it cannot be told whether it is shared"
@@ -312,7 +323,7 @@ class Reranker(Loaded[CrossEncoder]):
     def rerank(
         self,
         query: str,
-        documents: Sequence[str],
+        documents: Iterable[str],
         top_k: int = 10,
         *,
         scores: Literal["exact", "estimated"] = "exact",
@@ -321,8 +332,9 @@ class Reranker(Loaded[CrossEncoder]):
 
         Args:
             query: The question; not empty.
-            documents: N texts. None at all, duplicates and empty strings are fine. Texts longer than the
-                model's window are cut, and listed in the trace.
+            documents: N texts, in any form that has an order: a list, an array, a generator. None at all,
+                duplicates and empty strings are fine. Texts longer than the model's window are cut, and listed in
+                the trace.
             top_k: How many to return. N or more returns all N, and nothing is pruned then.
             scores: ``"exact"``: what is returned went through every layer, so its scores are the full
                 model's. ``"estimated"``: sure winners stop early as well, which is faster; their scores are
@@ -341,7 +353,7 @@ class Reranker(Loaded[CrossEncoder]):
     async def arerank(
         self,
         query: str,
-        documents: Sequence[str],
+        documents: Iterable[str],
         top_k: int = 10,
         *,
         scores: Literal["exact", "estimated"] = "exact",
@@ -361,16 +373,16 @@ class Reranker(Loaded[CrossEncoder]):
     def _rerank(
         self,
         query: str,
-        documents: Sequence[str],
+        documents: Iterable[str],
         top_k: int,
         scores: Literal["exact", "estimated"],
         pause: Callable[[], bool] | None = None,
     ) -> RerankResult:
         started = perf_counter()
         model = self._model()
-        documents = _checked_documents(documents)
+        documents = arguments.texts("documents", documents)
         check_query(query)
-        _check_top_k(top_k)
+        top_k = whole_number("top_k", top_k)
         if scores not in ("exact", "estimated"):
             raise ValueError(f"scores={scores!r} must be 'exact' or 'estimated'")
         if not documents:
@@ -413,11 +425,11 @@ class Reranker(Loaded[CrossEncoder]):
         return RerankResult(ranking, trace)
 
     @_for_a_caller
-    def score(self, pairs: Sequence[tuple[str, str]], *, show_progress: bool = False) -> list[float]:
+    def score(self, pairs: Iterable[tuple[str, str]], *, show_progress: bool = False) -> list[float]:
         """The relevance of each text to its query, by the full model.
 
         Args:
-            pairs: ``(query, text)`` for each score wanted. Queries may differ.
+            pairs: ``(query, text)`` for each score wanted, as a list, an array or a ``zip``. Queries may differ.
             show_progress: Show a progress bar on standard error.
 
         Returns:
@@ -429,9 +441,7 @@ class Reranker(Loaded[CrossEncoder]):
             RuntimeError: The reranker has been closed.
         """
         model = self._model()
-        for index, pair in enumerate(pairs):
-            if not _is_pair(pair):
-                raise ValueError(f"pairs[{index}]={pair!r} must be a query that is not empty and a text")
+        pairs = arguments.pairs("pairs", pairs)
         found: list[float] = []
         with tqdm(total=len(pairs), unit="pair", disable=not show_progress) as bar:
             for start in range(0, len(pairs), _SCORE_GROUP):
@@ -459,10 +469,7 @@ class Reranker(Loaded[CrossEncoder]):
         Raises:
             ValueError: ``tokens`` is below 1.
         """
-        if tokens is None:
-            tokens = self.max_length // 2
-        if tokens < 1:
-            raise ValueError(f"tokens={tokens} must be 1 or more")
+        tokens = self.max_length // 2 if tokens is None else whole_number("tokens", tokens)
         kept = self._template.tail(text, tokens)
         if kept != text:
             _log.info("of a text of %d characters the last %d tokens are used", len(text), tokens)
@@ -476,8 +483,8 @@ class Reranker(Loaded[CrossEncoder]):
     @_for_a_caller
     def calibrate(
         self,
-        documents: Sequence[str] | Mapping[str, Sequence[str]],
-        queries: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+        documents: Iterable[str] | Mapping[str, Iterable[str]],
+        queries: Iterable[str] | Mapping[str, Iterable[str]] | None = None,
         *,
         top_k: int = 5,
         candidates: int = 20,
@@ -516,7 +523,8 @@ class Reranker(Loaded[CrossEncoder]):
         """
         from grating_core.calibration import FEWEST_REQUESTS, fit, make_requests, record
 
-        _check_top_k(top_k)
+        top_k, candidates = whole_number("top_k", top_k), whole_number("candidates", candidates)
+        requests, seed = whole_number("requests", requests), whole_number("seed", seed, 0)
         if not top_k < candidates:
             raise ValueError(f"top_k={top_k} must be below candidates={candidates}")
         if requests < FEWEST_REQUESTS:
@@ -528,8 +536,8 @@ class Reranker(Loaded[CrossEncoder]):
             raise ValueError(f"queries are given for {sorted(unknown)}, but documents only for {sorted(corpora)}")
         made = [
             make_requests(
-                _checked_documents(texts),
-                asked.get(name),
+                arguments.texts("documents", texts),
+                None if (some := asked.get(name)) is None else arguments.texts("queries", some),
                 candidates=candidates,
                 count=-(-requests // len(corpora)),
                 seed=seed,
@@ -666,7 +674,7 @@ def plan_memory(
     memory_budget: str | int,
     *,
     device: str | torch.device | None = None,
-    dtype: str | torch.dtype = "auto",
+    dtype: str | torch.dtype | None = "auto",
     max_length: int | None = None,
     template: Prompt | str | None = None,
     adapter: str | Path | None = None,
@@ -674,7 +682,7 @@ def plan_memory(
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
+    local_files_only: bool | None = False,
     show_progress: bool = False,
 ) -> tuple[Path, int, MemoryPlan]:
     """What :meth:`Reranker.from_pretrained` would do with a memory budget; no weights are read.
@@ -688,8 +696,8 @@ def plan_memory(
     stored = _open(
         str(model),
         device,
-        dtype,
-        hub=Hub(revision, token, cache_dir, local_files_only),
+        "auto" if dtype is None else dtype,
+        hub=Hub(revision, token, cache_dir, False if local_files_only is None else local_files_only),
         adapter=adapter,
         lasting=False,
         mlp_density=mlp_density,
@@ -758,40 +766,9 @@ def _find_policy(pruning: str | PruningPolicy) -> PruningPolicy | None:
 
 
 def _check_promise(target: float, guarantee: str, lens: object, pruning: object) -> None:
-    if isinstance(target, bool) or not isinstance(target, float | int) or not 0 < target < 1:
+    if not is_number(target) or not 0 < target < 1:
         raise ValueError(f"target={target!r} must be a number between 0 and 1, such as 0.98")
     if guarantee not in get_args(Guarantee):
         raise ValueError(f"guarantee={guarantee!r} must be 'share' or 'set'")
     if lens is not None and pruning != "auto":
         raise ValueError(f"lens={str(lens)!r} and pruning={pruning!r} exclude each other: a lens takes 'auto'")
-
-
-def check_query(query: str) -> None:
-    """Raise ``ValueError`` for a query that is not a string, or blank."""
-    if not isinstance(query, str) or not query.strip():
-        raise ValueError(f"query={query!r} must be a string that is not empty")
-
-
-def _check_top_k(top_k: int) -> None:
-    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
-        raise ValueError(f"top_k={top_k!r} must be a whole number, 1 or more")
-
-
-def _is_pair(pair: object) -> bool:
-    return (
-        isinstance(pair, Sequence)
-        and len(pair) == 2
-        and all(isinstance(text, str) for text in pair)
-        and not isinstance(pair, str)
-        and bool(pair[0].strip())
-    )
-
-
-def _checked_documents(documents: Sequence[str]) -> list[str]:
-    if isinstance(documents, str) or not isinstance(documents, Iterable):
-        raise ValueError(f"documents must be a list of strings, not a {type(documents).__name__}")
-    documents = list(documents)
-    for index, document in enumerate(documents):
-        if not isinstance(document, str):
-            raise ValueError(f"documents[{index}] is a {type(document).__name__}, not a string")
-    return documents

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 
 from accelerate.utils import convert_file_size_to_int
@@ -134,8 +135,11 @@ def parse_budget(memory_budget: str | int) -> int:
         if isinstance(memory_budget, bool):
             raise ValueError
         # In capitals: "mb" would count bits.
-        size = memory_budget.strip().upper() if isinstance(memory_budget, str) else memory_budget
-        found = int(size) if str(size).isdigit() else convert_file_size_to_int(size)
+        if isinstance(memory_budget, str):
+            size = memory_budget.strip().upper()
+            found = int(size) if size.isdigit() else convert_file_size_to_int(size)
+        else:
+            found = operator.index(memory_budget)  # numpy's numbers as well
         if found < 1:
             raise ValueError
     except (ValueError, TypeError, AttributeError):

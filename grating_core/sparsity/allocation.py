@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from grating_core.arguments import is_number
 from grating_core.sparsity.masks import Shares
 
 INPUTS_ODDS = 1.3
@@ -9,13 +12,13 @@ FIRST_LAYER = 1.35
 _SPARE = 1.15  # room for products, in units of what a token uses
 
 
-def check_density(mlp_density: object) -> float:
+def check_density(mlp_density: Any) -> float:
     """The density, if it is one.
 
     Raises:
         ValueError: It is not a number above 0, 1 at most.
     """
-    if not isinstance(mlp_density, int | float) or isinstance(mlp_density, bool) or not 0 < mlp_density <= 1:
+    if not is_number(mlp_density) or not 0 < mlp_density <= 1:
         raise ValueError(
             f"mlp_density={mlp_density!r} must be a number above 0, 1 at most: the share of the MLPs' weights "
             f"that a token uses; None for all"

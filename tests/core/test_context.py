@@ -246,7 +246,7 @@ def test_pruning_and_a_memory_budget_find_the_same(bundled: Reranker) -> None:
         ({"query": None}, "query=None"),
         ({"text_or_documents": None}, "text_or_documents must be a text or a list of texts"),
         ({"text_or_documents": ["a", 1]}, r"text_or_documents\[1\] is a int"),
-        ({"text_or_documents": b"bytes"}, r"text_or_documents\[0\] is a int"),
+        ({"text_or_documents": b"bytes"}, "text_or_documents must be a text or a list of texts, not a bytes"),
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"max_tokens": 9.5}, "max_tokens=9.5"),
         ({"max_tokens": True}, "max_tokens=True"),

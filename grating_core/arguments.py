@@ -1,0 +1,115 @@
+"""What callers may pass: texts and numbers in the forms in which other libraries hold them, nothing ambiguous."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Mapping, Set
+from numbers import Real
+from typing import Any
+
+
+def whole_number(name: str, value: Any, least: int = 1) -> int:
+    """A whole number of any type, numpy's too.
+
+    Raises:
+        ValueError: It is something else, or below ``least``.
+    """
+    try:
+        found = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = None
+    if found is None or found < least:
+        raise ValueError(f"{name}={value!r} must be a whole number, {least} or more")
+    return found
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite real number of any type, numpy's too."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    return -math.inf < float(value) < math.inf
+
+
+def given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without those that are None, which means that they are not given."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def check_query(query: str) -> None:
+    """Raise ``ValueError`` for a query that is not a string, or blank."""
+    if not isinstance(query, str) or not query.strip():
+        raise ValueError(f"query={query!r} must be a string that is not empty")
+
+
+def texts(name: str, value: Iterable[str], wanted: str = "a list of strings") -> list[str]:
+    """A list of the texts in a list, tuple, array, series or generator.
+
+    Args:
+        name: The argument's name.
+        value: The argument.
+        wanted: What it must be, in words.
+
+    Raises:
+        ValueError: It is something else, whose parts are no texts or have no order; or one is not a string.
+    """
+    found = elements(name, value, wanted, values="{name}.values()")
+    for index, text in enumerate(found):
+        if not isinstance(text, str):
+            raise ValueError(f"{name}[{index}] is a {type(text).__name__}, not a string")
+    return found
+
+
+def pairs(name: str, value: Iterable[Any]) -> list[tuple[str, str]]:
+    """A list of the pairs of texts in a list, an array with two columns, a zip or another generator.
+
+    Raises:
+        ValueError: It is something else; or one is not a query and a text.
+    """
+    found = elements(name, value, "a list of pairs of query and text", values="{name}.items()")
+    for index, pair in enumerate(found):
+        if not _is_pair(pair):
+            raise ValueError(f"{name}[{index}]={pair!r} must be a query that is not empty and a text")
+    return [(pair[0], pair[1]) for pair in found]
+
+
+def elements(name: str, value: Any, wanted: str, *, values: str) -> list[Any]:
+    """What is in a list, tuple, array, series or generator.
+
+    Args:
+        name: The argument's name.
+        value: The argument.
+        wanted: What it must be, in words.
+        values: What of a mapping is meant to be passed.
+
+    Raises:
+        ValueError: It is a text, a mapping, a set, a data frame, or holds nothing.
+    """
+    kind = type(value).__name__
+    advice = ""
+    if isinstance(value, str):
+        advice = f"; write [{name}] for a single one"
+    elif isinstance(value, Mapping):
+        advice = f", whose keys would be taken; write list({values.format(name=name)})"
+    elif isinstance(value, Set):
+        advice = f", which has no order to count in; write sorted({name})"
+    elif hasattr(value, "columns"):
+        advice = f", whose columns would be taken; write {name}['text'].tolist() with the column's name"
+    elif not isinstance(value, bytes | bytearray | memoryview):
+        try:
+            return list(value)
+        except TypeError as error:
+            if hasattr(value, "__next__"):  # an iterator's own failure
+                raise
+            advice = f" ({error})" if hasattr(value, "__iter__") else ""
+    raise ValueError(f"{name} must be {wanted}, not a {kind}{advice}")
+
+
+def _is_pair(pair: Any) -> bool:
+    try:
+        if isinstance(pair, str | Set | Mapping) or len(pair) != 2:
+            return False
+        query, text = pair
+    except TypeError:
+        return False
+    return isinstance(query, str) and isinstance(text, str) and bool(query.strip())
