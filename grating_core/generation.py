@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from grating_core.arguments import given, is_number, whole_number
 from grating_core.engine.attention import CACHED_ATTENTION
 from grating_core.engine.decode import advance, new_cache
 from grating_core.engine.forward import Interrupted
@@ -27,9 +27,10 @@ from grating_core.models.directory import find_model
 from grating_core.models.gguf import is_gguf
 from grating_core.models.hub import Hub
 from grating_core.models.loading import StoredCausalLM
+from grating_core.models.messages import Messages
 from grating_core.models.placement import choose_device, choose_dtype
 from grating_core.models.templates import find_window
-from grating_core.models.text import Messages, PromptTokenizer
+from grating_core.models.text import PromptTokenizer
 from grating_core.sparsity.pruning import MlpPruning, mlp_pruning
 
 _CHUNK_TOKENS = {"cuda": 8192, "mps": 4096}  # on the CPU it depends on the size of the layers
@@ -111,7 +112,7 @@ class StreamedCausalLM(Loaded[CausalLM]):
         model: str | Path,
         *,
         device: str | torch.device | None = None,
-        dtype: str | torch.dtype = "auto",
+        dtype: str | torch.dtype | None = "auto",
         memory_budget: str | int | None = None,
         mlp_density: float | None = None,
         max_length: int | None = None,
@@ -119,7 +120,7 @@ class StreamedCausalLM(Loaded[CausalLM]):
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
+        local_files_only: bool | None = False,
         show_progress: bool = False,
     ) -> StreamedCausalLM:
         """Load a language model.
@@ -159,12 +160,15 @@ class StreamedCausalLM(Loaded[CausalLM]):
                 weights.
             ValueError: An argument is not usable; the message names it.
         """
+        dtype = "auto" if dtype is None else dtype
+        if max_length is not None:
+            max_length = whole_number("max_length", max_length)
         budget = None if memory_budget is None else parse_budget(memory_budget)
         stored = _open(
             str(model),
             device,
             dtype,
-            hub=Hub(revision, token, cache_dir, local_files_only),
+            hub=Hub(revision, token, cache_dir, False if local_files_only is None else local_files_only),
             adapter=adapter,
             lasting=budget is not None,
             pruning=mlp_pruning(mlp_density, by_chunk=False, show_progress=show_progress),
@@ -184,7 +188,7 @@ class StreamedCausalLM(Loaded[CausalLM]):
                 tokenizer,
                 model_path=directory,
                 max_length=length,
-                end_tokens=stored.end_tokens,
+                end_tokens=stored.end_tokens | tokenizer.end_tokens,
                 plan=plan,
             )
 
@@ -198,7 +202,7 @@ class StreamedCausalLM(Loaded[CausalLM]):
             model: As in :meth:`from_pretrained`.
             settings: As in :meth:`from_pretrained`.
         """
-        found: StreamedCausalLM = find_or_load(cls, model, settings)
+        found: StreamedCausalLM = find_or_load(cls, model, given(settings))
         return found
 
     def generate(
@@ -214,8 +218,9 @@ class StreamedCausalLM(Loaded[CausalLM]):
         """Continue a text, or answer messages.
 
         Args:
-            prompt: A string, which is continued as it is; or a list of messages, ``{"role": "user", "content":
-                "…"}`` with the roles system, user and assistant, which go through the model's chat template.
+            prompt: A string, which is continued as it is: special tokens in it are tokens. Or a list of messages,
+                ``{"role": "user", "content": "…"}`` with the roles system, user and assistant, which go through
+                the model's chat template; special tokens in them are text, and reasoning is left out.
             max_new_tokens: Most tokens to generate.
             temperature: 0 takes the likeliest token always; above, tokens are picked at random, by probabilities
                 that a higher temperature makes more alike.
@@ -293,14 +298,16 @@ class StreamedCausalLM(Loaded[CausalLM]):
             RuntimeError: The model has been closed; this too is raised at once.
         """
         model = self._model()
-        _check_settings(max_new_tokens, temperature, top_p, seed, stop)
+        max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
+        seed = None if seed is None else _checked_seed(seed)
+        _check_settings(temperature, top_p, stop)
         prompt_ids = self._tokenizer.encode(prompt)
         if len(prompt_ids) + max_new_tokens > self.max_length:
             raise ValueError(
                 f"prompt has {len(prompt_ids):,} tokens, which with max_new_tokens={max_new_tokens} is more than "
                 f"max_length={self.max_length}: shorten it, or ask for fewer"
             )
-        sampler = Sampler(temperature, top_p, seed, model.device)
+        sampler = Sampler(float(temperature), float(top_p), seed, model.device)
         return self._stream(prompt_ids, max_new_tokens, sampler, tuple(stop))
 
     def _stream(
@@ -423,25 +430,20 @@ def _open(
     )
 
 
-def _check_settings(max_new_tokens: Any, temperature: Any, top_p: Any, seed: Any, stop: Any) -> None:
-    if not _is_whole(max_new_tokens) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens!r} must be a whole number, 1 or more")
-    if not _is_number(temperature) or not 0 <= temperature < math.inf:
+def _checked_seed(seed: Any) -> int:
+    found = whole_number("seed", seed, 0)
+    if found >= 2**63:
+        raise ValueError(f"seed={seed!r} must be below 2**63")
+    return found
+
+
+def _check_settings(temperature: Any, top_p: Any, stop: Any) -> None:
+    if not is_number(temperature) or not temperature >= 0:
         raise ValueError(f"temperature={temperature!r} must be a number, 0 or more")
-    if not _is_number(top_p) or not 0 < top_p <= 1:
+    if not is_number(top_p) or not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p!r} must be a number above 0, 1 at most")
-    if seed is not None and not (_is_whole(seed) and 0 <= seed < 2**63):
-        raise ValueError(f"seed={seed!r} must be a whole number, 0 or more, or None")
     if isinstance(stop, str) or not isinstance(stop, Sequence):
         raise ValueError(f"stop={stop!r} must be a list of strings")
     for text in stop:
         if not isinstance(text, str) or not text:
             raise ValueError(f"stop={stop!r} has {text!r} in it; each must be a string that is not empty")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -89,7 +89,7 @@ def read_config(directory: Path) -> tuple[Config, Family]:
 
 
 def end_tokens(directory: Path, config: Config) -> frozenset[int]:
-    """The tokens that end a text: those of ``generation_config.json``, or else of the configuration.
+    """The tokens that end a text: those of ``generation_config.json`` and of the configuration.
 
     Raises:
         ModelNotFoundError: ``generation_config.json`` is damaged.
@@ -97,8 +97,10 @@ def end_tokens(directory: Path, config: Config) -> frozenset[int]:
     path = directory / "generation_config.json"
     try:
         fields = read_json(path) if path.exists() else {}
-        found = fields.get("eos_token_id", getattr(config, "eos_token_id", None))
-        return frozenset(map(int, found if isinstance(found, list) else [] if found is None else [found]))
+        found = [fields.get("eos_token_id"), getattr(config, "eos_token_id", None)]
+        return frozenset(
+            int(token) for one in found for token in (one if isinstance(one, list) else [one]) if token is not None
+        )
     except (ValueError, OSError, AttributeError, TypeError) as error:
         raise ModelNotFoundError(f"{path} cannot be read: {error}") from error
 

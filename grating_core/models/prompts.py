@@ -210,7 +210,7 @@ def render_chat(
     chat_template = _chat_template(directory, settings)
     if chat_template is None:
         return None
-    specials: dict[str, Any] = {name: _content(settings.get(name)) for name in ("bos_token", "eos_token")}
+    specials: dict[str, Any] = {name: token_content(settings.get(name)) for name in ("bos_token", "eos_token")}
     rendered: Any = render_jinja_template(
         [[dict(message) for message in messages]],
         chat_template=chat_template,
@@ -247,12 +247,12 @@ def control_tokens(directory: Path, settings: Mapping[str, Any], backend: Tokeni
     for name in ("additional_special_tokens", "extra_special_tokens"):
         values = settings.get(name) or []
         named += values.values() if isinstance(values, dict) else values
-    contents = {_content(value) for value in named if isinstance(value, str | dict)}
+    contents = {token_content(value) for value in named if isinstance(value, str | dict)}
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
     template = _chat_template(directory, settings) or ""
     return added & (contents | {token for token in added if _MARK.fullmatch(token) and token in template})
 
 
-def _content(token: Any) -> str:
+def token_content(token: Any) -> str:
     """Special tokens stand in the settings as text, or as an object that has it."""
     return str(token.get("content") or "" if isinstance(token, dict) else token or "")

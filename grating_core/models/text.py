@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from grating_core.models.backend import check_vocabulary, load_backend, read_settings
-from grating_core.models.prompts import render_chat
-from grating_core.models.tokenizer import encodable
+from grating_core.models.messages import Messages, checked_messages, merged, without_system
+from grating_core.models.prompts import control_tokens, render_chat, token_content
+from grating_core.models.tokenizer import TextTokenizer, encodable
 
-Messages = Sequence[Mapping[str, str]]
-ROLES = ("system", "user", "assistant")
+_ANSWER = "answer"
+_BROKEN = "\ufffd"  # what a decoder gives for bytes that are no character, or none yet
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+_MOST = 64  # tokens that are decoded again for each that comes
 _CONTEXT = 8  # tokens of the prompt by which the first one after it is read: whether it begins with a space, say
 
 
 class PromptTokenizer:
     """Makes tokens of prompts, as transformers does.
+
+    A string is the whole prompt: special tokens in it are tokens, whoever wrote them. In messages they are text.
 
     Args:
         directory: Where the model's files are.
@@ -36,6 +41,9 @@ class PromptTokenizer:
         check_vocabulary(directory, self._backend, rows)
         self._backend.no_padding()
         self._backend.no_truncation()
+        self._texts = TextTokenizer(self._backend, control_tokens(directory, self._settings, self._backend))
+        self.end_tokens = frozenset(self._end_tokens())
+        """The tokens that end a text as far as the tokenizer says: its own, and what its chat format has there."""
 
     def encode(self, prompt: str | Messages) -> list[int]:
         """Tokens of a text that is to be continued, or of messages in the model's chat format.
@@ -46,10 +54,9 @@ class PromptTokenizer:
         if isinstance(prompt, str | Sequence) and not prompt:
             raise ValueError(f"prompt={prompt!r} is empty: give a text, or messages, to go on from")
         if isinstance(prompt, str):
-            ids = self._ids(prompt, special=True)
+            ids: list[int] = self._backend.encode(encodable(prompt), add_special_tokens=True).ids
         else:
-            _check_messages(prompt)
-            ids = self._ids(self._chat(prompt), special=False)  # the format has them written out
+            ids = self._texts.ids(self._texts.written(self._chat(checked_messages(prompt))))
         if not ids:
             raise ValueError(
                 f"prompt={prompt!r} comes to no tokens at all: give a text, or messages, to go on from"
@@ -58,49 +65,49 @@ class PromptTokenizer:
 
     def count(self, text: str) -> int:
         """How many tokens a text has, without special ones."""
-        return len(self._ids(text, special=False))
+        return self._texts.count(text)
 
     def stream(self, prompt_ids: Sequence[int], stop: Sequence[str]) -> TextStream:
         """What makes text of the tokens that follow a prompt."""
         return TextStream(self._backend, prompt_ids, stop)
 
-    def _ids(self, text: str, *, special: bool) -> list[int]:
-        ids: list[int] = self._backend.encode(encodable(text), add_special_tokens=special).ids
-        return ids
+    def _chat(self, messages: list[dict[str, str]]) -> str:
+        safe = [message | {"content": self._texts.guarded(message["content"])} for message in messages]
+        refused: Exception | None = None
+        # Some templates take no system message, or no two of a role in a row.
+        for form in (safe, merged(safe), merged(without_system(safe))):
+            try:
+                text = render_chat(self._directory, self._settings, form)
+            except Exception as error:  # jinja runs what the file says, which may fail in any way
+                refused = refused or error
+                continue
+            if text is None:
+                raise ValueError(
+                    f"prompt: the model in {self._directory} has no chat template; give a string (--raw)"
+                )
+            return text
+        raise ValueError(
+            f"prompt: the chat template in {self._directory} does not take these messages: {refused}"
+        ) from refused
 
-    def _chat(self, messages: Messages) -> str:
+    def _end_tokens(self) -> Iterator[int]:
+        named = token_content(self._settings.get("eos_token"))
+        if named and (number := self._backend.token_to_id(named)) is not None:
+            yield number
         try:
-            text = render_chat(self._directory, self._settings, messages)
-        except Exception as error:  # jinja runs what the file says, which may fail in any way
-            raise ValueError(
-                f"prompt: the chat template in {self._directory} does not take these messages: {error}"
-            ) from error
-        if text is None:
-            raise ValueError(f"prompt: the model in {self._directory} has no chat template; give a string (--raw)")
-        return text
-
-
-def _check_messages(messages: object) -> None:
-    if not isinstance(messages, Sequence):
-        raise ValueError(f"prompt must be a string or a list of messages, not a {type(messages).__name__}")
-    for index, message in enumerate(messages):
-        if not (
-            isinstance(message, Mapping)
-            and message.get("role") in ROLES
-            and isinstance(message.get("content"), str)
-        ):
-            raise ValueError(
-                f'prompt[{index}]={message!r} must be a message such as {{"role": "user", "content": "Hello"}}; '
-                f"roles are {', '.join(ROLES)}"
-            )
+            text = self._chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}])
+        except ValueError:
+            return
+        if (number := self._texts.leading_control(text.partition(_ANSWER)[2])) is not None:
+            yield number
 
 
 class TextStream:
     """Makes text of tokens as they come, up to a stop string.
 
-    What may still become something else is held back: a character that lacks tokens, the beginning of a stop
-    string.
-    Special tokens have no text.
+    Together the pieces are what decoding all tokens at once gives, after what the prompt has of it. What may still
+    become something else is held back: a character that lacks tokens, the beginning of a stop string. Special
+    tokens have no text.
 
     Args:
         backend: A tokenizer of the tokenizers library.
@@ -110,7 +117,11 @@ class TextStream:
 
     def __init__(self, backend: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
         self._backend = backend
-        self._decoder = DecodeStream(list(prompt_ids[-_CONTEXT:]), skip_special_tokens=True)
+        self._special = {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
+        self._ids = self._recent([token for token in prompt_ids if token not in self._special])
+        self._told = self._decode(self._ids)
+        """Text of these tokens that is the prompt's or has been returned."""
+        self._begun = False
         self._stop = stop
         self._held = ""
         self.stopped = False
@@ -118,23 +129,77 @@ class TextStream:
 
     def add(self, token: int) -> str:
         """The text that is certain now that there is one more token; often none."""
-        self._held += self._decoder.step(self._backend, token) or ""
+        if token in self._special:
+            return ""
+        self._ids.append(token)
+        certain = len(self._ids)
+        while certain and _is_byte(self._backend, self._ids[certain - 1]):
+            certain -= 1  # all bytes in a row are characters together, or none of them is
+        self._take(self._decode(self._ids[:certain]).rstrip(_BROKEN))
+        if certain == len(self._ids) > _MOST and not self._decode(self._ids).endswith(_BROKEN):
+            self._ids = self._recent(self._ids)
+            self._told = self._decode(self._ids)
+        return self._up_to_stop(self._stop_begun())
+
+    def rest(self) -> str:
+        """The text that was held back, when no token will follow."""
+        self._take(self._decode(self._ids))
+        return self._up_to_stop(0)
+
+    def _take(self, text: str) -> None:
+        """Hold what a text has more than has been told."""
+        if not self._begun:
+            # A character that the prompt has begun is told as a whole.
+            shared = _shared(text, self._told)
+            if len(text) == shared:
+                return
+            self._begun, self._told = True, self._told[:shared]
+        if len(text) > len(self._told):
+            self._held += text[len(self._told) :]
+            self._told = text
+
+    def _up_to_stop(self, begun: int) -> str:
+        """What is held, up to a stop string or to what may begin one."""
         found = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            self._held = self._held[: min(found)]
-            return self.rest()
-        certain = len(self._held) - max(self._begun(), default=0)
-        text, self._held = self._held[:certain], self._held[certain:]
+        end = min(found) if found else len(self._held) - begun
+        text, self._held = self._held[:end], "" if found else self._held[end:]
         return text
 
-    def rest(self) -> str:
-        """The text that was held back, when no token will follow. A character that lacks tokens is left out."""
-        text, self._held = self._held, ""
+    def _recent(self, ids: list[int]) -> list[int]:
+        """The last tokens, from one that begins a character on: whether a word begins with a space shows there."""
+        start = max(0, len(ids) - _CONTEXT)
+        while start and (
+            _is_byte(self._backend, ids[start])
+            or self._decode(ids[start : start + 1]).strip(" ")[:1] in ("", _BROKEN)
+        ):
+            start -= 1
+        return ids[start:]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text: str = self._backend.decode(ids, skip_special_tokens=False)
         return text
 
-    def _begun(self) -> Iterator[int]:
-        """How much of each stop string the text ends with."""
-        for stop in self._stop:
-            lengths = range(min(len(stop) - 1, len(self._held)), 0, -1)
-            yield next((length for length in lengths if self._held.endswith(stop[:length])), 0)
+    def _stop_begun(self) -> int:
+        """How many characters at the end may be the beginning of a stop string."""
+        lengths = (
+            length
+            for stop in self._stop
+            for length in range(min(len(stop) - 1, len(self._held)), 0, -1)
+            if self._held.endswith(stop[:length])
+        )
+        return max(lengths, default=0)
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    return next(
+        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+        len(min(one, other, key=len)),
+    )
+
+
+def _is_byte(backend: Tokenizer, token: int) -> bool:
+    """Whether a token stands for a byte of a character that has no token of its own."""
+    return _BYTE.fullmatch(backend.id_to_token(token) or "") is not None

@@ -62,7 +62,7 @@ class TextTokenizer:
         # Nobody can write these, so that they tell the template's own tokens from a stranger's.
         key = secrets.token_hex(16)
         names = {content: f"<{key}:{number}>" for content, number in self._controls.items()}
-        self._names = names
+        self._names, self._guard = names, f"<{key}>"
         self._written = _any_of(names)
         self._backend.add_tokens(
             [_copy(added[number], content=names[content]) for content, number in self._controls.items()]
@@ -81,7 +81,16 @@ class TextTokenizer:
 
     def written(self, text: str) -> str:
         """A template's text as the other methods take it: the special tokens in it are tokens."""
-        return self._written.sub(lambda found: self._names[found[0]], text) if self._names else text
+        return self._written.sub(lambda found: self._names[found[0]], text).replace(self._guard, "")
+
+    def guarded(self, text: str) -> str:
+        """A stranger's text as it may be put into a template's before :meth:`written`: all of it stays text."""
+        return self._written.sub(lambda found: found[0][:1] + self._guard + found[0][1:], text)
+
+    def leading_control(self, text: str) -> int | None:
+        """The special token that a template's text begins with, white space aside."""
+        found = self._written.match(text.lstrip())
+        return None if found is None else self._controls[found[0]]
 
     def ids(self, text: str) -> list[int]:
         """The token ids of a text."""
@@ -280,4 +289,4 @@ def _twin(backend: Tokenizer, added: dict[int, AddedToken], controls: dict[str, 
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")

@@ -1,6 +1,6 @@
 """Text of tokens that come one by one: characters of several tokens, stop strings, what is held back."""
 
-from itertools import accumulate
+from itertools import accumulate, takewhile
 
 import pytest
 from hypothesis import given
@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from grating_core.models.text import TextStream
+from tests.core.models.test_tokenizer import byte_level, gemma, llama2, metaspace
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -42,8 +43,7 @@ def first_stop(text: str, stop: tuple[str, ...]) -> str:
     return text
 
 
-# The sign for a broken character, at the end, cannot be told from one that lacks tokens.
-@given(st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"), max_size=30))
+@given(st.text(st.characters(codec="utf-8"), max_size=30))
 def test_the_text_comes_whole(text: str) -> None:
     pieces, stream = streamed(text)
     assert "".join(pieces) + stream.rest() == text
@@ -66,6 +66,44 @@ def test_the_text_ends_before_the_first_stop_string(text: str, stops: list[str])
             held = seen[len(shown) :]
             assert seen.startswith(shown)
             assert not held or any(one.startswith(held) for one in stop)
+
+
+DECODING = {"byte-level": byte_level, "with a prefix": llama2, "without": gemma, "metaspace": metaspace}
+
+
+@pytest.fixture(scope="module", params=DECODING)
+def backend(request: pytest.FixtureRequest) -> Tokenizer:
+    return DECODING[request.param]()
+
+
+@given(data=st.data())
+def test_the_pieces_are_what_decoding_everything_gives(backend: Tokenizer, data: st.DataObject) -> None:
+    """Any tokens in any order, among them prompts and texts that end in the middle of a character."""
+    size = backend.get_vocab_size()
+    byte = [number for name, number in backend.get_vocab().items() if name.startswith("<0x") or len(name) == 1]
+    euro = [token for text in ("\u20ac\u20ac", "é🎉") for token in backend.encode(text).ids]
+    token = st.one_of(st.integers(0, size - 1), st.sampled_from(byte), st.sampled_from(euro))
+    tokens = st.lists(token, max_size=30)
+    cut = st.integers(0, 12)
+    text = data.draw(st.one_of(tokens, tokens.map(lambda ids: ids * 6), cut.map(lambda at: (euro * 2)[at:])))
+    prompt = data.draw(st.one_of(tokens, cut.map(lambda at: (euro * 2)[:at])))
+    stream = TextStream(backend, prompt, ())
+    pieces = [stream.add(token) for token in text]
+    before, everything = (backend.decode(ids, skip_special_tokens=True) for ids in (prompt, prompt + text))
+    alike = takewhile(lambda both: both[0] == both[1], zip(before, everything, strict=False))
+    shared = sum(1 for _ in alike)
+    assert "".join(pieces) + stream.rest() == everything[shared:]
+    if not before.endswith("\ufffd") and everything.startswith(before):
+        assert shared == len(before)
+
+
+def test_a_prompt_that_ends_in_a_character(backend: Tokenizer) -> None:
+    ids = backend.encode("a 🎉 b").ids
+    text = backend.decode(ids)
+    for end in range(1, len(ids)):
+        stream = TextStream(backend, ids[:end], ())
+        shown = "".join([stream.add(token) for token in ids[end:]]) + stream.rest()
+        assert text.endswith(shown), "no sign for a broken character leaks"
 
 
 def test_special_tokens_have_no_text() -> None:
