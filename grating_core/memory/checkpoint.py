@@ -6,6 +6,7 @@ import hashlib
 import os
 import stat
 import weakref
+import zlib
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from io import FileIO
@@ -20,7 +21,8 @@ from grating_core.lifetime import Lock
 from grating_core.memory.header import LONGEST_HEADER, StoredTensor, parse_header
 
 SECTOR = 4096  # what O_DIRECT wants addresses, offsets and lengths to be multiples of
-_SAMPLE = 64  # bytes of each tensor that tell one checkpoint from another
+_SAMPLE = 64  # bytes, one for each of the next so many of a tensor, that tell one checkpoint from another
+_SAMPLED = 1 << 22
 
 
 class Checkpoint:
@@ -33,8 +35,9 @@ class Checkpoint:
         paths: The files.
         lasting: Whether it will be read again and again while it may change under us. Then reads of whole sectors
             bypass the page cache where the file system allows it (the copy out of that cache would take time
-            from computing), and a sample of every tensor is remembered, by which a file that was replaced is told
-            from one that came back.
+            from computing), and what was read is remembered: samples of every tensor when the file is opened, and
+            a checksum of whatever is read past that cache. When the file is not as it was, down to its change
+            time, they tell one that holds the same from one that was replaced.
 
     Raises:
         CheckpointError: A file cannot be read, or is not safetensors.
@@ -66,7 +69,7 @@ class Checkpoint:
         Raises:
             CheckpointError: The file is cut short, cannot be read, or is another one than was opened.
         """
-        self._files[tensor.path].read(tensor.name, [(start, [_view(buffer)])], direct)
+        self._files[tensor.path].read(tensor.name, [(start, [_view(buffer)])], direct, remember=direct)
 
     def read_scattered(self, tensor: StoredTensor, pieces: Sequence[tuple[int, list[memoryview]]]) -> None:
         """Fill many places from many parts of a file, past the page cache if possible.
@@ -85,6 +88,10 @@ class Checkpoint:
         """Tell the system which bytes, as (start, end), will be read next: it fetches them all at once."""
         self._files[tensor.path].announce(ranges)
 
+    def changes(self, tensor: StoredTensor) -> int:
+        """How often the tensor's file was found to be another than before, though it may hold the same."""
+        return self._files[tensor.path].changes
+
     def close(self) -> None:
         """Close the files; reading raises CheckpointError from now on."""
         for file in self._files.values():
@@ -98,6 +105,9 @@ class _File:
         self.path = path
         self._lasting = lasting
         self._lock = Lock()
+        self._checks: dict[tuple[int, int], int] = {}  # of what was read, by start and length
+        self._sure: set[tuple[int, int]] = set()  # those that are known to be the same since the file last changed
+        self.changes = 0
         self._closed = False
         self._buffered = _open(path)
         self._direct = _open_direct(path) if lasting else None
@@ -111,32 +121,71 @@ class _File:
 
     def _look(self) -> None:
         self._identity = _identity(self._buffered)
-        header, self.tensors = _read_header(self.path, self._buffered)
-        self._digest = self._fingerprint(header) if self._lasting else b""
+        self.tensors = _read_header(self.path, self._buffered)
+        self._digest = self._fingerprint() if self._lasting else b""
         if self._lasting and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._buffered.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
 
-    def _fingerprint(self, header: bytes) -> bytes:
-        self.announce([(tensor.start, tensor.start + _SAMPLE) for tensor in self.tensors.values()])
-        digest = hashlib.blake2b(header)
+    def _fingerprint(self) -> bytes:
+        size = self._identity[0]
+        samples = [(0, min((tensor.start for tensor in self.tensors.values()), default=size))]  # the header
         for tensor in self.tensors.values():
-            length = min(_SAMPLE, tensor.end - tensor.start)
-            digest.update(_pread(self._buffered, tensor.start, length, self._identity[0]))
+            starts = range(tensor.start, tensor.end, _SAMPLED)
+            samples += [(start, min(start + _SAMPLE, tensor.end)) for start in starts]
+        self.announce(samples)
+        digest = hashlib.blake2b()
+        for start, end in samples:
+            digest.update(_pread(self._buffered, start, end - start, size))
         return digest.digest()
 
-    def read(self, name: str, pieces: Sequence[tuple[int, list[memoryview]]], direct: bool) -> None:
+    def read(
+        self,
+        name: str,
+        pieces: Sequence[tuple[int, list[memoryview]]],
+        direct: bool,
+        *,
+        remember: bool = False,
+    ) -> None:
         cause = "it changes while it is being read"
         for _ in range(2):
             file = self._direct if direct and self._direct is not None else self._buffered
             try:
                 for start, views in pieces:
                     _fill_all(file, start, views, self._identity[0])
-                if not self._lasting or _identity(self._buffered) == self._identity:
-                    return
+                if self._is_as_opened():
+                    if not remember or not self._lasting or all(map(self._was_read_before, pieces)):
+                        return
+                    cause = "it has changed since it was opened"
+                elif not self._lasting:
+                    raise CheckpointError(f"{self.path} changed while it was being read")
             except (OSError, EOFError, ValueError) as error:  # ValueError: the file is closed
                 cause = str(error)
             self._reopen(name, cause)
         raise CheckpointError(f"{self.path}: reading {name} failed: {cause}")
+
+    def _is_as_opened(self) -> bool:
+        """Whether the open file is the one that was opened, even if its name, time or permissions are others."""
+        identity = _identity(self._buffered)
+        if identity == self._identity:
+            return True
+        with self._lock:
+            if not self._lasting or identity[0] != self._identity[0] or self._fingerprint() != self._digest:
+                return False
+            self._identity = identity
+            self._sure.clear()
+            self.changes += 1
+        return True
+
+    def _was_read_before(self, piece: tuple[int, list[memoryview]]) -> bool:
+        """Whether what was read is what was read there the first time; computed once until the file changes."""
+        start, (view,) = piece
+        if (place := (start, len(view))) in self._sure:
+            return True
+        check = zlib.crc32(view[: self._identity[0] - start])
+        if self._checks.setdefault(place, check) != check:
+            return False
+        self._sure.add(place)
+        return True
 
     def _reopen(self, name: str, cause: str) -> None:
         """Open the file again; it must be the one that was opened first."""
@@ -161,6 +210,8 @@ class _File:
                 if self._direct is not None:
                     os.dup2((twin._direct or twin._buffered).fileno(), self._direct.fileno(), inheritable=False)
                 self._identity = twin._identity
+                self._sure.clear()
+                self.changes += 1
 
     def announce(self, ranges: Sequence[tuple[int, int]]) -> None:
         if hasattr(os, "posix_fadvise"):
@@ -207,9 +258,9 @@ def _open_direct(path: Path) -> FileIO | None:
     return file
 
 
-def _identity(file: FileIO) -> tuple[int, int]:
+def _identity(file: FileIO) -> tuple[int, int, int]:
     status = os.fstat(file.fileno())
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns  # the last cannot be set back
 
 
 def _fill(file: FileIO, start: int, view: memoryview, size: int) -> None:
@@ -249,14 +300,13 @@ def _preadv(file: FileIO, start: int, view: memoryview) -> int:
 _seeking = Lock()
 
 
-def _read_header(path: Path, file: FileIO) -> tuple[bytes, dict[str, StoredTensor]]:
+def _read_header(path: Path, file: FileIO) -> dict[str, StoredTensor]:
     size = os.fstat(file.fileno()).st_size
     try:
         length = int.from_bytes(_pread(file, 0, 8, size), "little")
         if length > min(size - 8, LONGEST_HEADER):
             raise ValueError(f"the header would have {length:,} bytes, and the file has {size:,}")
-        header = _pread(file, 8, length, size)
-        return header, parse_header(header, path, size)
+        return parse_header(_pread(file, 8, length, size), path, size)
     except (ValueError, EOFError) as error:
         raise CheckpointError(f"{path} is not safetensors: {error}") from error
 

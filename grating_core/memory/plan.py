@@ -99,7 +99,7 @@ class MemoryPlan:
             "resident layers": sum(sizes.layers[number - 1] for number in self.resident),
             "two layer buffers": 2 * max(streamed, default=0),
             "conversion buffer": PIECE if sizes.converted else 0,
-            "embedding rows": self.embedding_rows * sizes.row + 4 * sizes.vocabulary,
+            "embedding rows": self.embedding_rows * sizes.row + 8 * sizes.vocabulary,
             "intermediate results": max(self.chunk_tokens, sizes.window) * sizes.work,
             "hidden states": self.hidden_tokens * sizes.hidden,
         }

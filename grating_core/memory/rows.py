@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from time import perf_counter
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from grating_core.errors import CheckpointError
 from grating_core.memory.checkpoint import Checkpoint
 from grating_core.memory.header import FLOATS, StoredTensor
 from grating_core.memory.meter import Meter
@@ -55,6 +57,7 @@ class RowCache(nn.Module):
         self._place = np.full(vocabulary, -1, dtype=np.int32)  # of each token's row in the cache
         self._token = np.full(capacity, -1, dtype=np.int32)  # whose row is at each place
         self._used = np.zeros(capacity, dtype=np.int64)  # when each place was last used
+        self._checks = np.zeros(vocabulary, dtype=np.uint32)  # of each token's row as it was read first, or 0
         self._now = 0
 
     def fetch(self, input_ids: Tensor) -> None:
@@ -121,8 +124,20 @@ class RowCache(nn.Module):
             shifts = lengths.cumsum() - lengths - [first for first, _ in found]
             run_of = np.searchsorted([first for first, _ in found], tokens[batch], side="right") - 1
             rows = torch.from_numpy(tokens[batch] + shifts[run_of])
+            self._verify(tokens[batch], staging.view(-1, self._row_bytes)[rows])
             self._rows[torch.from_numpy(places[batch]).to(self._rows.device)] = stored[rows].to(self._rows)
             self._meter.bytes_read += offset
+
+    def _verify(self, tokens: NDArray[np.int64], rows: Tensor) -> None:
+        """Compare rows, uint8 ``[N, bytes]``, with what they were when they were read first."""
+        checks = np.fromiter((zlib.crc32(row) or 1 for row in rows.numpy()), dtype=np.uint32, count=len(rows))
+        first = self._checks[tokens]
+        if (others := tokens[(first != 0) & (first != checks)]).size:
+            raise CheckpointError(
+                f"{self._table.path} has changed since it was opened: {self._table.name} has another row "
+                f"{others[0]}. Put the file back, or load the model anew"
+            )
+        self._checks[tokens] = checks
 
     def _runs(self, tokens: NDArray[np.int64]) -> list[tuple[int, int]]:
         """First and last token of each run of rows that lie close together."""

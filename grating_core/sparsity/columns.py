@@ -252,6 +252,7 @@ class _Matrix:
         self._checks = checks.numpy().view("<u8")
         # A column that was right once is not looked at again: checking takes as long as reading.
         self._seen = np.zeros(len(self._checks), dtype=bool)
+        self._changes = checkpoint.changes(self._tensor)
 
     def runs(self, columns: NDArray[np.int64]) -> list[tuple[int, int]]:
         """Neighbouring columns: for each run where it begins and ends among these."""
@@ -269,6 +270,9 @@ class _Matrix:
             self._tensor,
             [(self._tensor.start + int(columns[start]) * self._row, places[start:end]) for start, end in runs],
         )
+        if (changes := self._checkpoint.changes(self._tensor)) != self._changes:
+            self._seen[:] = False
+            self._changes = changes
         for start, end in runs:
             numbers = columns[start:end]
             if not self._seen[numbers].all():

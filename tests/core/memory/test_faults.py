@@ -4,13 +4,16 @@ import errno
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from grating_core import Reranker
 from grating_core.errors import CheckpointError, SpillError
 from grating_core.memory import checkpoint, hidden
+from grating_core.memory.checkpoint import Checkpoint
 from tests.core.conftest import save_model
 from tests.core.memory.conftest import load_planned
 
@@ -66,6 +69,69 @@ def test_a_deleted_file_is_still_open(directory: Path) -> None:
     expected = planned.rerank(QUERY, DOCUMENTS).ranking
     shutil.rmtree(directory)
     assert planned.rerank(QUERY, DOCUMENTS).ranking == expected
+
+
+def rerank_again(planned: Reranker, documents: list[str]) -> None:
+    """More than once: what was read ahead before the swap is what it was."""
+    for _ in range(3):
+        planned.rerank(QUERY, documents)
+
+
+def other_model(path: Path) -> bytes:
+    return (save_model(path.parent / "other", "bert", seed=1) / path.name).read_bytes()
+
+
+def other_bytes(name: str) -> Callable[[Path], bytes]:
+    """Two bytes are others, behind the beginning of a tensor."""
+
+    def change(path: Path) -> bytes:
+        tensor = Checkpoint([path]).tensors[name]
+        data, place = bytearray(path.read_bytes()), tensor.start + 4 * 32 * 3 + 66  # in its fourth row
+        data[place : place + 2] = bytes(byte ^ 0x55 for byte in data[place : place + 2])
+        return bytes(data)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "swap",
+    [
+        other_model,
+        other_bytes("bert.encoder.layer.2.attention.output.dense.weight"),
+        other_bytes("bert.embeddings.word_embeddings.weight"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # as stored, and converted in pieces
+def test_a_swap_that_keeps_size_and_time_is_noticed(directory: Path, swap, dtype) -> None:
+    planned = load_planned(directory, resident=(), embedding_rows=7, dtype=dtype)
+    documents = [*DOCUMENTS, "<pad> <s> </s> <unk>"]  # the first rows of the table
+    expected = planned.rerank(QUERY, documents).ranking
+    path = directory / "model.safetensors"
+    intact, status, other = path.read_bytes(), path.stat(), swap(path)
+    assert len(other) == len(intact)
+    path.write_bytes(other)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors.*has changed since it was opened"):
+            rerank_again(planned, documents)
+    path.write_bytes(intact)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert planned.rerank(QUERY, documents).ranking == expected
+
+
+def test_the_same_file_by_other_times_names_and_permissions_goes_on(directory: Path) -> None:
+    planned = load_planned(directory, resident=(), embedding_rows=7)
+    expected = planned.rerank(QUERY, DOCUMENTS).ranking
+    path = directory / "model.safetensors"
+    for change in (
+        lambda: path.chmod(0o400),
+        path.touch,
+        lambda: os.link(path, directory / "link"),
+        lambda: path.rename(directory / "renamed"),
+        lambda: (directory / "renamed").unlink(),
+    ):
+        change()
+        assert planned.rerank(QUERY, DOCUMENTS).ranking == expected
 
 
 def test_a_read_error_names_file_and_tensor(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
