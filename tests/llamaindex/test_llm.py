@@ -189,7 +189,7 @@ async def test_what_engines_would_not_hear_is_said(directory):
         await short.achat([ChatMessage("w1 " * 50)])
 
 
-@pytest.mark.parametrize("template", ["plain"])
+@pytest.mark.parametrize("template", ["plain", "gemma"])
 @pytest.mark.parametrize(
     ("mode", "window"),
     [
