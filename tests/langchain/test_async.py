@@ -11,9 +11,11 @@ from langchain_core.messages import AIMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnablePassthrough
-from langchain_grating import GratingRerank
+from langchain_grating import ChatGrating, GratingContextSelector, GratingRerank, GratingStore
+from langgraph.store.memory import InMemoryStore
 
 from grating_core import Route
+from tests.tiny_chat import save_chat_model
 
 QUERIES = [
     "How many people live in Berlin?",
@@ -76,6 +78,33 @@ async def test_calls_at_the_same_time(compressor, compressing, documents):
     one_by_one = [compressing.invoke(query) for query in QUERIES]
     assert await compressing.abatch(QUERIES) == one_by_one
     assert compressing.batch(QUERIES) == one_by_one
+
+
+class Watched(ThreadPoolExecutor):
+    "The event loop's own pool, which everybody's `to_thread` shares: whoever fills it makes others wait."
+
+    def __init__(self):
+        super().__init__(1)
+        self.given = []
+
+    def submit(self, call, /, *args, **kwargs):
+        self.given.append(call)
+        return super().submit(call, *args, **kwargs)
+
+
+async def test_other_users_of_the_loops_threads_do_not_wait(reranker, documents, tmp_path):
+    asyncio.get_running_loop().set_default_executor(watched := Watched())
+    store = GratingStore(InMemoryStore(), reranker)
+    await store.aput(("a",), "b", {"text": "Berlin"})
+    llm = ChatGrating(model=str(save_chat_model(tmp_path)), max_tokens=5)
+    assert await GratingRerank(reranker=reranker).acompress_documents(documents, QUERIES[0])
+    assert await GratingContextSelector(reranker=reranker, max_tokens=30).acompress_documents(
+        documents, QUERIES[0]
+    )
+    assert await store.asearch(("a",), query=QUERIES[0])
+    assert (await llm.ainvoke("w1")).text
+    assert len([chunk async for chunk in llm.astream("w1")]) > 3
+    assert watched.given == []
 
 
 async def test_a_retriever_streams(compressing):

@@ -5,7 +5,7 @@ import copy
 import pickle
 
 import pytest
-from llama_index.core.base.llms.types import ThinkingBlock
+from llama_index.core.base.llms import types
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload, LlamaDebugHandler
 from llama_index.core.callbacks.token_counting import get_tokens_from_response
 from llama_index.core.indices.prompt_helper import PromptHelper
@@ -160,7 +160,10 @@ async def test_what_is_cancelled_stops_computing(llm):
 
 
 def test_what_a_model_thought_is_left_out(llm):
-    thinking = ChatMessage(role="assistant", blocks=[ThinkingBlock(content="w20 w21"), TextBlock(text="w4 w5")])
+    if not hasattr(types, "ThinkingBlock"):
+        pytest.skip("this version of LlamaIndex has no such block")
+    thought = types.ThinkingBlock(content="w20 w21")
+    thinking = ChatMessage(role="assistant", blocks=[thought, TextBlock(text="w4 w5")])
     assert llm.chat([*MESSAGES[:2], thinking, MESSAGES[3]]).message == llm.chat(MESSAGES).message
 
 

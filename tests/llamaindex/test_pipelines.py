@@ -2,16 +2,18 @@
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
-from llama_index.core.llms import MockLLM
+from llama_index.core.llms import ChatMessage, MockLLM
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import NodeWithScore
 from llama_index.core.workflow import Context, Event, StartEvent, StopEvent, Workflow, step
-from llama_index.postprocessor.grating import GratingRerank
+from llama_index.postprocessor.grating import GratingContextSelector, GratingLLM, GratingRerank
 
 from grating_core import Route
+from tests.tiny_chat import save_chat_model
 
 QUERY = "How many people live in Berlin?"
 QUERIES = [QUERY, "What makes bread rise?", "Where does the Spree go?", "How is a census done?"]
@@ -115,6 +117,30 @@ async def test_the_event_loop_goes_on(model, nodes):
     assert not task.done()
     policy.go.set()
     assert len(await task) == 3
+
+
+class Watched(ThreadPoolExecutor):
+    "The event loop's own pool, which everybody's `to_thread` shares: whoever fills it makes others wait."
+
+    def __init__(self):
+        super().__init__(1)
+        self.given = []
+
+    def submit(self, call, /, *args, **kwargs):
+        self.given.append(call)
+        return super().submit(call, *args, **kwargs)
+
+
+async def test_other_users_of_the_loops_threads_do_not_wait(reranker, nodes, tmp_path):
+    asyncio.get_running_loop().set_default_executor(watched := Watched())
+    llm = GratingLLM(model=str(save_chat_model(tmp_path)), max_tokens=5)
+    assert await GratingRerank(reranker=reranker).apostprocess_nodes(nodes, query_str="How many people?")
+    selector = GratingContextSelector(reranker=reranker, max_tokens=30)
+    assert await selector.apostprocess_nodes(nodes, query_str="How many people?")
+    assert (await llm.acomplete("w1")).text
+    assert (await llm.achat([ChatMessage("w1")])).message.content
+    assert len([response async for response in await llm.astream_chat([ChatMessage("w1")])]) > 3
+    assert watched.given == []
 
 
 async def test_many_at_once(reranker, postprocessor, nodes, events):

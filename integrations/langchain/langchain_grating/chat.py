@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -11,11 +11,11 @@ from langchain_core.language_models.base import LangSmithParams
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import run_in_executor
 from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr
 from typing_extensions import override
 
 from grating_core import Generation, StreamedCausalLM
+from grating_core.lifetime import run_in_thread
 from langchain_grating.settings import ModelSettings
 
 # Names of fields, by what the model calls them.
@@ -133,10 +133,9 @@ class ChatGrating(ModelSettings, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        llm = await run_in_executor(None, lambda: self.llm)  # it may have to be loaded
+        llm = await run_in_thread(lambda: self.llm)  # it may have to be loaded
         return self._result(await llm.agenerate(_as_prompt(messages), **self._request(stop, kwargs)))
 
-    # The base class runs each of its steps in a worker thread for its asynchronous twin.
     @override
     def _stream(
         self,
@@ -156,6 +155,18 @@ class ChatGrating(ModelSettings, BaseChatModel):
             chunk = ChatGenerationChunk(message=AIMessageChunk(content=piece))
             if run_manager:
                 run_manager.on_llm_new_token(piece, chunk=chunk)
+            yield chunk
+
+    @override
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        chunks = self._stream(messages, stop, run_manager.get_sync() if run_manager else None, **kwargs)
+        while (chunk := await run_in_thread(next, chunks, None)) is not None:
             yield chunk
 
     def _request(self, stop: Sequence[str] | None, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pydantic import Field
 from grating_core import Passage, select_context
 from grating_core.callers import checked_items, is_blank, position
 from grating_core.context import leading_context
+from grating_core.lifetime import run_in_thread
 from grating_core.nested import copied
 from langchain_grating.settings import RerankerSettings
 
@@ -81,7 +82,10 @@ class GratingContextSelector(RerankerSettings, BaseDocumentCompressor):
             A Runnable from ``{"documents": …, "query": …}``, where the documents are a list of them or simply one
             long text, to the passages.
         """
-        return RunnableLambda(self._select, name=type(self).__name__)
+        return RunnableLambda(self._select, self._aselect, name=type(self).__name__)
+
+    async def _aselect(self, given: dict[str, Any]) -> list[Document]:
+        return await run_in_thread(self._select, given)
 
     def _select(self, given: dict[str, Any]) -> list[Document]:
         query, documents = given["query"], given["documents"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from numbers import Integral
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeGuard, cast
 
 from grating_core import Reranker
+from grating_core.lifetime import run_in_thread
 from grating_core.nested import copied, strings
 
 try:
@@ -111,7 +111,7 @@ class GratingStore(BaseStore):
         if not any(_asks(op) for op in ops):
             return await self.store.abatch(ops)
         found = await self.store.abatch([self._widened(op) for op in ops])
-        results = await asyncio.to_thread(self._reranked, ops, found)
+        results = await run_in_thread(self._reranked, ops, found)
         if reads := self._reads(ops, results):
             await self.store.abatch(reads)
         return results

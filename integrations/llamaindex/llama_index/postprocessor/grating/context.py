@@ -14,6 +14,7 @@ from llama_index.postprocessor.grating.settings import RerankerSettings
 from grating_core import Passage, select_context
 from grating_core.callers import is_blank, position
 from grating_core.context import leading_context
+from grating_core.lifetime import run_in_thread
 from grating_core.nested import copied
 
 _SHARED = (
@@ -57,7 +58,11 @@ class GratingContextSelector(RerankerSettings):
         """The name that LlamaIndex serialises it under."""
         return "GratingContextSelector"
 
-    # The base class runs this in a worker thread for its asynchronous twin.
+    async def _apostprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        return await run_in_thread(self._postprocess_nodes, nodes, query_bundle)
+
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:

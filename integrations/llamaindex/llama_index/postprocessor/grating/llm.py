@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +22,6 @@ from llama_index.core.base.llms.types import (
     LLMMetadata,
     MessageRole,
     TextBlock,
-    ThinkingBlock,
 )
 from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
 from llama_index.core.llms import CustomLLM
@@ -31,6 +29,7 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.postprocessor.grating.settings import ModelSettings
 
 from grating_core import Generation, GratingError, StreamedCausalLM
+from grating_core.lifetime import run_in_thread
 
 # Names of fields, by what the model calls them.
 _OF_MODEL = (
@@ -172,7 +171,7 @@ class GratingLLM(ModelSettings, CustomLLM):
         return astream_completion_response_to_chat_response(_in_threads(_responses(stream)))
 
     async def _allm(self) -> StreamedCausalLM:
-        return await asyncio.to_thread(lambda: self.llm)  # it may have to be loaded
+        return await run_in_thread(lambda: self.llm)  # it may have to be loaded
 
     def _request(self, llm: StreamedCausalLM, prompt: Prompt, given: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a request: those given with it, else the object's; an answer that there is room for."""
@@ -239,7 +238,7 @@ def _responses(stream: Generator[str, None, Generation]) -> CompletionResponseGe
 
 async def _in_threads(responses: CompletionResponseGen) -> CompletionResponseAsyncGen:
     """The same, each computed in a worker thread, so that the event loop goes on."""
-    while (response := await asyncio.to_thread(next, responses, None)) is not None:
+    while (response := await run_in_thread(next, responses, None)) is not None:
         yield response
 
 
@@ -249,7 +248,8 @@ def _as_message(index: int, message: ChatMessage) -> dict[str, str]:
             f"messages[{index}] has the role {message.role.value!r}: there are no tools; use system, user or "
             f"assistant"
         )
-    # What a model thought before it answered is left out, as chat templates do.
-    if others := [block for block in message.blocks if not isinstance(block, TextBlock | ThinkingBlock)]:
+    # What a model thought before it answered is left out, as chat templates do. Older versions have no such block.
+    said = [block for block in message.blocks if block.block_type != "thinking"]
+    if others := [block for block in said if not isinstance(block, TextBlock)]:
         raise ValueError(f"messages[{index}] has a {type(others[0]).__name__}, but only text can be read")
     return {"role": message.role.value, "content": message.content or ""}
