@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable
 from numbers import Integral
 from typing import TypeVar
+
+from grating_core.arguments import elements
 
 Item = TypeVar("Item")
 
@@ -26,26 +28,6 @@ def is_blank(query: object, name: str = "query") -> bool:
     return not query.strip()
 
 
-def as_list(name: str, items: Iterable[Item], of: str) -> list[Item]:
-    """A list of documents, say, in an order that is the caller's.
-
-    Args:
-        name: What they are called there.
-        items: What was handed over.
-        of: What it is to be a list of.
-
-    Raises:
-        ValueError: It is none: a text, a set or a dictionary, or a table, whose items are not what is meant.
-    """
-    if (
-        isinstance(items, str | bytes | Mapping | Set)
-        or not isinstance(items, Iterable)
-        or hasattr(items, "columns")
-    ):
-        raise ValueError(f"{name} must be a list of {of}, not a {type(items).__name__}")
-    return list(items)
-
-
 def checked_items(name: str, items: Iterable[Item], kind: type[Item], wrap: str) -> list[Item]:
     """The documents or nodes of a request, as a list.
 
@@ -60,7 +42,7 @@ def checked_items(name: str, items: Iterable[Item], kind: type[Item], wrap: str)
     """
     if isinstance(items, kind):  # some can be iterated over
         raise ValueError(f"{name} must be a list of {kind.__name__}, not a {kind.__name__}: write [{name}]")
-    items = as_list(name, items, kind.__name__)
+    items = elements(name, items, f"a list of {kind.__name__}", values="{name}.values()")
     for index, item in enumerate(items):
         if not isinstance(item, kind):
             raise ValueError(f"{name}[{index}] is a {type(item).__name__}, not a {kind.__name__}: write {wrap}")

@@ -12,7 +12,8 @@ from langchain_core.runnables import RunnableConfig, RunnableLambda
 from pydantic import Field, model_validator
 
 from grating_core import RankedDocument, RerankResult
-from grating_core.callers import as_list, check_threshold, checked_items, is_blank
+from grating_core.arguments import elements
+from grating_core.callers import check_threshold, checked_items, is_blank
 from grating_core.nested import copied
 from langchain_grating.settings import RerankerSettings
 
@@ -111,7 +112,9 @@ class GratingRerank(RerankerSettings, BaseDocumentCompressor):
         """
         if top_n is not None and (not isinstance(top_n, int | Integral) or (top_n < 1 and top_n != -1)):
             raise ValueError(f"top_n={top_n!r} must be 1 or more, None for all, or -1 for the object's")
-        listed = as_list("documents", documents, "texts, Documents or dictionaries")
+        listed = elements(
+            "documents", documents, "a list of texts, Documents or dictionaries", values="{name}.values()"
+        )
         texts = [_text(document, rank_fields) for document in listed]
         top_k = _top_k(self.top_n if top_n == -1 else top_n, texts)
         if is_blank(query):
