@@ -18,7 +18,8 @@ _MARGIN = 256  # characters before the end of a part whose tokens may depend on 
 _CUTS = {True: 32, False: 4}  # ends that are tried within a word: Unigram's longest pieces have 16 characters
 _PART = 1 << 16  # characters that are counted at a time
 _SPACE = re.compile(r"(?<=\w) (?=\w)")
-_RUN = re.compile(r"(.)\1{999,}|\s{1000,}|[A-Za-z0-9]{1000,}", re.DOTALL)
+# Possessive: what may be given back takes 80 bytes a character.
+_RUN = re.compile(r"(.)\1{999,}+|\s{1000,}+|[A-Za-z0-9]{1000,}+", re.DOTALL)
 _UNKNOWN = "\U0010fffd"  # a character of no language
 _KEPT = 500  # characters of a run that comes to the same tokens however long it is
 

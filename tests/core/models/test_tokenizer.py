@@ -2,6 +2,7 @@
 
 import pickle
 import random
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -237,6 +238,17 @@ def test_a_long_text_begins_as_all_of_it_would(
     (found,) = tokenizer.encode([text], most, before=head)
     assert found.before == whole.before
     assert found.ids[: most + 1] == whole.ids[: most + 1]
+
+
+@pytest.mark.parametrize("piece", ["x", "\n", " \t", "word "])
+def test_a_document_of_megabytes_takes_no_memory_to_cut(bundled: Reranker, piece: str) -> None:
+    tokenizer = TextTokenizer(Tokenizer.from_file(str(bundled.model_path / "tokenizer.json")))
+    text = piece * (4_000_000 // len(piece)) + " end"
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (found,) = tokenizer.encode([text], 512)
+    assert len(found.ids) > 512 or tokenizer.ids(piece * 2000 + " end") == found.ids
+    assert tokenizer.tail(text, 100).endswith("end")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000, "kilobytes"
 
 
 @settings(max_examples=60)
