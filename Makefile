@@ -48,7 +48,8 @@ test-oldest test-newest: $(READY)
 	UV=$(BIN)/uv scripts/install_torch.sh $(ENVIRONMENT) $(@:test-%=%)
 	UV=$(BIN)/uv scripts/resolve.sh $(ENVIRONMENT)/requirements.txt --upgrade --resolution $(RESOLUTION) \
 		--group test --group model
-	$(BIN)/uv pip install --quiet --python $(ENVIRONMENT) --no-deps -r $(ENVIRONMENT)/requirements.txt $(EDITABLE)
+	@# Copies: nltk, which LlamaIndex uses, refuses to read data that is a hard link into uv's cache.
+	$(BIN)/uv pip install --quiet --link-mode copy --python $(ENVIRONMENT) --no-deps -r $(ENVIRONMENT)/requirements.txt $(EDITABLE)
 	$(ENVIRONMENT)/bin/python -m pytest -m "not slow" $(CONTRACT)
 
 check: $(READY)

@@ -13,7 +13,7 @@ from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import RunnableLambda, run_in_executor
 from langgraph.store.base import BaseStore, GetOp, Item, SearchItem, SearchOp, get_text_at_path
-from llama_index.core.base.llms.types import ChatMessage, LLMMetadata
+from llama_index.core.base.llms.types import ChatMessage, LLMMetadata, ThinkingBlock
 from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.instrumentation import get_dispatcher
@@ -77,6 +77,7 @@ def test_llamaindexs_nodes_and_messages_have_these_parts() -> None:
     assert NodeWithScore(node=node, score=0.5).node.relationships.get(NodeRelationship.PREVIOUS) is None
     assert QueryBundle("q").query_str == "q"
     assert ChatMessage(role="user", content="Hello").content == "Hello"
+    assert ThinkingBlock(content="Hm.").content == "Hm."
 
 
 def test_llamaindexs_reranks_are_told_of() -> None:
