@@ -234,7 +234,7 @@ def _load_grating(job: Job, pruning: str) -> Ways:
 def _load_sentence_transformers(job: Job) -> Ways:
     from sentence_transformers import CrossEncoder
 
-    model = CrossEncoder(job.directory, device="cpu", max_length=job.max_length)
+    model = CrossEncoder(job.directory, device="cpu", max_length=job.max_length, trust_remote_code=False)
 
     def rank_by(batch_size: int) -> Rank:
         def rank(query: str, documents: list[str]) -> Ranking:
@@ -258,8 +258,10 @@ def _load_openvino(job: Job) -> Ways:
     import openvino
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(job.directory)
-    model = AutoModelForSequenceClassification.from_pretrained(job.directory, attn_implementation="sdpa").eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(job.directory, trust_remote_code=False)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        job.directory, attn_implementation="sdpa", trust_remote_code=False
+    ).eval()
     pair = tokenizer("a question", "an answer", return_tensors="pt")
     converted = openvino.convert_model(model, example_input=dict(pair))
     settings = {"INFERENCE_NUM_THREADS": job.threads, "PERFORMANCE_HINT": "LATENCY"}

@@ -14,7 +14,8 @@ from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
 from transformers import AutoTokenizer
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
-from grating_core.files import read_json
+from grating_core.files import parse_json, read_json
+from grating_core.models.directory import has_tokenizer
 from grating_core.models.gguf import gguf_tokenizer, is_gguf
 
 _TYPES = "token_type_ids"
@@ -51,8 +52,7 @@ def load_backend(directory: Path) -> tuple[Tokenizer, bool]:
     """
     if is_gguf(directory):
         return gguf_tokenizer(directory)[0], False
-    # Without any of them transformers makes up an empty vocabulary, and every text becomes the same.
-    if not any(list(directory.glob(pattern)) for pattern in ("tokenizer.json", "vocab.*", "*.model")):
+    if not has_tokenizer(directory):
         raise ModelNotFoundError(f"{directory} has no tokenizer.json, vocabulary or sentencepiece model")
     settings = read_settings(directory)
     try:
@@ -181,7 +181,7 @@ def _join(whole: Tokenizer, own: Tokenizer) -> Tokenizer:
     added = sorted(own.get_added_tokens_decoder().items(), key=lambda item: item[0])
     joined.add_tokens([token for _, token in added])
     joined.encode_special_tokens = own.encode_special_tokens
-    state = json.loads(own.to_str())
+    state = parse_json(own.to_str())
     if state["post_processor"] is not None:
         _renumber(state["post_processor"], joined)
         joined.post_processor = Tokenizer.from_str(json.dumps(state)).post_processor

@@ -51,7 +51,22 @@ def find_model(name: str, *, hub: Hub | None = None, show_progress: bool = False
             f"model={name!r}: there is no directory {directory.absolute()}, and this is not a hub id "
             f"(owner/name) nor a bundled name ({BUNDLED_PREFIX}…)"
         )
-    return (hub or Hub()).fetch(name)
+    return (hub or Hub()).fetch(name, _is_whole)
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether a directory that somebody else has filled has all that an adapter, or a model, is loaded from."""
+    try:
+        if (directory / "adapter_config.json").is_file():
+            return (directory / "adapter_model.safetensors").is_file()
+        return (directory / "config.json").is_file() and has_tokenizer(directory) and bool(weight_files(directory))
+    except (ModelNotFoundError, OSError):
+        return False
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether there is a file with a vocabulary. Without any, transformers makes up an empty one."""
+    return any(any(directory.glob(pattern)) for pattern in ("tokenizer.json", "vocab.*", "*.model"))
 
 
 def _check_files(directory: Path) -> None:

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from glob import escape
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from grating_core.errors import ModelNotFoundError
+from grating_core.files import expanded
 
 MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
+_VOCABULARY = ("vocab.txt", "vocab.json", "merges.txt")  # what tokenizer.json has as well
+# Settings that change what is computed. Which of them a model has is known where the hub's list of files is kept.
+_SETTINGS = (
+    "config.json", "generation_config.json", "modules.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.*", "adapter_config.json",
+    "model.safetensors.index.json",
+)  # fmt: skip
+_PATIENCE = 10.0  # seconds until a hub that says nothing is given up
+_ANSWERED = (RevisionNotFoundError, LocalTokenNotFoundError)  # nothing that another attempt would change
 _REVISION = re.compile(r"(?!/)(?!.*\.\.)[^\s~^:?*\[\\]+")  # what git takes as a name
+
+_log = logging.getLogger("grating")
+_said: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -46,6 +70,10 @@ class Hub:
             )
         if cache_dir is not None and not (isinstance(cache_dir, str | Path) and str(cache_dir)):
             raise ValueError(f"cache_dir={cache_dir!r} must be a directory or None")
+        if cache_dir is not None and str(expanded(cache_dir)).startswith("~"):
+            raise ValueError(
+                f"cache_dir={str(cache_dir)!r} names the home directory of a user who is not known here"
+            )
         if not isinstance(self.local_files_only, bool):
             raise ValueError(f"local_files_only={self.local_files_only!r} must be True or False")
 
@@ -54,35 +82,94 @@ class Hub:
         """The same, for another model than the one whose revision is named."""
         return replace(self, revision=None)
 
-    def fetch(self, hub_id: str) -> Path:
+    def fetch(self, hub_id: str, is_whole: Callable[[Path], bool]) -> Path:
         """The directory with the files of a model, fetched as far as they are not there.
+
+        A hub that cannot be reached, or does not do what hubs do, is told once if all of the model is kept: then
+        that is used.
 
         Args:
             hub_id: ``owner/name``.
+            is_whole: Whether a directory has all that is needed.
 
         Raises:
             ModelNotFoundError: It was not had; the message says why.
         """
+        kept = self._kept(hub_id)  # before the cache is told of a newer version, of which it may get only a part
         try:
-            return Path(
-                snapshot_download(
-                    hub_id,
-                    revision=self.revision,
-                    token=self.token,
-                    cache_dir=self.cache_dir,
-                    local_files_only=self.local_files_only,
-                    allow_patterns=[f"*{ending}" for ending in MODEL_FILES],
-                    ignore_patterns=["*/*"],  # exports to other formats live in subfolders
-                )
+            if self.local_files_only or constants.HF_HUB_OFFLINE:
+                return kept or self._snapshot(hub_id, _SETTINGS, local_files_only=True)
+            return self._fetched(hub_id)
+        except Exception as error:  # of any kind: what the hub sent is read without looking what it is
+            if kept is None or isinstance(error, _ANSWERED) or not is_whole(kept):
+                raise self._refusal(hub_id, error) from error
+            if hub_id not in _said:
+                _said.add(hub_id)
+                _log.warning("model=%r is used as it is kept in %s: %s", hub_id, kept, _reason(error))
+            return kept
+
+    def _fetched(self, hub_id: str) -> Path:
+        # The question is asked here first since the library that fetches the files would wait for ever.
+        version = self.revision or constants.DEFAULT_REVISION
+        found = HfApi(token=self.token).model_info(hub_id, revision=version, timeout=_PATIENCE)
+        names = _needed(file.rfilename for file in found.siblings or [])
+        return self._snapshot(hub_id, [escape(name) for name in names])
+
+    def _kept(self, hub_id: str) -> Path | None:
+        """The version of the model that is in the cache, unless a file is known to be missing there."""
+        try:
+            return self._snapshot(hub_id, _SETTINGS, local_files_only=True)
+        except Exception:
+            return None
+
+    def _snapshot(self, hub_id: str, files: Iterable[str], *, local_files_only: bool = False) -> Path:
+        return Path(
+            snapshot_download(
+                hub_id,
+                revision=self.revision,
+                token=self.token,
+                cache_dir=self.cache_dir,
+                local_files_only=local_files_only,
+                allow_patterns=list(files),
+                ignore_patterns=["*/*"],  # exports to other formats live in subfolders
             )
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            version = f" in revision {self.revision!r}" if self.revision else ""
-            raise ModelNotFoundError(
-                f"model={hub_id!r}: there is no directory of that name here, and it was not had{version} from the "
-                f"hub or its cache ({reason}). Check the name; for a private model pass token= or log in with "
-                f"'hf auth login'; offline, pass a local directory"
-            ) from error
+        )
+
+    def _refusal(self, hub_id: str, error: Exception) -> ModelNotFoundError:
+        version = f" in revision {self.revision!r}" if self.revision else ""
+        return ModelNotFoundError(
+            f"model={hub_id!r}: there is no directory of that name here, and it was not had{version} from the "
+            f"hub or its cache ({_reason(error)}). Check the name; for a private model pass token= or log in with "
+            f"'hf auth login'; offline, pass a local directory"
+        )
+
+
+def _needed(names: Iterable[str]) -> list[str]:
+    """The files of a model that are read, of all that the hub has."""
+    found = [name for name in names if name.endswith(MODEL_FILES) and "/" not in name]
+    if "tokenizer.json" in found:
+        found = [name for name in found if name not in _VOCABULARY and not name.endswith(".model")]
+    if "config.json" not in found and "adapter_config.json" not in found:
+        raise FileNotFoundError("the hub has no config.json of it")
+    return found
+
+
+def _reason(error: Exception) -> str:
+    """Why a hub did not give what it was asked for, in a sentence without a full stop."""
+    told = next(iter(str(error).strip().splitlines()), "").rstrip(".")
+    if isinstance(error, GatedRepoError):
+        return "the hub gives it only to those who have been granted access"
+    if isinstance(error, RevisionNotFoundError):
+        return "the hub has no such revision"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the hub has none of that name, or it is private"
+    if isinstance(error, HfHubHTTPError):
+        return f"the hub answered with the status {error.response.status_code}"
+    if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError | OSError):
+        return told or type(error).__name__
+    if isinstance(error, ValueError | TypeError | KeyError | AttributeError | AssertionError):
+        return f"what answers there is no hub: {type(error).__name__} {told}".rstrip()
+    return f"the hub cannot be used: {told or type(error).__name__}"
 
 
 def _is_token(token: object) -> bool:

@@ -89,6 +89,7 @@ def test_what_is_not_on_the_hub_ignores_them(tiny_bert: Path, tmp_path: Path) ->
         ({"revision": "/etc"}, "revision='/etc'"),
         ({"cache_dir": 5}, "cache_dir=5"),
         ({"cache_dir": ""}, "cache_dir=''"),
+        ({"cache_dir": Path("~no-such-user/x")}, "cache_dir='~no-such-user/x'"),
         ({"local_files_only": "no"}, "local_files_only='no'"),
         ({"token": 7}, "token must be"),
         ({"token": f"{TOKEN}\n"}, "token must be"),  # as read from a file
