@@ -27,7 +27,7 @@ from typing import Generic, TypeVar
 from grating_core.arguments import is_number
 from grating_core.engine.forward import Interrupted
 from grating_core.errors import StorageError
-from grating_core.files import cache_directory, go_on_without_cache, is_kept, make_private, replace_file
+from grating_core.files import cache_directory, go_on_without_cache, is_kept, make_private, read_json, replace_file
 from grating_core.lifetime import tell_of_forks
 from grating_core.pruning import ClusterPolicy, Guarantee, MarginPolicy, Margins, PruningPolicy
 
@@ -118,7 +118,7 @@ class State:
         if not is_kept(path):
             return cls()
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored = read_json(path)
             state = cls(float(stored["factor"]), int(stored["requests"]), tuple(map(float, stored["recent"])))
             in_bounds = BOUNDS[0] <= state.factor <= BOUNDS[1] and all(0 <= kept <= 1 for kept in state.recent)
             if stored["format"] != _FORMAT or not in_bounds or not len(state.recent) <= state.requests:

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grating_core.errors import CheckpointError, ColumnsError, StorageError
-from grating_core.files import is_there, locked, replacing
+from grating_core.files import is_there, locked, parse_json, replacing
 from grating_core.lifetime import Threads
 from grating_core.memory.checkpoint import Checkpoint, whole_sectors
 from grating_core.memory.header import FLOATS, StoredTensor
@@ -189,13 +189,13 @@ class ColumnFile:
             except BaseException:
                 self._checkpoint.close()
                 raise
-        except (CheckpointError, KeyError, OSError) as error:
+        except (CheckpointError, KeyError, ValueError, OSError) as error:
             raise ColumnsError(f"{path} is no companion file ({error}); {_WAY_OUT}") from error
         self._readers = Threads(READERS, "grating-columns")
 
     def _check(self, fingerprint: str) -> None:
         with self.path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            header = parse_json(file.read(int.from_bytes(file.read(8), "little")))
         metadata = header.get("__metadata__") or {}
         if metadata.get("format") != _FORMAT or metadata.get("fingerprint") != fingerprint:
             raise ColumnsError(

@@ -30,6 +30,7 @@ from grating_core.files import (
     expanded,
     is_there,
     locked,
+    parse_json,
     replace_file,
     replacing,
     require_room,
@@ -412,11 +413,14 @@ class _Training:
         try:
             with safe_open(path, "pt") as file:
                 description = file.metadata()
-                self._compare(json.loads(description["settings"]))
+                settings, before = (dict(parse_json(description[name])) for name in ("settings", "before"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            before = json.loads(description["before"])
             self.before = (before.pop("dense"), Loss(**before))
             self.step = int(description["step"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise _damaged(path, error) from error
+        self._compare(settings)
+        try:
             with torch.no_grad():
                 for name, change in self._changes.items():
                     change.copy_(tensors.pop(name))
@@ -425,8 +429,8 @@ class _Training:
                 # Its count of steps stays on the CPU, where AdamW looks for it.
                 place = "cpu" if moment == "step" else self.student.module.device
                 self._optimizer.state[self._changes[change]][moment] = tensor.to(place)
-        except (SafetensorError, OSError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} cannot be read ({error!r}): delete it and begin anew") from error
+        except (KeyError, ValueError, RuntimeError) as error:  # RuntimeError: of another shape
+            raise _damaged(path, error) from error
         return True
 
     def _compare(self, theirs: dict[str, Any]) -> None:
@@ -438,6 +442,10 @@ class _Training:
                 f"{' (' + ', '.join(known) + ')' if known else ''}: call it as before to go on, or name "
                 f"another directory"
             )
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} cannot be read ({error!r}): delete it and begin anew")
 
 
 def _write_adapter(

@@ -138,7 +138,8 @@ def test_what_was_learnt_survives_a_restart(model: Model, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "damaged",
-    [b"", b"{", b"[]", b"\xff", b'{"format": 1}', b'{"format": 2, "factor": 1, "requests": 0, "recent": []}',
+    [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"format": 1}',
+     b'{"format": 2, "factor": 1, "requests": 0, "recent": []}',
      b'{"format": 1, "factor": NaN, "requests": 0, "recent": []}',
      b'{"format": 1, "factor": 1, "requests": Infinity, "recent": []}',
      b'{"format": 1, "factor": 99, "requests": 0, "recent": []}',

@@ -79,6 +79,13 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: object) -> None:
         ColumnFile(path, SIZES, "mine")
 
 
+def test_a_header_that_is_nested_deeply_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    path.write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)
+    with pytest.raises(ColumnsError, match="nested too deeply"):
+        ColumnFile(path, SIZES, "mine")
+
+
 def test_a_flipped_bit_is_found_when_its_column_is_first_read(tmp_path: Path) -> None:
     path = written(tmp_path)
     data = bytearray(path.read_bytes())

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -246,6 +247,25 @@ def test_a_state_of_other_settings_is_refused(
 
 def test_a_damaged_state_is_refused(decoder: Path, unfinished: Path, tmp_path: Path) -> None:
     (tmp_path / STATE).write_bytes((unfinished / STATE).read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"unfinished\.safetensors cannot be read.*delete it"):
+        distill(decoder, TEXTS, tmp_path, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("settings", "[" * 100_000), ("settings", "{"), ("settings", "5"), ("settings", "[1]"),
+        ("before", "[" * 100_000), ("before", ""), ("before", "[]"), ("before", '{"dense": 1, "other": 2}'),
+        ("step", "[]"),
+    ],
+)  # fmt: skip
+def test_a_state_whose_description_is_damaged_is_refused(
+    decoder: Path, unfinished: Path, tmp_path: Path, name: str, text: str
+) -> None:
+    with safe_open(unfinished / STATE, "pt") as file:
+        description = file.metadata() | {name: text}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    save_file(tensors, tmp_path / STATE, description)
     with pytest.raises(ValueError, match=r"unfinished\.safetensors cannot be read.*delete it"):
         distill(decoder, TEXTS, tmp_path, **SETTINGS)
 
