@@ -131,7 +131,7 @@ def _write_small(
         name: value for name, value in settings.items() if name not in _NOT_SETTINGS and not name.endswith("_file")
     }
     for name, value in kept.items():
-        if name.endswith("_token") and isinstance(value, dict):
+        if name.endswith("_token") and isinstance(value, dict) and "content" in value:
             kept[name] = value | {"__type": "AddedToken"}  # what some releases left out
     named = {name: config[name] for name in ("model_type", "tokenizer_class") if name in config}
     for name, fields in {**files, "config.json": named, "tokenizer_config.json": kept}.items():
