@@ -11,8 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-from grating_core import GratingError, ModelNotFoundError, Reranker, UnsupportedModelError
+from grating_core import (
+    GratingError,
+    LensError,
+    ModelNotFoundError,
+    Reranker,
+    StreamedCausalLM,
+    UnsupportedModelError,
+)
+from grating_core.cli import app
+from grating_core.reranker import plan_memory
+from grating_core.sparsity.distill import distill
 from tests.core.conftest import save_model
 from tests.core.parity import TOLERANCE, load, padded_scores
 
@@ -132,11 +143,38 @@ def test_another_architecture_is_refused(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "./nowhere", "/nowhere/at all", "a/b/c", "n" * 300, "bundled:something-else"]
+    "name", ["", "./nowhere", "/nowhere/at all", "a/b/c", "n" * 300, "bundled:something-else", "~no-such-user/x"]
 )
 def test_names_that_lead_nowhere(name: str) -> None:
     with pytest.raises(ModelNotFoundError, match=re.escape(f"model={name!r}")):
         Reranker.from_pretrained(name)
+
+
+def test_the_home_of_nobody_is_an_error_of_gratings_own_wherever_a_place_is_named(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = "~no-such-user/x"
+    monkeypatch.chdir(tmp_path)
+    for kind in (str, Path):
+        with pytest.raises(ModelNotFoundError, match=place):
+            Reranker.from_pretrained(kind(place))
+        with pytest.raises(ModelNotFoundError, match=place):
+            Reranker.shared(kind(place))
+        with pytest.raises(ModelNotFoundError, match=place):
+            StreamedCausalLM.from_pretrained(kind(place))
+        with pytest.raises(LensError, match=place):
+            Reranker.from_pretrained(tiny_bert, lens=kind(place))
+        with pytest.raises(ModelNotFoundError, match=place):
+            distill(kind(place), ["w1"], tmp_path / "output")
+    with pytest.raises(ModelNotFoundError, match=place):
+        Reranker.from_pretrained(tiny_bert, adapter=place)
+    with pytest.raises(ModelNotFoundError, match=place):
+        plan_memory(place, "1GB")
+    for arguments in (["rerank", "-m", place, "-q", "x", "y"], ["plan", place, "--memory-budget", "1GB"]):
+        failed = CliRunner().invoke(app, arguments, input="y")
+        assert failed.exit_code != 0
+        assert not isinstance(failed.exception, RuntimeError), arguments
+    assert not list(tmp_path.iterdir())
 
 
 def run_offline(code: str, cache: Path) -> subprocess.CompletedProcess[str]:
