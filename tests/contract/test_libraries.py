@@ -12,7 +12,7 @@ import torch
 import typer
 from accelerate import init_empty_weights
 from accelerate.utils import convert_file_size_to_int
-from huggingface_hub import constants, scan_cache_dir, snapshot_download
+from huggingface_hub import HfApi, constants, scan_cache_dir, snapshot_download
 from huggingface_hub.errors import CacheNotFound, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from platformdirs import user_cache_dir
 from rich.console import Console
@@ -57,8 +57,10 @@ def test_accelerate_builds_models_without_weights() -> None:
 
 
 def test_the_hub_is_asked_by_these_words(tmp_path: Path) -> None:
-    words = {"revision", "token", "cache_dir", "local_files_only", "allow_patterns"}
+    words = {"revision", "token", "cache_dir", "local_files_only", "allow_patterns", "ignore_patterns"}
     assert words <= set(inspect.signature(snapshot_download).parameters)
+    assert {"revision", "timeout"} <= set(inspect.signature(HfApi.model_info).parameters)
+    assert constants.DEFAULT_REVISION == "main"
     assert issubclass(LocalEntryNotFoundError, Exception)
     assert issubclass(HfHubHTTPError, OSError)
     with pytest.raises(LocalEntryNotFoundError):
