@@ -156,6 +156,8 @@ def _needed(names: Iterable[str]) -> list[str]:
 
 def _reason(error: Exception) -> str:
     """Why a hub did not give what it was asked for, in a sentence without a full stop."""
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+        return _reason(error.__cause__)  # which says more
     told = next(iter(str(error).strip().splitlines()), "").rstrip(".")
     if isinstance(error, GatedRepoError):
         return "the hub gives it only to those who have been granted access"

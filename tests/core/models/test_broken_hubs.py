@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -227,6 +228,25 @@ def test_a_newer_version_that_does_not_arrive_whole(server: Server, tmp_path: Pa
     with pytest.raises(ModelNotFoundError, match="Consistency check failed"):
         Reranker.from_pretrained(NAME, **how)
     shutil.rmtree(tmp_path / "models--someone--tiny")
+    snapshot = cached(tmp_path, FIRST, tiny_bert, "main")
+    with Reranker.from_pretrained(NAME, **how) as reranker:
+        assert reranker.model_path == snapshot
+
+
+@pytest.mark.parametrize("part", ["/tree/", "/resolve/"])
+@pytest.mark.parametrize("kind", ["closes", "garbage", "circle", "login", "empty", "unauthorised", "503"])
+def test_a_hub_that_is_broken_in_part(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_bert: Path, kind: str, part: str
+) -> None:
+    good, (broken, reason) = publishing(tiny_bert, SECOND), BROKEN[kind]
+    server.answer = lambda request: (broken if part in request.path or "/login" in request.path else good)(request)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # files are asked for several times
+    how = {"cache_dir": tmp_path, "token": TOKEN, **QUICK}
+    with pytest.raises(ModelNotFoundError, match=reason if kind in ("503", "unauthorised") else NAME) as refused:
+        Reranker.from_pretrained(NAME, **how)
+    assert TOKEN not in str(refused.value)
+    assert "\n" not in str(refused.value)
+    shutil.rmtree(tmp_path / "models--someone--tiny", ignore_errors=True)
     snapshot = cached(tmp_path, FIRST, tiny_bert, "main")
     with Reranker.from_pretrained(NAME, **how) as reranker:
         assert reranker.model_path == snapshot
