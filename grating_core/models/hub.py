@@ -95,11 +95,11 @@ class Hub:
         Raises:
             ModelNotFoundError: It was not had; the message says why.
         """
-        kept = self._kept(hub_id)  # before the cache is told of a newer version, of which it may get only a part
+        kept = self._kept(hub_id)
         try:
             if self.local_files_only or constants.HF_HUB_OFFLINE:
                 return kept or self._snapshot(hub_id, _SETTINGS, local_files_only=True)
-            return self._fetched(hub_id)
+            return self._fetched(hub_id, kept)
         except Exception as error:  # of any kind: what the hub sent is read without looking what it is
             if kept is None or isinstance(error, _ANSWERED) or not is_whole(kept):
                 raise self._refusal(hub_id, error) from error
@@ -108,12 +108,15 @@ class Hub:
                 _log.warning("model=%r is used as it is kept in %s: %s", hub_id, kept, _reason(error))
             return kept
 
-    def _fetched(self, hub_id: str) -> Path:
+    def _fetched(self, hub_id: str, kept: Path | None) -> Path:
         # The question is asked here first since the library that fetches the files would wait for ever.
         version = self.revision or constants.DEFAULT_REVISION
         found = HfApi(token=self.token).model_info(hub_id, revision=version, timeout=_PATIENCE)
-        names = _needed(file.rfilename for file in found.siblings or [])
-        return self._snapshot(hub_id, [escape(name) for name in names])
+        files = [escape(name) for name in _needed(file.rfilename for file in found.siblings or [])]
+        directory = replace(self, revision=found.sha)._snapshot(hub_id, files)
+        if directory != kept:
+            self._snapshot(hub_id, files)  # only what has arrived whole becomes the newest in the cache
+        return directory
 
     def _kept(self, hub_id: str) -> Path | None:
         """The version of the model that is in the cache, unless a file is known to be missing there."""

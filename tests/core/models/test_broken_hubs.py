@@ -229,8 +229,15 @@ def test_a_newer_version_that_does_not_arrive_whole(server: Server, tmp_path: Pa
         Reranker.from_pretrained(NAME, **how)
     shutil.rmtree(tmp_path / "models--someone--tiny")
     snapshot = cached(tmp_path, FIRST, tiny_bert, "main")
-    with Reranker.from_pretrained(NAME, **how) as reranker:
-        assert reranker.model_path == snapshot
+    for answer, found in [
+        (short, FIRST),
+        (short, FIRST),
+        (publishing(tiny_bert, SECOND), SECOND),
+        (reset, SECOND),
+    ]:
+        server.answer = answer
+        with Reranker.from_pretrained(NAME, **how) as reranker:
+            assert reranker.model_path == snapshot.with_name(found)
 
 
 @pytest.mark.parametrize("part", ["/tree/", "/resolve/"])
