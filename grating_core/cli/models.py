@@ -46,11 +46,11 @@ def _bundled() -> Iterator[dict[str, Any]]:
 
 
 def _cached() -> Iterator[dict[str, Any]]:
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        cached = scan_cache_dir().repos
+        cached = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except (CacheNotFound, ValueError, OSError, RuntimeError):  # none, or none that may be read
         return
     for repo in sorted((repo for repo in cached if repo.repo_type == "model"), key=lambda repo: repo.repo_id):
