@@ -148,7 +148,7 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
         kinds = [(cost, gain) for cost in costs for gain in gains]
         for (cost, gain), axes in zip(kinds, line, strict=True):
             _draw_curve(axes, [row for row in means if row.top_k == top_k], cost, gain)
-            axes.set_title(gains[gain].format(top_k), fontsize=10)
+            axes.set_title(gains[gain].format(top_k), fontsize=9)
             axes.set(xlabel=costs[cost])
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
