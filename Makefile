@@ -9,6 +9,9 @@ TYPED := grating_core integrations/langchain/langchain_grating integrations/llam
 # What depends on the neighbours most: the contract with them, scores and texts equal to theirs, both adapters.
 CONTRACT := tests/contract tests/core/models/test_families.py tests/core/models/test_decoders.py tests/core/engine \
 	tests/core/memory/test_parity.py tests/core/test_generation.py tests/langchain tests/llamaindex
+# A worker for each processor with one thread each: threads of several processes on the same processors spin.
+WORKERS := -n auto --dist worksteal
+ALONE := OMP_NUM_THREADS=1
 # The variable silences a notice about the theme's successor.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
@@ -34,10 +37,10 @@ demo: $(READY)
 	$(BIN)/grating demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(ALONE) $(BIN)/python -m pytest -m "not slow" $(WORKERS)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest
+	$(ALONE) $(BIN)/python -m pytest $(WORKERS)
 
 # The contract with the lowest and with the newest versions allowed, each in an environment of its own.
 test-oldest: RESOLUTION := lowest-direct
@@ -50,7 +53,7 @@ test-oldest test-newest: $(READY)
 		--group test --group model
 	@# Copies: nltk, which LlamaIndex uses, refuses to read data that is a hard link into uv's cache.
 	$(BIN)/uv pip install --quiet --link-mode copy --python $(ENVIRONMENT) --no-deps -r $(ENVIRONMENT)/requirements.txt $(EDITABLE)
-	$(ENVIRONMENT)/bin/python -m pytest -m "not slow" $(CONTRACT)
+	$(ALONE) $(ENVIRONMENT)/bin/python -m pytest -m "not slow" $(WORKERS) $(CONTRACT)
 
 check: $(READY)
 	$(BIN)/ruff format --check .
