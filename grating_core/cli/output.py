@@ -136,7 +136,7 @@ def _as_json(value: Any, path: Path | None, indent: int | None) -> str:
 def tell(message: str, style: str = "") -> None:
     """Write a sentence to standard error, if that is possible."""
     with suppress(OSError):
-        err.print(message, style=style)
+        err.print(message, style=style, soft_wrap=True)  # a path in it can be copied whole
 
 
 def told(error: Exception) -> str:

@@ -120,8 +120,8 @@ def test_a_threshold_that_looks_like_a_probability(model, threshold):
     """FlashRank's and Cohere's scores are probabilities; here it would leave out most that is relevant."""
     with pytest.warns(UserWarning, match="raw logit") as heard:
         GratingRerank(model=model, score_threshold=threshold)
-    assert len(heard) == 1
-    assert heard[0].filename == __file__, "it points to whoever wrote it"
+    ours = [warning for warning in heard if "raw logit" in str(warning.message)]
+    assert [warning.filename for warning in ours] == [__file__], "it points to whoever wrote it, once"
     if threshold == 0.3:
         assert "math.log(0.3 / (1 - 0.3)), which is -0.85" in str(heard[0].message)
     with warnings.catch_warnings():

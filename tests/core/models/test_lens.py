@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 from torch.nn.functional import cosine_similarity
 
 from grating_core import Off, Prompt, Reranker
@@ -110,8 +111,8 @@ def test_segments_are_the_tokens_of_the_two_texts(tmp_path: Path) -> None:
     for number, (family, prompt) in enumerate(
         [("bert", None), ("roberta", None), ("llama", None), ("llama", BEFORE), ("llama", BEHIND)]
     ):
-        reranker = load(save_model(tmp_path / str(number), family), template=prompt)
-        backend = reranker._template._backend
+        reranker = load(directory := save_model(tmp_path / str(number), family), template=prompt)
+        backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
         for (pair,), document in zip(reranker._template.encode(QUERY, DOCUMENTS), DOCUMENTS, strict=True):
             for span, text in ((pair.segments.query, QUERY), (pair.segments.document, document)):
                 words = [backend.id_to_token(token) for token in pair.input_ids[slice(*span)]]
