@@ -39,8 +39,9 @@ demo: $(READY)
 test: $(READY)
 	$(ALONE) $(BIN)/python -m pytest -m "not slow" $(WORKERS)
 
+# With made-up inputs that are new every time.
 test-all: $(READY)
-	$(ALONE) $(BIN)/python -m pytest $(WORKERS)
+	$(ALONE) $(BIN)/python -m pytest $(WORKERS) --hypothesis-profile=fresh
 
 # The contract with the lowest and with the newest versions allowed, each in an environment of its own.
 test-oldest: RESOLUTION := lowest-direct

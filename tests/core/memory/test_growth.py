@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 _REQUESTS = """
 import random
 import psutil
@@ -19,6 +21,7 @@ with Reranker.from_pretrained("bundled:ms-marco-minilm-l12", dtype="bfloat16", m
 """
 
 
+@pytest.mark.slow
 def test_new_lengths_cost_no_memory():
     finished = subprocess.run([sys.executable, "-c", _REQUESTS], capture_output=True, text=True, check=True)
     before, after = map(int, finished.stdout.split())

@@ -116,12 +116,11 @@ def test_it_is_converted_once_and_complete(cache: Path) -> None:
 
 
 def test_a_killed_conversion_leaves_nothing_that_looks_finished(cache: Path) -> None:
-    process = converting(cache)
     unfinished = bundled_directory(NAME).parent
-    while process.poll() is None and not list(unfinished.glob(".*")):
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with converting(cache) as process:
+        while process.poll() is None and not list(unfinished.glob(".*")):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert not bundled_directory(NAME).exists()
     assert (bundled_model(NAME) / "model.safetensors").stat().st_size > 100_000_000
