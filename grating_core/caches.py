@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from grating_core.errors import StorageError
-from grating_core.files import cache_directory, explained, locked, remove, unfinished, unfinished_of
+from grating_core.files import cache_directory, explained, remove, unfinished, unfinished_of
+from grating_core.locks import locked
 
 Kind = Literal["models", "lenses", "columns", "states", "traces", "unfinished"]
 """``models``: bundled models, converted. ``lenses``: calibrated here. ``columns``: companion files, for

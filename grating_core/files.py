@@ -1,8 +1,6 @@
-"""Where grating keeps files, how they are written as a whole by one process at a time, and how JSON is read.
+"""Where grating keeps files, how they are written as a whole or not at all, and how JSON is read.
 
-What is being written is beside its place, as ``.{name}-{8 letters}``; who writes it holds the lock
-``.{name}.lock``. The system frees the lock of a process that ends, however it ends. So whoever holds it knows that
-what is there unfinished was left by the dead, and removes it.
+What is being written lies beside its place, as ``.{name}-{8 letters}``. See :mod:`grating_core.locks`.
 """
 
 from __future__ import annotations
@@ -14,9 +12,7 @@ import os
 import re
 import secrets
 import shutil
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,13 +24,10 @@ from grating_core.errors import StorageError
 
 _UNFINISHED = re.compile(r"\.(.+)-[a-z0-9_]{8}")
 _LOCK = re.compile(r"\.(.+)\.lock")
-_ABANDONED = 3600.0  # seconds since anything was written, where a file system has no locks
-_PAUSE = 0.1  # seconds between two attempts to get a lock that cannot be waited for
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CANNOT_RESERVE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 _log = logging.getLogger("grating")
-_locks: set[int] = set()  # descriptors of this process
 _said: set[Path | None] = set()
 
 
@@ -150,130 +143,14 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("the JSON is nested too deeply") from error
 
 
-@contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Be the only one, of all processes and threads, that writes a file or a directory.
-
-    What processes that were killed left unfinished of it is removed. Where a file system has no locks nobody is
-    kept out, and what is unfinished is removed when nothing has been written to it for an hour.
-
-    Args:
-        path: The file or directory. Its parent is made if it is not there.
-        wait: Whether to wait for another that is writing it.
-
-    Yields:
-        Whether nobody else is writing it; always true with ``wait``.
-
-    Raises:
-        StorageError: Nothing can be written there.
-    """
-    place = path.with_name(f".{path.name}.lock")
-    with storing(path):
-        descriptor, certain = _take(place, wait)
-    if descriptor is None:
-        yield False
-        return
-    try:
-        _remove_unfinished(path, certain)
-        yield True
-    finally:
-        if descriptor in _locks:  # not so in the child of a fork, which has let go of it
-            if sys.platform != "win32":  # there a file that is open cannot be removed
-                with suppress(OSError):
-                    place.unlink()
-            _let_go(descriptor)
-
-
-def _take(place: Path, wait: bool) -> tuple[int | None, bool]:
-    """Open and lock a file. None if another has it; whether the lock is one."""
-    while True:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
-        except PermissionError:  # in a cache that is shared it may be another user's
-            descriptor = os.open(place, os.O_RDONLY)
-        except FileNotFoundError:  # the directory has just been removed
-            continue
-        _locks.add(descriptor)
-        try:
-            found = _lock(descriptor, wait=False)
-            if found is False and wait:
-                _log.info("waiting for another process, which writes what %s stands for", place)
-                found = _lock(descriptor, wait=True)
-            # Who had it before has removed the file: a lock on that keeps nobody out.
-            if found is not False and _is_same(place, descriptor):
-                return descriptor, found is True
-        except BaseException:
-            _let_go(descriptor)
-            raise
-        _let_go(descriptor)
-        if found is False:
-            return None, False
-
-
-def _is_same(place: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(place.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock(descriptor: int, wait: bool) -> bool | None:
-        while True:
-            try:
-                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-            except OSError:
-                if not wait:
-                    return False
-                time.sleep(_PAUSE)
-            else:
-                return True
-
-    def _let_go(descriptor: int) -> None:
-        _locks.discard(descriptor)
-        os.close(descriptor)  # and with it goes the lock
-
-else:
-    import fcntl
-
-    def _lock(descriptor: int, wait: bool) -> bool | None:
-        """Whether the lock was had; None if the file system has none."""
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            return False
-        except OSError:
-            return None
-        return True
-
-    def _let_go(descriptor: int) -> None:
-        _locks.discard(descriptor)
-        os.close(descriptor)  # and with it goes the lock, since no child of a fork has kept it open
-
-    def _close_in_child() -> None:
-        for descriptor in list(_locks):
-            _let_go(descriptor)
-
-    os.register_at_fork(after_in_child=_close_in_child)
-
-
-def _remove_unfinished(path: Path, certain: bool) -> None:
-    """Remove what the dead have left of a file or directory; the lock is held."""
-    with suppress(OSError), os.scandir(path.parent) as entries:
-        for entry in entries:
-            if (found := _UNFINISHED.fullmatch(entry.name)) is None or found.group(1) != path.name:
-                continue
-            with suppress(OSError):
-                if certain or time.time() - entry.stat(follow_symlinks=False).st_mtime > _ABANDONED:
-                    remove(Path(entry.path))
-
-
 def unfinished(path: Path) -> Path:
-    """A place beside a file or directory for what will be it; who writes there has it :func:`locked`."""
+    """A place beside a file or directory for what will be it; who writes there holds the lock."""
     return path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+
+
+def lock_of(path: Path) -> Path:
+    """The file that is locked by who writes a file or directory."""
+    return path.with_name(f".{path.name}.lock")
 
 
 def unfinished_of(name: str) -> str | None:
@@ -290,27 +167,12 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def replace_file(path: Path, data: bytes, *, private: bool = False) -> None:
-    """Write a file as a whole, or leave what is there.
-
-    Args:
-        path: The file. Its directory is made if it is not there.
-        data: What it is to hold.
-        private: See :func:`replacing`.
-
-    Raises:
-        StorageError: It cannot be written.
-    """
-    with locked(path), replacing(path, len(data), private=private) as file:
-        file.write(data)
-
-
 @contextmanager
 def replacing(path: Path, size: int = 0, *, private: bool = False) -> Iterator[BinaryIO]:
     """A file to write to, which takes the place of what is there when all has been written, or leaves nothing.
 
     Args:
-        path: The file, which the caller has :func:`locked`.
+        path: The file, whose lock the caller holds.
         size: Bytes that it will have, if known: room for them is taken at once.
         private: Only its owner may read it; otherwise all whom the umask allows.
 

@@ -18,15 +18,8 @@ from safetensors.torch import save as format_tensors
 from torch import Tensor
 
 from grating_core.errors import LensError, StorageError
-from grating_core.files import (
-    cache_directory,
-    go_on_without_cache,
-    is_kept,
-    locked,
-    read_json,
-    replacing,
-    require_room,
-)
+from grating_core.files import cache_directory, go_on_without_cache, is_kept, read_json, replacing, require_room
+from grating_core.locks import locked
 from grating_core.models.lens import LayerMap, Lens, Shape, compares_tokens, feature_count
 from grating_core.pruning import Margins
 

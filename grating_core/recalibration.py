@@ -27,8 +27,9 @@ from typing import Generic, TypeVar
 from grating_core.arguments import is_number
 from grating_core.engine.forward import Interrupted
 from grating_core.errors import StorageError
-from grating_core.files import cache_directory, go_on_without_cache, is_kept, make_private, read_json, replace_file
+from grating_core.files import cache_directory, go_on_without_cache, is_kept, make_private, read_json
 from grating_core.lifetime import tell_of_forks
+from grating_core.locks import replace_file
 from grating_core.pruning import ClusterPolicy, Guarantee, MarginPolicy, Margins, PruningPolicy
 
 # A whole top 1 lost at a target of 0.98 widens by 22 %, one of 10 by 2 %; a request without loss narrows by 0.4 %.

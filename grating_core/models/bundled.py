@@ -22,7 +22,8 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
-from grating_core.files import cache_directory, is_there, locked, require_room, storing, unfinished
+from grating_core.files import cache_directory, is_there, require_room, storing, unfinished
+from grating_core.locks import locked
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

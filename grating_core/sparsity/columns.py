@@ -23,8 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grating_core.errors import CheckpointError, ColumnsError, StorageError
-from grating_core.files import is_there, locked, parse_json, replacing
+from grating_core.files import is_there, parse_json, replacing
 from grating_core.lifetime import Threads
+from grating_core.locks import locked
 from grating_core.memory.checkpoint import Checkpoint, whole_sectors
 from grating_core.memory.header import FLOATS, StoredTensor
 

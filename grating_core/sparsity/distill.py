@@ -26,17 +26,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from grating_core.errors import GratingError, ModelNotFoundError, StorageError, UnsupportedModelError
-from grating_core.files import (
-    expanded,
-    is_there,
-    locked,
-    parse_json,
-    replace_file,
-    replacing,
-    require_room,
-    storing,
-    unfinished_of,
-)
+from grating_core.files import expanded, is_there, parse_json, replacing, require_room, storing, unfinished_of
+from grating_core.locks import locked, replace_file
 from grating_core.models.directory import find_model, read_config
 from grating_core.models.fingerprint import fingerprint
 from grating_core.models.gguf import is_gguf

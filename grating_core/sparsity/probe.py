@@ -17,7 +17,8 @@ from torch.nn.functional import embedding_bag, linear
 from transformers import LlamaConfig, LlamaModel
 
 from grating_core.errors import StorageError
-from grating_core.files import cache_directory, locked, reserve, storing, unfinished
+from grating_core.files import cache_directory, reserve, storing, unfinished
+from grating_core.locks import locked
 from grating_core.memory.checkpoint import SECTOR, aligned_buffer
 from grating_core.sparsity.cache import ColumnCache
 from grating_core.sparsity.columns import READERS

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from grating_core.errors import TraceError
-from grating_core.files import cache_directory, is_there, locked, make_private, replacing, require_room
+from grating_core.files import cache_directory, is_there, make_private, replacing, require_room
+from grating_core.locks import locked
 from grating_core.models.directory import blaming_config
 from grating_core.models.fingerprint import fingerprint
 from grating_core.sparsity.columns import ColumnSizes

@@ -8,7 +8,8 @@ import pytest
 
 from grating_core.caches import KINDS, clear, contents
 from grating_core.errors import StorageError
-from grating_core.files import locked, unfinished
+from grating_core.files import unfinished
+from grating_core.locks import locked
 
 DAY = 86_400
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from grating_core import GratingError, ModelNotFoundError, UnsupportedModelError
 from grating_core.cli import app
 from grating_core.errors import StorageError
-from grating_core.files import locked
+from grating_core.locks import locked
 from grating_core.models.adapter import Adapter
 from grating_core.sparsity import distill as module
 from grating_core.sparsity.allocation import allocate
