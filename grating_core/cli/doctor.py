@@ -11,6 +11,7 @@ from grating_core.cli.options import BUNDLED, AsJson
 from grating_core.cli.output import err, show, write_json
 from grating_core.cli.tables import plain_table
 from grating_core.errors import GratingError
+from grating_core.files import cache_directory, is_there, require_room
 
 _PACKAGES = (
     "grating-core",
@@ -37,7 +38,8 @@ def doctor(as_json: AsJson = False) -> None:
         table.add_row(package, version or "not installed")
     table.add_row("device", f"{found['device']} (CUDA: {found['cuda']}, MPS: {found['mps']})")
     table.add_row("dtype", f"{found['dtype']}: {found['dtype_reason']}")
-    table.add_row("threads", f"{found['threads']} of {found['processors']} processors")
+    advice = f"; {found['thread_advice']}" if found["thread_advice"] else ""
+    table.add_row("threads", f"{found['threads']} of {found['processors']} processors{advice}")
     table.add_row("grating's cache", found["cache"])
     table.add_row("hub cache", f"{found['hub_cache']}{', offline' if found['hub_offline'] else ''}")
     table.add_row("bundled model", found["bundled_model"])
@@ -48,7 +50,7 @@ def _found() -> dict[str, Any]:
     import torch
     from huggingface_hub import constants
 
-    from grating_core.models.placement import choose_device, choose_dtype
+    from grating_core.models.placement import choose_device, choose_dtype, thread_advice
 
     device = choose_device(None)
     dtype, reason = choose_dtype("auto", device)
@@ -63,6 +65,7 @@ def _found() -> dict[str, Any]:
         "dtype_reason": reason,
         "threads": torch.get_num_threads(),
         "processors": os.cpu_count(),
+        "thread_advice": thread_advice(),
         "cache": _cache(),
         "hub_cache": str(constants.HF_HUB_CACHE),
         "hub_offline": bool(constants.HF_HUB_OFFLINE),
@@ -72,8 +75,6 @@ def _found() -> dict[str, Any]:
 
 def _cache() -> str:
     """Where the cache is, or why it cannot be used."""
-    from grating_core.files import cache_directory, require_room
-
     try:
         directory = cache_directory()
         require_room(directory / "models", 0)
@@ -83,7 +84,6 @@ def _cache() -> str:
 
 
 def _bundled_state() -> str:
-    from grating_core.files import is_there
     from grating_core.models.bundled import bundled_directory, bundled_source
 
     try:

@@ -63,7 +63,7 @@ def thread_advice() -> str | None:
     """What to set so that processes on the same processors do not slow each other; None if nothing need be.
 
     GNU's OpenMP, which torch for Linux computes with, has threads spin while they wait for each other. If another
-    process is at work on the same processors they wait long, and take its time. OpenMP reads its settings when
+    process computes on the same processors, they wait long, and take its time. OpenMP reads its settings when
     torch is imported, so a library cannot change them.
     """
     if torch.get_num_threads() < 2 or {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
@@ -71,6 +71,6 @@ def thread_advice() -> str | None:
     if not any(pool.get("prefix") == "libgomp" for pool in threadpool_info()):
         return None
     return (
-        f"if other processes compute on these processors, set OMP_WAIT_POLICY=PASSIVE before Python starts: else "
-        f"the {torch.get_num_threads()} threads of torch spin while they wait, and all take ten times as long"
+        "where several processes compute, set OMP_WAIT_POLICY=PASSIVE before Python starts: torch's threads spin "
+        "while they wait, and each process may take several times as long"
     )

