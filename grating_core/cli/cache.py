@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from grating_core.caches import KINDS, Cached
+from grating_core.caches import KINDS, Cached, clear, contents
 from grating_core.cli.options import AsJson, matching
 from grating_core.cli.output import show, show_whole, tell, write_json
 from grating_core.cli.tables import plain_table
+from grating_core.files import cache_directory
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
@@ -54,9 +55,6 @@ class ChosenOptions:
 
 def list_cache(what: ChosenOptions, as_json: AsJson = False) -> None:
     """List what lies in grating's cache: converted models, lenses, columns, and so on."""
-    from grating_core.caches import contents
-    from grating_core.files import cache_directory
-
     found = contents(**what.chosen)
     if as_json:
         write_json({"cache": str(cache_directory()), "contents": _as_json(found)})
@@ -76,8 +74,6 @@ def clear_cache(
     as_json: AsJson = False,
 ) -> None:
     """Remove things from grating's cache; what is needed is made again. What a process is writing stays."""
-    from grating_core.caches import clear, contents
-
     found = contents(**what.chosen)
     if not yes and found:
         tell(f"{_together(found)} will be removed:")

@@ -19,7 +19,7 @@ from grating_core.cli.distill import distill
 from grating_core.cli.doctor import doctor
 from grating_core.cli.generate import generate
 from grating_core.cli.models import models, plan
-from grating_core.cli.options import expanded
+from grating_core.cli.options import with_groups
 from grating_core.cli.output import forgive_encodings, tell, tell_error, told, write
 from grating_core.cli.rank import explain, rerank
 from grating_core.cli.select import select
@@ -103,7 +103,7 @@ def settings(
 
 
 def _add(to: typer.Typer, command: Callable[..., None], name: str, *examples: str) -> None:
-    to.command(name, epilog="\n\n".join(("Examples:", *examples)))(expanded(command))
+    to.command(name, epilog="\n\n".join(("Examples:", *examples)))(with_groups(command))
 
 
 for command, examples in _COMMANDS.items():

@@ -13,6 +13,7 @@ from grating_core.cli.options import AsJson, GivenBudget, MlpDensity, ModelName,
 from grating_core.cli.output import err, show, show_whole, write_json
 from grating_core.cli.tables import plain_table
 from grating_core.errors import GratingError, StorageError
+from grating_core.files import is_there
 
 
 def models(as_json: AsJson = False) -> None:
@@ -32,7 +33,6 @@ def models(as_json: AsJson = False) -> None:
 
 
 def _bundled() -> Iterator[dict[str, Any]]:
-    from grating_core.files import is_there
     from grating_core.models.bundled import BUNDLED_MODELS, bundled_directory
 
     for name in BUNDLED_MODELS:

@@ -187,7 +187,7 @@ class InputOptions:
         return {"format": self.input_format, "field": self.field}
 
 
-def expanded(command: Callable[..., None]) -> Callable[..., None]:
+def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     """The command with an option for each field of those of its parameters that are dataclasses."""
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
