@@ -39,16 +39,14 @@ from grating_core.models.hub import Hub
 from grating_core.models.lens import Shape
 from grating_core.models.loading import StoredCrossEncoder
 from grating_core.models.placement import choose_device, choose_dtype
-from grating_core.models.prompts import Prompt
+from grating_core.models.prompts import Prompt, find_prompt, usual_length
 from grating_core.models.templates import (
     LongDocuments,
     Template,
     TokenisedPair,
     check_long_documents,
-    find_prompt,
     find_window,
     load_template,
-    usual_length,
 )
 from grating_core.pruning import ClusterPolicy, Guarantee, Off, PruningPolicy
 from grating_core.recalibration import Logged, Recalibration, Sampling, check_share, scaled, state_path

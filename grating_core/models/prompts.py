@@ -13,6 +13,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from grating_core.errors import ModelNotFoundError
 from grating_core.files import read_json
+from grating_core.models.backend import read_settings
+from grating_core.models.directory import check_answers
+from grating_core.models.families import Family
+from grating_core.models.gguf import is_gguf
 
 _MARK = re.compile(r"[<\[]\S+[>\]]")  # not what a line break or a run of spaces is to some tokenizers
 _SLOT = re.compile(r"\{(instruction|query|document)\}")
@@ -149,6 +153,54 @@ _ANY_MODEL = (
 _ANY_INSTRUCTION = "Judge whether the document is relevant to the query."
 
 
+def find_prompt(template: Prompt | str | None, model: str, directory: Path, family: Family) -> Prompt | None:
+    """What a model is asked; None if it is given the two texts as its tokenizer joins them.
+
+    Args:
+        template: The user's choice: a prompt, the name of an official one, or None for the model's own.
+        model: What the user called the model; official formats are known by it.
+        directory: Where its files are.
+        family: Its family.
+
+    Raises:
+        ModelNotFoundError: The tokenizer's settings or its chat template are damaged.
+        ValueError: ``template`` is neither a prompt nor the name of one.
+    """
+    if not family.causal:
+        if template is None:
+            return None
+        raise ValueError(
+            f"template={template!r}: this model is not asked; it is given query and document as its tokenizer "
+            f"joins them. Leave the template out"
+        )
+    if isinstance(template, Prompt):
+        return template
+    if template is not None:
+        return named_prompt(template)
+    for name in (Path(model).name, *_names(directory.resolve()), family.prompt or ""):
+        if prompt := official_prompt(name):
+            return prompt
+    if not family.asks:
+        return None
+    check_answers(directory)
+    return chat_prompt(directory, read_settings(directory))
+
+
+def _names(path: Path) -> list[str]:
+    """What a model may be called, by where it is."""
+    if is_gguf(path):
+        return [path.name, path.parent.name]
+    # In the hub's cache it is models--owner--name/snapshots/revision.
+    return [path.name, path.parent.parent.name] if path.parent.name == "snapshots" else [path.name]
+
+
+def usual_length(prompt: Prompt | None, family: Family) -> int | None:
+    """The most tokens of a pair if the user does not say; None for the model's whole window."""
+    if prompt is not None:
+        return prompt.max_length
+    return Prompt.max_length if family.causal else None
+
+
 def official_prompt(model: str) -> Prompt | None:
     """The format that a model was trained with, as far as its name tells.
 
@@ -223,13 +275,16 @@ def render_chat(
 
 def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
     """Files of today have it beside the settings, older ones in them, some as one of several with names."""
-    if (path := directory / "chat_template.jinja").is_file():
-        return path.read_text(encoding="utf-8")
-    if (path := directory / "chat_template.json").is_file():
-        settings = read_json(path)
-    found = settings.get("chat_template")
-    if isinstance(found, list):
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    try:
+        if (path := directory / "chat_template.jinja").is_file():
+            return path.read_text(encoding="utf-8")
+        if (path := directory / "chat_template.json").is_file():
+            settings = read_json(path)
+        found = settings.get("chat_template")
+        if isinstance(found, list):
+            found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise ModelNotFoundError(f"the chat template in {directory} cannot be read: {error!r}") from error
     return found if isinstance(found, str) else None
 
 
@@ -242,6 +297,9 @@ def control_tokens(directory: Path, settings: Mapping[str, Any], backend: Tokeni
         directory: Where the model's files are.
         settings: Of its ``tokenizer_config.json``.
         backend: Its tokenizer.
+
+    Raises:
+        ModelNotFoundError: The chat template is damaged.
     """
     named = [value for name, value in settings.items() if name.endswith("_token")]
     for name in ("additional_special_tokens", "extra_special_tokens"):

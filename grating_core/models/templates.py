@@ -12,10 +12,7 @@ from tokenizers import Tokenizer
 
 from grating_core.errors import UnsupportedModelError
 from grating_core.models.backend import check_vocabulary, load_backend, read_settings
-from grating_core.models.directory import check_answers
-from grating_core.models.families import Family
-from grating_core.models.gguf import is_gguf
-from grating_core.models.prompts import Prompt, chat_prompt, control_tokens, named_prompt, official_prompt
+from grating_core.models.prompts import Prompt, control_tokens
 from grating_core.models.tokenizer import TextTokenizer, encodable
 
 LongDocuments = Literal["truncate", "windows"]
@@ -299,54 +296,6 @@ def check_long_documents(long_documents: str) -> None:
     """Raise ``ValueError`` for what is none of :data:`LongDocuments`."""
     if long_documents not in get_args(LongDocuments):
         raise ValueError(f"long_documents={long_documents!r} must be 'truncate' or 'windows'")
-
-
-def find_prompt(template: Prompt | str | None, model: str, directory: Path, family: Family) -> Prompt | None:
-    """What a model is asked; None if it is given the two texts as its tokenizer joins them.
-
-    Args:
-        template: The user's choice: a prompt, the name of an official one, or None for the model's own.
-        model: What the user called the model; official formats are known by it.
-        directory: Where its files are.
-        family: Its family.
-
-    Raises:
-        ModelNotFoundError: The tokenizer's settings or its chat template are damaged.
-        ValueError: ``template`` is neither a prompt nor the name of one.
-    """
-    if not family.causal:
-        if template is None:
-            return None
-        raise ValueError(
-            f"template={template!r}: this model is not asked; it is given query and document as its tokenizer "
-            f"joins them. Leave the template out"
-        )
-    if isinstance(template, Prompt):
-        return template
-    if template is not None:
-        return named_prompt(template)
-    for name in (Path(model).name, *_names(directory.resolve()), family.prompt or ""):
-        if prompt := official_prompt(name):
-            return prompt
-    if not family.asks:
-        return None
-    check_answers(directory)
-    return chat_prompt(directory, read_settings(directory))
-
-
-def _names(path: Path) -> list[str]:
-    """What a model may be called, by where it is."""
-    if is_gguf(path):
-        return [path.name, path.parent.name]
-    # In the hub's cache it is models--owner--name/snapshots/revision.
-    return [path.name, path.parent.parent.name] if path.parent.name == "snapshots" else [path.name]
-
-
-def usual_length(prompt: Prompt | None, family: Family) -> int | None:
-    """The most tokens of a pair if the user does not say; None for the model's whole window."""
-    if prompt is not None:
-        return prompt.max_length
-    return Prompt.max_length if family.causal else None
 
 
 def find_window(directory: Path, model_window: int, max_length: int | None, usual: int | None = None) -> int:

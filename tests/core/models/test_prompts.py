@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 
 from grating_core import ModelNotFoundError, Prompt, UnsupportedModelError
 from grating_core.models.families import find_family
-from grating_core.models.prompts import PROMPTS, official_prompt
-from grating_core.models.templates import find_prompt, load_template
+from grating_core.models.prompts import PROMPTS, find_prompt, official_prompt
+from grating_core.models.templates import load_template
 from tests.core.conftest import DECODER, SIZES, randomise
 from tests.core.parity import TOLERANCE, load
 
@@ -233,10 +233,25 @@ def test_a_model_without_a_chat_template_is_asked_in_plain_text(directory: Path,
     assert len(reranker.rerank(QUERY, DOCUMENTS, 3).ranking) == 3
 
 
-def test_a_damaged_chat_template(directory: Path, tmp_path: Path) -> None:
-    model = copy(directory, tmp_path / "SomeModel-1B")
-    (model / "chat_template.jinja").write_text("{% for %}")
-    with pytest.raises(ModelNotFoundError, match="chat template"):
+@pytest.mark.parametrize(
+    ("name", "file", "content"),
+    [
+        ("SomeModel-1B", "chat_template.jinja", b"{% for %}"),
+        ("SomeModel-1B", "chat_template.jinja", b"\xff\xfe\x80"),
+        ("SomeModel-1B", "chat_template.json", b"{"),
+        (
+            "Qwen3-Reranker-1B",
+            "chat_template.json",
+            b"[1]",
+        ),  # it has a prompt of its own, and reads it all the same
+        ("Qwen3-Reranker-1B", "chat_template.json", b'{"chat_template": [1]}'),
+        ("Qwen3-Reranker-1B", "chat_template.json", b'{"chat_template": [{}]}'),
+    ],
+)
+def test_a_damaged_chat_template(directory: Path, tmp_path: Path, name: str, file: str, content: bytes) -> None:
+    model = copy(directory, tmp_path / name)
+    (model / file).write_bytes(content)
+    with pytest.raises(ModelNotFoundError, match=f"chat template in .*{name}"):
         load(model)
 
 
