@@ -106,6 +106,12 @@ def go_on_without_cache(error: OSError) -> None:
     )
 
 
+def check_regular(path: Path) -> None:
+    """Raise ``OSError`` for what is there but no file: a named pipe would be waited for without end."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file")
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file that somebody else may have written, damaged or put there to do harm.
 
@@ -116,20 +122,19 @@ def read_json(path: Path) -> Any:
         What the file holds.
 
     Raises:
-        OSError: The file is not there, cannot be read, or is not a regular file. A named pipe would be waited for
-            without end.
+        OSError: The file is not there, cannot be read, or is not a regular file.
         ValueError: The file is not JSON, or nested too deeply to be read.
     """
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path} is not a regular file")
+    check_regular(path)
     return parse_json(path.read_bytes())
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, **how: Any) -> Any:
     """Read JSON text without trust.
 
     Args:
         text: The text; as bytes it is UTF-8.
+        how: As :func:`json.loads` takes it.
 
     Returns:
         What the text says.
@@ -138,7 +143,7 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: The text is not JSON, or nested too deeply to be read.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, **how)
     except RecursionError as error:
         raise ValueError("the JSON is nested too deeply") from error
 

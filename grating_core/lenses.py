@@ -18,7 +18,15 @@ from safetensors.torch import save as format_tensors
 from torch import Tensor
 
 from grating_core.errors import LensError, StorageError
-from grating_core.files import cache_directory, go_on_without_cache, is_kept, read_json, replacing, require_room
+from grating_core.files import (
+    cache_directory,
+    check_regular,
+    go_on_without_cache,
+    is_kept,
+    read_json,
+    replacing,
+    require_room,
+)
 from grating_core.locks import locked
 from grating_core.models.lens import LayerMap, Lens, Shape, compares_tokens, feature_count
 from grating_core.pruning import Margins
@@ -112,8 +120,7 @@ class CalibratedLens:
         description = _describe(directory)
         path = directory / _TENSORS
         try:
-            if path.exists() and not path.is_file():
-                raise OSError(f"{path} is not a regular file")  # a named pipe would be waited for without end
+            check_regular(path)
             data = path.read_bytes()
             if hashlib.sha256(data).hexdigest() != description["sha256"]:
                 raise LensError(f"{path} is not the file that {_DESCRIPTION} describes: {_WAY_OUT}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+
+from grating_core.files import parse_json
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 LONGEST_HEADER = 100_000_000  # bytes; this and the next as the format's own reader has it
@@ -70,10 +71,7 @@ def parse_header(header: bytes, path: Path, size: int) -> dict[str, StoredTensor
     Raises:
         ValueError: The header breaks a rule; the message names the tensor.
     """
-    try:
-        fields = json.loads(header.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse)
-    except RecursionError as error:
-        raise ValueError("the header is nested too deeply") from error
+    fields = parse_json(header.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse)
     if not isinstance(fields, dict):
         raise ValueError("the header is not a JSON object")
     metadata = fields.pop("__metadata__", None)

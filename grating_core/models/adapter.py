@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
+from grating_core.files import check_regular
 from grating_core.memory.header import FLOATS
 from grating_core.models.adapter_settings import read_adapter_settings
 from grating_core.models.directory import find_model
@@ -180,8 +181,7 @@ class Adapter:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of an adapter as float32, by the names that the base has for its modules."""
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("it is not a regular file")  # a named pipe would be waited for without end
+        check_regular(path)
         stored = load_file(path)
     except Exception as error:  # safetensors raises an error of its own that is no OSError
         raise ModelNotFoundError(f"{path} cannot be read: {error}") from error

@@ -9,7 +9,8 @@ from typing import Any
 
 Messages = Sequence[Mapping[str, Any]]
 ROLES = ("system", "user", "assistant")
-_REASONING = ("reasoning", "thinking", "redacted_thinking", "reasoning_content")
+# What a model thought before it answered, by the types that blocks of it have. Templates leave it out as well.
+REASONING = ("reasoning", "thinking", "redacted_thinking", "reasoning_content")
 _THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 
 
@@ -62,7 +63,7 @@ def _text(content: Any) -> str | None:
         return None
     texts = []
     for block in content:
-        if isinstance(block, Mapping) and block.get("type") in _REASONING:
+        if isinstance(block, Mapping) and block.get("type") in REASONING:
             continue
         text = block.get("text") if isinstance(block, Mapping) and block.get("type") == "text" else block
         if not isinstance(text, str):

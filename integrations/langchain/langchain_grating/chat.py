@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from grating_core import Generation, StreamedCausalLM
 from grating_core.lifetime import run_in_thread
+from grating_core.models.messages import REASONING
 from langchain_grating.settings import ModelSettings
 
 # Names of fields, by what the model calls them.
@@ -26,8 +27,6 @@ _OF_MODEL = (
 _OF_REQUEST = {
     "max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "seed": "seed", "stop": "stop",
 }  # fmt: skip
-# What a model thought before it answered, by the names that several have for it. Templates leave it out as well.
-_REASONING = ("reasoning", "reasoning_content", "thinking", "redacted_thinking")
 _ROLES: dict[type[BaseMessage], str] = {SystemMessage: "system", HumanMessage: "user", AIMessage: "assistant"}
 
 
@@ -215,6 +214,6 @@ def _role(index: int, message: BaseMessage) -> str:
 def _text(index: int, message: BaseMessage) -> str:
     for block in message.content_blocks:
         kind = block["value"].get("type") if block["type"] == "non_standard" else block["type"]
-        if kind != "text" and kind not in _REASONING:
+        if kind != "text" and kind not in REASONING:
             raise ValueError(f"messages[{index}] has content of type {kind!r}, but only text can be read")
     return str(message.text)

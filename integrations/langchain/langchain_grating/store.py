@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
 from grating_core import Reranker
+from grating_core.arguments import whole_number
 from grating_core.lifetime import run_in_thread
 from grating_core.nested import copied, strings
 
@@ -77,13 +77,12 @@ class GratingStore(BaseStore):
             raise ValueError(f"store={store!r} must be a LangGraph store, such as InMemoryStore()")
         if not isinstance(reranker, Reranker | str | Path):
             raise ValueError(f"reranker={reranker!r} must be a grating_core.Reranker or the name of a model")
-        if isinstance(candidates, bool) or not isinstance(candidates, int | Integral) or candidates < 1:
-            raise ValueError(f"candidates={candidates!r} must be 1 or more")
         if isinstance(fields, str):
             raise ValueError(f"fields={fields!r} must be a list of paths, such as [{fields!r}], or None")
+        candidates = whole_number("candidates", candidates)
         self.store = store
         self.reranker = reranker if isinstance(reranker, Reranker) else Reranker.shared(reranker)
-        self.candidates = int(candidates)
+        self.candidates = candidates
         self.fields = _indexed_fields(store) if fields is None else list(fields)
         self.supports_ttl = store.supports_ttl
         self.ttl_config = store.ttl_config
