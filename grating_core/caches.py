@@ -130,7 +130,7 @@ def _remove(one: Cached) -> str | None:
         with locked(target, wait=False) as alone:
             if not alone:
                 return "another process is writing it"
-            if name is None:  # what is unfinished went when the lock was had
+            if name is None:  # what is unfinished was removed with the locking
                 gone = unfinished(path)
                 path.rename(gone)  # nobody meets half of it
                 remove(gone)

@@ -168,7 +168,7 @@ class StreamedCausalLM(Loaded[CausalLM]):
             str(model),
             device,
             dtype,
-            hub=Hub(revision, token, cache_dir, False if local_files_only is None else local_files_only),
+            hub=Hub(revision, token, cache_dir, local_files_only),
             adapter=adapter,
             lasting=budget is not None,
             pruning=mlp_pruning(mlp_density, by_chunk=False, show_progress=show_progress),

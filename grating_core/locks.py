@@ -58,7 +58,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def _take(place: Path, wait: bool) -> tuple[int | None, bool]:
-    """Open and lock a file. None if another has it; whether the lock is one."""
+    """Open and lock a file: its descriptor, None if another has the lock; and whether there are locks here."""
     while True:
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -129,7 +129,7 @@ else:
     import fcntl
 
     def _lock(descriptor: int, wait: bool) -> bool | None:
-        """Whether the lock was had; None if the file system has none."""
+        """Whether the file is now locked for us; None if the file system has no locks."""
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

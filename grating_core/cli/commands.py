@@ -19,14 +19,12 @@ from grating_core.cli.distill import distill
 from grating_core.cli.doctor import doctor
 from grating_core.cli.generate import generate
 from grating_core.cli.models import models, plan
-from grating_core.cli.options import with_groups
+from grating_core.cli.options import BUNDLED, with_groups
 from grating_core.cli.output import forgive_encodings, tell, tell_error, told, write
 from grating_core.cli.rank import explain, rerank
 from grating_core.cli.select import select
 from grating_core.cli.simulate import simulate
 from grating_core.errors import GratingError
-
-_BUNDLED = "bundled:ms-marco-minilm-l12"
 
 # Each command with examples of its use.
 _COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
@@ -41,9 +39,9 @@ _COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
         'grating generate Qwen/Qwen3-4B --memory-budget 3GB -p "How many people live in Berlin?"',
         "grating generate MODEL --raw --temperature 0.8 --seed 1 -p - < beginning.txt",
     ),
-    plan: (f"grating plan {_BUNDLED} --memory-budget 110MB",),
+    plan: (f"grating plan {BUNDLED} --memory-budget 110MB",),
     calibrate: ("grating calibrate Qwen/Qwen3-Reranker-0.6B --corpus documents.jsonl",),
-    bench: (f"grating bench {_BUNDLED} --corpus documents.jsonl --queries queries.txt",),
+    bench: (f"grating bench {BUNDLED} --corpus documents.jsonl --queries queries.txt",),
     simulate: ("grating simulate MODEL --text book.txt --memory 50% --machine sata-ssd",),
     distill: ("grating distill MODEL --mlp-density 0.5 --text documents.jsonl --output recovered",),
     models: ("grating models --json | jq -r '.models[].name'",),

@@ -253,9 +253,8 @@ def _write_model(
     for file, path in sources.items():
         if file != _ONNX:
             shutil.copyfile(path, place / file)
-    shutil.copymode(
-        place / "config.json", place / "model.safetensors"
-    )  # safetensors may leave it to its owner only
+    # safetensors may leave its file to the owner only.
+    shutil.copymode(place / "config.json", place / "model.safetensors")
 
 
 def dequantise(path: Path, *, show_progress: bool = False) -> dict[str, NDArray[np.float32]]:

@@ -213,8 +213,8 @@ def check_answers(directory: Path) -> None:
     """
     if "LogitScore" in _modules(directory):
         raise UnsupportedModelError(
-            f"{directory / 'modules.json'} has LogitScore, whose token ids make the score, which are not read "
-            f"yet: say how the model is asked by template=Prompt(pieces, yes, no), with those tokens as texts"
+            f"{directory / 'modules.json'} has LogitScore, and the token ids in it, which make the score, are not "
+            f"read yet: say how the model is asked by template=Prompt(pieces, yes, no), with those tokens as texts"
         )
 
 

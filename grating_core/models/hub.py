@@ -48,7 +48,7 @@ class Hub:
         token: What proves who asks; None or True for the one of ``hf auth login`` or ``HF_TOKEN``, False for none.
             It is in no message and no representation.
         cache_dir: Where the hub's files are kept; None for the place that ``HF_HUB_CACHE`` or ``HF_HOME`` says.
-        local_files_only: Whether only what is kept there already is used.
+        local_files_only: Whether only what is kept there already is used; None is False.
 
     Raises:
         ValueError: One of them is not usable; the message names it.
@@ -57,7 +57,7 @@ class Hub:
     revision: str | None = None
     token: str | bool | None = field(default=None, repr=False)
     cache_dir: str | Path | None = None
-    local_files_only: bool = False
+    local_files_only: bool | None = False
 
     def __post_init__(self) -> None:
         revision, cache_dir = self.revision, self.cache_dir
@@ -74,7 +74,7 @@ class Hub:
             raise ValueError(
                 f"cache_dir={str(cache_dir)!r} names the home directory of a user who is not known here"
             )
-        if not isinstance(self.local_files_only, bool):
+        if not isinstance(self.local_files_only, bool | None):
             raise ValueError(f"local_files_only={self.local_files_only!r} must be True or False")
 
     @property
@@ -85,15 +85,15 @@ class Hub:
     def fetch(self, hub_id: str, is_whole: Callable[[Path], bool]) -> Path:
         """The directory with the files of a model, fetched as far as they are not there.
 
-        A hub that cannot be reached, or does not do what hubs do, is told once if all of the model is kept: then
-        that is used.
+        If the hub cannot be reached, or does not do what hubs do, a model that is whole in the cache is used as it
+        is kept there, and a warning says so once.
 
         Args:
             hub_id: ``owner/name``.
             is_whole: Whether a directory has all that is needed.
 
         Raises:
-            ModelNotFoundError: It was not had; the message says why.
+            ModelNotFoundError: The model could not be fetched, and is not in the cache; the message says why.
         """
         kept = self._kept(hub_id)
         try:
@@ -141,9 +141,9 @@ class Hub:
     def _refusal(self, hub_id: str, error: Exception) -> ModelNotFoundError:
         version = f" in revision {self.revision!r}" if self.revision else ""
         return ModelNotFoundError(
-            f"model={hub_id!r}: there is no directory of that name here, and it was not had{version} from the "
-            f"hub or its cache ({_reason(error)}). Check the name; for a private model pass token= or log in with "
-            f"'hf auth login'; offline, pass a local directory"
+            f"model={hub_id!r}: there is no directory of that name here, and neither the hub nor its cache gave "
+            f"the model{version} ({_reason(error)}). Check the name; for a private model pass token= or log in "
+            f"with 'hf auth login'; offline, pass a local directory"
         )
 
 
