@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from grating_core.benchmarking import (
+    PEERS,
+    PRUNED,
+    SENTENCE_TRANSFORMERS,
+    UNPRUNED,
+    Job,
+    Measured,
+    agreement,
+    installed,
+    measure,
+)
 from grating_core.cli.options import (
     AsJson,
     Budget,
@@ -22,9 +33,6 @@ from grating_core.cli.options import (
 from grating_core.cli.output import err, show, show_whole, tell, write_json
 from grating_core.cli.tables import plain_table
 from grating_core.inputs import read_documents
-
-if TYPE_CHECKING:
-    from grating_core.benchmarking import Job, Measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +68,6 @@ def bench(
     with err.status("Preparing ..."):
         import torch
 
-        from grating_core.benchmarking import PEERS, PRUNED, UNPRUNED, Job, installed, measure
         from grating_core.calibration import make_requests
         from grating_core.models.directory import read_config
         from grating_core.reranker import Reranker
@@ -96,15 +103,11 @@ def bench(
 
 def _reference(found: list[Measured]) -> Measured:
     """What the others have to agree with: float32 by sentence-transformers, else grating without pruning."""
-    from grating_core.benchmarking import SENTENCE_TRANSFORMERS, UNPRUNED
-
     worked = {one.system: one for one in found if one.error is None}
     return worked.get(SENTENCE_TRANSFORMERS) or worked.get(UNPRUNED) or found[-1]
 
 
 def _agreement(one: Measured, reference: Measured) -> float | None:
-    from grating_core.benchmarking import agreement
-
     return None if one.error or reference.error else agreement(one, reference)
 
 
@@ -150,14 +153,12 @@ def _print(job: Job, found: list[Measured]) -> None:
         f"that the process had while it reranked, imports included.",
         style="dim",
     )
-    if (line := closing_line(job, found)) is not None:
+    if (line := verdict(job, found)) is not None:
         show(line, style="bold")
 
 
-def closing_line(job: Job, found: list[Measured]) -> str | None:
+def verdict(job: Job, found: list[Measured]) -> str | None:
     """What it comes to; None if grating or all that it is compared with failed."""
-    from grating_core.benchmarking import PRUNED, UNPRUNED
-
     worked = [one for one in found if one.error is None]
     ours = next((one for one in worked if one.system == PRUNED), None)
     others = [one for one in worked if one.system not in (PRUNED, UNPRUNED)]

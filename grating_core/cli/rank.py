@@ -37,13 +37,18 @@ class RecordOptions(InputOptions):
     ] = None
 
 
-Scores = Annotated[
-    Literal["exact", "estimated"], in_panel["pruning"](help="estimated: sure winners stop early as well.")
-]
-Threshold = Annotated[
-    float | None,
-    typer.Option(help="Leave out what scores below it: a raw logit such as 0.0, not a probability."),
-]
+@dataclass(frozen=True, kw_only=True)
+class WantedOptions:
+    """What a ranking is to hold."""
+
+    top_k: TopK = 5
+    score_threshold: Annotated[
+        float | None,
+        typer.Option(help="Leave out what scores below it: a raw logit such as 0.0, not a probability."),
+    ] = None
+    scores: Annotated[
+        Literal["exact", "estimated"], in_panel["pruning"](help="estimated: sure winners stop early as well.")
+    ] = "exact"
 
 
 def rerank(
@@ -51,9 +56,7 @@ def rerank(
     input: Input,
     how_stored: RecordOptions,
     settings: RankingOptions,
-    top_k: TopK = 5,
-    score_threshold: Threshold = None,
-    scores: Scores = "exact",
+    wanted: WantedOptions,
     format: Annotated[
         Literal["table", "json", "jsonl"],
         in_panel["output"](help="How it is printed; jsonl: a line of JSON for each document."),
@@ -62,7 +65,7 @@ def rerank(
     output: Output = None,
 ) -> None:
     """Print the documents that answer a question best."""
-    ranked = _Ranked.of(query, input, how_stored, settings, top_k, scores, score_threshold)
+    ranked = _Ranked.of(query, input, how_stored, settings, wanted)
     chosen = "json" if as_json else format
     if chosen == "json":
         write_json(ranked.summary(), output)
@@ -80,9 +83,7 @@ def explain(
     input: Input,
     how_stored: RecordOptions,
     settings: RankingOptions,
-    top_k: TopK = 5,
-    score_threshold: Threshold = None,
-    scores: Scores = "exact",
+    wanted: WantedOptions,
     plot: Annotated[
         Path | None,
         in_panel["output"](help="Draw score trajectories into this picture.", callback=writable),
@@ -92,7 +93,7 @@ def explain(
     output: Output = None,
 ) -> None:
     """Like rerank, and show layer by layer how the ranking came about."""
-    ranked = _Ranked.of(query, input, how_stored, settings, top_k, scores, score_threshold)
+    ranked = _Ranked.of(query, input, how_stored, settings, wanted)
     trace = ranked.result.trace
     if plot is not None and trace.layers:
         from grating_core.plotting import plot_trajectories
@@ -127,12 +128,10 @@ class _Ranked:
         input: str,
         how_stored: RecordOptions,
         settings: RankingOptions,
-        top_k: int,
-        scores: Literal["exact", "estimated"],
-        threshold: float | None,
+        wanted: WantedOptions,
     ) -> _Ranked:
         """Read documents, rank them, and leave out what scores below a threshold."""
-        if threshold is not None and scores == "estimated":
+        if wanted.score_threshold is not None and wanted.scores == "estimated":
             raise ValueError("--score-threshold needs --scores exact: estimates only compare with each other")
         records = read_records(input, **how_stored.reading)
         _check_ids(records, how_stored.id_field)
@@ -142,9 +141,10 @@ class _Ranked:
             from grating_core.reranker import Reranker
 
             with Reranker.from_pretrained(**vars(settings), show_progress=True) as reranker:
-                result = reranker.rerank(query, [record.text for record in records], top_k, scores=scores)
-        if threshold is not None:
-            result = _above(result, threshold)
+                texts = [record.text for record in records]
+                result = reranker.rerank(query, texts, wanted.top_k, scores=wanted.scores)
+        if wanted.score_threshold is not None:
+            result = _above(result, wanted.score_threshold)
         return cls(query, records, how_stored.id_field or "id", result)
 
     def entries(self) -> list[dict[str, Any]]:

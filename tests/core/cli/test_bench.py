@@ -16,7 +16,7 @@ from grating_core.benchmarking import (
     agreement,
     measure,
 )
-from grating_core.cli.bench import closing_line
+from grating_core.cli.bench import verdict
 from tests.core.cli.conftest import grating
 from tests.core.conftest import WORDS
 from tests.core.parity import random_text
@@ -39,11 +39,11 @@ def test_the_closing_line_is_honest(seconds: float, told: str) -> None:
         Measured(OPENVINO, seconds=1.0, rankings=([0],)),
     ]
     ours = [Measured(UNPRUNED, error="RuntimeError: no"), Measured(PRUNED, seconds=seconds, rankings=([1],))]
-    line = closing_line(job, [*peers, *ours])
+    line = verdict(job, [*peers, *ours])
     assert line is not None
     assert told in line
     assert "0.0% of the reference's top 1" in line
-    assert closing_line(job, ours[:1]) is None
+    assert verdict(job, ours[:1]) is None
 
 
 @pytest.mark.slow
