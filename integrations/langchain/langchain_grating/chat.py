@@ -15,18 +15,11 @@ from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr
 from typing_extensions import override
 
 from grating_core import Generation, StreamedCausalLM
+from grating_core.callers import OF_ANSWER, OF_LANGUAGE_MODEL, answer_settings
 from grating_core.lifetime import run_in_thread
 from grating_core.models.messages import REASONING
 from langchain_grating.settings import ModelSettings
 
-# Names of fields, by what the model calls them.
-_OF_MODEL = (
-    "model", "device", "dtype", "memory_budget", "mlp_density", "max_length", "adapter", "revision", "token",
-    "cache_dir", "local_files_only",
-)  # fmt: skip
-_OF_REQUEST = {
-    "max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "seed": "seed", "stop": "stop",
-}  # fmt: skip
 _ROLES: dict[type[BaseMessage], str] = {SystemMessage: "system", HumanMessage: "user", AIMessage: "assistant"}
 
 
@@ -81,7 +74,7 @@ class ChatGrating(ModelSettings, BaseChatModel):
     @property
     def llm(self) -> StreamedCausalLM:
         """The language model of these settings, loaded if nobody has done so yet."""
-        self._held = StreamedCausalLM.shared(**self._of_model(_OF_MODEL))
+        self._held = StreamedCausalLM.shared(**self._of_model(OF_LANGUAGE_MODEL))
         return self._held
 
     @classmethod
@@ -102,7 +95,7 @@ class ChatGrating(ModelSettings, BaseChatModel):
     @property
     @override
     def _identifying_params(self) -> dict[str, Any]:
-        names = (*_OF_MODEL, *_OF_REQUEST.values())
+        names = (*OF_LANGUAGE_MODEL, *OF_ANSWER.values())
         return {name: getattr(self, name) for name in names if name != "token"}
 
     @override
@@ -170,13 +163,7 @@ class ChatGrating(ModelSettings, BaseChatModel):
 
     def _request(self, stop: Sequence[str] | None, given: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a request: those given with it, else the object's."""
-        if unknown := given.keys() - set(_OF_REQUEST.values()):
-            raise ValueError(
-                f"{', '.join(sorted(unknown))} cannot be given with a request: it takes "
-                f"{', '.join(_OF_REQUEST.values())}"
-            )
-        said = {name: value for name, value in given.items() if value is not None}
-        settings = {name: said.get(field, getattr(self, field)) for name, field in _OF_REQUEST.items()}
+        settings = answer_settings(given, self)
         return {**settings, "stop": (self.stop if stop is None else stop) or ()}
 
     def _result(self, generation: Generation) -> ChatResult:

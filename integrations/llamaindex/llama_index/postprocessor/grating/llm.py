@@ -29,16 +29,9 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.postprocessor.grating.settings import ModelSettings
 
 from grating_core import Generation, GratingError, StreamedCausalLM
+from grating_core.callers import OF_LANGUAGE_MODEL, answer_settings
 from grating_core.lifetime import run_in_thread
 
-# Names of fields, by what the model calls them.
-_OF_MODEL = (
-    "model", "device", "dtype", "memory_budget", "mlp_density", "max_length", "adapter", "revision", "token",
-    "cache_dir", "local_files_only",
-)  # fmt: skip
-_OF_REQUEST = {
-    "max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "seed": "seed", "stop": "stop",
-}  # fmt: skip
 Prompt = str | list[dict[str, str]]  # a text to continue, or messages
 _ROLES = (MessageRole.SYSTEM, MessageRole.USER, MessageRole.ASSISTANT)
 
@@ -85,7 +78,7 @@ class GratingLLM(ModelSettings, CustomLLM):
     @property
     def llm(self) -> StreamedCausalLM:
         """The language model of these settings, loaded if nobody has done so yet."""
-        self._held = StreamedCausalLM.shared(**self._of_model(_OF_MODEL))
+        self._held = StreamedCausalLM.shared(**self._of_model(OF_LANGUAGE_MODEL))
         return self._held
 
     @property
@@ -175,13 +168,7 @@ class GratingLLM(ModelSettings, CustomLLM):
 
     def _request(self, llm: StreamedCausalLM, prompt: Prompt, given: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a request: those given with it, else the object's; an answer that there is room for."""
-        if unknown := given.keys() - set(_OF_REQUEST.values()):
-            raise ValueError(
-                f"{', '.join(sorted(unknown))} cannot be given with a request: it takes "
-                f"{', '.join(_OF_REQUEST.values())}"
-            )
-        said = {name: value for name, value in given.items() if value is not None}
-        settings = {name: said.get(field, getattr(self, field)) for name, field in _OF_REQUEST.items()}
+        settings = answer_settings(given, self)
         room = _room(llm, prompt)
         wanted = settings["max_new_tokens"]
         fitting = min(wanted, room) if isinstance(wanted, int) else wanted  # which the model then refuses
