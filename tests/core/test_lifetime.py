@@ -192,7 +192,14 @@ def test_pruned_mlps_read_their_columns_again_in_a_forked_child(
         return MlpPruning(mlp_density, by_chunk, NO_PREFERENCE)  # so that all choose the same columns
 
     monkeypatch.setattr("grating_core.reranker.mlp_pruning", pruning)
-    settings = {"template": PROMPT, "dtype": "float32", "mlp_density": 0.5, "pruning": "off", "max_length": 64}
+    settings = {
+        "template": PROMPT,
+        "device": "cpu",
+        "dtype": "float32",
+        "mlp_density": 0.5,
+        "pruning": "off",
+        "max_length": 64,
+    }
     with pytest.raises(BudgetError) as told:
         Reranker.from_pretrained(decoder, memory_budget=1000, **settings)
 
@@ -420,7 +427,7 @@ def test_columns_that_find_no_thread_are_wanted_again(
     decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRATING_CACHE", str(tmp_path))
-    settings = {"template": PROMPT, "dtype": "float32", "mlp_density": 0.5, "pruning": "off"}
+    settings = {"template": PROMPT, "device": "cpu", "dtype": "float32", "mlp_density": 0.5, "pruning": "off"}
     with Reranker.from_pretrained(decoder, **settings) as reranker:
         expected = reranker.rerank(QUERY, DOCUMENTS).ranking
         mlp = reranker._loaded._layers[0].mlp
