@@ -251,7 +251,7 @@ def _open_direct(path: Path) -> FileIO | None:
     except OSError:  # some file systems refuse to open, others to read
         return None
     try:
-        _preadv(file, 0, _view(aligned_buffer(SECTOR)))
+        read_at(file, 0, _view(aligned_buffer(SECTOR)))
     except OSError:
         file.close()
         return None
@@ -267,7 +267,7 @@ def _fill(file: FileIO, start: int, view: memoryview, size: int) -> None:
     """Read until the view is full or a file of this size is at its end."""
     done, wanted = 0, min(len(view), size - start)
     while done < wanted:
-        got = _preadv(file, start + done, view[done:])
+        got = read_at(file, start + done, view[done:])
         if got == 0:
             raise EOFError(f"it was {size:,} bytes long and now ends at byte {start + done:,}")
         done += got
@@ -289,7 +289,11 @@ def _view(buffer: Tensor) -> memoryview:
     return memoryview(view)
 
 
-def _preadv(file: FileIO, start: int, view: memoryview) -> int:
+def read_at(file: FileIO, start: int, view: memoryview) -> int:
+    """Read from a place in a file into a view, and return how many bytes came, which may be fewer than fit.
+
+    The position in the file, which a forked process shares, stays as it is where the system can read so.
+    """
     if hasattr(os, "preadv"):
         return os.preadv(file.fileno(), [view], start)
     with _seeking:  # no positioned reads on this system

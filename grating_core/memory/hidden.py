@@ -21,6 +21,7 @@ from torch import Tensor
 from grating_core.errors import SpillError
 from grating_core.files import explained, temporary_file
 from grating_core.lifetime import Threads
+from grating_core.memory.checkpoint import read_at
 from grating_core.memory.meter import Meter
 
 FILL = 64  # the most rows that computing adds to a span
@@ -193,7 +194,7 @@ class HiddenOnDisk:
 
     def _read(self, where: Tensor, states: Tensor) -> None:
         for start, view in self._stretches(where, states):
-            if _read_at(self._file, start, view) != len(view):
+            if read_at(self._file, start, view) != len(view):
                 raise OSError("the file is shorter than what was written")
 
     def _write(self, where: Tensor, states: Tensor) -> None:
@@ -226,15 +227,8 @@ class HiddenOnDisk:
         )
 
 
-def _read_at(file: FileIO, start: int, view: memoryview) -> int:
-    if hasattr(os, "preadv"):  # a forked process has the same position in the file
-        return os.preadv(file.fileno(), [view], start)
-    file.seek(start)
-    return file.readinto(view) or 0
-
-
 def _write_at(file: FileIO, start: int, view: memoryview) -> int:
-    if hasattr(os, "pwrite"):
+    if hasattr(os, "pwrite"):  # as in read_at
         return os.pwrite(file.fileno(), view, start)
     file.seek(start)
     return file.write(view) or 0

@@ -69,8 +69,8 @@ class SlowDisk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         self.process, self.name = os.getpid(), name
         self.reached, self.go = threading.Event(), threading.Event()
-        self.read = checkpoint._preadv
-        monkeypatch.setattr(checkpoint, "_preadv", self)
+        self.read = checkpoint.read_at
+        monkeypatch.setattr(checkpoint, "read_at", self)
 
     def __call__(self, *what: object) -> int:
         if os.getpid() == self.process and threading.current_thread().name.startswith(self.name):
@@ -643,7 +643,7 @@ def test_a_file_that_is_opened_again_is_open_once(tmp_path: Path, monkeypatch: p
 
 
 def fail_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    read, failed = checkpoint._preadv, []
+    read, failed = checkpoint.read_at, []
 
     def fail(*what: object) -> int:
         if not failed:
@@ -651,7 +651,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(5, "Input/output error")
         return read(*what)
 
-    monkeypatch.setattr(checkpoint, "_preadv", fail)
+    monkeypatch.setattr(checkpoint, "read_at", fail)
 
 
 # Named pipes

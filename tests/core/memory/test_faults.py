@@ -1,6 +1,7 @@
 """A disk that fails while requests run: an error that says what, and the next call works once all is well."""
 
 import errno
+import gc
 import os
 import shutil
 import threading
@@ -142,7 +143,7 @@ def test_a_read_error_names_file_and_tensor(directory: Path, monkeypatch: pytest
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as broken:
-        broken.setattr(checkpoint, "_preadv", fail)
+        broken.setattr(checkpoint, "read_at", fail)
         with pytest.raises(
             CheckpointError, match=r"model\.safetensors: reading bert\.encoder.*Input/output error"
         ):
@@ -196,6 +197,7 @@ def test_a_place_that_cannot_be_written_is_named(
 
 def test_close_stops_threads_and_closes_files(tiny_bert: Path, spill_directory: Path) -> None:
     files = Path("/proc/self/fd")
+    gc.collect()  # what earlier tests have left is not to be closed meanwhile
     before = len(list(files.iterdir())) if files.is_dir() else 0
     others = set(threading.enumerate())
     with load_planned(tiny_bert, resident=(), embedding_rows=7, hidden_tokens=0) as planned:
