@@ -19,7 +19,11 @@ _CUTS = {True: 32, False: 4}  # ends that are tried within a word: Unigram's lon
 _PART = 1 << 16  # characters that are counted at a time
 _SPACE = re.compile(r"(?<=\w) (?=\w)")
 # Possessive: what may be given back takes 80 bytes a character.
-_RUN = re.compile(r"(.)\1{999,}+|\s{1000,}+|[A-Za-z0-9]{1000,}+", re.DOTALL)
+_RUNS = (
+    re.compile(r"(.)\1{999,}+|\s{1000,}+|[A-Za-z0-9]{1000,}+", re.DOTALL),
+    # What WordPiece takes for one word if none of it is punctuation: Thai, letters with accents, joined emoji.
+    re.compile(r"()(?<![^\s!-/:-@\[-`{-~])[^\s!-/:-@\[-`{-~]{1000,}+"),
+)
 _UNKNOWN = "\U0010fffd"  # a character of no language
 _KEPT = 500  # characters of a run that comes to the same tokens however long it is
 
@@ -159,7 +163,7 @@ class TextTokenizer:
             if len(tokens.ids) > most:
                 return tokens
             if not squeezed:
-                text, squeezed = self._squeezed(text), True
+                text, squeezed = self._squeezed(text, 2 * (most + 1)), True
             size *= 4
             piece = before + encodable(text[:size])
             found = self._encode(piece)
@@ -186,17 +190,21 @@ class TextTokenizer:
             edge = sum(1 for _ in alike)
         return edge
 
-    def _squeezed(self, text: str) -> str:
-        """The text with long runs made shorter that come to no token, or one, however long they are."""
+    def _squeezed(self, text: str, most: int) -> str:
+        """The text with its first long runs made shorter that come to no token, or one, however long they are."""
 
         def shorter(run: re.Match[str]) -> str:
             few, more = (self._encode(run[0][:length]).ids for length in (_KEPT, 2 * _KEPT))
             alike = few == more and len(few) <= 1
-            if alike and run[1] is None and run[0].isspace():  # of different characters
-                alike = not self._encode("".join(set(run[0]))).ids
+            if alike and not run[1]:  # of different characters, any of which may be a token or divide the run
+                kept = run[0][:_KEPT]
+                alike = self._encode(kept + "".join(set(run[0])) + kept).ids == few
+                alike = alike and not (few and run[0].isspace())
             return run[0][:_KEPT] if alike else run[0]
 
-        return _RUN.sub(shorter, text)
+        for runs in _RUNS:
+            text = runs.sub(shorter, text, count=most)
+        return text
 
     def _in_parts(self, text: str) -> Iterator[Any]:
         """Encodings of parts of a text, which are together that of the whole."""

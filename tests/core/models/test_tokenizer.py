@@ -240,7 +240,7 @@ def test_a_long_text_begins_as_all_of_it_would(
     assert found.ids[: most + 1] == whole.ids[: most + 1]
 
 
-@pytest.mark.parametrize("piece", ["x", "\n", " \t", "word "])
+@pytest.mark.parametrize("piece", ["x", "\n", " \t", "word ", "ภาษาไทย", "a\u0301", "👨\u200d👩"])
 def test_a_document_of_megabytes_takes_no_memory_to_cut(bundled: Reranker, piece: str) -> None:
     tokenizer = TextTokenizer(Tokenizer.from_file(str(bundled.model_path / "tokenizer.json")))
     text = piece * (4_000_000 // len(piece)) + " end"
