@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from llama_index.core.base.llms.generic_utils import (
@@ -171,7 +172,7 @@ class GratingLLM(ModelSettings, CustomLLM):
         settings = answer_settings(given, self)
         room = _room(llm, prompt)
         wanted = settings["max_new_tokens"]
-        fitting = min(wanted, room) if isinstance(wanted, int) else wanted  # which the model then refuses
+        fitting = min(wanted, room) if isinstance(wanted, Integral) else wanted  # which the model then refuses
         return {**settings, "max_new_tokens": fitting, "stop": settings["stop"] or ()}
 
     def _text(self, prompt: str, formatted: bool) -> str:
