@@ -172,8 +172,8 @@ def draw_memory(runs_by_title: dict[str, list[Run]], path: Path) -> None:
 
 
 def _least(run: Run) -> float:
-    """By what the run that is drawn is chosen among those of one kind."""
-    return run.system.budget or summarise(run).peak
+    """Peak memory in MB, by which the run that is drawn is chosen among those of one kind."""
+    return summarise(run).peak
 
 
 def draw_ablation(runs_by_title: dict[str, list[Run]], path: Path) -> None:
