@@ -29,12 +29,12 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.shapes import find_or_write
+from grating_core.columns.allocation import allocate
+from grating_core.columns.cache import NO_PREFERENCE, Caching, Preference
+from grating_core.columns.masks import Method, Shares, baseline_shares
+from grating_core.lab.activations import load_decoder
+from grating_core.lab.quality import Quality, cut_windows, evaluate
 from grating_core.models.adapter import Adapter
-from grating_core.sparsity.allocation import allocate
-from grating_core.sparsity.cache import NO_PREFERENCE, Caching, Preference
-from grating_core.sparsity.masks import Method, Shares, baseline_shares
-from grating_core.sparsity.quality import Quality, cut_windows, evaluate
-from grating_core.sparsity.trace import load_decoder
 
 DENSITIES = (0.83, 0.67, 0.57, 0.50)
 PREFERENCES = (

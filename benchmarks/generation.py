@@ -31,17 +31,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from benchmarks.shapes import find_or_write, random_texts, write_qwen3_shape
 from benchmarks.watcher import Facts, Job, Rank, Run, System, watch
 from grating_core import StreamedCausalLM
+from grating_core.columns.allocation import allocate
+from grating_core.columns.cache import NO_PREFERENCE, Preference
+from grating_core.columns.install import PREFERENCE, MlpPruning
 from grating_core.engine.attention import CACHED_ATTENTION
-from grating_core.files import cache_directory
+from grating_core.files.places import cache_directory
+from grating_core.lab.activations import record
+from grating_core.lab.probe import find_machine
+from grating_core.lab.simulator import Shape, simulate, streaming_seconds
 from grating_core.memory.plan import ModelSizes, make_generation_plan
 from grating_core.models.loading import StoredCausalLM
-from grating_core.models.text import PromptTokenizer
-from grating_core.sparsity.allocation import allocate
-from grating_core.sparsity.cache import NO_PREFERENCE, Preference
-from grating_core.sparsity.probe import find_machine
-from grating_core.sparsity.pruning import PREFERENCE, MlpPruning
-from grating_core.sparsity.simulator import Shape, simulate, streaming_seconds
-from grating_core.sparsity.trace import record
+from grating_core.text.chat import PromptTokenizer
 
 LENGTH = 256  # tokens of the longest text
 PROMPT_TOKENS = 16

@@ -40,7 +40,7 @@ from grating_core.engine.attention import PACKED_ATTENTION, Packing
 from grating_core.engine.ragged import RaggedBatch
 from grating_core.models.bundled import BUNDLED_PREFIX, BUNDLED_RERANKER, bundled_source
 from grating_core.models.loading import StoredCrossEncoder
-from grating_core.models.templates import load_template
+from grating_core.text.pairs import load_template
 
 Ranking = list[int]
 System = Callable[[Request, int], Ranking]

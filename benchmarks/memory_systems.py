@@ -16,7 +16,7 @@ from benchmarks.watcher import Facts, Rank, Request, System
 from grating_core import Reranker
 from grating_core.errors import BudgetError
 from grating_core.memory.plan import MemoryPlan, ModelSizes, make_plan
-from grating_core.models.templates import load_template
+from grating_core.text.pairs import load_template
 
 TOP_K = 5
 TRACED = ("bytes_read", "seconds_waited", "bytes_spilled", "embedding_hit_rate", "peak_memory", "compute_share")

@@ -28,7 +28,7 @@ from rich.table import Table
 from benchmarks.quality import record_all
 from benchmarks.recorded import Array, Recorded
 from grating_core import Reranker
-from grating_core.calibration import choose_strength, fit_layer
+from grating_core.lens.calibrate import choose_strength, fit_layer
 from grating_core.pruning import Margins
 from grating_core.pruning.conformal import Requests, Simulation, calibrate_margins, simulate
 

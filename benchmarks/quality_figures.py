@@ -23,8 +23,8 @@ from rich.table import Table
 
 from benchmarks.recorded import Array, Recorded
 from benchmarks.replay import mean_gammas
-from grating_core.lenses import CalibratedLens
-from grating_core.plotting import write_ranks
+from grating_core.lab.plots import write_ranks
+from grating_core.lens.store import CalibratedLens
 
 # Told apart by colour-blind readers, and without colour by their markers.
 _STYLES = {"cluster": ("#E69F00", "s"), "SEE": ("#009E73", "^"), "lens": ("#0072B2", "o")}

@@ -13,11 +13,12 @@ from rich.progress import track
 from torch import Tensor
 
 from benchmarks.collections import Request
-from grating_core import Reranker, calibration
-from grating_core.calibration import Recorder, Recording
-from grating_core.lenses import CalibratedLens
+from grating_core import Reranker
+from grating_core.lens import calibrate as calibration
+from grating_core.lens.calibrate import Recorder, Recording
+from grating_core.lens.features import Reader, Sequences
+from grating_core.lens.store import CalibratedLens
 from grating_core.models.cross_encoder import CrossEncoder
-from grating_core.models.lens import Reader, Sequences
 
 Array = NDArray[np.float64]
 

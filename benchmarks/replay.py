@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from benchmarks.collections import Request
 from grating_core import PruningPolicy, Route
-from grating_core.calibration import gamma
+from grating_core.lens.calibrate import gamma
 from grating_core.pruning.cluster import _cluster
 
 Array = NDArray[np.float64]

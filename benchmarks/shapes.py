@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from benchmarks.recipes import BODY, INSTRUCTION, PREFIX, SUFFIX
-from grating_core.files import cache_directory
+from grating_core.files.places import cache_directory
 from grating_core.models.directory import find_model
 
 _LETTERS = string.ascii_lowercase + "éüñабвгд中文字"

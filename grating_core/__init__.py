@@ -21,10 +21,10 @@ from grating_core.errors import (
 if TYPE_CHECKING:
     from grating_core.context import Passage, join_passages, select_context
     from grating_core.generation import Generation, StreamedCausalLM
-    from grating_core.models.prompts import Prompt
     from grating_core.pruning import ClusterPolicy, Off, PruningPolicy, Route
     from grating_core.reranker import Reranker
     from grating_core.results import LayerTrace, RankedDocument, RerankResult, Trace
+    from grating_core.text.prompts import Prompt
 
 __version__ = "0.1.0"
 
@@ -67,7 +67,7 @@ _LATE = {
     "LayerTrace": "results",
     "Off": "pruning",
     "Passage": "context",
-    "Prompt": "models.prompts",
+    "Prompt": "text.prompts",
     "PruningPolicy": "pruning",
     "RankedDocument": "results",
     "RerankResult": "results",

@@ -13,8 +13,8 @@ from semantic_text_splitter import TextSplitter
 
 from grating_core import arguments
 from grating_core.arguments import check_query, whole_number
-from grating_core.models.tokenizer import encodable
 from grating_core.reranker import Reranker
+from grating_core.text.tokenizer import encodable
 
 CountTokens = Callable[[str], int]
 

@@ -12,13 +12,14 @@ from typing import Any, Literal
 import torch
 
 from grating_core.arguments import given, is_number, whole_number
+from grating_core.columns.install import MlpPruning, mlp_pruning
 from grating_core.engine.attention import CACHED_ATTENTION
 from grating_core.engine.decode import advance, new_cache
-from grating_core.engine.forward import Interrupted
 from grating_core.engine.kv_cache import KeyValueCache
 from grating_core.engine.sampling import Sampler
 from grating_core.errors import UnsupportedModelError
-from grating_core.lifetime import Loaded, Lock, Threads, closed_on_error, computed, find_or_load, remembering
+from grating_core.forking import Interrupted, Lock, Threads, computed
+from grating_core.lifetime import Loaded, closed_on_error, find_or_load, remembering
 from grating_core.memory.meter import Meter, PeakMemory, resident_memory
 from grating_core.memory.plan import LARGEST_WORK, MemoryPlan, make_generation_plan, parse_budget
 from grating_core.models.adapter import find_adapter
@@ -27,11 +28,10 @@ from grating_core.models.directory import find_model
 from grating_core.models.gguf import is_gguf
 from grating_core.models.hub import Hub
 from grating_core.models.loading import StoredCausalLM
-from grating_core.models.messages import Messages
 from grating_core.models.placement import choose_device, choose_dtype
-from grating_core.models.templates import find_window
-from grating_core.models.text import PromptTokenizer
-from grating_core.sparsity.pruning import MlpPruning, mlp_pruning
+from grating_core.text.chat import PromptTokenizer
+from grating_core.text.messages import Messages
+from grating_core.text.pairs import find_window
 
 _CHUNK_TOKENS = {"cuda": 8192, "mps": 4096}  # on the CPU it depends on the size of the layers
 _USUAL_LENGTH = 4096

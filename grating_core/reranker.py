@@ -20,27 +20,31 @@ from tqdm import tqdm
 
 from grating_core import arguments
 from grating_core.arguments import check_query, is_number, whole_number
+from grating_core.columns.install import mlp_pruning
 from grating_core.engine.attention import PACKED_ATTENTION
 from grating_core.engine.forward import Outcome, forward
 from grating_core.engine.ragged import RaggedBatch, filled
 from grating_core.errors import UnsupportedModelError
-from grating_core.files import cache_directory, expanded
-from grating_core.lenses import CalibratedLens, find_lens, lens_directory, open_lens, require_room_for_lens
-from grating_core.lifetime import Loaded, Lock, Threads, closed_on_error, computed, find_or_load, remembering
+from grating_core.files.places import cache_directory, expanded
+from grating_core.forking import Lock, Threads, computed
+from grating_core.lens.features import Shape
+from grating_core.lens.recalibrate import Logged, Recalibration, Sampling, check_share, scaled, state_path
+from grating_core.lens.store import CalibratedLens, find_lens, lens_directory, open_lens, require_room_for_lens
+from grating_core.lifetime import Loaded, closed_on_error, find_or_load, remembering
 from grating_core.memory.hidden import HiddenInMemory, HiddenOnDisk, HiddenStates
 from grating_core.memory.meter import PeakMemory, resident_memory
 from grating_core.memory.plan import LARGEST_WORK, MemoryPlan, make_plan, parse_budget
 from grating_core.models.adapter import find_adapter
 from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.models.directory import find_model
-from grating_core.models.fingerprint import fingerprint
 from grating_core.models.gguf import GgufModel, is_gguf
 from grating_core.models.hub import Hub
-from grating_core.models.lens import Shape
+from grating_core.models.identity import fingerprint
 from grating_core.models.loading import StoredCrossEncoder
 from grating_core.models.placement import choose_device, choose_dtype
-from grating_core.models.prompts import Prompt, find_prompt, usual_length
-from grating_core.models.templates import (
+from grating_core.pruning import ClusterPolicy, Guarantee, Off, PruningPolicy
+from grating_core.results import RankedDocument, RerankResult, Trace
+from grating_core.text.pairs import (
     LongDocuments,
     Template,
     TokenisedPair,
@@ -48,13 +52,10 @@ from grating_core.models.templates import (
     find_window,
     load_template,
 )
-from grating_core.pruning import ClusterPolicy, Guarantee, Off, PruningPolicy
-from grating_core.recalibration import Logged, Recalibration, Sampling, check_share, scaled, state_path
-from grating_core.results import RankedDocument, RerankResult, Trace
-from grating_core.sparsity.pruning import mlp_pruning
+from grating_core.text.prompts import Prompt, find_prompt, usual_length
 
 if TYPE_CHECKING:
-    from grating_core.calibration import Recorder, Request
+    from grating_core.lens.calibrate import Recorder, Request
 
 _CHUNK_TOKENS = {"cuda": 32768, "mps": 8192}  # on the CPU it depends on the size of the layers
 _CALLS = 4  # of arerank at a time, where they need not take turns
@@ -519,7 +520,7 @@ class Reranker(Loaded[CrossEncoder]):
             ValueError: An argument is not usable, or there is too little text; the message names it.
             StorageError: The output cannot be written, or grating's cache has no room for what is recorded.
         """
-        from grating_core.calibration import FEWEST_REQUESTS, fit, make_requests, record
+        from grating_core.lens.calibrate import FEWEST_REQUESTS, fit, make_requests, record
 
         top_k, candidates = whole_number("top_k", top_k), whole_number("candidates", candidates)
         requests, seed = whole_number("requests", requests), whole_number("seed", seed, 0)

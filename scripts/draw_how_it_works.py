@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 
 from grating_core import Reranker, RerankResult
 from grating_core.demo import QUESTION, first_stage, load_passages
-from grating_core.plotting import plot_trajectories
+from grating_core.lab.plots import plot_trajectories
 
 WINNER, LOSER = "#009E73", "#BBBBBB"  # as in the other figures: told apart by colour-blind readers
 

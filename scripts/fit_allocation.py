@@ -1,4 +1,4 @@
-"""Fit the rule by which a density becomes shares of inputs and products: see grating_core/sparsity/allocation.py.
+"""Fit the rule by which a density becomes shares of inputs and products: see grating_core/columns/allocation.py.
 
     .venv/bin/python scripts/fit_allocation.py
 
@@ -17,9 +17,9 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.shapes import find_or_write
-from grating_core.sparsity import allocation
-from grating_core.sparsity.quality import cut_windows, evaluate
-from grating_core.sparsity.trace import load_decoder
+from grating_core.columns import allocation
+from grating_core.lab.activations import load_decoder
+from grating_core.lab.quality import cut_windows, evaluate
 
 DENSITIES = (0.5, 0.67, 0.83)
 INPUTS_ODDS = (1.0, 1.2, 1.3, 1.4, 1.6, 1.8)

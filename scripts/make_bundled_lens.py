@@ -21,7 +21,7 @@ from pathlib import Path
 from grating_core import Reranker
 from grating_core.demo import load_passages
 
-OUTPUT = Path(__file__).parents[1] / "grating_core" / "packaged_lenses" / "ms-marco-minilm-l12"
+OUTPUT = Path(__file__).parents[1] / "grating_core" / "lens" / "packaged" / "ms-marco-minilm-l12"
 SCIENTIFIC = ("numpy", "scipy", "sklearn", "networkx")
 FEWEST_WORDS, MOST_WORDS = 30, 220  # of a text
 CANDIDATES = 50

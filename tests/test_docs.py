@@ -21,10 +21,10 @@ from typer.main import get_command
 
 import grating_core
 from grating_core import Reranker, StreamedCausalLM, errors, select_context
-from grating_core.cli import app
+from grating_core.cli.commands import app
+from grating_core.lab.distill import distill
 from grating_core.models.families import FAMILIES
-from grating_core.models.prompts import PROMPTS
-from grating_core.sparsity.distill import distill
+from grating_core.text.prompts import PROMPTS
 
 DOCS = Path(__file__).parent.parent / "docs"
 EXAMPLE = re.compile(r"^( *)```python.*\n((?:.*\n)*?)\1```$", re.MULTILINE)

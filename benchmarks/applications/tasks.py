@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from benchmarks.applications.worker import Corpus, Job, Question, System
 from benchmarks.collections import Collection, conversation
-from grating_core.files import cache_directory
-from grating_core.locks import replace_file
+from grating_core.files.locks import replace_file
+from grating_core.files.places import cache_directory
 from grating_core.models.bundled import BUNDLED_RERANKER, bundled_embedder, bundled_model
 
 Framework = Literal["LangChain", "LlamaIndex"]

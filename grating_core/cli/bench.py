@@ -8,17 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from grating_core.benchmarking import (
-    PEERS,
-    PRUNED,
-    SENTENCE_TRANSFORMERS,
-    UNPRUNED,
-    Job,
-    Measured,
-    agreement,
-    installed,
-    measure,
-)
+from grating_core.cli.inputs import read_documents
 from grating_core.cli.options import (
     AsJson,
     Budget,
@@ -32,7 +22,17 @@ from grating_core.cli.options import (
 )
 from grating_core.cli.output import err, show, show_whole, tell, write_json
 from grating_core.cli.tables import plain_table
-from grating_core.inputs import read_documents
+from grating_core.lab.peers import (
+    PEERS,
+    PRUNED,
+    SENTENCE_TRANSFORMERS,
+    UNPRUNED,
+    Job,
+    Measured,
+    agreement,
+    installed,
+    measure,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ def bench(
     with err.status("Preparing ..."):
         import torch
 
-        from grating_core.calibration import make_requests
+        from grating_core.lens.calibrate import make_requests
         from grating_core.models.directory import read_config
         from grating_core.reranker import Reranker
 

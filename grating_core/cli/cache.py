@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from grating_core.caches import KINDS, Cached, clear, contents
 from grating_core.cli.options import AsJson, matching
 from grating_core.cli.output import show, show_whole, tell, write_json
 from grating_core.cli.tables import plain_table
-from grating_core.files import cache_directory
+from grating_core.files.caches import KINDS, Cached, clear, contents
+from grating_core.files.places import cache_directory
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
+from grating_core.cli.inputs import read_documents
 from grating_core.cli.options import InputOptions, Instruction, ModelName, ModelOptions, Target, TemplateName, TopK
 from grating_core.cli.output import show
 from grating_core.cli.tables import plain_table
-from grating_core.inputs import read_documents
 
 
 @dataclass(frozen=True, kw_only=True)

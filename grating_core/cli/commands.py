@@ -10,7 +10,6 @@ import typer
 from typer.core import TyperGroup
 
 from grating_core import __version__
-from grating_core.cli import BROKEN_PIPE, INTERRUPTED
 from grating_core.cli.bench import bench
 from grating_core.cli.cache import clear_cache, list_cache
 from grating_core.cli.calibrate import calibrate
@@ -24,6 +23,7 @@ from grating_core.cli.output import forgive_encodings, tell, tell_error, told, w
 from grating_core.cli.rank import explain, rerank
 from grating_core.cli.select import select
 from grating_core.cli.simulate import simulate
+from grating_core.cli.status import BROKEN_PIPE, INTERRUPTED
 from grating_core.errors import GratingError
 
 # Each command with examples of its use.

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
+from grating_core.cli.inputs import read_documents
 from grating_core.cli.options import Device, Dtype, InputOptions
 from grating_core.cli.output import err, show, tell
 from grating_core.cli.tables import plain_table
-from grating_core.inputs import read_documents
 
 
 def distill(
@@ -33,7 +33,7 @@ def distill(
         document for path in text for document in read_documents(str(path), **how_stored.reading, plain="text")
     ]
     with err.status("Loading ..."):
-        from grating_core.sparsity.distill import distill as train
+        from grating_core.lab.distill import distill as train
     try:
         found = train(
             model,

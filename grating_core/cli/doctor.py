@@ -11,7 +11,8 @@ from grating_core.cli.options import BUNDLED, AsJson
 from grating_core.cli.output import err, show, write_json
 from grating_core.cli.tables import plain_table
 from grating_core.errors import GratingError
-from grating_core.files import cache_directory, is_there, require_room
+from grating_core.files.places import cache_directory, is_there
+from grating_core.files.writing import require_room
 
 _PACKAGES = (
     "grating-core",

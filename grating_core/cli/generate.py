@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from grating_core.cli.inputs import read_documents
 from grating_core.cli.options import GeneratorOptions
 from grating_core.cli.output import err, tell, write, write_text
-from grating_core.inputs import read_documents
 
 if TYPE_CHECKING:
     from grating_core.generation import Generation, StreamedCausalLM

@@ -13,7 +13,7 @@ from grating_core.cli.options import AsJson, GivenBudget, MlpDensity, ModelName,
 from grating_core.cli.output import err, show, show_whole, write_json
 from grating_core.cli.tables import plain_table
 from grating_core.errors import GratingError, StorageError
-from grating_core.files import is_there
+from grating_core.files.places import is_there
 
 
 def models(as_json: AsJson = False) -> None:
@@ -90,8 +90,8 @@ def plan(
     """Show what a memory budget is spent on, and what a request will read from disk and write to it."""
     with err.status("Looking at the model ..."):
         from grating_core.memory.meter import resident_memory
-        from grating_core.models.templates import load_template
         from grating_core.reranker import plan_memory
+        from grating_core.text.pairs import load_template
 
         directory, window, planned = plan_memory(model, **vars(settings), show_progress=True)
         before = resident_memory()

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from grating_core.inputs import Format
+from grating_core.cli.inputs import Format
 
 BUNDLED = "bundled:ms-marco-minilm-l12"
 

@@ -15,7 +15,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from grating_core.errors import StorageError
-from grating_core.files import replacing
+from grating_core.files.writing import replacing
 
 _FILE_WIDTH = 120  # columns of a table that goes into a file
 

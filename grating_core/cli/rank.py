@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from grating_core.cli.inputs import Record, read_records
 from grating_core.cli.options import (
     AsJson,
     Input,
@@ -22,7 +23,6 @@ from grating_core.cli.options import (
 )
 from grating_core.cli.output import err, show, tell, write_json, write_json_lines
 from grating_core.cli.tables import closing_line, ranking_table, trace_table
-from grating_core.inputs import Record, read_records
 
 if TYPE_CHECKING:
     from grating_core.results import RerankResult
@@ -96,7 +96,7 @@ def explain(
     ranked = _Ranked.of(query, input, how_stored, settings, wanted)
     trace = ranked.result.trace
     if plot is not None and trace.layers:
-        from grating_core.plotting import plot_trajectories
+        from grating_core.lab.plots import plot_trajectories
 
         plot_trajectories(ranked.result, plot)
     if as_json or format == "json":

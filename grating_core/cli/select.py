@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from grating_core.cli.inputs import read_documents
 from grating_core.cli.options import AsJson, InputOptions, Output, Query, RerankerOptions, in_panel
 from grating_core.cli.output import err, write, write_json, write_json_lines, write_text
-from grating_core.inputs import read_documents
 
 
 def select(

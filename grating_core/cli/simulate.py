@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from grating_core.cli.inputs import read_documents
 from grating_core.cli.options import AsJson, HubOptions
 from grating_core.cli.output import err, show, write_json
 from grating_core.cli.tables import plain_table
-from grating_core.inputs import read_documents
 
 
 def simulate(
@@ -52,14 +52,14 @@ def simulate(
     with err.status("Loading ..."):
         import torch
 
+        from grating_core.columns.cache import Preference
+        from grating_core.lab.comparison import compare
+        from grating_core.lab.machine import describe_machine, parse_rate
+        from grating_core.lab.probe import find_machine
+        from grating_core.lab.simulator import Shape
         from grating_core.models.directory import find_model
         from grating_core.models.hub import Hub
         from grating_core.models.placement import choose_dtype
-        from grating_core.sparsity.cache import Preference
-        from grating_core.sparsity.comparison import compare
-        from grating_core.sparsity.machine import describe_machine, parse_rate
-        from grating_core.sparsity.probe import find_machine
-        from grating_core.sparsity.simulator import Shape
 
         directory = find_model(model, hub=Hub(**vars(hub)), show_progress=True)
         weights, _ = choose_dtype(dtype, torch.device("cpu"))
@@ -92,7 +92,7 @@ def simulate(
         show_progress=True,
     )
     if figure is not None:
-        from grating_core.plotting import plot_simulation
+        from grating_core.lab.plots import plot_simulation
 
         plot_simulation(points, figure)
     if as_json:

@@ -20,18 +20,15 @@ from torch.nn.functional import pad
 from grating_core.engine.attention import KeysKept, Packing, SharedKeys
 from grating_core.engine.ragged import Chunk, RaggedBatch, filled
 from grating_core.errors import PolicyError, ScoreError
+from grating_core.forking import Interrupted
+from grating_core.lens.features import Provisional, Reader, Sequences
 from grating_core.memory.hidden import HiddenStates
 from grating_core.memory.meter import Meter, PeakMemory
 from grating_core.models.cross_encoder import CrossEncoder
-from grating_core.models.lens import Provisional, Reader, Sequences
 from grating_core.pruning import PruningPolicy, Route
 from grating_core.results import LayerTrace
 
 Item = TypeVar("Item")
-
-
-class Interrupted(Exception):
-    """A forward was given up, because whoever it was asked to make way for has come."""
 
 
 @dataclass(frozen=True)

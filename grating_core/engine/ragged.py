@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from grating_core.memory.hidden import FILL
-from grating_core.models.templates import Segments, TokenisedPair
+from grating_core.text.pairs import Segments, TokenisedPair
 
 _WORTH_SHARING = 8  # tokens
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from grating_core.errors import CheckpointError
-from grating_core.lifetime import Lock
+from grating_core.forking import Lock
 from grating_core.memory.header import LONGEST_HEADER, StoredTensor, parse_header
 
 SECTOR = 4096  # what O_DIRECT wants addresses, offsets and lengths to be multiples of

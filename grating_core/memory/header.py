@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from grating_core.files import parse_json
+from grating_core.files.reading import parse_json
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 LONGEST_HEADER = 100_000_000  # bytes; this and the next as the format's own reader has it

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from grating_core.errors import SpillError
-from grating_core.files import explained, temporary_file
-from grating_core.lifetime import Threads
+from grating_core.files.places import explained
+from grating_core.files.writing import temporary_file
+from grating_core.forking import Threads
 from grating_core.memory.checkpoint import read_at
 from grating_core.memory.meter import Meter
 

@@ -11,7 +11,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from grating_core.lifetime import Threads, tell_of_forks
+from grating_core.forking import Threads, tell_of_forks
 from grating_core.memory.checkpoint import aligned_buffer
 from grating_core.memory.group import PIECE, TensorGroup
 from grating_core.memory.meter import Meter

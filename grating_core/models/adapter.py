@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
-from grating_core.files import check_regular
+from grating_core.files.reading import check_regular
 from grating_core.memory.header import FLOATS
 from grating_core.models.adapter_settings import read_adapter_settings
 from grating_core.models.directory import find_model

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
-from grating_core.files import read_json
+from grating_core.files.reading import read_json
 
 _RANK = _ALPHA = 8  # PEFT's own, where a configuration says nothing
 # What these say would change the arithmetic, or where it is applied.

@@ -10,7 +10,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from grating_core.errors import CheckpointError, GratingError, ModelNotFoundError, UnsupportedModelError
-from grating_core.files import expanded, read_json
+from grating_core.files.places import expanded
+from grating_core.files.reading import read_json
 from grating_core.memory.checkpoint import Checkpoint
 from grating_core.memory.header import StoredTensor
 from grating_core.models.agreement import check_implemented, check_numbers

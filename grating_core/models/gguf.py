@@ -12,14 +12,14 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
-from grating_core.lifetime import Lock
+from grating_core.forking import Lock
+from grating_core.lens.features import Shape
 from grating_core.memory.meter import Meter
 from grating_core.memory.plan import MemoryPlan, ModelSizes
 from grating_core.models.adapter import Adapter
 from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.models.families import find_family
 from grating_core.models.layered import bind, without_weights
-from grating_core.models.lens import Shape
 
 _OUTPUT = "lm_head.weight"
 _INSTALL = "reading GGUF files takes the package gguf: pip install gguf"

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 
 from grating_core.errors import ModelNotFoundError
-from grating_core.files import expanded
+from grating_core.files.places import expanded
 
 MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 _VOCABULARY = ("vocab.txt", "vocab.json", "merges.txt")  # what tokenizer.json has as well

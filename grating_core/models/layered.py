@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from grating_core.columns.companion import ColumnFile
 from grating_core.memory.checkpoint import Checkpoint
 from grating_core.memory.meter import Meter
 from grating_core.memory.rows import RowCache
 from grating_core.memory.streamer import Streamer
 from grating_core.models.families import Family
-from grating_core.sparsity.columns import ColumnFile
 
 
 class LayeredModel:

@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grating_core.columns.companion import ColumnFile, ColumnSizes
+from grating_core.columns.install import MlpPruning, install, open_columns, staging_bytes
+from grating_core.columns.masks import find_gated_mlp
 from grating_core.errors import CheckpointError, ColumnsError, ModelNotFoundError, UnsupportedModelError
-from grating_core.files import cache_directory
+from grating_core.files.places import cache_directory
+from grating_core.lens.features import Shape
 from grating_core.lifetime import closed_on_error
 from grating_core.memory.checkpoint import Checkpoint, aligned_buffer
 from grating_core.memory.group import PIECE, TensorGroup
@@ -26,12 +30,8 @@ from grating_core.models.causal_lm import CausalLM, keys_of
 from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.models.directory import blaming_config, end_tokens, read_config, read_headers, weight_files
 from grating_core.models.families import FAMILIES
-from grating_core.models.fingerprint import fingerprint
+from grating_core.models.identity import fingerprint
 from grating_core.models.layered import bind, without_weights, work_per_token
-from grating_core.models.lens import Shape
-from grating_core.sparsity.columns import ColumnFile, ColumnSizes
-from grating_core.sparsity.masks import find_gated_mlp
-from grating_core.sparsity.pruning import MlpPruning, install, open_columns, staging_bytes
 
 _OUTPUT = "lm_head.weight"
 _MATRICES = ("up_proj", "gate_proj", "down_proj")  # of a gated MLP: W_u, W_g and W_d

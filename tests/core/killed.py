@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from grating_core import Reranker, StreamedCausalLM
+from grating_core.lab import distill as distilling
 from grating_core.models.bundled import bundled_model
-from grating_core.sparsity import distill as distilling
 from tests.core.conftest import WORDS
 from tests.core.parity import random_text
 

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from grating_core import GratingError, Reranker, recalibration
-from grating_core.cli import app
+from grating_core import GratingError, Reranker
+from grating_core.cli.commands import app
+from grating_core.lens import recalibrate as recalibration
 
 
 def use(model: str) -> None:

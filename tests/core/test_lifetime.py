@@ -17,14 +17,15 @@ import pytest
 import torch
 from torch import nn
 
-from grating_core import BudgetError, ModelNotFoundError, Reranker, StreamedCausalLM, recalibration
+from grating_core import BudgetError, ModelNotFoundError, Reranker, StreamedCausalLM
+from grating_core.columns.cache import NO_PREFERENCE
+from grating_core.columns.install import MlpPruning
 from grating_core.errors import CheckpointError
-from grating_core.lifetime import Lock, Threads, computed, run_in_thread
+from grating_core.forking import Lock, Threads, computed, run_in_thread
+from grating_core.lens import recalibrate as recalibration
 from grating_core.memory import checkpoint
 from grating_core.memory.checkpoint import Checkpoint
 from grating_core.pruning import ClusterPolicy
-from grating_core.sparsity.cache import NO_PREFERENCE
-from grating_core.sparsity.pruning import MlpPruning
 from tests.core.conftest import save_model
 from tests.core.forking import in_fork
 from tests.core.memory.conftest import PLANS, load_planned, load_planned_lm

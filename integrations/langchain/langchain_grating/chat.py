@@ -15,9 +15,9 @@ from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr
 from typing_extensions import override
 
 from grating_core import Generation, StreamedCausalLM
-from grating_core.callers import OF_ANSWER, OF_LANGUAGE_MODEL, answer_settings
-from grating_core.lifetime import run_in_thread
-from grating_core.models.messages import REASONING
+from grating_core.forking import run_in_thread
+from grating_core.frameworks.requests import OF_ANSWER, OF_LANGUAGE_MODEL, answer_settings
+from grating_core.text.messages import REASONING
 from langchain_grating.settings import ModelSettings
 
 _ROLES: dict[type[BaseMessage], str] = {SystemMessage: "system", HumanMessage: "user", AIMessage: "assistant"}

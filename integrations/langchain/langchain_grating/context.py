@@ -11,10 +11,10 @@ from langchain_core.runnables import RunnableLambda
 from pydantic import Field
 
 from grating_core import Passage, select_context
-from grating_core.callers import checked_items, is_blank, position
 from grating_core.context import leading_context
-from grating_core.lifetime import run_in_thread
-from grating_core.nested import copied
+from grating_core.forking import run_in_thread
+from grating_core.frameworks.nested import copied
+from grating_core.frameworks.requests import checked_items, is_blank, position
 from langchain_grating.settings import RerankerSettings
 
 

@@ -13,8 +13,8 @@ from pydantic import Field, model_validator
 
 from grating_core import RankedDocument, RerankResult
 from grating_core.arguments import elements
-from grating_core.callers import check_threshold, checked_items, is_blank
-from grating_core.nested import copied
+from grating_core.frameworks.nested import copied
+from grating_core.frameworks.requests import check_threshold, checked_items, is_blank
 from langchain_grating.settings import RerankerSettings
 
 

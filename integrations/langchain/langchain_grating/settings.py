@@ -22,7 +22,7 @@ from pydantic import (
 from typing_extensions import override
 
 from grating_core import ClusterPolicy, Off, Prompt, PruningPolicy, Reranker
-from grating_core.drop_in import as_settings
+from grating_core.frameworks.migration import as_settings
 
 
 class ModelSettings(BaseModel):

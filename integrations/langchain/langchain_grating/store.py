@@ -9,8 +9,8 @@ from typing import Any, TypeGuard, cast
 
 from grating_core import Reranker
 from grating_core.arguments import whole_number
-from grating_core.lifetime import run_in_thread
-from grating_core.nested import copied, strings
+from grating_core.forking import run_in_thread
+from grating_core.frameworks.nested import copied, strings
 
 try:
     from langgraph.store.base import BaseStore, GetOp, Op, Result, SearchItem, SearchOp

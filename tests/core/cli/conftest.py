@@ -2,7 +2,7 @@
 
 from typer.testing import CliRunner, Result
 
-from grating_core.cli import app
+from grating_core.cli.commands import app
 
 QUERY = "How many people live in Berlin?"
 DOCUMENTS = [

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from grating_core.benchmarking import (
+from grating_core.cli.bench import verdict
+from grating_core.lab.peers import (
     OPENVINO,
     PRUNED,
     SENTENCE_TRANSFORMERS,
@@ -16,7 +17,6 @@ from grating_core.benchmarking import (
     agreement,
     measure,
 )
-from grating_core.cli.bench import verdict
 from tests.core.cli.conftest import grating
 from tests.core.conftest import WORDS
 from tests.core.parity import random_text

@@ -10,8 +10,8 @@ from grating_core import Reranker, StreamedCausalLM
 from tests.core.cli.conftest import DOCUMENTS, QUERY, grating
 from tests.core.conftest import WORDS
 from tests.core.models.test_decoders import save_decoder
-from tests.core.models.test_prompts import save_qwen3_reranker
 from tests.core.parity import random_text
+from tests.core.text.test_prompts import save_qwen3_reranker
 
 
 def test_help_names_every_command() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from grating_core.cli import app
+from grating_core.cli.commands import app
 from grating_core.cli.output import show, tell_error, visible, write_json, write_text
 from tests.core.cli.conftest import DOCUMENTS, QUERY, grating
 

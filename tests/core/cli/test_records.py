@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from grating_core import Reranker
-from grating_core.files import cache_directory
+from grating_core.files.places import cache_directory
 from grating_core.models.placement import thread_advice
 from tests.core.cli.conftest import DOCUMENTS, QUERY, grating
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grating_core.engine.ragged import RaggedBatch
-from grating_core.models.templates import TokenisedPair
+from grating_core.text.pairs import TokenisedPair
 
 CPU = torch.device("cpu")
 # The windows of each candidate, by their lengths.

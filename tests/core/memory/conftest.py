@@ -10,9 +10,9 @@ from grating_core.engine.attention import CACHED_ATTENTION, PACKED_ATTENTION
 from grating_core.memory.plan import MemoryPlan
 from grating_core.models.adapter import Adapter
 from grating_core.models.loading import StoredCausalLM, StoredCrossEncoder, StoredModel
-from grating_core.models.templates import load_template
-from grating_core.models.text import PromptTokenizer
 from grating_core.pruning import Off, PruningPolicy
+from grating_core.text.chat import PromptTokenizer
+from grating_core.text.pairs import load_template
 from tests.core.conftest import WINDOW
 
 # What a plan may do without, alone and together.

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from grating_core.engine.ragged import RaggedBatch, filled
 from grating_core.memory.hidden import HiddenInMemory, HiddenOnDisk
 from grating_core.memory.meter import Meter
-from grating_core.models.templates import TokenisedPair
+from grating_core.text.pairs import TokenisedPair
 
 WIDTH = 6
 

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from grating_core import GratingError, ModelNotFoundError, Prompt, UnsupportedModelError
-from grating_core.lenses import lens_directory
+from grating_core.lens.store import lens_directory
 from grating_core.models.adapter import Adapter
-from grating_core.models.fingerprint import fingerprint
+from grating_core.models.identity import fingerprint
 from tests.core.conftest import WORDS, save_model, save_tokenizer
+from tests.core.lens.test_store import calibrated
 from tests.core.models.test_decoders import (
     DOCUMENTS,
     PROMPT,
@@ -28,7 +29,6 @@ from tests.core.models.test_decoders import (
     spelled_out,
 )
 from tests.core.parity import TOLERANCE, load
-from tests.core.test_lenses import calibrated
 
 Tensors = dict[str, torch.Tensor]
 Damage = Callable[[dict[str, Any], Tensors], object]

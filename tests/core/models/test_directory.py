@@ -21,9 +21,9 @@ from grating_core import (
     StreamedCausalLM,
     UnsupportedModelError,
 )
-from grating_core.cli import app
+from grating_core.cli.commands import app
+from grating_core.lab.distill import distill
 from grating_core.reranker import plan_memory
-from grating_core.sparsity.distill import distill
 from tests.core.conftest import save_model
 from tests.core.parity import TOLERANCE, load, padded_scores
 

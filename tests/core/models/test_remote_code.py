@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 from benchmarks.shapes import smollm2_file
 from grating_core import GratingError, Reranker, StreamedCausalLM
-from grating_core.benchmarking import Job, _load_openvino, _load_sentence_transformers
-from grating_core.cli import app
-from grating_core.models.backend import load_backend
-from grating_core.sparsity.distill import distill
-from grating_core.sparsity.trace import empty_decoder, load_decoder, record
+from grating_core.cli.commands import app
+from grating_core.lab.activations import empty_decoder, load_decoder, record
+from grating_core.lab.distill import distill
+from grating_core.lab.peers import Job, _load_openvino, _load_sentence_transformers
+from grating_core.text.backend import load_backend
 from tests.core.conftest import WORDS
 from tests.core.models.test_decoders import save_decoder
 from tests.core.parity import random_text

@@ -17,8 +17,8 @@ from llama_index.postprocessor.grating.requests import checked_request
 from llama_index.postprocessor.grating.settings import RerankerSettings
 
 from grating_core import RerankResult
-from grating_core.callers import check_threshold, is_blank
-from grating_core.nested import copied
+from grating_core.frameworks.nested import copied
+from grating_core.frameworks.requests import check_threshold, is_blank
 
 dispatcher = get_dispatcher(__name__)
 

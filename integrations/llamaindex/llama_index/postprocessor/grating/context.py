@@ -12,10 +12,10 @@ from llama_index.postprocessor.grating.requests import checked_request
 from llama_index.postprocessor.grating.settings import RerankerSettings
 
 from grating_core import Passage, select_context
-from grating_core.callers import is_blank, position
 from grating_core.context import leading_context
-from grating_core.lifetime import run_in_thread
-from grating_core.nested import copied
+from grating_core.forking import run_in_thread
+from grating_core.frameworks.nested import copied
+from grating_core.frameworks.requests import is_blank, position
 
 _SHARED = (
     "excluded_embed_metadata_keys", "excluded_llm_metadata_keys", "metadata_template", "metadata_separator",

@@ -30,8 +30,8 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.postprocessor.grating.settings import ModelSettings
 
 from grating_core import Generation, GratingError, StreamedCausalLM
-from grating_core.callers import OF_LANGUAGE_MODEL, answer_settings
-from grating_core.lifetime import run_in_thread
+from grating_core.forking import run_in_thread
+from grating_core.frameworks.requests import OF_LANGUAGE_MODEL, answer_settings
 
 Prompt = str | list[dict[str, str]]  # a text to continue, or messages
 _ROLES = (MessageRole.SYSTEM, MessageRole.USER, MessageRole.ASSISTANT)

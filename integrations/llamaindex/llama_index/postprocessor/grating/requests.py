@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from llama_index.core.schema import NodeWithScore, QueryBundle
 
-from grating_core.callers import checked_items, is_blank
+from grating_core.frameworks.requests import checked_items, is_blank
 
 
 def checked_request(

@@ -19,7 +19,7 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from typing_extensions import override
 
 from grating_core import ClusterPolicy, Off, Prompt, PruningPolicy, Reranker
-from grating_core.drop_in import as_settings
+from grating_core.frameworks.migration import as_settings
 
 _SETTINGS = (
     "model", "device", "dtype", "memory_budget", "max_length", "long_documents", "template", "instruction",

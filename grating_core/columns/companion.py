@@ -1,0 +1,293 @@
+"""The companion file of a model: the columns of its gated MLPs, each in one piece that can be read alone.
+
+A checkpoint has W_u, W_g and W_d row by row; what a token needs are columns. So they are written once more as a
+safetensors file: of each layer a table ``inputs``, whose row j is column j of W_u and of W_g, which are wanted
+together, and a table ``products``, whose row j is column j of W_d. Rows have checksums and begin at whole sectors,
+so that each can be read past the page cache.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from grating_core.errors import CheckpointError, ColumnsError, StorageError
+from grating_core.files.locks import locked
+from grating_core.files.places import is_there
+from grating_core.files.reading import parse_json
+from grating_core.files.writing import replacing
+from grating_core.forking import Threads
+from grating_core.memory.checkpoint import Checkpoint, whole_sectors
+from grating_core.memory.header import FLOATS, StoredTensor
+
+Kind = Literal["inputs", "products"]
+KINDS: tuple[Kind, Kind] = ("inputs", "products")
+
+_FORMAT = "1"
+READERS = 16  # reads under way at a time: more were no faster on an NVMe disk
+_LONGEST_READ = 1 << 20  # bytes of neighbouring columns that are read in one go
+_MOST_PLACES = 1024  # that the system fills in one go
+_BLOCK = 256  # columns that are transposed at a time
+_KIND_OF = {dtype: kind for kind, dtype in FLOATS.items()}
+
+
+@dataclass(frozen=True)
+class ColumnSizes:
+    """The sizes of a model's gated MLPs.
+
+    Attributes:
+        depth: Number of layers.
+        width: D: entries of an MLP's input and output.
+        products: F: entries of its gated product.
+        dtype: Of the weights.
+    """
+
+    depth: int
+    width: int
+    products: int
+    dtype: torch.dtype
+
+    def count(self, kind: Kind) -> int:
+        """Columns of one kind in each layer."""
+        return self.width if kind == "inputs" else self.products
+
+    def used(self, kind: Kind) -> int:
+        """Weights of one row: of a column of W_u and one of W_g, or of a column of W_d."""
+        return 2 * self.products if kind == "inputs" else self.width
+
+    def length(self, kind: Kind) -> int:
+        """The same with the fill up to a whole sector, as it is in the companion file."""
+        return whole_sectors(self.used(kind) * self.dtype.itemsize) // self.dtype.itemsize
+
+    def row_bytes(self, kind: Kind) -> int:
+        """Bytes of one row of the companion file."""
+        return self.length(kind) * self.dtype.itemsize
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes that all columns of a layer take in memory."""
+        return 3 * self.width * self.products * self.dtype.itemsize
+
+
+def write_columns(
+    path: Path,
+    weights: Iterable[tuple[Tensor, Tensor, Tensor]],
+    sizes: ColumnSizes,
+    fingerprint: str,
+    *,
+    show_progress: bool = False,
+) -> None:
+    """Write a companion file, unless another process has done so meanwhile. It is there as a whole or not at all.
+
+    Args:
+        path: Where it goes.
+        weights: W_u and W_g ``[F, D]`` and W_d ``[D, F]`` of each layer, in the dtype of the sizes.
+        sizes: Of the model.
+        fingerprint: Tells the weights from those of other models.
+        show_progress: Show a progress bar on standard error.
+
+    Raises:
+        ColumnsError: There is no room for it, or it cannot be written.
+    """
+    header, size = _header(sizes, fingerprint)
+    try:
+        with locked(path):
+            if not is_there(path):
+                with replacing(path, size) as file:
+                    file.write(header)
+                    _write_tables(file, weights, sizes, show_progress)
+    except StorageError as error:
+        raise ColumnsError(
+            f"the columns of the MLPs have no companion file, and {error}; or leave mlp_density out"
+        ) from error
+
+
+def _write_tables(
+    file: IO[bytes], weights: Iterable[tuple[Tensor, Tensor, Tensor]], sizes: ColumnSizes, show_progress: bool
+) -> None:
+    """Write all rows, and then their checksums."""
+    checks = b"".join(
+        _write_table(file, rows)
+        for layer in tqdm(weights, "Writing columns", sizes.depth, unit="layer", disable=not show_progress)
+        for rows in (_rows(layer[:2], sizes, "inputs"), _rows(layer[2:], sizes, "products"))
+    )
+    file.write(checks)
+
+
+def _header(sizes: ColumnSizes, fingerprint: str) -> tuple[bytes, int]:
+    """The beginning of the file, whole sectors long, and the size of the file."""
+    entries: dict[str, Any] = {"__metadata__": {"format": _FORMAT, "fingerprint": fingerprint}}
+    end = 0
+    tables = [(f"{number}.{kind}", kind) for number in range(1, sizes.depth + 1) for kind in KINDS]
+    for name, kind in tables:
+        start, end = end, end + sizes.count(kind) * sizes.row_bytes(kind)
+        shape = [sizes.count(kind), sizes.length(kind)]
+        entries[name] = {"dtype": _KIND_OF[sizes.dtype], "shape": shape, "data_offsets": [start, end]}
+    for name, kind in tables:
+        start, end = end, end + 8 * sizes.count(kind)
+        entries[f"{name}.checks"] = {"dtype": "U64", "shape": [sizes.count(kind)], "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    length = whole_sectors(8 + len(text)) - 8
+    return length.to_bytes(8, "little") + text.ljust(length), 8 + length + end
+
+
+def _rows(matrices: tuple[Tensor, ...], sizes: ColumnSizes, kind: Kind) -> Iterator[NDArray[np.uint8]]:
+    """The rows of a table, ``[n, bytes]`` at a time."""
+    for start in range(0, sizes.count(kind), _BLOCK):
+        columns = torch.cat([matrix[:, start : start + _BLOCK].T for matrix in matrices], dim=1)
+        rows = torch.zeros(len(columns), sizes.length(kind), dtype=sizes.dtype)
+        rows[:, : columns.shape[1]] = columns
+        yield rows.view(torch.uint8).numpy()
+
+
+def _write_table(file: Any, blocks: Iterator[NDArray[np.uint8]]) -> bytes:
+    """Write rows, and return their checksums."""
+    checks: list[int] = []
+    for rows in blocks:
+        file.write(rows.data)
+        checks += [_checksum(row) for row in rows]
+    return np.array(checks, dtype="<u8").tobytes()
+
+
+def _checksum(row: Any) -> int:
+    """The sum of 64-bit words: a CRC takes ten times as long, as long as reading."""
+    return int(np.add.reduce(np.frombuffer(row, dtype="<u8")))
+
+
+class ColumnFile:
+    """A companion file, open for reading; from one thread at a time.
+
+    Args:
+        path: The file.
+        sizes: Of the model.
+        fingerprint: Of the model's weights.
+
+    Raises:
+        ColumnsError: It is damaged, or belongs to other weights.
+    """
+
+    def __init__(self, path: Path, sizes: ColumnSizes, fingerprint: str) -> None:
+        self.path = path
+        self.sizes = sizes
+        try:
+            self._checkpoint = Checkpoint([path], lasting=True)
+            try:
+                self._check(fingerprint)
+                self._matrices = {
+                    (number, kind): _Matrix(self._checkpoint, f"{number}.{kind}")
+                    for number in range(1, sizes.depth + 1)
+                    for kind in KINDS
+                }
+            except BaseException:
+                self._checkpoint.close()
+                raise
+        except (CheckpointError, KeyError, ValueError, OSError) as error:
+            raise ColumnsError(f"{path} is no companion file ({error}); {_WAY_OUT}") from error
+        self._readers = Threads(READERS, "grating-columns")
+
+    def _check(self, fingerprint: str) -> None:
+        with self.path.open("rb") as file:
+            header = parse_json(file.read(int.from_bytes(file.read(8), "little")))
+        metadata = header.get("__metadata__") or {}
+        if metadata.get("format") != _FORMAT or metadata.get("fingerprint") != fingerprint:
+            raise ColumnsError(
+                f"{self.path} has the columns of other weights, or of another release of grating (fingerprint "
+                f"{str(metadata.get('fingerprint'))[:16]}..., this model has {fingerprint[:16]}...); {_WAY_OUT}"
+            )
+        for name, kind in (
+            (f"{number}.{kind}", kind) for number in range(1, self.sizes.depth + 1) for kind in KINDS
+        ):
+            if self._checkpoint.tensors[name].shape != (self.sizes.count(kind), self.sizes.length(kind)):
+                raise ColumnsError(f"{self.path} has {name} of another shape than the model; {_WAY_OUT}")
+            if self._checkpoint.tensors[f"{name}.checks"].shape != (self.sizes.count(kind),):
+                raise ColumnsError(f"{self.path} lacks checksums of {name}; {_WAY_OUT}")
+
+    def read(
+        self, number: int, kind: Kind, columns: NDArray[np.int64], places: list[memoryview]
+    ) -> Iterator[Future[None]]:
+        """Set going the reading of some columns, a share of them with every step of the iterator.
+
+        Args:
+            number: Of the layer, from 1.
+            kind: Of the columns.
+            columns: Their numbers, rising.
+            places: Where each goes: one row's bytes at a whole sector.
+
+        Returns:
+            What to wait for. A result raises CheckpointError if a column cannot be read or is damaged.
+
+        Raises:
+            RuntimeError: No thread can be had; the reads that have come are under way.
+        """
+        matrix = self._matrices[number, kind]
+        runs = matrix.runs(columns)
+        share = max(1, -(-len(runs) // READERS))
+        for start in range(0, len(runs), share):
+            yield self._readers.submit(matrix.read, runs[start : start + share], columns, places)
+
+    def close(self) -> None:
+        """Stop the threads and close the file."""
+        self._readers.close()
+        self._checkpoint.close()
+
+
+class _Matrix:
+    """The columns of one kind of one layer."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self._checkpoint = checkpoint
+        self._tensor: StoredTensor = checkpoint.tensors[name]
+        self._row = (self._tensor.end - self._tensor.start) // self._tensor.shape[0]
+        stored = checkpoint.tensors[f"{name}.checks"]
+        checks = torch.empty(stored.end - stored.start, dtype=torch.uint8)
+        checkpoint.read(stored, stored.start, checks)
+        self._checks = checks.numpy().view("<u8")
+        # A column that was right once is not looked at again: checking takes as long as reading.
+        self._seen = np.zeros(len(self._checks), dtype=bool)
+        self._changes = checkpoint.changes(self._tensor)
+
+    def runs(self, columns: NDArray[np.int64]) -> list[tuple[int, int]]:
+        """Neighbouring columns: for each run where it begins and ends among these."""
+        if not len(columns):
+            return []
+        most = max(1, min(_MOST_PLACES, _LONGEST_READ // self._row))
+        apart = np.flatnonzero(np.diff(columns) != 1) + 1
+        edges = [0, *apart.tolist(), len(columns)]
+        return [
+            (start, min(start + most, end)) for begin, end in pairwise(edges) for start in range(begin, end, most)
+        ]
+
+    def read(self, runs: list[tuple[int, int]], columns: NDArray[np.int64], places: list[memoryview]) -> None:
+        self._checkpoint.read_scattered(
+            self._tensor,
+            [(self._tensor.start + int(columns[start]) * self._row, places[start:end]) for start, end in runs],
+        )
+        if (changes := self._checkpoint.changes(self._tensor)) != self._changes:
+            self._seen[:] = False
+            self._changes = changes
+        for start, end in runs:
+            numbers = columns[start:end]
+            if not self._seen[numbers].all():
+                self._verify(numbers, places[start:end])
+
+    def _verify(self, columns: NDArray[np.int64], places: list[memoryview]) -> None:
+        for number, place in zip(columns.tolist(), places, strict=True):
+            if _checksum(place) != self._checks[number]:
+                raise CheckpointError(
+                    f"{self._tensor.path}: column {number} of {self._tensor.name} is damaged; {_WAY_OUT}"
+                )
+        self._seen[columns] = True
+
+
+_WAY_OUT = "delete the file, and it is written anew when the model is loaded"

@@ -1,0 +1,300 @@
+"""Gated MLPs whose columns are partly in memory and partly in the companion file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
+
+from grating_core.columns.cache import Choice, ColumnCache
+from grating_core.columns.companion import KINDS, ColumnFile, ColumnSizes, Kind
+from grating_core.columns.masks import Shares, kept
+from grating_core.forking import tell_of_forks
+from grating_core.memory.checkpoint import aligned_buffer
+from grating_core.memory.meter import Meter
+
+
+@dataclass(frozen=True)
+class _Half:
+    """A part of the staging memory: the place of each row, and all of them as a matrix ``[rows, length]``."""
+
+    places: list[memoryview]
+    matrix: Tensor
+
+
+class Staging:
+    """Where columns arrive before they are used and kept; shared by all tables.
+
+    Args:
+        size: Bytes. Half of it holds one column or more.
+        sizes: Of the columns.
+    """
+
+    def __init__(self, size: int, sizes: ColumnSizes) -> None:
+        # What no column has been read into is multiplied by 0, and must be a number.
+        buffer = aligned_buffer(size).zero_()
+        self.halves = {kind: _halves(buffer, sizes.row_bytes(kind), sizes.dtype) for kind in KINDS}
+
+
+def _halves(buffer: Tensor, row_bytes: int, dtype: torch.dtype) -> tuple[_Half, _Half]:
+    rows = len(buffer) // 2 // row_bytes
+    array: Any = buffer.numpy()
+    view = memoryview(array)
+
+    def half(start: int) -> _Half:
+        end = start + rows * row_bytes
+        matrix = buffer[start:end].view(dtype).view(rows, row_bytes // dtype.itemsize)
+        return _Half([view[at : at + row_bytes] for at in range(start, end, row_bytes)], matrix)
+
+    return half(0), half(rows * row_bytes)
+
+
+class ColumnTable:
+    """A matrix given by its columns, of which a bounded number is in memory.
+
+    Args:
+        file: The companion file.
+        number: Of the layer.
+        kind: Of the columns.
+        cache: Says which are in memory.
+        staging: Where those arrive that are not.
+        meter: Told of columns, bytes and waiting.
+    """
+
+    def __init__(
+        self, file: ColumnFile, number: int, kind: Kind, cache: ColumnCache, staging: Staging, meter: Meter
+    ) -> None:
+        self._file, self._number, self._kind = file, number, kind
+        self._cache = cache
+        self._halves = staging.halves[kind]
+        self._meter = meter
+        self._rows = file.sizes.used(kind)
+        self._held = torch.zeros(cache.capacity + 1, self._rows, dtype=file.sizes.dtype)
+        self._changing = False
+        tell_of_forks(self)
+
+    def after_fork(self) -> None:
+        """If another thread was at work, what it took for present may never have arrived: begin with nothing."""
+        if self._changing:
+            self._cache.clear()
+            for half in self._halves:
+                half.matrix.view(torch.uint8).numpy().fill(0)  # by numpy: torch's threads are not here
+            self._changing = False
+
+    def fill(self) -> None:
+        """Read as many columns as find room, so that the first tokens find something."""
+        self._changing = True
+        columns = self._cache.fill()
+        with self._reading(columns) as blocks:
+            for block, matrix in blocks:
+                self._held[block] = matrix[: block.stop - block.start, : self._rows]
+
+    def multiply(self, values: Tensor, count: int) -> Tensor:
+        """The product with one token's values, by the largest of them.
+
+        Args:
+            values: ``[columns]``, in the dtype of the weights.
+            count: How many of them to use.
+
+        Returns:
+            float32 ``[rows of the matrix]``.
+        """
+        choice = self._choose(values.abs(), count)
+        missing = choice.columns[choice.hits :]
+        with self._reading(missing) as blocks:
+            there = torch.from_numpy(choice.columns[: choice.hits])
+            total = _weighted_sum(self._held, torch.from_numpy(choice.slots[: choice.hits]), values[there])
+            for block, matrix in blocks:
+                arrived = torch.from_numpy(missing[block])
+                total += _weighted_sum(matrix, torch.arange(len(arrived)), values[arrived])[: self._rows]
+                self._keep(matrix, choice.slots[choice.hits :][block])
+        return total
+
+    def multiply_chunk(self, values: Tensor, count: int, tokens: int) -> Tensor:
+        """The product with the values of many tokens, by the columns that matter most to all of them together.
+
+        Args:
+            values: ``[T, columns]``, in the dtype of the weights.
+            count: How many columns to use.
+            tokens: The first so many rows are tokens; behind them there may be fill.
+
+        Returns:
+            float32 ``[T, rows of the matrix]``.
+        """
+        choice = self._choose(values[:tokens].abs().float().sum(0), count)
+        missing = choice.columns[choice.hits :]
+        with self._reading(missing) as blocks:
+            total = _product(self._held, values, choice.columns[: choice.hits], choice.slots[: choice.hits])
+            for block, matrix in blocks:
+                total += self._arrived(matrix, values, missing[block])
+                self._keep(matrix, choice.slots[choice.hits :][block])
+        return total
+
+    def multiply_all(self, values: Tensor) -> Tensor:
+        """The product with the values of many tokens, by all columns; which are in memory does not change.
+
+        Args:
+            values: ``[T, columns]``, in the dtype of the weights.
+
+        Returns:
+            float32 ``[T, rows of the matrix]``.
+        """
+        columns, slots = self._cache.held()
+        missing = np.setdiff1d(np.arange(values.shape[1]), columns)
+        self._meter.columns_wanted += values.shape[1]
+        with self._reading(missing) as blocks:
+            total = _product(self._held, values, columns, slots)
+            for block, matrix in blocks:
+                total += self._arrived(matrix, values, missing[block])
+        return total
+
+    def _choose(self, magnitudes: Tensor, count: int) -> Choice:
+        self._changing = True
+        choice = self._cache.choose(magnitudes.float().numpy(), count)
+        self._meter.columns_wanted += count
+        return choice
+
+    def _arrived(self, matrix: Tensor, values: Tensor, columns: NDArray[np.int64]) -> Tensor:
+        return _product(matrix, values, columns, np.arange(len(columns)))[:, : self._rows]
+
+    def _keep(self, matrix: Tensor, slots: NDArray[np.int64]) -> None:
+        """Copy columns into their slots; those beside the cache into the row behind it."""
+        # To pick out those that stay would be a copy more.
+        capacity = self._cache.capacity
+        if slots.min() < capacity:
+            places = torch.from_numpy(np.minimum(slots, capacity))
+            self._held.index_copy_(0, places, matrix[: len(slots), : self._rows])
+
+    @contextmanager
+    def _reading(self, columns: NDArray[np.int64]) -> Iterator[Iterator[tuple[slice, Tensor]]]:
+        """Have columns read, block by block, in the order given: which they are, and a matrix with them as rows.
+
+        The first is on its way when the ``with`` begins, and each next one while the one before is used.
+        """
+        most = len(self._halves[0].places)
+        blocks = [slice(start, min(start + most, len(columns))) for start in range(0, len(columns), most)]
+        under_way: list[Future[None]] = []
+
+        def begin(index: int) -> None:
+            if index < len(blocks):
+                places = self._halves[index % 2].places
+                for reading in self._file.read(self._number, self._kind, columns[blocks[index]], places):
+                    under_way.append(reading)  # one by one: if the next cannot begin, this one is waited for
+
+        def arrivals() -> Iterator[tuple[slice, Tensor]]:
+            for index, block in enumerate(blocks):
+                self._wait(under_way)
+                begin(index + 1)
+                yield block, self._halves[index % 2].matrix
+
+        self._changing = True
+        try:
+            begin(0)
+            yield arrivals()
+        except BaseException:
+            self._give_up(under_way, columns)
+            raise
+        finally:
+            self._changing = False
+        self._meter.columns_read += len(columns)
+        self._meter.bytes_read += len(columns) * self._file.sizes.row_bytes(self._kind)
+
+    def _give_up(self, under_way: list[Future[None]], columns: NDArray[np.int64]) -> None:
+        """See to it that nothing arrives any more, and that nothing is left of what has."""
+        self._cache.forget(columns)
+        for reading in under_way:
+            if not reading.cancel():
+                reading.exception()
+        for half in self._halves:  # it may be anything, and times 0 it must be 0
+            half.matrix.zero_()
+
+    def _wait(self, under_way: list[Future[None]]) -> None:
+        started = perf_counter()
+        while under_way:
+            under_way[-1].result()
+            under_way.pop()
+        self._meter.seconds_waited += perf_counter() - started
+
+
+class ColumnMlp(nn.Module):
+    """Stands in for a gated MLP, and computes with the columns that a token needs.
+
+    A single token is computed with its own columns. Many at once, as in a prompt, need nearly all of them
+    together; then either all are used, or those that matter most to the whole chunk.
+
+    Args:
+        mlp: What it stands in for: its activation and biases are used, not its weights.
+        inputs: The columns of W_u and W_g.
+        products: Those of W_d.
+        shares: What a token, or a chunk, uses.
+        by_chunk: Use the shares for many tokens at once, too.
+    """
+
+    def __init__(
+        self, mlp: Any, inputs: ColumnTable, products: ColumnTable, shares: Shares, *, by_chunk: bool
+    ) -> None:
+        super().__init__()
+        self._act = mlp.act_fn
+        # The modules stay where they were, so that biases are bound by their names.
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self._inputs, self._products = inputs, products
+        self._width, self._products_count = mlp.down_proj.out_features, mlp.down_proj.in_features
+        self._counts = kept(self._width, shares.inputs), kept(self._products_count, shares.products)
+        self._by_chunk = by_chunk
+        self.tokens: int | None = None
+        """How many of the rows are tokens, where there may be fill behind them; None for all."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Output ``[1, T, D]`` for input of that shape."""
+        rows = hidden[0]
+        if self._by_chunk:
+            tokens = len(rows) if self.tokens is None else self.tokens
+            product = self._gated(self._inputs.multiply_chunk(rows, self._counts[0], tokens), rows.dtype)
+            output = self._products.multiply_chunk(product, self._counts[1], tokens)
+        elif len(rows) == 1:
+            product = self._gated(self._inputs.multiply(rows[0], self._counts[0])[None], rows.dtype)
+            output = self._products.multiply(product[0], self._counts[1])[None]
+        else:
+            output = self._products.multiply_all(self._gated(self._inputs.multiply_all(rows), rows.dtype))
+        if self.down_proj.bias is not None:
+            output = output + self.down_proj.bias
+        return output.to(rows.dtype)[None]
+
+    def _gated(self, both: Tensor, dtype: torch.dtype) -> Tensor:
+        """The gated product ``[T, F]`` from a row of both matrices' products."""
+        both = both.to(dtype)
+        up, gate = both.chunk(2, dim=1)
+        if self.up_proj.bias is not None:
+            up, gate = up + self.up_proj.bias, gate + self.gate_proj.bias
+        product: Tensor = self._act(gate) * up
+        return product
+
+
+def _weighted_sum(table: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    """The sum of some rows, each times a weight, in float32. No row is copied."""
+    if not len(slots):
+        return torch.zeros(table.shape[1])
+    # A bag for each thread: a bag is never divided.
+    bags = min(torch.get_num_threads(), len(slots))
+    offsets = torch.arange(bags) * len(slots) // bags
+    return embedding_bag(slots, table, offsets, mode="sum", per_sample_weights=weights).float().sum(0)
+
+
+def _product(matrix: Tensor, values: Tensor, columns: NDArray[np.int64], slots: NDArray[np.int64]) -> Tensor:
+    """Values ``[T, columns]`` times the rows in these slots, in float32.
+
+    All rows are multiplied, those without a column by 0: gathering them takes longer, and the library that
+    multiplies keeps a kernel for every shape it meets.
+    """
+    placed = values.new_zeros(len(values), len(matrix))
+    placed[:, torch.from_numpy(slots)] = values[:, torch.from_numpy(columns)]
+    return (placed @ matrix).float()

@@ -1,0 +1,1 @@
+"""The cache directory, locks, and files that are written as a whole or not at all."""

@@ -1,0 +1,190 @@
+"""What lies in grating's cache, and how it is cleared."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from grating_core.errors import StorageError
+from grating_core.files.locks import locked
+from grating_core.files.places import cache_directory, explained
+from grating_core.files.writing import remove, unfinished, unfinished_of
+
+Kind = Literal["models", "lenses", "columns", "states", "traces", "unfinished"]
+"""``models``: bundled models, converted. ``lenses``: calibrated here. ``columns``: companion files, for
+``mlp_density``. ``states``: what recalibration learnt. ``traces``: activations that ``grating simulate`` recorded.
+``unfinished``: what is being written now, or was left by processes that were killed."""
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+_FOLDERS: dict[str, Kind] = {
+    "models": "models",
+    "lenses": "lenses",
+    "columns": "columns",
+    "recalibration": "states",
+    "activations": "traces",
+}
+
+
+@dataclass(frozen=True)
+class Cached:
+    """One thing in the cache.
+
+    Attributes:
+        kind: What it is.
+        path: Its file or directory.
+        size: Bytes, of all files in it together.
+        used: When it was last read or written, in seconds since the epoch, as :func:`time.time` counts. Many file
+            systems note reading once a day only, or never.
+    """
+
+    kind: Kind
+    path: Path
+    size: int
+    used: float
+
+
+@dataclass(frozen=True)
+class Cleared:
+    """What clearing the cache did.
+
+    Attributes:
+        removed: What is gone.
+        kept: What was to go and is still there, and why, such as that another process is writing it.
+    """
+
+    removed: list[Cached]
+    kept: list[tuple[Cached, str]]
+
+
+def contents(kinds: Collection[Kind] | None = None, older_than: float | None = None) -> list[Cached]:
+    """What lies in grating's cache, by kind and path. Things that grating did not make are not in it.
+
+    Args:
+        kinds: Some of :data:`KINDS`; None for all.
+        older_than: Only what has not been used for so many seconds; None for everything.
+
+    Raises:
+        ValueError: A kind is unknown, or the age is no number of seconds.
+        StorageError: The cache cannot be read. One that is not there is empty.
+    """
+    chosen = _check(kinds, older_than)
+    before = None if older_than is None else time.time() - older_than
+    directory = cache_directory()
+    found = [
+        one
+        for one in (*_unfinished_in(directory), *_kept_in(directory))
+        if one.kind in chosen and (before is None or one.used <= before)
+    ]
+    return sorted(found, key=lambda one: (KINDS.index(one.kind), one.path))
+
+
+def clear(kinds: Collection[Kind] | None = None, older_than: float | None = None) -> Cleared:
+    """Remove things from grating's cache: those that :func:`contents` lists for the same arguments.
+
+    What a process is writing now is kept. What a process reads goes: on Linux and macOS that process works on, and
+    on Windows the thing is kept. Nothing outside the cache is touched: of a symbolic link the link is removed.
+
+    Args:
+        kinds: Some of :data:`KINDS`; None for all.
+        older_than: Only what has not been used for so many seconds; None for everything.
+
+    Raises:
+        ValueError: A kind is unknown, or the age is no number of seconds.
+        StorageError: The cache cannot be read.
+    """
+    removed, kept = [], []
+    for one in contents(kinds, older_than):
+        reason = _remove(one)
+        if reason is None:
+            removed.append(one)
+        else:
+            kept.append((one, reason))
+    return Cleared(removed, kept)
+
+
+def _check(kinds: Collection[Kind] | None, older_than: float | None) -> Collection[Kind]:
+    if older_than is not None and not older_than >= 0:
+        raise ValueError(f"older_than={older_than!r} must be a number of seconds, 0 or more")
+    if kinds is None:
+        return KINDS
+    if isinstance(kinds, str) or (unknown := [kind for kind in kinds if kind not in KINDS]):
+        raise ValueError(
+            f"kinds={kinds if isinstance(kinds, str) else unknown!r} must be some of {', '.join(KINDS)}"
+        )
+    return kinds
+
+
+def _remove(one: Cached) -> str | None:
+    """Remove one thing; the reason if that cannot be."""
+    path = one.path
+    name = unfinished_of(path.name)
+    target = path if name is None else path.with_name(name)
+    if one.kind == "lenses":
+        target = path / "lens.json"  # which whoever saves a lens has locked
+    try:
+        with locked(target, wait=False) as alone:
+            if not alone:
+                return "another process is writing it"
+            if name is None:  # what is unfinished was removed with the locking
+                gone = unfinished(path)
+                path.rename(gone)  # nobody meets half of it
+                remove(gone)
+    except OSError as error:
+        return explained(error)
+    return "it may still be written: this file system has no locks" if os.path.lexists(path) else None
+
+
+def _kept_in(directory: Path) -> Iterator[Cached]:
+    for folder, kind in _FOLDERS.items():
+        for entry in _entries(directory / folder):
+            if not entry.name.startswith("."):
+                yield from _cached(kind, entry)
+
+
+def _unfinished_in(directory: Path) -> Iterator[Cached]:
+    lenses = [Path(entry.path) for entry in _entries(directory / "lenses") if entry.is_dir(follow_symlinks=False)]
+    for folder in (directory, *(directory / folder for folder in _FOLDERS), *lenses):
+        for entry in _entries(folder):
+            if unfinished_of(entry.name) is not None:
+                yield from _cached("unfinished", entry)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder of the cache; nothing if it is a link to somewhere else."""
+    try:
+        if not stat.S_ISDIR(folder.lstat().st_mode) and folder != cache_directory():
+            return []
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StorageError(f"grating's cache cannot be read: {explained(error)}") from error
+
+
+def _cached(kind: Kind, entry: os.DirEntry[str]) -> Iterator[Cached]:
+    """The thing, unless it has vanished meanwhile."""
+    path = Path(entry.path)
+    with suppress(FileNotFoundError):
+        found = list(_statuses(path)) or [path.lstat()]
+        used = max(max(status.st_mtime, status.st_atime) for status in found)
+        size = sum(status.st_size for status in found if not stat.S_ISDIR(status.st_mode))
+        yield Cached(kind, path, size, used)
+
+
+def _statuses(path: Path) -> Iterator[os.stat_result]:
+    """Of a file, a link, or all files below a directory; of those that vanish meanwhile none."""
+    with suppress(OSError):
+        status = path.lstat()
+        if not stat.S_ISDIR(status.st_mode):
+            yield status
+            return
+        with os.scandir(path) as entries:
+            for entry in list(entries):
+                yield from _statuses(Path(entry.path))

@@ -1,0 +1,188 @@
+"""Threads and locks that a forked child can use.
+
+A forked child has one thread, a copy of the one that forked. Threads of pools are gone, and locks that another
+thread held stay locked. OpenMP's team is gone as well: the thread that came through the fork waits for it for ever
+in its next parallel loop, where a new thread gets a team of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
+from typing import Any, ParamSpec, Protocol, TypeVar
+from weakref import WeakSet
+
+Arguments = ParamSpec("Arguments")
+
+Returned = TypeVar("Returned")
+
+_CALLS = 8  # of run_in_thread at a time
+
+
+class Interrupted(Exception):
+    """A forward was given up, because whoever it was asked to make way for has come."""
+
+
+class Forked(Protocol):
+    """Something that a forked child has to put right."""
+
+    def after_fork(self) -> None:
+        """Called in the child, before anything else runs there."""
+
+
+_to_be_told: WeakSet[Forked] = WeakSet()
+
+_came_through_fork: int | None = None  # the thread that this process began with, if it was forked
+
+
+def tell_of_forks(thing: Forked) -> None:
+    """Have ``thing.after_fork()`` called in every forked child, as long as the thing lives."""
+    _to_be_told.add(thing)
+
+
+def _after_fork() -> None:
+    global _came_through_fork
+    _came_through_fork = threading.get_ident()
+    for thing in list(_to_be_told):
+        thing.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class Lock:
+    """A lock that is free in a forked child, whoever held it."""
+
+    def __init__(self) -> None:
+        self._lock = self._held = threading.Lock()
+        tell_of_forks(self)
+
+    def after_fork(self) -> None:
+        """Begin anew."""
+        self._lock = threading.Lock()
+
+    def locked(self) -> bool:
+        """Whether somebody holds it."""
+        return self._lock.locked()
+
+    def __enter__(self) -> None:
+        lock = self._lock
+        lock.acquire()
+        self._held = lock
+
+    def __exit__(self, *_: object) -> None:
+        self._held.release()  # the one that was taken, also if there was a fork meanwhile
+
+
+class Threads:
+    """A pool of threads that start when they are needed, in a forked child again.
+
+    They end when the pool is closed or nobody holds it.
+
+    Args:
+        count: The most of them.
+        name: What their names begin with.
+        initializer: What each does first.
+    """
+
+    def __init__(self, count: int, name: str, initializer: Callable[[], None] | None = None) -> None:
+        self._make = partial(ThreadPoolExecutor, count, name, initializer)
+        self._pool: ThreadPoolExecutor | None = None
+        self._starting = Lock()
+        self._closed = False
+        tell_of_forks(self)
+
+    def after_fork(self) -> None:
+        """Forget the threads; what they were to do, they do in the parent."""
+        self._pool = None
+
+    def submit(self, call: Callable[..., Returned], *args: Any) -> Future[Returned]:
+        """Have a thread make a call.
+
+        Returns:
+            What to wait for. One that is cancelled before it began never begins.
+
+        Raises:
+            RuntimeError: The pool is closed, or no thread can be had. The call is not made then.
+        """
+        with self._starting:
+            if self._closed:
+                raise RuntimeError("these threads have ended")
+            pool = self._pool = self._pool or self._make()
+        done: Future[Returned] = Future()
+        try:
+            pool.submit(_carry_out, done, call, args)
+        except RuntimeError:
+            # The pool takes a call before it starts a thread for it, so another thread may come to make it.
+            if done.cancel():
+                raise
+        return done
+
+    async def run(self, call: Callable[..., Returned], *args: Any) -> Returned:
+        """Await a call that a thread makes, with the context variables of this one."""
+        return await asyncio.wrap_future(self.submit(copy_context().run, call, *args))
+
+    def close(self, *, wait: bool = True) -> None:
+        """End the threads.
+
+        Args:
+            wait: Until they have ended, which they do after the calls that they are at; those that have not begun
+                are never made. Otherwise all that was submitted is still done.
+        """
+        with self._starting:
+            self._closed = True
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(wait=wait, cancel_futures=wait)
+
+
+def _carry_out(done: Future[Returned], call: Callable[..., Returned], args: tuple[Any, ...]) -> None:
+    if not done.set_running_or_notify_cancel():
+        return
+    try:
+        result = call(*args)
+    except BaseException as error:  # it belongs to whoever waits
+        done.set_exception(error)
+        del done, call, args  # the error holds this frame, which would hold them
+    else:
+        done.set_result(result)
+
+
+_calls = Threads(_CALLS, "grating-call")
+
+_beside_fork = Threads(1, "grating-forked")
+
+
+async def run_in_thread(call: Callable[..., Returned], *args: Any) -> Returned:
+    """Await a call that a thread of grating's own makes, so that no other user of the event loop's pool waits.
+
+    Context variables are those of the caller. A call that is cancelled before it began is never made.
+
+    Args:
+        call: What to call. It may take long, and wait for its turn.
+        args: Its arguments.
+    """
+    return await _calls.run(call, *args)
+
+
+def computed(
+    call: Callable[Arguments, Returned], /, *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> Returned:
+    """Make a call that computes: here, or in a new thread if this one came through a fork.
+
+    Args:
+        call: What to call.
+        args: Its arguments.
+        kwargs: Its arguments by name.
+    """
+    made = partial(call, *args, **kwargs)
+    if threading.get_ident() != _came_through_fork:
+        return made()
+    done: Future[Returned] = _beside_fork.submit(copy_context().run, made)
+    return done.result()

@@ -1,0 +1,1 @@
+"""What measures, simulates and distils; nothing that computes a request imports it."""

@@ -1,0 +1,95 @@
+"""The ways of generating side by side, at several densities: how fast, and at what cost in perplexity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from grating_core.columns.allocation import allocate, check_density
+from grating_core.columns.cache import Caching, Preference
+from grating_core.columns.install import PREFERENCE
+from grating_core.lab.activations import load_decoder, record
+from grating_core.lab.machine import Machine
+from grating_core.lab.quality import cut_windows, evaluate
+from grating_core.lab.simulator import CACHE_AWARE, DENSE, Estimate, Shape, simulate
+
+_WINDOW = 512
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way at one density.
+
+    Attributes:
+        estimate: How fast it is.
+        density: Share of the MLPs' weights that a token uses; 1 for dense streaming.
+        perplexity: Of the model that was recorded; None if it was not measured.
+    """
+
+    estimate: Estimate
+    density: float
+    perplexity: float | None
+
+
+def compare(
+    directory: Path,
+    text: str,
+    shape: Shape,
+    machine: Machine,
+    *,
+    memory: int,
+    densities: Sequence[float],
+    tokens: int = 512,
+    preference: Preference = PREFERENCE,
+    trace: Path | None = None,
+    perplexity: bool = False,
+    show_progress: bool = False,
+) -> list[Point]:
+    """Dense streaming, and DIP and cache-aware DIP at each density.
+
+    Args:
+        directory: The decoder whose activations are recorded.
+        text: What it reads meanwhile.
+        shape: Of the model that is simulated, the same or another.
+        machine: Where that runs.
+        memory: Bytes for its weights.
+        densities: See :func:`allocate`.
+        tokens: How many tokens of the text go through.
+        preference: Of cache-aware DIP.
+        trace: The file that holds the trace, or will; None for a place in grating's cache.
+        perplexity: Measure it as well, on the same tokens. It takes about as long as recording, for each point.
+        show_progress: Show progress bars on standard error.
+
+    Raises:
+        GratingError: The model or the trace cannot be used.
+        ValueError: An argument is bad, or the text too short.
+    """
+    if tokens < 2:
+        raise ValueError(f"tokens={tokens} is too small: a token to predict the next one from makes 2")
+    for density in densities:
+        check_density(density)
+    share = shape.share(memory)
+    aware = Caching(share, preference)
+    recorded = record(directory, text, tokens, path=trace, show_progress=show_progress)
+    found = {}
+    for density in densities:
+        shares = allocate(density, shape.columns.depth)
+        for estimate in simulate(recorded, shape, machine, memory=memory, shares=shares, preference=preference):
+            found[1.0 if estimate.way == DENSE else density, estimate.way] = estimate
+    costs = {}
+    if perplexity:
+        model, tokenizer = load_decoder(directory)
+        length = min(_WINDOW, tokens)
+        windows = cut_windows(tokenizer, text, length, tokens // length)
+        for density, way in found:
+            quality = evaluate(
+                model,
+                windows,
+                shares=None if way == DENSE else allocate(density, len(recorded.inputs)),
+                # What plain DIP chooses does not depend on its cache.
+                caching=aware if way == CACHE_AWARE else None,
+                show_progress=show_progress,
+            )
+            costs[density, way] = quality.perplexity
+    return [Point(estimate, key[0], costs.get(key)) for key, estimate in found.items()]

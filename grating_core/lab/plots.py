@@ -1,0 +1,156 @@
+"""Pictures: every candidate's score in a rerank, layer by layer; what a simulation found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grating_core.files.locks import replace_file
+from grating_core.results import RerankResult, Trace
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from grating_core.lab.comparison import Point
+
+# Colour-blind readers tell these colours apart, and without colour the style of the line does.
+_WINNER, _LOSER = "#009E73", "#999999"
+_WAYS = {"dense streaming": ("black", "*"), "DIP": ("#E69F00", "s"), "cache-aware DIP": ("#0072B2", "o")}
+
+
+def plot_trajectories(result: RerankResult, path: Path) -> None:
+    """Draw the provisional scores of all candidates by layer.
+
+    The lines of the top K are thick and end with their rank. A dot marks the layer after which a candidate stopped
+    being computed.
+
+    Args:
+        result: A rerank of at least one document.
+        path: Where the picture goes; its ending gives the format.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed; the message names the extra that installs it.
+        StorageError: The picture cannot be written.
+    """
+    with _naming_the_extra():
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+
+    trace = result.trace
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    ranks = {ranked.index: rank for rank, ranked in enumerate(result.ranking, 1)}
+    for candidate in range(len(trace.lengths)):
+        layers, scores = _trajectory(trace, candidate)
+        style = _line(won=candidate in ranks, stopped=layers[-1] < trace.depth, winners=len(ranks))
+        axes.plot(layers, scores, markevery=[-1], **style)
+    write_ranks(axes, [(rank, *_end(trace, candidate)) for candidate, rank in ranks.items()])
+    first = trace.layers[0].layer
+    reader = "score by the model's own head" if first else "estimate by the lens (differences in a layer count)"
+    axes.set(xlabel="layer", ylabel=reader, xlim=(first - 0.2, trace.depth + 0.6))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(
+        f"{len(trace.lengths)} candidates, of which the top {len(ranks)} are found "
+        f"with {trace.compute_share:.0%} of the computing"
+    )
+    axes.grid(alpha=0.3)
+    # Of each kind of line that is there one, the winners first.
+    kinds = {line.get_label(): line for line in axes.lines}
+    axes.legend(handles=sorted(kinds.values(), key=lambda line: -line.get_linewidth()), loc="best")
+    _save(figure, path)
+
+
+def _line(*, won: bool, stopped: bool, winners: int) -> dict[str, Any]:
+    """How a candidate's line is drawn, and what the legend says of it."""
+    if won:
+        label = f"top {winners}, with the rank" + (", by an estimate" if stopped else "")
+        style, width = ("--" if stopped else "-"), 2.2
+    else:
+        label = "stops being computed at the dot" if stopped else "computed to the end, not in the top"
+        style, width = (":" if stopped else "-"), 1.0
+    return {
+        "label": label,
+        "color": _WINNER if won else _LOSER,
+        "linestyle": style,
+        "linewidth": width,
+        "marker": "." if stopped else "",
+        "markersize": 8,
+        "zorder": 2 + won,
+    }
+
+
+def write_ranks(axes: Axes, ends: list[tuple[int, int, float]]) -> None:
+    """Write the rank of each winner behind its line. Ranks of lines that end together are moved apart."""
+    low, high = axes.get_ylim()
+    gap = (high - low) / 28
+    below: dict[int, float] = {}  # the lowest text so far, by the layer where lines end
+    for rank, layer, score in sorted(ends, key=lambda end: -end[2]):
+        height = below[layer] = min(score, below.get(layer, high) - gap)
+        axes.text(layer + 0.15, height, str(rank), color=_WINNER, fontweight="bold", va="center", clip_on=False)
+
+
+def _end(trace: Trace, candidate: int) -> tuple[int, float]:
+    """The last layer that a candidate was computed in, and its score after it."""
+    layers, scores = _trajectory(trace, candidate)
+    return layers[-1], scores[-1]
+
+
+def _trajectory(trace: Trace, candidate: int) -> tuple[list[int], list[float]]:
+    """The layers a candidate was computed in, and its score after each."""
+    computed = [record for record in trace.layers if candidate in record.alive]
+    return (
+        [record.layer for record in computed],
+        [record.scores[record.alive.index(candidate)] for record in computed],
+    )
+
+
+def plot_simulation(points: Sequence[Point], path: Path) -> None:
+    """Draw perplexity against tokens a second: a curve over densities for each way of pruning, a point for dense.
+
+    Args:
+        points: With perplexities.
+        path: Where the picture goes; its ending gives the format.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed; the message names the extra that installs it.
+        StorageError: The picture cannot be written.
+    """
+    with _naming_the_extra():
+        from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    for way in dict.fromkeys(point.estimate.way for point in points):
+        curve = sorted((point for point in points if point.estimate.way == way), key=lambda point: -point.density)
+        colour, marker = _WAYS[way]
+        speeds = [point.estimate.tokens_per_second for point in curve]
+        costs = [point.perplexity or math.nan for point in curve]
+        axes.plot(speeds, costs, color=colour, marker=marker, label=way)
+        for point, speed, cost in zip(curve, speeds, costs, strict=True):
+            axes.annotate(f"{point.density:g}", (speed, cost), (4, 4), textcoords="offset points", fontsize=8)
+    axes.set(
+        xlabel="tokens per second, simulated", ylabel="perplexity", yscale="log", title="at each point: density"
+    )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    _save(figure, path)
+
+
+@contextmanager
+def _naming_the_extra() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("plots need matplotlib: pip install 'grating-core[plot]'") from error
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Write a picture as a whole, or leave what is there; raises ``StorageError``."""
+    path = path if path.suffix else path.with_suffix(".png")
+    picture = BytesIO()
+    figure.savefig(picture, format=path.suffix[1:], dpi=150)
+    replace_file(path, picture.getvalue())

@@ -1,0 +1,224 @@
+"""The lens: a linear map from the hidden states after a layer to an estimate of the final score.
+
+The model's own head is blind in the first half of an encoder. A linear map that is fitted to the model's own final
+scores, on any text and without judgements, sees from the token embeddings on. What it looks at is cheap beside a
+layer: the scoring position's state, means over the tokens of query and document, their product, and in the first
+layers how similar the tokens of the query are to those of the document (as in SEE, Busolin et al., SIGIR 2025).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+if TYPE_CHECKING:
+    from grating_core.text.pairs import Segments
+
+# Beyond this part of the layers, token similarities add nothing to what the states themselves say.
+_SIMILARITY_PART = 6
+_SIMILARITIES = 5
+
+
+class Shape(NamedTuple):
+    """What a lens has to fit of a model.
+
+    Attributes:
+        depth: Number of layers.
+        width: D, of the hidden states.
+        pooling: The token that the head reads: ``"first"``, ``"last"``, or ``"mean"`` of all.
+    """
+
+    depth: int
+    width: int
+    pooling: str
+
+
+class Sequences(Protocol):
+    """Consecutive sequences on the token axis, as :class:`grating_core.engine.ragged.Chunk` has them."""
+
+    @property
+    def prefix(self) -> int:
+        """Tokens of the shared prefix that come before the first sequence here."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence without the prefix."""
+
+    @property
+    def segments(self) -> tuple[Segments, ...]:
+        """Where query and document are in each, counted from the prefix's first token."""
+
+
+Reader = Callable[[Tensor, Sequences], Tensor]
+"""Gives a score, float32 ``[N]``, to each sequence in hidden states ``[1, T, D]``."""
+
+
+class Provisional(Protocol):
+    """What reads provisional scores after each layer, and before the first."""
+
+    def reader(self, number: int, prefix: int) -> Reader:
+        """What reads the scores of one request after a layer.
+
+        Args:
+            number: The layer; 0 stands for the token embeddings.
+            prefix: Tokens that all sequences share. The first call must be for the chunk that has them.
+        """
+
+
+class Features:
+    """What a lens looks at after one layer, chunk after chunk of a request.
+
+    Args:
+        number: The layer; 0 stands for the token embeddings.
+        depth: Number of layers of the model.
+        prefix: P, tokens that all sequences share. The first chunk must be the one that has them.
+        pooling: The token that the head reads: ``"first"``, ``"last"``, or ``"mean"`` of all.
+    """
+
+    def __init__(self, number: int, depth: int, prefix: int, pooling: str) -> None:
+        self._similarities = compares_tokens(number, depth)
+        self._prefix = prefix
+        self._pooling = pooling
+        self._shared: Tensor | None = None  # the prefix's states
+
+    def __call__(self, hidden: Tensor, sequences: Sequences) -> Tensor:
+        """Features of the sequences.
+
+        Args:
+            hidden: ``[1, T, D]`` or longer: the prefix, if the chunk has it, and then the sequences.
+            sequences: How the token axis divides.
+
+        Returns:
+            float32 ``[N, F]``; F is :func:`feature_count`.
+        """
+        if sequences.prefix:
+            self._shared = hidden[0, : sequences.prefix].clone()
+        own = hidden[0, sequences.prefix :]
+        if not sequences.lengths:  # the prefix alone
+            return own.new_empty(0, feature_count(own.shape[1], self._similarities), dtype=torch.float32)
+        found = []
+        start = 0
+        for length, segments in zip(sequences.lengths, sequences.segments, strict=True):
+            found.append(self._of_one(own[start : start + length], segments))
+            start += length
+        return torch.stack(found)
+
+    def _of_one(self, states: Tensor, segments: Segments) -> Tensor:
+        query, document = self._part(states, segments.query), self._part(states, segments.document)
+        read = self._read(states).float()
+        asked, told = _mean(query), _mean(document)
+        features = [read, asked, told, asked * told]
+        if self._similarities:
+            features += _compared(query, document)
+        return torch.cat(features)
+
+    def _read(self, states: Tensor) -> Tensor:
+        if self._pooling == "mean":
+            return _mean(states)
+        return states[-1 if self._pooling == "last" else 0]
+
+    def _part(self, states: Tensor, span: tuple[int, int]) -> Tensor:
+        """The states of a span, which may begin in the prefix."""
+        start, stop = span
+        own = states[max(0, start - self._prefix) : max(0, stop - self._prefix)]
+        if start >= self._prefix or self._shared is None:
+            return own
+        return torch.cat((self._shared[start : min(stop, self._prefix)], own))
+
+
+def compares_tokens(number: int, depth: int) -> bool:
+    """Whether the similarities of tokens belong to the features of a layer."""
+    return number <= depth // _SIMILARITY_PART
+
+
+def feature_count(width: int, similarities: bool) -> int:
+    """F for a model of this width."""
+    return 5 * width + _SIMILARITIES if similarities else 4 * width
+
+
+def _mean(states: Tensor) -> Tensor:
+    """float32 ``[D]``; zero of no tokens."""
+    return states.sum(0, dtype=torch.float32) / max(1, len(states))
+
+
+def _compared(query: Tensor, document: Tensor) -> list[Tensor]:
+    """The product of every query token with its most similar document token, and cosines."""
+    if not len(query) or not len(document):
+        return [query.new_zeros(query.shape[1] + _SIMILARITIES, dtype=torch.float32)]
+    # In float32: kernels for bfloat16 are made for the shape they meet and kept, and every pair here has its own.
+    cosines = normalize(query.float(), dim=1) @ normalize(document.float(), dim=1).T
+    best, match = cosines.max(1)
+    product = (query.float() * document[match].float()).mean(0)
+    length = torch.tensor(float(len(document)), device=query.device).log()
+    return [
+        product,
+        torch.stack((best.mean(), best.min(), cosines.mean(), cosines.max(0).values.mean(), length)),
+    ]
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """The estimate after one layer: a weighted sum of its features.
+
+    Attributes:
+        weight: float32 ``[F]``.
+        bias: float32, a scalar. Within a request it makes no difference.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+
+class Lens:
+    """Estimates of the final score after each layer but the last.
+
+    Args:
+        maps: That of layer 0, which stands for the token embeddings, to that of the last layer but one.
+        pooling: The token that the model's head reads.
+    """
+
+    def __init__(self, maps: Sequence[LayerMap], pooling: str) -> None:
+        self.maps = tuple(maps)
+        self.pooling = pooling
+
+    def check(self, shape: Shape) -> None:
+        """Compare with a model.
+
+        Raises:
+            ValueError: It is damaged, or for a model of another shape.
+        """
+        if (len(self.maps), self.pooling) != (shape.depth, shape.pooling):
+            raise ValueError(
+                f"it is for {len(self.maps)} layers and a head that reads {self.pooling!r}, and this model has "
+                f"{shape.depth} and {shape.pooling!r}"
+            )
+        for number, layer in enumerate(self.maps):
+            wanted = feature_count(shape.width, compares_tokens(number, shape.depth))
+            if layer.weight.shape != (wanted,) or layer.bias.shape != ():
+                raise ValueError(
+                    f"layer {number} has weights {list(layer.weight.shape)} and a bias {list(layer.bias.shape)}, "
+                    f"and not [{wanted}] and []"
+                )
+            for part in (layer.weight, layer.bias):
+                if part.dtype != torch.float32 or not part.isfinite().all():
+                    raise ValueError(f"layer {number} has numbers that are not finite float32")
+
+    def to(self, device: torch.device) -> Lens:
+        """The same lens on a device."""
+        maps = [LayerMap(one.weight.to(device), one.bias.to(device)) for one in self.maps]
+        return Lens(maps, self.pooling)
+
+    def reader(self, number: int, prefix: int) -> Reader:
+        """See :meth:`Provisional.reader`."""
+        features = Features(number, len(self.maps), prefix, self.pooling)
+        layer = self.maps[number]
+
+        def estimate(hidden: Tensor, sequences: Sequences) -> Tensor:
+            return features(hidden, sequences) @ layer.weight + layer.bias
+
+        return estimate

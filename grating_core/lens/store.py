@@ -1,0 +1,260 @@
+"""Lenses on disk: what calibration found out about one model, and where it is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as format_tensors
+from torch import Tensor
+
+from grating_core.errors import LensError, StorageError
+from grating_core.files.locks import locked
+from grating_core.files.places import cache_directory, go_on_without_cache, is_kept
+from grating_core.files.reading import check_regular, read_json
+from grating_core.files.writing import replacing, require_room
+from grating_core.lens.features import LayerMap, Lens, Shape, compares_tokens, feature_count
+from grating_core.pruning import Margins
+
+_TENSORS = "lens.safetensors"
+_DESCRIPTION = "lens.json"
+_FORMAT = 1
+_BESIDE_MAPS = 1 << 17  # bytes of margins, names and the description, at most
+_WAY_OUT = "delete the directory, or calibrate again"
+_FIELDS = {"fingerprint": str, "sha256": str, "pooling": str, "layers": int, "summary": dict}
+_PACKAGED = Path(__file__).parent / "packaged"
+
+_log = logging.getLogger("grating")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What calibration measured, on requests that the lens was not fitted on.
+
+    Attributes:
+        fitted: Requests that the lens was fitted on.
+        measured: Requests that the margins come from.
+        candidates: Candidates of each.
+        top_k: The K of the figures below.
+        target: The promise for which they are.
+        agreement: Share of the full model's top K that was kept.
+        compute_share: Tokens × layers computed, of those without pruning.
+        gammas: Goodman and Kruskal's γ between the estimates after each layer, from layer 0, and the final scores.
+    """
+
+    fitted: int
+    measured: int
+    candidates: int
+    top_k: int
+    target: float
+    agreement: float
+    compute_share: float
+    gammas: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class CalibratedLens:
+    """A lens, its margins, and which weights they belong to.
+
+    Attributes:
+        lens: Estimates of the final score.
+        margins: How far they can be trusted.
+        fingerprint: Of the weights, see :func:`grating_core.models.identity.fingerprint`.
+        summary: What calibration measured.
+    """
+
+    lens: Lens
+    margins: Margins
+    fingerprint: str
+    summary: Summary
+
+    def to(self, device: torch.device) -> CalibratedLens:
+        """The same with the lens on a device."""
+        return replace(self, lens=self.lens.to(device))
+
+    def save(self, directory: Path) -> None:
+        """Write ``lens.safetensors`` and ``lens.json``. What is there is replaced as a whole, or not at all.
+
+        Raises:
+            StorageError: The directory cannot be written.
+        """
+        data = format_tensors(_tensors(self))
+        description = {
+            "format": _FORMAT,
+            "fingerprint": self.fingerprint,
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "pooling": self.lens.pooling,
+            "layers": len(self.lens.maps),
+            "summary": asdict(self.summary),
+        }
+        text = (json.dumps(description, indent=2) + "\n").encode()
+        tensors, last = directory / _TENSORS, directory / _DESCRIPTION
+        with locked(last), locked(tensors):
+            # The description last: while the two do not belong together, the digest in it tells.
+            for path, content in ((tensors, data), (last, text)):
+                with replacing(path, len(content)) as file:
+                    file.write(content)
+
+    @classmethod
+    def load(cls, directory: Path) -> CalibratedLens:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            LensError: It is missing or damaged.
+        """
+        description = _describe(directory)
+        path = directory / _TENSORS
+        try:
+            check_regular(path)
+            data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest() != description["sha256"]:
+                raise LensError(f"{path} is not the file that {_DESCRIPTION} describes: {_WAY_OUT}")
+            tensors = parse_tensors(data)
+            maps = [
+                LayerMap(tensors[f"layer.{number}.weight"], tensors[f"layer.{number}.bias"])
+                for number in range(description["layers"])
+            ]
+            margins = Margins(**{name: tensors[f"margins.{name}"].numpy() for name in Margins.__annotations__})
+            if len(margins.drop) != len(maps):
+                raise ValueError(f"it has {len(maps)} layers, and margins for {len(margins.drop)}")
+            summary = _read_summary(description["summary"], len(maps))
+            return cls(Lens(maps, description["pooling"]), margins, description["fingerprint"], summary)
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise _damaged(directory, error) from error
+
+
+def find_lens(fingerprint: str, shape: Shape) -> CalibratedLens | None:
+    """The lens for these weights: calibrated here, or come with this package; None if there is none.
+
+    Nobody has asked for the lens by name, so one that cannot be used is left out, with a warning once.
+
+    Args:
+        fingerprint: Of the weights.
+        shape: Of the model.
+    """
+    kept = _kept(fingerprint)
+    for directory in (*kept, *sorted(_PACKAGED.glob("*/"))):
+        try:
+            if directory in kept or _describe(directory)["fingerprint"] == fingerprint:
+                return open_lens(directory, shape, fingerprint)
+        except (LensError, OSError) as error:
+            _warn(f"pruning goes on without a lens of this model: {error}")
+    return None
+
+
+def _kept(fingerprint: str) -> list[Path]:
+    """The directory of the lens that was calibrated here, if there is one; a cache that is closed has none."""
+    try:
+        directory = lens_directory(fingerprint)
+    except StorageError as error:
+        go_on_without_cache(error)
+        return []
+    return [directory] if is_kept(directory / _DESCRIPTION) else []
+
+
+def open_lens(directory: Path, shape: Shape, *fingerprints: str) -> CalibratedLens:
+    """The lens in a directory, which has to have one of these fingerprints.
+
+    Args:
+        directory: Holds the lens.
+        shape: Of the model.
+        fingerprints: Those that the model goes by.
+
+    Raises:
+        LensError: There is none, it is damaged, or it is for other weights.
+    """
+    found = CalibratedLens.load(directory)
+    if found.fingerprint not in fingerprints:
+        raise LensError(
+            f"lens={str(directory)!r} was calibrated for other weights, or with another adapter or template "
+            f"(fingerprint {found.fingerprint[:16]}…, this model has {fingerprints[0][:16]}…): calibrate one for "
+            f"this model with 'grating calibrate', or leave the lens out"
+        )
+    try:
+        found.lens.check(shape)
+    except ValueError as error:
+        raise _damaged(directory, error) from error
+    return found
+
+
+@lru_cache
+def _warn(message: str) -> None:
+    """Log a warning, the first time that it is given in this process."""
+    _log.warning(message)
+
+
+def require_room_for_lens(directory: Path, shape: Shape) -> None:
+    """Try, before anything is computed, whether there will be room for a lens.
+
+    Args:
+        directory: Where it will be saved.
+        shape: Of the model.
+
+    Raises:
+        StorageError: There is none, or nothing can be written there.
+    """
+    features = sum(
+        feature_count(shape.width, compares_tokens(number, shape.depth)) for number in range(shape.depth)
+    )
+    require_room(directory / _TENSORS, 4 * features + _BESIDE_MAPS)
+
+
+def lens_directory(fingerprint: str) -> Path:
+    """Where the lens for these weights is kept when it is calibrated here."""
+    return cache_directory() / "lenses" / fingerprint[:16]
+
+
+def _tensors(calibrated: CalibratedLens) -> dict[str, Tensor]:
+    tensors = {}
+    for number, layer in enumerate(calibrated.lens.maps):
+        tensors[f"layer.{number}.weight"] = layer.weight.contiguous()
+        tensors[f"layer.{number}.bias"] = layer.bias
+    for name in Margins.__annotations__:
+        tensors[f"margins.{name}"] = torch.tensor(getattr(calibrated.margins, name))
+    return tensors
+
+
+def _describe(directory: Path) -> dict[str, Any]:
+    path = directory / _DESCRIPTION
+    try:
+        description: dict[str, Any] = read_json(path)
+        if description["format"] != _FORMAT:
+            raise LensError(
+                f"{path} has the format {description['format']!r}, this release reads {_FORMAT}: calibrate again"
+            )
+        for name, kind in _FIELDS.items():
+            if type(description[name]) is not kind:
+                raise TypeError(f"{name}={description[name]!r} is not of the type {kind.__name__}")
+    except FileNotFoundError as error:
+        raise LensError(f"there is no lens in {directory}: it has no {_DESCRIPTION}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LensError(f"{path} cannot be read as the description of a lens ({error!r}): {_WAY_OUT}") from error
+    return description
+
+
+def _read_summary(fields: dict[str, Any], layers: int) -> Summary:
+    gammas = fields["gammas"]
+    whole = [fields[name] for name in ("fitted", "measured", "candidates", "top_k")]
+    shares = [fields[name] for name in ("target", "agreement", "compute_share")]
+    if not all(type(number) is int and number > 0 for number in whole):
+        raise ValueError(f"the summary has {whole} where it counts requests, candidates and K")
+    if len(gammas) != layers or not all(_is_number(number) for number in (*shares, *gammas)):
+        raise ValueError(f"the summary has {shares} for shares, and for the {layers} layers γ of {gammas}")
+    return Summary(**fields | {"gammas": tuple(gammas)})
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _damaged(directory: Path, error: Exception) -> LensError:
+    return LensError(f"the lens in {directory} cannot be read ({type(error).__name__}: {error}): {_WAY_OUT}")

@@ -1,0 +1,1 @@
+"""From texts to tokens and back: tokenizers, pairs, prompts, chats."""

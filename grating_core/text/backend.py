@@ -1,0 +1,220 @@
+"""The tokenizer of a model directory: its vocabulary, used as transformers uses it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from operator import itemgetter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
+from transformers import AutoTokenizer
+
+from grating_core.errors import ModelNotFoundError, UnsupportedModelError
+from grating_core.files.reading import parse_json, read_json
+from grating_core.models.directory import has_tokenizer
+from grating_core.models.gguf import gguf_tokenizer, is_gguf
+
+_TYPES = "token_type_ids"
+_PROBE = "Aa é 漢 🎉 1 [SEP]"  # something for every step of a tokenizer, and a character that few know
+# What the models of the tokenizers library have beside their vocabularies.
+_OPTIONS: dict[type, tuple[str, ...]] = {
+    WordPiece: ("unk_token", "max_input_chars_per_word", "continuing_subword_prefix"),
+    BPE: (
+        "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
+        "ignore_merges",
+    ),
+    WordLevel: ("unk_token",),
+    Unigram: (),
+}  # fmt: skip
+# Files of other places, and code, are none of a tokenizer's settings.
+_NOT_SETTINGS = ("auto_map", "chat_template", "name_or_path")
+
+
+def load_backend(directory: Path) -> tuple[Tokenizer, bool]:
+    """The tokenizer of a model, and whether the model is to know which text a token belongs to.
+
+    Token ids are those of transformers' tokenizer for the directory. Its classes make the steps before and behind
+    the vocabulary anew, from ``tokenizer_config.json``: lower case, accents, prefix spaces, special tokens. So a
+    tokenizer with the same files and a vocabulary of a few tokens is made by transformers, and its steps are used
+    with the whole vocabulary. transformers' own wrapper keeps copies of that, which for 250,000 entries takes
+    another 130 MB.
+
+    Args:
+        directory: Where the tokenizer's files are, or a GGUF file.
+
+    Raises:
+        ModelNotFoundError: The tokenizer's files are missing or damaged, or need a package that is not there.
+        UnsupportedModelError: The tokenizer has no Rust backend.
+    """
+    if is_gguf(directory):
+        return gguf_tokenizer(directory)[0], False
+    if not has_tokenizer(directory):
+        raise ModelNotFoundError(f"{directory} has no tokenizer.json, vocabulary or sentencepiece model")
+    settings = read_settings(directory)
+    try:
+        if (directory / "tokenizer.json").is_file():
+            backend, inputs = _with_settings(directory, settings)
+        else:
+            backend, inputs = _reference(directory)
+        if backend is not None and not backend.encode(_PROBE, _PROBE).ids:
+            raise ValueError("it makes no tokens of a text")
+    except ModelNotFoundError:
+        raise
+    except BaseException as error:
+        # The tokenizers library raises plain Exception for damaged files; where it panics, one that is none.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelNotFoundError(
+            f"the tokenizer in {directory} cannot be loaded: {error or type(error).__name__}. See tokenizer.json, "
+            f"tokenizer_config.json and special_tokens_map.json there"
+        ) from error
+    if backend is None:
+        raise UnsupportedModelError(f"{directory} has a tokenizer without tokenizer.json; convert it to that form")
+    return backend, _TYPES in inputs
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """What ``tokenizer_config.json`` says; nothing if there is none.
+
+    Raises:
+        ModelNotFoundError: It is damaged.
+    """
+    if is_gguf(directory):
+        return gguf_tokenizer(directory)[1]
+    return _read_object(directory / "tokenizer_config.json")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = read_json(path) if path.exists() else {}
+        if not isinstance(found, dict):
+            raise TypeError("it holds no settings by name")
+    except (ValueError, TypeError, OSError) as error:
+        raise ModelNotFoundError(f"{path} cannot be read: {error}") from error
+    return found
+
+
+def _reference(directory: Path) -> tuple[Any, list[str]]:
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    return getattr(tokenizer, "backend_tokenizer", None), list(tokenizer.model_input_names)
+
+
+def _with_settings(directory: Path, settings: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """The tokenizer of ``tokenizer.json``, with the steps that transformers makes of the settings."""
+    whole = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    files = {name: _read_object(directory / name) for name in ("special_tokens_map.json", "added_tokens.json")}
+    try:
+        with TemporaryDirectory(prefix="grating-") as folder:
+            _write_small(Path(folder), directory, whole, settings, files)
+            own, inputs = _reference(Path(folder))
+    except OSError:  # no room for a few kilobytes: the wrapper then, for a moment
+        return _reference(directory)
+    if own is None or type(own.model) is not type(whole.model):
+        return whole, inputs  # a class for other files than these
+    return _join(whole, own), inputs
+
+
+def _write_small(
+    folder: Path,
+    directory: Path,
+    whole: Tokenizer,
+    settings: Mapping[str, Any],
+    files: Mapping[str, dict[str, Any]],
+) -> None:
+    """A model directory with a vocabulary of nothing but special tokens."""
+    config = _read_object(directory / "config.json")
+    kept = {
+        name: value for name, value in settings.items() if name not in _NOT_SETTINGS and not name.endswith("_file")
+    }
+    for name, value in kept.items():
+        if name.endswith("_token") and isinstance(value, dict) and "content" in value:
+            kept[name] = value | {"__type": "AddedToken"}  # what some releases left out
+    named = {name: config[name] for name in ("model_type", "tokenizer_class") if name in config}
+    for name, fields in {**files, "config.json": named, "tokenizer_config.json": kept}.items():
+        if fields:
+            (folder / name).write_text(json.dumps(fields))
+    small = Tokenizer(_small_model(whole, _special_tokens(whole, [*kept.values(), *files.values()])))
+    for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        setattr(small, step, getattr(whole, step))
+    added = whole.get_added_tokens_decoder()
+    small.add_tokens([token for _, token in sorted(added.items(), key=lambda item: item[0])])
+    small.save(str(folder / "tokenizer.json"))
+
+
+def _special_tokens(whole: Tokenizer, stated: list[Any]) -> list[str]:
+    """Strings that settings state, and the usual ones, as far as they are in the vocabulary."""
+    found = [token.content for token in whole.get_added_tokens_decoder().values()]
+    found += ["[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]", "<s>", "</s>", "<unk>", "<pad>", "<mask>", "<bos>"]
+    found += ["<eos>", "<|endoftext|>"]
+    while stated:
+        value = stated.pop()
+        if isinstance(value, str):
+            found.append(value)
+        elif isinstance(value, dict | list):
+            stated += value.values() if isinstance(value, dict) else value
+    return [token for token in dict.fromkeys(found) if whole.model.token_to_id(token) is not None]
+
+
+def _small_model(whole: Tokenizer, tokens: list[str]) -> Any:
+    kind: Any = type(whole.model)
+    stated = {name: getattr(whole.model, name) for name in _OPTIONS[kind]}
+    options = {name: value for name, value in stated.items() if value is not None}
+    if kind is Unigram:
+        return Unigram([(token, 0.0) for token in tokens or ["<unk>"]], unk_id=0)
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    return kind(vocabulary, [], **options) if kind is BPE else kind(vocabulary, **options)
+
+
+def _join(whole: Tokenizer, own: Tokenizer) -> Tokenizer:
+    """The vocabulary of one tokenizer with the steps of another."""
+    model: Any = whole.model
+    for name in _OPTIONS[type(model)]:
+        if getattr(model, name) != getattr(own.model, name):
+            setattr(model, name, getattr(own.model, name))
+    joined = Tokenizer(model)
+    for step in ("normalizer", "pre_tokenizer", "decoder"):
+        setattr(joined, step, getattr(own, step))
+    added = sorted(own.get_added_tokens_decoder().items(), key=lambda item: item[0])
+    joined.add_tokens([token for _, token in added])
+    joined.encode_special_tokens = own.encode_special_tokens
+    state = parse_json(own.to_str())
+    if state["post_processor"] is not None:
+        _renumber(state["post_processor"], joined)
+        joined.post_processor = Tokenizer.from_str(json.dumps(state)).post_processor
+    return joined
+
+
+def _renumber(step: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Give the special tokens of a post-processor the numbers that they have in a vocabulary."""
+
+    def number(token: str) -> int:
+        if (found := tokenizer.token_to_id(token)) is None:
+            raise ValueError(f"the token {token!r}, which its post-processor adds, is not in its vocabulary")
+        return found
+
+    for part in step.get("processors", []):
+        _renumber(part, tokenizer)
+    for name in ("sep", "cls"):
+        if name in step:
+            step[name][1] = number(step[name][0])
+    if step["type"] == "TemplateProcessing":
+        for special in step["special_tokens"].values():
+            special["ids"] = [number(token) for token in special["tokens"]]
+
+
+def check_vocabulary(directory: Path, backend: Tokenizer, rows: int | None) -> None:
+    """Refuse a tokenizer that has tokens for which the embedding table has no row. Fewer tokens are usual.
+
+    Raises:
+        ModelNotFoundError: It has; the message names both files.
+    """
+    token, last = max(backend.get_vocab(with_added_tokens=True).items(), key=itemgetter(1), default=("", -1))
+    if rows is not None and last >= rows:
+        raise ModelNotFoundError(
+            f"{directory / 'tokenizer.json'} has the token {token!r} of id {last}, and the embedding table that "
+            f"{directory / 'config.json'} describes has {rows} rows: they are not of the same model"
+        )

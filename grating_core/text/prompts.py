@@ -1,0 +1,316 @@
+"""What decoder rerankers are asked, word for word: the official formats, and one for any other instruct model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from grating_core.errors import ModelNotFoundError
+from grating_core.files.reading import read_json
+from grating_core.models.directory import check_answers
+from grating_core.models.families import Family
+from grating_core.models.gguf import is_gguf
+from grating_core.text.backend import read_settings
+
+_MARK = re.compile(r"[<\[]\S+[>\]]")  # not what a line break or a run of spaces is to some tokenizers
+_SLOT = re.compile(r"\{(instruction|query|document)\}")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """How a decoder is asked whether a document answers a query.
+
+    Attributes:
+        pieces: The text of a pair, with the slots ``{instruction}``, ``{query}`` and ``{document}``. Each piece is
+            tokenised on its own, since some models were trained so; special tokens are written out. The document
+            is in one piece, once; what follows it in that piece counts as a piece of its own.
+        yes: The answer whose logit is the score. It must be a single token of the model.
+        no: The answer whose logit is subtracted from it; None to subtract nothing.
+        instruction: What to judge by, if the user does not say.
+        instruction_format: How an instruction that is not empty is put into its slot.
+        max_length: Most tokens of a pair, if the user does not say.
+
+    Raises:
+        ValueError: There is no slot for the query or the document, or more than one for the document.
+    """
+
+    pieces: tuple[str, ...]
+    yes: str = "yes"
+    no: str | None = "no"
+    instruction: str = ""
+    instruction_format: str = "{instruction}"
+    max_length: int = 8192
+
+    def __post_init__(self) -> None:
+        pieces: object = self.pieces
+        if isinstance(pieces, str):
+            raise ValueError(f"pieces={pieces!r} must be a tuple of texts; write pieces=({pieces!r},)")
+        object.__setattr__(self, "pieces", tuple(self.pieces))  # a list would not be hashable
+        slots = [slot for piece in self.pieces for slot in _SLOT.findall(piece)]
+        if slots.count("document") != 1 or "query" not in slots:
+            raise ValueError(
+                f"template has the slots {slots}; a prompt needs {{query}}, and {{document}} exactly once: "
+                f"write them into its pieces"
+            )
+
+    @property
+    def takes_instruction(self) -> bool:
+        """Whether there is a slot for an instruction."""
+        return any("{instruction}" in piece for piece in self.pieces)
+
+    def fill(self, query: str, instruction: str | None) -> tuple[list[str], str, list[str]]:
+        """The texts around a document: the pieces before its own, what its piece begins with, those after it.
+
+        Args:
+            query: The question.
+            instruction: What to judge by; None for the prompt's own.
+        """
+        wanted = self.instruction if instruction is None else instruction
+        values = {
+            "query": query,
+            "instruction": self.instruction_format.replace("{instruction}", wanted) if wanted else "",
+        }
+        number = next(number for number, piece in enumerate(self.pieces) if "{document}" in piece)
+        head, _, tail = self.pieces[number].partition("{document}")
+        after = [piece for piece in (tail, *self.pieces[number + 1 :]) if piece]
+        return (
+            [_filled(piece, values) for piece in self.pieces[:number]],
+            _filled(head, values),
+            [_filled(piece, values) for piece in after],
+        )
+
+
+def _filled(piece: str, values: Mapping[str, str]) -> str:
+    # In one go: a query that has "{document}" in it stays as it is.
+    return _SLOT.sub(lambda slot: values[slot[1]], piece)
+
+
+_BGE = Prompt(
+    # https://huggingface.co/BAAI/bge-reranker-v2-gemma
+    pieces=("<bos>", "A: {query}", "\n", "B: {document}", "\n", "{instruction}"),
+    yes="Yes",
+    no=None,
+    instruction="Given a query A and a passage B, determine whether the passage contains an answer to the query "
+    "by providing a prediction of either 'Yes' or 'No'.",
+    max_length=1024,
+)
+
+PROMPTS: dict[str, Prompt] = {
+    # https://huggingface.co/Qwen/Qwen3-Reranker-0.6B
+    "qwen3-reranker": Prompt(
+        pieces=(
+            "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the "
+            'Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n',
+            "<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}",
+            "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        ),
+        instruction="Given a web search query, retrieve relevant passages that answer the query",
+    ),
+    "bge-reranker-v2-gemma": _BGE,
+    # https://huggingface.co/BAAI/bge-reranker-v2-minicpm-layerwise; it has heads of its own instead of an answer.
+    "bge-reranker-v2-minicpm-layerwise": Prompt(
+        pieces=("<s>", *_BGE.pieces[1:]), yes="Yes", no=None, instruction=_BGE.instruction, max_length=1024
+    ),
+    # https://github.com/mixedbread-ai/mxbai-rerank, mxbai_rerank_v2.py
+    "mxbai-rerank-v2": Prompt(
+        pieces=(
+            "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+            "<|im_start|>user\n",
+            "{instruction}query: {query}",
+            "\n",
+            "document: {document}",
+            "\n",
+            "You are a search relevance expert who evaluates how well documents match search queries. For each "
+            "query-document pair, carefully analyze the semantic relationship between them, then provide your "
+            "binary relevance judgment (0 for not relevant, 1 for relevant).\nRelevance:",
+            "<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        yes="1",
+        no="0",
+        instruction_format="instruction: {instruction}\n",
+    ),
+}
+"""The official formats, by the name that ``template=`` takes."""
+
+# Which models have them: in the name of the model, or of the directory it is in.
+_MODELS = {
+    "qwen3-reranker": r"qwen3-reranker",
+    "bge-reranker-v2-gemma": r"bge-reranker-v2-gemma",
+    "bge-reranker-v2-minicpm-layerwise": r"bge-reranker-v2-minicpm",
+    "mxbai-rerank-v2": r"mxbai-rerank-\w+-v2",
+}
+
+_ANY_MODEL = (
+    "{instruction}\n\nQuery: {query}\n\nDocument: {document}\n\n"
+    "Does the document meet the requirements? Answer only yes or no."
+)
+_ANY_INSTRUCTION = "Judge whether the document is relevant to the query."
+
+
+def find_prompt(template: Prompt | str | None, model: str, directory: Path, family: Family) -> Prompt | None:
+    """What a model is asked; None if it is given the two texts as its tokenizer joins them.
+
+    Args:
+        template: The user's choice: a prompt, the name of an official one, or None for the model's own.
+        model: What the user called the model; official formats are known by it.
+        directory: Where its files are.
+        family: Its family.
+
+    Raises:
+        ModelNotFoundError: The tokenizer's settings or its chat template are damaged.
+        ValueError: ``template`` is neither a prompt nor the name of one.
+    """
+    if not family.causal:
+        if template is None:
+            return None
+        raise ValueError(
+            f"template={template!r}: this model is not asked; it is given query and document as its tokenizer "
+            f"joins them. Leave the template out"
+        )
+    if isinstance(template, Prompt):
+        return template
+    if template is not None:
+        return named_prompt(template)
+    for name in (Path(model).name, *_names(directory.resolve()), family.prompt or ""):
+        if prompt := official_prompt(name):
+            return prompt
+    if not family.asks:
+        return None
+    check_answers(directory)
+    return chat_prompt(directory, read_settings(directory))
+
+
+def _names(path: Path) -> list[str]:
+    """What a model may be called, by where it is."""
+    if is_gguf(path):
+        return [path.name, path.parent.name]
+    # In the hub's cache it is models--owner--name/snapshots/revision.
+    return [path.name, path.parent.parent.name] if path.parent.name == "snapshots" else [path.name]
+
+
+def usual_length(prompt: Prompt | None, family: Family) -> int | None:
+    """The most tokens of a pair if the user does not say; None for the model's whole window."""
+    if prompt is not None:
+        return prompt.max_length
+    return Prompt.max_length if family.causal else None
+
+
+def official_prompt(model: str) -> Prompt | None:
+    """The format that a model was trained with, as far as its name tells.
+
+    Args:
+        model: A hub id, or the path of a directory.
+    """
+    for name, pattern in _MODELS.items():
+        if re.search(pattern, model, re.IGNORECASE):
+            return PROMPTS[name]
+    return None
+
+
+def named_prompt(name: str) -> Prompt:
+    """One of :data:`PROMPTS`.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    if name not in PROMPTS:
+        raise ValueError(
+            f"template={name!r} is not known; use one of {', '.join(PROMPTS)}, or a Prompt of your own"
+        )
+    return PROMPTS[name]
+
+
+def chat_prompt(directory: Path, settings: Mapping[str, Any]) -> Prompt:
+    """A yes/no question in the chat format of an instruct model; plain text if it has none.
+
+    Args:
+        directory: Where the model's files are.
+        settings: Of its ``tokenizer_config.json``.
+
+    Raises:
+        ModelNotFoundError: The chat template is damaged.
+    """
+    message = {"role": "user", "content": _ANY_MODEL}
+    try:
+        # Without thinking: what follows is to be the answer.
+        text = render_chat(directory, settings, [message], enable_thinking=False)
+    except Exception as error:  # jinja runs what the file says, which may fail in any way
+        raise ModelNotFoundError(f"the chat template in {directory} cannot be used: {error}") from error
+    return Prompt(pieces=(f"{_ANY_MODEL}\n" if text is None else text,), instruction=_ANY_INSTRUCTION)
+
+
+def render_chat(
+    directory: Path, settings: Mapping[str, Any], messages: Sequence[Mapping[str, str]], **variables: Any
+) -> str | None:
+    """Messages in the chat format of an instruct model, up to where its answer begins; None if it has no format.
+
+    Args:
+        directory: Where the model's files are.
+        settings: Of its ``tokenizer_config.json``.
+        messages: Each with ``role`` and ``content``.
+        variables: What else the template is told.
+
+    Raises:
+        Exception: Whatever the template raises; some refuse messages of some kinds.
+    """
+    chat_template = _chat_template(directory, settings)
+    if chat_template is None:
+        return None
+    specials: dict[str, Any] = {name: token_content(settings.get(name)) for name in ("bos_token", "eos_token")}
+    rendered: Any = render_jinja_template(
+        [[dict(message) for message in messages]],
+        chat_template=chat_template,
+        add_generation_prompt=True,
+        **variables,
+        **specials,
+    )
+    return str(rendered[0][0])  # of one conversation; where answers would be comes second
+
+
+def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
+    """Files of today have it beside the settings, older ones in them, some as one of several with names."""
+    try:
+        if (path := directory / "chat_template.jinja").is_file():
+            return path.read_text(encoding="utf-8")
+        if (path := directory / "chat_template.json").is_file():
+            settings = read_json(path)
+        found = settings.get("chat_template")
+        if isinstance(found, list):
+            found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise ModelNotFoundError(f"the chat template in {directory} cannot be read: {error!r}") from error
+    return found if isinstance(found, str) else None
+
+
+def control_tokens(directory: Path, settings: Mapping[str, Any], backend: Tokenizer) -> set[str]:
+    """The tokens that have a meaning to a model beside those that its tokenizer calls special.
+
+    Some say so in the settings only, or not at all: their chat template writes them.
+
+    Args:
+        directory: Where the model's files are.
+        settings: Of its ``tokenizer_config.json``.
+        backend: Its tokenizer.
+
+    Raises:
+        ModelNotFoundError: The chat template is damaged.
+    """
+    named = [value for name, value in settings.items() if name.endswith("_token")]
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        values = settings.get(name) or []
+        named += values.values() if isinstance(values, dict) else values
+    contents = {token_content(value) for value in named if isinstance(value, str | dict)}
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    template = _chat_template(directory, settings) or ""
+    return added & (contents | {token for token in added if _MARK.fullmatch(token) and token in template})
+
+
+def token_content(token: Any) -> str:
+    """Special tokens stand in the settings as text, or as an object that has it."""
+    return str(token.get("content") or "" if isinstance(token, dict) else token or "")

@@ -1,0 +1,153 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from grating_core.columns.cache import ColumnCache
+from grating_core.columns.companion import KINDS, ColumnFile, ColumnSizes, write_columns
+from grating_core.columns.masks import MaskedMlp, Shares
+from grating_core.columns.mlp import ColumnMlp, ColumnTable, Staging
+from grating_core.errors import CheckpointError
+from grating_core.memory.meter import Meter
+
+WIDTH, PRODUCTS = 48, 80
+SIZES = ColumnSizes(depth=1, width=WIDTH, products=PRODUCTS, dtype=torch.float32)
+STAGING = 8 * 2 * 4096  # so little that columns arrive in several blocks
+
+
+def dense_mlp(bias: bool) -> LlamaMLP:
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=WIDTH, intermediate_size=PRODUCTS, num_attention_heads=4, mlp_bias=bias)
+    return LlamaMLP(config).requires_grad_(False)
+
+
+class Case:
+    """A dense MLP, its companion file, and what computes from it."""
+
+    def __init__(
+        self, directory: Path, share: float, shares: Shares, *, by_chunk: bool = False, bias: bool = False,
+        preference: float = 1.0,
+    ) -> None:  # fmt: skip
+        self.dense = dense_mlp(bias)
+        self.path = directory / "columns"
+        weights = [(self.dense.up_proj.weight, self.dense.gate_proj.weight, self.dense.down_proj.weight)]
+        write_columns(self.path, weights, SIZES, "mine")
+        self.file = ColumnFile(self.path, SIZES, "mine")
+        self.meter = Meter()
+        staging = Staging(STAGING, SIZES)
+        self.caches = [
+            ColumnCache(SIZES.count(kind), int(share * SIZES.count(kind)), preference=preference) for kind in KINDS
+        ]
+        tables = [
+            ColumnTable(self.file, 1, kind, cache, staging, self.meter)
+            for kind, cache in zip(KINDS, self.caches, strict=True)
+        ]
+        for table in tables:
+            table.fill()
+        self.mlp = ColumnMlp(self.dense, *tables, shares, by_chunk=by_chunk)
+        self.masked = MaskedMlp(self.dense, shares)
+
+
+def hidden_states(tokens: int, seed: int = 1) -> Tensor:
+    return torch.randn(1, tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize("shares", [Shares(0.5, 0.5), Shares(0.7, 0.2), Shares(1.0, 1.0), Shares(0.01, 0.01)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_single_tokens_are_computed_as_the_masks_say(
+    tmp_path: Path, share: float, shares: Shares, bias: bool
+) -> None:
+    case = Case(tmp_path, share, shares, bias=bias)
+    for token in hidden_states(30).split(1, dim=1):
+        torch.testing.assert_close(case.mlp(token), case.masked(token), atol=1e-5, rtol=1e-5)
+    if share == 1:
+        assert case.meter.columns_read == WIDTH + PRODUCTS  # when it was filled
+    case.file.close()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("tokens", [2, 17])
+def test_a_prompt_is_computed_with_all_columns_and_leaves_the_cache_as_it_is(
+    tmp_path: Path, share: float, tokens: int
+) -> None:
+    case = Case(tmp_path, share, Shares(0.3, 0.3), bias=True)
+    before = [cache.held()[0].tolist() for cache in case.caches]
+    hidden = hidden_states(tokens)
+    torch.testing.assert_close(case.mlp(hidden), case.dense(hidden), atol=1e-5, rtol=1e-5)
+    assert [cache.held()[0].tolist() for cache in case.caches] == before
+    case.file.close()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_a_chunk_is_computed_with_what_matters_to_all_its_tokens_and_not_to_its_fill(
+    tmp_path: Path, share: float
+) -> None:
+    case = Case(tmp_path, share, Shares(0.5, 0.25), by_chunk=True)
+    for seed in range(5):
+        tokens, fill = hidden_states(6, seed), 1000 * hidden_states(3, seed + 100)
+        case.mlp.tokens = 6
+        found = case.mlp(torch.cat((tokens, fill), dim=1))[:, :6]
+        torch.testing.assert_close(found, by_chunk(case.dense, tokens, WIDTH // 2, PRODUCTS // 4))
+    case.file.close()
+
+
+def by_chunk(mlp: LlamaMLP, hidden: Tensor, inputs: int, products: int) -> Tensor:
+    """The plain reference: the same columns for all tokens."""
+
+    def keep(values: Tensor, count: int) -> Tensor:
+        mask = torch.zeros(values.shape[-1])
+        mask[values.abs().sum((0, 1)).topk(count).indices] = 1
+        return values * mask
+
+    hidden = keep(hidden, inputs)
+    return mlp.down_proj(keep(mlp.act_fn(mlp.gate_proj(hidden)) * mlp.up_proj(hidden), products))
+
+
+def test_columns_in_memory_are_preferred_and_less_is_read(tmp_path: Path) -> None:
+    read = {}
+    for preference in (1.0, 0.2):
+        (tmp_path / str(preference)).mkdir()
+        case = Case(tmp_path / str(preference), 0.5, Shares(0.5, 0.5), preference=preference)
+        before = case.meter.columns_read
+        for token in hidden_states(60).split(1, dim=1):
+            assert case.mlp(token).isfinite().all()
+        read[preference] = case.meter.columns_read - before
+        assert case.meter.columns_wanted == 60 * (WIDTH + PRODUCTS) / 2
+        case.file.close()
+    assert read[0.2] < 0.7 * read[1.0]
+
+
+@pytest.mark.parametrize("by_chunk", [False, True])
+def test_after_a_failed_read_it_still_computes_right(tmp_path: Path, by_chunk: bool) -> None:
+    case = Case(tmp_path, 0.4, Shares(0.5, 0.5), by_chunk=by_chunk)
+    tokens = hidden_states(20).split(1, dim=1)
+    whole = case.path.read_bytes()
+    for number, token in enumerate(tokens):
+        if number % 4 == 1:
+            case.path.write_bytes(whole[: len(whole) // 2])
+            with pytest.raises(CheckpointError):
+                compute_all(case.mlp, hidden_states(40, seed=number))
+            case.path.write_bytes(whole)
+        torch.testing.assert_close(case.mlp(token), case.masked(token), atol=1e-5, rtol=1e-5)
+    case.file.close()
+
+
+def compute_all(mlp: ColumnMlp, hidden: Tensor) -> None:
+    for token in hidden.split(1, dim=1):
+        mlp(token)
+
+
+def test_memory_is_no_more_than_the_share_says(tmp_path: Path) -> None:
+    case = Case(tmp_path, 0.25, Shares(0.9, 0.9))
+    held = [cache.held()[0] for cache in case.caches]
+    assert [len(columns) for columns in held] == [WIDTH // 4, PRODUCTS // 4]
+    for token in hidden_states(10).split(1, dim=1):
+        case.mlp(token)
+    assert all(len(cache.held()[0]) <= cache.capacity for cache in case.caches)
+    assert not np.array_equal(case.caches[0].held()[0], held[0])
+    case.file.close()
