@@ -27,17 +27,17 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
 from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
-from llama_index.postprocessor.grating.settings import ModelSettings
 
 from grating_core import Generation, GratingError, StreamedCausalLM
 from grating_core.forking import run_in_thread
+from grating_core.frameworks.fields import ModelFields
 from grating_core.frameworks.requests import OF_LANGUAGE_MODEL, answer_settings
 
 Prompt = str | list[dict[str, str]]  # a text to continue, or messages
 _ROLES = (MessageRole.SYSTEM, MessageRole.USER, MessageRole.ASSISTANT)
 
 
-class GratingLLM(ModelSettings, CustomLLM):
+class GratingLLM(ModelFields, CustomLLM):
     """A language model on this machine, whose weights are read from disk as far as they do not fit into memory.
 
     It is loaded on first use, and shared with whoever uses the same model and settings. Requests to one model are
@@ -52,6 +52,7 @@ class GratingLLM(ModelSettings, CustomLLM):
     """
 
     model_config = ConfigDict(extra="forbid")
+    never_pickled = ("token", "callback_manager")  # those who listen are in this process
 
     model: str = Field(description="Hub id, or local directory, of a language model with a chat template.")
     max_length: int | None = Field(
