@@ -15,6 +15,7 @@ from langchain_grating.settings import RerankerSettings as LangChainSettings
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.llms import CustomLLM
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.llms.grating import GratingLLM
 from llama_index.postprocessor.grating.settings import RerankerSettings as LlamaIndexSettings
 from pydantic import BaseModel
 from typer.main import get_command
@@ -103,7 +104,7 @@ SELECTING = {
 GENERATING = {
     "setting": {**arguments(StreamedCausalLM.from_pretrained), **arguments(StreamedCausalLM.generate, "prompt")},
     "LangChain": fields(langchain_grating.ChatGrating, BaseChatModel),
-    "LlamaIndex": fields(llama_index_grating.GratingLLM, CustomLLM),
+    "LlamaIndex": fields(GratingLLM, CustomLLM),
     "command": options("generate"),
 }
 SIMULATING = {"setting": options("simulate")}

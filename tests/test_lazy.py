@@ -14,8 +14,12 @@ assert all(getattr({package}, name).__name__ == name for name in {package}.__all
 assert "torch" in sys.modules
 """
 
+EVERY = pytest.mark.parametrize(
+    "package", ["langchain_grating", "llama_index.llms.grating", "llama_index.postprocessor.grating"]
+)
 
-@pytest.mark.parametrize("package", ["langchain_grating", "llama_index.postprocessor.grating"])
+
+@EVERY
 def test_an_import_brings_nothing_along(package):
     heavy = ("torch", "transformers", "numpy", "pydantic", "langchain_core", "langgraph", "grating_core")
     code = _SEEN.format(package=package, heavy=heavy)
@@ -23,7 +27,7 @@ def test_an_import_brings_nothing_along(package):
     assert json.loads(done.stdout) == []
 
 
-@pytest.mark.parametrize("package", ["langchain_grating", "llama_index.postprocessor.grating"])
+@EVERY
 def test_what_is_not_there_is_an_error(package):
     module = __import__(package, fromlist=["x"])
     with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'GratingShop'"):

@@ -1,4 +1,4 @@
-"""What is published: three distributions, each as a wheel and as a source distribution."""
+"""What is published: four distributions, each as a wheel and as a source distribution."""
 
 import os
 import re
@@ -27,11 +27,13 @@ DISTRIBUTIONS = {
     "grating-core": ROOT,
     "langchain-grating": ROOT / "integrations/langchain",
     "llama-index-postprocessor-grating": ROOT / "integrations/llamaindex",
+    "llama-index-llms-grating": ROOT / "integrations/llamaindex-llms",
 }
 IN_WHEELS = {
     "grating-core": "grating_core",
     "langchain-grating": "langchain_grating",
     "llama-index-postprocessor-grating": "llama_index/postprocessor/grating",
+    "llama-index-llms-grating": "llama_index/llms/grating",
 }
 COMMON = {"PKG-INFO", "pyproject.toml", "README.md", "LICENSE"}
 IN_SDISTS = {  # .gitignore: hatchling always takes it along
@@ -46,6 +48,7 @@ IN_SDISTS = {  # .gitignore: hatchling always takes it along
     },
     "langchain-grating": {*COMMON, "langchain_grating", ".gitignore"},
     "llama-index-postprocessor-grating": {*COMMON, "llama_index", ".gitignore"},
+    "llama-index-llms-grating": {*COMMON, "llama_index", ".gitignore"},
 }
 EVERY = pytest.mark.parametrize("name", DISTRIBUTIONS)
 RELATIVE_LINK = re.compile(r"\]\((?!https?:|#)")

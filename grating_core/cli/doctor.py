@@ -21,6 +21,7 @@ _PACKAGES = (
     "tokenizers",
     "langchain-grating",
     "llama-index-postprocessor-grating",
+    "llama-index-llms-grating",
     "matplotlib",
     "onnx",
 )

@@ -4,11 +4,10 @@ import copy
 import pickle
 
 import pytest
-from llama_index.postprocessor.grating import GratingContextSelector, GratingLLM, GratingRerank
+from llama_index.postprocessor.grating import GratingContextSelector, GratingRerank
 
 from tests.core.conftest import save_model
 from tests.core.models.test_hub import FIRST, NAME, TOKEN, cached
-from tests.tiny_chat import save_chat_model
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +44,3 @@ def test_errors_do_not_quote_a_token(hub):
         with pytest.raises((ValueError, AttributeError)) as refusal:
             fail()
         assert TOKEN not in str(refusal.value)
-
-
-def test_a_language_model_too(tmp_path):
-    cached(tmp_path / "hub", FIRST, save_chat_model(tmp_path / "chat"), "old")
-    llm = GratingLLM(
-        model=NAME, cache_dir=tmp_path / "hub", local_files_only=True, revision="old", token=TOKEN, max_tokens=3
-    )
-    assert llm.complete("w1").text
-    assert llm.llm.model_path.name == FIRST
-    for text in (repr(llm), repr(llm.to_payload()), llm.to_json(), repr(pickle.dumps(llm))):
-        assert TOKEN not in text

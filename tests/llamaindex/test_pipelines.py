@@ -10,8 +10,10 @@ from llama_index.core.llms import ChatMessage, MockLLM
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import NodeWithScore
 from llama_index.core.workflow import Context, Event, StartEvent, StopEvent, Workflow, step
-from llama_index.postprocessor.grating import GratingContextSelector, GratingLLM, GratingRerank
+from llama_index.llms.grating import GratingLLM
+from llama_index.postprocessor.grating import GratingContextSelector, GratingRerank
 
+from benchmarks.shapes import find_or_write
 from grating_core import Route
 from tests.tiny_chat import save_chat_model
 
@@ -187,3 +189,27 @@ def test_in_threads(model, nodes):
     for thread in threads:
         thread.join()
     assert [found[number] for number in range(len(QUERIES))] == alone
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    try:
+        return str(find_or_write("smollm2-135m"))
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.slow
+async def test_real_text_comes_out_of_a_query_engine(smollm2, reranker, index):
+    llm = GratingLLM(model=smollm2, max_tokens=24)
+    parts = {"llm": llm, "node_postprocessors": [GratingRerank(reranker=reranker, top_n=1)]}
+    retriever = index.as_retriever(similarity_top_k=6)
+    question = "How many people live in Berlin?"
+    engine = RetrieverQueryEngine.from_args(retriever, **parts)
+    answer = str(engine.query(question))
+    assert "3.7 million" in answer
+    assert str(await engine.aquery(question)) == answer
+    streaming = RetrieverQueryEngine.from_args(retriever, streaming=True, **parts)
+    pieces = list(streaming.query(question).response_gen)
+    assert len(pieces) > 5
+    assert "".join(pieces) == answer

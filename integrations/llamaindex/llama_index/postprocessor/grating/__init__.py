@@ -1,4 +1,4 @@
-"""grating for LlamaIndex: node postprocessors, and a language model."""
+"""grating for LlamaIndex: node postprocessors."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llama_index.postprocessor.grating.base import GratingRerank
     from llama_index.postprocessor.grating.context import GratingContextSelector
-    from llama_index.postprocessor.grating.llm import GratingLLM
 
-__all__ = ["GratingContextSelector", "GratingLLM", "GratingRerank"]
+__all__ = ["GratingContextSelector", "GratingRerank"]
 
 # On first use: they bring in torch and LlamaIndex's own modules.
-_LATE = {"GratingContextSelector": "context", "GratingLLM": "llm", "GratingRerank": "base"}
+_LATE = {"GratingContextSelector": "context", "GratingRerank": "base"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""GratingLLM: prompts, chats, streams, events, and a query engine that reranks and answers."""
+"""GratingLLM: prompts, chats, streams, events, and a model of the hub."""
 
 import asyncio
 import copy
@@ -11,13 +11,12 @@ from llama_index.core.callbacks.token_counting import get_tokens_from_response
 from llama_index.core.indices.prompt_helper import PromptHelper
 from llama_index.core.llms import ChatMessage, ImageBlock, TextBlock
 from llama_index.core.prompts import PromptTemplate
-from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.response_synthesizers import get_response_synthesizer
 from llama_index.core.schema import NodeWithScore, TextNode
-from llama_index.postprocessor.grating import GratingLLM, GratingRerank
+from llama_index.llms.grating import GratingLLM
 
-from benchmarks.shapes import find_or_write
 from grating_core import GratingError, StreamedCausalLM
+from tests.core.models.test_hub import FIRST, NAME, TOKEN, cached
 from tests.tiny_chat import GEMMAS, ROLES, WINDOW, save_chat_model
 
 MESSAGES = [
@@ -214,25 +213,12 @@ async def test_a_context_that_fills_the_window_is_answered(directory, gemmas, te
         assert "Empty Response" not in str(answer)
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    try:
-        return str(find_or_write("smollm2-135m"))
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-
-
-@pytest.mark.slow
-async def test_real_text_comes_out_of_a_query_engine(smollm2, reranker, index):
-    llm = GratingLLM(model=smollm2, max_tokens=24)
-    parts = {"llm": llm, "node_postprocessors": [GratingRerank(reranker=reranker, top_n=1)]}
-    retriever = index.as_retriever(similarity_top_k=6)
-    question = "How many people live in Berlin?"
-    engine = RetrieverQueryEngine.from_args(retriever, **parts)
-    answer = str(engine.query(question))
-    assert "3.7 million" in answer
-    assert str(await engine.aquery(question)) == answer
-    streaming = RetrieverQueryEngine.from_args(retriever, streaming=True, **parts)
-    pieces = list(streaming.query(question).response_gen)
-    assert len(pieces) > 5
-    assert "".join(pieces) == answer
+def test_a_version_is_loaded_and_a_token_stays_here(tmp_path):
+    cached(tmp_path / "hub", FIRST, save_chat_model(tmp_path / "chat"), "old")
+    llm = GratingLLM(
+        model=NAME, cache_dir=tmp_path / "hub", local_files_only=True, revision="old", token=TOKEN, max_tokens=3
+    )
+    assert llm.complete("w1").text
+    assert llm.llm.model_path.name == FIRST
+    for text in (repr(llm), repr(llm.to_payload()), llm.to_json(), repr(pickle.dumps(llm))):
+        assert TOKEN not in text
