@@ -35,14 +35,20 @@ def draw_layers(result: RerankResult, path: Path) -> None:
             start += trace.lengths[candidate]
     padded = len(trace.lengths) * max(trace.lengths)
     axes.axvline(padded, color="black", linestyle=":")
-    axes.text(padded, trace.depth, "padded to the longest ", ha="right", va="center", fontsize=9)
+    axes.text(
+        padded, trace.depth, "a padded batch: all of this in every layer ", ha="right", va="center", fontsize=9
+    )
     axes.set(
         xlabel="tokens computed", ylabel="layer", ylim=(trace.depth + 0.6, 0.4), yticks=range(1, trace.depth + 1)
     )
     axes.spines[["top", "right"]].set_visible(False)
-    keys = [Patch(color=WINNER, label="top 5"), Patch(color=LOSER, label="the others")]
+    wanted, candidates = len(winners), len(trace.lengths)
+    keys = [Patch(color=WINNER, label=f"the best {wanted}"), Patch(color=LOSER, label="the others")]
     axes.legend(handles=keys, loc="center", bbox_to_anchor=(0.75, 0.5))
-    axes.set_title(f"{len(trace.lengths)} candidates, compute share {trace.compute_share:.2f}")
+    message = f"The best {wanted} of {candidates} for {trace.compute_share:.0%} of the computing"
+    axes.set_title(message, loc="left", weight="bold", pad=22)
+    read = "one real question; each block is a candidate, as wide as it has tokens"
+    axes.text(0, 1.03, read, transform=axes.transAxes, fontsize=9)
     figure.savefig(path, dpi=150)
 
 

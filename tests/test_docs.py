@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shlex
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from grating_core.models.families import FAMILIES
 from grating_core.text.prompts import PROMPTS
 
 DOCS = Path(__file__).parent.parent / "docs"
+PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
 EXAMPLE = re.compile(r"^( *)```python.*\n((?:.*\n)*?)\1```$", re.MULTILINE)
 EXAMPLES = {
     path.stem: [textwrap.dedent(found[2]) for found in EXAMPLE.finditer(path.read_text(encoding="utf-8"))]
@@ -56,6 +58,15 @@ def test_the_examples_of_a_page_run_one_after_the_other(
     namespace: dict[str, object] = {"__name__": "__main__"}
     for example in EXAMPLES[page]:
         exec(compile(example, f"{page}.md", "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_of_a_page_are_understood(page: Path) -> None:
+    for line in re.findall(r"^(?:\$ )?grating ([^|>\n]+)", page.read_text(encoding="utf-8"), re.MULTILINE):
+        command, words = get_command(app), shlex.split(line, comments=True)
+        while words and words[0] in getattr(command, "commands", ()):
+            command = command.commands[words.pop(0)]  # type: ignore[attr-defined]
+        command.make_context(line, words)  # refuses what it does not know
 
 
 def arguments(function: Any, *data: str) -> Settings:
