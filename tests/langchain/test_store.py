@@ -2,10 +2,8 @@
 
 import asyncio
 import importlib
-import re
 import sys
 from datetime import datetime
-from pathlib import Path
 from typing import Annotated, TypedDict
 
 import langchain_grating
@@ -493,18 +491,6 @@ def test_in_an_agents_tool(reranker):
     call = {"name": "recall", "args": {"query": "What makes bread rise?"}, "id": "1"}
     answer = graph.invoke({"messages": [AIMessage("", tool_calls=[call])]})
     assert answer["messages"][-1].content == TEXTS[3]
-
-
-def test_the_readme_example_runs():
-    readme = Path(__file__).parents[2] / "integrations" / "langchain" / "README.md"
-    (example,) = [
-        block
-        for block in re.findall(r"```py\n(.*?)```", readme.read_text(), flags=re.DOTALL)
-        if "GratingStore" in block
-    ]
-    names = {}
-    exec(example, names)
-    assert [item.key for item in names["items"]] == ["pet"]
 
 
 def test_of_a_long_query_the_end_is_used(reranker):
