@@ -36,9 +36,10 @@ from benchmarks.collections import Request, bm25, dense, load_requests
 from benchmarks.quality_figures import Row, draw_curves, draw_gammas, draw_trajectories, show, write_rows
 from benchmarks.recorded import Array, Recorded, record_corpus
 from benchmarks.replay import Outcome, SimilarityExit, agreement, ndcg, precision, replay
-from grating_core import ClusterPolicy, Off, PruningPolicy, Reranker
+from grating_core import ClusterPolicy, PruningPolicy, Reranker
 from grating_core.lens.calibrate import fit
 from grating_core.lens.store import CalibratedLens, lens_directory
+from grating_core.pruning import Off
 
 THRESHOLDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 PROXIMITIES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)

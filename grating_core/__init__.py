@@ -3,73 +3,40 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from grating_core.errors import (
-    BudgetError,
-    CheckpointError,
-    ColumnsError,
-    GratingError,
-    LensError,
-    ModelNotFoundError,
-    PolicyError,
-    ScoreError,
-    SpillError,
-    StorageError,
-    TraceError,
-    UnsupportedModelError,
-)
+from grating_core.errors import BudgetError, GratingError, ModelNotFoundError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from grating_core.context import Passage, join_passages, select_context
-    from grating_core.generation import Generation, StreamedCausalLM
-    from grating_core.pruning import ClusterPolicy, Off, PruningPolicy, Route
+    from grating_core.context import join_passages, select_context
+    from grating_core.generation import StreamedCausalLM
+    from grating_core.pruning import ClusterPolicy, PruningPolicy, Route
     from grating_core.reranker import Reranker
-    from grating_core.results import LayerTrace, RankedDocument, RerankResult, Trace
+    from grating_core.results import RerankResult, Trace
     from grating_core.text.prompts import Prompt
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BudgetError",
-    "CheckpointError",
     "ClusterPolicy",
-    "ColumnsError",
-    "Generation",
     "GratingError",
-    "LayerTrace",
-    "LensError",
     "ModelNotFoundError",
-    "Off",
-    "Passage",
-    "PolicyError",
     "Prompt",
     "PruningPolicy",
-    "RankedDocument",
     "RerankResult",
     "Reranker",
     "Route",
-    "ScoreError",
-    "SpillError",
-    "StorageError",
     "StreamedCausalLM",
     "Trace",
-    "TraceError",
     "UnsupportedModelError",
     "join_passages",
     "select_context",
 ]
 
-
-# On first use: they bring in torch, transformers and scikit-learn, which take seconds that `grating --help` should
-# not.
+# These are imported on first use, because they bring in torch and transformers, which take seconds.
 _LATE = {
     "ClusterPolicy": "pruning",
-    "Generation": "generation",
-    "LayerTrace": "results",
-    "Off": "pruning",
-    "Passage": "context",
     "Prompt": "text.prompts",
     "PruningPolicy": "pruning",
-    "RankedDocument": "results",
     "RerankResult": "results",
     "Reranker": "reranker",
     "Route": "pruning",

@@ -156,8 +156,8 @@ class StreamedCausalLM(Loaded[CausalLM]):
             UnsupportedModelError: The weights are of a kind that grating does not generate with.
             BudgetError: The memory budget is too small; the message states the smallest that works. It is a
                 ``ValueError`` as well.
-            ColumnsError: The file with the columns of the MLPs cannot be written, is damaged, or belongs to other
-                weights.
+            FileError: The file with the columns of the MLPs is damaged, or belongs to other weights.
+            StorageError: That file cannot be written.
             ValueError: An argument is not usable; the message names it.
         """
         dtype = "auto" if dtype is None else dtype
@@ -234,7 +234,7 @@ class StreamedCausalLM(Loaded[CausalLM]):
 
         Raises:
             ValueError: An argument is not usable; the message names it. Raised before any computing.
-            CheckpointError: Weights cannot be read from disk any more. The next call works if they are back.
+            FileError: Weights cannot be read from disk any more. The next call works if they are back.
             ScoreError: The model's logits are not finite numbers.
             RuntimeError: The model has been closed.
         """

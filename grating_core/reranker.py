@@ -218,9 +218,9 @@ class Reranker(Loaded[CrossEncoder]):
             UnsupportedModelError: The weights are of a kind that grating does not run.
             BudgetError: The memory budget is too small; the message states the smallest that works. It is a
                 ``ValueError`` as well.
-            ColumnsError: The file with the columns of the MLPs cannot be written, is damaged, or belongs to other
-                weights.
-            LensError: There is no lens in that directory, it is damaged, or it is for other weights.
+            FileError: The file with the columns of the MLPs is damaged, or belongs to other weights.
+            StorageError: That file cannot be written.
+            FileError: There is no lens in that directory, it is damaged, or it is for other weights.
             ValueError: An argument is not usable; the message names it. None is as if it were not given, for all.
         """
         dtype = "auto" if dtype is None else dtype

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from grating_core.errors import CheckpointError, ColumnsError, StorageError
+from grating_core.errors import FileError, StorageError
 from grating_core.files.locks import locked
 from grating_core.files.places import is_there
 from grating_core.files.reading import parse_json
@@ -98,7 +98,7 @@ def write_columns(
         show_progress: Show a progress bar on standard error.
 
     Raises:
-        ColumnsError: There is no room for it, or it cannot be written.
+        StorageError: There is no room for it, or it cannot be written.
     """
     header, size = _header(sizes, fingerprint)
     try:
@@ -108,7 +108,7 @@ def write_columns(
                     file.write(header)
                     _write_tables(file, weights, sizes, show_progress)
     except StorageError as error:
-        raise ColumnsError(
+        raise StorageError(
             f"the columns of the MLPs have no companion file, and {error}; or leave mlp_density out"
         ) from error
 
@@ -174,7 +174,7 @@ class ColumnFile:
         fingerprint: Of the model's weights.
 
     Raises:
-        ColumnsError: It is damaged, or belongs to other weights.
+        FileError: It is damaged, or belongs to other weights.
     """
 
     def __init__(self, path: Path, sizes: ColumnSizes, fingerprint: str) -> None:
@@ -192,8 +192,8 @@ class ColumnFile:
             except BaseException:
                 self._checkpoint.close()
                 raise
-        except (CheckpointError, KeyError, ValueError, OSError) as error:
-            raise ColumnsError(f"{path} is no companion file ({error}); {_WAY_OUT}") from error
+        except (FileError, KeyError, ValueError, OSError) as error:
+            raise FileError(f"{path} is no companion file of this model ({error}); {_WAY_OUT}") from error
         self._readers = Threads(READERS, "grating-columns")
 
     def _check(self, fingerprint: str) -> None:
@@ -201,17 +201,17 @@ class ColumnFile:
             header = parse_json(file.read(int.from_bytes(file.read(8), "little")))
         metadata = header.get("__metadata__") or {}
         if metadata.get("format") != _FORMAT or metadata.get("fingerprint") != fingerprint:
-            raise ColumnsError(
-                f"{self.path} has the columns of other weights, or of another release of grating (fingerprint "
-                f"{str(metadata.get('fingerprint'))[:16]}..., this model has {fingerprint[:16]}...); {_WAY_OUT}"
+            raise ValueError(
+                f"it has the columns of other weights, or of another release of grating: its fingerprint is "
+                f"{str(metadata.get('fingerprint'))[:16]}..., and that of this model {fingerprint[:16]}..."
             )
         for name, kind in (
             (f"{number}.{kind}", kind) for number in range(1, self.sizes.depth + 1) for kind in KINDS
         ):
             if self._checkpoint.tensors[name].shape != (self.sizes.count(kind), self.sizes.length(kind)):
-                raise ColumnsError(f"{self.path} has {name} of another shape than the model; {_WAY_OUT}")
+                raise ValueError(f"it has {name} of another shape than the model")
             if self._checkpoint.tensors[f"{name}.checks"].shape != (self.sizes.count(kind),):
-                raise ColumnsError(f"{self.path} lacks checksums of {name}; {_WAY_OUT}")
+                raise ValueError(f"it lacks checksums of {name}")
 
     def read(
         self, number: int, kind: Kind, columns: NDArray[np.int64], places: list[memoryview]
@@ -225,7 +225,7 @@ class ColumnFile:
             places: Where each goes: one row's bytes at a whole sector.
 
         Returns:
-            What to wait for. A result raises CheckpointError if a column cannot be read or is damaged.
+            What to wait for. A result raises FileError if a column cannot be read or is damaged.
 
         Raises:
             RuntimeError: No thread can be had; the reads that have come are under way.
@@ -284,7 +284,7 @@ class _Matrix:
     def _verify(self, columns: NDArray[np.int64], places: list[memoryview]) -> None:
         for number, place in zip(columns.tolist(), places, strict=True):
             if _checksum(place) != self._checks[number]:
-                raise CheckpointError(
+                raise FileError(
                     f"{self._tensor.path}: column {number} of {self._tensor.name} is damaged; {_WAY_OUT}"
                 )
         self._seen[columns] = True

@@ -73,7 +73,7 @@ def open_columns(
         show_progress: Show a progress bar while writing.
 
     Raises:
-        ColumnsError: It cannot be written, is damaged, or belongs to other weights.
+        FileError: It cannot be written, is damaged, or belongs to other weights.
     """
     path = directory / f"{fingerprint[:16]}-{str(sizes.dtype).removeprefix('torch.')}.safetensors"
     if not is_there(path):
@@ -94,7 +94,7 @@ def install(
         meter: Told of columns, bytes and waiting.
 
     Raises:
-        CheckpointError: Columns cannot be read, or are damaged.
+        FileError: Columns cannot be read, or are damaged.
     """
     sizes = file.sizes
     staging = Staging(staging_bytes(sizes), sizes)

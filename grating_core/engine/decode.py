@@ -48,7 +48,7 @@ def advance(
         float32 ``[V]``, the logits of what comes after the last of them.
 
     Raises:
-        CheckpointError: Weights cannot be read.
+        FileError: Weights cannot be read.
         ScoreError: The logits are not all finite.
     """
     count = len(input_ids)

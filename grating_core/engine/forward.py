@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from grating_core.engine.attention import KeysKept, Packing, SharedKeys
 from grating_core.engine.ragged import Chunk, RaggedBatch, filled
-from grating_core.errors import PolicyError, ScoreError
+from grating_core.errors import ScoreError
 from grating_core.forking import Interrupted
 from grating_core.lens.features import Provisional, Reader, Sequences
 from grating_core.memory.hidden import HiddenStates
@@ -88,7 +88,7 @@ def forward(
     Raises:
         Interrupted: ``pause`` said so.
         ScoreError: The model gave a score that is not finite.
-        PolicyError: The policy broke its contract.
+        ValueError: The policy broke its contract.
     """
     if pause is not None and pause():
         raise Interrupted
@@ -255,10 +255,10 @@ def _decide(policy: PruningPolicy, number: int, scores: NDArray[np.float64], wan
     try:
         routes = [Route(route) for route in policy.route(number, scores, wanted)]
     except ValueError as error:
-        raise PolicyError(f"{policy!r} after layer {number} gave something that is no route: {error}") from error
+        raise ValueError(f"{policy!r} after layer {number} gave something that is no route: {error}") from error
     selected, dropped = routes.count(Route.SELECTED), routes.count(Route.DROPPED)
     if len(routes) != len(scores) or selected > wanted or len(routes) - dropped < wanted:
-        raise PolicyError(
+        raise ValueError(
             f"{policy!r} after layer {number} gave {len(routes)} routes for {len(scores)} candidates, {selected} "
             f"selected and {dropped} dropped, where {wanted} are wanted"
         )

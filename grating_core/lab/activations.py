@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from grating_core.columns.companion import ColumnSizes
-from grating_core.errors import TraceError
+from grating_core.errors import FileError
 from grating_core.files.locks import locked
 from grating_core.files.places import cache_directory, is_there
 from grating_core.files.writing import make_private, replacing, require_room
@@ -86,7 +86,7 @@ def record(
         show_progress: Show progress bars on standard error.
 
     Raises:
-        TraceError: The file is damaged, or is of another model, text or number of tokens.
+        FileError: The file is damaged, or is of another model, text or number of tokens.
         StorageError: The file cannot be written.
         UnsupportedModelError: The model has no gated MLPs.
         ValueError: The text has too few tokens.
@@ -129,9 +129,9 @@ def _load(path: Path, about: dict[str, str]) -> ActivationTrace:
             found = file.metadata() or {}
             trace = ActivationTrace(file.get_tensor("inputs"), file.get_tensor("products"))
     except (SafetensorError, OSError) as error:
-        raise TraceError(f"{path} is no trace ({error}); delete it, and it is recorded anew") from error
+        raise FileError(f"{path} is no trace ({error}); delete it, and it is recorded anew") from error
     if others := [name for name in about if found.get(name) != about[name]]:
-        raise TraceError(
+        raise FileError(
             f"{path} is the trace of another {' and '.join(others)}; delete it, or name another file to record"
         )
     return trace

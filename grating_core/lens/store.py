@@ -17,7 +17,7 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as format_tensors
 from torch import Tensor
 
-from grating_core.errors import LensError, StorageError
+from grating_core.errors import FileError, StorageError
 from grating_core.files.locks import locked
 from grating_core.files.places import cache_directory, go_on_without_cache, is_kept
 from grating_core.files.reading import check_regular, read_json
@@ -109,7 +109,7 @@ class CalibratedLens:
         """Read what :meth:`save` wrote.
 
         Raises:
-            LensError: It is missing or damaged.
+            FileError: It is missing or damaged.
         """
         description = _describe(directory)
         path = directory / _TENSORS
@@ -117,7 +117,7 @@ class CalibratedLens:
             check_regular(path)
             data = path.read_bytes()
             if hashlib.sha256(data).hexdigest() != description["sha256"]:
-                raise LensError(f"{path} is not the file that {_DESCRIPTION} describes: {_WAY_OUT}")
+                raise FileError(f"{path} is not the file that {_DESCRIPTION} describes: {_WAY_OUT}")
             tensors = parse_tensors(data)
             maps = [
                 LayerMap(tensors[f"layer.{number}.weight"], tensors[f"layer.{number}.bias"])
@@ -146,7 +146,7 @@ def find_lens(fingerprint: str, shape: Shape) -> CalibratedLens | None:
         try:
             if directory in kept or _describe(directory)["fingerprint"] == fingerprint:
                 return open_lens(directory, shape, fingerprint)
-        except (LensError, OSError) as error:
+        except (FileError, OSError) as error:
             _warn(f"pruning goes on without a lens of this model: {error}")
     return None
 
@@ -170,11 +170,11 @@ def open_lens(directory: Path, shape: Shape, *fingerprints: str) -> CalibratedLe
         fingerprints: Those that the model goes by.
 
     Raises:
-        LensError: There is none, it is damaged, or it is for other weights.
+        FileError: There is none, it is damaged, or it is for other weights.
     """
     found = CalibratedLens.load(directory)
     if found.fingerprint not in fingerprints:
-        raise LensError(
+        raise FileError(
             f"lens={str(directory)!r} was calibrated for other weights, or with another adapter or template "
             f"(fingerprint {found.fingerprint[:16]}…, this model has {fingerprints[0][:16]}…): calibrate one for "
             f"this model with 'grating calibrate', or leave the lens out"
@@ -228,16 +228,16 @@ def _describe(directory: Path) -> dict[str, Any]:
     try:
         description: dict[str, Any] = read_json(path)
         if description["format"] != _FORMAT:
-            raise LensError(
+            raise FileError(
                 f"{path} has the format {description['format']!r}, this release reads {_FORMAT}: calibrate again"
             )
         for name, kind in _FIELDS.items():
             if type(description[name]) is not kind:
                 raise TypeError(f"{name}={description[name]!r} is not of the type {kind.__name__}")
     except FileNotFoundError as error:
-        raise LensError(f"there is no lens in {directory}: it has no {_DESCRIPTION}") from error
+        raise FileError(f"there is no lens in {directory}: it has no {_DESCRIPTION}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LensError(f"{path} cannot be read as the description of a lens ({error!r}): {_WAY_OUT}") from error
+        raise FileError(f"{path} cannot be read as the description of a lens ({error!r}): {_WAY_OUT}") from error
     return description
 
 
@@ -256,5 +256,5 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
-def _damaged(directory: Path, error: Exception) -> LensError:
-    return LensError(f"the lens in {directory} cannot be read ({type(error).__name__}: {error}): {_WAY_OUT}")
+def _damaged(directory: Path, error: Exception) -> FileError:
+    return FileError(f"the lens in {directory} cannot be read ({type(error).__name__}: {error}): {_WAY_OUT}")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grating_core.errors import CheckpointError
+from grating_core.errors import FileError
 from grating_core.forking import Lock
 from grating_core.memory.header import LONGEST_HEADER, StoredTensor, parse_header
 
@@ -40,7 +40,7 @@ class Checkpoint:
             time, they tell one that holds the same from one that was replaced.
 
     Raises:
-        CheckpointError: A file cannot be read, or is not safetensors.
+        FileError: A file cannot be read, or is not safetensors.
     """
 
     def __init__(self, paths: Sequence[Path], *, lasting: bool = False) -> None:
@@ -51,7 +51,7 @@ class Checkpoint:
                 self._files[path] = file = _File(path, lasting)
                 if repeated := self.tensors.keys() & file.tensors.keys():
                     name = min(repeated)
-                    raise CheckpointError(f"{name} is both in {self.tensors[name].path} and in {path}")
+                    raise FileError(f"{name} is both in {self.tensors[name].path} and in {path}")
                 self.tensors |= file.tensors
         except BaseException:
             self.close()
@@ -67,7 +67,7 @@ class Checkpoint:
             direct: Bypass the page cache if possible. Then offset, length and address are whole sectors.
 
         Raises:
-            CheckpointError: The file is cut short, cannot be read, or is another one than was opened.
+            FileError: The file is cut short, cannot be read, or is another one than was opened.
         """
         self._files[tensor.path].read(tensor.name, [(start, [_view(buffer)])], direct, remember=direct)
 
@@ -80,7 +80,7 @@ class Checkpoint:
                 the other; offsets, lengths and addresses are whole sectors.
 
         Raises:
-            CheckpointError: As for :meth:`read`.
+            FileError: As for :meth:`read`.
         """
         self._files[tensor.path].read(tensor.name, pieces, direct=True)
 
@@ -93,7 +93,7 @@ class Checkpoint:
         return self._files[tensor.path].changes
 
     def close(self) -> None:
-        """Close the files; reading raises CheckpointError from now on."""
+        """Close the files; reading raises FileError from now on."""
         for file in self._files.values():
             file.close()
 
@@ -157,11 +157,11 @@ class _File:
                         return
                     cause = "it has changed since it was opened"
                 elif not self._lasting:
-                    raise CheckpointError(f"{self.path} changed while it was being read")
+                    raise FileError(f"{self.path} changed while it was being read")
             except (OSError, EOFError, ValueError) as error:  # ValueError: the file is closed
                 cause = str(error)
             self._reopen(name, cause)
-        raise CheckpointError(f"{self.path}: reading {name} failed: {cause}")
+        raise FileError(f"{self.path}: reading {name} failed: {cause}")
 
     def _is_as_opened(self) -> bool:
         """Whether the open file is the one that was opened, even if its name, time or permissions are others."""
@@ -191,17 +191,17 @@ class _File:
         """Open the file again; it must be the one that was opened first."""
         with self._lock:
             if self._closed:
-                raise CheckpointError(f"{self.path} has been closed, so {name} cannot be read")
+                raise FileError(f"{self.path} has been closed, so {name} cannot be read")
             try:
                 twin = _File(self.path, self._lasting)
-            except (OSError, CheckpointError) as error:
-                raise CheckpointError(
+            except (OSError, FileError) as error:
+                raise FileError(
                     f"{self.path}: reading {name} failed ({cause}), and so did opening the file again ({error}). "
                     f"The next call works if the file is back by then"
                 ) from error
             with closing(twin):
                 if twin._digest != self._digest:
-                    raise CheckpointError(
+                    raise FileError(
                         f"{self.path} has changed since it was opened, so {name} cannot be read: put the file "
                         f"back, or load the model anew"
                     )
@@ -312,7 +312,7 @@ def _read_header(path: Path, file: FileIO) -> dict[str, StoredTensor]:
             raise ValueError(f"the header would have {length:,} bytes, and the file has {size:,}")
         return parse_header(_pread(file, 8, length, size), path, size)
     except (ValueError, EOFError) as error:
-        raise CheckpointError(f"{path} is not safetensors: {error}") from error
+        raise FileError(f"{path} is not safetensors: {error}") from error
 
 
 def _pread(file: FileIO, start: int, length: int, size: int) -> bytes:

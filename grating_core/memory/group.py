@@ -122,7 +122,7 @@ class TensorGroup:
             staging: uint8 ``[PIECE]``, the same way; used if the group :attr:`converts`.
 
         Raises:
-            CheckpointError: A file cannot be read; the message names it and the tensor.
+            FileError: A file cannot be read; the message names it and the tensor.
         """
         if self._as_stored:
             offset = 0

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from grating_core.errors import SpillError
+from grating_core.errors import StorageError
 from grating_core.files.places import explained
 from grating_core.files.writing import temporary_file
 from grating_core.forking import Threads
@@ -116,7 +116,7 @@ class HiddenOnDisk:
         meter: Told of bytes and waiting.
 
     Raises:
-        SpillError: The file cannot be made, or there is no room for it.
+        StorageError: The file cannot be made, or there is no room for it.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class HiddenOnDisk:
     def visit(
         self, spans: Sequence[AnySpan], *, read: bool = True, write: bool = True
     ) -> Iterator[tuple[AnySpan, Tensor]]:
-        """See :meth:`HiddenStates.visit`; raises :class:`SpillError` when the disk fails."""
+        """See :meth:`HiddenStates.visit`; raises :class:`StorageError` when the disk fails."""
         moves: list[Future[None]] = []
         busy: list[Future[None] | None] = [None] * len(self._buffers)  # the last move of each buffer
 
@@ -219,9 +219,9 @@ class HiddenOnDisk:
             raise self._error(error) from error
         return file
 
-    def _error(self, error: OSError) -> SpillError:
+    def _error(self, error: OSError) -> StorageError:
         size = len(self._where) * self._row_bytes
-        return SpillError(
+        return StorageError(
             f"the hidden states of {len(self._where):,} tokens are to be kept in a file in {self._directory} "
             f"({size / 1e6:.0f} MB), which failed: {explained(error)}. Make room there, rerank fewer "
             f"documents at a time, or raise memory_budget"

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from grating_core.errors import CheckpointError
+from grating_core.errors import FileError
 from grating_core.memory.checkpoint import Checkpoint
 from grating_core.memory.header import FLOATS, StoredTensor
 from grating_core.memory.meter import Meter
@@ -67,7 +67,7 @@ class RowCache(nn.Module):
             input_ids: int64, any shape.
 
         Raises:
-            CheckpointError: The rows cannot be read; the rows that were there stay.
+            FileError: The rows cannot be read; the rows that were there stay.
         """
         wanted = np.unique(input_ids.cpu().numpy())
         self._meter.rows_wanted += len(wanted)
@@ -133,7 +133,7 @@ class RowCache(nn.Module):
         checks = np.fromiter((zlib.crc32(row) or 1 for row in rows.numpy()), dtype=np.uint32, count=len(rows))
         first = self._checks[tokens]
         if (others := tokens[(first != 0) & (first != checks)]).size:
-            raise CheckpointError(
+            raise FileError(
                 f"{self._table.path} has changed since it was opened: {self._table.name} has another row "
                 f"{others[0]}. Put the file back, or load the model anew"
             )

@@ -56,7 +56,7 @@ class Streamer:
         """The weights of a layer by name, to be used inside the ``with`` and not after it.
 
         Raises:
-            CheckpointError: They cannot be read. The next call tries again.
+            FileError: They cannot be read. The next call tries again.
             RuntimeError: There is no thread to be had that would read them. The next call tries again.
         """
         started = perf_counter()

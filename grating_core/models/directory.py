@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from grating_core.errors import CheckpointError, GratingError, ModelNotFoundError, UnsupportedModelError
+from grating_core.errors import FileError, GratingError, ModelNotFoundError, UnsupportedModelError
 from grating_core.files.places import expanded
 from grating_core.files.reading import read_json
 from grating_core.memory.checkpoint import Checkpoint
@@ -175,7 +175,7 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
     """
     try:
         checkpoint = Checkpoint(weight_files(directory))
-    except (CheckpointError, OSError) as error:
+    except (FileError, OSError) as error:
         raise ModelNotFoundError(
             f"the weights cannot be read as safetensors ({error}); delete them and fetch the model again"
         ) from error

@@ -85,7 +85,7 @@ class LayeredModel:
         """Have the weights of a layer inside the ``with``; layers are asked for in rising order.
 
         Raises:
-            CheckpointError: They cannot be read from disk.
+            FileError: They cannot be read from disk.
         """
         if self._streamer is None or number not in self._streamer:
             yield

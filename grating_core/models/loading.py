@@ -13,7 +13,7 @@ from torch import Tensor
 from grating_core.columns.companion import ColumnFile, ColumnSizes
 from grating_core.columns.install import MlpPruning, install, open_columns, staging_bytes
 from grating_core.columns.masks import find_gated_mlp
-from grating_core.errors import CheckpointError, ColumnsError, ModelNotFoundError, UnsupportedModelError
+from grating_core.errors import FileError, ModelNotFoundError, UnsupportedModelError
 from grating_core.files.places import cache_directory
 from grating_core.lens.features import Shape
 from grating_core.lifetime import closed_on_error
@@ -87,7 +87,7 @@ class StoredModel:
         self._module.eval().requires_grad_(False)
         try:
             self._checkpoint = Checkpoint(weight_files(directory), lasting=lasting)
-        except (CheckpointError, OSError) as error:
+        except (FileError, OSError) as error:
             raise ModelNotFoundError(
                 f"the weights cannot be read as safetensors ({error}); delete them and fetch the model again"
             ) from error
@@ -283,7 +283,7 @@ class StoredModel:
             else:
                 rows = self._row_cache(plan, meter)
                 self._module.set_submodule(self.family.embedding, rows)
-        except CheckpointError as error:
+        except FileError as error:
             raise ModelNotFoundError(f"{error}; delete the file and fetch the model again") from error
         if self.adapter is not None:
             replaced = self.adapter.weights.items()
@@ -296,24 +296,18 @@ class StoredModel:
     def _install(self, columns: ColumnFile, plan: MemoryPlan | None, meter: Meter) -> None:
         assert self._pruning is not None
         layers = list(self._module.get_submodule(self.family.layers))
-        try:
-            install(layers, columns, self._pruning, 1.0 if plan is None else plan.column_share, meter)
-        except CheckpointError as error:
-            raise ColumnsError(str(error)) from error
+        install(layers, columns, self._pruning, 1.0 if plan is None else plan.column_share, meter)
 
     def _open_columns(self, pruning: MlpPruning) -> ColumnFile:
         """The companion file, written first if there is none."""
         identity = fingerprint(self.directory, self.adapter)
-        try:
-            return open_columns(
-                cache_directory() / "columns",
-                self._columns,
-                identity,
-                self._matrices,
-                show_progress=pruning.show_progress,
-            )
-        except CheckpointError as error:
-            raise ModelNotFoundError(f"{error}; delete the file and fetch the model again") from error
+        return open_columns(
+            cache_directory() / "columns",
+            self._columns,
+            identity,
+            self._matrices,
+            show_progress=pruning.show_progress,
+        )
 
     def _matrices(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """W_u, W_g and W_d of one layer after the other."""
@@ -321,7 +315,10 @@ class StoredModel:
         groups = [self._group(names, self._dtype) for names in self._mlps]
         buffer = aligned_buffer(max(group.size for group in groups))
         for names, group in zip(self._mlps, groups, strict=True):
-            group.read(buffer, staging)
+            try:
+                group.read(buffer, staging)
+            except FileError as error:
+                raise ModelNotFoundError(f"{error}; delete the file and fetch the model again") from error
             views = group.views(buffer)
             yield views[names[0]], views[names[1]], views[names[2]]
 

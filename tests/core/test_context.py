@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from semantic_text_splitter import TextSplitter
 from tokenizers import Tokenizer
 
-from grating_core import Passage, Reranker, Route, join_passages, select_context
-from grating_core.context import _Source
+from grating_core import Reranker, Route, join_passages, select_context
+from grating_core.context import Passage, _Source
 from tests.core.conftest import WORDS
 
 QUERY = "How many people live in Berlin?"

@@ -20,7 +20,7 @@ from torch import nn
 from grating_core import BudgetError, ModelNotFoundError, Reranker, StreamedCausalLM
 from grating_core.columns.cache import NO_PREFERENCE
 from grating_core.columns.install import MlpPruning
-from grating_core.errors import CheckpointError
+from grating_core.errors import FileError
 from grating_core.forking import Lock, Threads, computed, run_in_thread
 from grating_core.lens import recalibrate as recalibration
 from grating_core.memory import checkpoint
@@ -625,7 +625,7 @@ def test_a_file_that_was_closed_stays_closed(tiny_bert: Path) -> None:
     stored.close()
     stored.close()
     stored.announce(tensor, [(0, 8)])
-    with pytest.raises(CheckpointError, match="closed"):
+    with pytest.raises(FileError, match="closed"):
         stored.read(tensor, tensor.start, buffer)
     assert str(path) not in open_files()
 
@@ -679,7 +679,7 @@ def test_a_named_pipe_where_weights_were_is_an_error(tmp_path: Path) -> None:
         path.unlink()
         os.mkfifo(path)
         for query in ("w50 w60", "w70 w80"):
-            with pytest.raises(CheckpointError, match="not a regular file"):
+            with pytest.raises(FileError, match="not a regular file"):
                 rerank_several(planned, query)
         with pytest.raises(ModelNotFoundError, match=r"model\.safetensors"):
             load(directory)

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from grating_core import LayerTrace, RankedDocument, Route, Trace
+from grating_core import Route, Trace
+from grating_core.results import LayerTrace, RankedDocument
 
 D, L = Route.DEFERRED, Route.DROPPED
 

@@ -11,7 +11,8 @@ from langchain_core.documents import Document
 from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnablePassthrough
 from langchain_grating import GratingContextSelector, GratingCrossEncoder, GratingRerank
 
-from grating_core import ClusterPolicy, LensError, ModelNotFoundError, Prompt, Reranker, Route
+from grating_core import ClusterPolicy, ModelNotFoundError, Prompt, Reranker, Route
+from grating_core.errors import FileError
 from tests.core.models.test_decoders import save_decoder
 
 QUERY = "How many people live in Berlin?"
@@ -259,7 +260,7 @@ def test_settings_of_pruning_reach_the_reranker(model):
     reranker = compressor.reranker
     assert (reranker._pruning.target, reranker._pruning.guarantee) == (0.9, "set")
     assert reranker.recalibration.factor > 0
-    with pytest.raises(LensError, match="no lens in nowhere"):
+    with pytest.raises(FileError, match="no lens in nowhere"):
         GratingRerank(model=model, lens="nowhere")
 
 

@@ -10,7 +10,8 @@ from langchain_core.load import dumps, loads
 from langchain_grating import GratingCrossEncoder, GratingRerank
 from pydantic_core import PydanticSerializationError
 
-from grating_core import ClusterPolicy, Off, Prompt, Reranker, Route
+from grating_core import ClusterPolicy, Prompt, Reranker, Route
+from grating_core.pruning import Off
 from tests.core.models.test_decoders import save_decoder
 
 PROMPT = Prompt(("<s>", "w1 {query}", "w2 {document}"), yes="w3", no=None)

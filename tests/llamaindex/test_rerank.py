@@ -13,7 +13,8 @@ from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import ImageNode, IndexNode, MetadataMode, Node, NodeWithScore, QueryBundle, TextNode
 from llama_index.postprocessor.grating import GratingContextSelector, GratingRerank
 
-from grating_core import ClusterPolicy, LensError, ModelNotFoundError, Prompt, Reranker
+from grating_core import ClusterPolicy, ModelNotFoundError, Prompt, Reranker
+from grating_core.errors import FileError
 from tests.core.models.test_decoders import save_decoder
 from tests.llamaindex.conftest import HashedWords
 
@@ -262,7 +263,7 @@ def test_settings_of_pruning_reach_the_reranker(model):
     reranker = postprocessor.reranker
     assert (reranker._pruning.target, reranker._pruning.guarantee) == (0.9, "set")
     assert reranker.recalibration.factor > 0
-    with pytest.raises(LensError, match="no lens in nowhere"):
+    with pytest.raises(FileError, match="no lens in nowhere"):
         GratingRerank(model=model, lens="nowhere")
 
 

@@ -10,7 +10,8 @@ from llama_index.core.schema import MetadataMode
 from llama_index.postprocessor.grating import GratingContextSelector, GratingRerank
 from workflows.context.serializers import JsonSerializer
 
-from grating_core import ClusterPolicy, Off, Prompt, Reranker, Route
+from grating_core import ClusterPolicy, Prompt, Reranker, Route
+from grating_core.pruning import Off
 from tests.core.models.test_decoders import save_decoder
 
 QUERY = "How many people live in Berlin?"

@@ -14,10 +14,11 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr
 from typing_extensions import override
 
-from grating_core import Generation, StreamedCausalLM
+from grating_core import StreamedCausalLM
 from grating_core.forking import run_in_thread
 from grating_core.frameworks.fields import ModelFields
 from grating_core.frameworks.requests import OF_ANSWER, OF_LANGUAGE_MODEL, answer_settings
+from grating_core.generation import Generation
 from grating_core.text.messages import REASONING
 
 _ROLES: dict[type[BaseMessage], str] = {SystemMessage: "system", HumanMessage: "user", AIMessage: "assistant"}

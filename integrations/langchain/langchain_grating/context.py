@@ -10,8 +10,8 @@ from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import RunnableLambda
 from pydantic import Field
 
-from grating_core import Passage, select_context
-from grating_core.context import leading_context
+from grating_core import select_context
+from grating_core.context import Passage, leading_context
 from grating_core.forking import run_in_thread
 from grating_core.frameworks.nested import copied
 from grating_core.frameworks.requests import checked_items, is_blank, position

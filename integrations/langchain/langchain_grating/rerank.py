@@ -11,10 +11,11 @@ from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 from pydantic import Field, model_validator
 
-from grating_core import RankedDocument, RerankResult
+from grating_core import RerankResult
 from grating_core.arguments import elements
 from grating_core.frameworks.nested import copied
 from grating_core.frameworks.requests import check_threshold, checked_items, is_blank
+from grating_core.results import RankedDocument
 from langchain_grating.settings import RerankerSettings
 
 

@@ -17,8 +17,9 @@ from pydantic import (
 )
 from typing_extensions import override
 
-from grating_core import ClusterPolicy, Off, Prompt, PruningPolicy, Reranker
+from grating_core import ClusterPolicy, Prompt, PruningPolicy, Reranker
 from grating_core.frameworks.fields import ModelFields
+from grating_core.pruning import Off
 
 
 class RerankerSettings(ModelFields, Serializable):

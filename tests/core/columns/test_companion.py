@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from grating_core.columns.companion import KINDS, ColumnFile, ColumnSizes, Kind, write_columns
-from grating_core.errors import CheckpointError, ColumnsError
+from grating_core.errors import FileError, StorageError
 from grating_core.memory.checkpoint import SECTOR, aligned_buffer
 
 SIZES = ColumnSizes(depth=3, width=24, products=40, dtype=torch.float32)
@@ -63,9 +63,9 @@ def test_the_file_is_ordinary_safetensors_and_rows_begin_at_sectors(tmp_path: Pa
 
 def test_columns_of_other_weights_are_refused_and_the_way_out_is_told(tmp_path: Path) -> None:
     path = written(tmp_path)
-    with pytest.raises(ColumnsError, match=r"other weights.*delete the file"):
+    with pytest.raises(FileError, match=r"other weights.*delete the file"):
         ColumnFile(path, SIZES, "yours")
-    with pytest.raises(ColumnsError, match="another shape"):
+    with pytest.raises(FileError, match="another shape"):
         ColumnFile(path, ColumnSizes(3, 24, 41, torch.float32), "mine")
 
 
@@ -75,14 +75,14 @@ def test_columns_of_other_weights_are_refused_and_the_way_out_is_told(tmp_path: 
 def test_a_damaged_file_is_refused(tmp_path: Path, damage: object) -> None:
     path = written(tmp_path)
     path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
-    with pytest.raises(ColumnsError, match="delete the file"):
+    with pytest.raises(FileError, match="delete the file"):
         ColumnFile(path, SIZES, "mine")
 
 
 def test_a_header_that_is_nested_deeply_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path)
     path.write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)
-    with pytest.raises(ColumnsError, match="nested too deeply"):
+    with pytest.raises(FileError, match="nested too deeply"):
         ColumnFile(path, SIZES, "mine")
 
 
@@ -94,7 +94,7 @@ def test_a_flipped_bit_is_found_when_its_column_is_first_read(tmp_path: Path) ->
     path.write_bytes(data)
     file = ColumnFile(path, SIZES, "mine")
     read(file, 1, "inputs", [2, 4])
-    with pytest.raises(CheckpointError, match=r"column 3 of 1\.inputs is damaged; delete the file"):
+    with pytest.raises(FileError, match=r"column 3 of 1\.inputs is damaged; delete the file"):
         read(file, 1, "inputs", [2, 3, 4])
     file.close()
 
@@ -105,7 +105,7 @@ def test_a_file_that_goes_away_is_missed_and_found_again(tmp_path: Path) -> None
     first = read(file, 2, "products", [1, 30]).clone()
     whole = path.read_bytes()
     path.write_bytes(whole[:SECTOR])
-    with pytest.raises(CheckpointError, match=r"cut short|ends at byte"):
+    with pytest.raises(FileError, match=r"cut short|ends at byte"):
         read(file, 2, "products", [1, 30])
     path.write_bytes(whole)
     assert torch.equal(read(file, 2, "products", [1, 30]), first)
@@ -115,7 +115,7 @@ def test_a_file_that_goes_away_is_missed_and_found_again(tmp_path: Path) -> None
 def test_no_room_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRATING_CACHE", str(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(ColumnsError, match=r"it takes 0\.8 MB, and 0\.0 MB are free in .*GRATING_CACHE"):
+    with pytest.raises(StorageError, match=r"it takes 0\.8 MB, and 0\.0 MB are free in .*GRATING_CACHE"):
         written(tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -125,7 +125,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing_behind(tmp_path: Path
         yield random_weights(SIZES)[0]
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(ColumnsError, match="No space left"):
+    with pytest.raises(StorageError, match="No space left"):
         write_columns(tmp_path / "columns", layers(), SIZES, "mine")  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 

@@ -11,7 +11,7 @@ from grating_core.columns.cache import ColumnCache
 from grating_core.columns.companion import KINDS, ColumnFile, ColumnSizes, write_columns
 from grating_core.columns.masks import MaskedMlp, Shares
 from grating_core.columns.mlp import ColumnMlp, ColumnTable, Staging
-from grating_core.errors import CheckpointError
+from grating_core.errors import FileError
 from grating_core.memory.meter import Meter
 
 WIDTH, PRODUCTS = 48, 80
@@ -130,7 +130,7 @@ def test_after_a_failed_read_it_still_computes_right(tmp_path: Path, by_chunk: b
     for number, token in enumerate(tokens):
         if number % 4 == 1:
             case.path.write_bytes(whole[: len(whole) // 2])
-            with pytest.raises(CheckpointError):
+            with pytest.raises(FileError):
                 compute_all(case.mlp, hidden_states(40, seed=number))
             case.path.write_bytes(whole)
         torch.testing.assert_close(case.mlp(token), case.masked(token), atol=1e-5, rtol=1e-5)

@@ -12,18 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from grating_core import (
-    BudgetError,
-    CheckpointError,
-    ColumnsError,
-    Reranker,
-    StreamedCausalLM,
-    UnsupportedModelError,
-)
+from grating_core import BudgetError, Reranker, StreamedCausalLM, UnsupportedModelError
 from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import NO_PREFERENCE
 from grating_core.columns.install import MlpPruning
 from grating_core.columns.masks import MaskedMlp, Shares, kept
+from grating_core.errors import FileError, StorageError
 from tests.core.conftest import WORDS, save_model
 from tests.core.models.test_decoders import (
     CAUSAL,
@@ -232,7 +226,7 @@ def test_a_companion_file_of_other_weights_is_refused_and_written_anew_when_dele
     for place in (directory, other):
         try:
             load_lm(place, mlp_density=DENSITY).close()
-        except ColumnsError as error:
+        except FileError as error:
             refused.append(str(error))
     assert len(refused) == 1
     assert str(mine) in refused[0]
@@ -250,7 +244,7 @@ def test_no_room_for_the_companion_file_is_told_and_leaves_nothing(
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
         for load in (load_lm, load_reranker):
-            with pytest.raises(ColumnsError, match=r"cannot be written: .* 0\.0 MB are free in .*\. Make room"):
+            with pytest.raises(StorageError, match=r"cannot be written: .* 0\.0 MB are free in .*\. Make room"):
                 load(directory, mlp_density=DENSITY)
     assert not list(companions.iterdir())
     load_lm(directory, mlp_density=DENSITY).close()
@@ -267,7 +261,7 @@ def test_a_companion_file_that_goes_away_while_generating_is_missed_and_found_ag
         (path,) = companions.iterdir()
         whole = path.read_bytes()
         path.write_bytes(whole[:20_000])
-        with pytest.raises(CheckpointError, match=path.name):
+        with pytest.raises(FileError, match=path.name):
             model.generate(TEXT, max_new_tokens=8)
         path.write_bytes(whole)
         assert model.generate(TEXT, max_new_tokens=8).text == expected

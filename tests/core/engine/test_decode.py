@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from grating_core import ScoreError
 from grating_core.engine.decode import advance, new_cache
+from grating_core.errors import ScoreError
 from grating_core.models.causal_lm import CausalLM
 from tests.core.conftest import WINDOW
 from tests.core.memory.conftest import load_planned_lm

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from grating_core import ClusterPolicy, Off, PolicyError, Reranker, Route, ScoreError
+from grating_core import ClusterPolicy, Reranker, Route
 from grating_core.engine.ragged import filled
+from grating_core.errors import ScoreError
+from grating_core.pruning import Off
 from tests.core.conftest import WORDS, save_model
 from tests.core.parity import load, random_text
 
@@ -141,7 +143,7 @@ def test_estimated_scores_end_the_forward_when_all_is_decided(
 @pytest.mark.parametrize("scores", ["exact", "estimated"])
 def test_a_policy_that_breaks_its_contract_is_told_so(tiny_bert: Path, routes: list[Route], scores: str) -> None:
     reranker = load(tiny_bert, pruning=Fixed(2, routes))
-    with pytest.raises(PolicyError, match="after layer 2"):
+    with pytest.raises(ValueError, match="after layer 2"):
         reranker.rerank(QUERY, DOCUMENTS, 3, scores=scores)
     assert len(reranker.rerank(QUERY, DOCUMENTS[:3], 3).ranking) == 3
 
@@ -152,7 +154,7 @@ def test_routes_that_are_plain_words_do_not_slip_past_the_contract(tiny_bert: Pa
         def route(self, layer: int, scores: np.ndarray, top_k: int) -> list[str]:
             return [word] * len(scores)
 
-    with pytest.raises(PolicyError):
+    with pytest.raises(ValueError, match="after layer 1"):
         load(tiny_bert, pruning=Words()).rerank("w1", ["w2", "w3", "w4"], 2, scores="estimated")
 
 

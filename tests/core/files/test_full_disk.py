@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from grating_core import Reranker, StorageError
+from grating_core import Reranker
+from grating_core.errors import StorageError
 from grating_core.lab import activations as trace
 from grating_core.lens import calibrate as calibrating
 from grating_core.models import bundled

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from grating_core import ModelNotFoundError, UnsupportedModelError
 from grating_core.columns.companion import ColumnSizes
-from grating_core.errors import TraceError
+from grating_core.errors import FileError
 from grating_core.lab import activations as trace_module
 from grating_core.lab.activations import ActivationTrace, record
 from tests.core.columns.conftest import TEXT
@@ -67,17 +67,17 @@ def test_other_files_are_refused(decoder_directory: Path, tmp_path: Path) -> Non
     path = tmp_path / "trace.safetensors"
     record(decoder_directory, TEXT, 20, path=path)
     whole = path.read_bytes()
-    with pytest.raises(TraceError, match="another tokens"):
+    with pytest.raises(FileError, match="another tokens"):
         record(decoder_directory, TEXT, 30, path=path)
-    with pytest.raises(TraceError, match="another text"):
+    with pytest.raises(FileError, match="another text"):
         record(decoder_directory, TEXT + " w1", 20, path=path)
     other = shutil.copytree(decoder_directory, tmp_path / "other")
     shard = min(other.glob("*.safetensors"))
     save_file({name: weight + 1 for name, weight in load_file(shard).items()}, shard, {"format": "pt"})
-    with pytest.raises(TraceError, match="another model"):
+    with pytest.raises(FileError, match="another model"):
         record(other, TEXT, 20, path=path)
     path.write_bytes(whole[:-100])
-    with pytest.raises(TraceError, match="no trace"):
+    with pytest.raises(FileError, match="no trace"):
         record(decoder_directory, TEXT, 20, path=path)
 
 

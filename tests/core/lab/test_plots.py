@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from grating_core import LayerTrace, RankedDocument, RerankResult, Route, Trace
+from grating_core import RerankResult, Route, Trace
 from grating_core.lab.plots import plot_trajectories
+from grating_core.results import LayerTrace, RankedDocument
 
 DEFERRED, DROPPED, SELECTED = Route.DEFERRED, Route.DROPPED, Route.SELECTED
 

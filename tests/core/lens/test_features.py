@@ -9,9 +9,10 @@ import torch
 from tokenizers import Tokenizer
 from torch.nn.functional import cosine_similarity
 
-from grating_core import Off, Prompt, Reranker
+from grating_core import Prompt, Reranker
 from grating_core.engine.ragged import RaggedBatch
 from grating_core.lens.features import Features, LayerMap, Lens, compares_tokens, feature_count
+from grating_core.pruning import Off
 from grating_core.text.pairs import Segments
 from tests.core.conftest import FAMILIES, WORDS, save_model
 from tests.core.parity import load, random_text

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grating_core import ClusterPolicy, Off, Reranker
+from grating_core import ClusterPolicy, Reranker
 from grating_core.forking import Interrupted
 from grating_core.lens import recalibrate as recalibration
 from grating_core.lens.recalibrate import BOUNDS, Logged, Recalibration, Sampling, State, scaled, state_path
-from grating_core.pruning import MarginPolicy, Margins
+from grating_core.pruning import MarginPolicy, Margins, Off
 from tests.core.conftest import WORDS
 from tests.core.memory.conftest import load_planned
 from tests.core.parity import load, random_text

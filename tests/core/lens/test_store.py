@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from grating_core import LensError, Prompt, Reranker
+from grating_core import Prompt, Reranker
+from grating_core.errors import FileError
 from grating_core.lens.features import LayerMap, Lens, Shape, compares_tokens, feature_count
 from grating_core.lens.store import CalibratedLens, Summary, find_lens, lens_directory, open_lens
 from grating_core.models.identity import fingerprint
@@ -71,7 +72,7 @@ def test_auto_finds_the_lens_of_the_model(tiny_bert: Path, cache: Path) -> None:
 def test_a_lens_for_other_weights_is_refused(tiny_bert: Path, tmp_path: Path, cache: Path) -> None:
     other = save_model(tmp_path / "other", "bert", seed=1)
     calibrated(fingerprint(other, None, None)).save(tmp_path / "lens")
-    with pytest.raises(LensError, match=r"other weights.*grating calibrate"):
+    with pytest.raises(FileError, match=r"other weights.*grating calibrate"):
         load(tiny_bert, pruning="auto", lens=tmp_path / "lens")
     assert load(other, pruning="auto", lens=tmp_path / "lens").lens is not None
     assert find_lens(fingerprint(tiny_bert, None, None), SHAPE) is None
@@ -108,7 +109,7 @@ def test_the_same_weights_elsewhere_have_the_same_fingerprint(tiny_bert: Path, t
 def test_damage_is_named(damage: object, message: str, tiny_bert: Path, tmp_path: Path, cache: Path) -> None:
     calibrated(fingerprint(tiny_bert, None, None)).save(tmp_path)
     damage(tmp_path)
-    with pytest.raises(LensError, match=message):
+    with pytest.raises(FileError, match=message):
         load(tiny_bert, pruning="auto", lens=tmp_path)
 
 
@@ -126,7 +127,7 @@ def test_a_lens_in_the_cache_that_cannot_be_read_is_left_out_with_a_warning_once
         assert load(tiny_bert, pruning="auto").lens is None
     assert len(caplog.messages) == 1
     assert str(directory / "lens.json") in caplog.text
-    with pytest.raises(LensError, match=r"lens\.json"):
+    with pytest.raises(FileError, match=r"lens\.json"):
         load(tiny_bert, pruning="auto", lens=directory)
 
 
@@ -211,7 +212,7 @@ def test_a_damaged_lens_is_refused_when_it_is_read(
     if not damage.startswith("sha256"):
         description["sha256"] = hashlib.sha256(data).hexdigest()
     (directory / "lens.json").write_text(json.dumps(description))
-    with pytest.raises(LensError, match=r"lens.*(cannot be read|other weights|is not the file)"):
+    with pytest.raises(FileError, match=r"lens.*(cannot be read|other weights|is not the file)"):
         open_lens(directory, SHAPE, "identity")
     assert find_lens("identity", SHAPE) is None
     assert str(directory) in caplog.text
@@ -230,7 +231,7 @@ def test_bytes_of_a_lens_that_are_damaged(cache: Path, caplog: pytest.LogCapture
                 (directory / name).write_bytes(data)
                 try:
                     found = open_lens(directory, SHAPE, "identity")
-                except LensError:
+                except FileError:
                     continue
                 # A digit of the summary tells nothing that could be checked.
                 assert name == "lens.json"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from grating_core import Reranker
-from grating_core.errors import CheckpointError, SpillError
+from grating_core.errors import FileError, StorageError
 from grating_core.memory import checkpoint, hidden
 from grating_core.memory.checkpoint import Checkpoint
 from tests.core.conftest import save_model
@@ -56,7 +56,7 @@ def test_a_file_that_changes_is_noticed_and_may_come_back(directory: Path, chang
     intact = path.read_bytes()
     damage(path)
     for _ in range(2):
-        with pytest.raises(CheckpointError, match=r"model\.safetensors.*bert\.(encoder|embeddings)"):
+        with pytest.raises(FileError, match=r"model\.safetensors.*bert\.(encoder|embeddings)"):
             rerank_several(planned)
     path.write_bytes(intact)
     assert planned.rerank(QUERY, DOCUMENTS).ranking == expected
@@ -113,7 +113,7 @@ def test_a_swap_that_keeps_size_and_time_is_noticed(directory: Path, swap, dtype
     path.write_bytes(other)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     for _ in range(2):
-        with pytest.raises(CheckpointError, match=r"model\.safetensors.*has changed since it was opened"):
+        with pytest.raises(FileError, match=r"model\.safetensors.*has changed since it was opened"):
             rerank_again(planned, documents)
     path.write_bytes(intact)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -144,9 +144,7 @@ def test_a_read_error_names_file_and_tensor(directory: Path, monkeypatch: pytest
 
     with monkeypatch.context() as broken:
         broken.setattr(checkpoint, "read_at", fail)
-        with pytest.raises(
-            CheckpointError, match=r"model\.safetensors: reading bert\.encoder.*Input/output error"
-        ):
+        with pytest.raises(FileError, match=r"model\.safetensors: reading bert\.encoder.*Input/output error"):
             rerank_several(planned)
     assert planned.rerank(QUERY, DOCUMENTS).ranking == expected
 
@@ -162,11 +160,11 @@ def test_a_full_disk_is_told_before_computing(
 
     with monkeypatch.context() as broken:
         broken.setattr(os, "posix_fallocate", full)
-        with pytest.raises(SpillError, match=r"cache.*No space left on device.*memory_budget"):
+        with pytest.raises(StorageError, match=r"cache.*No space left on device.*memory_budget"):
             planned.rerank(QUERY, DOCUMENTS)
     with monkeypatch.context() as broken:
         broken.setattr(hidden.HiddenOnDisk, "_write", full)
-        with pytest.raises(SpillError, match="No space left on device"):
+        with pytest.raises(StorageError, match="No space left on device"):
             planned.rerank(QUERY, DOCUMENTS)
     assert planned.rerank(QUERY, DOCUMENTS).ranking == expected
     assert list(spill_directory.iterdir()) == []
@@ -191,7 +189,7 @@ def test_a_place_that_cannot_be_written_is_named(
     (tmp_path / "file").write_text("not a directory")
     monkeypatch.setenv("GRATING_CACHE", str(tmp_path / "file"))
     planned = load_planned(tiny_bert, hidden_tokens=0)
-    with pytest.raises(SpillError, match="file"):
+    with pytest.raises(StorageError, match="file"):
         planned.rerank(QUERY, DOCUMENTS)
 
 

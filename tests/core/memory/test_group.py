@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from grating_core.errors import CheckpointError
+from grating_core.errors import FileError
 from grating_core.memory.checkpoint import Checkpoint, aligned_buffer
 from grating_core.memory.group import PIECE, TensorGroup
 
@@ -80,8 +80,8 @@ def test_a_tensor_at_an_odd_byte(tmp_path: Path) -> None:
 def test_no_bytes_are_taken_for_a_checkpoint(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path_factory.mktemp("bytes") / "x.safetensors"
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match="not safetensors"):
+    with pytest.raises(FileError, match="not safetensors"):
         Checkpoint([path])
     path.write_bytes(len(data).to_bytes(8, "little") + data)
-    with pytest.raises(CheckpointError, match="not safetensors"):
+    with pytest.raises(FileError, match="not safetensors"):
         Checkpoint([path])

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from grating_core import ModelNotFoundError
-from grating_core.errors import CheckpointError
+from grating_core.errors import FileError
 from grating_core.memory.checkpoint import Checkpoint
 from tests.core.memory.conftest import load_planned
 from tests.core.parity import load
@@ -42,7 +42,7 @@ def intact() -> Fields:
 def ours(path: Path) -> dict[str, tuple[str, tuple[int, ...]]] | None:
     try:
         checkpoint = Checkpoint([path])
-    except CheckpointError:
+    except FileError:
         return None
     checkpoint.close()
     return {name: (tensor.kind, tensor.shape) for name, tensor in checkpoint.tensors.items()}
@@ -158,14 +158,14 @@ def test_a_repeated_name_is_refused(tmp_path: Path) -> None:
         f'{{"a": {one}, "\\u0061": {one}, "b": {two}}}',
         '{"a": {"dtype": "F32", "shape": [12], "shape": [12], "data_offsets": [0, 48]}}',
     ):
-        with pytest.raises(CheckpointError, match="is there twice"):
+        with pytest.raises(FileError, match="is there twice"):
             Checkpoint([write(tmp_path / "x.safetensors", header)])
 
 
 def test_a_name_in_two_files_is_refused(tmp_path: Path) -> None:
     for name in ("x", "y"):
         save_file({"same": torch.zeros(2), name: torch.zeros(2)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(CheckpointError, match=r"same is both in .*x\.safetensors and in .*y\.safetensors"):
+    with pytest.raises(FileError, match=r"same is both in .*x\.safetensors and in .*y\.safetensors"):
         Checkpoint([tmp_path / "x.safetensors", tmp_path / "y.safetensors"])
 
 

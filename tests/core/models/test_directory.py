@@ -13,15 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from grating_core import (
-    GratingError,
-    LensError,
-    ModelNotFoundError,
-    Reranker,
-    StreamedCausalLM,
-    UnsupportedModelError,
-)
+from grating_core import GratingError, ModelNotFoundError, Reranker, StreamedCausalLM, UnsupportedModelError
 from grating_core.cli.commands import app
+from grating_core.errors import FileError
 from grating_core.lab.distill import distill
 from grating_core.reranker import plan_memory
 from tests.core.conftest import save_model
@@ -162,7 +156,7 @@ def test_the_home_of_nobody_is_an_error_of_gratings_own_wherever_a_place_is_name
             Reranker.shared(kind(place))
         with pytest.raises(ModelNotFoundError, match=place):
             StreamedCausalLM.from_pretrained(kind(place))
-        with pytest.raises(LensError, match=place):
+        with pytest.raises(FileError, match=place):
             Reranker.from_pretrained(tiny_bert, lens=kind(place))
         with pytest.raises(ModelNotFoundError, match=place):
             distill(kind(place), ["w1"], tmp_path / "output")

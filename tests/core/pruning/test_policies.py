@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grating_core import ClusterPolicy, Off, PruningPolicy, Route
+from grating_core import ClusterPolicy, PruningPolicy, Route
+from grating_core.pruning import Off
 from grating_core.pruning.cluster import dispersion
 
 S, D, L = Route.SELECTED, Route.DEFERRED, Route.DROPPED

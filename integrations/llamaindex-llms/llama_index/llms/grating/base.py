@@ -28,10 +28,11 @@ from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
 from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 
-from grating_core import Generation, GratingError, StreamedCausalLM
+from grating_core import GratingError, StreamedCausalLM
 from grating_core.forking import run_in_thread
 from grating_core.frameworks.fields import ModelFields
 from grating_core.frameworks.requests import OF_LANGUAGE_MODEL, answer_settings
+from grating_core.generation import Generation
 
 Prompt = str | list[dict[str, str]]  # a text to continue, or messages
 _ROLES = (MessageRole.SYSTEM, MessageRole.USER, MessageRole.ASSISTANT)

@@ -11,8 +11,8 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeRelationship, No
 from llama_index.postprocessor.grating.requests import checked_request
 from llama_index.postprocessor.grating.settings import RerankerSettings
 
-from grating_core import Passage, select_context
-from grating_core.context import leading_context
+from grating_core import select_context
+from grating_core.context import Passage, leading_context
 from grating_core.forking import run_in_thread
 from grating_core.frameworks.nested import copied
 from grating_core.frameworks.requests import is_blank, position

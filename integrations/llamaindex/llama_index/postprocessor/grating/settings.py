@@ -13,8 +13,9 @@ from llama_index.core.bridge.pydantic import (
 )
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 
-from grating_core import ClusterPolicy, Off, Prompt, PruningPolicy, Reranker
+from grating_core import ClusterPolicy, Prompt, PruningPolicy, Reranker
 from grating_core.frameworks.fields import ModelFields
+from grating_core.pruning import Off
 
 _SETTINGS = (
     "model", "device", "dtype", "memory_budget", "max_length", "long_documents", "template", "instruction",
