@@ -1,4 +1,4 @@
-"""What the documentation site takes from elsewhere: the notebooks, the command's options, the docstrings.
+"""What the site takes from elsewhere: CONTRIBUTING.md, the notebooks, the command's options, the docstrings.
 
 mkdocs.yml names this file twice: as hooks of MkDocs, and for the extension of griffe, which reads the docstrings.
 """
@@ -35,9 +35,10 @@ def on_startup(command: Literal["build", "gh-deploy", "serve"], dirty: bool) -> 
 
 @event_priority(100)  # before mkdocs-jupyter, which then finds them
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the notebooks, which are not in ``docs/``."""
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        files.append(File(f"notebooks/{path.name}", str(ROOT), config.site_dir, config.use_directory_urls))
+    """Add the notebooks and CONTRIBUTING.md, which are not in ``docs/``."""
+    for path in (ROOT / "CONTRIBUTING.md", *sorted((ROOT / "notebooks").glob("*.ipynb"))):
+        name = path.relative_to(ROOT).as_posix()
+        files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
     return files
 
 
