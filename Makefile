@@ -1,4 +1,4 @@
-# make venv | demo | test | test-all | test-oldest | test-newest | check | docs | format | lock. Each does its own set-up.
+# make venv | demo | test | test-all | test-oldest | test-newest | check | docs | site | dist | format | lock. Each does its own set-up.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +17,7 @@ ALONE := OMP_NUM_THREADS=1
 # The variable silences a notice about the theme's successor.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: venv demo test test-all test-oldest test-newest check docs format lock bench-deps clean
+.PHONY: venv demo test test-all test-oldest test-newest check docs site dist format lock bench-deps clean
 
 venv: $(READY)
 
@@ -62,11 +62,20 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy $(TYPED)
-	$(MKDOCS) build --strict
+	$(MAKE) --no-print-directory site
 
-# The documentation, built anew whenever something is saved. `make check` leaves it in site/.
+# The documentation, built anew whenever something is saved.
 docs: $(READY)
 	$(MKDOCS) serve
+
+# The same as files in site/.
+site: $(READY)
+	$(MKDOCS) build --strict
+
+# What a release uploads: a source distribution and a wheel of each distribution, in dist/.
+dist: $(READY)
+	rm -rf dist
+	for from in . $(ADAPTERS); do (cd $$from && $(CURDIR)/$(BIN)/python -m hatchling build --directory $(CURDIR)/dist) || exit; done
 
 format: $(READY)
 	$(BIN)/ruff format .
@@ -77,4 +86,4 @@ bench-deps: $(READY)
 	$(BIN)/uv pip install --quiet --python $(VENV) --group bench
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache site
+	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache site dist
