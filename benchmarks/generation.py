@@ -142,8 +142,8 @@ def load_grating(
         tokenizer_loaded()
         return tokenizer
 
-    def pruning(density: float | None, *, by_chunk: bool, show_progress: bool) -> MlpPruning | None:
-        return None if density is None else MlpPruning(density, by_chunk, preference)
+    def pruning(density: float | None, *, show_progress: bool) -> MlpPruning | None:
+        return None if density is None else MlpPruning(density, preference)
 
     with (
         patch("grating_core.generation.PromptTokenizer", load_and_tell),
@@ -193,7 +193,7 @@ def _stored(directory: Path) -> StoredCausalLM:
         device=torch.device("cpu"),
         dtype=torch.bfloat16,
         attention=CACHED_ATTENTION,
-        pruning=MlpPruning(0.5, by_chunk=False),
+        pruning=MlpPruning(0.5),
     )
 
 

@@ -104,7 +104,7 @@ def packed_loop(directory: Path, dtype: torch.dtype) -> System:
         hidden = model.embed(batch.input_ids[None], batch.token_type_ids[None], positions)
         for number in range(1, model.depth + 1):
             packing = Packing(batch.lengths)
-            hidden = model.run_layer(number, hidden, positions, tokens=batch.tokens, attention=packing)
+            hidden = model.run_layer(number, hidden, positions, attention=packing)
         return best(model.read_scores(model.depth, hidden, batch.lengths), top_k)
 
     return rank

@@ -171,7 +171,7 @@ class StreamedCausalLM(Loaded[CausalLM]):
             hub=Hub(revision, token, cache_dir, local_files_only),
             adapter=adapter,
             lasting=budget is not None,
-            pruning=mlp_pruning(mlp_density, by_chunk=False, show_progress=show_progress),
+            pruning=mlp_pruning(mlp_density, show_progress=show_progress),
             show_progress=show_progress,
         )
         with closed_on_error(stored):

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from grating_core import arguments
 from grating_core.arguments import check_query, is_number, whole_number
-from grating_core.columns.install import mlp_pruning
 from grating_core.engine.attention import PACKED_ATTENTION
 from grating_core.engine.forward import Outcome, forward
 from grating_core.engine.ragged import RaggedBatch, filled
@@ -157,7 +156,6 @@ class Reranker(Loaded[CrossEncoder]):
         template: Prompt | str | None = None,
         instruction: str | None = None,
         adapter: str | Path | None = None,
-        mlp_density: float | None = None,
         chunk_tokens: int | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -199,10 +197,6 @@ class Reranker(Loaded[CrossEncoder]):
             instruction: What to judge by, for templates that have a slot for it; None for their own words.
             adapter: A LoRA adapter as PEFT saves it, a directory or hub id, which is merged into the weights when
                 they are read.
-            mlp_density: Share of the MLPs' weights that a chunk of tokens uses, for decoders on the CPU: those
-                columns that matter most to all its tokens together, and rather those that are in memory. Fewer
-                bytes are read within a memory budget, and scores are approximate: a trade for disks that cannot
-                keep up. A file with the columns, as large as the MLPs, is written on first use. None for all.
             chunk_tokens: Most tokens computed at once, which bounds the memory of intermediate results. A
                 document is never split. None for a value that suits the device or the memory budget.
             revision: Branch, tag or commit of the model on the hub; None for the newest. This and the next three
@@ -218,8 +212,6 @@ class Reranker(Loaded[CrossEncoder]):
             UnsupportedModelError: The weights are of a kind that grating does not run.
             BudgetError: The memory budget is too small; the message states the smallest that works. It is a
                 ``ValueError`` as well.
-            FileError: The file with the columns of the MLPs is damaged, or belongs to other weights.
-            StorageError: That file cannot be written.
             FileError: There is no lens in that directory, it is damaged, or it is for other weights.
             ValueError: An argument is not usable; the message names it. None is as if it were not given, for all.
         """
@@ -251,7 +243,6 @@ class Reranker(Loaded[CrossEncoder]):
             hub=Hub(revision, token, cache_dir, local_files_only),
             adapter=adapter,
             lasting=budget is not None,
-            mlp_density=mlp_density,
             show_progress=show_progress,
         )
         with closed_on_error(stored):
@@ -259,17 +250,13 @@ class Reranker(Loaded[CrossEncoder]):
             prompt = find_prompt(template, str(model), directory, stored.family)
             window = find_window(directory, stored.window, max_length, usual_length(prompt, stored.family))
             plan = None if budget is None else make_plan(stored.sizes(window), budget)
-            # What is found out about the pruned model is not true of the dense one; the other way round it is
-            # near enough.
-            own, identity = (
-                fingerprint(directory, stored.adapter, prompt, density) for density in (mlp_density, None)
-            )
+            identity = fingerprint(directory, stored.adapter, prompt)
             policy: PruningPolicy | ByLens
             if chosen is None:
                 calibrated = (
-                    (find_lens(own, stored.shape) or find_lens(identity, stored.shape))
+                    find_lens(identity, stored.shape)
                     if lens is None
-                    else open_lens(expanded(lens), stored.shape, own, identity)
+                    else open_lens(expanded(lens), stored.shape, identity)
                 )
                 policy = ByLens(float(target), guarantee, calibrated and calibrated.to(stored.device))
             else:
@@ -291,7 +278,7 @@ class Reranker(Loaded[CrossEncoder]):
                 stored.load(plan, encoder.answers),
                 encoder,
                 model_path=directory,
-                fingerprint=own,
+                fingerprint=identity,
                 pruning=policy,
                 chunk_tokens=chunk_tokens,
                 plan=plan,
@@ -677,7 +664,6 @@ def plan_memory(
     max_length: int | None = None,
     template: Prompt | str | None = None,
     adapter: str | Path | None = None,
-    mlp_density: float | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -699,7 +685,6 @@ def plan_memory(
         hub=Hub(revision, token, cache_dir, local_files_only),
         adapter=adapter,
         lasting=False,
-        mlp_density=mlp_density,
         show_progress=show_progress,
     )
     with closing(stored):
@@ -716,10 +701,8 @@ def _open(
     hub: Hub,
     adapter: str | Path | None,
     lasting: bool,
-    mlp_density: float | None,
     show_progress: bool,
 ) -> StoredCrossEncoder | GgufModel:
-    pruning = mlp_pruning(mlp_density, by_chunk=True, show_progress=show_progress)
     chosen_device = choose_device(device)
     chosen_dtype, _ = choose_dtype(dtype, chosen_device)
     directory = find_model(model, hub=hub, show_progress=show_progress)
@@ -729,14 +712,9 @@ def _open(
         "attention": PACKED_ATTENTION,
         "adapter": None if adapter is None else find_adapter(str(adapter), hub=hub, show_progress=show_progress),
     }
-    if not is_gguf(directory):
-        return StoredCrossEncoder(directory, **how, lasting=lasting, pruning=pruning)
-    if pruning is not None:
-        raise UnsupportedModelError(
-            f"mlp_density={mlp_density!r} is for models that are read from disk, and {directory} is unpacked as a "
-            f"whole: leave it out, or take the model as safetensors"
-        )
-    return GgufModel(directory, **how)
+    if is_gguf(directory):
+        return GgufModel(directory, **how)
+    return StoredCrossEncoder(directory, **how, lasting=lasting)
 
 
 def _find_budget(memory_budget: str | int, model: str | Path) -> int:

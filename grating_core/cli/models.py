@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from grating_core.cli.options import AsJson, GivenBudget, MlpDensity, ModelName, ModelOptions, TemplateName
+from grating_core.cli.options import AsJson, GivenBudget, ModelName, ModelOptions, TemplateName
 from grating_core.cli.output import err, show, show_whole, write_json
 from grating_core.cli.tables import plain_table
 from grating_core.errors import GratingError, StorageError
@@ -77,7 +77,6 @@ class PlannedOptions(ModelOptions):
 
     memory_budget: GivenBudget = field()
     template: TemplateName = None
-    mlp_density: MlpDensity = None
 
 
 def plan(

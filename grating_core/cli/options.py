@@ -90,10 +90,6 @@ Budget = Annotated[
     in_panel["memory"](help="Memory it may take, such as 300MB; no bound by default.", callback=_SIZE),
 ]
 GivenBudget = Annotated[str, in_panel["memory"](help="Memory it may take, such as 300MB.", callback=_SIZE)]
-MlpDensity = Annotated[
-    float | None,
-    in_panel["memory"](help="Share of the MLPs' weights that is used; all by default.", callback=_check_density),
-]
 Target = Annotated[
     float,
     in_panel["pruning"](help="Share of the full model's top K that a lens promises.", callback=_check_share),
@@ -141,7 +137,6 @@ class RerankerOptions(ModelOptions):
     )
     template: TemplateName = None
     instruction: Instruction = None
-    mlp_density: MlpDensity = None
     pruning: Annotated[
         Literal["auto", "cluster", "off"], in_panel["pruning"](help="How candidates are dropped early.")
     ] = "auto"
@@ -166,7 +161,12 @@ class RankingOptions(RerankerOptions):
 class GeneratorOptions(ModelOptions):
     """Arguments of :meth:`StreamedCausalLM.from_pretrained`."""
 
-    mlp_density: MlpDensity = None
+    mlp_density: Annotated[
+        float | None,
+        in_panel["memory"](
+            help="Share of the MLPs' weights that is used; all by default.", callback=_check_density
+        ),
+    ] = None
     max_length: Annotated[
         int | None, in_panel["model"](min=1, help="Most tokens of prompt and answer together.")
     ] = None

@@ -30,19 +30,16 @@ class MlpPruning:
 
     Attributes:
         density: Share of their weights that a token uses, above 0 and below 1.
-        by_chunk: Choose columns for many tokens together, as reranking does; otherwise a prompt is computed with
-            all of them.
         preference: For columns that are in memory.
         show_progress: Show a progress bar while the companion file is written.
     """
 
     density: float
-    by_chunk: bool
     preference: Preference = PREFERENCE
     show_progress: bool = False
 
 
-def mlp_pruning(mlp_density: float | None, *, by_chunk: bool, show_progress: bool) -> MlpPruning | None:
+def mlp_pruning(mlp_density: float | None, *, show_progress: bool) -> MlpPruning | None:
     """What a density asks for; None where it asks for all weights.
 
     Raises:
@@ -50,7 +47,7 @@ def mlp_pruning(mlp_density: float | None, *, by_chunk: bool, show_progress: boo
     """
     if mlp_density is None or check_density(mlp_density) == 1:
         return None
-    return MlpPruning(mlp_density, by_chunk, show_progress=show_progress)
+    return MlpPruning(mlp_density, show_progress=show_progress)
 
 
 def staging_bytes(sizes: ColumnSizes) -> int:
@@ -105,8 +102,6 @@ def install(
             cache = caching.cache(sizes.count(kind), kind, shares)
             tables[kind] = ColumnTable(file, number, kind, cache, staging, meter)
             tables[kind].fill()
-        layer.mlp = ColumnMlp(
-            find_gated_mlp(layer), tables["inputs"], tables["products"], shares, by_chunk=pruning.by_chunk
-        )
+        layer.mlp = ColumnMlp(find_gated_mlp(layer), tables["inputs"], tables["products"], shares)
     meter.columns_read = meter.bytes_read = 0  # requests are counted, not loading
     meter.seconds_waited = 0.0

@@ -119,26 +119,6 @@ class ColumnTable:
                 self._keep(matrix, choice.slots[choice.hits :][block])
         return total
 
-    def multiply_chunk(self, values: Tensor, count: int, tokens: int) -> Tensor:
-        """The product with the values of many tokens, by the columns that matter most to all of them together.
-
-        Args:
-            values: ``[T, columns]``, in the dtype of the weights.
-            count: How many columns to use.
-            tokens: The first so many rows are tokens; behind them there may be fill.
-
-        Returns:
-            float32 ``[T, rows of the matrix]``.
-        """
-        choice = self._choose(values[:tokens].abs().float().sum(0), count)
-        missing = choice.columns[choice.hits :]
-        with self._reading(missing) as blocks:
-            total = _product(self._held, values, choice.columns[: choice.hits], choice.slots[: choice.hits])
-            for block, matrix in blocks:
-                total += self._arrived(matrix, values, missing[block])
-                self._keep(matrix, choice.slots[choice.hits :][block])
-        return total
-
     def multiply_all(self, values: Tensor) -> Tensor:
         """The product with the values of many tokens, by all columns; which are in memory does not change.
 
@@ -229,19 +209,16 @@ class ColumnMlp(nn.Module):
     """Stands in for a gated MLP, and computes with the columns that a token needs.
 
     A single token is computed with its own columns. Many at once, as in a prompt, need nearly all of them
-    together; then either all are used, or those that matter most to the whole chunk.
+    together, and are computed with all.
 
     Args:
         mlp: What it stands in for: its activation and biases are used, not its weights.
         inputs: The columns of W_u and W_g.
         products: Those of W_d.
-        shares: What a token, or a chunk, uses.
-        by_chunk: Use the shares for many tokens at once, too.
+        shares: What a single token uses.
     """
 
-    def __init__(
-        self, mlp: Any, inputs: ColumnTable, products: ColumnTable, shares: Shares, *, by_chunk: bool
-    ) -> None:
+    def __init__(self, mlp: Any, inputs: ColumnTable, products: ColumnTable, shares: Shares) -> None:
         super().__init__()
         self._act = mlp.act_fn
         # The modules stay where they were, so that biases are bound by their names.
@@ -249,18 +226,11 @@ class ColumnMlp(nn.Module):
         self._inputs, self._products = inputs, products
         self._width, self._products_count = mlp.down_proj.out_features, mlp.down_proj.in_features
         self._counts = kept(self._width, shares.inputs), kept(self._products_count, shares.products)
-        self._by_chunk = by_chunk
-        self.tokens: int | None = None
-        """How many of the rows are tokens, where there may be fill behind them; None for all."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Output ``[1, T, D]`` for input of that shape."""
         rows = hidden[0]
-        if self._by_chunk:
-            tokens = len(rows) if self.tokens is None else self.tokens
-            product = self._gated(self._inputs.multiply_chunk(rows, self._counts[0], tokens), rows.dtype)
-            output = self._products.multiply_chunk(product, self._counts[1], tokens)
-        elif len(rows) == 1:
+        if len(rows) == 1:
             product = self._gated(self._inputs.multiply(rows[0], self._counts[0])[None], rows.dtype)
             output = self._products.multiply(product[0], self._counts[1])[None]
         else:

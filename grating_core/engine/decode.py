@@ -89,7 +89,6 @@ def _run_layer(model: CausalLM, number: int, hidden: Tensor, positions: Tensor, 
         number,
         pad(hidden, (0, 0, 0, fill)),
         pad(positions, (0, fill)),
-        tokens=tokens,
         attention=Continuation(cache, tokens),
     )
     return output[:, :tokens]

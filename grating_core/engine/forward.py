@@ -185,7 +185,7 @@ def _layer_scores(
         if last and model.reads_one_token:
             yield _last_layer_scores(model, part, places, packing)
             continue
-        part[:, :tokens] = model.run_layer(number, part, places, tokens=tokens, attention=packing)[:, :tokens]
+        part[:, :tokens] = model.run_layer(number, part, places, attention=packing)[:, :tokens]
         yield read(part, chunk)
 
 
@@ -223,13 +223,13 @@ def _last_layer_scores(model: CrossEncoder, hidden: Tensor, positions: Tensor, p
     """
     packing.keep_keys = True
     with suppress(KeysKept):
-        model.run_layer(model.depth, hidden, positions, tokens=hidden.shape[1], attention=packing)
+        model.run_layer(model.depth, hidden, positions, attention=packing)
     count = len(packing.lengths)
     if not count:  # the prefix alone
         return hidden.new_empty(0, dtype=torch.float32)
     read = model.scoring_positions(packing.lengths) + packing.prefix
     read = pad(read, (0, filled(count) - count))
-    output = model.run_layer(model.depth, hidden[:, read], positions[:, read], tokens=count, attention=packing)
+    output = model.run_layer(model.depth, hidden[:, read], positions[:, read], attention=packing)
     return model.read_scores(model.depth, output, (1,) * count)
 
 

@@ -28,10 +28,6 @@ class ModelFields(BaseModel):
         default=None,
         description="How much memory it may take, in bytes or such as '300MB'; None keeps everything resident.",
     )
-    mlp_density: float | None = Field(
-        default=None,
-        description="Share of the MLPs' weights that a token is computed with, above 0, 1 at most; None for all.",
-    )
     adapter: str | None = Field(
         default=None, description="LoRA adapter, a directory or hub id, that is merged into the weights."
     )
@@ -96,6 +92,15 @@ class ModelFields(BaseModel):
     def __reduce__(self) -> tuple[partial[Self], tuple[()]]:
         given = {name: value for name, value in self._given().items() if name not in self.never_pickled}
         return partial(type(self), **given), ()
+
+
+class LanguageModelFields(ModelFields):
+    """Settings of any language model."""
+
+    mlp_density: float | None = Field(
+        default=None,
+        description="Share of the MLPs' weights that a token is computed with, above 0, 1 at most; None for all.",
+    )
 
 
 def _types(cls: type[BaseModel]) -> dict[str, Any]:

@@ -161,22 +161,22 @@ def _kept(fingerprint: str) -> list[Path]:
     return [directory] if is_kept(directory / _DESCRIPTION) else []
 
 
-def open_lens(directory: Path, shape: Shape, *fingerprints: str) -> CalibratedLens:
-    """The lens in a directory, which has to have one of these fingerprints.
+def open_lens(directory: Path, shape: Shape, fingerprint: str) -> CalibratedLens:
+    """The lens in a directory, which has to be for these weights.
 
     Args:
         directory: Holds the lens.
         shape: Of the model.
-        fingerprints: Those that the model goes by.
+        fingerprint: Identity of the model.
 
     Raises:
         FileError: There is none, it is damaged, or it is for other weights.
     """
     found = CalibratedLens.load(directory)
-    if found.fingerprint not in fingerprints:
+    if found.fingerprint != fingerprint:
         raise FileError(
             f"lens={str(directory)!r} was calibrated for other weights, or with another adapter or template "
-            f"(fingerprint {found.fingerprint[:16]}…, this model has {fingerprints[0][:16]}…): calibrate one for "
+            f"(fingerprint {found.fingerprint[:16]}…, this model has {fingerprint[:16]}…): calibrate one for "
             f"this model with 'grating calibrate', or leave the lens out"
         )
     try:

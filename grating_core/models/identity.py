@@ -19,9 +19,7 @@ _SAMPLE = 512  # bytes
 _SAMPLES_OF_FILE = 64
 
 
-def fingerprint(
-    model: Path, adapter: Adapter | None = None, prompt: Prompt | None = None, mlp_density: float | None = None
-) -> str:
+def fingerprint(model: Path, adapter: Adapter | None = None, prompt: Prompt | None = None) -> str:
     """What tells the weights of one model, and how they are used, from those of another: its identity.
 
     All that is kept for a model (lenses, the state of recalibration, columns) is kept under this. It covers
@@ -29,8 +27,7 @@ def fingerprint(
     * the model's tensors: of each the name, type and shape, and a few bytes at its beginning and in its middle.
       Reading all would take as long as loading;
     * the adapter that is merged into them: every byte of it, and what its configuration multiplies it by;
-    * the question that it is asked, and the answers whose logits are the score, but not the instruction;
-    * the density that its MLPs are pruned to, if they are pruned.
+    * the question that it is asked, and the answers whose logits are the score, but not the instruction.
 
     It is the same on every machine, with any number of threads, and wherever the files lie. Files that hold no
     weights, the compute dtype and the memory budget do not count.
@@ -39,7 +36,6 @@ def fingerprint(
         model: A model directory, or a GGUF file.
         adapter: What is merged into it, if anything is.
         prompt: What it is asked, if it is.
-        mlp_density: Share of the MLPs' weights that are used; None for all.
     """
     digest = hashlib.sha256()
     if is_gguf(model):
@@ -52,8 +48,6 @@ def fingerprint(
         digest.update(f"adapter {adapter.identity} ".encode())
     if prompt is not None:
         digest.update(json.dumps((prompt.pieces, prompt.yes, prompt.no)).encode())
-    if mlp_density not in (None, 1):
-        digest.update(f"mlp_density {float(mlp_density)!r} ".encode())
     return digest.hexdigest()
 
 

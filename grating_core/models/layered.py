@@ -109,16 +109,13 @@ class LayeredModel:
         """Hidden states before the first layer, ``[1, T, D]``, from int64 tensors ``[1, T]``."""
         return self._family.embed(self._module, input_ids, token_type_ids, positions)
 
-    def run_layer(
-        self, number: int, hidden: Tensor, positions: Tensor, *, tokens: int, attention: object
-    ) -> Tensor:
+    def run_layer(self, number: int, hidden: Tensor, positions: Tensor, *, attention: object) -> Tensor:
         """Put hidden states through one layer.
 
         Args:
             number: Layer number, from 1 to :attr:`depth`; its weights are there (:meth:`layer`).
             hidden: ``[1, T, D]``.
             positions: int64 ``[1, T]``, counted from 0 within each sequence.
-            tokens: How many of the T are tokens; behind them there may be fill.
             attention: What the attention function that the model was built with is told, such as how the token
                 axis divides.
 
@@ -126,8 +123,6 @@ class LayeredModel:
             Hidden states of the same shape.
         """
         layer = self._layers[number - 1]
-        if self._columns is not None:
-            layer.mlp.tokens = tokens
         arguments = self._family.layer_arguments(self._module, layer, hidden, positions)
         # Under one name of our own: transformers hands on what it does not know, and takes for itself what it
         # does. A release that began to know "cache" broke everything that generates.

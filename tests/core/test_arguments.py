@@ -149,7 +149,7 @@ def test_numbers_are_taken_of_any_type(reranker: Reranker, tiny_bert: Path) -> N
 
 def test_none_is_as_if_it_were_not_given(tiny_bert: Path) -> None:
     names = ("device", "dtype", "memory_budget", "pruning", "target", "guarantee", "lens", "recalibrate",
-             "max_length", "long_documents", "template", "instruction", "adapter", "mlp_density", "chunk_tokens",
+             "max_length", "long_documents", "template", "instruction", "adapter", "chunk_tokens",
              "revision", "token", "cache_dir", "local_files_only", "show_progress")  # fmt: skip
     nothing = dict.fromkeys(names)
     usual = Reranker.shared(tiny_bert)

@@ -29,7 +29,7 @@ from grating_core.pruning import ClusterPolicy
 from tests.core.conftest import save_model
 from tests.core.forking import in_fork
 from tests.core.memory.conftest import PLANS, load_planned, load_planned_lm
-from tests.core.models.test_decoders import PROMPT, save_decoder
+from tests.core.models.test_decoders import save_decoder
 from tests.core.parity import load
 from tests.tiny_chat import save_chat_model
 
@@ -183,46 +183,42 @@ def test_a_fork_while_a_layer_is_being_read(tiny_bert: Path, monkeypatch: pytest
             assert under_way.result().ranking == expected
 
 
-@forks
-def test_pruned_mlps_read_their_columns_again_in_a_forked_child(
-    decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A child must not take for present what was on its way to another thread."""
+@pytest.fixture
+def new_pruned(decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], StreamedCausalLM]:
+    """Loads a language model whose columns are nearly all read from disk, and chosen whatever is in memory."""
     monkeypatch.setenv("GRATING_CACHE", str(tmp_path))
 
-    def pruning(mlp_density: float, *, by_chunk: bool, show_progress: bool) -> MlpPruning:
-        return MlpPruning(mlp_density, by_chunk, NO_PREFERENCE)  # so that all choose the same columns
+    def pruning(mlp_density: float, *, show_progress: bool) -> MlpPruning:
+        return MlpPruning(mlp_density, NO_PREFERENCE)
 
-    monkeypatch.setattr("grating_core.reranker.mlp_pruning", pruning)
-    settings = {
-        "template": PROMPT,
-        "device": "cpu",
-        "dtype": "float32",
-        "mlp_density": 0.5,
-        "pruning": "off",
-        "max_length": 64,
-    }
+    monkeypatch.setattr("grating_core.generation.mlp_pruning", pruning)
+    settings = {"device": "cpu", "dtype": "float32", "mlp_density": 0.5, "max_length": 64}
     with pytest.raises(BudgetError) as told:
-        Reranker.from_pretrained(decoder, memory_budget=1000, **settings)
+        StreamedCausalLM.from_pretrained(decoder, memory_budget=1000, **settings)
+    return lambda: StreamedCausalLM.from_pretrained(decoder, memory_budget=told.value.smallest, **settings)
 
-    def new() -> Reranker:
-        return Reranker.from_pretrained(decoder, memory_budget=told.value.smallest, **settings)
 
-    with new() as fresh:
-        expected = fresh.rerank(QUERY, DOCUMENTS).ranking
-    with new() as reranker:
-        assert in_fork(lambda: reranker.rerank(QUERY, DOCUMENTS).ranking) == expected
+def text(model: StreamedCausalLM) -> str:
+    return model.generate(QUERY, max_new_tokens=20).text
+
+
+@forks
+def test_pruned_mlps_read_their_columns_again_in_a_forked_child(
+    new_pruned: Callable[[], StreamedCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A child must not take for present what was on its way to another thread."""
+    with new_pruned() as fresh:
+        expected = text(fresh)
+    with new_pruned() as model:
+        assert in_fork(lambda: text(model)) == expected
         disk = SlowDisk(monkeypatch, "grating-columns")
         monkeypatch.setattr(checkpoint, "_fill_all", one_by_one)
         with ThreadPoolExecutor(1) as other:
-            under_way = other.submit(reranker.rerank, QUERY, DOCUMENTS)
+            under_way = other.submit(text, model)
             assert disk.reached.wait(30)
-            tables = [t for layer in reranker._loaded._layers for t in (layer.mlp._inputs, layer.mlp._products)]
-            assert any(table._changing for table in tables)
-            scores = in_fork(lambda: {r.index: r.score for r in reranker.rerank(QUERY, DOCUMENTS).ranking})
+            assert in_fork(lambda: text(model)) == expected
             disk.go.set()
-            assert under_way.result().ranking == expected
-    assert scores == {r.index: pytest.approx(r.score, abs=1e-5) for r in expected}
+            assert under_way.result() == expected
 
 
 def one_by_one(file: object, start: int, views: list[memoryview], size: int) -> None:
@@ -426,27 +422,23 @@ def test_a_pool_without_a_thread_makes_no_call_and_then_does(monkeypatch: pytest
 
 
 def test_columns_that_find_no_thread_are_wanted_again(
-    decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    new_pruned: Callable[[], StreamedCausalLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("GRATING_CACHE", str(tmp_path))
-    settings = {"template": PROMPT, "device": "cpu", "dtype": "float32", "mlp_density": 0.5, "pruning": "off"}
-    with Reranker.from_pretrained(decoder, **settings) as reranker:
-        expected = reranker.rerank(QUERY, DOCUMENTS).ranking
-        mlp = reranker._loaded._layers[0].mlp
-        for table in (mlp._inputs, mlp._products):
-            table._cache.clear()
-        readers, submit, calls = mlp._inputs._file._readers, mlp._inputs._file._readers.submit, []
+    submit, calls = Threads.submit, []
 
-        def fail_third(*what: object) -> object:
+    def fail_third(threads: Threads, call: Callable[..., object], *what: object) -> object:
+        if call.__module__ == "grating_core.columns.companion":
             calls.append(what)
             if len(calls) == 3:
                 raise RuntimeError("can't start new thread")
-            return submit(*what)
+        return submit(threads, call, *what)
 
-        monkeypatch.setattr(readers, "submit", fail_third)
+    with new_pruned() as model:
+        expected = text(model)
+        monkeypatch.setattr(Threads, "submit", fail_third)
         with pytest.raises(RuntimeError, match="can't start new thread"):
-            reranker.rerank(QUERY, DOCUMENTS)
-        assert reranker.rerank(QUERY, DOCUMENTS).ranking == expected
+            text(model)
+        assert text(model) == expected
 
 
 # Event loops

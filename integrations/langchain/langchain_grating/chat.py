@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from grating_core import StreamedCausalLM
 from grating_core.forking import run_in_thread
-from grating_core.frameworks.fields import ModelFields
+from grating_core.frameworks.fields import LanguageModelFields
 from grating_core.frameworks.requests import OF_ANSWER, OF_LANGUAGE_MODEL, answer_settings
 from grating_core.generation import Generation
 from grating_core.text.messages import REASONING
@@ -24,7 +24,7 @@ from grating_core.text.messages import REASONING
 _ROLES: dict[type[BaseMessage], str] = {SystemMessage: "system", HumanMessage: "user", AIMessage: "assistant"}
 
 
-class ChatGrating(ModelFields, BaseChatModel):
+class ChatGrating(LanguageModelFields, BaseChatModel):
     """A language model on this machine, whose weights are read from disk as far as they do not fit into memory.
 
     It is loaded on first use, and shared with whoever uses the same model and settings. Requests to one model are

@@ -34,7 +34,6 @@ OPTIONS = {
     "--device": ["cpu", "cuda:99", "tpu", ""],
     "--template": ["qwen3-reranker", "nothing"],
     "--instruction": ["be strict"],
-    "--mlp-density": ["0.5", "2", "nan"],
     "--lens": ["/no/such", "/dev/null"],
     "--adapter": ["/no/such", "./x"],
     "--revision": ["main", "a b", "../.."],

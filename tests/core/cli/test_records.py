@@ -79,7 +79,6 @@ def test_a_threshold_is_a_raw_logit(stored: str, bundled: Reranker) -> None:
         (["--device", "tpu"], "--device"),
         (["--memory-budget", "lots"], "--memory-budget"),
         (["--target", "1.5"], "--target"),
-        (["--mlp-density", "0"], "--mlp-density"),
         (["--max-length", "0"], "--max-length"),
         (["--format", "xml"], "--format"),
         (["-q", " "], "--query"),

@@ -5,10 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import silu
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Starcoder2Config
 from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.starcoder2.modeling_starcoder2 import Starcoder2DecoderLayer
 
-from grating_core.columns.masks import MaskedMlp, Shares, baseline_shares, keep_largest, kept
+from grating_core.columns.masks import MaskedMlp, Shares, baseline_shares, find_gated_mlp, keep_largest, kept
+from grating_core.errors import UnsupportedModelError
 
 MLP = LlamaMLP(LlamaConfig(hidden_size=24, intermediate_size=40, num_attention_heads=2)).requires_grad_(False)
 HIDDEN = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0))
@@ -69,3 +71,10 @@ def test_gradients_reach_what_is_kept() -> None:
     MaskedMlp(MLP, Shares(0.5, 0.5))(hidden).sum().backward()
     assert hidden.grad is not None
     assert (hidden.grad[0] != 0).sum() == 12
+
+
+def test_a_layer_without_a_gated_mlp_is_refused() -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    layer = Starcoder2DecoderLayer(Starcoder2Config(**sizes), 0)
+    with pytest.raises(UnsupportedModelError, match=r"gated MLPs.*a Starcoder2DecoderLayer has none"):
+        find_gated_mlp(layer)

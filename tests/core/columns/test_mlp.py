@@ -29,9 +29,8 @@ class Case:
     """A dense MLP, its companion file, and what computes from it."""
 
     def __init__(
-        self, directory: Path, share: float, shares: Shares, *, by_chunk: bool = False, bias: bool = False,
-        preference: float = 1.0,
-    ) -> None:  # fmt: skip
+        self, directory: Path, share: float, shares: Shares, *, bias: bool = False, preference: float = 1.0
+    ) -> None:
         self.dense = dense_mlp(bias)
         self.path = directory / "columns"
         weights = [(self.dense.up_proj.weight, self.dense.gate_proj.weight, self.dense.down_proj.weight)]
@@ -48,7 +47,7 @@ class Case:
         ]
         for table in tables:
             table.fill()
-        self.mlp = ColumnMlp(self.dense, *tables, shares, by_chunk=by_chunk)
+        self.mlp = ColumnMlp(self.dense, *tables, shares)
         self.masked = MaskedMlp(self.dense, shares)
 
 
@@ -83,31 +82,6 @@ def test_a_prompt_is_computed_with_all_columns_and_leaves_the_cache_as_it_is(
     case.file.close()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_a_chunk_is_computed_with_what_matters_to_all_its_tokens_and_not_to_its_fill(
-    tmp_path: Path, share: float
-) -> None:
-    case = Case(tmp_path, share, Shares(0.5, 0.25), by_chunk=True)
-    for seed in range(5):
-        tokens, fill = hidden_states(6, seed), 1000 * hidden_states(3, seed + 100)
-        case.mlp.tokens = 6
-        found = case.mlp(torch.cat((tokens, fill), dim=1))[:, :6]
-        torch.testing.assert_close(found, by_chunk(case.dense, tokens, WIDTH // 2, PRODUCTS // 4))
-    case.file.close()
-
-
-def by_chunk(mlp: LlamaMLP, hidden: Tensor, inputs: int, products: int) -> Tensor:
-    """The plain reference: the same columns for all tokens."""
-
-    def keep(values: Tensor, count: int) -> Tensor:
-        mask = torch.zeros(values.shape[-1])
-        mask[values.abs().sum((0, 1)).topk(count).indices] = 1
-        return values * mask
-
-    hidden = keep(hidden, inputs)
-    return mlp.down_proj(keep(mlp.act_fn(mlp.gate_proj(hidden)) * mlp.up_proj(hidden), products))
-
-
 def test_columns_in_memory_are_preferred_and_less_is_read(tmp_path: Path) -> None:
     read = {}
     for preference in (1.0, 0.2):
@@ -122,9 +96,8 @@ def test_columns_in_memory_are_preferred_and_less_is_read(tmp_path: Path) -> Non
     assert read[0.2] < 0.7 * read[1.0]
 
 
-@pytest.mark.parametrize("by_chunk", [False, True])
-def test_after_a_failed_read_it_still_computes_right(tmp_path: Path, by_chunk: bool) -> None:
-    case = Case(tmp_path, 0.4, Shares(0.5, 0.5), by_chunk=by_chunk)
+def test_after_a_failed_read_it_still_computes_right(tmp_path: Path) -> None:
+    case = Case(tmp_path, 0.4, Shares(0.5, 0.5))
     tokens = hidden_states(20).split(1, dim=1)
     whole = case.path.read_bytes()
     for number, token in enumerate(tokens):

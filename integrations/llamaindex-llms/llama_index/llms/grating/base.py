@@ -30,7 +30,7 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 
 from grating_core import GratingError, StreamedCausalLM
 from grating_core.forking import run_in_thread
-from grating_core.frameworks.fields import ModelFields
+from grating_core.frameworks.fields import LanguageModelFields
 from grating_core.frameworks.requests import OF_LANGUAGE_MODEL, answer_settings
 from grating_core.generation import Generation
 
@@ -38,7 +38,7 @@ Prompt = str | list[dict[str, str]]  # a text to continue, or messages
 _ROLES = (MessageRole.SYSTEM, MessageRole.USER, MessageRole.ASSISTANT)
 
 
-class GratingLLM(ModelFields, CustomLLM):
+class GratingLLM(LanguageModelFields, CustomLLM):
     """A language model on this machine, whose weights are read from disk as far as they do not fit into memory.
 
     It is loaded on first use, and shared with whoever uses the same model and settings. Requests to one model are

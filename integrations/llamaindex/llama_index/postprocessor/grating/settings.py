@@ -19,7 +19,7 @@ from grating_core.pruning import Off
 
 _SETTINGS = (
     "model", "device", "dtype", "memory_budget", "max_length", "long_documents", "template", "instruction",
-    "adapter", "mlp_density", "pruning", "target", "guarantee", "lens", "recalibrate", "revision", "token",
+    "adapter", "pruning", "target", "guarantee", "lens", "recalibrate", "revision", "token",
     "cache_dir", "local_files_only",
 )  # fmt: skip
 
