@@ -62,10 +62,10 @@ def test_the_examples_of_a_page_run_one_after_the_other(
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_commands_of_a_page_are_understood(page: Path) -> None:
-    shown = "\n".join(
+    blocks = "\n".join(
         re.findall(r"^```(?:bash|console)\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
     )
-    for line in re.findall(r"^(?:\$ )?grating ([^|>\n]+)", shown, re.MULTILINE):
+    for line in re.findall(r"^(?:\$ )?grating ([^|>\n]+)", blocks, re.MULTILINE):
         command, words = get_command(app), shlex.split(line, comments=True)
         while words and words[0] in getattr(command, "commands", ()):
             command = command.commands[words.pop(0)]  # type: ignore[attr-defined]
