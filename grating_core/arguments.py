@@ -6,7 +6,13 @@ import math
 import operator
 from collections.abc import Iterable, Mapping, Set
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
+
+Guarantee = Literal["share", "set"]
+"""What a target counts: the mean share of the top K that is kept, or the requests whose whole top K is."""
+
+LongDocuments = Literal["truncate", "windows"]
+"""What happens to a document that does not fit: its end is cut, or its best window gives its score."""
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:

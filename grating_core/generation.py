@@ -31,7 +31,7 @@ from grating_core.models.loading import StoredCausalLM
 from grating_core.models.placement import choose_device, choose_dtype
 from grating_core.text.chat import PromptTokenizer
 from grating_core.text.messages import Messages
-from grating_core.text.pairs import find_window
+from grating_core.text.windows import find_window
 
 _CHUNK_TOKENS = {"cuda": 8192, "mps": 4096}  # on the CPU it depends on the size of the layers
 _USUAL_LENGTH = 4096

@@ -44,14 +44,12 @@ from grating_core.models.placement import choose_device, choose_dtype
 from grating_core.pruning import ClusterPolicy, Guarantee, Off, PruningPolicy
 from grating_core.results import RankedDocument, RerankResult, Trace
 from grating_core.text.pairs import (
-    LongDocuments,
     Template,
     TokenisedPair,
-    check_long_documents,
-    find_window,
     load_template,
 )
 from grating_core.text.prompts import Prompt, find_prompt, usual_length
+from grating_core.text.windows import check_long_documents, find_window
 
 if TYPE_CHECKING:
     from grating_core.lens.calibrate import Recorder, Request
@@ -152,7 +150,7 @@ class Reranker(Loaded[CrossEncoder]):
         lens: str | Path | None = None,
         recalibrate: float | None = 0.0,
         max_length: int | None = None,
-        long_documents: LongDocuments | None = "truncate",
+        long_documents: arguments.LongDocuments | None = "truncate",
         template: Prompt | str | None = None,
         instruction: str | None = None,
         adapter: str | Path | None = None,

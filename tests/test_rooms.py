@@ -34,7 +34,7 @@ RUNS_BACK = {
     ("models/loading.py", "lens"),
 }
 TOO_LONG = {
-    "generation.py", "lab/distill.py", "lens/recalibrate.py", "models/loading.py", "reranker.py", "text/pairs.py",
+    "generation.py", "lab/distill.py", "lens/recalibrate.py", "models/loading.py", "reranker.py",
 }  # fmt: skip
 READS_PRIVATE = {
     "grating_core/lab/distill.py",
@@ -67,7 +67,6 @@ READS_PRIVATE = {
     "tests/core/test_generation.py",
     "tests/core/test_lifetime.py",
     "tests/core/text/test_real_text.py",
-    "tests/core/text/test_tokenizer.py",
     "tests/langchain/test_rerank.py",
     "tests/llamaindex/test_rerank.py",
 }

@@ -19,9 +19,6 @@ def read_json(path: Path) -> Any:
     Args:
         path: The file, UTF-8.
 
-    Returns:
-        What the file holds.
-
     Raises:
         OSError: The file is not there, cannot be read, or is not a regular file.
         ValueError: The file is not JSON, or nested too deeply to be read.
@@ -30,15 +27,17 @@ def read_json(path: Path) -> Any:
     return parse_json(path.read_bytes())
 
 
+def read_json_or(path: Path, default: Any) -> Any:
+    """Read a JSON file as :func:`read_json` does, or return ``default`` if there is none."""
+    return read_json(path) if path.exists() else default
+
+
 def parse_json(text: str | bytes, **how: Any) -> Any:
     """Read JSON text without trust.
 
     Args:
         text: The text; as bytes it is UTF-8.
-        how: As :func:`json.loads` takes it.
-
-    Returns:
-        What the text says.
+        how: What :func:`json.loads` takes by name.
 
     Raises:
         ValueError: The text is not JSON, or nested too deeply to be read.

@@ -1,20 +1,19 @@
-"""The tokenizer of a model directory: its vocabulary, used as transformers uses it."""
+"""The tokenizer in a model's files: its vocabulary, used as transformers uses it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
 from transformers import AutoTokenizer
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
-from grating_core.files.reading import parse_json, read_json
+from grating_core.files.reading import parse_json, read_json_or
 from grating_core.models.directory import has_tokenizer
 from grating_core.models.gguf import gguf_tokenizer, is_gguf
 
@@ -34,8 +33,8 @@ _OPTIONS: dict[type, tuple[str, ...]] = {
 _NOT_SETTINGS = ("auto_map", "chat_template", "name_or_path")
 
 
-def load_backend(directory: Path) -> tuple[Tokenizer, bool]:
-    """The tokenizer of a model, and whether the model is to know which text a token belongs to.
+def load_backend(directory: Path, rows: int | None = None) -> tuple[Tokenizer, bool]:
+    """Load the tokenizer of a model, and tell whether the model is to know which text a token belongs to.
 
     Token ids are those of transformers' tokenizer for the directory. Its classes make the steps before and behind
     the vocabulary anew, from ``tokenizer_config.json``: lower case, accents, prefix spaces, special tokens. So a
@@ -44,14 +43,30 @@ def load_backend(directory: Path) -> tuple[Tokenizer, bool]:
     another 130 MB.
 
     Args:
-        directory: Where the tokenizer's files are, or a GGUF file.
+        directory: The tokenizer's directory, or a GGUF file.
+        rows: Number of rows of the embedding table. A token without one is refused; None refuses none.
 
     Raises:
-        ModelNotFoundError: The tokenizer's files are missing or damaged, or need a package that is not there.
+        ModelNotFoundError: The tokenizer's files are missing or damaged, need a package that is not there, or are
+            of a model with more tokens.
         UnsupportedModelError: The tokenizer has no Rust backend.
     """
     if is_gguf(directory):
-        return gguf_tokenizer(directory)[0], False
+        backend, has_types = gguf_tokenizer(directory)[0], False
+    else:
+        backend, has_types = _from_files(directory)
+    token, last = max(backend.get_vocab(with_added_tokens=True).items(), key=itemgetter(1), default=("", -1))
+    if rows is not None and last >= rows:  # fewer tokens are usual
+        raise ModelNotFoundError(
+            f"{directory / 'tokenizer.json'} has the token {token!r} of id {last}, and the embedding table that "
+            f"{directory / 'config.json'} describes has {rows} rows: they are not of the same model"
+        )
+    backend.no_padding()
+    backend.no_truncation()
+    return backend, has_types
+
+
+def _from_files(directory: Path) -> tuple[Tokenizer, bool]:
     if not has_tokenizer(directory):
         raise ModelNotFoundError(f"{directory} has no tokenizer.json, vocabulary or sentencepiece model")
     settings = read_settings(directory)
@@ -78,10 +93,10 @@ def load_backend(directory: Path) -> tuple[Tokenizer, bool]:
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """What ``tokenizer_config.json`` says; nothing if there is none.
+    """Return what ``tokenizer_config.json`` says; nothing if there is none.
 
     Raises:
-        ModelNotFoundError: It is damaged.
+        ModelNotFoundError: The file is damaged.
     """
     if is_gguf(directory):
         return gguf_tokenizer(directory)[1]
@@ -90,7 +105,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        found = read_json(path) if path.exists() else {}
+        found = read_json_or(path, {})
         if not isinstance(found, dict):
             raise TypeError("it holds no settings by name")
     except (ValueError, TypeError, OSError) as error:
@@ -103,8 +118,8 @@ def _reference(directory: Path) -> tuple[Any, list[str]]:
     return getattr(tokenizer, "backend_tokenizer", None), list(tokenizer.model_input_names)
 
 
-def _with_settings(directory: Path, settings: Mapping[str, Any]) -> tuple[Any, list[str]]:
-    """The tokenizer of ``tokenizer.json``, with the steps that transformers makes of the settings."""
+def _with_settings(directory: Path, settings: dict[str, Any]) -> tuple[Any, list[str]]:
+    """Return the tokenizer of ``tokenizer.json``, with the steps that transformers makes of the settings."""
     whole = Tokenizer.from_file(str(directory / "tokenizer.json"))
     files = {name: _read_object(directory / name) for name in ("special_tokens_map.json", "added_tokens.json")}
     try:
@@ -122,10 +137,10 @@ def _write_small(
     folder: Path,
     directory: Path,
     whole: Tokenizer,
-    settings: Mapping[str, Any],
-    files: Mapping[str, dict[str, Any]],
+    settings: dict[str, Any],
+    files: dict[str, dict[str, Any]],
 ) -> None:
-    """A model directory with a vocabulary of nothing but special tokens."""
+    """Write a model directory with a vocabulary of nothing but special tokens."""
     config = _read_object(directory / "config.json")
     kept = {
         name: value for name, value in settings.items() if name not in _NOT_SETTINGS and not name.endswith("_file")
@@ -140,14 +155,17 @@ def _write_small(
     small = Tokenizer(_small_model(whole, _special_tokens(whole, [*kept.values(), *files.values()])))
     for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         setattr(small, step, getattr(whole, step))
-    added = whole.get_added_tokens_decoder()
-    small.add_tokens([token for _, token in sorted(added.items(), key=lambda item: item[0])])
+    small.add_tokens(_added_tokens(whole))
     small.save(str(folder / "tokenizer.json"))
 
 
+def _added_tokens(tokenizer: Tokenizer) -> list[AddedToken]:
+    return [token for _, token in sorted(tokenizer.get_added_tokens_decoder().items(), key=itemgetter(0))]
+
+
 def _special_tokens(whole: Tokenizer, stated: list[Any]) -> list[str]:
-    """Strings that settings state, and the usual ones, as far as they are in the vocabulary."""
-    found = [token.content for token in whole.get_added_tokens_decoder().values()]
+    """Return strings that settings state, and the usual ones, as far as they are in the vocabulary."""
+    found = [token.content for token in _added_tokens(whole)]
     found += ["[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]", "<s>", "</s>", "<unk>", "<pad>", "<mask>", "<bos>"]
     found += ["<eos>", "<|endoftext|>"]
     while stated:
@@ -161,16 +179,15 @@ def _special_tokens(whole: Tokenizer, stated: list[Any]) -> list[str]:
 
 def _small_model(whole: Tokenizer, tokens: list[str]) -> Any:
     kind: Any = type(whole.model)
-    stated = {name: getattr(whole.model, name) for name in _OPTIONS[kind]}
-    options = {name: value for name, value in stated.items() if value is not None}
     if kind is Unigram:
         return Unigram([(token, 0.0) for token in tokens or ["<unk>"]], unk_id=0)
+    options = {name: value for name in _OPTIONS[kind] if (value := getattr(whole.model, name)) is not None}
     vocabulary = {token: number for number, token in enumerate(tokens)}
     return kind(vocabulary, [], **options) if kind is BPE else kind(vocabulary, **options)
 
 
 def _join(whole: Tokenizer, own: Tokenizer) -> Tokenizer:
-    """The vocabulary of one tokenizer with the steps of another."""
+    """Return the vocabulary of one tokenizer with the steps of another."""
     model: Any = whole.model
     for name in _OPTIONS[type(model)]:
         if getattr(model, name) != getattr(own.model, name):
@@ -178,8 +195,7 @@ def _join(whole: Tokenizer, own: Tokenizer) -> Tokenizer:
     joined = Tokenizer(model)
     for step in ("normalizer", "pre_tokenizer", "decoder"):
         setattr(joined, step, getattr(own, step))
-    added = sorted(own.get_added_tokens_decoder().items(), key=lambda item: item[0])
-    joined.add_tokens([token for _, token in added])
+    joined.add_tokens(_added_tokens(own))
     joined.encode_special_tokens = own.encode_special_tokens
     state = parse_json(own.to_str())
     if state["post_processor"] is not None:
@@ -204,17 +220,3 @@ def _renumber(step: dict[str, Any], tokenizer: Tokenizer) -> None:
     if step["type"] == "TemplateProcessing":
         for special in step["special_tokens"].values():
             special["ids"] = [number(token) for token in special["tokens"]]
-
-
-def check_vocabulary(directory: Path, backend: Tokenizer, rows: int | None) -> None:
-    """Refuse a tokenizer that has tokens for which the embedding table has no row. Fewer tokens are usual.
-
-    Raises:
-        ModelNotFoundError: It has; the message names both files.
-    """
-    token, last = max(backend.get_vocab(with_added_tokens=True).items(), key=itemgetter(1), default=("", -1))
-    if rows is not None and last >= rows:
-        raise ModelNotFoundError(
-            f"{directory / 'tokenizer.json'} has the token {token!r} of id {last}, and the embedding table that "
-            f"{directory / 'config.json'} describes has {rows} rows: they are not of the same model"
-        )

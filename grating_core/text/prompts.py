@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from tokenizers import Tokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from grating_core.errors import ModelNotFoundError
-from grating_core.files.reading import read_json
 from grating_core.models.directory import check_answers
 from grating_core.models.families import Family
 from grating_core.models.gguf import is_gguf
-from grating_core.text.backend import read_settings
+from grating_core.text.chat import ChatFormat
 
-_MARK = re.compile(r"[<\[]\S+[>\]]")  # not what a line break or a run of spaces is to some tokenizers
 _SLOT = re.compile(r"\{(instruction|query|document)\}")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """How a decoder is asked whether a document answers a query.
+    """A prompt asks a decoder whether a document answers a query.
 
     Attributes:
         pieces: The text of a pair, with the slots ``{instruction}``, ``{query}`` and ``{document}``. Each piece is
@@ -33,8 +27,8 @@ class Prompt:
         yes: The answer whose logit is the score. It must be a single token of the model.
         no: The answer whose logit is subtracted from it; None to subtract nothing.
         instruction: What to judge by, if the user does not say.
-        instruction_format: How an instruction that is not empty is put into its slot.
-        max_length: Most tokens of a pair, if the user does not say.
+        instruction_format: The form in which an instruction that is not empty is put into its slot.
+        max_length: The most tokens of a pair, if the user does not say.
 
     Raises:
         ValueError: There is no slot for the query or the document, or more than one for the document.
@@ -61,11 +55,11 @@ class Prompt:
 
     @property
     def takes_instruction(self) -> bool:
-        """Whether there is a slot for an instruction."""
+        """Tell whether there is a slot for an instruction."""
         return any("{instruction}" in piece for piece in self.pieces)
 
     def fill(self, query: str, instruction: str | None) -> tuple[list[str], str, list[str]]:
-        """The texts around a document: the pieces before its own, what its piece begins with, those after it.
+        """Return the pieces before the document's own, what that begins with, and what comes after the document.
 
         Args:
             query: The question.
@@ -138,7 +132,7 @@ PROMPTS: dict[str, Prompt] = {
 }
 """The official formats, by the name that ``template=`` takes."""
 
-# Which models have them: in the name of the model, or of the directory it is in.
+# The models that have them, by their names or those of their directories.
 _MODELS = {
     "qwen3-reranker": r"qwen3-reranker",
     "bge-reranker-v2-gemma": r"bge-reranker-v2-gemma",
@@ -154,13 +148,13 @@ _ANY_INSTRUCTION = "Judge whether the document is relevant to the query."
 
 
 def find_prompt(template: Prompt | str | None, model: str, directory: Path, family: Family) -> Prompt | None:
-    """What a model is asked; None if it is given the two texts as its tokenizer joins them.
+    """Find out what a model is asked; None if it is given the two texts as its tokenizer joins them.
 
     Args:
-        template: The user's choice: a prompt, the name of an official one, or None for the model's own.
-        model: What the user called the model; official formats are known by it.
-        directory: Where its files are.
-        family: Its family.
+        template: The user's choice: a prompt, or the name of an official one. None takes the model's own.
+        model: The name that the user gave the model; official formats are known by it.
+        directory: The model's directory, or its GGUF file.
+        family: The model's family.
 
     Raises:
         ModelNotFoundError: The tokenizer's settings or its chat template are damaged.
@@ -176,18 +170,22 @@ def find_prompt(template: Prompt | str | None, model: str, directory: Path, fami
     if isinstance(template, Prompt):
         return template
     if template is not None:
-        return named_prompt(template)
+        if template in PROMPTS:
+            return PROMPTS[template]
+        raise ValueError(
+            f"template={template!r} is not known; use one of {', '.join(PROMPTS)}, or a Prompt of your own"
+        )
     for name in (Path(model).name, *_names(directory.resolve()), family.prompt or ""):
         if prompt := official_prompt(name):
             return prompt
     if not family.asks:
         return None
     check_answers(directory)
-    return chat_prompt(directory, read_settings(directory))
+    return _chat_prompt(directory)
 
 
 def _names(path: Path) -> list[str]:
-    """What a model may be called, by where it is."""
+    """Return what a model may be called, by where it is."""
     if is_gguf(path):
         return [path.name, path.parent.name]
     # In the hub's cache it is models--owner--name/snapshots/revision.
@@ -195,122 +193,23 @@ def _names(path: Path) -> list[str]:
 
 
 def usual_length(prompt: Prompt | None, family: Family) -> int | None:
-    """The most tokens of a pair if the user does not say; None for the model's whole window."""
+    """Return the most tokens of a pair if the user does not say; None for the model's whole window."""
     if prompt is not None:
         return prompt.max_length
     return Prompt.max_length if family.causal else None
 
 
 def official_prompt(model: str) -> Prompt | None:
-    """The format that a model was trained with, as far as its name tells.
-
-    Args:
-        model: A hub id, or the path of a directory.
-    """
-    for name, pattern in _MODELS.items():
-        if re.search(pattern, model, re.IGNORECASE):
-            return PROMPTS[name]
-    return None
+    """Return the format that a model was trained with, as far as its name, or its directory's, tells."""
+    names = (name for name, pattern in _MODELS.items() if re.search(pattern, model, re.IGNORECASE))
+    return PROMPTS.get(next(names, ""))
 
 
-def named_prompt(name: str) -> Prompt:
-    """One of :data:`PROMPTS`.
-
-    Raises:
-        ValueError: There is none of that name.
-    """
-    if name not in PROMPTS:
-        raise ValueError(
-            f"template={name!r} is not known; use one of {', '.join(PROMPTS)}, or a Prompt of your own"
-        )
-    return PROMPTS[name]
-
-
-def chat_prompt(directory: Path, settings: Mapping[str, Any]) -> Prompt:
-    """A yes/no question in the chat format of an instruct model; plain text if it has none.
-
-    Args:
-        directory: Where the model's files are.
-        settings: Of its ``tokenizer_config.json``.
-
-    Raises:
-        ModelNotFoundError: The chat template is damaged.
-    """
-    message = {"role": "user", "content": _ANY_MODEL}
+def _chat_prompt(directory: Path) -> Prompt:
+    """Return a yes/no question in the chat format of an instruct model; plain text if it has none."""
     try:
         # Without thinking: what follows is to be the answer.
-        text = render_chat(directory, settings, [message], enable_thinking=False)
+        text = ChatFormat(directory).render([{"role": "user", "content": _ANY_MODEL}], enable_thinking=False)
     except Exception as error:  # jinja runs what the file says, which may fail in any way
         raise ModelNotFoundError(f"the chat template in {directory} cannot be used: {error}") from error
     return Prompt(pieces=(f"{_ANY_MODEL}\n" if text is None else text,), instruction=_ANY_INSTRUCTION)
-
-
-def render_chat(
-    directory: Path, settings: Mapping[str, Any], messages: Sequence[Mapping[str, str]], **variables: Any
-) -> str | None:
-    """Messages in the chat format of an instruct model, up to where its answer begins; None if it has no format.
-
-    Args:
-        directory: Where the model's files are.
-        settings: Of its ``tokenizer_config.json``.
-        messages: Each with ``role`` and ``content``.
-        variables: What else the template is told.
-
-    Raises:
-        Exception: Whatever the template raises; some refuse messages of some kinds.
-    """
-    chat_template = _chat_template(directory, settings)
-    if chat_template is None:
-        return None
-    specials: dict[str, Any] = {name: token_content(settings.get(name)) for name in ("bos_token", "eos_token")}
-    rendered: Any = render_jinja_template(
-        [[dict(message) for message in messages]],
-        chat_template=chat_template,
-        add_generation_prompt=True,
-        **variables,
-        **specials,
-    )
-    return str(rendered[0][0])  # of one conversation; where answers would be comes second
-
-
-def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
-    """Files of today have it beside the settings, older ones in them, some as one of several with names."""
-    try:
-        if (path := directory / "chat_template.jinja").is_file():
-            return path.read_text(encoding="utf-8")
-        if (path := directory / "chat_template.json").is_file():
-            settings = read_json(path)
-        found = settings.get("chat_template")
-        if isinstance(found, list):
-            found = {entry["name"]: entry["template"] for entry in found}.get("default")
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise ModelNotFoundError(f"the chat template in {directory} cannot be read: {error!r}") from error
-    return found if isinstance(found, str) else None
-
-
-def control_tokens(directory: Path, settings: Mapping[str, Any], backend: Tokenizer) -> set[str]:
-    """The tokens that have a meaning to a model beside those that its tokenizer calls special.
-
-    Some say so in the settings only, or not at all: their chat template writes them.
-
-    Args:
-        directory: Where the model's files are.
-        settings: Of its ``tokenizer_config.json``.
-        backend: Its tokenizer.
-
-    Raises:
-        ModelNotFoundError: The chat template is damaged.
-    """
-    named = [value for name, value in settings.items() if name.endswith("_token")]
-    for name in ("additional_special_tokens", "extra_special_tokens"):
-        values = settings.get(name) or []
-        named += values.values() if isinstance(values, dict) else values
-    contents = {token_content(value) for value in named if isinstance(value, str | dict)}
-    added = {token.content for token in backend.get_added_tokens_decoder().values()}
-    template = _chat_template(directory, settings) or ""
-    return added & (contents | {token for token in added if _MARK.fullmatch(token) and token in template})
-
-
-def token_content(token: Any) -> str:
-    """Special tokens stand in the settings as text, or as an object that has it."""
-    return str(token.get("content") or "" if isinstance(token, dict) else token or "")

@@ -16,7 +16,8 @@ _GROUP = 32  # texts
 _CHARACTERS = 6  # of a text for each token that is wanted of it, at first
 _MARGIN = 256  # characters before the end of a part whose tokens may depend on what comes next
 _CUTS = {True: 32, False: 4}  # ends that are tried within a word: Unigram's longest pieces have 16 characters
-_PART = 1 << 16  # characters that are counted at a time
+COUNTED_AT_ONCE = 1 << 16
+"""Characters of a text of which the tokens are counted at a time."""
 _SPACE = re.compile(r"(?<=\w) (?=\w)")
 # Possessive: what may be given back takes 80 bytes a character.
 _RUNS = (
@@ -29,8 +30,13 @@ _KEPT = 500  # characters of a run that comes to the same tokens however long it
 
 
 def encodable(text: str) -> str:
-    """Half characters (lone surrogates, as broken JSON leaves them) become question marks."""
+    """Return a text whose half characters (lone surrogates, as broken JSON leaves them) are question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def alike(one: Sequence[object], other: Sequence[object]) -> int:
+    """Return how many characters or tokens two texts begin with alike."""
+    return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(one, other, strict=False)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +44,8 @@ class Tokens:
     """The token ids of a text, and of what stands before it in the same piece.
 
     Attributes:
-        before: Of what stands before; with the first of the text where both share one.
-        ids: Of the text.
+        before: Ids of what stands before; with the first of the text where both share one.
+        ids: Ids of the text.
     """
 
     before: list[int]
@@ -47,7 +53,7 @@ class Tokens:
 
 
 class TextTokenizer:
-    """Makes token ids of texts. No text can become a token that has a meaning of its own to the model.
+    """A tokenizer for which no text becomes a token that has a meaning of its own to the model.
 
     Such tokens are text here: ``[SEP]`` in a document has the ids that its characters have. For all other texts
     the ids are those of the tokenizer itself. What the template writes goes through :meth:`written` before.
@@ -58,56 +64,56 @@ class TextTokenizer:
     """
 
     def __init__(self, backend: Tokenizer, controls: Iterable[str] = ()) -> None:
-        self._parts = backend, tuple(controls)
+        self.backend = backend
         added = backend.get_added_tokens_decoder()
         self._controls = {
             token.content: number for number, token in added.items() if token.special or token.content in controls
         }
-        self._backend = _twin(backend, added, self._controls)
+        self._twin = _twin(backend, added, self._controls)
         # Nobody can write these, so that they tell the template's own tokens from a stranger's.
         key = secrets.token_hex(16)
         names = {content: f"<{key}:{number}>" for content, number in self._controls.items()}
         self._names, self._guard = names, f"<{key}>"
         self._written = _any_of(names)
-        self._backend.add_tokens(
+        self._twin.add_tokens(
             [_copy(added[number], content=names[content]) for content, number in self._controls.items()]
         )
-        self._backend.encode_special_tokens = True
-        aliases = {self._backend.token_to_id(name): [self._controls[content]] for content, name in names.items()}
+        self._twin.encode_special_tokens = True
+        aliases = {self._twin.token_to_id(name): [self._controls[content]] for content, name in names.items()}
         self._replaced: dict[int | None, list[int]] = {**aliases, **self._reachable()}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._parts
+        return type(self), (self.backend, tuple(self._controls))
 
     @property
     def controls(self) -> frozenset[str]:
-        """The tokens that have a meaning of their own."""
+        """Return the tokens that have a meaning of their own."""
         return frozenset(self._controls)
 
     def written(self, text: str) -> str:
-        """A template's text as the other methods take it: the special tokens in it are tokens."""
+        """Return a template's text as the other methods take it: the special tokens in it are tokens."""
         return self._written.sub(lambda found: self._names[found[0]], text).replace(self._guard, "")
 
     def guarded(self, text: str) -> str:
-        """A stranger's text as it may be put into a template's before :meth:`written`: all of it stays text."""
+        """Return a stranger's text for a template to put in: all of it stays text in :meth:`written`."""
         return self._written.sub(lambda found: found[0][:1] + self._guard + found[0][1:], text)
 
     def leading_control(self, text: str) -> int | None:
-        """The special token that a template's text begins with, white space aside."""
+        """Return the special token that a template's text begins with, white space aside; None for none."""
         found = self._written.match(text.lstrip())
         return None if found is None else self._controls[found[0]]
 
     def ids(self, text: str) -> list[int]:
-        """The token ids of a text."""
+        """Return the token ids of a text."""
         return self._mapped(self._encode(text).ids)
 
     def encode(self, texts: Sequence[str], most: int | None = None, *, before: str = "") -> Iterator[Tokens]:
-        """The token ids of each of some texts.
+        """Yield the token ids of each of some texts.
 
         Args:
             texts: The texts.
-            most: How many are used of each. Of a longer text only so much is read as it takes to know these, and
-                one more of them is returned. None for all.
+            most: How many tokens are used of each; None for all. Of a longer text only so much is read as it takes
+                to know these, and more of them than ``most`` are returned.
             before: What stands before each text; an end of it may share a token with the text.
         """
         for start in range(0, len(texts), _GROUP):  # encodings are ten times as large as the token ids in them
@@ -115,7 +121,7 @@ class TextTokenizer:
             size = None if most is None else _CHARACTERS * (most + 1) + _MARGIN
             pieces = [before + encodable(text[:size]) for text in group]
             for text, piece, found in zip(
-                group, pieces, self._backend.encode_batch(pieces, add_special_tokens=False), strict=True
+                group, pieces, self._twin.encode_batch(pieces, add_special_tokens=False), strict=True
             ):
                 if size is None or most is None or len(text) <= size:
                     yield self._divided(found, len(before), len(found))
@@ -123,11 +129,15 @@ class TextTokenizer:
                     yield self._beginning(text, most, before, piece, found)
 
     def count(self, text: str) -> int:
-        """How many tokens a text has."""
-        return sum(len(self._mapped(found.ids)) for found in self._in_parts(text))
+        """Return how many tokens a text has."""
+        total = 0
+        for part in self._parts(text):  # without positions, which would take most of the memory
+            (found,) = self._twin.encode_batch_fast([encodable(part)], add_special_tokens=False)
+            total += len(self._mapped(found.ids))
+        return total
 
     def tail(self, text: str, tokens: int) -> str:
-        """The last tokens of a text, as text; all of it if it has no more.
+        """Return the last tokens of a text, as text; all of it if it has no more.
 
         Of a long text only the end is read, from a space on. Without any space near, it may be cut a few
         characters from where the whole text's tokens would be; of what hardly has tokens less is kept.
@@ -139,14 +149,14 @@ class TextTokenizer:
             offsets = self._encode(text[space:]).offsets
             if len(offsets) > tokens:
                 return text[space + offsets[-tokens][0] :]
-            if size > _CHARACTERS * tokens + _PART:
+            if size > _CHARACTERS * tokens + COUNTED_AT_ONCE:
                 return text[space:]
             size *= 4
         offsets = self._encode(text).offsets
         return text if len(offsets) <= tokens else text[offsets[-tokens][0] :]
 
     def _encode(self, text: str) -> Any:
-        return self._backend.encode(encodable(text), add_special_tokens=False)
+        return self._twin.encode(encodable(text), add_special_tokens=False)
 
     def _divided(self, found: Any, begin: int, end: int) -> Tokens:
         start = sum(1 for first, _ in takewhile(lambda place: place[0] < begin, found.offsets)) if begin else 0
@@ -155,7 +165,7 @@ class TextTokenizer:
     # Long texts
 
     def _beginning(self, text: str, most: int, before: str, piece: str, found: Any) -> Tokens:
-        """More tokens than ``most`` of a text, if it has more, of which ``found`` are those of its beginning."""
+        """Return more tokens than ``most`` of a text, if it has more; ``found`` are those of its beginning."""
         size = len(piece) - len(before)
         squeezed = False
         while True:
@@ -171,7 +181,7 @@ class TextTokenizer:
                 return self._divided(found, len(before), len(found))
 
     def _certain(self, piece: str, found: Any) -> int:
-        """How many of the tokens stay the same whatever follows the piece."""
+        """Return how many of the tokens stay the same whatever follows the piece."""
         end = len(piece) - _MARGIN
         words, offsets = found.word_ids, found.offsets
         # No pre-tokeniser makes what stands before a space depend on what comes after the word behind it.
@@ -184,51 +194,46 @@ class TextTokenizer:
         # Within a word all of it counts, but a model has forgotten where it ends after so many characters:
         # Unigram, if the best ways to all ends that a longest piece can reach back to begin alike.
         edge = next((number for number, (_, last) in enumerate(offsets) if last > end), len(found))
-        cuts = [piece[:-cut] for cut in range(1, _CUTS[isinstance(self._backend.model, Unigram)] + 1)]
-        for other in self._backend.encode_batch_fast(cuts, add_special_tokens=False):
-            alike = takewhile(lambda both: both[0] == both[1], zip(found.ids[:edge], other.ids, strict=False))
-            edge = sum(1 for _ in alike)
+        cuts = [piece[:-cut] for cut in range(1, _CUTS[isinstance(self._twin.model, Unigram)] + 1)]
+        for other in self._twin.encode_batch_fast(cuts, add_special_tokens=False):
+            edge = alike(found.ids[:edge], other.ids)
         return edge
 
     def _squeezed(self, text: str, most: int) -> str:
-        """The text with its first long runs made shorter that come to no token, or one, however long they are."""
+        """Shorten the first long runs of a text that come to no token, or one, however long they are."""
 
         def shorter(run: re.Match[str]) -> str:
             few, more = (self._encode(run[0][:length]).ids for length in (_KEPT, 2 * _KEPT))
-            alike = few == more and len(few) <= 1
-            if alike and not run[1]:  # of different characters, any of which may be a token or divide the run
+            same = few == more and len(few) <= 1
+            if same and not run[1]:  # of different characters, any of which may be a token or divide the run
                 kept = run[0][:_KEPT]
-                alike = self._encode(kept + "".join(set(run[0])) + kept).ids == few
-                alike = alike and not (few and run[0].isspace())
-            return run[0][:_KEPT] if alike else run[0]
+                same = self._encode(kept + "".join(set(run[0])) + kept).ids == few
+                same = same and not (few and run[0].isspace())
+            return run[0][:_KEPT] if same else run[0]
 
         for runs in _RUNS:
             text = runs.sub(shorter, text, count=most)
         return text
 
-    def _in_parts(self, text: str) -> Iterator[Any]:
-        """Encodings of parts of a text, which are together that of the whole."""
+    def _parts(self, text: str) -> Iterator[str]:
+        """Yield parts of a text whose tokens are together those of the whole."""
         start = 0
-        while len(text) - start > 2 * _PART:
-            end = next(self._spaces(text, start + _PART, start + 2 * _PART), None)
+        while len(text) - start > 2 * COUNTED_AT_ONCE:
+            end = next(self._spaces(text, start + COUNTED_AT_ONCE, start + 2 * COUNTED_AT_ONCE), None)
             if end is None:
                 break
-            yield self._fast(text[start:end])
+            yield text[start:end]
             start = end
-        yield self._fast(text[start:])
-
-    def _fast(self, text: str) -> Any:
-        # Without positions, which would take most of the memory.
-        return self._backend.encode_batch_fast([encodable(text)], add_special_tokens=False)[0]
+        yield text[start:]
 
     def _spaces(self, text: str, start: int, end: int, *, within: bool = False) -> Iterator[int]:
-        """Where a text may be divided: at spaces from which on the tokens are as by themselves.
+        """Yield where a text may be divided: at spaces from which on the tokens are as by themselves.
 
         Args:
             text: The text.
-            start: Where to look from.
-            end: Where to look to.
-            within: Whether it may be within what the pre-tokeniser leaves in one.
+            start: The first place to look at.
+            end: The place before which to stop.
+            within: Whether a division may be within what the pre-tokeniser leaves in one.
         """
         for number, space in enumerate(_SPACE.finditer(text, max(0, start), end)):
             place = space.start()
@@ -252,7 +257,7 @@ class TextTokenizer:
         return [token for found in ids for token in self._replaced.get(found, [found])]
 
     def _reachable(self) -> dict[int | None, list[int]]:
-        """Tokens with a meaning that the model makes of a word, as Unigram does; and what stands for them."""
+        """Return tokens with a meaning that the model makes of a word, as Unigram does, and their stand-ins."""
         found: dict[int | None, list[int]] = {}
         unknown = self._by_model(_UNKNOWN)  # what has no token is as it is for any other text
         for content, number in self._controls.items():
@@ -262,7 +267,7 @@ class TextTokenizer:
 
     def _by_model(self, word: str) -> list[int]:
         try:
-            return [token.id for token in self._backend.model.tokenize(word)] if word else []
+            return [token.id for token in self._twin.model.tokenize(word)] if word else []
         except Exception:  # the tokenizers library raises plain Exception if there is no token for what is unknown
             return []
 
@@ -279,7 +284,7 @@ def _copy(token: AddedToken, *, content: str, special: bool = False) -> AddedTok
 
 
 def _twin(backend: Tokenizer, added: dict[int, AddedToken], controls: dict[str, int]) -> Tokenizer:
-    """The same tokenizer, to which ``controls`` are special. It shares the vocabulary, which is most of it."""
+    """Return the same tokenizer, to which ``controls`` are special. Both share the vocabulary, which is large."""
     twin = Tokenizer(backend.model)
     twin.normalizer = backend.normalizer
     twin.pre_tokenizer = backend.pre_tokenizer

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from grating_core import Prompt, Reranker
-from grating_core.text.pairs import find_window, load_template
+from grating_core.text.pairs import load_template
+from grating_core.text.windows import find_window
 from tests.core.conftest import WINDOW, WORDS, save_tokenizer
 from tests.core.models.test_decoders import save_decoder
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from grating_core.text.chat import TextStream
+from grating_core.text.streamed import TextStream
 from tests.core.text.test_tokenizer import byte_level, gemma, llama2, metaspace
 
 

@@ -1,0 +1,69 @@
+"""The most tokens that a pair may have, and documents that have more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeGuard, get_args
+
+from grating_core.arguments import LongDocuments
+from grating_core.text.backend import read_settings
+
+_SMALLEST = 8  # tokens of a window
+_OVERLAP = 8  # the part of a window that the next one repeats: one in so many tokens
+
+
+def find_window(directory: Path, model_window: int, max_length: int | None, usual: int | None = None) -> int:
+    """Return the most tokens that a pair may have.
+
+    Args:
+        directory: The tokenizer's directory.
+        model_window: The most tokens that the model itself can take.
+        max_length: The window that the user asks for, which may be larger than the tokenizer's settings say. None
+            takes what they say.
+        usual: The largest window for users who do not ask; None for no such limit.
+
+    Raises:
+        ModelNotFoundError: The tokenizer's settings are damaged.
+        ValueError: ``max_length`` is not between 8 and the model's window.
+    """
+    if max_length is not None and not _SMALLEST <= max_length <= model_window:
+        raise ValueError(
+            f"max_length={max_length} does not fit this model; use {_SMALLEST} to {model_window} tokens, or None"
+        )
+    stated = read_settings(directory).get("model_max_length")
+    window = min(model_window, int(stated)) if _is_window(stated) else model_window
+    return max_length or min(window, usual or window)
+
+
+def _is_window(stated: object) -> TypeGuard[float]:
+    # Files have 0, -1, true and infinity as well.
+    return (
+        isinstance(stated, int | float)
+        and not isinstance(stated, bool)
+        and math.isfinite(stated)
+        and stated >= _SMALLEST
+    )
+
+
+def check_long_documents(long_documents: str) -> None:
+    """Raise ``ValueError`` for what is none of :data:`LongDocuments`."""
+    if long_documents not in get_args(LongDocuments):
+        raise ValueError(f"long_documents={long_documents!r} must be 'truncate' or 'windows'")
+
+
+def divided(ids: list[int], room: int, long_documents: LongDocuments) -> Iterator[tuple[list[int], bool]]:
+    """Yield the tokens of a document, or of each window of it, and whether its end was cut.
+
+    Args:
+        ids: The document's token ids.
+        room: The most tokens of it that a pair has room for.
+        long_documents: What happens to a document that does not fit.
+    """
+    if long_documents == "truncate":
+        yield ids[:room], len(ids) > room
+        return
+    overlap = room // _OVERLAP
+    for start in range(0, max(1, len(ids) - overlap), room - overlap):
+        yield ids[start : start + room], False
