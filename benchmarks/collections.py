@@ -1,4 +1,4 @@
-"""Test collections in BEIR layout, and the first stages that find what every benchmark reranks."""
+"""Test collections in BEIR layout, and the first stage that finds what every benchmark reranks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ import bm25s
 
 Search = Callable[[str, int], list[int]]
 """Gives the numbers of the best texts for a query, best first, as many as asked for."""
-
-FirstStage = Callable[[list[str]], Search]
-"""Indexes texts."""
 
 
 @dataclass(frozen=True)
@@ -53,29 +50,6 @@ def bm25(texts: list[str]) -> Search:
         return [int(i) for i in index.retrieve(tokens, k=count, show_progress=False).documents[0]]
 
     return search
-
-
-def dense(model: str) -> FirstStage:
-    """A first stage that compares embeddings by cosine.
-
-    Args:
-        model: Name or directory of a sentence-transformers model.
-    """
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.util import semantic_search
-
-    encoder = SentenceTransformer(model)
-
-    def index(texts: list[str]) -> Search:
-        known = encoder.encode_document(texts, convert_to_tensor=True, show_progress_bar=True)
-
-        def search(query: str, count: int) -> list[int]:
-            asked = encoder.encode_query(query, convert_to_tensor=True, show_progress_bar=False)
-            return [int(hit["corpus_id"]) for hit in semantic_search(asked, known, top_k=count)[0]]
-
-        return search
-
-    return index
 
 
 @dataclass(frozen=True)
@@ -119,23 +93,20 @@ def conversation(name: str) -> str:
     return name.split("/")[0]
 
 
-def load_requests(
-    directory: Path, *, candidates: int, queries: int, seed: int = 0, first_stage: FirstStage = bm25
-) -> list[Request]:
-    """Sample queries of a collection and let a first stage pick their candidates.
+def load_requests(directory: Path, *, candidates: int, queries: int, seed: int = 0) -> list[Request]:
+    """Sample queries of a collection and let BM25 pick their candidates.
 
     Args:
         directory: See :func:`load_collection`.
         candidates: Candidates per query.
         queries: How many queries; all, if there are fewer.
-        seed: Of the sample.
-        first_stage: What picks them.
+        seed: Seed of the sample.
     """
     collection = load_collection(directory)
     ids, texts = list(collection.texts), list(collection.texts.values())
     chosen = list(collection.queries.items())
     random.Random(seed).shuffle(chosen)
-    search = first_stage(texts)
+    search = bm25(texts)
     requests = []
     for name, query in chosen[:queries]:
         found = search(query, min(candidates, len(texts)))

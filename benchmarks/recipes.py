@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,6 @@ def is_decoder(directory: Path) -> bool:
     return bool(config["architectures"][0].endswith("ForCausalLM"))
 
 
-def best(scores: np.ndarray | torch.Tensor, top_k: int) -> list[int]:
+def best(scores: Sequence[float] | torch.Tensor, top_k: int) -> list[int]:
     """Indices of the highest scores."""
     return [int(index) for index in np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")[:top_k]]

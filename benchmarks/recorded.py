@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +11,7 @@ from rich.progress import track
 from torch import Tensor
 
 from benchmarks.collections import Request
+from benchmarks.worker import progress
 from grating_core import Reranker
 from grating_core.lens import calibrate as calibration
 from grating_core.lens.calibrate import Recorder, Recording
@@ -22,8 +21,6 @@ from grating_core.models.cross_encoder import CrossEncoder
 
 Array = NDArray[np.float64]
 
-Computed = tuple[Recording, Array, NDArray[np.int64]]
-
 _BEST_MEAN = -5  # among the features of layer 0: the mean over query tokens of the best cosine
 
 
@@ -32,13 +29,12 @@ class Recorded:
     """Some requests of one corpus, R of them with N candidates each, and what the full model made of them.
 
     Attributes:
-        name: Of the corpus.
+        name: Name of the corpus.
         requests: R of them.
         recording: What a lens would look at, final scores and tokens.
         head: float64 ``[R, N, L + 1]``: the own head's scores after layers 0 to L. Layer 0, the token embeddings,
             says nothing to it: all zero.
         prefixes: int64 ``[R]``: tokens that all candidates of a request share, which are computed once.
-        dropped: How many requests were left out because they had fewer candidates.
     """
 
     name: str
@@ -46,7 +42,6 @@ class Recorded:
     recording: Recording
     head: Array
     prefixes: NDArray[np.int64]
-    dropped: int
 
     @property
     def tokens(self) -> NDArray[np.int64]:
@@ -59,7 +54,7 @@ class Recorded:
         return self.recording.layer(0)[:, :, _BEST_MEAN].astype(np.float64)
 
     def estimates(self, calibrated: CalibratedLens) -> Array:
-        """float64 ``[R, N, L + 1]``: a lens's estimates after layers 0 to L - 1, and the final scores."""
+        """Return float64 ``[R, N, L + 1]``: a lens's estimates after layers 0 to L - 1, and the final scores."""
         found = [
             self.recording.layer(number) @ layer.weight.cpu().numpy() + float(layer.bias)
             for number, layer in enumerate(calibrated.lens.maps)
@@ -93,63 +88,23 @@ class Observer(Recorder):
         return observe
 
 
-def record_corpus(
-    reranker: Reranker, name: str, requests: list[Request], candidates: int, cached: Path | None
-) -> Recorded:
-    """Compute the requests of a corpus, or read what an earlier run made of them.
+def record_corpus(reranker: Reranker, name: str, requests: list[Request], candidates: int) -> Recorded:
+    """Compute the requests of a corpus.
 
     Args:
-        reranker: Its policy does not matter.
-        name: Of the corpus.
+        reranker: Computes them; its policy does not matter.
+        name: Name of the corpus.
         requests: Those with fewer candidates than others are left out.
         candidates: How many they should have.
-        cached: The file that keeps what was computed.
     """
     full = [request for request in requests if len(request.documents) == candidates]
-    if cached and cached.is_file():
-        computed = _restore(cached)
-    else:
-        computed = _compute(reranker, name, full)
-        if cached:
-            _store(cached, *computed)
-    return Recorded(name, full, *computed, len(requests) - len(full))
-
-
-def _compute(reranker: Reranker, name: str, requests: list[Request]) -> Computed:
     model = reranker._model()
-    recording, heads, prefixes = Recording(), [], []
-    for request in track(requests, f"{name}: computing without pruning"):
+    recording, heads, prefixes = Recording(expected=len(full)), [], []
+    for request in track(full, f"{name}: computing without pruning", console=progress):
         observer = Observer(model)
         scores, tokens = reranker._observe(calibration.Request(request.query, request.documents), observer)
         recording.add(observer, scores, tokens)
         between = [torch.cat(parts).numpy() for parts in observer.scores]
         prefixes.append(observer.prefix)
         heads.append(np.stack([np.zeros_like(scores), *between, scores], axis=1))
-    return recording, np.stack(heads).astype(np.float64), np.array(prefixes)
-
-
-def _store(path: Path, recording: Recording, head: Array, prefixes: NDArray[np.int64]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, Any] = {
-        f"layer_{number}": recording.layer(number) for number in range(len(recording.features))
-    }
-    np.savez(
-        path,
-        head=head,
-        prefixes=prefixes,
-        scores=np.stack(recording.scores),
-        tokens=np.stack(recording.tokens),
-        **arrays,
-    )
-
-
-def _restore(path: Path) -> Computed:
-    recording = Recording()
-    with np.load(path) as stored:
-        head, scores, tokens, prefixes = (stored[name] for name in ("head", "scores", "tokens", "prefixes"))
-        layers = [torch.from_numpy(stored[f"layer_{number}"]) for number in range(head.shape[2] - 1)]
-    for number in range(len(scores)):
-        recorder = Recorder(len(layers), "first")  # the pooling no longer matters
-        recorder.features = [[layer[number]] for layer in layers]
-        recording.add(recorder, scores[number], tokens[number])
-    return recording, head, prefixes
+    return Recorded(name, full, recording, np.stack(heads).astype(np.float64), np.array(prefixes))

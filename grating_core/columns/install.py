@@ -16,7 +16,8 @@ from grating_core.columns.mlp import ColumnMlp, ColumnTable, Staging
 from grating_core.files.places import is_there
 from grating_core.memory.meter import Meter
 
-# What cost SmolLM2-135M-Instruct least in benchmarks/dip.py, of what finds 10 % more; the paper has 0.2 for both.
+# Of the preferences that find 10 % more, this one costs SmolLM2-135M-Instruct least: see benchmarks/perplexity.py.
+# The paper has 0.2 for both.
 PREFERENCE = Preference(inputs=0.9, products=0.3)
 _STAGING = 32_000_000  # bytes; larger was no faster
 _FEWEST_STAGED = 2  # columns of the larger kind in each half

@@ -20,7 +20,7 @@ class ClusterPolicy:
     k-means. The cluster that holds the K-th ranked candidate is the boundary cluster and is deferred; clusters
     above it are selected, clusters below it dropped.
 
-    The defaults are a middle course between saving and losing on the collections of ``benchmarks/quality.py``.
+    The defaults are a middle course between saving and losing on the collections of ``benchmarks/pruning.py``.
     What a threshold costs differs by model and corpus.
 
     Attributes:

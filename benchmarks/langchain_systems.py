@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from langchain_classic.retrievers import EnsembleRetriever
 from langchain_classic.retrievers.document_compressors import CrossEncoderReranker
@@ -20,7 +21,8 @@ from qdrant_client.models import Distance, VectorParams
 from semantic_text_splitter import TextSplitter
 from tokenizers import Tokenizer
 
-from benchmarks.applications.worker import Answer, Ask, Attach, Corpus, Job, Question, System
+from benchmarks.applications import Corpus, Question, Span, load_tokenizer
+from benchmarks.worker import Ask, Facts, Ready
 
 FOUND = 10  # by each retriever
 TOP_N = 10
@@ -29,72 +31,68 @@ MAX_TOKENS = 1500  # of what is selected from a long text
 CHUNK_TOKENS = 256
 SEPARATOR = "[…]"  # between passages that do not adjoin
 
-Span = tuple[int, int]
 Select = Callable[[str, str], list[Span]]
 """Gives where the passages of a text that go into the prompt begin and end, for a query."""
 
 
-def rag(job: Job) -> Attach:
-    """Hybrid RAG: BM25 and dense retrieval, fused by reciprocal ranks; the best of the union are kept."""
-    corpus = job.corpus
-    assert corpus
+def rag(ready: Ready, *, corpus: Corpus, first: Question, model: Path, kind: str, options: dict[str, Any]) -> Ask:
+    """Load hybrid RAG: BM25 and dense retrieval, fused by reciprocal ranks; the best of the union are kept.
+
+    Args:
+        ready: See :data:`Ready`.
+        corpus: What is searched.
+        first: The question that the first stage answers to warm up.
+        model: Directory of the reranker.
+        kind: ``"none"``, ``"usual"`` or ``"grating"``.
+        options: Options of the reranker.
+    """
     documents = [Document(page_content=text, metadata={"id": name}) for name, text in corpus.texts.items()]
     sparse = BM25Retriever.from_documents(documents, k=FOUND)
     dense = _vector_store(corpus).as_retriever(search_kwargs={"k": FOUND})
     retriever = EnsembleRetriever(retrievers=[sparse, dense], weights=[0.5, 0.5], id_key="id")
-    retriever.invoke(job.questions[0].text)  # warm up
+    retriever.invoke(first.text)
+    load_tokenizer(model, ready)
+    compressor = _load_compressor(model, kind, options)
 
-    def attach(system: System) -> Ask:
-        compressor = _load_compressor(system, job.model)
+    def ask(question: Question) -> Facts:
+        found = retriever.invoke(question.text)
+        retrieved = perf_counter()
+        kept = compressor.compress_documents(found, question.text) if compressor else found[:TOP_N]
+        return {
+            "reranking_seconds": perf_counter() - retrieved,
+            "kept": [document.metadata["id"] for document in kept],
+            "candidates": [document.metadata["id"] for document in found],
+        }
 
-        def ask(question: Question) -> Answer:
-            started = perf_counter()
-            found = retriever.invoke(question.text)
-            retrieved = perf_counter()
-            kept = compressor.compress_documents(found, question.text) if compressor else found[:TOP_N]
-            ended = perf_counter()
-            return Answer(
-                [document.metadata["id"] for document in kept],
-                [document.metadata["id"] for document in found],
-                retrieved - started,
-                ended - retrieved,
-            )
-
-        return ask
-
-    return attach
+    return ask
 
 
-def long_context(job: Job) -> Attach:
-    """What of a long text goes into the prompt: its beginning, or the best of its chunks."""
-    tokenizer = Tokenizer.from_file(str(job.model / "tokenizer.json"))
+def long_context(ready: Ready, *, model: Path, kind: str, options: dict[str, Any]) -> Ask:
+    """Load what says which parts of a long text go into the prompt: its beginning, or the best of its chunks.
+
+    The arguments are those of :func:`rag`.
+    """
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    load_tokenizer(model, ready)
+    select = _load_selection(model, kind, options, tokenizer)
 
-    def attach(system: System) -> Ask:
-        select = _load_selection(system, job.model, tokenizer)
+    def ask(question: Question) -> Facts:
+        started = perf_counter()
+        kept = select(question.text, question.place)
+        return {"reranking_seconds": perf_counter() - started, "kept": kept, "candidates": []}
 
-        def ask(question: Question) -> Answer:
-            started = perf_counter()
-            kept = select(question.text, question.place)
-            return Answer(kept, [], 0, perf_counter() - started)
-
-        return ask
-
-    return attach
+    return ask
 
 
-def _load_selection(system: System, model: Path, tokenizer: Tokenizer) -> Select:
-    if system.kind == "usual":
-        return _best_chunks(CrossEncoderReranker(model=cross_encoder(model, **system.settings)), tokenizer)
-    if system.kind == "grating":
+def _load_selection(model: Path, kind: str, options: dict[str, Any], tokenizer: Tokenizer) -> Select:
+    if kind == "usual":
+        return _best_chunks(CrossEncoderReranker(model=_cross_encoder(model, **options)), tokenizer)
+    if kind == "grating":
         return _selector(
             GratingContextSelector(
-                model=str(model),
-                device="cpu",
-                max_tokens=MAX_TOKENS,
-                chunk_tokens=CHUNK_TOKENS,
-                **system.settings,
+                model=str(model), device="cpu", max_tokens=MAX_TOKENS, chunk_tokens=CHUNK_TOKENS, **options
             )
         )
     return lambda query, text: [(0, tokenizer.encode(text, add_special_tokens=False).offsets[:MAX_TOKENS][-1][1])]
@@ -134,13 +132,13 @@ def _span(passage: Document, start: int) -> Span:
     return start, start + len(passage.page_content)
 
 
-def cross_encoder(
+def _cross_encoder(
     model: Path, *, batch_size: int | None = None, dtype: str | None = None
 ) -> HuggingFaceCrossEncoder:
-    """The usual model of LangChain's ``CrossEncoderReranker``.
+    """Load the usual model of LangChain's ``CrossEncoderReranker``.
 
     Args:
-        model: Directory.
+        model: Directory of the reranker.
         batch_size: Pairs at a time. LangChain has no setting for it: who wants another than sentence-transformers'
             32 must reach for the client.
         dtype: Of the weights; by default that of the file.
@@ -154,11 +152,11 @@ def cross_encoder(
     return encoder
 
 
-def _load_compressor(system: System, model: Path) -> BaseDocumentCompressor | None:
-    if system.kind == "usual":
-        return CrossEncoderReranker(model=cross_encoder(model, **system.settings), top_n=TOP_N)
-    if system.kind == "grating":
-        return GratingRerank(model=str(model), device="cpu", top_n=TOP_N, **system.settings)
+def _load_compressor(model: Path, kind: str, options: dict[str, Any]) -> BaseDocumentCompressor | None:
+    if kind == "usual":
+        return CrossEncoderReranker(model=_cross_encoder(model, **options), top_n=TOP_N)
+    if kind == "grating":
+        return GratingRerank(model=str(model), device="cpu", top_n=TOP_N, **options)
     return None
 
 

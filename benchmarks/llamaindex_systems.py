@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from functools import partial
+from functools import partialmethod
 from itertools import groupby
 from pathlib import Path
 from time import perf_counter
@@ -25,9 +25,11 @@ from llama_index.postprocessor.grating import GratingRerank
 from llama_index.retrievers.bm25 import BM25Retriever
 from llama_index.vector_stores.qdrant import QdrantVectorStore
 from qdrant_client import AsyncQdrantClient, QdrantClient
+from sentence_transformers import CrossEncoder
 
-from benchmarks.applications.worker import Answer, Ask, Attach, Corpus, Job, Question, System
+from benchmarks.applications import Corpus, Question, load_tokenizer
 from benchmarks.collections import conversation
+from benchmarks.worker import Ask, Facts, Ready
 
 FOUND = 10  # by each retriever
 TOP_N = 10
@@ -36,10 +38,17 @@ REMEMBERED = 20
 RECALLED = 5
 
 
-def rag(job: Job) -> Attach:
-    """Hybrid RAG: BM25 and dense retrieval, fused by reciprocal ranks; the best of the union are kept."""
-    corpus = job.corpus
-    assert corpus
+def rag(ready: Ready, *, corpus: Corpus, first: Question, model: Path, kind: str, options: dict[str, Any]) -> Ask:
+    """Load hybrid RAG: BM25 and dense retrieval, fused by reciprocal ranks; the best of the union are kept.
+
+    Args:
+        ready: See :data:`Ready`.
+        corpus: What is searched.
+        first: The question that the first stage answers to warm up.
+        model: Directory of the reranker.
+        kind: ``"none"``, ``"usual"`` or ``"grating"``.
+        options: Options of the reranker.
+    """
     nodes = _nodes(corpus)
     store = QdrantVectorStore("texts", client=QdrantClient(":memory:"))
     store.add(nodes)
@@ -55,26 +64,25 @@ def rag(job: Job) -> Attach:
         num_queries=1,
         use_async=False,
     )
-    retriever.retrieve(job.questions[0].text)  # warm up
+    retriever.retrieve(first.text)
+    load_tokenizer(model, ready)
+    postprocessor = Watched(_load_postprocessor(model, kind, options, TOP_N), TOP_N)
 
-    def attach(system: System) -> Ask:
-        postprocessor = Watched(_load_postprocessor(system, job.model, TOP_N), TOP_N)
+    def ask(question: Question) -> Facts:
+        postprocessor.postprocess_nodes(retriever.retrieve(question.text), query_str=question.text)
+        return postprocessor.seen
 
-        def ask(question: Question) -> Answer:
-            started = perf_counter()
-            found = retriever.retrieve(question.text)
-            postprocessor.postprocess_nodes(found, query_str=question.text)
-            return postprocessor.answer(perf_counter() - started)
-
-        return ask
-
-    return attach
+    return ask
 
 
-def memory(job: Job) -> Attach:
-    """An agent's memory: a ``VectorMemoryBlock`` for each conversation, which recalls turns for a message."""
-    corpus, loop = job.corpus, asyncio.new_event_loop()
-    assert corpus
+def memory(
+    ready: Ready, *, corpus: Corpus, first: Question, model: Path, kind: str, options: dict[str, Any]
+) -> Ask:
+    """Load an agent's memory: a ``VectorMemoryBlock`` for each conversation, which recalls turns for a message.
+
+    The arguments are those of :func:`rag`.
+    """
+    loop = asyncio.new_event_loop()
     client, embedding = AsyncQdrantClient(":memory:"), _embedding(corpus.embedder)
     blocks: dict[str, VectorMemoryBlock] = {}
     for name, turns in groupby(_nodes(corpus), key=lambda node: conversation(node.metadata["id"])):
@@ -86,21 +94,17 @@ def memory(job: Job) -> Attach:
         message = ChatMessage(role="user", content=question.text)
         loop.run_until_complete(blocks[question.place].aget([message]))
 
-    recall(job.questions[0])  # warm up
+    recall(first)
+    load_tokenizer(model, ready)
+    postprocessor = Watched(_load_postprocessor(model, kind, options, RECALLED), RECALLED)
+    for block in blocks.values():
+        block.node_postprocessors = [postprocessor]
 
-    def attach(system: System) -> Ask:
-        postprocessor = Watched(_load_postprocessor(system, job.model, RECALLED), RECALLED)
-        for block in blocks.values():
-            block.node_postprocessors = [postprocessor]
+    def ask(question: Question) -> Facts:
+        recall(question)
+        return postprocessor.seen
 
-        def ask(question: Question) -> Answer:
-            started = perf_counter()
-            recall(question)
-            return postprocessor.answer(perf_counter() - started)
-
-        return ask
-
-    return attach
+    return ask
 
 
 class Watched(BaseNodePostprocessor):
@@ -108,9 +112,7 @@ class Watched(BaseNodePostprocessor):
 
     _inner: BaseNodePostprocessor | None
     _top_n: int
-    _given: list[str]
-    _kept: list[str]
-    _seconds: float
+    _seen: Facts
 
     def __init__(self, inner: BaseNodePostprocessor | None, top_n: int) -> None:
         super().__init__()
@@ -119,20 +121,16 @@ class Watched(BaseNodePostprocessor):
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        self._given = _ids(nodes)
         started = perf_counter()
         kept = self._inner.postprocess_nodes(nodes, query_bundle) if self._inner else nodes[: self._top_n]
-        self._seconds = perf_counter() - started
-        self._kept = _ids(kept)
+        seconds = perf_counter() - started
+        self._seen = {"reranking_seconds": seconds, "kept": _ids(kept), "candidates": _ids(nodes)}
         return kept
 
-    def answer(self, seconds: float) -> Answer:
-        """What was seen last.
-
-        Args:
-            seconds: Of everything.
-        """
-        return Answer(self._kept, self._given, seconds - self._seconds, self._seconds)
+    @property
+    def seen(self) -> Facts:
+        """What was seen last."""
+        return self._seen
 
 
 def _ids(nodes: list[NodeWithScore]) -> list[str]:
@@ -159,13 +157,14 @@ def _embedding(directory: Path) -> HuggingFaceEmbedding:
     )
 
 
-def _load_postprocessor(system: System, model: Path, top_n: int) -> BaseNodePostprocessor | None:
+def _load_postprocessor(
+    model: Path, kind: str, options: dict[str, Any], top_n: int
+) -> BaseNodePostprocessor | None:
     common: dict[str, Any] = {"model": str(model), "device": "cpu", "top_n": top_n}
-    if system.kind == "grating":
-        return GratingRerank(**common, **system.settings)
-    if system.kind == "none":
+    if kind == "grating":
+        return GratingRerank(**common, **options)
+    if kind == "none":
         return None
-    usual = SentenceTransformerRerank(**common)
-    if "batch_size" in system.settings:  # LlamaIndex has no setting for it: one must reach for the model
-        usual._model.predict = partial(usual._model.predict, **system.settings)
-    return usual
+    if options:  # LlamaIndex has no setting for the size of batches: one must reach for the class that it uses
+        setattr(CrossEncoder, "predict", partialmethod(CrossEncoder.predict, **options))  # noqa: B010
+    return SentenceTransformerRerank(**common)

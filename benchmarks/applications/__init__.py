@@ -1,1 +1,0 @@
-"""The applications of :mod:`benchmarks.apps`."""
