@@ -17,7 +17,7 @@ ALONE := OMP_NUM_THREADS=1
 # The variable silences a notice about the theme's successor.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: venv demo test test-all test-oldest test-newest check docs site dist format lock bench-deps clean
+.PHONY: venv demo test test-all test-oldest test-newest check docs site dist format lock bench-deps benchmarks benchmarks-docs clean
 
 venv: $(READY)
 
@@ -84,6 +84,22 @@ format: $(READY)
 # The peers that benchmarks/ compares with.
 bench-deps: $(READY)
 	$(BIN)/uv pip install --quiet --python $(VENV) --group bench
+
+# All that docs/benchmarks/ shows, measured anew, in about half an hour on two cores. DATA has collections in BEIR layout.
+benchmarks: bench-deps
+	$(BIN)/python -m benchmarks.speed --data $(DATA)
+	$(BIN)/python -m benchmarks.speed --data $(DATA) --model smollm2-135m --per-collection 1 --rounds 2
+	$(BIN)/python -m benchmarks.pruning --data $(DATA)
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.memory --model bundled:ms-marco-minilm-l12
+	$(BIN)/python -m benchmarks.applications --data $(DATA)
+	$(BIN)/python -m benchmarks.generation
+	$(BIN)/python -m benchmarks.perplexity --data $(DATA)
+	$(MAKE) --no-print-directory benchmarks-docs
+
+# The pages and figures of docs/benchmarks/, from benchmarks/results/.
+benchmarks-docs: $(READY)
+	$(BIN)/python -m benchmarks.render
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache site dist

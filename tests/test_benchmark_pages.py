@@ -1,0 +1,113 @@
+"""What the documentation says of speed, memory and quality was measured, and can be measured again."""
+
+import ast
+import re
+import shlex
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import typer
+
+from benchmarks.render import DOCS, FIGURES, PAGES, QUOTED, page_names, render_page, wrong_figures
+from benchmarks.report import RESULTS, ROOT, Result, read_result, read_results, write_result
+
+MODULES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
+COMMAND = re.compile(r"python -m (benchmarks\.\w+)(.*)")
+DOCUMENTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+
+
+def check_command(command: str) -> None:
+    """Raise an error unless the command names a benchmark and options that it has."""
+    found = COMMAND.fullmatch(command)
+    assert found, command
+    app = typer.Typer()
+    app.command()(import_module(found[1]).main)
+    typer.main.get_command(app).make_context(found[1], shlex.split(found[2]))
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Result]:
+    return read_results()
+
+
+@pytest.mark.parametrize("name", page_names())
+def test_rendering_again_gives_the_page(name: str, results: dict[str, Result]) -> None:
+    assert render_page(name, results) == (DOCS / "benchmarks" / name).read_text(encoding="utf-8")
+
+
+def test_no_page_is_without_a_template() -> None:
+    assert sorted(path.name for path in (DOCS / "benchmarks").iterdir()) == page_names()
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_a_file_of_results_says_how_to_measure_again(path: Path) -> None:
+    result = read_result(path)  # refuses a file with other fields
+    assert result.name == path.stem
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", result.date)
+    assert re.fullmatch(r"[0-9a-f]{12}", result.commit)
+    assert result.hardware.keys() >= {"processor", "cores", "threads", "instructions", "gflops", "memory_gb"}
+    assert all(result.versions[name] for name in ("python", "torch", "transformers", "numpy"))
+    assert result.rounds >= 1
+    assert result.rows
+    assert {frozenset(row) for row in result.rows} == {frozenset(result.rows[0])}
+    check_command(result.command)
+
+
+def test_every_result_has_its_place(results: dict[str, Result]) -> None:
+    templates = "".join((PAGES / name).read_text(encoding="utf-8") for name in page_names())
+    shown = set(re.findall(r'results\["([\w-]+)"\]', templates)) | {source for source, _ in FIGURES.values()}
+    assert results.keys() <= shown
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_commands_that_a_benchmark_names_are_right(module: str) -> None:
+    path = ROOT / "benchmarks" / f"{module}.py"
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    for found in COMMAND.finditer(docstring):
+        check_command(found[0])
+
+
+def test_a_command_that_is_not_right_is_noticed() -> None:
+    with pytest.raises(ModuleNotFoundError):
+        check_command("python -m benchmarks.latency --data data")
+    with pytest.raises(Exception, match="No such option: --queries"):
+        check_command("python -m benchmarks.speed --data data --queries 3")
+    with pytest.raises(Exception, match="valid integer"):
+        check_command("python -m benchmarks.speed --data data --rounds many")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+def test_a_document_quotes_what_was_measured(path: Path, results: dict[str, Result]) -> None:
+    text = path.read_text(encoding="utf-8")
+    quoted = {name for name in QUOTED if f"<!-- figure: {name} -->" in text}
+    if not {QUOTED[name][0] for name in quoted} <= results.keys():
+        pytest.skip("not all of it has been measured yet")
+    assert wrong_figures(text, results) == []
+
+
+def result_of(rows: list[dict[str, object]], **setting: object) -> Result:
+    return Result("some", "2026-01-01", "0" * 12, False, {}, {}, "", 1, dict(setting), rows)
+
+
+def test_a_figure_that_nobody_measured_is_noticed() -> None:
+    row = {"collection": "mean", "policy": "lens", "value": 0.98, "scores": "exact", "top_k": 5}
+    measured = result_of([{**row, "compute_share": 0.641, "agreement": 0.9834}], candidates=20)
+    line = "the best 5 of 20 <!-- figure: pruning --> | {} %, `target=0.9` | 98.3 % ([more](9.md))"
+    assert wrong_figures(line.format(64), {"pruning": measured}) == []
+    assert wrong_figures(line.format(63), {"pruning": measured}) == ["63: " + line.format(63)]
+    assert len(wrong_figures(line.format(64), {"pruning": replace(measured, setting={"candidates": 60})})) == 1
+
+
+def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
+    rows = [{"system": "grating", "seconds": 0.123456, "budget_mb": None}, {"system": "é", "seconds": 12345.6}]
+    write_result(tmp_path / "new", "speed-of-this", rows, rounds=3, setting={"k": (1, 5)}, packages=["no-such"])
+    found = read_result(tmp_path / "new" / "speed-of-this.json")
+    assert found.rows == [rows[0] | {"seconds": 0.1235}, rows[1] | {"seconds": 12346}]
+    assert (found.name, found.rounds, found.setting) == ("speed-of-this", 3, {"k": [1, 5]})
+    assert found.versions["no-such"] is None
+    assert found.hardware["gflops"]["float32"] > 0
+    with pytest.raises(ValueError, match="JSON"):  # a figure that is none
+        write_result(tmp_path, "speed-of-this", [{"seconds": float("nan")}], rounds=3)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
