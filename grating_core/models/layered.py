@@ -172,9 +172,12 @@ def work_per_token(layer: nn.Module, width: int, dtype: torch.dtype, *, pruned: 
     return ((3 if gated else 2) * widest + 8 * width) * dtype.itemsize
 
 
+# Taken now: accelerate replaces it while another thread makes a model, and would lose the weight.
+_register = nn.Module.register_parameter
+
+
 def bind(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Make tensors the parameters of a module, by their dotted names. Nothing is copied."""
     for name, weight in weights.items():
         owner, _, leaf = name.rpartition(".")
-        # Not by setattr: while another thread makes a model with accelerate, that would lose the weight.
-        module.get_submodule(owner)._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
+        _register(module.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
