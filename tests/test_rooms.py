@@ -34,11 +34,9 @@ RUNS_BACK = {
     ("models/loading.py", "lens"),
 }
 TOO_LONG = {
-    "generation.py", "lab/distill.py", "lens/recalibrate.py", "models/loading.py", "reranker.py",
+    "generation.py", "lens/recalibrate.py", "models/loading.py", "reranker.py",
 }  # fmt: skip
 READS_PRIVATE = {
-    "grating_core/lab/distill.py",
-    "grating_core/models/layered.py",
     "grating_core/models/loading.py",
     "integrations/langchain/langchain_grating/settings.py",
     "benchmarks/recorded.py",
@@ -47,9 +45,7 @@ READS_PRIVATE = {
     "tests/core/engine/test_decode.py",
     "tests/core/engine/test_forward.py",
     "tests/core/files/test_full_disk.py",
-    "tests/core/killed.py",
     "tests/core/lab/test_activations.py",
-    "tests/core/lab/test_distill.py",
     "tests/core/lab/test_quality.py",
     "tests/core/lens/test_features.py",
     "tests/core/lens/test_recalibrate.py",

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from grating_core.cli.inputs import read_documents
-from grating_core.cli.options import Device, Dtype, InputOptions
+from grating_core.cli.options import Device, Dtype, HubOptions, InputOptions
 from grating_core.cli.output import err, show, tell
 from grating_core.cli.tables import plain_table
 
@@ -18,13 +18,14 @@ def distill(
     text: Annotated[list[Path], typer.Option(help="File of texts, of the kind the model will read; or several.")],
     output: Annotated[Path, typer.Option(help="New directory for the adapter, or one that a stopped run left.")],
     how_stored: InputOptions,
+    hub: HubOptions,
     mlp_density: Annotated[float, typer.Option(help="Share of the MLPs' weights that a token will use.")] = 0.5,
-    rank: Annotated[int, typer.Option(help="Of the adapter's changes.")] = 32,
+    rank: Annotated[int, typer.Option(help="Rank of the adapter's changes.")] = 32,
     learning_rate: Annotated[float, typer.Option(help="Its highest value.")] = 1e-3,
     steps: Annotated[int, typer.Option(help="How often the adapter is changed.")] = 400,
     tokens_per_step: Annotated[int, typer.Option(help="Tokens that each change is computed from.")] = 1024,
     window: Annotated[int, typer.Option(help="Tokens that the model sees at once.")] = 256,
-    seed: Annotated[int, typer.Option(help="Of the order of the text, and of what is held out.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the order of the text, and of what is held out.")] = 0,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -48,6 +49,7 @@ def distill(
             seed=seed,
             device=device,
             dtype=dtype,
+            **vars(hub),
             show_progress=True,
         )
     except KeyboardInterrupt:

@@ -1,9 +1,10 @@
-"""A pruned MLP that learns to do what the dense one does: changes of low rank, and what they minimise."""
+"""A pruned model that learns to say what the dense one says: changes of low rank, and what they minimise."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,19 +12,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from grating_core.columns.masks import MaskedMlp, kept
+from grating_core.columns.allocation import allocate
+from grating_core.columns.masks import MaskedMlp, find_gated_mlp, kept
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
-_AT_ONCE = 128  # positions whose logits are in memory together
+_TOKENS = 1024  # that go through the model together: more take memory and were no faster
+_POSITIONS = 128  # whose logits are in memory together
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What pruning costs on some text.
+
+    Attributes:
+        perplexity: Perplexity of the pruned model.
+        divergence: KL of its next tokens from the dense model's, in nats a token.
+    """
+
+    perplexity: float
+    divergence: float
 
 
 class LowRankLinear(nn.Module):
-    """A linear layer whose weight is changed by B A, of which A and B learn.
+    """A linear layer to whose weight B A is added. A and B learn.
 
     Args:
-        base: Is shared, and stays as it is.
-        rank: Of the change, which is 0 at first.
-        chance: Where the first A comes from.
+        base: The layer as it is. It is shared and never changed.
+        rank: Rank of the change, which is 0 at first.
+        chance: Source of the first A.
     """
 
     def __init__(self, base: nn.Linear, rank: int, chance: torch.Generator) -> None:
@@ -35,19 +51,19 @@ class LowRankLinear(nn.Module):
         self.up = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """The output of the changed layer."""
+        """Return the output of the changed layer."""
         low = functional.linear(hidden, self.down.to(hidden.dtype))
         changed: Tensor = self.base(hidden) + functional.linear(low, self.up.to(hidden.dtype))
         return changed
 
 
 class LowRankMlp(nn.Module):
-    """The matrices of a gated MLP with their changes, for a :class:`MaskedMlp` to compute with.
+    """Holds the matrices of a gated MLP with their changes, for a :class:`MaskedMlp` to compute with.
 
     Args:
         dense: The MLP as it is.
-        rank: See :class:`LowRankLinear`.
-        chance: See there.
+        rank: Rank of each change.
+        chance: Source of each first A.
     """
 
     def __init__(self, dense: Any, rank: int, chance: torch.Generator) -> None:
@@ -58,10 +74,14 @@ class LowRankMlp(nn.Module):
 
 
 class TrainedMlp(MaskedMlp):
-    """The same, its masks found several times faster: of those as large as the last one kept, all are kept."""
+    """A :class:`MaskedMlp` whose masks are found several times faster.
+
+    It keeps all entries that are as large as the last one kept. Gradients go through what is kept, not through the
+    choice.
+    """
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """See :class:`MaskedMlp`. Which entries are kept has no gradient, what is kept has."""
+        """Return the MLP's output ``[…, D]`` for its input of that shape."""
         mlp = self.mlp
         hidden = hidden * _largest(hidden.detach(), self.shares.inputs)
         product = mlp.act_fn(mlp.gate_proj(hidden)) * mlp.up_proj(hidden)
@@ -80,35 +100,31 @@ def _largest(values: Tensor, share: float) -> Tensor:
 
 
 class Divergence:
-    """How far a student's next tokens are from the teacher's: KL(teacher ‖ student) of their distributions.
+    """Measures how far a student's next tokens are from the teacher's: KL(teacher ‖ student).
 
-    Logits take far more memory than anything else and are only needed to go back at once, so they are made for a
-    few positions at a time, in memory that is taken once: to ask the system for it each time took longer than to
-    compute with it.
+    Logits take far more memory than anything else. So they are made for a few positions at a time, in memory that
+    is taken once: asking the system for it each time took longer than computing with it.
 
     Args:
-        head: ``hidden [N, D] -> logits [N, V]``.
-        vocabulary: V.
-        device: Where to compute.
+        head: Function from hidden states ``[N, D]`` to logits ``[N, V]``.
+        vocabulary: V, the number of tokens there are.
+        device: Device of the logits.
     """
 
     def __init__(self, head: Callable[[Tensor], Tensor], vocabulary: int, device: torch.device) -> None:
         self._head = head
-        self._room = torch.empty(4, _AT_ONCE, vocabulary, device=device)
+        self._room = torch.empty(4, _POSITIONS, vocabulary, device=device)
 
     def __call__(self, student: Tensor, teacher: Tensor) -> tuple[float, Tensor]:
-        """The mean over positions, and its gradient.
+        """Return the mean divergence in nats, and its gradient ``[N, D]`` with respect to the student.
 
         Args:
-            student: Last hidden states ``[N, D]``.
-            teacher: Likewise.
-
-        Returns:
-            The divergence, and its gradient with respect to ``student``.
+            student: Last hidden states of the student, ``[N, D]``.
+            teacher: Those of the teacher.
         """
         total, gradients = 0.0, list[Tensor]()
         for own, other in zip(
-            torch.split(student.detach(), _AT_ONCE), torch.split(teacher, _AT_ONCE), strict=True
+            torch.split(student.detach(), _POSITIONS), torch.split(teacher, _POSITIONS), strict=True
         ):
             own.requires_grad_()
             with torch.enable_grad():
@@ -121,7 +137,7 @@ class Divergence:
         return total / len(student), torch.cat(gradients)
 
     def _of_logits(self, student: Tensor, teacher: Tensor) -> tuple[float, Tensor]:
-        """The sum over positions, and its gradient with respect to the student's logits, p - q."""
+        """Return the sum over positions, and its gradient p - q with respect to the student's logits."""
         p, q, p_logits, q_logits = self._room[:, : len(student)]
         p_sum, q_sum = _softmax(student, p_logits, p), _softmax(teacher, q_logits, q)
         apart = q_logits.sub_(p_logits).mul_(q).sum() + (p_sum.log() - q_sum.log()).sum()
@@ -129,8 +145,80 @@ class Divergence:
 
 
 def _softmax(logits: Tensor, shifted: Tensor, probabilities: Tensor) -> Tensor:
-    """Fill both, and return what the exponentials of the shifted logits were divided by."""
+    """Fill the last two, and return the sums by which the exponentials were divided."""
     shifted.copy_(logits).sub_(shifted.amax(-1, keepdim=True))
     total = torch.exp(shifted, out=probabilities).sum(-1, keepdim=True)
     probabilities /= total
     return total
+
+
+class Student:
+    """A model in memory that computes as its own teacher, the dense model, or pruned and changed.
+
+    Args:
+        module: A causal language model of transformers with gated MLPs.
+        mlp_density: Share of the MLPs' weights that a token uses.
+        rank: Rank of the changes.
+        seed: Seed of the first changes.
+    """
+
+    def __init__(self, module: Any, mlp_density: float, rank: int, seed: int) -> None:
+        self.module = module
+        self.layers = module.model.layers
+        self.dense = [find_gated_mlp(layer) for layer in self.layers]
+        self.shares = allocate(mlp_density, len(self.dense))
+        chance = torch.Generator().manual_seed(seed)
+        self.adapted = [LowRankMlp(mlp, rank, chance) for mlp in self.dense]
+        self.trained = [TrainedMlp(mlp, shares) for mlp, shares in zip(self.adapted, self.shares, strict=True)]
+        self.exact = [MaskedMlp(mlp, shares) for mlp, shares in zip(self.adapted, self.shares, strict=True)]
+        self.divergence = Divergence(self.head, len(module.lm_head.weight), module.device)
+
+    def changes(self) -> dict[str, nn.Parameter]:
+        """Return what learns, float32, by the names that PEFT has for it."""
+        return {
+            f"base_model.model.model.layers.{number}.mlp.{part}.{name}.weight": getattr(mlp, part).get_parameter(
+                own
+            )
+            for number, mlp in enumerate(self.adapted)
+            for part in PARTS
+            for name, own in (("lora_A", "down"), ("lora_B", "up"))
+        }
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return the logits ``[N, V]`` for last hidden states ``[N, D]``."""
+        logits: Tensor = self.module.lm_head(hidden)
+        cap = getattr(self.module.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def hidden(self, mlps: Sequence[nn.Module], ids: Tensor) -> Tensor:
+        """Return the last hidden states ``[B T, D]`` for token ids ``[B, T]``, computed with these MLPs."""
+        for layer, mlp in zip(self.layers, mlps, strict=True):
+            layer.mlp = mlp
+        states: Tensor = self.module.model(ids.to(self.module.device), use_cache=False).last_hidden_state
+        return states.flatten(0, 1)
+
+    def learn(self, ids: Tensor) -> float:
+        """Add the gradients of the mean divergence for token ids ``[B, T]``, and return that divergence."""
+        total = 0.0
+        for some in torch.split(ids, max(1, _TOKENS // ids.shape[1])):
+            with torch.no_grad():
+                teacher = self.hidden(self.dense, some)
+            student = self.hidden(self.trained, some)
+            share = len(some) / len(ids)
+            divergence, gradient = self.divergence(student, teacher)
+            torch.autograd.backward(student, share * gradient)
+            total += share * divergence
+        return total
+
+    @torch.inference_mode()
+    def measure(self, windows: Tensor) -> tuple[float, Loss]:
+        """Return the dense model's perplexity on token ids ``[W, T]``, and what pruning costs there."""
+        dense = pruned = divergence = 0.0
+        for ids in windows:
+            pairs = (self.hidden(mlps, ids[None])[:-1] for mlps in (self.dense, self.exact))
+            teacher, student = (self.head(hidden).float().log_softmax(-1) for hidden in pairs)
+            following = ids[1:, None].to(teacher.device)
+            dense -= float(teacher.gather(-1, following).mean()) / len(windows)
+            pruned -= float(student.gather(-1, following).mean()) / len(windows)
+            divergence += float((teacher.exp() * (teacher - student)).sum(-1).mean()) / len(windows)
+        return math.exp(dense), Loss(math.exp(pruned), divergence)

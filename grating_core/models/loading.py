@@ -50,7 +50,8 @@ class StoredModel:
         directory: A model in Hugging Face layout with safetensors weights.
         device: Where the weights will go.
         dtype: The compute dtype of embeddings and layers.
-        attention: Name of the attention function, as registered with transformers.
+        attention: Name of the attention function, as registered with transformers; None for the one that
+            transformers prefers for the model.
         lasting: Whether weights will be read again while requests run; see :class:`Checkpoint`.
         adapter: Is merged into the weights whenever they are read.
         pruning: How the MLPs are pruned; None for not at all.
@@ -67,7 +68,7 @@ class StoredModel:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        attention: str,
+        attention: str | None,
         lasting: bool = False,
         adapter: Adapter | None = None,
         pruning: MlpPruning | None = None,

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from grating_core import Reranker, StreamedCausalLM
-from grating_core.lab import distill as distilling
+from grating_core.lab import training
+from grating_core.lab.distill import distill as distil_adapter
 from grating_core.models.bundled import bundled_model
 from tests.core.conftest import WORDS
 from tests.core.parity import random_text
@@ -35,8 +36,8 @@ def write_columns(model: Path, place: Path) -> None:
 
 
 def distill(model: Path, place: Path) -> None:
-    distilling._SECONDS_BETWEEN_STATES = -1.0
-    distilling.distill(
+    training.SECONDS_BETWEEN_STATES = -1.0
+    distil_adapter(
         model, TEXTS, place / "adapter", rank=8, steps=12, tokens_per_step=64, window=16, dtype="float32"
     )
 

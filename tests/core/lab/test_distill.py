@@ -2,10 +2,10 @@
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,10 +22,13 @@ from grating_core.columns.allocation import allocate
 from grating_core.columns.masks import MaskedMlp, Shares
 from grating_core.errors import StorageError
 from grating_core.files.locks import locked
-from grating_core.lab import distill as module
-from grating_core.lab.distill import Distilled, distill
-from grating_core.lab.lowrank import Divergence, LowRankMlp, TrainedMlp
+from grating_core.lab import distill as distilling
+from grating_core.lab import training
+from grating_core.lab.distill import Distilled, distill, hold_out, load_whole
+from grating_core.lab.student import Divergence, LowRankMlp, Student, TrainedMlp
+from grating_core.lab.training import Training
 from grating_core.models.adapter import Adapter
+from grating_core.models.hub import Hub
 from tests.core.conftest import DECODER, SIZES, WORDS, randomise, save_model, save_tokenizer
 from tests.core.faults import largest_file
 from tests.core.models.test_decoders import CAUSAL, save_decoder
@@ -68,9 +71,9 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 @contextmanager
 def stopping(step: int, error: type[BaseException] = StopError) -> Iterator[None]:
     """Let training write its state at every step, and end when it begins this one, or at last the adapter."""
-    learn, begun = module._Student.learn, 0
+    learn, begun = Student.learn, 0
 
-    def counted(student: module._Student, ids: torch.Tensor) -> float:
+    def counted(student: Student, ids: torch.Tensor) -> float:
         nonlocal begun
         begun += 1
         if begun == step:
@@ -81,9 +84,9 @@ def stopping(step: int, error: type[BaseException] = StopError) -> Iterator[None
         raise error
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(module._Student, "learn", counted)
-        patched.setattr(module, "_write_adapter", stop)
-        patched.setattr(module, "_SECONDS_BETWEEN_STATES", -1.0)
+        patched.setattr(Student, "learn", counted)
+        patched.setattr(distilling, "write_adapter", stop)
+        patched.setattr(training, "SECONDS_BETWEEN_STATES", -1.0)
         yield
 
 
@@ -135,7 +138,7 @@ def test_the_figures_are_those_of_transformers(decoder: Path, finished: Distille
     model = AutoModelForCausalLM.from_pretrained(decoder).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(decoder)
     ids = [token for text in TEXTS for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
-    windows, _ = module._divide(torch.tensor(ids[: len(ids) // 16 * 16]).view(-1, 16), seed=0)
+    windows, _ = hold_out(torch.tensor(ids[: len(ids) // 16 * 16]).view(-1, 16), seed=0)
     assert finished.held_out == windows.numel()
     with torch.inference_mode():
         losses = [float(model(ids[None], labels=ids[None]).loss) for ids in windows]
@@ -161,7 +164,7 @@ def test_the_adapter_merged_is_what_was_trained(decoder: Path, finished: Distill
         layer.mlp = MaskedMlp(layer.mlp, shares)
 
     base = AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.float32).eval().requires_grad_(False)
-    student = module._Student(base, 0.5, 8, seed=1)
+    student = Student(base, 0.5, 8, seed=1)
     changes = student.changes()
     assert changes.keys() == weights(finished.directory).keys()
     with torch.no_grad():
@@ -177,13 +180,36 @@ def test_the_adapter_merged_is_what_was_trained(decoder: Path, finished: Distill
 @pytest.mark.parametrize("family", CAUSAL)
 def test_the_teacher_is_transformers_model(family: str, tmp_path: Path) -> None:
     directory = save_decoder(tmp_path, family)
-    _, loaded, _ = module._load(str(directory), "cpu", "float32", False)
-    student = module._Student(loaded, 0.5, 2, seed=0)
+    _, loaded, _ = load_whole(str(directory), "cpu", "float32", hub=Hub())
+    student = Student(loaded, 0.5, 2, seed=0)
     ids = torch.arange(4, 64).view(2, 30)
     with torch.inference_mode():
         logits = student.head(student.hidden(student.dense, ids))
         expected = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()(ids).logits
     torch.testing.assert_close(logits, expected.flatten(0, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_revision_in_the_hubs_cache_is_what_is_trained(decoder: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    for commit, source, ref in (
+        ("0" * 40, decoder, "old"),
+        ("1" * 40, save_decoder(tmp_path / "new", "qwen3"), "main"),
+    ):
+        shutil.copytree(source, repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / ref).write_text(commit)
+    settings, hub = SETTINGS | {"steps": 1}, {"cache_dir": tmp_path / "hub", "local_files_only": True}
+    expected = distill(decoder, TEXTS, tmp_path / "expected", **settings)
+    found = distill("someone/tiny", TEXTS, tmp_path / "found", revision="old", **hub, **settings)
+    assert (found.dense, found.recovered) == (expected.dense, expected.recovered)
+    assert distill("someone/tiny", TEXTS, tmp_path / "newest", **hub, **settings).dense != expected.dense
+    (tmp_path / "text.txt").write_text("\n".join(TEXTS))
+    command = f"distill someone/tiny --text {tmp_path / 'text.txt'} --output {tmp_path / 'command'} --revision old"
+    command += f" --cache-dir {tmp_path / 'hub'} --local-files-only --steps 1 --dtype float32"
+    done = CliRunner().invoke(app, command.split())
+    assert done.exit_code == 0, done.stderr
+    with pytest.raises(ModelNotFoundError, match="other"):
+        distill("someone/tiny", TEXTS, tmp_path / "none", revision="other", **hub, **settings)
 
 
 # Going on
@@ -351,17 +377,17 @@ def test_an_output_that_holds_something_else(decoder: Path, finished: Distilled,
 
 @pytest.mark.parametrize("write", [1, 4])
 def test_no_space_left(decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int) -> None:
-    write_state, done = module._Training.save, 0
+    write_state, done = Training.save, 0
 
-    def filling_up(training: Any) -> None:
+    def filling_up(unfinished: Training) -> None:
         nonlocal done
         done += 1
         with largest_file(10_000) if done >= write else nullcontext():
-            write_state(training)
+            write_state(unfinished)
 
     with monkeypatch.context() as patched:
-        patched.setattr(module._Training, "save", filling_up)
-        patched.setattr(module, "_SECONDS_BETWEEN_STATES", -1.0)
+        patched.setattr(Training, "save", filling_up)
+        patched.setattr(training, "SECONDS_BETWEEN_STATES", -1.0)
         with pytest.raises(StorageError, match=r"output=.*File too large; it takes \d.* MB"):
             distill(decoder, TEXTS, tmp_path / "output", **SETTINGS)
     assert (tmp_path / "output").exists() == (write > 1)
@@ -374,7 +400,7 @@ def test_no_space_left(decoder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_no_space_is_known_before_anything_is_computed(
     decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module._Student, "measure", lambda *_: pytest.fail("it has been computed"))
+    monkeypatch.setattr(Student, "measure", lambda *_: pytest.fail("it has been computed"))
     with (
         largest_file(10_000),
         pytest.raises(StorageError, match=r"output=.*takes 0\.\d MB, and .* MB are free in"),

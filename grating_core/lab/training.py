@@ -1,0 +1,165 @@
+"""A student's way to the teacher, written down so that it can be gone on with."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as format_tensors
+from torch import Tensor, nn
+
+from grating_core.errors import GratingError
+from grating_core.files.reading import parse_json
+from grating_core.files.writing import replacing, require_room
+from grating_core.lab.student import Loss, Student
+
+SECONDS_BETWEEN_STATES = 60.0
+_WARM_UP = 0.05  # of the steps
+_BETAS = (0.9, 0.95)
+_LARGEST_GRADIENT = 1.0
+
+
+class Training:
+    """The training of a student. What is random depends on the seed and the number of the step alone.
+
+    Args:
+        student: Who learns.
+        settings: All that the result depends on, as JSON has it. Training reads ``steps``, ``learning_rate`` and
+            ``seed``; a state of other settings is refused.
+        state: File of the state.
+
+    Attributes:
+        step: Number of steps done.
+        before: The dense model's perplexity on the text that is held out, and what pruning costs there untrained.
+    """
+
+    def __init__(self, student: Student, settings: dict[str, Any], state: Path) -> None:
+        self.step = 0
+        self.before: tuple[float, Loss] = (math.nan, Loss(math.nan, math.nan))
+        self._student, self._settings, self._state = student, settings, state
+        self._changes = student.changes()
+        self._optimizer = torch.optim.AdamW(self._changes.values(), betas=_BETAS, weight_decay=0.0)
+
+    def run(self, windows: Tensor, batch: int, bar: Any) -> None:
+        """Train to the end.
+
+        Args:
+            windows: Token ids, int64 ``[W, T]``.
+            batch: Windows of a step.
+            bar: Progress bar, told of every step.
+
+        Raises:
+            GratingError: Training diverged.
+            StorageError: The state cannot be written.
+        """
+        steps, seen = self._settings["steps"], 0
+        order = islice(_order(len(windows), self._settings["seed"]), self.step * batch, None)
+        saved = began = time.perf_counter()
+        while self.step < steps:
+            divergence = self._student.learn(windows[list(islice(order, batch))])
+            if not math.isfinite(divergence):
+                raise GratingError(
+                    f"training diverged in step {self.step + 1} of {steps}: begin anew, in another output, with a "
+                    f"lower learning_rate than {self._settings['learning_rate']}"
+                )
+            self._change()
+            now, seen = time.perf_counter(), seen + batch * windows.shape[1]
+            bar.set_postfix_str(f"KL {divergence:.3f}, {seen / (now - began):,.0f} tokens/s", refresh=False)
+            bar.update()
+            if now - saved > SECONDS_BETWEEN_STATES or self.step == steps:
+                self.save()
+                saved = now
+
+    def _change(self) -> None:
+        steps, warm_up = self._settings["steps"], _WARM_UP * self._settings["steps"]
+        cosine = 0.5 * (1 + math.cos(math.pi * self.step / steps))
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._settings["learning_rate"] * min(cosine, (self.step + 1) / max(1, warm_up))
+        nn.utils.clip_grad_norm_(self._changes.values(), _LARGEST_GRADIENT)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.step += 1
+
+    def require_room(self) -> None:
+        """Try whether there is room for the state, twice while it is written anew, before anything is computed.
+
+        Raises:
+            StorageError: There is none.
+        """
+        most = 3 * sum(change.nbytes for change in self._changes.values())  # with AdamW's two moments
+        require_room(self._state, most if self._state.exists() else 2 * most)
+
+    def save(self) -> None:
+        """Write all that :meth:`resume` needs. The caller keeps other processes away.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        tensors = {name: change.detach() for name, change in self._changes.items()}
+        for name, change in self._changes.items():
+            for moment, value in self._optimizer.state.get(change, {}).items():
+                tensors[f"{name}.{moment}"] = value
+        dense, pruned = self.before
+        description = {
+            "step": str(self.step),
+            "settings": json.dumps(self._settings),
+            "before": json.dumps({"dense": dense, **asdict(pruned)}),
+        }
+        data = format_tensors(tensors, description)
+        with replacing(self._state, len(data), private=True) as file:  # it is derived from the text
+            file.write(data)
+
+    def resume(self) -> bool:
+        """Go on where another process stopped, and return whether one did.
+
+        Raises:
+            ValueError: The state is of other settings, or damaged.
+        """
+        if not self._state.is_file():
+            return False
+        try:
+            with safe_open(self._state, "pt") as file:
+                description = file.metadata()
+                settings, before = (dict(parse_json(description[name])) for name in ("settings", "before"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            self.before = (before.pop("dense"), Loss(**before))
+            self.step = int(description["step"])
+            others = [name for name, own in self._settings.items() if settings.get(name) != own]
+            if not others:
+                self._take(tensors)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{self._state} cannot be read ({error!r}): delete it and begin anew") from error
+        if others:
+            known = [f"{name}={settings.get(name)}" for name in others if name not in ("model", "text", "shares")]
+            raise ValueError(
+                f"output={str(self._state.parent)!r} holds the state of training with another {', '.join(others)}"
+                f"{' (' + ', '.join(known) + ')' if known else ''}: call it as before to go on, or name "
+                f"another directory"
+            )
+        return True
+
+    @torch.no_grad()
+    def _take(self, tensors: dict[str, Tensor]) -> None:
+        """Take over changes and moments. A tensor of another shape raises a ``RuntimeError``."""
+        for name, change in self._changes.items():
+            change.copy_(tensors.pop(name))
+        for name, tensor in tensors.items():
+            change_name, moment = name.rsplit(".", 1)
+            # Its count of steps stays on the CPU, where AdamW looks for it.
+            place = "cpu" if moment == "step" else self._student.module.device
+            self._optimizer.state[self._changes[change_name]][moment] = tensor.to(place)
+
+
+def _order(count: int, seed: int) -> Iterator[int]:
+    """Yield the numbers below ``count`` in random order, again and again."""
+    chance = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(count, generator=chance).tolist()
