@@ -13,9 +13,9 @@ from torch import Tensor
 from benchmarks.collections import Request
 from benchmarks.worker import progress
 from grating_core import Reranker
-from grating_core.lens import calibrate as calibration
-from grating_core.lens.calibrate import Recorder, Recording
 from grating_core.lens.features import Reader, Sequences
+from grating_core.lens.observations import Observations, Observer
+from grating_core.lens.requests import Request as Asked
 from grating_core.lens.store import CalibratedLens
 from grating_core.models.cross_encoder import CrossEncoder
 
@@ -39,7 +39,7 @@ class Recorded:
 
     name: str
     requests: list[Request]
-    recording: Recording
+    recording: Observations
     head: Array
     prefixes: NDArray[np.int64]
 
@@ -62,7 +62,7 @@ class Recorded:
         return np.stack([*found, self.head[:, :, -1]], axis=2).astype(np.float64)
 
 
-class Observer(Recorder):
+class HeadObserver(Observer):
     """Records what a lens would look at, and reads every layer with the model's own head as well."""
 
     def __init__(self, model: CrossEncoder) -> None:
@@ -74,7 +74,7 @@ class Observer(Recorder):
         """Tokens that all candidates share."""
 
     def reader(self, number: int, prefix: int) -> Reader:
-        """See :meth:`Recorder.reader`; the scores are those of the head."""
+        """See :meth:`Observer.reader`; the scores are those of the head."""
         record, self.prefix = super().reader(number, prefix), prefix
 
         def observe(hidden: Tensor, sequences: Sequences) -> Tensor:
@@ -98,11 +98,11 @@ def record_corpus(reranker: Reranker, name: str, requests: list[Request], candid
         candidates: How many they should have.
     """
     full = [request for request in requests if len(request.documents) == candidates]
-    model = reranker._model()
-    recording, heads, prefixes = Recording(expected=len(full)), [], []
+    scorer = reranker.scorer
+    recording, heads, prefixes = Observations(expected=len(full)), [], []
     for request in track(full, f"{name}: computing without pruning", console=progress):
-        observer = Observer(model)
-        scores, tokens = reranker._observe(calibration.Request(request.query, request.documents), observer)
+        observer = HeadObserver(scorer.model)
+        scores, tokens = scorer.observe(Asked(request.query, request.documents), observer)
         recording.add(observer, scores, tokens)
         between = [torch.cat(parts).numpy() for parts in observer.scores]
         prefixes.append(observer.prefix)

@@ -37,6 +37,15 @@ def closed_on_error(thing: Closeable) -> Iterator[None]:
         raise
 
 
+def closed_error(name: str) -> RuntimeError:
+    """Return the error of a call to something that has been closed.
+
+    Args:
+        name: Name of its class.
+    """
+    return RuntimeError(f"this {name} has been closed; make a new one with from_pretrained")
+
+
 class Loaded(Generic[AnyModel]):
     """Something that holds a loaded model, until it is closed. Use it in a ``with`` block, or close it.
 
@@ -64,7 +73,7 @@ class Loaded(Generic[AnyModel]):
 
     def _model(self) -> AnyModel:
         if (model := self._loaded) is None:
-            raise RuntimeError(f"this {type(self).__name__} has been closed; make a new one with from_pretrained")
+            raise closed_error(type(self).__name__)
         return model
 
     def __enter__(self) -> Self:

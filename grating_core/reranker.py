@@ -3,83 +3,50 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from functools import partial, wraps
-from itertools import groupby
 from pathlib import Path
 from threading import Event
-from time import perf_counter
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
 from grating_core import arguments
 from grating_core.arguments import check_query, is_number, whole_number
 from grating_core.engine.attention import PACKED_ATTENTION
-from grating_core.engine.forward import Outcome, forward
-from grating_core.engine.ragged import RaggedBatch, filled
+from grating_core.engine.scorer import Scorer
 from grating_core.errors import UnsupportedModelError
-from grating_core.files.places import cache_directory, expanded
-from grating_core.forking import Lock, Threads, computed
-from grating_core.lens.features import Shape
-from grating_core.lens.recalibrate import Logged, Recalibration, Sampling, check_share, scaled, state_path
-from grating_core.lens.store import CalibratedLens, find_lens, lens_directory, open_lens, require_room_for_lens
+from grating_core.files.places import expanded
+from grating_core.forking import Threads, computed
+from grating_core.lens.calibrate import calibrate
+from grating_core.lens.pruning import ByLens, plan_pruning
+from grating_core.lens.recalibrate import Logged, Recalibration, Sampling, check_share, state_path
+from grating_core.lens.store import CalibratedLens, find_lens, lens_directory, open_lens, warn_once
 from grating_core.lifetime import Loaded, closed_on_error, find_or_load, remembering
-from grating_core.memory.hidden import HiddenInMemory, HiddenOnDisk, HiddenStates
-from grating_core.memory.meter import PeakMemory, resident_memory
-from grating_core.memory.plan import LARGEST_WORK, MemoryPlan, make_plan, parse_budget
+from grating_core.memory.meter import resident_memory
+from grating_core.memory.plan import MemoryPlan, make_plan, parse_budget
 from grating_core.models.adapter import find_adapter
-from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.models.directory import find_model
 from grating_core.models.gguf import GgufModel, is_gguf
 from grating_core.models.hub import Hub
 from grating_core.models.identity import fingerprint
 from grating_core.models.loading import StoredCrossEncoder
 from grating_core.models.placement import choose_device, choose_dtype
-from grating_core.pruning import ClusterPolicy, Guarantee, Off, PruningPolicy
-from grating_core.results import RankedDocument, RerankResult, Trace
-from grating_core.text.pairs import (
-    Template,
-    TokenisedPair,
-    load_template,
-)
+from grating_core.pruning import ClusterPolicy, Guarantee, Margins, Off, PruningPolicy
+from grating_core.results import RankedDocument, RerankResult
+from grating_core.text.pairs import load_template
 from grating_core.text.prompts import Prompt, find_prompt, usual_length
 from grating_core.text.windows import check_long_documents, find_window
 
-if TYPE_CHECKING:
-    from grating_core.lens.calibrate import Recorder, Request
-
-_CHUNK_TOKENS = {"cuda": 32768, "mps": 8192}  # on the CPU it depends on the size of the layers
 _CALLS = 4  # of arerank at a time, where they need not take turns
-_SCORE_GROUP = 256  # pairs that score() holds in memory at a time
 _TARGET = 0.98
-# For models without a lens. Lost at most 2 % of the top 5 on each corpus of benchmarks/quality.py.
-_CAUTIOUS = ClusterPolicy(dispersion_threshold=16.0)
 
 _log = logging.getLogger("grating")
 
 Arguments = ParamSpec("Arguments")
 Returned = TypeVar("Returned")
-
-
-@dataclass(frozen=True)
-class ByLens:
-    """Pruning by the lens of the model, as far as there is one, and what is to be kept.
-
-    Attributes:
-        target: See :meth:`Reranker.from_pretrained`.
-        guarantee: See :meth:`Reranker.from_pretrained`.
-        calibrated: The lens, on the model's device.
-    """
-
-    target: float
-    guarantee: Guarantee
-    calibrated: CalibratedLens | None
 
 
 def _for_a_caller(
@@ -96,7 +63,7 @@ def _for_a_caller(
     return call
 
 
-class Reranker(Loaded[CrossEncoder]):
+class Reranker(Loaded[Scorer]):
     """Finds the K of N documents that answer a query best, with a cross-encoder.
 
     All documents go through the model together, layer by layer, packed without padding; those that cannot
@@ -107,33 +74,28 @@ class Reranker(Loaded[CrossEncoder]):
 
     def __init__(
         self,
-        model: CrossEncoder,
-        template: Template,
+        scorer: Scorer,
         *,
         model_path: Path,
-        fingerprint: str,
+        identity: str,
         pruning: PruningPolicy | ByLens,
-        chunk_tokens: int | None = None,
-        plan: MemoryPlan | None = None,
         sampling: Sampling | None = None,
     ) -> None:
-        self._loaded: CrossEncoder | None = model
-        self._template = template
-        self._fingerprint = fingerprint
-        self._pruning = pruning
-        usual = plan.chunk_tokens if plan else _CHUNK_TOKENS.get(model.device.type, LARGEST_WORK // model.work)
-        self._chunk_tokens = chunk_tokens or usual
-        # A budget is for one request at a time; without one, threads need not wait for each other.
-        alone = plan is not None or model.remembers
-        self._turn = Lock() if alone else nullcontext()
-        self._calls = Threads(1 if alone else _CALLS, "grating-rerank")
-        self.plan = plan
+        self._loaded: Scorer | None = scorer
+        self._template = scorer.template
+        self._turn = scorer.turn
+        self._calls = Threads(1 if scorer.takes_turns else _CALLS, "grating-rerank")
+        self._sampling = sampling
+        self.plan = scorer.plan
         """What the memory budget is spent on; None without a budget."""
         self.model_path = model_path
         """The local directory that the weights were read from."""
-        self._sampling = sampling
+        self.identity = identity
+        """What lenses and whatever else is learnt about these weights go by."""
+        self.pruning = pruning
+        """How candidates are dropped early."""
         self.recalibration = self._start_recalibration()
-        """What ``recalibrate`` has found out so far; None if it is off."""
+        """What ``recalibrate`` has found out so far; None if it is off, or if there is no lens yet to move."""
 
     @classmethod
     @remembering
@@ -154,7 +116,6 @@ class Reranker(Loaded[CrossEncoder]):
         template: Prompt | str | None = None,
         instruction: str | None = None,
         adapter: str | Path | None = None,
-        chunk_tokens: int | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -175,16 +136,17 @@ class Reranker(Loaded[CrossEncoder]):
                 while it computes (layers, embedding rows) or kept there (hidden states, in grating's cache
                 directory); scores stay the same. Calls from several threads then take turns. On CUDA it holds
                 for the memory of the device. None keeps everything resident and sets no bound.
-            pruning: ``"auto"``: by the lens that belongs to this model, see :meth:`calibrate`; without one
-                ``"cluster"`` with a cautious threshold. Or ``"cluster"``, ``"off"``, or a policy object.
+            pruning: ``"auto"``: by the lens that belongs to this model, see :meth:`calibrate`; without a lens
+                nothing is pruned. Or ``"cluster"``, ``"off"``, or a policy object.
             target: What a lens promises, for requests like those it was calibrated on: the share of the full
                 model's top K that is kept, on average. More prunes less. Also what ``recalibrate`` aims at.
             guarantee: ``"share"``, or ``"set"``: the target is the probability that the whole top K is kept.
             lens: A directory with the lens to use; None for the one calibrated here, or come with the package.
             recalibrate: Share of requests, from 0 (off) to 1, that are computed again without pruning when nobody
                 has called for a second, to see what was lost. The margins of the lens, or the threshold of
-                ``"cluster"``, then move until ``target`` is what is kept. The factor they are multiplied by is
-                kept in grating's cache directory, texts never are.
+                ``"cluster"``, then move until ``target`` is what is kept. Without a lens ``"auto"`` has nothing to
+                move, and this begins with :meth:`calibrate`. The factor they are multiplied by is kept in
+                grating's cache directory, texts never are.
             max_length: Most tokens of a query and document together, with all that the model wants around them;
                 None for what the model was made for, at most 8,192 with decoders.
             long_documents: What to do with a document that does not fit: ``"truncate"`` cuts its end,
@@ -195,8 +157,6 @@ class Reranker(Loaded[CrossEncoder]):
             instruction: What to judge by, for templates that have a slot for it; None for their own words.
             adapter: A LoRA adapter as PEFT saves it, a directory or hub id, which is merged into the weights when
                 they are read.
-            chunk_tokens: Most tokens computed at once, which bounds the memory of intermediate results. A
-                document is never split. None for a value that suits the device or the memory budget.
             revision: Branch, tag or commit of the model on the hub; None for the newest. This and the next three
                 are ignored for a model that is not on the hub; an adapter takes all but the revision.
             token: What proves to the hub who asks; None or True for the one of ``hf auth login`` or ``HF_TOKEN``,
@@ -219,14 +179,8 @@ class Reranker(Loaded[CrossEncoder]):
         guarantee = "share" if guarantee is None else guarantee
         recalibrate = 0.0 if recalibrate is None else recalibrate
         long_documents = "truncate" if long_documents is None else long_documents
-        if chunk_tokens is not None:
-            chunk_tokens = whole_number("chunk_tokens", chunk_tokens)
         if max_length is not None:
             max_length = whole_number("max_length", max_length)
-        if chunk_tokens is not None and memory_budget is not None:
-            raise ValueError(
-                f"chunk_tokens={chunk_tokens} and memory_budget exclude each other: the budget sets both"
-            )
         budget = None if memory_budget is None else _find_budget(memory_budget, model)
         chosen = _find_policy(pruning)
         _check_promise(target, guarantee, lens, pruning)
@@ -273,13 +227,10 @@ class Reranker(Loaded[CrossEncoder]):
             if plan is not None:
                 plan = replace(plan, tokenizer=max(0, resident_memory() - before))
             return cls(
-                stored.load(plan, encoder.answers),
-                encoder,
+                Scorer(stored.load(plan, encoder.answers), encoder, plan),
                 model_path=directory,
-                fingerprint=identity,
+                identity=identity,
                 pruning=policy,
-                chunk_tokens=chunk_tokens,
-                plan=plan,
                 sampling=Sampling(float(recalibrate), float(target), guarantee) if recalibrate else None,
             )
 
@@ -362,51 +313,33 @@ class Reranker(Loaded[CrossEncoder]):
         scores: Literal["exact", "estimated"],
         pause: Callable[[], bool] | None = None,
     ) -> RerankResult:
-        started = perf_counter()
-        model = self._model()
+        scorer = self.scorer
         documents = arguments.texts("documents", documents)
         check_query(query)
         top_k = whole_number("top_k", top_k)
         if scores not in ("exact", "estimated"):
             raise ValueError(f"scores={scores!r} must be 'exact' or 'estimated'")
-        if not documents:
-            return RerankResult([], Trace((), model.depth, (), (), perf_counter() - started))
-
-        candidates = self._template.encode(query, documents)
-        batch = self._pack(model, candidates)
-        peak = None if self.plan is None else PeakMemory(model.device)
-        top_k, exact = min(top_k, len(batch)), scores == "exact"
-        outcome = self._forward(
-            model,
-            batch,
-            top_k=top_k,
-            exact=exact,
-            peak=peak,
-            pause=pause,
-            **self._pruned_by(len(batch), top_k, exact),
+        if isinstance(self.pruning, ByLens) and self.lens is None and top_k < len(documents):
+            warn_once(
+                f"pruning='auto' drops nothing with {self.model_path}, which has no lens: fit one to your texts "
+                f"with 'grating calibrate' or Reranker.calibrate, or take pruning='off'"
+            )
+        recalibration = self.recalibration
+        pruning = plan_pruning(
+            self.pruning,
+            len(documents),
+            top_k,
+            exact=scores == "exact",
+            factor=1.0 if recalibration is None else recalibration.factor,
         )
+        found = scorer.rank(query, documents, top_k, pruning, pause)
         ranking = [
             RankedDocument(winner.index, winner.score, documents[winner.index], winner.estimated)
-            for winner in outcome.winners
+            for winner in found.winners
         ]
-        if self.recalibration is not None and top_k < len(batch):
-            self.recalibration.sample(Logged(query, documents, tuple(ranked.index for ranked in ranking)))
-        usage = outcome.usage
-        trace = Trace(
-            layers=tuple(outcome.layers),
-            depth=model.depth,
-            lengths=tuple(sum(len(pair.input_ids) for pair in windows) for windows in candidates),
-            truncated=tuple(index for index, windows in enumerate(candidates) if windows[0].truncated),
-            windows=batch.windows,
-            shared_prefix=batch.prefix,
-            seconds=perf_counter() - started,
-            seconds_waited=usage.seconds_waited,
-            bytes_read=usage.bytes_read,
-            bytes_spilled=usage.bytes_spilled,
-            embedding_hit_rate=usage.hit_rate,
-            peak_memory=None if peak is None else peak.bytes,
-        )
-        return RerankResult(ranking, trace)
+        if recalibration is not None and top_k < len(documents):
+            recalibration.sample(Logged(query, documents, tuple(ranked.index for ranked in ranking)))
+        return RerankResult(ranking, found.trace)
 
     @_for_a_caller
     def score(self, pairs: Iterable[tuple[str, str]], *, show_progress: bool = False) -> list[float]:
@@ -424,22 +357,8 @@ class Reranker(Loaded[CrossEncoder]):
             ScoreError: The model gave a score that is not a finite number.
             RuntimeError: The reranker has been closed.
         """
-        model = self._model()
-        pairs = arguments.pairs("pairs", pairs)
-        found: list[float] = []
-        with tqdm(total=len(pairs), unit="pair", disable=not show_progress) as bar:
-            for start in range(0, len(pairs), _SCORE_GROUP):
-                group = pairs[start : start + _SCORE_GROUP]
-                candidates = [
-                    windows
-                    for query, same in groupby(group, key=lambda pair: pair[0])
-                    for windows in self._template.encode(query, [text for _, text in same])
-                ]
-                batch = self._pack(model, candidates)
-                outcome = self._forward(model, batch, top_k=len(batch), policy=Off(), first_number=start)
-                found += [winner.score for winner in sorted(outcome.winners, key=lambda w: w.index)]
-                bar.update(len(group))
-        return found
+        scorer = self.scorer
+        return scorer.scores(arguments.pairs("pairs", pairs), show_progress=show_progress)
 
     def tail(self, text: str, tokens: int | None = None) -> str:
         """The end of a text: its last tokens, as the model counts them, or all of it if it has no more.
@@ -462,7 +381,7 @@ class Reranker(Loaded[CrossEncoder]):
     @property
     def lens(self) -> CalibratedLens | None:
         """The lens that it prunes by, with its margins; None if it prunes otherwise."""
-        return self._pruning.calibrated if isinstance(self._pruning, ByLens) else None
+        return self.pruning.calibrated if isinstance(self.pruning, ByLens) else None
 
     @_for_a_caller
     def calibrate(
@@ -505,48 +424,26 @@ class Reranker(Loaded[CrossEncoder]):
             ValueError: An argument is not usable, or there is too little text; the message names it.
             StorageError: The output cannot be written, or grating's cache has no room for what is recorded.
         """
-        from grating_core.lens.calibrate import FEWEST_REQUESTS, fit, make_requests, record
-
-        top_k, candidates = whole_number("top_k", top_k), whole_number("candidates", candidates)
-        requests, seed = whole_number("requests", requests), whole_number("seed", seed, 0)
-        if not top_k < candidates:
-            raise ValueError(f"top_k={top_k} must be below candidates={candidates}")
-        if requests < FEWEST_REQUESTS:
-            raise ValueError(f"requests={requests} are too few to fit a lens: use {FEWEST_REQUESTS} or more")
-        model = self._model()
-        corpora = documents if isinstance(documents, Mapping) else {"documents": documents}
-        asked = queries if isinstance(queries, Mapping) else dict.fromkeys(corpora, queries)
-        if unknown := asked.keys() - corpora.keys():
-            raise ValueError(f"queries are given for {sorted(unknown)}, but documents only for {sorted(corpora)}")
-        made = [
-            make_requests(
-                arguments.texts("documents", texts),
-                None if (some := asked.get(name)) is None else arguments.texts("queries", some),
-                candidates=candidates,
-                count=-(-requests // len(corpora)),
-                seed=seed,
-            )
-            for name, texts in corpora.items()
-        ]
-        place = lens_directory(self._fingerprint) if output is None else expanded(output)
-        require_room_for_lens(place, Shape(model.depth, model.width, model.pooling))
-        recordings = [
-            record(self._observe, some, depth=model.depth, pooling=model.pooling, show_progress=show_progress)
-            for some in made
-        ]
-        calibrated = fit(
-            recordings,
-            pooling=model.pooling,
-            fingerprint=self._fingerprint,
+        scorer = self.scorer
+        place = lens_directory(self.identity) if output is None else expanded(output)
+        calibrated = calibrate(
+            scorer.observe,
+            scorer.shape,
+            self.identity,
+            documents,
+            queries,
             top_k=top_k,
-            target=self._pruning.target if isinstance(self._pruning, ByLens) else _TARGET,
+            candidates=candidates,
+            requests=requests,
+            target=self.pruning.target if isinstance(self.pruning, ByLens) else _TARGET,
+            directory=place,
+            seed=seed,
             show_progress=show_progress,
         )
-        calibrated.save(place)
-        if isinstance(self._pruning, ByLens):
+        if isinstance(self.pruning, ByLens):
             if output is not None and self._remake is not None:
                 self._remake = partial(self._remake, lens=str(place.absolute()))
-            self._pruning = replace(self._pruning, calibrated=calibrated.to(model.device))
+            self.pruning = replace(self.pruning, calibrated=calibrated.to(scorer.model.device))
             self._stop_recalibration()
             self.recalibration = self._start_recalibration()  # what was learnt was about other margins
         return calibrated
@@ -560,14 +457,19 @@ class Reranker(Loaded[CrossEncoder]):
         super().close()
 
     @property
+    def scorer(self) -> Scorer:
+        """What computes its requests. Raises ``RuntimeError`` when the reranker has been closed."""
+        return self._model()
+
+    @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return self._model().device
+        return self.scorer.model.device
 
     @property
     def dtype(self) -> torch.dtype:
         """What the layers compute in."""
-        return self._model().dtype
+        return self.scorer.model.dtype
 
     @property
     def max_length(self) -> int:
@@ -578,79 +480,17 @@ class Reranker(Loaded[CrossEncoder]):
         """How many tokens the model's tokenizer makes of a text, special tokens not counted."""
         return self._template.count_tokens(text)
 
-    def _pack(self, model: CrossEncoder, candidates: list[list[TokenisedPair]]) -> RaggedBatch:
-        return RaggedBatch.pack(candidates, model.device, share_prefix=model.causal)
-
-    def _pruned_by(self, candidates: int, top_k: int, exact: bool) -> dict[str, Any]:
-        """The policy of a request, and what it reads the scores with, as arguments of :func:`forward`."""
-        pruning = self._pruning
-        factor = 1.0 if self.recalibration is None else self.recalibration.factor
-        if not isinstance(pruning, ByLens):
-            return {"policy": scaled(pruning, factor)}
-        if pruning.calibrated is None or top_k == candidates:
-            return {"policy": scaled(_CAUTIOUS, factor)}
-        policy = pruning.calibrated.margins.policy(
-            candidates, top_k, target=pruning.target, guarantee=pruning.guarantee, exact=exact
-        )
-        if min(policy.drop) == math.inf:  # too few requests were calibrated on for this promise
-            return {"policy": Off()}
-        return {"policy": scaled(policy, factor), "lens": pruning.calibrated.lens}
-
-    def _start_recalibration(self) -> Recalibration[Reranker] | None:
-        if self._sampling is None:
+    def _start_recalibration(self) -> Recalibration[Scorer] | None:
+        pruning = self.pruning
+        moved = pruning.calibrated and pruning.calibrated.margins if isinstance(pruning, ByLens) else pruning
+        if self._sampling is None or not isinstance(moved, ClusterPolicy | Margins):
             return None
-        pruning: Any = self._pruning
-        if isinstance(pruning, ByLens):
-            pruning = pruning.calibrated.margins if pruning.calibrated else _CAUTIOUS
-        path = state_path(self._fingerprint, pruning, self._sampling)
-        return Recalibration(self, Reranker._full_scores, self._sampling, path)
+        path = state_path(self.identity, moved, self._sampling)
+        return Recalibration(self.scorer, Scorer.full_scores, self._sampling, path)
 
     def _stop_recalibration(self) -> None:
         if self.recalibration is not None:
             self.recalibration.close()
-
-    def _full_scores(self, request: Logged, pause: Callable[[], bool]) -> tuple[float, ...]:
-        """What the full model scores the documents of a request, unless ``pause`` says to give up."""
-        model = self._model()
-
-        def caught_up() -> bool:
-            # What was given to another device is waited for: it could not be called back from there.
-            if model.device.type != "cpu":
-                torch.accelerator.synchronize(model.device)
-            return pause()
-
-        batch = self._pack(model, self._template.encode(request.query, request.documents))
-        return self._forward(model, batch, top_k=1, policy=Off(), pause=caught_up).layers[-1].scores
-
-    def _observe(self, request: Request, recorder: Recorder) -> tuple[Any, Any]:
-        """Compute a request to the end while the recorder looks on; final scores and tokens of the candidates."""
-        model = self._model()
-        # A document's first window stands for it: a window's estimate is to be compared with its own score.
-        candidates = [windows[:1] for windows in self._template.encode(request.query, request.documents)]
-        batch = self._pack(model, candidates)
-        outcome = self._forward(model, batch, top_k=1, policy=Off(), lens=recorder)
-        return np.array(outcome.layers[-1].scores, dtype=np.float32), np.array(batch.lengths)
-
-    def _forward(self, model: CrossEncoder, batch: RaggedBatch, **how: Any) -> Outcome:
-        with self._turn:
-            model = self._model() if model.remembers else model  # it may have been closed while this call waited
-            try:
-                with self._hidden(model, batch) as hidden:
-                    return forward(model, batch, hidden, chunk_tokens=self._chunk_tokens, **how)
-            finally:
-                model.rewind()
-
-    @contextmanager
-    def _hidden(self, model: CrossEncoder, batch: RaggedBatch) -> Iterator[HiddenStates]:
-        """Room for the hidden states of a batch: in memory, or on disk if the plan says so."""
-        shape = (batch.tokens, model.width, model.dtype, model.device)
-        if self.plan is None or not self.plan.spills(batch.tokens):
-            yield HiddenInMemory(*shape)
-            return
-        # Not the largest chunk of now: when candidates leave, others come together in larger ones.
-        rows = filled(max(self._chunk_tokens, batch.longest))
-        with HiddenOnDisk(*shape, rows=rows, directory=cache_directory(), meter=model.meter) as hidden:
-            yield hidden
 
 
 def plan_memory(

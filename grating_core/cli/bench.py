@@ -68,7 +68,7 @@ def bench(
     with err.status("Preparing ..."):
         import torch
 
-        from grating_core.lens.calibrate import make_requests
+        from grating_core.lens.requests import make_requests
         from grating_core.models.directory import read_config
         from grating_core.reranker import Reranker
 
@@ -79,7 +79,7 @@ def bench(
         job = Job(
             model=model,
             directory=str(directory),
-            requests=[(request.query, request.documents) for request in made],
+            requests=[(request.query, list(request.documents)) for request in made],
             top_k=top_k,
             rounds=rounds,
             threads=threads or torch.get_num_threads(),

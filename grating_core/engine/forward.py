@@ -22,6 +22,7 @@ from grating_core.engine.ragged import Chunk, RaggedBatch, filled
 from grating_core.errors import ScoreError
 from grating_core.forking import Interrupted
 from grating_core.lens.features import Provisional, Reader, Sequences
+from grating_core.lens.pruning import Pruning
 from grating_core.memory.hidden import HiddenStates
 from grating_core.memory.meter import Meter, PeakMemory
 from grating_core.models.cross_encoder import CrossEncoder
@@ -58,11 +59,9 @@ def forward(
     model: CrossEncoder,
     batch: RaggedBatch,
     hidden: HiddenStates,
+    pruning: Pruning,
     *,
     top_k: int,
-    policy: PruningPolicy,
-    lens: Provisional | None = None,
-    exact: bool = True,
     chunk_tokens: int,
     first_number: int = 0,
     peak: PeakMemory | None = None,
@@ -74,14 +73,10 @@ def forward(
         model: The cross-encoder.
         batch: N candidates, at least one, on the model's device.
         hidden: Has room for the hidden states of the batch in chunks of this size; what it holds is lost.
+        pruning: How candidates stop early.
         top_k: How many to find, from 1 to N.
-        policy: Decides after each layer which candidates go on.
-        lens: Estimates the final scores after each layer but the last, and before the first. None to read them
-            with the model's own head, which says nothing before the first layer.
-        exact: Compute every winner to the last layer; the policy only drops. Otherwise what it selects stops
-            as well, and keeps its provisional score as an estimate.
-        chunk_tokens: Most tokens computed at once.
-        first_number: What the caller calls the first candidate; for messages.
+        chunk_tokens: The most tokens computed at once.
+        first_number: The number by which the caller knows the first candidate; for messages.
         peak: Looks at the memory after every layer.
         pause: Asked before anything else, and before each chunk, whether to give up.
 
@@ -98,14 +93,14 @@ def forward(
     at_first = replace(model.meter)
     model.prepare(batch.input_ids)
 
-    for number in range(0 if lens else 1, model.depth + 1):
+    for number in range(0 if pruning.lens else 1, model.depth + 1):
         started, before = perf_counter(), replace(model.meter)
-        scores = _run_layer(model, number, batch, hidden, chunk_tokens, lens, pause)
+        scores = _run_layer(model, number, batch, hidden, chunk_tokens, pruning.lens, pause)
         _refuse_broken(scores, alive + first_number)
 
         wanted = top_k - len(winners)
-        pruning = number < model.depth and wanted < len(alive)
-        routes = _decide(policy, number, scores, wanted) if pruning else [Route.DEFERRED] * len(alive)
+        undecided = number < model.depth and wanted < len(alive)
+        routes = _decide(pruning.policy, number, scores, wanted) if undecided else [Route.DEFERRED] * len(alive)
         layers.append(
             LayerTrace(
                 layer=number,
@@ -122,12 +117,12 @@ def forward(
         if peak is not None:
             peak.look()
 
-        stop = () if exact else (Route.SELECTED,)
+        stop = () if pruning.exact else (Route.SELECTED,)
         stopped = [i for i, route in enumerate(routes) if route in stop]
         going_on = [i for i, route in enumerate(routes) if route not in (Route.DROPPED, *stop)]
         winners += _best(alive, scores, stopped, estimated=True)
         places = top_k - len(winners)
-        decided = pruning and not exact and places in (0, len(going_on))
+        decided = undecided and not pruning.exact and places in (0, len(going_on))
         if decided or number == model.depth:
             winners += _best(alive, scores, going_on, estimated=decided)[:places]
             break

@@ -17,7 +17,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from threading import Condition, Thread, current_thread
@@ -31,13 +31,14 @@ from grating_core.files.places import cache_directory, go_on_without_cache, is_k
 from grating_core.files.reading import read_json
 from grating_core.files.writing import make_private
 from grating_core.forking import Interrupted, tell_of_forks
-from grating_core.pruning import ClusterPolicy, Guarantee, MarginPolicy, Margins, PruningPolicy
+from grating_core.lens.requests import Request
+from grating_core.pruning import ClusterPolicy, Guarantee, Margins
 
 # A whole top 1 lost at a target of 0.98 widens by 22 %, one of 10 by 2 %; a request without loss narrows by 0.4 %.
 STEP = 0.2
 BOUNDS = (1 / 8, 16.0)  # of the factor
 IDLE = 1.0  # seconds without a caller before anything is computed again
-_LOGGED = 32  # requests that wait to be computed again; what they say of the factor gets old
+MOST_WAITING = 32  # requests that wait to be computed again; what they say of the factor gets old
 _RECENT = 50  # requests that the agreement is the mean of
 _ENOUGH = 20  # of them, for a warning
 _PATIENCE = 5.0  # seconds that closing waits for the thread
@@ -65,17 +66,13 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Logged:
+class Logged(Request):
     """A request to be computed again; it is only ever in memory.
 
     Attributes:
-        query: Its query.
-        documents: Its N documents.
-        found: Indices of the K that were returned.
+        found: Indices of the K documents that were returned.
     """
 
-    query: str
-    documents: Sequence[str]
     found: tuple[int, ...]
 
     def kept(self, scores: Sequence[float]) -> float:
@@ -161,18 +158,19 @@ class Recalibration(Generic[Owner]):
         self._state = State() if path is None else State.load(path)
         self._warned_at: int | None = None
         self._random = random.Random()  # not the global one, whose sequence is the caller's
-        self._queue: deque[Logged] = deque(maxlen=_LOGGED)
+        self._queue: deque[Logged] = deque(maxlen=MOST_WAITING)
         self._callers: set[object] = set()
         self._quiet_since = monotonic()
         self._closed = False
-        self._changed = Condition()  # reentrant: garbage collection may close inside it
+        self.changed = Condition()  # reentrant: garbage collection may close inside it
+        """Whoever holds it keeps the thread from taking a request."""
         self._thread: Thread | None = None
         self._ended = weakref.finalize(owner, self.close)
         tell_of_forks(self)
 
     def after_fork(self) -> None:
         """Begin anew, with what was learnt; the requests that wait are computed again in the parent."""
-        self._changed = Condition()
+        self.changed = Condition()
         self._callers = set()
         self._queue.clear()
         self._thread = None
@@ -195,29 +193,34 @@ class Recalibration(Generic[Owner]):
         """
         return self._state.agreement
 
+    @property
+    def waiting(self) -> int:
+        """How many requests wait to be computed again."""
+        return len(self._queue)
+
     @contextmanager
     def caller(self) -> Iterator[None]:
         """While somebody waits for an answer, nothing is computed again."""
         one = object()
-        with self._changed:
+        with self.changed:
             self._callers.add(one)
         try:
             yield
         finally:
-            with self._changed:
+            with self.changed:
                 self._callers.discard(one)  # of a call that was forked in its midst, the child knows nothing
                 self._quiet_since = monotonic()
-                self._changed.notify_all()
+                self.changed.notify_all()
 
     def sample(self, request: Logged) -> None:
         """Keep the request, or not, to be computed again; if too many wait, the oldest is forgotten."""
         if self._random.random() >= self._sampling.share:
             return
-        with self._changed:
+        with self.changed:
             if self._closed:
                 return
             self._queue.append(request)
-            self._changed.notify_all()
+            self.changed.notify_all()
             if self._thread is None:
                 thread = Thread(target=self._work, name="grating-recalibration", daemon=True)
                 with suppress(RuntimeError):  # if there is no thread to be had, the next sample tries again
@@ -227,10 +230,10 @@ class Recalibration(Generic[Owner]):
     def close(self) -> None:
         """End the thread. What still waits is forgotten."""
         self._ended.detach()
-        with self._changed:
+        with self.changed:
             self._closed = True
             self._queue.clear()
-            self._changed.notify_all()
+            self.changed.notify_all()
             thread = self._thread
         # The last reference to a reranker may be the thread's own.
         if thread is not None and thread is not current_thread():
@@ -249,17 +252,17 @@ class Recalibration(Generic[Owner]):
 
     def _next(self) -> Logged | None:
         """The oldest request, when nobody has called for a while; None when it is closed."""
-        with self._changed:
+        with self.changed:
             while not self._closed:
                 left = self._quiet_since + IDLE - monotonic()
                 if self._queue and not self._callers and left <= 0:
                     return self._queue.popleft()
-                self._changed.wait(left if self._queue and not self._callers else None)
+                self.changed.wait(left if self._queue and not self._callers else None)
         return None
 
     def _put_back(self, request: Logged) -> None:
-        with self._changed:
-            if len(self._queue) < _LOGGED and not self._closed:
+        with self.changed:
+            if len(self._queue) < MOST_WAITING and not self._closed:
                 self._queue.appendleft(request)
 
     def _compute(self, request: Logged) -> None:
@@ -323,15 +326,6 @@ def check_share(recalibrate: float, pruning: object) -> None:
             f"recalibrate={recalibrate} multiplies the threshold of {pruning!r}, which stays the same then: give "
             f"it a finite one above 0, or leave recalibrate out"
         )
-
-
-def scaled(policy: PruningPolicy, factor: float) -> PruningPolicy:
-    """The policy with its margins, or its threshold, multiplied; above 1 it prunes less."""
-    if isinstance(policy, ClusterPolicy):
-        return replace(policy, dispersion_threshold=factor * policy.dispersion_threshold)
-    if isinstance(policy, MarginPolicy):
-        return MarginPolicy(*(tuple(factor * margin for margin in side) for side in (policy.drop, policy.select)))
-    return policy
 
 
 def state_path(fingerprint: str, pruning: ClusterPolicy | Margins, sampling: Sampling) -> Path | None:

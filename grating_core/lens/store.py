@@ -147,7 +147,7 @@ def find_lens(fingerprint: str, shape: Shape) -> CalibratedLens | None:
             if directory in kept or _describe(directory)["fingerprint"] == fingerprint:
                 return open_lens(directory, shape, fingerprint)
         except (FileError, OSError) as error:
-            _warn(f"pruning goes on without a lens of this model: {error}")
+            warn_once(f"pruning goes on without a lens of this model: {error}")
     return None
 
 
@@ -187,7 +187,7 @@ def open_lens(directory: Path, shape: Shape, fingerprint: str) -> CalibratedLens
 
 
 @lru_cache
-def _warn(message: str) -> None:
+def warn_once(message: str) -> None:
     """Log a warning, the first time that it is given in this process."""
     _log.warning(message)
 

@@ -16,12 +16,12 @@ class CausalLM(LayeredModel):
     @property
     def keys(self) -> tuple[int, int]:
         """Of how many heads a layer keeps keys and values, and how long they are for one token."""
-        return keys_of(self._layers[0])
+        return keys_of(self.layers[0])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 ``[V]``, of what may come after the last token, from ``[1, T, D]`` behind the last layer."""
-        logits: Tensor = self._module.lm_head(self._norm(hidden[0, -1:]))[0].float()
-        cap: float | None = getattr(self._module.config, "final_logit_softcapping", None)
+        logits: Tensor = self.module.lm_head(self._norm(hidden[0, -1:]))[0].float()
+        cap: float | None = getattr(self.module.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 

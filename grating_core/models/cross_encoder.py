@@ -16,7 +16,7 @@ class CrossEncoder(LayeredModel):
     @property
     def pooling(self) -> str:
         """What the head reads: ``"first"`` or ``"last"`` for that token, ``"mean"`` for the mean of all."""
-        return self._family.pooling(self._module.config)
+        return self._family.pooling(self.module.config)
 
     @property
     def reads_one_token(self) -> bool:
@@ -46,4 +46,4 @@ class CrossEncoder(LayeredModel):
         else:
             tokens = self._norm(hidden[0, : sum(lengths)].float())
             states = torch.stack([part.mean(0) for part in tokens.split(list(lengths))])
-        return self._family.classify(self._module, states, number)[:, 0]
+        return self._family.classify(self.module, states, number)[:, 0]

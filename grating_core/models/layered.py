@@ -50,9 +50,9 @@ class LayeredModel:
         checkpoint: Checkpoint | None = None,
         meter: Meter,
     ) -> None:
-        self._module = module
+        self.module = module
         self._family = family
-        self._layers: list[Any] = list(module.get_submodule(family.layers))
+        self.layers: list[Any] = list(module.get_submodule(family.layers))
         self._norm = module.get_submodule(family.norm) if family.norm else nn.Identity()
         self._streamer = streamer
         self._rows = rows
@@ -61,14 +61,14 @@ class LayeredModel:
         self.meter = meter
         self.causal = family.causal
         self.width: int = module.config.hidden_size
-        self.work = work_per_token(self._layers[0], self.width, dtype, pruned=columns is not None)
+        self.work = work_per_token(self.layers[0], self.width, dtype, pruned=columns is not None)
         self.device = device
         self.dtype = dtype
 
     @property
     def depth(self) -> int:
         """Number of layers."""
-        return len(self._layers)
+        return len(self.layers)
 
     @property
     def remembers(self) -> bool:
@@ -91,7 +91,7 @@ class LayeredModel:
             yield
             return
         with self._streamer.layer(number) as weights:
-            bind(self._module, weights)
+            bind(self.module, weights)
             yield
 
     def rewind(self) -> None:
@@ -107,7 +107,7 @@ class LayeredModel:
 
     def embed(self, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor) -> Tensor:
         """Hidden states before the first layer, ``[1, T, D]``, from int64 tensors ``[1, T]``."""
-        return self._family.embed(self._module, input_ids, token_type_ids, positions)
+        return self._family.embed(self.module, input_ids, token_type_ids, positions)
 
     def run_layer(self, number: int, hidden: Tensor, positions: Tensor, *, attention: object) -> Tensor:
         """Put hidden states through one layer.
@@ -122,8 +122,8 @@ class LayeredModel:
         Returns:
             Hidden states of the same shape.
         """
-        layer = self._layers[number - 1]
-        arguments = self._family.layer_arguments(self._module, layer, hidden, positions)
+        layer = self.layers[number - 1]
+        arguments = self._family.layer_arguments(self.module, layer, hidden, positions)
         # Under one name of our own: transformers hands on what it does not know, and takes for itself what it
         # does. A release that began to know "cache" broke everything that generates.
         output: Tensor = layer(hidden, attention_mask=None, grating=attention, **arguments)

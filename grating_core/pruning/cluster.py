@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
 
 from grating_core.pruning.policy import Route
 
@@ -45,7 +44,7 @@ class ClusterPolicy:
         """Select the clusters above the one that holds the ``top_k``-th score, drop those below it."""
         if not dispersion(scores) > self.dispersion_threshold:
             return [Route.DEFERRED] * len(scores)
-        labels = _cluster(scores, self.clusters)
+        labels = cluster_scores(scores, self.clusters)
         boundary = labels[np.argsort(-scores, kind="stable")[top_k - 1]]
         return [
             Route.SELECTED if label > boundary else Route.DROPPED if label < boundary else Route.DEFERRED
@@ -63,8 +62,10 @@ def dispersion(scores: NDArray[np.float64]) -> float:
     return float(scaled.std()) / mean if mean > 0 else float("inf")
 
 
-def _cluster(scores: NDArray[np.float64], clusters: int) -> NDArray[np.intp]:
-    """The k-means cluster of each score, numbered from the lowest scores to the highest."""
+def cluster_scores(scores: NDArray[np.float64], clusters: int) -> NDArray[np.intp]:
+    """Return the k-means cluster of each score, numbered from the lowest scores to the highest."""
+    from sklearn.cluster import KMeans  # slow to import
+
     # Sorted, and started from quantiles: the same scores give the same clusters in every order of the documents.
     # Differences below a billionth of the range are rounding, which k-means itself cannot tell apart.
     scaled = np.round((scores - scores.min()) / np.ptp(scores), 9)

@@ -1,4 +1,4 @@
-"""Margins from calibration requests: the pruning of all of them, simulated with every factor."""
+"""Margins from calibration requests: the pruning of all of them is replayed with every factor."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Requests:
 
 
 @dataclass(frozen=True)
-class Simulation:
-    """What pruning would have done.
+class Replay:
+    """What pruning would have done to some requests.
 
     Attributes:
         lost: float64 ``[R]``: share of the full model's top K that is not among what pruning returns.
@@ -51,7 +51,7 @@ class Simulation:
     compute_share: Array
 
 
-def simulate(requests: Requests, top_k: int, *, drop: Array, select: Array | None) -> Simulation:
+def replay(requests: Requests, top_k: int, *, drop: Array, select: Array | None) -> Replay:
     """Prune requests whose every score is known, as the forward loop does.
 
     Args:
@@ -87,7 +87,7 @@ def simulate(requests: Requests, top_k: int, *, drop: Array, select: Array | Non
     best = _best(np.where(alive, requests.scores, -np.inf), alive, top_k - selected.sum(1))
     top = _best(requests.scores, np.ones_like(alive), np.full(count, top_k))
     lost = (top & ~(selected | best)).sum(1) / top_k
-    return Simulation(lost, computed / (layers * requests.tokens.sum(1)))
+    return Replay(lost, computed / (layers * requests.tokens.sum(1)))
 
 
 def _best(scores: Array, allowed: NDArray[np.bool_], places: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -123,7 +123,7 @@ def _bounds(groups: Sequence[Requests], top_k: int, spread: Array, *, estimated:
     for factor in _FACTORS:
         margins = factor * spread
         select = margins if estimated else None
-        lost = np.concatenate([simulate(some, top_k, drop=margins, select=select).lost for some in groups])
+        lost = np.concatenate([replay(some, top_k, drop=margins, select=select).lost for some in groups])
         losses.append((lost.mean(), (lost > 0).mean()))
     # Larger factors lose less, but for rare exceptions; the theorem asks for none.
     rising = np.maximum.accumulate(np.array(losses)[::-1])[::-1].T

@@ -46,11 +46,13 @@ def random_text(words: int, source: random.Random, vocabulary: list[str]) -> str
     return " ".join(source.choices(vocabulary, k=words))
 
 
-def load(directory: Path, **settings: object) -> Reranker:
+def load(directory: Path, *, chunk_tokens: int | None = None, **settings: object) -> Reranker:
     """Unpruned and in float32, unless told otherwise."""
-    return Reranker.from_pretrained(
+    reranker = Reranker.from_pretrained(
         directory, **{"pruning": "off", "dtype": "float32", "device": "cpu", **settings}
     )
+    reranker.scorer.chunk_tokens = chunk_tokens or reranker.scorer.chunk_tokens
+    return reranker
 
 
 def going_on(model: PreTrainedModel) -> Callable[[list[int]], Any]:

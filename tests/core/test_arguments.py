@@ -138,9 +138,7 @@ def test_numbers_are_taken_of_any_type(reranker: Reranker, tiny_bert: Path) -> N
     assert (
         select_context("w1", TEXTS, reranker=reranker, max_tokens=np.int64(3), chunk_tokens=np.int8(90)) == wanted
     )
-    with Reranker.from_pretrained(
-        tiny_bert, target=np.float32(0.9), chunk_tokens=np.int64(50), max_length=np.int16(64)
-    ) as other:
+    with Reranker.from_pretrained(tiny_bert, target=np.float32(0.9), max_length=np.int16(64)) as other:
         assert other.max_length == 64
     with Reranker.from_pretrained(tiny_bert, target=Fraction(9, 10), recalibrate=np.float64(0)) as other:
         assert len(other.rerank("w1", TEXTS, 1).ranking) == 1
@@ -149,7 +147,7 @@ def test_numbers_are_taken_of_any_type(reranker: Reranker, tiny_bert: Path) -> N
 
 def test_none_is_as_if_it_were_not_given(tiny_bert: Path) -> None:
     names = ("device", "dtype", "memory_budget", "pruning", "target", "guarantee", "lens", "recalibrate",
-             "max_length", "long_documents", "template", "instruction", "adapter", "chunk_tokens",
+             "max_length", "long_documents", "template", "instruction", "adapter",
              "revision", "token", "cache_dir", "local_files_only", "show_progress")  # fmt: skip
     nothing = dict.fromkeys(names)
     usual = Reranker.shared(tiny_bert)

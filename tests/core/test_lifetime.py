@@ -281,7 +281,7 @@ def test_a_forked_child_recalibrates_by_itself(
         held, go = threading.Event(), threading.Event()
 
         def call() -> None:
-            with reranker.recalibration.caller(), reranker.recalibration._changed:
+            with reranker.recalibration.caller(), reranker.recalibration.changed:
                 held.set()
                 assert go.wait(30)
 
@@ -382,7 +382,7 @@ def test_a_thread_that_cannot_be_had_costs_one_call(
 ) -> None:
     with load_planned(tiny_bert, resident=()) as planned:
         expected = load(tiny_bert).score([(QUERY, text) for text in DOCUMENTS])
-        reader, calls = planned._loaded._streamer._reader, []
+        reader, calls = planned.scorer.model._streamer._reader, []
         submit = reader.submit
 
         def submit_or_not(*what: object) -> object:

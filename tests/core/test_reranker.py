@@ -72,7 +72,7 @@ def test_bad_pairs_are_refused_by_index(bundled: Reranker, pairs, told: str) -> 
     "setting",
     [{"device": "gpu"}, {"dtype": "int8"}, {"pruning": "hard"}, {"pruning": 3}, {"memory_budget": "a lot"},
      {"memory_budget": 0}, {"memory_budget": True}, {"memory_budget": "-3MB"}, {"memory_budget": 1.5},
-     {"max_length": 1000}, {"chunk_tokens": 0}],
+     {"max_length": 1000}],
 )  # fmt: skip
 def test_unusable_settings_are_refused_by_name(setting: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(setting))}="):

@@ -258,7 +258,7 @@ def test_settings_of_pruning_reach_the_reranker(model):
     settings = {"target": 0.9, "guarantee": "set", "recalibrate": 0.5}
     compressor = GratingRerank(model=model, **settings)
     reranker = compressor.reranker
-    assert (reranker._pruning.target, reranker._pruning.guarantee) == (0.9, "set")
+    assert (reranker.pruning.target, reranker.pruning.guarantee) == (0.9, "set")
     assert reranker.recalibration.factor > 0
     with pytest.raises(FileError, match="no lens in nowhere"):
         GratingRerank(model=model, lens="nowhere")

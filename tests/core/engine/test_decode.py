@@ -80,7 +80,7 @@ def test_embedding_rows_give_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_tied_embeddings_are_there_once(tmp_path: Path) -> None:
-    module = load(save_decoder(tmp_path, "llama-tied"))._module
+    module = load(save_decoder(tmp_path, "llama-tied")).module
     assert module.lm_head.weight.data_ptr() == module.model.embed_tokens.weight.data_ptr()
 
 
@@ -92,6 +92,6 @@ def test_keys_and_values_take_what_was_planned(tmp_path: Path) -> None:
 
 def test_logits_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     model = load(save_decoder(tmp_path, "llama"))
-    model._module.model.norm.weight[3] = torch.nan
+    model.module.model.norm.weight[3] = torch.nan
     with pytest.raises(ScoreError, match="logits are not all finite"):
         one_by_one(model, 3, 3)

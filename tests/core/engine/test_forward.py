@@ -176,7 +176,7 @@ def test_a_score_that_is_no_number_names_its_document(tmp_path: Path, value: flo
 def test_the_last_layer_computes_scoring_positions_only(tiny: Path) -> None:
     reranker = load(tiny)
     rows = []
-    layers = reranker._model()._layers
+    layers = reranker.scorer.model.layers
     for layer in layers:
         mlp = layer.get_submodule("mlp" if hasattr(layer, "mlp") else "intermediate")
         mlp.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape[-2]))

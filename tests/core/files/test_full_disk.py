@@ -9,7 +9,7 @@ import pytest
 from grating_core import Reranker
 from grating_core.errors import StorageError
 from grating_core.lab import activations as trace
-from grating_core.lens import calibrate as calibrating
+from grating_core.lens.observations import Observations
 from grating_core.models import bundled
 from tests.core.columns.conftest import TEXT
 from tests.core.conftest import WORDS, save_model
@@ -45,8 +45,8 @@ def test_a_calibration(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     source = random.Random(0)
     texts = [random_text(20, source, WORDS) for _ in range(80)]
     computed = []
-    add = calibrating.Recording.add
-    monkeypatch.setattr(calibrating.Recording, "add", lambda *given: (computed.append(1), add(*given))[1])
+    add = Observations.add
+    monkeypatch.setattr(Observations, "add", lambda *given: (computed.append(1), add(*given))[1])
     with Reranker.from_pretrained(save_model(tmp_path / "model", "bert"), dtype="float32") as reranker:
         with pytest.raises(
             StorageError, match=rf"{disk}.* cannot be written: No space left.*takes \d\.\d MB, and"

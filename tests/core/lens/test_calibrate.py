@@ -8,7 +8,7 @@ import pytest
 
 from grating_core import Prompt, Reranker
 from grating_core.demo import load_passages
-from grating_core.lens.calibrate import make_requests
+from grating_core.lens.requests import make_requests
 from tests.core.conftest import BUNDLED, WORDS, save_model
 from tests.core.parity import load, random_text
 

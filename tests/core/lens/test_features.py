@@ -12,6 +12,7 @@ from torch.nn.functional import cosine_similarity
 from grating_core import Prompt, Reranker
 from grating_core.engine.ragged import RaggedBatch
 from grating_core.lens.features import Features, LayerMap, Lens, compares_tokens, feature_count
+from grating_core.lens.pruning import Pruning
 from grating_core.pruning import Off
 from grating_core.text.pairs import Segments
 from tests.core.conftest import FAMILIES, WORDS, save_model
@@ -70,11 +71,10 @@ def test_features_of_large_states_are_computed_in_float32(pooling: str, dtype: t
 
 def read_layers(reranker: Reranker, documents: list[str]) -> np.ndarray:
     """The estimates of all layers but the last, ``[L, N]``."""
-    model = reranker._model()
-    batch = reranker._pack(model, reranker._template.encode(QUERY, documents))
-    lens = random_lens(model.width, model.pooling)
-    outcome = reranker._forward(model, batch, top_k=1, policy=Off(), lens=lens)
-    return np.array([layer.scores for layer in outcome.layers[:-1]])
+    scorer = reranker.scorer
+    lens = random_lens(scorer.model.width, scorer.model.pooling)
+    trace = scorer.rank(QUERY, documents, 1, Pruning(Off(), lens)).trace
+    return np.array([layer.scores for layer in trace.layers[:-1]])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -114,7 +114,7 @@ def test_segments_are_the_tokens_of_the_two_texts(tmp_path: Path) -> None:
     ):
         reranker = load(directory := save_model(tmp_path / str(number), family), template=prompt)
         backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        for (pair,), document in zip(reranker._template.encode(QUERY, DOCUMENTS), DOCUMENTS, strict=True):
+        for (pair,), document in zip(reranker.scorer.template.encode(QUERY, DOCUMENTS), DOCUMENTS, strict=True):
             for span, text in ((pair.segments.query, QUERY), (pair.segments.document, document)):
                 words = [backend.id_to_token(token) for token in pair.input_ids[slice(*span)]]
                 assert words == text.split()

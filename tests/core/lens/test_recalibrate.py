@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from grating_core import ClusterPolicy, Reranker
+from grating_core.engine.scorer import Scorer
 from grating_core.forking import Interrupted
 from grating_core.lens import recalibrate as recalibration
-from grating_core.lens.recalibrate import BOUNDS, Logged, Recalibration, Sampling, State, scaled, state_path
+from grating_core.lens.pruning import plan_pruning, scaled
+from grating_core.lens.recalibrate import BOUNDS, Logged, Recalibration, Sampling, State, state_path
 from grating_core.pruning import MarginPolicy, Margins, Off
 from tests.core.conftest import WORDS
 from tests.core.memory.conftest import load_planned
@@ -175,7 +177,7 @@ def test_a_caller_interrupts_and_the_request_is_computed_again_afterwards(model:
     learning.sample(request(0, 1))
     until(lambda: len(model.asked) == 1)
     with learning.caller():
-        until(lambda: len(learning._queue) == 1)  # given up and put back
+        until(lambda: learning.waiting == 1)  # given up and put back
         model.go_on.set()
         with learning.caller():
             pass
@@ -210,13 +212,13 @@ def test_of_too_many_requests_the_oldest_are_forgotten(model: Model, tmp_path: P
 
 
 def test_the_share_is_sampled(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recalibration, "_LOGGED", 10_000)
+    monkeypatch.setattr(recalibration, "MOST_WAITING", 10_000)
     learning = watched(model, tmp_path, Sampling(0.1, 0.98, "share"))
     before = random.getstate()
     with learning.caller():
         for _ in range(5000):
             learning.sample(request(0))
-        assert 350 < len(learning._queue) < 650
+        assert 350 < learning.waiting < 650
     assert random.getstate() == before
     learning.close()
 
@@ -310,7 +312,7 @@ def test_a_forward_can_be_given_up_before_any_chunk(tiny_bert: Path, spill_direc
                     return asked > chunks  # noqa: B023
 
                 try:
-                    found = reranker._full_scores(REQUEST, pause)
+                    found = reranker.scorer.full_scores(REQUEST, pause)
                     answered = True
                 except Interrupted:
                     chunks += 1
@@ -325,16 +327,16 @@ def test_a_caller_takes_the_turn_of_a_budget(tiny_bert: Path, spill_directory: P
     expected = planned.rerank(REQUEST.query, REQUEST.documents, 3).ranking
     computing = threading.Event()
 
-    def rerun(owner: Reranker, logged: Logged, pause: Callable[[], bool]) -> Sequence[float]:
+    def rerun(scorer: Scorer, logged: Logged, pause: Callable[[], bool]) -> Sequence[float]:
         def in_a_chunk() -> bool:
-            if planned._turn.locked() and not computing.is_set():
+            if scorer.turn.locked() and not computing.is_set():
                 computing.set()
                 until(pause)
             return pause()
 
-        return owner._full_scores(logged, in_a_chunk)
+        return scorer.full_scores(logged, in_a_chunk)
 
-    planned.recalibration = Recalibration(planned, rerun, SAMPLING, spill_directory / "state.json")
+    planned.recalibration = Recalibration(planned.scorer, rerun, SAMPLING, spill_directory / "state.json")
     planned.recalibration.sample(REQUEST)
     assert computing.wait(30)
     assert planned.recalibration.requests == 0
@@ -391,25 +393,40 @@ def test_requests_that_nothing_can_be_dropped_from_say_nothing(tiny_bert: Path, 
         assert not threads()
 
 
+def is_pruned_by(factor: float, reranker: Reranker, query: str, documents: list[str], top_k: int = 3) -> bool:
+    """Whether a rerank drops what it should when margins or thresholds are multiplied."""
+    pruning = plan_pruning(reranker.pruning, len(documents), top_k, exact=True, factor=factor)
+    asked = [
+        layer for layer in reranker.rerank(query, documents, top_k).trace.layers[:-1] if len(layer.alive) > top_k
+    ]
+    routes = [list(pruning.policy.route(layer.layer, np.array(layer.scores), top_k)) for layer in asked]
+    return bool(asked) and routes == [list(layer.routes) for layer in asked]
+
+
 def test_with_a_lens_the_margins_move(tiny_bert: Path, spill_directory: Path) -> None:
     source = random.Random(5)
     texts, queries = ([random_text(length, source, WORDS) for _ in range(60)] for length in (20, 4))
     with load(tiny_bert, pruning="auto", target=0.6, recalibrate=1.0) as reranker:
-        before = reranker.recalibration
-        reranker.rerank(queries[0], texts[:10], 3)  # by the cautious threshold: there is no lens yet
-        until(lambda: before.requests == 1)
-        assert reranker._pruned_by(10, 3, True) == {"policy": ClusterPolicy(16.0 * before.factor)}
+        reranker.rerank(queries[0], texts[:10], 3)
+        assert reranker.recalibration is None  # there is no lens yet, and so nothing to move
         reranker.calibrate(texts, queries, candidates=10, top_k=3, requests=40)
         assert not threads()
-        assert reranker.recalibration.factor == 1  # of other margins
-        margins = reranker._pruned_by(10, 3, True)["policy"]
-        reranker.rerank(queries[0], texts[:10], 3)
+        assert reranker.recalibration.factor == 1
+        assert is_pruned_by(1.0, reranker, queries[0], texts[:10])
         until(lambda: reranker.recalibration.requests == 1)
         factor = reranker.recalibration.factor
         assert factor != 1
-        assert reranker._pruned_by(10, 3, True)["policy"] == scaled(margins, factor)
-    with load(tiny_bert, pruning="auto", target=0.6, recalibrate=0.1) as again:
+    with load(tiny_bert, pruning="auto", target=0.6, recalibrate=1e-9) as again:
         assert again.recalibration.factor == factor
+        assert is_pruned_by(factor, again, queries[0], texts[:10])
+        path = state_path(again.identity, again.lens.margins, Sampling(1e-9, 0.6, "share"))
+    shares = []
+    for bound in BOUNDS:
+        State(bound).save(path)
+        with load(tiny_bert, pruning="auto", target=0.6, recalibrate=1e-9) as extreme:
+            assert is_pruned_by(bound, extreme, queries[0], texts[:10])
+            shares.append(extreme.rerank(queries[0], texts[:10], 3).trace.compute_share)
+    assert shares[0] < shares[1]
 
 
 def test_careless_pruning_becomes_more_careful(bundled: Reranker, spill_directory: Path) -> None:
@@ -431,7 +448,6 @@ def test_careless_pruning_becomes_more_careful(bundled: Reranker, spill_director
             until(lambda number=number: learning.requests == number + 1)
         assert learning.agreement < 0.95
         assert learning.factor > 1.03
-        policy = reranker._pruned_by(len(documents), 3, True)["policy"]
-        assert policy == ClusterPolicy(0.1 * learning.factor, 2)
     with load(bundled.model_path, **settings) as again:
         assert (again.recalibration.factor, again.recalibration.requests) == (learning.factor, len(queries))
+        assert is_pruned_by(learning.factor, again, queries[0], documents)

@@ -250,9 +250,7 @@ def test_a_named_pipe_in_the_place_of_a_lens(cache: Path, caplog: pytest.LogCapt
 
 
 def test_the_lenses_that_come_with_the_package_are_whole(bundled: Reranker) -> None:
-    model = bundled._model()
-    shape = Shape(model.depth, model.width, model.pooling)
-    assert find_lens(bundled._fingerprint, shape) is not None
+    assert find_lens(bundled.identity, bundled.scorer.shape) is not None
 
 
 def test_bad_settings(tiny_bert: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from grating_core import Prompt, Reranker, StreamedCausalLM
 from grating_core.engine.attention import CACHED_ATTENTION, PACKED_ATTENTION
+from grating_core.engine.scorer import Scorer
 from grating_core.memory.plan import MemoryPlan
 from grating_core.models.adapter import Adapter
 from grating_core.models.loading import StoredCausalLM, StoredCrossEncoder, StoredModel
@@ -50,13 +51,10 @@ def load_planned(
     plan = planned(stored, window, chunk_tokens, **changes)
     encoder = load_template(directory, window, prompt=template, asks=stored.family.asks)
     return Reranker(
-        stored.load(plan, encoder.answers),
-        encoder,
+        Scorer(stored.load(plan, encoder.answers), encoder, plan),
         model_path=directory,
-        fingerprint="planned",
+        identity="planned",
         pruning=pruning or Off(),
-        chunk_tokens=chunk_tokens,
-        plan=plan,
     )
 
 

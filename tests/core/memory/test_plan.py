@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -104,11 +103,6 @@ def test_too_small_a_budget_is_told_what_would_do() -> None:
     with Reranker.from_pretrained(BUNDLED, memory_budget=told.value.resident) as reranker:
         assert reranker.plan.streamed == ()
         assert reranker.plan.table_resident
-
-
-def test_a_budget_and_a_chunk_size_exclude_each_other(tiny_bert: Path) -> None:
-    with pytest.raises(ValueError, match="chunk_tokens=64 and memory_budget"):
-        Reranker.from_pretrained(tiny_bert, memory_budget="300MB", chunk_tokens=64)
 
 
 def test_the_real_model_within_a_budget(bundled: Reranker) -> None:

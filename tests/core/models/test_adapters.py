@@ -345,7 +345,7 @@ def test_nothing_that_belongs_to_another_adapter_is_used(
     assert second.lens is None
     for reranker in (first, second):
         reranker.close()
-    assert first._fingerprint != second._fingerprint
+    assert first.identity != second.identity
     for adapter in (one, other):
         StreamedCausalLM.from_pretrained(llama, dtype="float32", adapter=adapter, mlp_density=0.5).close()
     assert len(list((spill_directory / "columns").iterdir())) == 2

@@ -140,7 +140,7 @@ def test_sharing_the_prefix_changes_nothing(decoder: Path, monkeypatch: pytest.M
     pairs = [(QUERY, document) for document in DOCUMENTS]
     reranker = load(decoder, template=PROMPT, chunk_tokens=70)
     shared, layers = reranker.score(pairs), reranker.rerank(QUERY, DOCUMENTS).trace.layers
-    model = reranker._model()
+    model = reranker.scorer.model
     monkeypatch.setattr(model, "causal", False)
     alone = reranker.rerank(QUERY, DOCUMENTS, len(DOCUMENTS))
     assert alone.trace.shared_prefix == 0
@@ -221,7 +221,7 @@ def test_the_whole_output_embedding_is_never_read(tmp_path: Path) -> None:
     reranker = load(directory, template=PROMPT)
     assert reranker.score([(QUERY, "w50 w51")]) == expected
     assert (
-        sum(weight.numel() for weight in reranker._model()._module.lm_head.parameters())
+        sum(weight.numel() for weight in reranker.scorer.model.module.lm_head.parameters())
         == 2 * SIZES["hidden_size"]
     )
 

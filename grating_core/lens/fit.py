@@ -1,0 +1,171 @@
+"""Fit a lens to a model's own scores, and find the margins with which it can be trusted.
+
+No judgements are needed: the model's final score is what the lens estimates. The requests are divided: the lens is
+fitted on some, the margins come from the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from grating_core.lens.features import LayerMap, Lens
+from grating_core.lens.observations import Floats, Observations
+from grating_core.lens.store import CalibratedLens, Summary
+from grating_core.pruning import Margins
+from grating_core.pruning.conformal import Requests, calibrate_margins, replay
+
+_STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the ridge, for standardised features
+_FITTED = 0.6  # the part of the requests that the lens is fitted on
+_VALIDATED = 5  # one in so many of these says which strength is best
+
+
+def fit(
+    corpora: Sequence[Observations],
+    *,
+    pooling: str,
+    fingerprint: str,
+    top_k: int,
+    target: float,
+    show_progress: bool = False,
+) -> CalibratedLens:
+    """Fit a lens and find its margins, on requests that it was not fitted on.
+
+    Of a single corpus some requests are left for the margins. Of several, each corpus is estimated by a lens that
+    was fitted on the others only: the margins are then those for a corpus that the lens has not seen. The lens
+    that is returned has seen them all.
+
+    Args:
+        corpora: What was observed in the requests of each corpus.
+        pooling: The token that the model's head reads.
+        fingerprint: Identity of the model.
+        top_k: K of the summary.
+        target: Promise of the summary.
+        show_progress: Show progress bars on standard error.
+    """
+    depth = len(corpora[0].features)
+    cut = round(_FITTED * len(corpora[0])) if len(corpora) == 1 else None
+    left = slice(cut or 0, None)
+    maps, spread = [], []
+    estimates: list[list[Floats]] = [[] for _ in corpora]
+    for number in tqdm(range(depth), "Lens", unit="layer", disable=not show_progress):
+        features = [corpus.layer(number)[:cut] for corpus in corpora]
+        scores = [np.stack(corpus.scores[:cut]) for corpus in corpora]
+        strength, error = choose_strength(features, scores)
+        maps.append(fit_layer(features, scores, strength))
+        spread.append(error)
+        for index, corpus in enumerate(corpora):
+            layer = maps[-1] if cut is not None else _fit_without(index, features, scores, strength)
+            estimates[index].append(corpus.layer(number)[left] @ layer.weight.numpy())
+    groups = [
+        Requests(
+            np.stack(found, axis=2).astype(np.float64),
+            np.stack(corpus.scores[left]).astype(np.float64),
+            np.stack(corpus.tokens[left]),
+        )
+        for corpus, found in zip(corpora, estimates, strict=True)
+    ]
+    margins = calibrate_margins(groups, np.array(spread), show_progress=show_progress)
+    fitted = sum(map(len, corpora)) if cut is None else cut
+    summary = _summarise(groups, margins, fitted=fitted, top_k=top_k, target=target)
+    return CalibratedLens(Lens(maps, pooling), margins, fingerprint, summary)
+
+
+def _fit_without(index: int, features: Sequence[Floats], scores: Sequence[Floats], strength: float) -> LayerMap:
+    """Fit the map of one layer to all corpora but one."""
+    others = [number for number in range(len(features)) if number != index]
+    return fit_layer([features[number] for number in others], [scores[number] for number in others], strength)
+
+
+def _summarise(groups: Sequence[Requests], margins: Margins, *, fitted: int, top_k: int, target: float) -> Summary:
+    candidates = max(requests.scores.shape[1] for requests in groups)
+    policy = margins.policy(candidates, top_k, target=target, guarantee="share", exact=True)
+    outcomes = [replay(requests, top_k, drop=np.array(policy.drop), select=None) for requests in groups]
+    gammas = [
+        [
+            np.nan_to_num(gamma(estimates, scores))  # a request whose scores are all equal has none
+            for requests in groups
+            for estimates, scores in zip(requests.estimates[:, :, number], requests.scores, strict=True)
+        ]
+        for number in range(len(margins.drop))
+    ]
+    return Summary(
+        fitted=fitted,
+        measured=sum(map(len, groups)),
+        candidates=candidates,
+        top_k=top_k,
+        target=target,
+        agreement=float(1 - np.concatenate([outcome.lost for outcome in outcomes]).mean()),
+        compute_share=float(np.concatenate([outcome.compute_share for outcome in outcomes]).mean()),
+        gammas=tuple(float(np.mean(found)) for found in gammas),
+    )
+
+
+def choose_strength(features: Sequence[Floats], scores: Sequence[Floats]) -> tuple[float, float]:
+    """Find the strength of the ridge with the smallest error on requests that are left out, and that error.
+
+    Args:
+        features: ``[R, N, F]`` of each corpus.
+        scores: ``[R, N]`` of each corpus.
+    """
+    inputs, wanted, _ = _prepared(features, scores)
+    left_out = np.concatenate([np.repeat(np.arange(len(one)) % _VALIDATED == 0, one.shape[1]) for one in scores])
+    errors = {}
+    for strength in _STRENGTHS:
+        weight = _ridge(inputs[~left_out], wanted[~left_out], strength)
+        errors[strength] = float(np.sqrt(np.mean((inputs[left_out] @ weight - wanted[left_out]) ** 2)))
+    best = min(errors, key=errors.__getitem__)
+    return best, errors[best]
+
+
+def fit_layer(features: Sequence[Floats], scores: Sequence[Floats], strength: float) -> LayerMap:
+    """Fit the map of one layer; arguments as for :func:`choose_strength`, and the strength it chose."""
+    inputs, wanted, scale = _prepared(features, scores)
+    weight = _ridge(inputs, wanted, strength) / scale
+    mean = np.mean([one.mean((0, 1)) for one in features], axis=0)
+    bias = np.mean([one.mean() for one in scores]) - mean @ weight
+    return LayerMap(torch.from_numpy(weight.astype(np.float32)), torch.tensor(float(bias)))
+
+
+def _prepared(features: Sequence[Floats], scores: Sequence[Floats]) -> tuple[Floats, Floats, Floats]:
+    """Return features ``[n, F]``, centred by request and standardised; scores ``[n]``, centred; the scale."""
+    inputs = np.concatenate([_centred(one).reshape(-1, one.shape[-1]) for one in features])
+    wanted = np.concatenate([_centred(one).reshape(-1) for one in scores])
+    scale = inputs.std(0) + np.float32(1e-6)
+    inputs /= scale
+    return inputs, wanted, scale
+
+
+def _ridge(inputs: Floats, wanted: Floats, strength: float) -> Floats:
+    from sklearn.linear_model import Ridge  # slow to import
+
+    fitted = Ridge(alpha=strength * len(inputs), fit_intercept=False, solver="cholesky").fit(inputs, wanted)
+    return np.asarray(fitted.coef_, dtype=np.float32)
+
+
+def _centred(values: Floats) -> Floats:
+    """Subtract the mean of each request: only what differs within a request decides its ranking."""
+    return np.asarray(values - values.mean(1, keepdims=True))
+
+
+def gamma(estimates: NDArray[Any], scores: NDArray[Any], pairs: NDArray[np.bool_] | None = None) -> float:
+    """Compute Goodman and Kruskal's γ between two readings of the same candidates.
+
+    Args:
+        estimates: ``[N]``.
+        scores: ``[N]``.
+        pairs: bool ``[N, N]``, symmetric: the pairs that count; None for all.
+
+    Returns:
+        (concordant − discordant) / (concordant + discordant) pairs; NaN if there are none.
+    """
+    order = np.sign(estimates[:, None] - estimates) * np.sign(scores[:, None] - scores)
+    if pairs is not None:
+        order = order[pairs]
+    counted = np.abs(order).sum()
+    return float(order.sum() / counted) if counted else float("nan")

@@ -1,0 +1,114 @@
+"""What a lens looks at in requests that are computed to the end, kept in files until the lens is fitted."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from grating_core.files.places import cache_directory
+from grating_core.files.writing import storing, temporary_file
+from grating_core.lens.features import Features, Reader, Sequences, Shape
+from grating_core.lens.requests import Request
+
+Floats = NDArray[np.float32]
+
+
+class Observer:
+    """Takes the place of a lens while a request is computed, and keeps what a lens would look at.
+
+    Args:
+        depth: Number of layers of the model.
+        pooling: The token that its head reads.
+    """
+
+    def __init__(self, depth: int, pooling: str) -> None:
+        self._pooling = pooling
+        self.features: list[list[Tensor]] = [[] for _ in range(depth)]
+        """For each layer from 0 float32 ``[N, F]``, in parts."""
+
+    def reader(self, number: int, prefix: int) -> Reader:
+        """See :meth:`Provisional.reader`; the scores are all zero."""
+        features = Features(number, len(self.features), prefix, self._pooling)
+
+        def observe(hidden: Tensor, sequences: Sequences) -> Tensor:
+            found = features(hidden, sequences)
+            self.features[number].append(found.cpu())
+            return found.new_zeros(len(found))
+
+        return observe
+
+
+Observe = Callable[[Request, Observer], tuple[Floats, NDArray[np.int64]]]
+"""Computes a request to the end; returns final scores ``[N]`` and tokens ``[N]``."""
+
+
+@dataclass
+class Observations:
+    """What a lens would have looked at in some requests, and what came of them.
+
+    Attributes:
+        scores: Final scores of each request, float32 ``[N]``.
+        tokens: Tokens of its candidates, int64 ``[N]``.
+        features: For each layer from 0 a file with float32 ``[R · N, F]``. The files have no names and are gone
+            with this object. What they hold is derived from the texts: only their owner may read them.
+        expected: How many requests there will be, so that room for them is taken with the first.
+    """
+
+    scores: list[Floats] = field(default_factory=list)
+    tokens: list[NDArray[np.int64]] = field(default_factory=list)
+    features: list[Any] = field(default_factory=list)
+    expected: int = 1
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def add(self, observer: Observer, scores: Floats, tokens: NDArray[np.int64]) -> None:
+        """Keep one more request, with as many candidates as those before it; raises ``StorageError``."""
+        layers = [torch.cat(parts).numpy().tobytes() for parts in observer.features]
+        sizes = [self.expected * len(layer) for layer in layers]
+        # Not where temporary files usually go: that may be memory.
+        directory = cache_directory()
+        with storing(directory / "calibration", sum(sizes)):
+            if not self.features:
+                for size in sizes:
+                    self.features.append(temporary_file(directory, size))
+                    weakref.finalize(self, self.features[-1].close)
+            for file, layer in zip(self.features, layers, strict=True):
+                file.write(layer)
+        self.scores.append(scores)
+        self.tokens.append(tokens)
+
+    def layer(self, number: int) -> Floats:
+        """Return the features after a layer, float32 ``[R, N, F]``."""
+        self.features[number].flush()
+        shape = (len(self.scores), len(self.scores[0]), -1)
+        return np.memmap(self.features[number], dtype=np.float32, mode="r").reshape(shape)
+
+
+def observe_all(
+    observe: Observe, requests: Sequence[Request], shape: Shape, *, show_progress: bool = False
+) -> Observations:
+    """Compute requests without pruning, and keep what a lens would look at.
+
+    Args:
+        observe: Computes one request.
+        requests: All with the same number of candidates.
+        shape: Shape of the model.
+        show_progress: Show a progress bar on standard error.
+
+    Raises:
+        StorageError: There is no room in grating's cache.
+    """
+    observations = Observations(expected=len(requests))
+    for request in tqdm(requests, "Calibrating", unit="request", disable=not show_progress):
+        observer = Observer(shape.depth, shape.pooling)
+        observations.add(observer, *observe(request, observer))
+    return observations

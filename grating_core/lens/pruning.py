@@ -1,0 +1,73 @@
+"""How a request is pruned: by the user's own policy, or by the margins of the model's lens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from grating_core.lens.features import Provisional
+from grating_core.lens.store import CalibratedLens
+from grating_core.pruning import ClusterPolicy, Guarantee, MarginPolicy, Off, PruningPolicy
+
+
+@dataclass(frozen=True)
+class ByLens:
+    """Pruning by the lens of the model, as far as there is one.
+
+    Attributes:
+        target: What is kept, see :meth:`grating_core.Reranker.from_pretrained`.
+        guarantee: What the target counts, see there.
+        calibrated: The lens, on the model's device; None if the model has none yet.
+    """
+
+    target: float
+    guarantee: Guarantee
+    calibrated: CalibratedLens | None
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How one request is pruned.
+
+    Attributes:
+        policy: Decides after each layer which candidates go on.
+        lens: Estimates the final scores after each layer but the last, and before the first. None reads them with
+            the model's own head, which says nothing before the first layer.
+        exact: Whether every winner is computed to the last layer, so that the policy only drops. Otherwise what
+            the policy selects stops as well, and keeps its provisional score as an estimate.
+    """
+
+    policy: PruningPolicy
+    lens: Provisional | None = None
+    exact: bool = True
+
+
+def plan_pruning(
+    by: PruningPolicy | ByLens, candidates: int, top_k: int, *, exact: bool, factor: float = 1.0
+) -> Pruning:
+    """Decide how a request is pruned.
+
+    Args:
+        by: The user's policy, or the lens of the model.
+        candidates: N of the request.
+        top_k: K of the request.
+        exact: Whether every winner is computed to the last layer.
+        factor: What recalibration multiplies margins and thresholds by.
+    """
+    if not isinstance(by, ByLens):
+        return Pruning(scaled(by, factor), exact=exact)
+    if by.calibrated is None or top_k >= candidates:
+        return Pruning(Off(), exact=exact)
+    policy = by.calibrated.margins.policy(candidates, top_k, target=by.target, guarantee=by.guarantee, exact=exact)
+    if min(policy.drop) == math.inf:  # too few requests were calibrated on for this promise
+        return Pruning(Off(), exact=exact)
+    return Pruning(scaled(policy, factor), by.calibrated.lens, exact)
+
+
+def scaled(policy: PruningPolicy, factor: float) -> PruningPolicy:
+    """Return the policy with its margins, or its threshold, multiplied; above 1 it prunes less."""
+    if isinstance(policy, ClusterPolicy):
+        return replace(policy, dispersion_threshold=factor * policy.dispersion_threshold)
+    if isinstance(policy, MarginPolicy):
+        return MarginPolicy(*(tuple(factor * margin for margin in side) for side in (policy.drop, policy.select)))
+    return policy

@@ -1,0 +1,79 @@
+"""Requests to learn from, made of the user's own texts."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_QUERY_WORDS = (4, 24)  # of a query that is made of a text: the fewest, and the most
+FEWEST_REQUESTS = 20
+
+
+@dataclass(frozen=True)
+class Request:
+    """A query and the texts to rank for it."""
+
+    query: str
+    documents: Sequence[str]
+
+
+def make_requests(
+    documents: Sequence[str],
+    queries: Sequence[str] | None,
+    *,
+    candidates: int,
+    count: int,
+    seed: int = 0,
+    fewest: int = FEWEST_REQUESTS,
+) -> list[Request]:
+    """Make requests like those that will come: queries, each with the documents that share most words with it.
+
+    Args:
+        documents: The texts.
+        queries: Real queries. None takes the title or leading sentence of documents, which then are not among
+            the candidates themselves.
+        candidates: How many documents each request gets.
+        count: The most requests that are made.
+        seed: Seed of the choice of queries.
+        fewest: How many queries there must be to choose from.
+
+    Raises:
+        ValueError: There are too few documents for that many candidates, or too few queries.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import
+
+    texts = list(documents)
+    if len(texts) <= candidates:
+        raise ValueError(f"documents has {len(texts)} texts, which is too few for requests of {candidates}")
+    asked = _leading_sentences(texts) if queries is None else [(query, None) for query in queries if query.strip()]
+    if len(asked) < fewest:
+        purpose = " to fit a lens" if fewest == FEWEST_REQUESTS else ""
+        raise ValueError(
+            f"there are {len(asked)} queries, which is too few{purpose}: pass {fewest} or more, or "
+            f"documents that begin with a title or sentence, of which they can be made"
+        )
+    index = TfidfVectorizer(sublinear_tf=True)
+    known = index.fit_transform(texts)
+    requests = []
+    for query, source in random.Random(seed).sample(asked, min(count, len(asked))):
+        likeness = (known @ index.transform([query]).T).toarray()[:, 0]
+        if source is not None:
+            likeness[source] = -1
+        best = np.argsort(-likeness, kind="stable")[:candidates]
+        requests.append(Request(query, [texts[i] for i in best]))
+    return requests
+
+
+def _leading_sentences(texts: Sequence[str]) -> list[tuple[str, int | None]]:
+    """Find the beginning of each text that has one which could be a query, and the number of that text."""
+    fewest, most = _QUERY_WORDS
+    found: list[tuple[str, int | None]] = []
+    for number, text in enumerate(texts):
+        words = re.split(r"(?<=[.?!])\s|\n", text.strip(), maxsplit=1)[0].split()
+        if len(words) >= fewest:
+            found.append((" ".join(words[:most]), number))
+    return found
