@@ -36,10 +36,10 @@ from benchmarks.replay import Outcome, SimilarityExit, agreement, ndcg, precisio
 from benchmarks.report import RESULTS, Output, Row, write_result
 from benchmarks.worker import progress
 from grating_core import ClusterPolicy, PruningPolicy, Reranker
-from grating_core.lens.calibrate import gamma
+from grating_core.lens.fit import gamma
 from grating_core.lens.store import CalibratedLens
 from grating_core.pruning import Margins, Off
-from grating_core.pruning.conformal import Requests, calibrate_margins, simulate
+from grating_core.pruning.conformal import Requests, calibrate_margins, replay_pruning
 
 COLLECTIONS = ("cranfield", "cisi", "locomo")
 TOP_K = (1, 5, 10)
@@ -216,8 +216,8 @@ def _prune(
     candidates, top_k = numbers
     policy = margins.policy(candidates, top_k, target=target, guarantee="share", exact=exact)
     select = None if exact else np.array(policy.select)
-    simulated = simulate(requests.first(candidates), top_k, drop=np.array(policy.drop), select=select)
-    return float(1 - simulated.lost.mean()), float(simulated.compute_share.mean())
+    replayed = replay_pruning(requests.first(candidates), top_k, drop=np.array(policy.drop), select=select)
+    return float(1 - replayed.lost.mean()), float(replayed.compute_share.mean())
 
 
 def main(

@@ -18,7 +18,7 @@ from grating_core.lens.features import LayerMap, Lens
 from grating_core.lens.observations import Floats, Observations
 from grating_core.lens.store import CalibratedLens, Summary
 from grating_core.pruning import Margins
-from grating_core.pruning.conformal import Requests, calibrate_margins, replay
+from grating_core.pruning.conformal import Requests, calibrate_margins, replay_pruning
 
 _STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the ridge, for standardised features
 _FITTED = 0.6  # the part of the requests that the lens is fitted on
@@ -85,7 +85,7 @@ def _fit_without(index: int, features: Sequence[Floats], scores: Sequence[Floats
 def _summarise(groups: Sequence[Requests], margins: Margins, *, fitted: int, top_k: int, target: float) -> Summary:
     candidates = max(requests.scores.shape[1] for requests in groups)
     policy = margins.policy(candidates, top_k, target=target, guarantee="share", exact=True)
-    outcomes = [replay(requests, top_k, drop=np.array(policy.drop), select=None) for requests in groups]
+    outcomes = [replay_pruning(requests, top_k, drop=np.array(policy.drop), select=None) for requests in groups]
     gammas = [
         [
             np.nan_to_num(gamma(estimates, scores))  # a request whose scores are all equal has none

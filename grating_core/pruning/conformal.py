@@ -51,7 +51,7 @@ class Replay:
     compute_share: Array
 
 
-def replay(requests: Requests, top_k: int, *, drop: Array, select: Array | None) -> Replay:
+def replay_pruning(requests: Requests, top_k: int, *, drop: Array, select: Array | None) -> Replay:
     """Prune requests whose every score is known, as the forward loop does.
 
     Args:
@@ -123,7 +123,7 @@ def _bounds(groups: Sequence[Requests], top_k: int, spread: Array, *, estimated:
     for factor in _FACTORS:
         margins = factor * spread
         select = margins if estimated else None
-        lost = np.concatenate([replay(some, top_k, drop=margins, select=select).lost for some in groups])
+        lost = np.concatenate([replay_pruning(some, top_k, drop=margins, select=select).lost for some in groups])
         losses.append((lost.mean(), (lost > 0).mean()))
     # Larger factors lose less, but for rare exceptions; the theorem asks for none.
     rising = np.maximum.accumulate(np.array(losses)[::-1])[::-1].T

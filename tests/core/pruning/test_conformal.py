@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grating_core.pruning import Guarantee, MarginPolicy, Margins, Route
-from grating_core.pruning.conformal import Requests, calibrate_margins, replay
+from grating_core.pruning.conformal import Requests, calibrate_margins, replay_pruning
 
 LAYERS = 6
 SPREAD = np.linspace(3, 0.3, LAYERS)
@@ -29,7 +29,7 @@ def margins() -> Margins:
 
 def lost(requests: Requests, policy: MarginPolicy, top_k: int, exact: bool) -> np.ndarray:
     select = None if exact else np.array(policy.select)
-    return replay(requests, top_k, drop=np.array(policy.drop), select=select).lost
+    return replay_pruning(requests, top_k, drop=np.array(policy.drop), select=select).lost
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_other_numbers_of_candidates_than_calibrated(
     requests = synthetic(800, candidates, seed=2)
     assert lost(requests, policy, top_k, exact).mean() <= 0.05 + 0.005
     select = None if exact else np.array(policy.select)
-    assert replay(requests, top_k, drop=np.array(policy.drop), select=select).compute_share.mean() < 0.95
+    assert replay_pruning(requests, top_k, drop=np.array(policy.drop), select=select).compute_share.mean() < 0.95
 
 
 def test_more_is_promised_with_wider_margins(margins: Margins) -> None:
@@ -130,7 +130,9 @@ def test_the_simulation_does_what_the_routes_say(
     top_k = data.draw(st.integers(1, candidates - 1))
     requests = synthetic(4, candidates, seed)
     policy = MarginPolicy(tuple(drop * SPREAD), tuple(select * SPREAD))
-    found = replay(requests, top_k, drop=np.array(policy.drop), select=None if exact else np.array(policy.select))
+    found = replay_pruning(
+        requests, top_k, drop=np.array(policy.drop), select=None if exact else np.array(policy.select)
+    )
     for number in range(4):
         winners, share = replayed(requests, number, policy, top_k, exact)
         best = set(np.argsort(-requests.scores[number])[:top_k].tolist())
