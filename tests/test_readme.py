@@ -1,4 +1,4 @@
-"""The README is short, and its examples do what it says."""
+"""The README is short, its links lead somewhere, and its examples do what it says."""
 
 import re
 from pathlib import Path
@@ -33,3 +33,9 @@ def test_the_example_of_generating_runs_with_a_small_model(
 def test_a_newcomer_finishes_it() -> None:
     assert len(README.splitlines()) <= 170
     assert len(README.encode()) <= 11_000
+
+
+def test_its_links_lead_to_files() -> None:
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)[^)]*\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
