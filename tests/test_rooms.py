@@ -39,20 +39,13 @@ TOO_LONG = {
 READS_PRIVATE = {
     "grating_core/models/loading.py",
     "integrations/langchain/langchain_grating/settings.py",
-    "tests/core/cli/test_records.py",
     "tests/core/columns/test_cache.py",
     "tests/core/engine/test_decode.py",
     "tests/core/files/test_full_disk.py",
     "tests/core/lab/test_activations.py",
     "tests/core/lab/test_quality.py",
-    "tests/core/memory/test_faults.py",
-    "tests/core/memory/test_rows.py",
-    "tests/core/models/test_broken_hubs.py",
-    "tests/core/models/test_remote_code.py",
     "tests/core/test_context.py",
     "tests/core/test_generation.py",
-    "tests/core/test_lifetime.py",
-    "tests/core/text/test_real_text.py",
 }
 
 

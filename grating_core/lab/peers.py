@@ -170,7 +170,7 @@ def _measured(job: Job, system: str, step: Callable[[], None]) -> Measured:
     import torch
 
     torch.set_num_threads(job.threads)
-    load = _LOADERS[system]
+    load = LOADERS[system]
     started = perf_counter()
     ways = load(job)
     load_seconds = perf_counter() - started
@@ -282,7 +282,7 @@ def _load_openvino(job: Job) -> Ways:
     return {f"{precision}, one pair at a time": rank}
 
 
-_LOADERS: dict[str, Callable[[Job], Ways]] = {
+LOADERS: dict[str, Callable[[Job], Ways]] = {
     SENTENCE_TRANSFORMERS: _load_sentence_transformers,
     OPENVINO: _load_openvino,
     UNPRUNED: lambda job: _load_grating(job, "off"),

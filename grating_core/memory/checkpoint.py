@@ -151,7 +151,7 @@ class _File:
             file = self._direct if direct and self._direct is not None else self._buffered
             try:
                 for start, views in pieces:
-                    _fill_all(file, start, views, self._identity[0])
+                    _fill(file, start, views, self._identity[0])
                 if self._is_as_opened():
                     if not remember or not self._lasting or all(map(self._was_read_before, pieces)):
                         return
@@ -251,7 +251,7 @@ def _open_direct(path: Path) -> FileIO | None:
     except OSError:  # some file systems refuse to open, others to read
         return None
     try:
-        read_at(file, 0, _view(aligned_buffer(SECTOR)))
+        read_at(file, 0, [_view(aligned_buffer(SECTOR))])
     except OSError:
         file.close()
         return None
@@ -263,25 +263,18 @@ def _identity(file: FileIO) -> tuple[int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns  # the last cannot be set back
 
 
-def _fill(file: FileIO, start: int, view: memoryview, size: int) -> None:
-    """Read until the view is full or a file of this size is at its end."""
-    done, wanted = 0, min(len(view), size - start)
-    while done < wanted:
-        got = read_at(file, start + done, view[done:])
+def _fill(file: FileIO, start: int, views: list[memoryview], size: int) -> None:
+    """Read into one view after the other, until all are full or a file of this size is at its end."""
+    while any(views) and start < size:
+        got = read_at(file, start, views)
         if got == 0:
-            raise EOFError(f"it was {size:,} bytes long and now ends at byte {start + done:,}")
-        done += got
-
-
-def _fill_all(file: FileIO, start: int, views: list[memoryview], size: int) -> None:
-    """Read into one view after the other, in one call of the system where that does it."""
-    if len(views) > 1 and hasattr(os, "preadv"):
-        wanted = min(sum(map(len, views)), size - start)
-        if os.preadv(file.fileno(), views, start) == wanted:
-            return
-    for view in views:
-        _fill(file, start, view, size)
-        start += len(view)
+            raise EOFError(f"it was {size:,} bytes long and now ends at byte {start:,}")
+        start += got
+        while views and got >= len(views[0]):
+            got -= len(views[0])
+            views = views[1:]
+        if got:
+            views = [views[0][got:], *views[1:]]
 
 
 def _view(buffer: Tensor) -> memoryview:
@@ -289,16 +282,16 @@ def _view(buffer: Tensor) -> memoryview:
     return memoryview(view)
 
 
-def read_at(file: FileIO, start: int, view: memoryview) -> int:
-    """Read from a place in a file into a view, and return how many bytes came, which may be fewer than fit.
+def read_at(file: FileIO, start: int, views: list[memoryview]) -> int:
+    """Read from a place in a file into views, and return how many bytes came, which may be fewer than fit.
 
     The position in the file, which a forked process shares, stays as it is where the system can read so.
     """
     if hasattr(os, "preadv"):
-        return os.preadv(file.fileno(), [view], start)
+        return os.preadv(file.fileno(), views, start)
     with _seeking:  # no positioned reads on this system
         file.seek(start)
-        return file.readinto(view) or 0
+        return file.readinto(views[0]) or 0
 
 
 _seeking = Lock()
@@ -317,7 +310,7 @@ def _read_header(path: Path, file: FileIO) -> dict[str, StoredTensor]:
 
 def _pread(file: FileIO, start: int, length: int, size: int) -> bytes:
     data = bytearray(length)
-    _fill(file, start, memoryview(data), size)
+    _fill(file, start, [memoryview(data)], size)
     return bytes(data)
 
 

@@ -195,12 +195,12 @@ class HiddenOnDisk:
 
     def _read(self, where: Tensor, states: Tensor) -> None:
         for start, view in self._stretches(where, states):
-            if read_at(self._file, start, view) != len(view):
+            if read_at(self._file, start, [view]) != len(view):
                 raise OSError("the file is shorter than what was written")
 
     def _write(self, where: Tensor, states: Tensor) -> None:
         for start, view in self._stretches(where, states):
-            if _write_at(self._file, start, view) != len(view):
+            if write_at(self._file, start, view) != len(view):
                 raise OSError(errno.ENOSPC, "no room for all that was to be written")
 
     def _stretches(self, where: Tensor, states: Tensor) -> Iterator[tuple[int, memoryview]]:
@@ -228,7 +228,8 @@ class HiddenOnDisk:
         )
 
 
-def _write_at(file: FileIO, start: int, view: memoryview) -> int:
+def write_at(file: FileIO, start: int, view: memoryview) -> int:
+    """Write at a place in a file, and return how many bytes were written, which may be fewer than there are."""
     if hasattr(os, "pwrite"):  # as in read_at
         return os.pwrite(file.fileno(), view, start)
     file.seek(start)

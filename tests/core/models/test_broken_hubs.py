@@ -118,8 +118,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hubs, "_PATIENCE", 0.3)
-    monkeypatch.setattr(hubs, "_said", set())
+    monkeypatch.setattr(hubs, "PATIENCE", 0.3)
 
 
 @pytest.fixture

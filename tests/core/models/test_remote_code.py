@@ -19,7 +19,7 @@ from grating_core import GratingError, Reranker, StreamedCausalLM
 from grating_core.cli.commands import app
 from grating_core.lab.activations import empty_decoder, load_decoder, record
 from grating_core.lab.distill import distill
-from grating_core.lab.peers import Job, _load_openvino, _load_sentence_transformers
+from grating_core.lab.peers import LOADERS, OPENVINO, SENTENCE_TRANSFORMERS, Job
 from grating_core.text.backend import load_backend
 from tests.core.conftest import WORDS
 from tests.core.models.test_decoders import save_decoder
@@ -68,8 +68,8 @@ BERT: dict[str, Callable[[Path, Path], Any]] = {
     "rerank": lambda model, place: Reranker.from_pretrained(model, pruning="off").score([("w1", "w2")]),
     "tokenizer": lambda model, place: load_backend(model),
     "tokenizer without tokenizer.json": lambda model, place: load_backend(without_tokenizer(model)),
-    "openvino": lambda model, place: _load_openvino(job(model)),
-    "sentence-transformers": lambda model, place: _load_sentence_transformers(job(model)),
+    "openvino": lambda model, place: LOADERS[OPENVINO](job(model)),
+    "sentence-transformers": lambda model, place: LOADERS[SENTENCE_TRANSFORMERS](job(model)),
 }
 DECODER: dict[str, Callable[[Path, Path], Any]] = {
     "generate": lambda model, place: StreamedCausalLM.from_pretrained(model).generate("w1", max_new_tokens=2),

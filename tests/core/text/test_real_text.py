@@ -45,9 +45,9 @@ def test_bfloat16_ranks_real_passages_the_same(bundled: Reranker, expected: list
 
 def test_converted_weights_of_another_digest_are_refused(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRATING_CACHE", str(tmp_path))
-    recipe = module._RECIPES["bundled:ms-marco-minilm-l12"]
+    recipe = module.RECIPES["bundled:ms-marco-minilm-l12"]
     other = replace(recipe, weights="0" * 64)
-    monkeypatch.setitem(module._RECIPES, "bundled:ms-marco-minilm-l12", other)
+    monkeypatch.setitem(module.RECIPES, "bundled:ms-marco-minilm-l12", other)
     with pytest.raises(ModelNotFoundError, match="converted weights have the SHA-256 8a5a688719f1aad3"):
         module.bundled_model("bundled:ms-marco-minilm-l12")
     assert list(tmp_path.rglob("model.safetensors")) == []
