@@ -21,7 +21,7 @@ class Request:
     Attributes:
         query: The text of the query.
         documents: The texts of the candidates.
-        ids: What the collection calls them.
+        ids: Their names in the collection.
         grades: What people judged, of the whole collection: the grade by the document's id; above 0 is relevant.
     """
 
@@ -41,7 +41,7 @@ class Request:
 
 
 def bm25(texts: list[str]) -> Search:
-    """The usual first stage."""
+    """Index texts for BM25, the usual first stage."""
     index = bm25s.BM25()
     index.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
 
@@ -57,7 +57,7 @@ class Collection:
     """Texts, queries and what people judged.
 
     Attributes:
-        name: Of the collection.
+        name: Name of the collection.
         texts: Title and body of each text, by its id.
         queries: The queries, by their ids.
         grades: What people judged: the grade by query and text; above 0 is relevant.
@@ -89,7 +89,7 @@ def load_collection(directory: Path) -> Collection:
 
 
 def conversation(name: str) -> str:
-    """The conversation that a turn or a question of LoCoMo belongs to: its id begins with it."""
+    """Return the conversation that a turn or a question of LoCoMo belongs to: its id begins with it."""
     return name.split("/")[0]
 
 

@@ -44,7 +44,7 @@ def draw_memory(result: Result, path: Path) -> None:
     axes.text(0, 1.02, about, transform=axes.transAxes, fontsize=9)
     axes.set(xlabel="seconds since the tokenizer was loaded", ylabel="MB over imports and tokenizer")
     axes.margins(x=0)
-    axes.set_xlim(0, axes.get_xlim()[1] * 1.3)  # room for the names
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.45)  # room for the names
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

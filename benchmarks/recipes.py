@@ -24,7 +24,7 @@ BODY = "<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
 
 
 class Recipe(ABC):
-    """Scores by a padded batch of transformers.
+    """Scores padded batches with transformers.
 
     Attributes:
         architecture: The class that loads the model.
@@ -34,10 +34,10 @@ class Recipe(ABC):
 
     @torch.inference_mode()
     def scores(self, model: Any, query: str, documents: list[str], batch_size: int | None = None) -> torch.Tensor:
-        """The relevance of each document, in float32.
+        """Compute the relevance of each document, in float32.
 
         Args:
-            model: As :attr:`architecture` loads it.
+            model: The model, as :attr:`architecture` loads it.
             query: The question.
             documents: The candidates.
             batch_size: Candidates at a time; None for all at once.
@@ -51,7 +51,7 @@ class Recipe(ABC):
 
 
 class EncoderRecipe(Recipe):
-    """Pairs, padded to the longest.
+    """Pads pairs to the longest.
 
     Args:
         directory: Holds the tokenizer.
@@ -74,7 +74,7 @@ class EncoderRecipe(Recipe):
 
 
 class DecoderRecipe(Recipe):
-    """The recipe of Qwen3-Reranker's model card: prompts padded on the left, and is "yes" likelier than "no"?
+    """Follows the model card of Qwen3-Reranker: prompts padded on the left, and is "yes" likelier than "no"?
 
     In three things this is kinder than the card. Only the last position's logits are computed, keys and values
     are not kept for a continuation that never comes, and the score is the difference of the two logits: it ranks
@@ -110,18 +110,18 @@ class DecoderRecipe(Recipe):
 
 
 def find_recipe(directory: Path, max_length: int | None) -> Recipe:
-    """The recipe for the model of a directory; ``max_length`` is the window, None for the widest that is usual."""
+    """Return the recipe for a model; ``max_length`` is the window, None for the widest that is usual."""
     if is_decoder(directory):
         return DecoderRecipe(directory, max_length or CARD_LENGTH)
     return EncoderRecipe(directory, max_length)
 
 
 def is_decoder(directory: Path) -> bool:
-    """Whether the model of a directory is one that writes text."""
+    """Tell whether the model of a directory is one that writes text."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     return bool(config["architectures"][0].endswith("ForCausalLM"))
 
 
 def best(scores: Sequence[float] | torch.Tensor, top_k: int) -> list[int]:
-    """Indices of the highest scores."""
+    """Return the indices of the highest scores, best first."""
     return [int(index) for index in np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")[:top_k]]

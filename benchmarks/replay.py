@@ -61,7 +61,7 @@ def replay(
 
     Args:
         scores: float64 ``[N, L + 1]``: what the policy sees after layers 0 to L, the last being the final scores.
-        tokens: int64 ``[N]``.
+        tokens: int64 ``[N]``: tokens of each candidate.
         policy: Decides.
         top_k: K, at most N.
         prefix: Tokens that all share, which are computed once.
@@ -92,18 +92,18 @@ def _best(candidates: NDArray[np.intp], scores: Array) -> list[int]:
 
 
 def agreement(ranking: list[int], reference: list[int]) -> float:
-    """Share of the full model's top K that is returned."""
+    """Return the share of the full model's top K that is returned."""
     return len(set(ranking) & set(reference)) / len(reference)
 
 
 def precision(ranking: list[int], request: Request) -> float:
-    """Relevant among the top K, of as many as could be: Precision@K as in the GRATING paper."""
+    """Count the relevant among the top K, of as many as could be: Precision@K as in the GRATING paper."""
     found = sum(request.is_relevant(candidate) for candidate in ranking)
     return found / max(1, min(len(ranking), request.all_relevant))
 
 
 def ndcg(rankings: Sequence[list[int]], requests: Sequence[Request]) -> float:
-    """Mean nDCG@10 of what is returned; its ideal knows all judgements, also of what the first stage missed.
+    """Return the mean nDCG@10 of what is returned; its ideal knows all judgements, also of what was not found.
 
     The gain is the grade. Requests that nobody judged do not count.
     """

