@@ -83,6 +83,21 @@ class Corpus:
 
 
 @dataclass(frozen=True)
+class Reranking:
+    """What follows a first stage.
+
+    Attributes:
+        model: Directory of the reranker.
+        kind: ``"none"``, ``"usual"`` or ``"grating"``.
+        options: Options of the reranker.
+    """
+
+    model: Path
+    kind: str
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Application:
     """An application on one collection.
 
@@ -151,7 +166,7 @@ def find_systems(
     ]
     model = bundled_model(BUNDLED_RERANKER)
     return [
-        System(name, load, {**common, "model": model, "kind": kind, "options": options})
+        System(name, load, {**common, "reranking": Reranking(model, kind, options)})
         for name, kind, options in kinds
     ]
 
@@ -342,7 +357,7 @@ def summarise(
             {
                 "application": application.name,
                 "system": worker.system.name,
-                "kind": worker.system.settings["kind"],
+                "kind": worker.system.settings["reranking"].kind,
                 "questions": len(found),
                 "candidates": mean(map(len, given[0])),
                 "measure": application.measure,

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 from langchain_classic.retrievers import EnsembleRetriever
 from langchain_classic.retrievers.document_compressors import CrossEncoderReranker
@@ -21,7 +20,7 @@ from qdrant_client.models import Distance, VectorParams
 from semantic_text_splitter import TextSplitter
 from tokenizers import Tokenizer
 
-from benchmarks.applications import Corpus, Question, Span, load_tokenizer
+from benchmarks.applications import Corpus, Question, Reranking, Span, load_tokenizer
 from benchmarks.worker import Ask, Facts, Ready
 
 FOUND = 10  # by each retriever
@@ -35,24 +34,18 @@ Select = Callable[[str, str], list[Span]]
 """Gives where the passages of a text that go into the prompt begin and end, for a query."""
 
 
-def rag(ready: Ready, *, corpus: Corpus, first: Question, model: Path, kind: str, options: dict[str, Any]) -> Ask:
+def rag(ready: Ready, *, corpus: Corpus, first: Question, reranking: Reranking) -> Ask:
     """Load hybrid RAG: BM25 and dense retrieval, fused by reciprocal ranks; the best of the union are kept.
 
-    Args:
-        ready: See :data:`Ready`.
-        corpus: What is searched.
-        first: The question that the first stage answers to warm up.
-        model: Directory of the reranker.
-        kind: ``"none"``, ``"usual"`` or ``"grating"``.
-        options: Options of the reranker.
+    The first question warms it up.
     """
     documents = [Document(page_content=text, metadata={"id": name}) for name, text in corpus.texts.items()]
     sparse = BM25Retriever.from_documents(documents, k=FOUND)
     dense = _vector_store(corpus).as_retriever(search_kwargs={"k": FOUND})
     retriever = EnsembleRetriever(retrievers=[sparse, dense], weights=[0.5, 0.5], id_key="id")
     retriever.invoke(first.text)
-    load_tokenizer(model, ready)
-    compressor = _load_compressor(model, kind, options)
+    load_tokenizer(reranking.model, ready)
+    compressor = _load_compressor(reranking)
 
     def ask(question: Question) -> Facts:
         found = retriever.invoke(question.text)
@@ -67,16 +60,13 @@ def rag(ready: Ready, *, corpus: Corpus, first: Question, model: Path, kind: str
     return ask
 
 
-def long_context(ready: Ready, *, model: Path, kind: str, options: dict[str, Any]) -> Ask:
-    """Load what says which parts of a long text go into the prompt: its beginning, or the best of its chunks.
-
-    The arguments are those of :func:`rag`.
-    """
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+def long_context(ready: Ready, *, reranking: Reranking) -> Ask:
+    """Load what says which parts of a long text go into the prompt: its beginning, or the best of its chunks."""
+    tokenizer = Tokenizer.from_file(str(reranking.model / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    load_tokenizer(model, ready)
-    select = _load_selection(model, kind, options, tokenizer)
+    load_tokenizer(reranking.model, ready)
+    select = _load_selection(reranking, tokenizer)
 
     def ask(question: Question) -> Facts:
         started = perf_counter()
@@ -86,13 +76,19 @@ def long_context(ready: Ready, *, model: Path, kind: str, options: dict[str, Any
     return ask
 
 
-def _load_selection(model: Path, kind: str, options: dict[str, Any], tokenizer: Tokenizer) -> Select:
-    if kind == "usual":
-        return _best_chunks(CrossEncoderReranker(model=_cross_encoder(model, **options)), tokenizer)
-    if kind == "grating":
+def _load_selection(reranking: Reranking, tokenizer: Tokenizer) -> Select:
+    if reranking.kind == "usual":
+        return _best_chunks(
+            CrossEncoderReranker(model=_cross_encoder(reranking.model, **reranking.options)), tokenizer
+        )
+    if reranking.kind == "grating":
         return _selector(
             GratingContextSelector(
-                model=str(model), device="cpu", max_tokens=MAX_TOKENS, chunk_tokens=CHUNK_TOKENS, **options
+                model=str(reranking.model),
+                device="cpu",
+                max_tokens=MAX_TOKENS,
+                chunk_tokens=CHUNK_TOKENS,
+                **reranking.options,
             )
         )
     return lambda query, text: [(0, tokenizer.encode(text, add_special_tokens=False).offsets[:MAX_TOKENS][-1][1])]
@@ -152,11 +148,11 @@ def _cross_encoder(
     return encoder
 
 
-def _load_compressor(model: Path, kind: str, options: dict[str, Any]) -> BaseDocumentCompressor | None:
-    if kind == "usual":
-        return CrossEncoderReranker(model=_cross_encoder(model, **options), top_n=TOP_N)
-    if kind == "grating":
-        return GratingRerank(model=str(model), device="cpu", top_n=TOP_N, **options)
+def _load_compressor(reranking: Reranking) -> BaseDocumentCompressor | None:
+    if reranking.kind == "usual":
+        return CrossEncoderReranker(model=_cross_encoder(reranking.model, **reranking.options), top_n=TOP_N)
+    if reranking.kind == "grating":
+        return GratingRerank(model=str(reranking.model), device="cpu", top_n=TOP_N, **reranking.options)
     return None
 
 

@@ -27,7 +27,7 @@ from llama_index.vector_stores.qdrant import QdrantVectorStore
 from qdrant_client import AsyncQdrantClient, QdrantClient
 from sentence_transformers import CrossEncoder
 
-from benchmarks.applications import Corpus, Question, load_tokenizer
+from benchmarks.applications import Corpus, Question, Reranking, load_tokenizer
 from benchmarks.collections import conversation
 from benchmarks.worker import Ask, Facts, Ready
 
@@ -38,16 +38,10 @@ REMEMBERED = 20
 RECALLED = 5
 
 
-def rag(ready: Ready, *, corpus: Corpus, first: Question, model: Path, kind: str, options: dict[str, Any]) -> Ask:
+def rag(ready: Ready, *, corpus: Corpus, first: Question, reranking: Reranking) -> Ask:
     """Load hybrid RAG: BM25 and dense retrieval, fused by reciprocal ranks; the best of the union are kept.
 
-    Args:
-        ready: See :data:`Ready`.
-        corpus: What is searched.
-        first: The question that the first stage answers to warm up.
-        model: Directory of the reranker.
-        kind: ``"none"``, ``"usual"`` or ``"grating"``.
-        options: Options of the reranker.
+    The first question warms it up.
     """
     nodes = _nodes(corpus)
     store = QdrantVectorStore("texts", client=QdrantClient(":memory:"))
@@ -65,8 +59,8 @@ def rag(ready: Ready, *, corpus: Corpus, first: Question, model: Path, kind: str
         use_async=False,
     )
     retriever.retrieve(first.text)
-    load_tokenizer(model, ready)
-    postprocessor = Watched(_load_postprocessor(model, kind, options, TOP_N), TOP_N)
+    load_tokenizer(reranking.model, ready)
+    postprocessor = Watched(_load_postprocessor(reranking, TOP_N), TOP_N)
 
     def ask(question: Question) -> Facts:
         postprocessor.postprocess_nodes(retriever.retrieve(question.text), query_str=question.text)
@@ -75,12 +69,10 @@ def rag(ready: Ready, *, corpus: Corpus, first: Question, model: Path, kind: str
     return ask
 
 
-def memory(
-    ready: Ready, *, corpus: Corpus, first: Question, model: Path, kind: str, options: dict[str, Any]
-) -> Ask:
+def memory(ready: Ready, *, corpus: Corpus, first: Question, reranking: Reranking) -> Ask:
     """Load an agent's memory: a ``VectorMemoryBlock`` for each conversation, which recalls turns for a message.
 
-    The arguments are those of :func:`rag`.
+    The first question warms it up.
     """
     loop = asyncio.new_event_loop()
     client, embedding = AsyncQdrantClient(":memory:"), _embedding(corpus.embedder)
@@ -95,8 +87,8 @@ def memory(
         loop.run_until_complete(blocks[question.place].aget([message]))
 
     recall(first)
-    load_tokenizer(model, ready)
-    postprocessor = Watched(_load_postprocessor(model, kind, options, RECALLED), RECALLED)
+    load_tokenizer(reranking.model, ready)
+    postprocessor = Watched(_load_postprocessor(reranking, RECALLED), RECALLED)
     for block in blocks.values():
         block.node_postprocessors = [postprocessor]
 
@@ -157,14 +149,14 @@ def _embedding(directory: Path) -> HuggingFaceEmbedding:
     )
 
 
-def _load_postprocessor(
-    model: Path, kind: str, options: dict[str, Any], top_n: int
-) -> BaseNodePostprocessor | None:
-    common: dict[str, Any] = {"model": str(model), "device": "cpu", "top_n": top_n}
-    if kind == "grating":
-        return GratingRerank(**common, **options)
-    if kind == "none":
+def _load_postprocessor(reranking: Reranking, top_n: int) -> BaseNodePostprocessor | None:
+    common: dict[str, Any] = {"model": str(reranking.model), "device": "cpu", "top_n": top_n}
+    if reranking.kind == "grating":
+        return GratingRerank(**common, **reranking.options)
+    if reranking.kind == "none":
         return None
-    if options:  # LlamaIndex has no setting for the size of batches: one must reach for the class that it uses
-        setattr(CrossEncoder, "predict", partialmethod(CrossEncoder.predict, **options))  # noqa: B010
+    if (
+        reranking.options
+    ):  # LlamaIndex has no setting for the size of batches: one must reach for the class that it uses
+        setattr(CrossEncoder, "predict", partialmethod(CrossEncoder.predict, **reranking.options))  # noqa: B010
     return SentenceTransformerRerank(**common)

@@ -118,10 +118,10 @@ class Worker:
         Raises:
             RuntimeError: It failed.
         """
-        self._receive()
+        self._receive("ready")
         self._before, self._started = _memory(self._watched), time.monotonic()
         self._channel.send(None)
-        self._receive()
+        self._receive("loaded")
         self.load_seconds = time.monotonic() - self._started
 
     def ask(self, question: Any) -> Answer:
@@ -132,7 +132,7 @@ class Worker:
         """
         read, first = _storage_read(self._watched), len(self.samples)
         self._channel.send(question)
-        message = self._receive()
+        message = self._receive("answered")
         self._computing += [resident for _, resident, _ in self.samples[first:]]
         now = _storage_read(self._watched)
         return Answer(message.facts, message.seconds, None if read is None or now is None else (now - read) / 1e6)
@@ -164,7 +164,7 @@ class Worker:
         self._channel.close()
         self._process.join()
 
-    def _receive(self) -> _Message:
+    def _receive(self, kind: str) -> _Message:
         try:
             while not self._channel.poll(SAMPLE_SECONDS):
                 if self._started:
@@ -173,8 +173,8 @@ class Worker:
         except EOFError:
             self._process.join()
             message = _Message("failed", {"reason": f"died with exit code {self._process.exitcode}"})
-        if message.kind == "failed":
-            raise RuntimeError(f"{self.system.name}: {message.facts['reason']}")
+        if message.kind != kind:
+            raise RuntimeError(f"{self.system.name} is {message.kind}, not {kind}: {message.facts.get('reason')}")
         if self._started:
             self._sample()
         self._peak = max(self._peak, message.peak)

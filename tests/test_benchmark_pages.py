@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import typer
 
+from benchmarks import memory
 from benchmarks.render import DOCS, FIGURES, PAGES, QUOTED, page_names, render_page, wrong_figures
 from benchmarks.report import RESULTS, ROOT, Result, read_result, read_results, write_result
+from benchmarks.worker import System
 
 MODULES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
 COMMAND = re.compile(r"python -m (benchmarks\.\w+)(.*)")
@@ -111,3 +113,18 @@ def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):  # a figure that is none
         write_result(tmp_path, "speed-of-this", [{"seconds": float("nan")}], rounds=3)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_system_in_a_process_of_its_own_is_watched() -> None:
+    directory = memory.find_or_write("bundled:ms-marco-minilm-l12")
+    settings = {"directory": directory, "max_length": 128, "memory_budget": 100_000_000}
+    questions = memory.make_questions(directory, 2, candidates=5, tokens=60)
+    row = memory.measure(System("grating", memory.load_grating, settings), directory, questions)
+    assert 5 < row["mean_mb"] <= row["peak_mb"] <= 100  # the budget
+    assert row["read_mb"] > 10
+    assert [seconds for seconds, _ in row["curve"]] == sorted(seconds for seconds, _ in row["curve"])
+    assert 0 < row["seconds"] < row["curve"][-1][0]
+    with pytest.raises(RuntimeError, match=r"(?s)nonsense is failed, not ready.*BudgetError"):
+        memory.measure(
+            System("nonsense", memory.load_grating, settings | {"memory_budget": 1}), directory, questions
+        )
