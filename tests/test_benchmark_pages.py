@@ -1,6 +1,5 @@
 """What the documentation says of speed, memory and quality was measured, and can be measured again."""
 
-import ast
 import re
 import shlex
 from dataclasses import replace
@@ -15,7 +14,7 @@ from benchmarks.render import DOCS, FIGURES, PAGES, QUOTED, page_names, render_p
 from benchmarks.report import RESULTS, ROOT, Result, read_result, read_results, write_result
 from benchmarks.worker import System
 
-MODULES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 COMMAND = re.compile(r"python -m (benchmarks\.\w+)(.*)")
 DOCUMENTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
@@ -26,7 +25,7 @@ def check_command(command: str) -> None:
     assert found, command
     app = typer.Typer()
     app.command()(import_module(found[1]).main)
-    typer.main.get_command(app).make_context(found[1], shlex.split(found[2]))
+    typer.main.get_command(app).make_context(found[1], shlex.split(found[2], comments=True))
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +62,9 @@ def test_every_result_has_its_place(results: dict[str, Result]) -> None:
     assert results.keys() <= shown
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_the_commands_that_a_benchmark_names_are_right(module: str) -> None:
-    path = ROOT / "benchmarks" / f"{module}.py"
-    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    for found in COMMAND.finditer(docstring):
+@pytest.mark.parametrize("path", [*BENCHMARKS, *DOCUMENTS, ROOT / "Makefile"], ids=lambda path: path.stem)
+def test_the_commands_that_are_written_somewhere_are_right(path: Path) -> None:
+    for found in COMMAND.finditer(path.read_text(encoding="utf-8")):
         check_command(found[0])
 
 
