@@ -21,8 +21,9 @@ from grating_core.errors import UnsupportedModelError
 from grating_core.files.places import expanded
 from grating_core.forking import Threads, computed
 from grating_core.lens.calibrate import calibrate
-from grating_core.lens.pruning import ByLens, plan_pruning
-from grating_core.lens.recalibrate import Logged, Recalibration, Sampling, check_share, state_path
+from grating_core.lens.pruning import ByLens, check_share, plan_pruning
+from grating_core.lens.recalibrate import Logged, Recalibration
+from grating_core.lens.state import Sampling, state_path
 from grating_core.lens.store import CalibratedLens, find_lens, lens_directory, open_lens, warn_once
 from grating_core.lifetime import Loaded, closed_on_error, find_or_load, remembering
 from grating_core.memory.meter import resident_memory

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from grating_core.arguments import is_number
 from grating_core.lens.features import Provisional
 from grating_core.lens.store import CalibratedLens
 from grating_core.pruning import ClusterPolicy, Guarantee, MarginPolicy, Off, PruningPolicy
@@ -12,12 +13,12 @@ from grating_core.pruning import ClusterPolicy, Guarantee, MarginPolicy, Off, Pr
 
 @dataclass(frozen=True)
 class ByLens:
-    """Pruning by the lens of the model, as far as there is one.
+    """Pruning by the lens of the model. Nothing is pruned as long as the model has none.
 
     Attributes:
         target: What is kept, see :meth:`grating_core.Reranker.from_pretrained`.
         guarantee: What the target counts, see there.
-        calibrated: The lens, on the model's device; None if the model has none yet.
+        calibrated: The lens, on the model's device; None if there is none yet.
     """
 
     target: float
@@ -27,7 +28,7 @@ class ByLens:
 
 @dataclass(frozen=True)
 class Pruning:
-    """How one request is pruned.
+    """This class says how one request is pruned.
 
     Attributes:
         policy: Decides after each layer which candidates go on.
@@ -71,3 +72,29 @@ def scaled(policy: PruningPolicy, factor: float) -> PruningPolicy:
     if isinstance(policy, MarginPolicy):
         return MarginPolicy(*(tuple(factor * margin for margin in side) for side in (policy.drop, policy.select)))
     return policy
+
+
+def check_share(recalibrate: float, pruning: object) -> None:
+    """Refuse a share that is no share, and a policy in which recalibration has nothing to move.
+
+    Args:
+        recalibrate: The share of requests to compute again.
+        pruning: What the reranker prunes by: a name, or a policy object.
+
+    Raises:
+        ValueError: The share or the policy is not usable.
+    """
+    if not is_number(recalibrate) or not 0 <= recalibrate <= 1:
+        raise ValueError(f"recalibrate={recalibrate!r} must be a share of requests: a number from 0 (off) to 1")
+    if not recalibrate or (isinstance(pruning, str) and pruning in ("auto", "cluster")):
+        return
+    if not isinstance(pruning, ClusterPolicy):
+        raise ValueError(
+            f"recalibrate={recalibrate} moves the margins of a lens or the threshold of a ClusterPolicy, and "
+            f"pruning={pruning!r} has neither: use 'auto', 'cluster' or a ClusterPolicy, or leave recalibrate out"
+        )
+    if pruning.dispersion_threshold in (0, math.inf):
+        raise ValueError(
+            f"recalibrate={recalibrate} multiplies the threshold of {pruning!r}, which stays the same then: give "
+            f"it a finite one above 0, or leave recalibrate out"
+        )

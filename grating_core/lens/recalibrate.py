@@ -1,49 +1,34 @@
-"""Staying calibrated: a few requests are computed again without pruning, and pruning is set by what they lost.
+"""Recalibration: a few requests are computed again without pruning, while nobody waits for an answer.
 
-A *factor* multiplies the margins of a lens, or the threshold of :class:`~grating_core.ClusterPolicy`. After every
-request that was computed again, its logarithm moves by ``STEP`` × (lost - (1 - target)): adaptive conformal
-inference (Gibbs & Candès, "Adaptive Conformal Inference Under Distribution Shift", NeurIPS 2021). As long as the
-factor stays between its bounds, the mean loss of T requests is within log(upper / lower bound) / (STEP · T) of
-1 - target, whatever the requests are. Calibrating in idle time is an idea of GRATING (arXiv 2510.15620).
+What pruning lost in them decides how later requests are pruned, see :class:`~grating_core.lens.state.State`.
+Calibrating in idle time is an idea of GRATING (arXiv 2510.15620).
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import random
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from hashlib import sha256
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition, Thread, current_thread
 from time import monotonic
 from typing import Generic, TypeVar
 
-from grating_core.arguments import is_number
 from grating_core.errors import StorageError
-from grating_core.files.locks import replace_file
-from grating_core.files.places import cache_directory, go_on_without_cache, is_kept
-from grating_core.files.reading import read_json
-from grating_core.files.writing import make_private
+from grating_core.files.places import go_on_without_cache
 from grating_core.forking import Interrupted, tell_of_forks
 from grating_core.lens.requests import Request
-from grating_core.pruning import ClusterPolicy, Guarantee, Margins
+from grating_core.lens.state import RECENT, Sampling, State
 
-# A whole top 1 lost at a target of 0.98 widens by 22 %, one of 10 by 2 %; a request without loss narrows by 0.4 %.
-STEP = 0.2
-BOUNDS = (1 / 8, 16.0)  # of the factor
 IDLE = 1.0  # seconds without a caller before anything is computed again
-MOST_WAITING = 32  # requests that wait to be computed again; what they say of the factor gets old
-_RECENT = 50  # requests that the agreement is the mean of
-_ENOUGH = 20  # of them, for a warning
+MOST_WAITING = 32  # requests that wait to be computed again; what older ones say of the factor is outdated
+_ENOUGH = 20  # requests that a warning rests on, at least
 _PATIENCE = 5.0  # seconds that closing waits for the thread
 _ROUNDING = 1e-4  # of the range of scores: those of duplicates differ a little
-_FORMAT = 1
 
 Owner = TypeVar("Owner")
 
@@ -51,23 +36,8 @@ _log = logging.getLogger("grating")
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """What is to be kept, and how much is looked at for it.
-
-    Attributes:
-        share: Of requests that are computed again, above 0 and at most 1.
-        target: See :meth:`grating_core.Reranker.from_pretrained`.
-        guarantee: See :meth:`grating_core.Reranker.from_pretrained`.
-    """
-
-    share: float
-    target: float
-    guarantee: Guarantee
-
-
-@dataclass(frozen=True)
 class Logged(Request):
-    """A request to be computed again; it is only ever in memory.
+    """A request to be computed again. It is never written to disk.
 
     Attributes:
         found: Indices of the K documents that were returned.
@@ -76,72 +46,24 @@ class Logged(Request):
     found: tuple[int, ...]
 
     def kept(self, scores: Sequence[float]) -> float:
-        """The share of the K best of all N scores that was returned; of equal scores it does not matter which."""
+        """Return the share of the K best of all N scores that was found; of equal scores each is as good."""
         bar = sorted(scores, reverse=True)[len(self.found) - 1] - _ROUNDING * (max(scores) - min(scores))
         return sum(scores[index] >= bar for index in self.found) / len(self.found)
 
 
-@dataclass(frozen=True)
-class State:
-    """What has been learnt so far.
-
-    Attributes:
-        factor: Of margins or threshold.
-        requests: How many were computed again.
-        recent: What was kept of the last of them, the latest last.
-    """
-
-    factor: float = 1.0
-    requests: int = 0
-    recent: tuple[float, ...] = ()
-
-    @property
-    def agreement(self) -> float | None:
-        """Mean of what was kept of the last requests; None before the first."""
-        return sum(self.recent) / len(self.recent) if self.recent else None
-
-    def after(self, kept: float, target: float) -> State:
-        """The state after one more request, of whose top K ``kept`` was returned."""
-        logarithm = math.log(self.factor) + STEP * ((1 - kept) - (1 - target))
-        factor = min(max(math.exp(logarithm), BOUNDS[0]), BOUNDS[1])
-        return State(factor, self.requests + 1, (*self.recent, kept)[-_RECENT:])
-
-    def save(self, path: Path) -> None:
-        """Write it, for its owner only; raises ``StorageError``."""
-        make_private(path.parent)
-        replace_file(path, (json.dumps({"format": _FORMAT, **asdict(self)}) + "\n").encode(), private=True)
-
-    @classmethod
-    def load(cls, path: Path) -> State:
-        """What :meth:`save` wrote; a new one, with a warning, if that cannot be read."""
-        if not is_kept(path):
-            return cls()
-        try:
-            stored = read_json(path)
-            state = cls(float(stored["factor"]), int(stored["requests"]), tuple(map(float, stored["recent"])))
-            in_bounds = BOUNDS[0] <= state.factor <= BOUNDS[1] and all(0 <= kept <= 1 for kept in state.recent)
-            if stored["format"] != _FORMAT or not in_bounds or not len(state.recent) <= state.requests:
-                raise ValueError("its values are not those of a state")
-        except FileNotFoundError:
-            return cls()
-        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-            _log.warning("recalibration starts anew, because %s cannot be read: %r", path, error)
-            return cls()
-        return state
-
-
 class Recalibration(Generic[Owner]):
-    """Computes sampled requests again while nobody waits for an answer, and learns from them.
+    """A thread that computes sampled requests again while nobody waits for an answer, and learns from them.
 
-    A thread does so, from the first sampled request until :meth:`close`, or until the reranker is gone.
+    The thread runs from the first sampled request until :meth:`close`, or until the scorer is gone.
 
     Args:
-        owner: The reranker, held weakly.
-        rerun: Its method that gives the full-depth scores ``[N]`` of a logged request, and raises
-            :class:`~grating_core.forking.Interrupted` soon after the function that it is given says to.
-        sampling: What is to be kept, and how much is looked at.
+        owner: The scorer, held weakly.
+        rerun: Method of the scorer that returns the full model's scores ``[N]`` of a request. It asks the function
+            that it is given, again and again, whether to give up, and raises
+            :class:`~grating_core.forking.Interrupted` then.
+        sampling: The goal, and how many requests are looked at.
         path: The file that keeps what was learnt, and nothing of the requests; None if there is no place for it.
-            Of several processes that share it the last to write wins.
+            Of several processes that share the file, the last to write wins.
     """
 
     def __init__(
@@ -169,7 +91,7 @@ class Recalibration(Generic[Owner]):
         tell_of_forks(self)
 
     def after_fork(self) -> None:
-        """Begin anew, with what was learnt; the requests that wait are computed again in the parent."""
+        """Begin anew with what was learnt. The parent computes the requests that wait."""
         self.changed = Condition()
         self._callers = set()
         self._queue.clear()
@@ -187,7 +109,7 @@ class Recalibration(Generic[Owner]):
 
     @property
     def agreement(self) -> float | None:
-        """Mean over the last 50 of what was kept of the full model's top K; None before the first.
+        """The mean over the last 50 requests of what was kept of the full model's top K; None before the first.
 
         With ``guarantee="set"`` a request counts 1 if all was kept, else 0.
         """
@@ -200,7 +122,7 @@ class Recalibration(Generic[Owner]):
 
     @contextmanager
     def caller(self) -> Iterator[None]:
-        """While somebody waits for an answer, nothing is computed again."""
+        """Let nothing be computed again meanwhile, because somebody waits for an answer."""
         one = object()
         with self.changed:
             self._callers.add(one)
@@ -213,7 +135,7 @@ class Recalibration(Generic[Owner]):
                 self.changed.notify_all()
 
     def sample(self, request: Logged) -> None:
-        """Keep the request, or not, to be computed again; if too many wait, the oldest is forgotten."""
+        """Choose by chance whether the request is computed again. If too many wait, the oldest is forgotten."""
         if self._random.random() >= self._sampling.share:
             return
         with self.changed:
@@ -228,14 +150,14 @@ class Recalibration(Generic[Owner]):
                     self._thread = thread
 
     def close(self) -> None:
-        """End the thread. What still waits is forgotten."""
+        """End the thread. Requests that still wait are forgotten."""
         self._ended.detach()
         with self.changed:
             self._closed = True
             self._queue.clear()
             self.changed.notify_all()
             thread = self._thread
-        # The last reference to a reranker may be the thread's own.
+        # The last reference to a scorer may be the thread's own.
         if thread is not None and thread is not current_thread():
             thread.join(_PATIENCE)
 
@@ -251,7 +173,7 @@ class Recalibration(Generic[Owner]):
             del request
 
     def _next(self) -> Logged | None:
-        """The oldest request, when nobody has called for a while; None when it is closed."""
+        """Wait until nobody has called for a while, and return the oldest request; None when closed."""
         with self.changed:
             while not self._closed:
                 left = self._quiet_since + IDLE - monotonic()
@@ -285,13 +207,13 @@ class Recalibration(Generic[Owner]):
         return bool(self._callers) or self._closed
 
     def _warn_of_drop(self, state: State) -> None:
-        """Once a drop: not again before all that the agreement is the mean of is new, and it had been reached."""
+        """Warn once of a drop: not again before the target was reached, by requests that are all newer."""
         target = self._sampling.target
         agreement = state.agreement
         if agreement is None or len(state.recent) < _ENOUGH:
             return
         if agreement >= target:
-            if self._warned_at is not None and state.requests - self._warned_at >= _RECENT:
+            if self._warned_at is not None and state.requests - self._warned_at >= RECENT:
                 self._warned_at = None
         elif self._warned_at is None:
             self._warned_at = state.requests
@@ -300,50 +222,3 @@ class Recalibration(Generic[Owner]):
                 "again, target %s; margins and thresholds are now multiplied by %.3g (%d requests in all)",
                 agreement, len(state.recent), target, state.factor, state.requests,
             )  # fmt: skip
-
-
-def check_share(recalibrate: float, pruning: object) -> None:
-    """Refuse a share that is none, or for a policy that has nothing to move.
-
-    Args:
-        recalibrate: The share of requests to compute again.
-        pruning: What the reranker prunes by: a name, or a policy object.
-
-    Raises:
-        ValueError: One or the other.
-    """
-    if not is_number(recalibrate) or not 0 <= recalibrate <= 1:
-        raise ValueError(f"recalibrate={recalibrate!r} must be a share of requests: a number from 0 (off) to 1")
-    if not recalibrate or (isinstance(pruning, str) and pruning in ("auto", "cluster")):
-        return
-    if not isinstance(pruning, ClusterPolicy):
-        raise ValueError(
-            f"recalibrate={recalibrate} moves the margins of a lens or the threshold of a ClusterPolicy, and "
-            f"pruning={pruning!r} has neither: use 'auto', 'cluster' or a ClusterPolicy, or leave recalibrate out"
-        )
-    if pruning.dispersion_threshold in (0, math.inf):
-        raise ValueError(
-            f"recalibrate={recalibrate} multiplies the threshold of {pruning!r}, which stays the same then: give "
-            f"it a finite one above 0, or leave recalibrate out"
-        )
-
-
-def state_path(fingerprint: str, pruning: ClusterPolicy | Margins, sampling: Sampling) -> Path | None:
-    """Where it is kept what was learnt for these weights with this pruning and this goal; None for nowhere.
-
-    Args:
-        fingerprint: Of the weights, see :func:`grating_core.models.identity.fingerprint`.
-        pruning: What the factor multiplies; one that was learnt for something else would be wrong.
-        sampling: Has the goal.
-    """
-    if isinstance(pruning, ClusterPolicy):
-        kind = f"cluster-{pruning.dispersion_threshold}-{pruning.clusters}"
-    else:
-        margins = pruning.drop.tobytes() + pruning.select.tobytes() + pruning.bounds.tobytes()
-        kind = f"lens-{sha256(margins).hexdigest()[:8]}"
-    name = f"{fingerprint[:16]}-{kind}-{sampling.guarantee}-{sampling.target}.json"
-    try:
-        return cache_directory() / "recalibration" / name
-    except StorageError as error:
-        go_on_without_cache(error)
-        return None

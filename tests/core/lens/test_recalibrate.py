@@ -17,7 +17,8 @@ from grating_core.engine.scorer import Scorer
 from grating_core.forking import Interrupted
 from grating_core.lens import recalibrate as recalibration
 from grating_core.lens.pruning import plan_pruning, scaled
-from grating_core.lens.recalibrate import BOUNDS, Logged, Recalibration, Sampling, State, state_path
+from grating_core.lens.recalibrate import Logged, Recalibration
+from grating_core.lens.state import BOUNDS, Sampling, State, state_path
 from grating_core.pruning import MarginPolicy, Margins, Off
 from tests.core.conftest import WORDS
 from tests.core.memory.conftest import load_planned

@@ -1,0 +1,117 @@
+"""What recalibration has learnt, and the rule by which it learns.
+
+A *factor* multiplies the margins of a lens, or the threshold of :class:`~grating_core.ClusterPolicy`. After every
+request that was computed again, its logarithm moves by ``STEP`` × (lost - (1 - target)): adaptive conformal
+inference (Gibbs & Candès, "Adaptive Conformal Inference Under Distribution Shift", NeurIPS 2021). As long as the
+factor stays between its bounds, the mean loss of T requests is within log(upper / lower bound) / (STEP · T) of
+1 - target, whatever the requests are.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from grating_core.errors import StorageError
+from grating_core.files.locks import replace_file
+from grating_core.files.places import cache_directory, go_on_without_cache, is_kept
+from grating_core.files.reading import read_json
+from grating_core.files.writing import make_private
+from grating_core.pruning import ClusterPolicy, Guarantee, Margins
+
+# A whole top 1 lost at a target of 0.98 widens by 22 %, one of 10 by 2 %; a request without loss narrows by 0.4 %.
+STEP = 0.2
+BOUNDS = (1 / 8, 16.0)  # of the factor
+RECENT = 50  # requests whose mean the agreement is
+_FORMAT = 1
+
+_log = logging.getLogger("grating")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """This class says which goal is kept, and how many requests are looked at for it.
+
+    Attributes:
+        share: Share of requests that are computed again, above 0 and at most 1.
+        target: The goal, see :meth:`grating_core.Reranker.from_pretrained`.
+        guarantee: What the target counts, see there.
+    """
+
+    share: float
+    target: float
+    guarantee: Guarantee
+
+
+@dataclass(frozen=True)
+class State:
+    """This class holds what has been learnt so far.
+
+    Attributes:
+        factor: What margins, or the threshold, are multiplied by.
+        requests: How many requests were computed again.
+        recent: What was kept of the last of them, the latest last.
+    """
+
+    factor: float = 1.0
+    requests: int = 0
+    recent: tuple[float, ...] = ()
+
+    @property
+    def agreement(self) -> float | None:
+        """The mean of what was kept of the last requests; None before the first."""
+        return sum(self.recent) / len(self.recent) if self.recent else None
+
+    def after(self, kept: float, target: float) -> State:
+        """Return the state after one more request, of whose top K the share ``kept`` was returned."""
+        logarithm = math.log(self.factor) + STEP * ((1 - kept) - (1 - target))
+        factor = min(max(math.exp(logarithm), BOUNDS[0]), BOUNDS[1])
+        return State(factor, self.requests + 1, (*self.recent, kept)[-RECENT:])
+
+    def save(self, path: Path) -> None:
+        """Write the state, readable for its owner only; raises ``StorageError``."""
+        make_private(path.parent)
+        replace_file(path, (json.dumps({"format": _FORMAT, **asdict(self)}) + "\n").encode(), private=True)
+
+    @classmethod
+    def load(cls, path: Path) -> State:
+        """Read what :meth:`save` wrote; a new state, with a warning, where that cannot be read."""
+        if not is_kept(path):
+            return cls()
+        try:
+            stored = read_json(path)
+            state = cls(float(stored["factor"]), int(stored["requests"]), tuple(map(float, stored["recent"])))
+            in_bounds = BOUNDS[0] <= state.factor <= BOUNDS[1] and all(0 <= kept <= 1 for kept in state.recent)
+            if stored["format"] != _FORMAT or not in_bounds or not len(state.recent) <= state.requests:
+                raise ValueError("its values are not those of a state")
+        except FileNotFoundError:
+            return cls()
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+            _log.warning("recalibration starts anew, because %s cannot be read: %r", path, error)
+            return cls()
+        return state
+
+
+def state_path(identity: str, pruning: ClusterPolicy | Margins, sampling: Sampling) -> Path | None:
+    """Return the file of what is learnt for one model with one pruning and one goal; None where there is no cache.
+
+    Args:
+        identity: Identity of the model.
+        pruning: What the factor multiplies. A factor that was learnt for something else would be wrong.
+        sampling: The goal.
+    """
+    if isinstance(pruning, ClusterPolicy):
+        kind = f"cluster-{pruning.dispersion_threshold}-{pruning.clusters}"
+    else:
+        margins = pruning.drop.tobytes() + pruning.select.tobytes() + pruning.bounds.tobytes()
+        kind = f"lens-{sha256(margins).hexdigest()[:8]}"
+    name = f"{identity[:16]}-{kind}-{sampling.guarantee}-{sampling.target}.json"
+    try:
+        return cache_directory() / "recalibration" / name
+    except StorageError as error:
+        go_on_without_cache(error)
+        return None
