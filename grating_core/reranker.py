@@ -22,8 +22,8 @@ from grating_core.files.places import expanded
 from grating_core.forking import Threads, computed
 from grating_core.lens.calibrate import calibrate
 from grating_core.lens.pruning import ByLens, check_share, plan_pruning
-from grating_core.lens.recalibrate import Logged, Recalibration
-from grating_core.lens.state import Sampling, state_path
+from grating_core.lens.recalibrate import Logged, Recalibration, start_recalibration
+from grating_core.lens.state import Sampling
 from grating_core.lens.store import CalibratedLens, find_lens, lens_directory, open_lens, warn_once
 from grating_core.lifetime import Loaded, closed_on_error, find_or_load, remembering
 from grating_core.memory.meter import resident_memory
@@ -35,7 +35,7 @@ from grating_core.models.hub import Hub
 from grating_core.models.identity import fingerprint
 from grating_core.models.loading import StoredCrossEncoder
 from grating_core.models.placement import choose_device, choose_dtype
-from grating_core.pruning import ClusterPolicy, Guarantee, Margins, Off, PruningPolicy
+from grating_core.pruning import ClusterPolicy, Guarantee, Off, PruningPolicy
 from grating_core.results import RankedDocument, RerankResult
 from grating_core.text.pairs import load_template
 from grating_core.text.prompts import Prompt, find_prompt, usual_length
@@ -415,7 +415,7 @@ class Reranker(Loaded[Scorer]):
             requests: How many requests to compute; fewer if there are fewer queries. At least as many as the
                 target needs: with n requests no promise above 1 - 2.5 / (n + 1) can be made.
             output: The directory that the lens is written to; None for grating's cache.
-            seed: Of the choice of queries.
+            seed: Seed of the choice of queries.
             show_progress: Show progress bars on standard error.
 
         Returns:
@@ -482,12 +482,7 @@ class Reranker(Loaded[Scorer]):
         return self._template.count_tokens(text)
 
     def _start_recalibration(self) -> Recalibration[Scorer] | None:
-        pruning = self.pruning
-        moved = pruning.calibrated and pruning.calibrated.margins if isinstance(pruning, ByLens) else pruning
-        if self._sampling is None or not isinstance(moved, ClusterPolicy | Margins):
-            return None
-        path = state_path(self.identity, moved, self._sampling)
-        return Recalibration(self.scorer, Scorer.full_scores, self._sampling, path)
+        return start_recalibration(self.scorer, Scorer.full_scores, self.pruning, self.identity, self._sampling)
 
     def _stop_recalibration(self) -> None:
         if self.recalibration is not None:

@@ -32,3 +32,18 @@ def test_what_is_not_there_is_an_error(package):
     module = __import__(package, fromlist=["x"])
     with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'GratingShop'"):
         module.GratingShop  # noqa: B018
+
+
+_RERANKS = """
+import sys
+from grating_core.reranker import Reranker
+for settings in ({"pruning": "off"}, {"pruning": "auto"}):
+    with Reranker.from_pretrained("bundled:ms-marco-minilm-l12", **settings) as reranker:
+        reranker.rerank("Who?", ["Nobody.", "Somebody.", "Everybody."], top_k=1)
+print("sklearn" in sys.modules)
+"""
+
+
+def test_only_calibration_and_the_cluster_policy_need_scikit_learn():
+    done = subprocess.run([sys.executable, "-c", _RERANKS], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -21,8 +21,10 @@ from typing import Generic, TypeVar
 from grating_core.errors import StorageError
 from grating_core.files.places import go_on_without_cache
 from grating_core.forking import Interrupted, tell_of_forks
+from grating_core.lens.pruning import ByLens
 from grating_core.lens.requests import Request
-from grating_core.lens.state import RECENT, Sampling, State
+from grating_core.lens.state import RECENT, Sampling, State, state_path
+from grating_core.pruning import ClusterPolicy, Margins, PruningPolicy
 
 IDLE = 1.0  # seconds without a caller before anything is computed again
 MOST_WAITING = 32  # requests that wait to be computed again; what older ones say of the factor is outdated
@@ -31,6 +33,7 @@ _PATIENCE = 5.0  # seconds that closing waits for the thread
 _ROUNDING = 1e-4  # of the range of scores: those of duplicates differ a little
 
 Owner = TypeVar("Owner")
+Rerun = Callable[[Owner, "Logged", Callable[[], bool]], Sequence[float]]
 
 _log = logging.getLogger("grating")
 
@@ -69,7 +72,7 @@ class Recalibration(Generic[Owner]):
     def __init__(
         self,
         owner: Owner,
-        rerun: Callable[[Owner, Logged, Callable[[], bool]], Sequence[float]],
+        rerun: Rerun[Owner],
         sampling: Sampling,
         path: Path | None,
     ) -> None:
@@ -222,3 +225,25 @@ class Recalibration(Generic[Owner]):
                 "again, target %s; margins and thresholds are now multiplied by %.3g (%d requests in all)",
                 agreement, len(state.recent), target, state.factor, state.requests,
             )  # fmt: skip
+
+
+def start_recalibration(
+    owner: Owner,
+    rerun: Rerun[Owner],
+    pruning: PruningPolicy | ByLens,
+    identity: str,
+    sampling: Sampling | None,
+) -> Recalibration[Owner] | None:
+    """Start recalibration, if it is on and has something to move: a threshold, or the margins of a lens.
+
+    Args:
+        owner: See :class:`Recalibration`.
+        rerun: See there.
+        pruning: How the owner's requests are pruned.
+        identity: Identity of the model.
+        sampling: The goal, and how many requests are looked at; None for off.
+    """
+    moved = pruning.calibrated and pruning.calibrated.margins if isinstance(pruning, ByLens) else pruning
+    if sampling is None or not isinstance(moved, ClusterPolicy | Margins):
+        return None
+    return Recalibration(owner, rerun, sampling, state_path(identity, moved, sampling))
