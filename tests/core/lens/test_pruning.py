@@ -8,6 +8,7 @@ import pytest
 from grating_core import ClusterPolicy
 from grating_core.lens.pruning import ByLens, Pruning, plan_pruning
 from grating_core.pruning import Off
+from tests.core.conftest import save_model
 from tests.core.lens.test_store import calibrated
 from tests.core.parity import load
 
@@ -34,11 +35,12 @@ def test_a_lens_reads_only_where_something_can_be_dropped() -> None:
 
 
 def test_without_a_lens_nothing_is_dropped_and_that_is_said_once(
-    tiny_bert: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    expected = load(tiny_bert).rerank(QUERY, DOCUMENTS, 3)
+    directory = save_model(tmp_path, "bert")
+    expected = load(directory).rerank(QUERY, DOCUMENTS, 3)
     caplog.set_level(logging.INFO, "grating")
-    reranker = load(tiny_bert, pruning="auto")
+    reranker = load(directory, pruning="auto")
     reranker.rerank(QUERY, DOCUMENTS, 12)
     assert caplog.text == ""  # nothing could be dropped
     for _ in range(2):
@@ -46,9 +48,9 @@ def test_without_a_lens_nothing_is_dropped_and_that_is_said_once(
         assert found.ranking == expected.ranking
         assert found.trace.compute_share == 1
     assert (
-        load(tiny_bert, pruning="auto").rerank(QUERY, DOCUMENTS, 3, scores="estimated").ranking == expected.ranking
+        load(directory, pruning="auto").rerank(QUERY, DOCUMENTS, 3, scores="estimated").ranking == expected.ranking
     )
     (told,) = caplog.messages
     assert "grating calibrate" in told
     assert "Reranker.calibrate" in told
-    assert str(tiny_bert) in told
+    assert str(directory) in told
