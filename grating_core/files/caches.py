@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from grating_core.errors import StorageError
-from grating_core.files.locks import locked
+from grating_core.files.locks import locked, remove, unfinished, unfinished_of
 from grating_core.files.places import cache_directory, explained
-from grating_core.files.writing import remove, unfinished, unfinished_of
 
 Kind = Literal["models", "lenses", "columns", "states", "traces", "unfinished"]
 """``models``: bundled models, converted. ``lenses``: calibrated here. ``columns``: companion files, for
@@ -33,7 +32,7 @@ _FOLDERS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class Cached:
-    """One thing in the cache.
+    """A thing in the cache.
 
     Attributes:
         kind: What it is.
@@ -51,7 +50,7 @@ class Cached:
 
 @dataclass(frozen=True)
 class Cleared:
-    """What clearing the cache did.
+    """The outcome of clearing the cache.
 
     Attributes:
         removed: What is gone.
@@ -63,17 +62,23 @@ class Cleared:
 
 
 def contents(kinds: Collection[Kind] | None = None, older_than: float | None = None) -> list[Cached]:
-    """What lies in grating's cache, by kind and path. Things that grating did not make are not in it.
+    """List what lies in grating's cache, by kind and path, without things that grating did not make.
 
     Args:
         kinds: Some of :data:`KINDS`; None for all.
-        older_than: Only what has not been used for so many seconds; None for everything.
+        older_than: Seconds for which a thing must not have been used; None lists all.
 
     Raises:
         ValueError: A kind is unknown, or the age is no number of seconds.
         StorageError: The cache cannot be read. One that is not there is empty.
     """
-    chosen = _check(kinds, older_than)
+    chosen = KINDS if kinds is None else kinds
+    if older_than is not None and not older_than >= 0:
+        raise ValueError(f"older_than={older_than!r} must be a number of seconds, 0 or more")
+    if isinstance(chosen, str) or (unknown := [kind for kind in chosen if kind not in KINDS]):
+        raise ValueError(
+            f"kinds={chosen if isinstance(chosen, str) else unknown!r} must be some of {', '.join(KINDS)}"
+        )
     before = None if older_than is None else time.time() - older_than
     directory = cache_directory()
     found = [
@@ -92,36 +97,21 @@ def clear(kinds: Collection[Kind] | None = None, older_than: float | None = None
 
     Args:
         kinds: Some of :data:`KINDS`; None for all.
-        older_than: Only what has not been used for so many seconds; None for everything.
+        older_than: Seconds for which a thing must not have been used; None removes all.
 
     Raises:
         ValueError: A kind is unknown, or the age is no number of seconds.
         StorageError: The cache cannot be read.
     """
-    removed, kept = [], []
-    for one in contents(kinds, older_than):
-        reason = _remove(one)
-        if reason is None:
-            removed.append(one)
-        else:
-            kept.append((one, reason))
-    return Cleared(removed, kept)
-
-
-def _check(kinds: Collection[Kind] | None, older_than: float | None) -> Collection[Kind]:
-    if older_than is not None and not older_than >= 0:
-        raise ValueError(f"older_than={older_than!r} must be a number of seconds, 0 or more")
-    if kinds is None:
-        return KINDS
-    if isinstance(kinds, str) or (unknown := [kind for kind in kinds if kind not in KINDS]):
-        raise ValueError(
-            f"kinds={kinds if isinstance(kinds, str) else unknown!r} must be some of {', '.join(KINDS)}"
-        )
-    return kinds
+    reasons = [(one, _remove(one)) for one in contents(kinds, older_than)]
+    return Cleared(
+        [one for one, reason in reasons if reason is None],
+        [(one, reason) for one, reason in reasons if reason is not None],
+    )
 
 
 def _remove(one: Cached) -> str | None:
-    """Remove one thing; the reason if that cannot be."""
+    """Remove one thing, or return the reason why that cannot be."""
     path = one.path
     name = unfinished_of(path.name)
     target = path if name is None else path.with_name(name)
@@ -156,7 +146,7 @@ def _unfinished_in(directory: Path) -> Iterator[Cached]:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What is in a folder of the cache; nothing if it is a link to somewhere else."""
+    """Return what is in a folder of the cache; nothing if it is a link to somewhere else."""
     try:
         if not stat.S_ISDIR(folder.lstat().st_mode) and folder != cache_directory():
             return []
@@ -169,7 +159,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _cached(kind: Kind, entry: os.DirEntry[str]) -> Iterator[Cached]:
-    """The thing, unless it has vanished meanwhile."""
+    """Yield the thing, unless it has vanished meanwhile."""
     path = Path(entry.path)
     with suppress(FileNotFoundError):
         found = list(_statuses(path)) or [path.lstat()]
@@ -179,7 +169,7 @@ def _cached(kind: Kind, entry: os.DirEntry[str]) -> Iterator[Cached]:
 
 
 def _statuses(path: Path) -> Iterator[os.stat_result]:
-    """Of a file, a link, or all files below a directory; of those that vanish meanwhile none."""
+    """Yield the status of a file or link, or of all files below a directory, as far as they do not vanish."""
     with suppress(OSError):
         status = path.lstat()
         if not stat.S_ISDIR(status.st_mode):

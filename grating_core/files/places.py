@@ -1,22 +1,27 @@
-"""Where grating keeps files, and what is there."""
+"""The cache directory, and what the system says of files."""
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import platformdirs
 
 from grating_core.errors import StorageError
 
-_log = logging.getLogger("grating")
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
+_log = logging.getLogger("grating")
 _said: set[Path | None] = set()
 
 
 def cache_directory() -> Path:
-    """Where grating keeps what it makes: ``GRATING_CACHE``, or the platform's place for caches.
+    """Return where grating keeps what it makes: ``GRATING_CACHE``, or the platform's place for caches.
 
     Raises:
         StorageError: The user has no home directory that anything knows of, and ``GRATING_CACHE`` names no other.
@@ -32,7 +37,7 @@ def cache_directory() -> Path:
 
 
 def expanded(path: str | Path) -> Path:
-    """A path that a user gave, where ``~`` is the home directory; if nobody knows that, the path as it is."""
+    """Return a path that a user gave with the home directory for ``~``, or as it is if nobody knows that."""
     path = Path(path)
     try:
         return path.expanduser()
@@ -41,7 +46,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def is_there(path: Path) -> bool:
-    """Whether a file or directory is there, as far as we may look; never an error."""
+    """Tell whether a file or directory is there, as far as we may look; this is never an error."""
     try:
         path.stat()
     except (OSError, ValueError):  # ValueError: a name that no file can have
@@ -49,12 +54,13 @@ def is_there(path: Path) -> bool:
     return True
 
 
-def is_kept(path: Path) -> bool:
-    """Whether a file of the cache is there. If the cache cannot be looked into, that is said once.
+def existing(directory: Path) -> Path:
+    """Return the directory, or the nearest one above that is there."""
+    return next((one for one in (directory, *directory.parents) if is_there(one)), directory)
 
-    Args:
-        path: Inside the cache directory.
-    """
+
+def is_kept(path: Path) -> bool:
+    """Tell whether a file of the cache is there. A cache that cannot be looked into is reported once."""
     try:
         path.stat()
     except FileNotFoundError:
@@ -66,11 +72,7 @@ def is_kept(path: Path) -> bool:
 
 
 def go_on_without_cache(error: OSError) -> None:
-    """Say, once for each cache directory, that nothing is kept there.
-
-    Args:
-        error: Why not.
-    """
+    """Say why nothing is kept in the cache directory, once for each such directory."""
     try:
         directory = cache_directory()
     except StorageError:
@@ -91,8 +93,38 @@ def go_on_without_cache(error: OSError) -> None:
 
 
 def explained(error: OSError) -> str:
-    """The system's words for an error, and the place it is about."""
+    """Return the system's words for an error, and the place it is about."""
     if error.strerror is None:
         return str(error)
     words = "Not a directory" if isinstance(error, FileExistsError) else error.strerror
     return words if error.filename is None else f"{words}: {error.filename}"
+
+
+@contextmanager
+def storing(path: Path, size: int = 0) -> Iterator[None]:
+    """Make an ``OSError`` of writing say what was to be written, and where.
+
+    Args:
+        path: The file or directory.
+        size: Bytes that it takes; 0 if that is not known.
+
+    Raises:
+        StorageError: An ``OSError`` was raised inside.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        reason = explained(error)
+        if size:
+            reason += f"; it takes {size / 1e6:,.1f} MB"
+        if error.errno in _FULL:
+            with suppress(OSError):
+                free = shutil.disk_usage(existing(path.parent)).free
+                reason += f", and {free / 1e6:,.1f} MB are free in {path.parent}"
+        with suppress(StorageError):
+            if path.is_relative_to(cache_directory()):
+                reason += ". Make room, or have" if error.errno in _FULL else ". Have"
+                reason += " GRATING_CACHE name a directory that can be written"
+        raise StorageError(f"{path} cannot be written: {reason}") from error

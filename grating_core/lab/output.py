@@ -11,9 +11,9 @@ from safetensors.torch import save as format_tensors
 from torch import Tensor
 
 from grating_core.errors import StorageError
-from grating_core.files.locks import locked, replace_file
-from grating_core.files.places import is_there
-from grating_core.files.writing import storing, unfinished_of
+from grating_core.files.locks import locked, unfinished_of
+from grating_core.files.places import is_there, storing
+from grating_core.files.writing import replace_file
 from grating_core.lab.student import PARTS
 
 STATE = "unfinished.safetensors"  # what training has reached, until the adapter is there

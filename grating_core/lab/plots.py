@@ -9,7 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grating_core.files.locks import replace_file
+from grating_core.files.writing import replace_file
 from grating_core.results import RerankResult, Trace
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from transformers import LlamaConfig, LlamaModel
 from grating_core.columns.cache import ColumnCache
 from grating_core.columns.companion import READERS
 from grating_core.errors import StorageError
-from grating_core.files.locks import locked
-from grating_core.files.places import cache_directory
-from grating_core.files.writing import reserve, storing, unfinished
+from grating_core.files.locks import locked, unfinished
+from grating_core.files.places import cache_directory, storing
+from grating_core.files.writing import reserve
 from grating_core.lab.machine import MACHINES, Costs, Machine
 from grating_core.memory.checkpoint import SECTOR, aligned_buffer
 

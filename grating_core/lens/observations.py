@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from grating_core.files.places import cache_directory
-from grating_core.files.writing import storing, temporary_file
+from grating_core.files.places import cache_directory, storing
+from grating_core.files.writing import temporary_file
 from grating_core.lens.features import Features, Reader, Sequences, Shape
 from grating_core.lens.requests import Request
 

@@ -22,9 +22,9 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
-from grating_core.files.locks import locked
-from grating_core.files.places import cache_directory, is_there
-from grating_core.files.writing import require_room, storing, unfinished
+from grating_core.files.locks import locked, unfinished
+from grating_core.files.places import cache_directory, is_there, storing
+from grating_core.files.writing import require_room
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -17,7 +17,7 @@ def use(model: str) -> None:
     """Load twice, with something to be kept of each time."""
     recalibration.IDLE = 0.0
     for _ in range(2):
-        with Reranker.from_pretrained(model, recalibrate=1.0, dtype="float32") as reranker:
+        with Reranker.from_pretrained(model, pruning="cluster", recalibrate=1.0, dtype="float32") as reranker:
             found = reranker.rerank("w1 w2", ["w1", "w2 w3", "w9", "w4"], top_k=2)
             stop = time.monotonic() + 20
             while not reranker.recalibration.requests and time.monotonic() < stop:

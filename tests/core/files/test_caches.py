@@ -8,8 +8,7 @@ import pytest
 
 from grating_core.errors import StorageError
 from grating_core.files.caches import KINDS, clear, contents
-from grating_core.files.locks import locked
-from grating_core.files.writing import unfinished
+from grating_core.files.locks import locked, unfinished
 
 DAY = 86_400
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from grating_core.errors import StorageError
-from grating_core.files.locks import locked, replace_file
+from grating_core.files.locks import locked
 from grating_core.files.places import cache_directory
 from grating_core.files.reading import parse_json, read_json
-from grating_core.files.writing import replacing, require_room
+from grating_core.files.writing import replace_file, replacing, require_room
 from tests.core.faults import largest_file
 
 

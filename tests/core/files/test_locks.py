@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from grating_core.files.locks import locked, replace_file
+from grating_core.files.locks import locked
+from grating_core.files.writing import replace_file
 
 
 def names(directory: Path) -> list[str]:
@@ -21,8 +22,7 @@ def names(directory: Path) -> list[str]:
 HOLD = """
 import sys, time
 from pathlib import Path
-from grating_core.files.writing import unfinished
-from grating_core.files.locks import locked
+from grating_core.files.locks import locked, unfinished
 path = Path(sys.argv[1])
 with locked(path):
     unfinished(path).write_bytes(b"half")
