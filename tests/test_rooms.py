@@ -39,11 +39,7 @@ TOO_LONG = {
 READS_PRIVATE = {
     "grating_core/models/loading.py",
     "integrations/langchain/langchain_grating/settings.py",
-    "tests/core/columns/test_cache.py",
     "tests/core/engine/test_decode.py",
-    "tests/core/files/test_full_disk.py",
-    "tests/core/lab/test_activations.py",
-    "tests/core/lab/test_quality.py",
     "tests/core/test_context.py",
     "tests/core/test_generation.py",
 }

@@ -18,20 +18,22 @@ def simulate(
     model: Annotated[str, typer.Argument(help="Decoder whose activations are recorded: hub id or directory.")],
     text: Annotated[str, typer.Option(help="Real text for it to read: a file of text or of JSON Lines.")],
     memory: Annotated[
-        str, typer.Option(help="For all weights, such as 2GB, or the share of the MLPs in memory, such as 50%.")
+        str, typer.Option(help="Memory for all weights, such as 2GB, or share of the MLPs in it, such as 50%.")
     ],
     hub: HubOptions,
     mlp_density: Annotated[
         list[float], typer.Option(help="Share of the MLPs that a token uses; may be given several times.")
     ] = [0.83, 0.67, 0.57, 0.5],  # noqa: B006 - typer copies it
     tokens: Annotated[int, typer.Option(help="Tokens of the text to go through.")] = 512,
-    trace: Annotated[
+    activations: Annotated[
         Path | None, typer.Option(help="File of recorded activations; in grating's cache by default.")
     ] = None,
     shape: Annotated[
         Path | None, typer.Option(help="Directory with the config.json of another model to simulate.")
     ] = None,
-    dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="Of the weights.")] = "bfloat16",
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], typer.Option(help="Type of the weights.")
+    ] = "bfloat16",
     inputs_preference: Annotated[
         float, typer.Option(help="What an input counts where its column is not in memory, in cache-aware DIP.")
     ] = 0.9,
@@ -39,9 +41,13 @@ def simulate(
     machine: Annotated[
         str, typer.Option(help="this, which is measured; phone, sata-ssd, nvme; or what the options below say.")
     ] = "this",
-    disk_bandwidth: Annotated[str | None, typer.Option(help="Of long reads, such as 500MB/s.")] = None,
-    disk_reads: Annotated[float | None, typer.Option(help="Random reads of 4 KB a second, 8 at a time.")] = None,
-    memory_bandwidth: Annotated[str | None, typer.Option(help="Such as 20GB/s.")] = None,
+    disk_bandwidth: Annotated[str | None, typer.Option(help="Rate of long reads, such as 500MB/s.")] = None,
+    disk_reads: Annotated[
+        float | None, typer.Option(help="Number of random reads of 4 KB a second, 8 at a time.")
+    ] = None,
+    memory_bandwidth: Annotated[
+        str | None, typer.Option(help="Rate at which the processor reads memory, such as 20GB/s.")
+    ] = None,
     figure: Annotated[
         Path | None, typer.Option(help="Draw perplexity against tokens/s into this picture.")
     ] = None,
@@ -87,7 +93,7 @@ def simulate(
         densities=mlp_density,
         tokens=tokens,
         preference=preference,
-        trace=trace,
+        activations=activations,
         perplexity=figure is not None,
         show_progress=True,
     )

@@ -1,1 +1,1 @@
-"""Dynamic input pruning: which columns of a gated MLP a token needs (arXiv 2412.01380)."""
+"""Dynamic input pruning computes a token with the columns of a gated MLP that matter to it (arXiv 2412.01380)."""

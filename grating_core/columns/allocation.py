@@ -1,4 +1,4 @@
-"""From one number, the density, to what each MLP keeps of its inputs and of its products."""
+"""One number, the density, becomes what each MLP keeps of its inputs and of its products."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SPARE = 1.15  # room for products, in units of what a token uses
 
 
 def check_density(mlp_density: Any) -> float:
-    """The density, if it is one.
+    """Return the density, if it is one.
 
     Raises:
         ValueError: It is not a number above 0, 1 at most.
@@ -29,17 +29,16 @@ def check_density(mlp_density: Any) -> float:
 def allocate(
     mlp_density: float, depth: int, inputs_odds: float = INPUTS_ODDS, first_layer: float = FIRST_LAYER
 ) -> tuple[Shares, ...]:
-    """What each of the layers keeps, so that their mean density is the one wanted.
+    """Return what each layer keeps, so that their mean density is the one wanted.
 
     Inputs matter more than products, and the first layer, whose inputs are the tokens themselves, more than the
-    others. The two numbers that say how much more were fitted by ``scripts/fit_allocation.py``: perplexity of
-    SmolLM2-135M-Instruct at equal density.
+    others. ``scripts/fit_allocation.py`` fitted the last two numbers to the perplexity of SmolLM2-135M-Instruct.
 
     Args:
-        mlp_density: Share of the MLPs' weights, above 0, 1 at most.
+        mlp_density: Share of the MLPs' weights that are used, above 0, 1 at most.
         depth: Number of layers.
-        inputs_odds: The odds of an input being kept, in units of the layer's density's.
-        first_layer: Density of the first layer, in units of the mean.
+        inputs_odds: Odds that an input is kept, divided by the odds of the layer's density.
+        first_layer: Density of the first layer, divided by the mean.
     """
     first = min(1.0, first_layer * mlp_density) if depth > 1 else mlp_density
     others = (mlp_density * depth - first) / max(1, depth - 1)
@@ -47,13 +46,13 @@ def allocate(
 
 
 def divide_room(share: float, shares: Shares) -> Shares:
-    """How much of each kind of column is in memory, of a layer that has room for a share of all its columns.
+    """Return how much of each kind of column is in memory, if a layer has room for a share of all its columns.
 
     Products come first, as far as a token uses them and a bit more: nearly every one that is in memory saves a
-    read, and their reads are the small ones. Then inputs, whose columns change more from token to token.
+    read, and their reads are the small ones. Then come inputs, whose columns change more from token to token.
 
     Args:
-        share: Of the MLP's weights, from 0 to 1.
+        share: Share of the MLP's weights that has room, from 0 to 1.
         shares: What a token uses.
     """
     products = min(1.0, _SPARE * shares.products, 3 * share)

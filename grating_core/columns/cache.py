@@ -1,8 +1,9 @@
-"""Which columns of a weight matrix are in memory, and which of them a token uses: numbers only, no weights."""
+"""The bookkeeping of columns: which are in memory, and which a token uses. There are numbers here, no weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +17,11 @@ _NOWHERE = -1
 
 @dataclass(frozen=True)
 class Preference:
-    """γ by kind of column: what a magnitude counts where its column is not in memory.
+    """What a magnitude counts where its column is not in memory: the paper's γ, above 0, 1 at most.
 
     Attributes:
-        inputs: For columns of W_u and W_g. Magnitudes of inputs are even, and bear little preference.
-        products: For columns of W_d. Those of products are not.
+        inputs: γ of columns of W_u and W_g. Magnitudes of inputs are even, and bear little preference.
+        products: γ of columns of W_d. Magnitudes of products are uneven, and bear a strong one.
 
     Raises:
         ValueError: One is not above 0, 1 at most.
@@ -40,15 +41,15 @@ class Preference:
 NO_PREFERENCE = Preference(1.0, 1.0)
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """The columns that one token uses.
 
     Attributes:
-        columns: Their numbers, int64 ``[k]``: first those that are in memory, then those to be read, each rising.
-        slots: Where each lies, int64 ``[k]``. Numbers from the cache's capacity on are places beside the cache, in
-            which a column lies for this token only.
-        hits: How many of them are in memory already.
+        columns: Numbers of the columns, int64 ``[k]``: first those that are in memory, then those to be read, each
+            rising.
+        slots: Place of each, int64 ``[k]``. Numbers from the capacity on are places beside the cache, where a
+            column lies for this token only.
+        hits: Number of columns that are in memory already.
     """
 
     columns: NDArray[np.int64]
@@ -57,14 +58,14 @@ class Choice:
 
 
 class ColumnCache:
-    """The columns of one matrix, or of two that are read together, of which a bounded number is in memory.
+    """Keeps account of the columns of one matrix, or of two that are read together; some of them are in memory.
 
-    Cache-aware masking and least-frequently-used eviction as in DIP (arXiv 2412.01380, section 5).
+    Masks are cache-aware, and the least frequently used columns give way, as in DIP (arXiv 2412.01380, section 5).
 
     Args:
-        columns: How many there are.
-        capacity: How many fit into memory, from 0 to all.
-        preference: γ: the magnitude at a column that is not in memory counts this much. 1 treats all alike.
+        columns: Number of columns.
+        capacity: Number of columns that fit into memory, from 0 to all.
+        preference: What a magnitude counts at a column that is not in memory. 1 treats all columns alike.
     """
 
     def __init__(self, columns: int, capacity: int, *, preference: float = 1.0) -> None:
@@ -83,7 +84,7 @@ class ColumnCache:
         return columns
 
     def held(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The columns that are in memory, rising, and the slot of each."""
+        """Return the columns that are in memory, rising, and the slot of each; both int64 ``[n]``."""
         columns = np.flatnonzero(self._slot != _NOWHERE)
         return columns, self._slot[columns]
 
@@ -99,11 +100,11 @@ class ColumnCache:
         self._column[:] = _NOWHERE
 
     def choose(self, magnitudes: NDArray[np.floating], count: int) -> Choice:
-        """The columns for one token. Those that are not in memory take the place of the least frequently used.
+        """Choose columns for one token. Those that are missing take the place of the least frequently used.
 
         Args:
             magnitudes: How much each column matters, ``[columns]``, none below 0.
-            count: How many to choose.
+            count: Number of columns to choose.
         """
         chosen = self._largest(magnitudes, count)
         self._uses[chosen] += 1
@@ -125,7 +126,7 @@ class ColumnCache:
         return np.sort(np.argpartition(magnitudes, -count)[-count:])
 
     def _make_room(self, hits: NDArray[np.int64], missing: NDArray[np.int64]) -> NDArray[np.int64]:
-        """A slot for each missing column: of those used least first, then beside the cache."""
+        """Find a slot for each missing column: first those of the columns used least, then beside the cache."""
         admitted = self._most_used(missing, self.capacity - len(hits))
         slots = self._victims(hits, len(admitted))
         evicted = self._column[slots]
@@ -139,13 +140,13 @@ class ColumnCache:
         return places
 
     def _most_used(self, missing: NDArray[np.int64], room: int) -> NDArray[np.int64]:
-        """Which of the missing columns find room: those most likely to be wanted again."""
+        """Return the places of the missing columns that find room: those most likely to be wanted again."""
         if len(missing) <= room:
             return np.arange(len(missing))
         return np.argpartition(self._uses[missing], -room)[-room:] if room else np.empty(0, dtype=np.int64)
 
     def _victims(self, hits: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-        """The slots whose columns were used least, those in use apart."""
+        """Return the slots whose columns were used least; none of those that are in use now."""
         uses = np.where(self._column == _NOWHERE, _NOWHERE, self._uses[self._column])
         uses[self._slot[hits]] = np.iinfo(np.int64).max
         return np.argpartition(uses, count - 1)[:count] if count else np.empty(0, dtype=np.int64)
@@ -153,11 +154,14 @@ class ColumnCache:
 
 @dataclass(frozen=True)
 class Caching:
-    """How much of each layer's MLP is in memory, and how much rather that is used.
+    """How much of each layer's MLP is in memory, and how much that part is preferred.
 
     Attributes:
-        share: Of the layer's MLP, how much it holds; see :func:`divide_room`.
-        preference: For columns that are in memory; none is plain DIP.
+        share: Share of the MLP's weights that is in memory, from 0 to 1; see :func:`divide_room`.
+        preference: Preference for columns that are in memory; the default is plain DIP, without any.
+
+    Raises:
+        ValueError: The share is not from 0 to 1.
     """
 
     share: float
@@ -168,7 +172,7 @@ class Caching:
             raise ValueError(f"share={self.share!r} must be from 0 to 1: how much of the MLPs is in memory")
 
     def cache(self, columns: int, kind: Kind, shares: Shares) -> ColumnCache:
-        """A full cache for so many columns of an MLP of which a token uses these shares."""
+        """Make a full cache for so many columns of one kind, of an MLP of which a token uses these shares."""
         room = int(getattr(divide_room(self.share, shares), kind) * columns)
         cache = ColumnCache(columns, room, preference=getattr(self.preference, kind))
         cache.fill()

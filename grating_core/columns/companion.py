@@ -1,9 +1,9 @@
-"""The companion file of a model: the columns of its gated MLPs, each in one piece that can be read alone.
+"""The companion file of a model holds the columns of its gated MLPs, each in one piece that can be read alone.
 
-A checkpoint has W_u, W_g and W_d row by row; what a token needs are columns. So they are written once more as a
-safetensors file: of each layer a table ``inputs``, whose row j is column j of W_u and of W_g, which are wanted
-together, and a table ``products``, whose row j is column j of W_d. Rows have checksums and begin at whole sectors,
-so that each can be read past the page cache.
+A checkpoint has W_u, W_g and W_d row by row; what a token needs are columns. So they are written once more, as a
+safetensors file with two tables for each layer. Row j of ``inputs`` is column j of W_u and of W_g, which are
+wanted together; row j of ``products`` is column j of W_d. Rows have checksums and begin at whole sectors, so that
+each can be read past the page cache.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from grating_core.files.places import is_there
 from grating_core.files.reading import parse_json
 from grating_core.files.writing import replacing
 from grating_core.forking import Threads
+from grating_core.lifetime import closed_on_error
 from grating_core.memory.checkpoint import Checkpoint, whole_sectors
 from grating_core.memory.header import FLOATS, StoredTensor
 
@@ -48,9 +49,9 @@ class ColumnSizes:
 
     Attributes:
         depth: Number of layers.
-        width: D: entries of an MLP's input and output.
-        products: F: entries of its gated product.
-        dtype: Of the weights.
+        width: D, the number of entries of an MLP's input and output.
+        products: F, the number of entries of its gated product.
+        dtype: Type of the weights.
     """
 
     depth: int
@@ -59,24 +60,24 @@ class ColumnSizes:
     dtype: torch.dtype
 
     def count(self, kind: Kind) -> int:
-        """Columns of one kind in each layer."""
+        """Return the number of columns of one kind in each layer."""
         return self.width if kind == "inputs" else self.products
 
     def used(self, kind: Kind) -> int:
-        """Weights of one row: of a column of W_u and one of W_g, or of a column of W_d."""
+        """Return the number of weights in a row: a column of W_u and one of W_g, or a column of W_d."""
         return 2 * self.products if kind == "inputs" else self.width
 
     def length(self, kind: Kind) -> int:
-        """The same with the fill up to a whole sector, as it is in the companion file."""
+        """Return the same number with the fill up to a whole sector."""
         return whole_sectors(self.used(kind) * self.dtype.itemsize) // self.dtype.itemsize
 
     def row_bytes(self, kind: Kind) -> int:
-        """Bytes of one row of the companion file."""
+        """Return the bytes of one row of the companion file."""
         return self.length(kind) * self.dtype.itemsize
 
     @property
     def layer_bytes(self) -> int:
-        """Bytes that all columns of a layer take in memory."""
+        """Return the bytes that all columns of a layer take in memory."""
         return 3 * self.width * self.products * self.dtype.itemsize
 
 
@@ -91,59 +92,62 @@ def write_columns(
     """Write a companion file, unless another process has done so meanwhile. It is there as a whole or not at all.
 
     Args:
-        path: Where it goes.
+        path: The file.
         weights: W_u and W_g ``[F, D]`` and W_d ``[D, F]`` of each layer, in the dtype of the sizes.
-        sizes: Of the model.
-        fingerprint: Tells the weights from those of other models.
+        sizes: Sizes of the model's MLPs.
+        fingerprint: Identity of the model's weights.
         show_progress: Show a progress bar on standard error.
 
     Raises:
         StorageError: There is no room for it, or it cannot be written.
     """
     header, size = _header(sizes, fingerprint)
+    checks = []
     try:
         with locked(path):
-            if not is_there(path):
-                with replacing(path, size) as file:
-                    file.write(header)
-                    _write_tables(file, weights, sizes, show_progress)
+            if is_there(path):
+                return
+            with replacing(path, size) as file:
+                file.write(header)
+                layers = tqdm(weights, "Writing columns", sizes.depth, unit="layer", disable=not show_progress)
+                for up, gate, down in layers:
+                    for rows in chain(_rows((up, gate), sizes, "inputs"), _rows((down,), sizes, "products")):
+                        file.write(rows.data)
+                        checks += [_checksum(row) for row in rows]
+                file.write(np.array(checks, dtype="<u8").tobytes())
     except StorageError as error:
         raise StorageError(
             f"the columns of the MLPs have no companion file, and {error}; or leave mlp_density out"
         ) from error
 
 
-def _write_tables(
-    file: IO[bytes], weights: Iterable[tuple[Tensor, Tensor, Tensor]], sizes: ColumnSizes, show_progress: bool
-) -> None:
-    """Write all rows, and then their checksums."""
-    checks = b"".join(
-        _write_table(file, rows)
-        for layer in tqdm(weights, "Writing columns", sizes.depth, unit="layer", disable=not show_progress)
-        for rows in (_rows(layer[:2], sizes, "inputs"), _rows(layer[2:], sizes, "products"))
-    )
-    file.write(checks)
+def _tables(sizes: ColumnSizes) -> list[tuple[int, Kind]]:
+    """Return the layer's number and the kind of each table, in the order of the file."""
+    return [(number, kind) for number in range(1, sizes.depth + 1) for kind in KINDS]
 
 
 def _header(sizes: ColumnSizes, fingerprint: str) -> tuple[bytes, int]:
-    """The beginning of the file, whole sectors long, and the size of the file."""
+    """Return the beginning of the file, whole sectors long, and the size of the file in bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": _FORMAT, "fingerprint": fingerprint}}
     end = 0
-    tables = [(f"{number}.{kind}", kind) for number in range(1, sizes.depth + 1) for kind in KINDS]
-    for name, kind in tables:
+    for number, kind in _tables(sizes):
         start, end = end, end + sizes.count(kind) * sizes.row_bytes(kind)
         shape = [sizes.count(kind), sizes.length(kind)]
-        entries[name] = {"dtype": _KIND_OF[sizes.dtype], "shape": shape, "data_offsets": [start, end]}
-    for name, kind in tables:
+        entries[f"{number}.{kind}"] = {
+            "dtype": _KIND_OF[sizes.dtype], "shape": shape, "data_offsets": [start, end],
+        }  # fmt: skip
+    for number, kind in _tables(sizes):
         start, end = end, end + 8 * sizes.count(kind)
-        entries[f"{name}.checks"] = {"dtype": "U64", "shape": [sizes.count(kind)], "data_offsets": [start, end]}
+        entries[f"{number}.{kind}.checks"] = {
+            "dtype": "U64", "shape": [sizes.count(kind)], "data_offsets": [start, end],
+        }  # fmt: skip
     text = json.dumps(entries).encode()
     length = whole_sectors(8 + len(text)) - 8
     return length.to_bytes(8, "little") + text.ljust(length), 8 + length + end
 
 
 def _rows(matrices: tuple[Tensor, ...], sizes: ColumnSizes, kind: Kind) -> Iterator[NDArray[np.uint8]]:
-    """The rows of a table, ``[n, bytes]`` at a time."""
+    """Yield the rows of a table, uint8 ``[n, bytes]`` at a time."""
     for start in range(0, sizes.count(kind), _BLOCK):
         columns = torch.cat([matrix[:, start : start + _BLOCK].T for matrix in matrices], dim=1)
         rows = torch.zeros(len(columns), sizes.length(kind), dtype=sizes.dtype)
@@ -151,17 +155,8 @@ def _rows(matrices: tuple[Tensor, ...], sizes: ColumnSizes, kind: Kind) -> Itera
         yield rows.view(torch.uint8).numpy()
 
 
-def _write_table(file: Any, blocks: Iterator[NDArray[np.uint8]]) -> bytes:
-    """Write rows, and return their checksums."""
-    checks: list[int] = []
-    for rows in blocks:
-        file.write(rows.data)
-        checks += [_checksum(row) for row in rows]
-    return np.array(checks, dtype="<u8").tobytes()
-
-
 def _checksum(row: Any) -> int:
-    """The sum of 64-bit words: a CRC takes ten times as long, as long as reading."""
+    """Return the sum of 64-bit words: a CRC takes ten times as long, as long as reading."""
     return int(np.add.reduce(np.frombuffer(row, dtype="<u8")))
 
 
@@ -170,8 +165,8 @@ class ColumnFile:
 
     Args:
         path: The file.
-        sizes: Of the model.
-        fingerprint: Of the model's weights.
+        sizes: Sizes of the model's MLPs.
+        fingerprint: Identity of the model's weights.
 
     Raises:
         FileError: It is damaged, or belongs to other weights.
@@ -182,16 +177,9 @@ class ColumnFile:
         self.sizes = sizes
         try:
             self._checkpoint = Checkpoint([path], lasting=True)
-            try:
+            with closed_on_error(self._checkpoint):
                 self._check(fingerprint)
-                self._matrices = {
-                    (number, kind): _Matrix(self._checkpoint, f"{number}.{kind}")
-                    for number in range(1, sizes.depth + 1)
-                    for kind in KINDS
-                }
-            except BaseException:
-                self._checkpoint.close()
-                raise
+                self._tables = {table: _Table(self._checkpoint, *table) for table in _tables(sizes)}
         except (FileError, KeyError, ValueError, OSError) as error:
             raise FileError(f"{path} is no companion file of this model ({error}); {_WAY_OUT}") from error
         self._readers = Threads(READERS, "grating-columns")
@@ -205,12 +193,11 @@ class ColumnFile:
                 f"it has the columns of other weights, or of another release of grating: its fingerprint is "
                 f"{str(metadata.get('fingerprint'))[:16]}..., and that of this model {fingerprint[:16]}..."
             )
-        for name, kind in (
-            (f"{number}.{kind}", kind) for number in range(1, self.sizes.depth + 1) for kind in KINDS
-        ):
-            if self._checkpoint.tensors[name].shape != (self.sizes.count(kind), self.sizes.length(kind)):
+        for number, kind in _tables(self.sizes):
+            name, count = f"{number}.{kind}", self.sizes.count(kind)
+            if self._checkpoint.tensors[name].shape != (count, self.sizes.length(kind)):
                 raise ValueError(f"it has {name} of another shape than the model")
-            if self._checkpoint.tensors[f"{name}.checks"].shape != (self.sizes.count(kind),):
+            if self._checkpoint.tensors[f"{name}.checks"].shape != (count,):
                 raise ValueError(f"it lacks checksums of {name}")
 
     def read(
@@ -219,22 +206,22 @@ class ColumnFile:
         """Set going the reading of some columns, a share of them with every step of the iterator.
 
         Args:
-            number: Of the layer, from 1.
-            kind: Of the columns.
-            columns: Their numbers, rising.
-            places: Where each goes: one row's bytes at a whole sector.
+            number: Number of the layer, from 1.
+            kind: Kind of the columns.
+            columns: Numbers of the columns, rising, int64 ``[n]``.
+            places: Memory for each: one row's bytes at a whole sector.
 
-        Returns:
-            What to wait for. A result raises FileError if a column cannot be read or is damaged.
+        Yields:
+            Futures to wait for. A result raises FileError if a column cannot be read or is damaged.
 
         Raises:
             RuntimeError: No thread can be had; the reads that have come are under way.
         """
-        matrix = self._matrices[number, kind]
-        runs = matrix.runs(columns)
+        table = self._tables[number, kind]
+        runs = table.runs(columns)
         share = max(1, -(-len(runs) // READERS))
         for start in range(0, len(runs), share):
-            yield self._readers.submit(matrix.read, runs[start : start + share], columns, places)
+            yield self._readers.submit(table.read, runs[start : start + share], columns, places)
 
     def close(self) -> None:
         """Stop the threads and close the file."""
@@ -242,10 +229,11 @@ class ColumnFile:
         self._checkpoint.close()
 
 
-class _Matrix:
+class _Table:
     """The columns of one kind of one layer."""
 
-    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, number: int, kind: Kind) -> None:
+        name = f"{number}.{kind}"
         self._checkpoint = checkpoint
         self._tensor: StoredTensor = checkpoint.tensors[name]
         self._row = (self._tensor.end - self._tensor.start) // self._tensor.shape[0]
@@ -258,7 +246,7 @@ class _Matrix:
         self._changes = checkpoint.changes(self._tensor)
 
     def runs(self, columns: NDArray[np.int64]) -> list[tuple[int, int]]:
-        """Neighbouring columns: for each run where it begins and ends among these."""
+        """Find neighbouring columns: for each run, where it begins and ends among these."""
         if not len(columns):
             return []
         most = max(1, min(_MOST_PLACES, _LONGEST_READ // self._row))

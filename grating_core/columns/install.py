@@ -1,4 +1,4 @@
-"""What is asked for when a model's MLPs are pruned, and how it is put into the model."""
+"""The pruning of a model's MLPs: what is asked for, and how it is put into the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grating_core.columns.allocation import allocate, check_density
 from grating_core.columns.cache import Caching, Preference
 from grating_core.columns.companion import KINDS, ColumnFile, ColumnSizes, write_columns
 from grating_core.columns.masks import find_gated_mlp
-from grating_core.columns.mlp import ColumnMlp, ColumnTable, Staging
+from grating_core.columns.mlp import ColumnMlp, ColumnTable, make_staging
 from grating_core.files.places import is_there
 from grating_core.memory.meter import Meter
 
@@ -31,8 +31,8 @@ class MlpPruning:
 
     Attributes:
         density: Share of their weights that a token uses, above 0 and below 1.
-        preference: For columns that are in memory.
-        show_progress: Show a progress bar while the companion file is written.
+        preference: Preference for columns that are in memory.
+        show_progress: Whether a progress bar is shown while the companion file is written.
     """
 
     density: float
@@ -41,7 +41,7 @@ class MlpPruning:
 
 
 def mlp_pruning(mlp_density: float | None, *, show_progress: bool) -> MlpPruning | None:
-    """What a density asks for; None where it asks for all weights.
+    """Return what a density asks for; None where it asks for all weights.
 
     Raises:
         ValueError: It is not a number above 0, 1 at most.
@@ -52,7 +52,7 @@ def mlp_pruning(mlp_density: float | None, *, show_progress: bool) -> MlpPruning
 
 
 def staging_bytes(sizes: ColumnSizes) -> int:
-    """Memory in which columns arrive."""
+    """Return the bytes of memory in which columns arrive."""
     largest = max(sizes.row_bytes(kind) for kind in KINDS)
     tables = max(sizes.count(kind) * sizes.row_bytes(kind) for kind in KINDS)
     return max(2 * _FEWEST_STAGED * largest, min(_STAGING, 2 * tables))
@@ -61,17 +61,18 @@ def staging_bytes(sizes: ColumnSizes) -> int:
 def open_columns(
     directory: Path, sizes: ColumnSizes, fingerprint: str, weights: Callable[[], Weights], *, show_progress: bool
 ) -> ColumnFile:
-    """The companion file of a model, written first if it is not there.
+    """Open the companion file of a model. It is written first if it is not there.
 
     Args:
         directory: Where such files are kept.
-        sizes: Of the model.
-        fingerprint: Of its weights.
-        weights: Gives W_u, W_g and W_d of each layer.
+        sizes: Sizes of the model's MLPs.
+        fingerprint: Identity of its weights.
+        weights: Function that yields W_u, W_g and W_d of each layer, see :func:`write_columns`.
         show_progress: Show a progress bar while writing.
 
     Raises:
-        FileError: It cannot be written, is damaged, or belongs to other weights.
+        FileError: It is damaged, or belongs to other weights.
+        StorageError: It cannot be written.
     """
     path = directory / f"{fingerprint[:16]}-{str(sizes.dtype).removeprefix('torch.')}.safetensors"
     if not is_there(path):
@@ -85,24 +86,25 @@ def install(
     """Put MLPs that compute from columns into the place of those of a model.
 
     Args:
-        layers: The model's.
+        layers: Layers of the model.
         file: Its companion file.
         pruning: What a token uses.
-        share: Of each layer's MLP, how much finds room in memory; that is read.
+        share: Share of each layer's MLP that finds room in memory, from 0 to 1. So much is read at once.
         meter: Told of columns, bytes and waiting.
 
     Raises:
         FileError: Columns cannot be read, or are damaged.
     """
     sizes = file.sizes
-    staging = Staging(staging_bytes(sizes), sizes)
+    staging = make_staging(staging_bytes(sizes), sizes)
     caching = Caching(share, pruning.preference)
     for number, (layer, shares) in enumerate(zip(layers, allocate(pruning.density, len(layers)), strict=True), 1):
-        tables = {}
-        for kind in KINDS:
-            cache = caching.cache(sizes.count(kind), kind, shares)
-            tables[kind] = ColumnTable(file, number, kind, cache, staging, meter)
-            tables[kind].fill()
-        layer.mlp = ColumnMlp(find_gated_mlp(layer), tables["inputs"], tables["products"], shares)
+        inputs, products = (
+            ColumnTable(file, number, kind, caching.cache(sizes.count(kind), kind, shares), staging, meter)
+            for kind in KINDS
+        )
+        inputs.fill()
+        products.fill()
+        layer.mlp = ColumnMlp(find_gated_mlp(layer), inputs, products, shares)
     meter.columns_read = meter.bytes_read = 0  # requests are counted, not loading
     meter.seconds_waited = 0.0

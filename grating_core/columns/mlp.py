@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
-from grating_core.columns.cache import Choice, ColumnCache
+from grating_core.columns.cache import ColumnCache
 from grating_core.columns.companion import KINDS, ColumnFile, ColumnSizes, Kind
 from grating_core.columns.masks import Shares, kept
 from grating_core.forking import tell_of_forks
@@ -23,39 +22,35 @@ from grating_core.memory.checkpoint import aligned_buffer
 from grating_core.memory.meter import Meter
 
 
-@dataclass(frozen=True)
-class _Half:
-    """A part of the staging memory: the place of each row, and all of them as a matrix ``[rows, length]``."""
+class Half(NamedTuple):
+    """Half of the memory in which columns of one kind arrive: each row, and all as a matrix ``[rows, length]``."""
 
     places: list[memoryview]
     matrix: Tensor
 
 
-class Staging:
-    """Where columns arrive before they are used and kept; shared by all tables.
+Staging = Mapping[Kind, tuple[Half, Half]]
+
+
+def make_staging(size: int, sizes: ColumnSizes) -> Staging:
+    """Take the memory in which columns arrive before they are used and kept. All tables share it.
 
     Args:
-        size: Bytes. Half of it holds one column or more.
-        sizes: Of the columns.
+        size: Bytes of memory, enough for two columns of either kind.
+        sizes: Sizes of the model's MLPs.
     """
-
-    def __init__(self, size: int, sizes: ColumnSizes) -> None:
-        # What no column has been read into is multiplied by 0, and must be a number.
-        buffer = aligned_buffer(size).zero_()
-        self.halves = {kind: _halves(buffer, sizes.row_bytes(kind), sizes.dtype) for kind in KINDS}
-
-
-def _halves(buffer: Tensor, row_bytes: int, dtype: torch.dtype) -> tuple[_Half, _Half]:
-    rows = len(buffer) // 2 // row_bytes
+    # What no column has been read into is multiplied by 0, and must be a number.
+    buffer = aligned_buffer(size).zero_()
     array: Any = buffer.numpy()
     view = memoryview(array)
 
-    def half(start: int) -> _Half:
-        end = start + rows * row_bytes
-        matrix = buffer[start:end].view(dtype).view(rows, row_bytes // dtype.itemsize)
-        return _Half([view[at : at + row_bytes] for at in range(start, end, row_bytes)], matrix)
+    def half(row_bytes: int, number: int) -> Half:
+        length = len(buffer) // 2 // row_bytes * row_bytes
+        start, end = number * length, (number + 1) * length
+        matrix = buffer[start:end].view(sizes.dtype).view(-1, row_bytes // sizes.dtype.itemsize)
+        return Half([view[at : at + row_bytes] for at in range(start, end, row_bytes)], matrix)
 
-    return half(0), half(rows * row_bytes)
+    return {kind: (half(sizes.row_bytes(kind), 0), half(sizes.row_bytes(kind), 1)) for kind in KINDS}
 
 
 class ColumnTable:
@@ -63,10 +58,10 @@ class ColumnTable:
 
     Args:
         file: The companion file.
-        number: Of the layer.
-        kind: Of the columns.
-        cache: Says which are in memory.
-        staging: Where those arrive that are not.
+        number: Number of the layer, from 1.
+        kind: Kind of the columns.
+        cache: Account of which columns are in memory.
+        staging: Memory in which missing columns arrive.
         meter: Told of columns, bytes and waiting.
     """
 
@@ -74,16 +69,15 @@ class ColumnTable:
         self, file: ColumnFile, number: int, kind: Kind, cache: ColumnCache, staging: Staging, meter: Meter
     ) -> None:
         self._file, self._number, self._kind = file, number, kind
-        self._cache = cache
-        self._halves = staging.halves[kind]
-        self._meter = meter
+        self._cache, self._meter = cache, meter
+        self._halves = staging[kind]
         self._rows = file.sizes.used(kind)
         self._held = torch.zeros(cache.capacity + 1, self._rows, dtype=file.sizes.dtype)
         self._changing = False
         tell_of_forks(self)
 
     def after_fork(self) -> None:
-        """If another thread was at work, what it took for present may never have arrived: begin with nothing."""
+        """Begin with nothing if another thread was at work: what it took for present may never have arrived."""
         if self._changing:
             self._cache.clear()
             for half in self._halves:
@@ -99,28 +93,30 @@ class ColumnTable:
                 self._held[block] = matrix[: block.stop - block.start, : self._rows]
 
     def multiply(self, values: Tensor, count: int) -> Tensor:
-        """The product with one token's values, by the largest of them.
+        """Multiply by one token's values, of which the largest count.
 
         Args:
             values: ``[columns]``, in the dtype of the weights.
-            count: How many of them to use.
+            count: Number of values to use.
 
         Returns:
             float32 ``[rows of the matrix]``.
         """
-        choice = self._choose(values.abs(), count)
-        missing = choice.columns[choice.hits :]
+        self._changing = True
+        columns, slots, hits = self._cache.choose(values.abs().float().numpy(), count)
+        self._meter.columns_wanted += count
+        missing = columns[hits:]
         with self._reading(missing) as blocks:
-            there = torch.from_numpy(choice.columns[: choice.hits])
-            total = _weighted_sum(self._held, torch.from_numpy(choice.slots[: choice.hits]), values[there])
+            there = torch.from_numpy(columns[:hits])
+            total = _weighted_sum(self._held, torch.from_numpy(slots[:hits]), values[there])
             for block, matrix in blocks:
                 arrived = torch.from_numpy(missing[block])
                 total += _weighted_sum(matrix, torch.arange(len(arrived)), values[arrived])[: self._rows]
-                self._keep(matrix, choice.slots[choice.hits :][block])
+                self._keep(matrix, slots[hits:][block])
         return total
 
     def multiply_all(self, values: Tensor) -> Tensor:
-        """The product with the values of many tokens, by all columns; which are in memory does not change.
+        """Multiply by the values of many tokens, all of which count. What is in memory does not change.
 
         Args:
             values: ``[T, columns]``, in the dtype of the weights.
@@ -134,17 +130,9 @@ class ColumnTable:
         with self._reading(missing) as blocks:
             total = _product(self._held, values, columns, slots)
             for block, matrix in blocks:
-                total += self._arrived(matrix, values, missing[block])
+                arrived = missing[block]
+                total += _product(matrix, values, arrived, np.arange(len(arrived)))[:, : self._rows]
         return total
-
-    def _choose(self, magnitudes: Tensor, count: int) -> Choice:
-        self._changing = True
-        choice = self._cache.choose(magnitudes.float().numpy(), count)
-        self._meter.columns_wanted += count
-        return choice
-
-    def _arrived(self, matrix: Tensor, values: Tensor, columns: NDArray[np.int64]) -> Tensor:
-        return _product(matrix, values, columns, np.arange(len(columns)))[:, : self._rows]
 
     def _keep(self, matrix: Tensor, slots: NDArray[np.int64]) -> None:
         """Copy columns into their slots; those beside the cache into the row behind it."""
@@ -156,9 +144,9 @@ class ColumnTable:
 
     @contextmanager
     def _reading(self, columns: NDArray[np.int64]) -> Iterator[Iterator[tuple[slice, Tensor]]]:
-        """Have columns read, block by block, in the order given: which they are, and a matrix with them as rows.
+        """Have columns read block by block: which of them they are, and a matrix with them as rows.
 
-        The first is on its way when the ``with`` begins, and each next one while the one before is used.
+        The first block is on its way when the ``with`` begins, and each next one while the one before is used.
         """
         most = len(self._halves[0].places)
         blocks = [slice(start, min(start + most, len(columns))) for start in range(0, len(columns), most)]
@@ -208,13 +196,13 @@ class ColumnTable:
 class ColumnMlp(nn.Module):
     """Stands in for a gated MLP, and computes with the columns that a token needs.
 
-    A single token is computed with its own columns. Many at once, as in a prompt, need nearly all of them
+    A single token is computed with its own columns. Many tokens at once, as in a prompt, need nearly all columns
     together, and are computed with all.
 
     Args:
-        mlp: What it stands in for: its activation and biases are used, not its weights.
+        mlp: The MLP it stands in for. Its activation and biases are used, its weights are not.
         inputs: The columns of W_u and W_g.
-        products: Those of W_d.
+        products: The columns of W_d.
         shares: What a single token uses.
     """
 
@@ -224,15 +212,15 @@ class ColumnMlp(nn.Module):
         # The modules stay where they were, so that biases are bound by their names.
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         self._inputs, self._products = inputs, products
-        self._width, self._products_count = mlp.down_proj.out_features, mlp.down_proj.in_features
-        self._counts = kept(self._width, shares.inputs), kept(self._products_count, shares.products)
+        self._inputs_kept = kept(mlp.down_proj.out_features, shares.inputs)
+        self._products_kept = kept(mlp.down_proj.in_features, shares.products)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Output ``[1, T, D]`` for input of that shape."""
+        """Return output ``[1, T, D]`` for input of that shape."""
         rows = hidden[0]
         if len(rows) == 1:
-            product = self._gated(self._inputs.multiply(rows[0], self._counts[0])[None], rows.dtype)
-            output = self._products.multiply(product[0], self._counts[1])[None]
+            product = self._gated(self._inputs.multiply(rows[0], self._inputs_kept)[None], rows.dtype)
+            output = self._products.multiply(product[0], self._products_kept)[None]
         else:
             output = self._products.multiply_all(self._gated(self._inputs.multiply_all(rows), rows.dtype))
         if self.down_proj.bias is not None:
@@ -240,9 +228,8 @@ class ColumnMlp(nn.Module):
         return output.to(rows.dtype)[None]
 
     def _gated(self, both: Tensor, dtype: torch.dtype) -> Tensor:
-        """The gated product ``[T, F]`` from a row of both matrices' products."""
-        both = both.to(dtype)
-        up, gate = both.chunk(2, dim=1)
+        """Return the gated product ``[T, F]`` of ``[T, 2 F]``: rows of W_u's products, W_g's behind them."""
+        up, gate = both.to(dtype).chunk(2, dim=1)
         if self.up_proj.bias is not None:
             up, gate = up + self.up_proj.bias, gate + self.gate_proj.bias
         product: Tensor = self._act(gate) * up
@@ -250,7 +237,7 @@ class ColumnMlp(nn.Module):
 
 
 def _weighted_sum(table: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    """The sum of some rows, each times a weight, in float32. No row is copied."""
+    """Sum some rows, each times a weight, in float32. No row is copied."""
     if not len(slots):
         return torch.zeros(table.shape[1])
     # A bag for each thread: a bag is never divided.
@@ -260,7 +247,7 @@ def _weighted_sum(table: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
 
 
 def _product(matrix: Tensor, values: Tensor, columns: NDArray[np.int64], slots: NDArray[np.int64]) -> Tensor:
-    """Values ``[T, columns]`` times the rows in these slots, in float32.
+    """Multiply values ``[T, columns]`` by the rows in these slots, in float32.
 
     All rows are multiplied, those without a column by 0: gathering them takes longer, and the library that
     multiplies keeps a kernel for every shape it meets.

@@ -15,9 +15,9 @@ from grating_core.errors import StorageError
 from grating_core.files.locks import locked, remove, unfinished, unfinished_of
 from grating_core.files.places import cache_directory, explained
 
-Kind = Literal["models", "lenses", "columns", "states", "traces", "unfinished"]
+Kind = Literal["models", "lenses", "columns", "states", "activations", "unfinished"]
 """``models``: bundled models, converted. ``lenses``: calibrated here. ``columns``: companion files, for
-``mlp_density``. ``states``: what recalibration learnt. ``traces``: activations that ``grating simulate`` recorded.
+``mlp_density``. ``states``: what recalibration learnt. ``activations``: what ``grating simulate`` recorded.
 ``unfinished``: what is being written now, or was left by processes that were killed."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -26,7 +26,7 @@ _FOLDERS: dict[str, Kind] = {
     "lenses": "lenses",
     "columns": "columns",
     "recalibration": "states",
-    "activations": "traces",
+    "activations": "activations",
 }
 
 

@@ -1,4 +1,4 @@
-"""What a real model's MLPs were given, token by token: recorded once, replayed as often as a simulation wants."""
+"""Activations of a real model's MLPs, token by token: recorded once, and used as often as a simulation wants."""
 
 from __future__ import annotations
 
@@ -27,41 +27,44 @@ from grating_core.models.identity import fingerprint
 
 Magnitudes = NDArray[np.float16]
 
+WINDOW = 512  # tokens that see each other
 _FORMAT = "1"
-_WINDOW = 512  # tokens that see each other while they are recorded
 _LARGEST = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
-class ActivationTrace:
+class Activations:
     """Magnitudes in the gated MLPs of a dense model, by layer and token.
 
     Attributes:
-        inputs: |x|, what each MLP is given, float16 ``[depth, tokens, D]``.
-        products: |h|, its gated product, float16 ``[depth, tokens, F]``.
+        inputs: |x| of each MLP's input, float16 ``[depth, tokens, D]``.
+        products: |h| of its gated product, float16 ``[depth, tokens, F]``.
     """
 
     inputs: Magnitudes
     products: Magnitudes
 
-    @property
-    def tokens(self) -> int:
-        """How many tokens were recorded."""
-        return int(self.inputs.shape[1])
-
     def layer(self, number: int, sizes: ColumnSizes) -> tuple[Magnitudes, Magnitudes]:
-        """Magnitudes of a layer, from 0, of a model of these sizes: the recorded one's, or another's.
+        """Return the magnitudes of a layer of a model of these sizes: the recorded model, or another one.
 
-        For another model they are made up: its layers take those of the recorded layers at the same relative
+        For another model they are made up. Its layers take those of the recorded layers at the same relative
         depth, and its channels are the recorded ones, each as often as any other, in random order. That assumes
-        that magnitudes of the larger model are as uneven, and change from token to token as much, as the
-        recorded ones; and since repeated channels are wanted together, it keeps hit rates as they were recorded.
-        Widths of other families, and training that made another model sparser or denser, are not in it.
+        that magnitudes of the larger model are as uneven, and change from token to token as much, as recorded.
+        Repeated channels are wanted together, so hit rates stay as they were recorded. Widths of other families,
+        and training that made another model sparser or denser, are not in it.
+
+        Args:
+            number: Number of the layer, from 0.
+            sizes: Sizes of the model's MLPs.
+
+        Returns:
+            Inputs ``[tokens, D]`` and products ``[tokens, F]``.
         """
         layer = number * len(self.inputs) // sizes.depth
         chance = np.random.default_rng(number)
-        return _widened(self.inputs[layer], sizes.width, chance), _widened(
-            self.products[layer], sizes.products, chance
+        return (
+            _widened(self.inputs[layer], sizes.width, chance),
+            _widened(self.products[layer], sizes.products, chance),
         )
 
 
@@ -73,16 +76,16 @@ def _widened(magnitudes: Magnitudes, width: int, chance: np.random.Generator) ->
     return magnitudes[:, chance.permutation(channels)]
 
 
-def record(
+def record_activations(
     directory: Path, text: str, tokens: int, *, path: Path | None = None, show_progress: bool = False
-) -> ActivationTrace:
-    """The trace of a model on the beginning of a text: what an earlier call recorded, or recorded now.
+) -> Activations:
+    """Return a model's activations on the beginning of a text, from an earlier call or recorded now.
 
     Args:
         directory: A decoder with gated MLPs, in Hugging Face layout.
-        text: Real text: what is random has no channels that matter more than others.
-        tokens: How many tokens to record.
-        path: The file that holds the trace, or will; None for a place in grating's cache.
+        text: Real text: in random text no channel matters more than others.
+        tokens: Number of tokens to record.
+        path: The file that holds the activations, or will; None for a place in grating's cache.
         show_progress: Show progress bars on standard error.
 
     Raises:
@@ -97,8 +100,8 @@ def record(
         "text": hashlib.sha256(text.encode()).hexdigest(),
         "tokens": str(tokens),
     }
-    key = hashlib.sha256(repr(sorted(about.items())).encode()).hexdigest()[:16]
     if path is None:
+        key = hashlib.sha256(repr(sorted(about.items())).encode()).hexdigest()[:16]
         path = cache_directory() / "activations" / f"{key}.safetensors"
         if not is_there(path):
             make_private(path.parent)
@@ -107,69 +110,57 @@ def record(
     if tokens < 1:
         raise ValueError(f"tokens={tokens!r} must be 1 or more")
     with locked(path):
-        if is_there(path):  # another process has recorded it meanwhile
+        if is_there(path):  # another process has recorded them meanwhile
             return _load(path, about)
-        require_room(path, _size(directory, tokens))
-        trace = _record(directory, text, tokens, show_progress)
-        data = save({"inputs": trace.inputs, "products": trace.products}, about)
+        widths = [sum(layer.mlp.gate_proj.weight.shape) for layer in decoder_layers(empty_decoder(directory))]
+        require_room(path, tokens * sum(widths) * np.dtype(np.float16).itemsize)
+        found = _record(directory, text, tokens, show_progress)
+        data = save({"inputs": found.inputs, "products": found.products}, about)
         with replacing(path, len(data), private=True) as file:  # it is derived from the text
             file.write(data)
-    return trace
+    return found
 
 
-def _size(directory: Path, tokens: int) -> int:
-    """Bytes of a trace."""
-    widths = [sum(layer.mlp.gate_proj.weight.shape) for layer in decoder_layers(empty_decoder(directory))]
-    return int(tokens * sum(widths) * np.dtype(np.float16).itemsize)
-
-
-def _load(path: Path, about: dict[str, str]) -> ActivationTrace:
+def _load(path: Path, about: dict[str, str]) -> Activations:
     try:
         with safe_open(path, framework="np") as file:
             found = file.metadata() or {}
-            trace = ActivationTrace(file.get_tensor("inputs"), file.get_tensor("products"))
+            activations = Activations(file.get_tensor("inputs"), file.get_tensor("products"))
     except (SafetensorError, OSError) as error:
-        raise FileError(f"{path} is no trace ({error}); delete it, and it is recorded anew") from error
+        raise FileError(f"{path} holds no activations ({error}); delete it, and they are recorded anew") from error
     if others := [name for name in about if found.get(name) != about[name]]:
         raise FileError(
-            f"{path} is the trace of another {' and '.join(others)}; delete it, or name another file to record"
+            f"{path} has the activations of another {' and '.join(others)}; delete it, or name another file"
         )
-    return trace
+    return activations
 
 
 @torch.inference_mode()
-def _record(directory: Path, text: str, tokens: int, show_progress: bool) -> ActivationTrace:
+def _record(directory: Path, text: str, tokens: int, show_progress: bool) -> Activations:
     model, tokenizer = load_decoder(directory)
     layers = decoder_layers(model)
-    length = max(2, min(_WINDOW, tokens))
+    length = max(2, min(WINDOW, tokens))
     windows = cut_windows(tokenizer, text, length, -(-tokens // length))
     recorded: list[tuple[list[Magnitudes], list[Magnitudes]]] = [([], []) for _ in layers]
-    hooks = [
-        projection.register_forward_pre_hook(_keep(parts))
-        for layer, kinds in zip(layers, recorded, strict=True)
-        for projection, parts in zip((layer.mlp.gate_proj, layer.mlp.down_proj), kinds, strict=True)
-    ]
-    try:
-        for window in tqdm(windows, "Recording activations", unit="window", disable=not show_progress):
-            model.model(input_ids=window[None], use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    inputs, products = (
-        np.stack([np.concatenate(kinds[kind])[:tokens] for kinds in recorded]) for kind in range(2)
+
+    def keeping(parts: list[Magnitudes]) -> Any:
+        def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            parts.append(arguments[0][0].abs().clamp(max=_LARGEST).half().numpy())
+
+        return keep
+
+    for layer, (inputs, products) in zip(layers, recorded, strict=True):
+        layer.mlp.gate_proj.register_forward_pre_hook(keeping(inputs))
+        layer.mlp.down_proj.register_forward_pre_hook(keeping(products))
+    for window in tqdm(windows, "Recording activations", unit="window", disable=not show_progress):
+        model.model(input_ids=window[None], use_cache=False)
+    return Activations(
+        *(np.stack([np.concatenate(parts)[:tokens] for parts in kind]) for kind in zip(*recorded, strict=True))
     )
-    return ActivationTrace(inputs, products)
-
-
-def _keep(parts: list[Magnitudes]) -> Any:
-    def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        parts.append(arguments[0][0].abs().clamp(max=_LARGEST).half().numpy())
-
-    return keep
 
 
 def load_decoder(directory: Path) -> tuple[Any, Any]:
-    """A causal language model in float32, all of it in memory, and its tokenizer.
+    """Load a causal language model in float32, all of it into memory, and its tokenizer.
 
     Raises:
         ModelNotFoundError: The directory does not hold one.
@@ -186,7 +177,7 @@ def load_decoder(directory: Path) -> tuple[Any, Any]:
 
 
 def empty_decoder(directory: Path) -> Any:
-    """The same module without weights, from ``config.json`` alone.
+    """Make the same module without weights, from ``config.json`` alone.
 
     Raises:
         ModelNotFoundError: The configuration is missing or senseless.

@@ -1,4 +1,4 @@
-"""What a machine's disk, memory and processor take, as far as the simulator asks."""
+"""How long a machine's disk, memory and processor take, as far as the simulator asks."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _LONG_READ = 4_000_000  # bytes; from there on a disk is as fast as it gets
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds by size: as measured, in between by interpolation, beyond the largest in proportion.
+    """Seconds by size, interpolated between the known sizes, and in proportion beyond the largest.
 
     Attributes:
-        points: Sizes, rising, and what each takes.
+        points: Known sizes, rising, each with its seconds.
     """
 
     points: tuple[tuple[float, float], ...]
 
     def __call__(self, sizes: ArrayLike) -> NDArray[np.float64]:
-        """Seconds for each of some sizes."""
+        """Return the seconds for each size, float64 of the same shape."""
         known, seconds = zip(*self.points, strict=True)
         asked = np.asarray(sizes, dtype=np.float64)
         found: NDArray[np.float64] = np.interp(asked, known, seconds) * np.maximum(1, asked / known[-1])
@@ -38,11 +38,11 @@ class Machine:
 
     Attributes:
         disk_bandwidth: Bytes a second of long reads, one after the other.
-        read: Seconds that each of many reads adds, by its bytes, while others are under way.
+        read: Seconds that each of many reads adds while others are under way, by its bytes.
         latency: Seconds from asking for a single small read to having it.
         memory_bandwidth: Bytes of weights a second that a dense product takes in.
         column: Seconds that a product takes for one column, by its bytes.
-        choosing: Seconds that choosing columns takes for one token, by how many there are to choose from.
+        choosing: Seconds that choosing columns takes for one token, by the number there is to choose from.
         layer: Seconds of a layer that do not depend on its size.
     """
 
@@ -55,18 +55,18 @@ class Machine:
     layer: float
 
     def reading(self, sizes: NDArray[np.int64]) -> float:
-        """Seconds that reads of these sizes take, all asked for at once."""
+        """Return the seconds that reads of these sizes in bytes take, all asked for at once."""
         return max(self.latency, float(self.read(sizes).sum())) if len(sizes) else 0.0
 
 
 def describe_machine(
     disk_bandwidth: float, disk_reads: float, memory_bandwidth: float, *, latency: float = 0.0
 ) -> Machine:
-    """A machine known by a few numbers, whose processor takes no time but for reading memory.
+    """Describe a machine by a few numbers. Its processor takes no time but for reading memory.
 
     Args:
         disk_bandwidth: Bytes a second of long reads.
-        disk_reads: Random reads of 4,096 bytes a second, eight under way.
+        disk_reads: Number of random reads of 4,096 bytes a second, eight under way.
         memory_bandwidth: Bytes a second that the processor reads.
         latency: Seconds of a single small read.
 
@@ -91,14 +91,14 @@ def describe_machine(
 
 
 def parse_rate(rate: str, name: str) -> float:
-    """Bytes a second of a string such as ``"500MB/s"``.
+    """Return the bytes a second of a rate such as ``"500MB/s"``.
 
     Args:
-        rate: The string.
-        name: What an error calls it.
+        rate: The rate.
+        name: Name of the argument in an error.
 
     Raises:
-        ValueError: It is no such string.
+        ValueError: It is no rate.
     """
     try:
         return float(convert_file_size_to_int(rate.strip().removesuffix("/s").upper()))

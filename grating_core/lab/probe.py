@@ -1,4 +1,4 @@
-"""Measure this machine, as far as the simulator asks."""
+"""Measurements of this machine, as far as the simulator asks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,8 +39,8 @@ def probe(directory: Path, dtype: torch.dtype) -> Machine:
     """Measure disk, memory and processor. It takes about ten seconds; nothing else should run meanwhile.
 
     Args:
-        directory: On the disk to measure; 256 MB are written there and removed.
-        dtype: Of the weights.
+        directory: A directory on the disk to measure. 256 MB are written there and removed.
+        dtype: Type of the weights.
 
     Raises:
         StorageError: The disk has no room, or cannot be read past the page cache.
@@ -60,7 +61,11 @@ def probe(directory: Path, dtype: torch.dtype) -> Machine:
 
 
 def find_machine(name: str, dtype: torch.dtype) -> Machine:
-    """A machine by its name: ``"this"``, which is measured now, or one of :data:`MACHINES`.
+    """Return a machine by its name: ``"this"``, which is measured now, or one of :data:`MACHINES`.
+
+    Args:
+        name: Name of the machine.
+        dtype: Type of the weights.
 
     Raises:
         ValueError: The name is unknown.
@@ -75,7 +80,7 @@ def find_machine(name: str, dtype: torch.dtype) -> Machine:
 
 @contextmanager
 def _written(directory: Path) -> Iterator[int]:
-    """The descriptor of a large file that is read past the page cache."""
+    """Yield the descriptor of a large file that is read past the page cache."""
     path = directory / "probe"
     with locked(path), storing(path, _FILE):
         place = unfinished(path)
@@ -102,7 +107,7 @@ def _written(directory: Path) -> Iterator[int]:
 
 
 def _seconds_of_read(file: int, size: int, threads: int) -> float:
-    """Seconds that a read at a random place adds, with so many under way."""
+    """Measure the seconds that a read at a random place adds, with so many under way."""
     each = max(8, min(250, (64 << 20) // size // threads))
     chance = random.Random(size)
 
@@ -119,7 +124,7 @@ def _seconds_of_read(file: int, size: int, threads: int) -> float:
 
 
 def _bandwidth(file: int, size: int) -> float:
-    """Bytes a second of reads one after the other."""
+    """Measure the bytes a second of reads one after the other."""
     view = memoryview(aligned_buffer(size).numpy())  # type: ignore[arg-type]
     started = perf_counter()
     for place in range(0, _FILE, size):
@@ -128,7 +133,7 @@ def _bandwidth(file: int, size: int) -> float:
 
 
 def _dense_bandwidth(dtype: torch.dtype) -> float:
-    """Bytes of weights a second that products of single tokens take in."""
+    """Measure the bytes of weights a second that products of single tokens take in."""
     width = 2048
     matrices = torch.ones(_WEIGHTS // (width * width * dtype.itemsize), width, width, dtype=dtype)
     token = torch.ones(1, width, dtype=dtype)
@@ -136,19 +141,18 @@ def _dense_bandwidth(dtype: torch.dtype) -> float:
 
 
 def _seconds_of_column(size: int, dtype: torch.dtype) -> float:
-    """Seconds for one of many columns that are multiplied together, as the engine does it."""
+    """Measure the seconds of one of many columns that are multiplied together, as the engine does it."""
     table = torch.ones(_WEIGHTS // size, size // dtype.itemsize, dtype=dtype)
     slots = torch.randperm(len(table))[: len(table) // 2]
     values = torch.ones(len(slots), dtype=dtype)
     bags = torch.get_num_threads()
     offsets = torch.arange(bags) * len(slots) // bags
-    return _median(lambda: embedding_bag(slots, table, offsets, mode="sum", per_sample_weights=values)) / len(
-        slots
-    )
+    seconds = _median(lambda: embedding_bag(slots, table, offsets, mode="sum", per_sample_weights=values))
+    return seconds / len(slots)
 
 
 def _seconds_of_choice(count: int) -> float:
-    """Seconds to choose half of so many columns, of which half are in memory."""
+    """Measure the seconds of choosing half of so many columns, of which half are in memory."""
     cache = ColumnCache(count, count // 2, preference=0.5)
     tokens = np.abs(np.random.default_rng(0).normal(size=(20, count))).astype(np.float32)
     return _median(lambda: [cache.choose(token, count // 2) for token in tokens]) / len(tokens)
@@ -156,21 +160,15 @@ def _seconds_of_choice(count: int) -> float:
 
 @torch.inference_mode()
 def _seconds_of_layer() -> float:
-    """Seconds that a layer so small that its weights do not matter takes for a token."""
-    shallow, deep = (
-        LlamaModel(
-            LlamaConfig(
-                vocab_size=8, hidden_size=64, intermediate_size=64, num_hidden_layers=depth, num_attention_heads=4
-            )
-        )
-        for depth in (1, 9)
-    )
+    """Measure the seconds of a layer so small that its weights do not matter, for a token."""
+    sizes: dict[str, Any] = {"vocab_size": 8, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+    shallow, deep = (LlamaModel(LlamaConfig(**sizes, num_hidden_layers=depth)) for depth in (1, 9))
     token = torch.zeros(1, 1, dtype=torch.int64)
     return max(0.0, (_median(lambda: deep(token)) - _median(lambda: shallow(token))) / 8)
 
 
 def _median(work: Callable[[], object]) -> float:
-    """Median seconds of some rounds after a warm-up."""
+    """Return the median seconds of some rounds after a warm-up."""
     seconds = []
     for _ in range(1 + _ROUNDS):
         started = perf_counter()

@@ -2,32 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from grating_core.columns.cache import Caching
-from grating_core.columns.companion import KINDS, ColumnSizes
-from grating_core.columns.masks import MaskedMlp, Method, Shares, find_gated_mlp, kept
+from grating_core.columns.companion import KINDS, ColumnSizes, Kind
+from grating_core.columns.masks import MaskedMlp, Shares, find_gated_mlp, kept
 from grating_core.errors import UnsupportedModelError
-from grating_core.lab.traffic import Traffic
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Columns wanted and found, over all tokens.
+
+    Attributes:
+        sizes: Sizes of the MLPs.
+        tokens: Number of tokens.
+        wanted: Number of columns that the tokens used, int64 ``[depth, 2]``, by layer and by kind.
+        hits: Number of those that were in memory, of the same shape.
+    """
+
+    sizes: ColumnSizes
+    tokens: int
+    wanted: NDArray[np.int64]
+    hits: NDArray[np.int64]
+
+    def hit_rate(self, kind: Kind | None = None) -> float:
+        """Return the share of the columns wanted, of one kind or of both, that were in memory."""
+        chosen = slice(None) if kind is None else KINDS.index(kind)
+        return float(self.hits[:, chosen].sum() / self.wanted[:, chosen].sum())
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Return the bytes of the companion file that are read for a token."""
+        rows = np.array([self.sizes.row_bytes(kind) for kind in KINDS])
+        return float(((self.wanted - self.hits) * rows).sum() / self.tokens)
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What was measured.
+    """What pruning costs on some text.
 
     Attributes:
         perplexity: exp of the mean negative log-likelihood of a token.
-        tokens: How many tokens were predicted.
-        traffic: What went through the caches; None without.
+        tokens: Number of tokens that were predicted.
+        traffic: What went through the caches of :class:`CachedMlp`; None without them.
     """
 
     perplexity: float
@@ -36,13 +64,13 @@ class Quality:
 
 
 def cut_windows(tokenizer: Any, text: str, length: int, count: int | None = None) -> Tensor:
-    """The beginning of a text as windows of equal length, int64 ``[W, length]``.
+    """Cut the beginning of a text into windows of equal length, int64 ``[W, length]``.
 
     Args:
-        tokenizer: Of transformers. A token that it puts before every text comes before every window.
+        tokenizer: A tokenizer of transformers. A token that it puts before every text comes before every window.
         text: The text.
         length: Tokens of a window.
-        count: How many windows; None for as many as there are whole ones.
+        count: Number of windows; None for as many as there are whole ones.
 
     Raises:
         ValueError: The text is too short.
@@ -64,10 +92,10 @@ def cut_windows(tokenizer: Any, text: str, length: int, count: int | None = None
 
 
 def decoder_layers(model: Any) -> Any:
-    """The layers of a causal language model of transformers, all with gated MLPs.
+    """Return the layers of a causal language model of transformers, all with gated MLPs.
 
     Raises:
-        UnsupportedModelError: It is none, or has other MLPs.
+        UnsupportedModelError: It is no such model, or has other MLPs.
     """
     layers = getattr(getattr(model, "model", None), "layers", None)
     if not layers:
@@ -86,40 +114,36 @@ def evaluate(
     windows: Tensor,
     *,
     shares: Sequence[Shares] | None = None,
-    method: Method = "dip",
-    caching: Caching | None = None,
+    make: Callable[[Any, Shares], nn.Module] = MaskedMlp,
     show_progress: bool = False,
 ) -> Quality:
-    """The perplexity of a model whose MLPs are pruned.
+    """Measure the perplexity of a model whose MLPs are pruned.
 
     Args:
         model: A causal language model of transformers, in memory. It is as it was afterwards.
-        windows: See :func:`cut_windows`. Caches carry over from one to the next.
+        windows: Token ids, see :func:`cut_windows`. Caches carry over from one window to the next.
         shares: What each layer keeps; None for the dense model.
-        method: How it is chosen, see :class:`MaskedMlp`.
-        caching: Choose by magnitude and by what is in memory, token after token. Only with ``method="dip"``.
+        make: Makes of an MLP and its shares what stands in for it, such as a :class:`CachedMlp`.
         show_progress: Show a progress bar on standard error.
 
     Raises:
         UnsupportedModelError: The model has no gated MLPs.
-        ValueError: The arguments do not fit each other.
+        ValueError: The shares are not one for each layer.
     """
     layers = decoder_layers(model)
     if shares is not None and len(shares) != len(layers):
         raise ValueError(f"there are {len(shares)} shares for {len(layers)} layers: give one for each")
-    if caching is not None and (shares is None or method != "dip"):
-        raise ValueError("caching is for DIP: give shares, and leave method out")
-    stand_ins: list[MaskedMlp | CachedMlp] = [
-        MaskedMlp(layer.mlp, kept_here, method) if caching is None else CachedMlp(layer.mlp, kept_here, caching)
-        for layer, kept_here in zip(layers, shares or (), strict=shares is not None)
-    ]
+    stand_ins = [] if shares is None else [make(layer.mlp, own) for layer, own in zip(layers, shares, strict=True)]
     losses = []
     with _standing_in(layers, stand_ins):
         for window in tqdm(windows, "Perplexity", unit="window", disable=not show_progress):
             ids = window[None].to(model.device)
             losses.append(float(model(input_ids=ids, labels=ids, use_cache=False).loss))
     cached = [mlp for mlp in stand_ins if isinstance(mlp, CachedMlp)]
-    traffic = _traffic(cached, windows.numel()) if cached else None
+    traffic = None
+    if cached:
+        wanted, hits = np.stack([mlp.wanted for mlp in cached]), np.stack([mlp.hits for mlp in cached])
+        traffic = Traffic(replace(cached[0].sizes, depth=len(cached)), windows.numel(), wanted, hits)
     return Quality(exp(sum(losses) / len(losses)), windows.numel() - len(windows), traffic)
 
 
@@ -139,12 +163,12 @@ class CachedMlp(nn.Module):
     """A gated MLP that computes with the columns a cache makes it choose.
 
     Like :class:`MaskedMlp` it multiplies by all weights and saves nothing. What a token uses depends on the tokens
-    before it, so columns are chosen token after token; the products are computed for all tokens at once.
+    before it, so columns are chosen token after token. The products are computed for all tokens at once.
 
     Args:
-        mlp: The dense one.
+        mlp: The dense MLP.
         shares: What is kept.
-        caching: The caches of both kinds.
+        caching: How much is in memory, and how much that is preferred.
     """
 
     def __init__(self, mlp: Any, shares: Shares, caching: Caching) -> None:
@@ -152,13 +176,12 @@ class CachedMlp(nn.Module):
         self.mlp = mlp
         counts = mlp.down_proj.out_features, mlp.down_proj.in_features
         self.sizes = ColumnSizes(1, *counts, mlp.down_proj.weight.dtype)
-        self.wanted = np.zeros(len(KINDS), dtype=np.int64)
-        self.hits = np.zeros(len(KINDS), dtype=np.int64)
+        self.wanted, self.hits = np.zeros((2, len(KINDS)), dtype=np.int64)
         self._caches = [caching.cache(count, kind, shares) for count, kind in zip(counts, KINDS, strict=True)]
         self._kept = kept(counts[0], shares.inputs), kept(counts[1], shares.products)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """The MLP's output ``[…, D]`` for its input of that shape, whose tokens come in their order."""
+        """Return the MLP's output ``[…, D]`` for its input of that shape, whose tokens come in their order."""
         mlp = self.mlp
         hidden = self._masked(0, hidden)
         product = mlp.act_fn(mlp.gate_proj(hidden)) * mlp.up_proj(hidden)
@@ -174,9 +197,3 @@ class CachedMlp(nn.Module):
             self.wanted[kind] += len(choice.columns)
             self.hits[kind] += choice.hits
         return values.masked_fill(torch.from_numpy(unused).to(values.device).view(values.shape), 0)
-
-
-def _traffic(mlps: Sequence[CachedMlp], tokens: int) -> Traffic:
-    one = mlps[0].sizes
-    sizes = ColumnSizes(len(mlps), one.width, one.products, one.dtype)
-    return Traffic(sizes, tokens, np.stack([mlp.wanted for mlp in mlps]), np.stack([mlp.hits for mlp in mlps]))

@@ -1,9 +1,9 @@
 """How fast a model larger than memory generates on some machine: real activations, real caches, simulated time.
 
-Three ways are compared, with the same bytes in memory: dense, with whole layers streamed; DIP, whose caches of
-columns give way to the most frequently used; and cache-aware DIP, which prefers columns that are in memory. Which
-columns are chosen, found and read comes from :class:`ColumnCache`, as in the engine; only seconds are estimated.
-Not in the memory that is given: buffers for what is being read, and the keys and values of the context.
+Three ways are compared, with the same bytes in memory. Dense streaming streams whole layers. DIP has caches of
+columns, of which those used least give way. Cache-aware DIP prefers columns that are in memory. Which columns are
+chosen, found and read comes from :class:`ColumnCache`, as in the engine; only seconds are estimated. Buffers for
+what is being read, and the keys and values of the context, come on top of that memory.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from grating_core.columns.cache import Caching, Preference
 from grating_core.columns.companion import KINDS, ColumnSizes, Kind
 from grating_core.columns.install import PREFERENCE
 from grating_core.columns.masks import Shares, kept
-from grating_core.lab.activations import ActivationTrace, empty_decoder
+from grating_core.lab.activations import Activations, Magnitudes, empty_decoder
 from grating_core.lab.machine import Machine
-from grating_core.lab.traffic import Traffic
+from grating_core.lab.quality import Traffic
 
 DENSE, DIP, CACHE_AWARE = WAYS = ("dense streaming", "DIP", "cache-aware DIP")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model, in bytes where nothing else is said.
+    """The sizes of a model.
 
     Attributes:
-        columns: Of its MLPs.
-        attention: Weights of a layer beside the MLP.
-        outside: Weights outside the layers, always in memory.
-        head: Those of them that every token is multiplied by.
+        columns: Sizes of its MLPs.
+        attention: Bytes of a layer's weights beside the MLP.
+        outside: Bytes of weights outside the layers, which are always in memory.
+        head: Bytes of those weights by which every token is multiplied.
     """
 
     columns: ColumnSizes
@@ -46,11 +46,11 @@ class Shape:
 
     @classmethod
     def of(cls, directory: Path, dtype: torch.dtype) -> Shape:
-        """The shape of a model, from its ``config.json`` alone.
+        """Find the shape of a model, from its ``config.json`` alone.
 
         Args:
-            directory: Holds the file.
-            dtype: Of the weights.
+            directory: Directory of the file.
+            dtype: Type of the weights.
 
         Raises:
             ModelNotFoundError: The file is missing or senseless.
@@ -71,20 +71,20 @@ class Shape:
 
     @property
     def layer(self) -> int:
-        """All weights of a layer, as they are in the checkpoint."""
+        """Return the bytes of all weights of a layer, as they are in the checkpoint."""
         return self.attention + self.columns.layer_bytes
 
     @property
     def total(self) -> int:
-        """All weights."""
+        """Return the bytes of all weights."""
         return self.outside + self.columns.depth * self.layer
 
     def memory(self, share: float) -> int:
-        """What it takes to hold this share of the MLPs' columns, and all else."""
+        """Return the bytes that this share of the MLPs' columns takes, and all else."""
         return self.outside + round(self.columns.depth * (self.attention + share * self.columns.layer_bytes))
 
     def parse_memory(self, memory: str) -> int:
-        """Bytes, from a size such as ``"2GB"`` or from a share of the MLPs' columns such as ``"50%"``.
+        """Return the bytes of a size such as ``"2GB"``, or of a share of the MLPs' columns such as ``"50%"``.
 
         Raises:
             ValueError: It is neither, or too small.
@@ -103,7 +103,7 @@ class Shape:
         return size
 
     def share(self, memory: int) -> float:
-        """The share of the MLPs' columns that so much memory holds, from 0 to 1.
+        """Return the share of the MLPs' columns that so many bytes hold, from 0 to 1.
 
         Raises:
             ValueError: Not even what is always in memory fits.
@@ -116,7 +116,7 @@ class Shape:
         return min(1.0, (memory - smallest) / (self.columns.depth * self.columns.layer_bytes))
 
     def resident(self, memory: int) -> int:
-        """How many whole layers so much memory holds."""
+        """Return how many whole layers so many bytes hold."""
         return max(0, min(self.columns.depth, (memory - self.outside) // self.layer))
 
 
@@ -125,9 +125,9 @@ class Need:
     """What one layer needs of one kind of columns, token by token.
 
     Attributes:
-        kind: Of the columns.
-        hits: Columns that are in memory, int64 ``[tokens]``.
-        runs: For each token the lengths of the runs of neighbouring columns that have to be read.
+        kind: Kind of the columns.
+        hits: Number of columns that are in memory, int64 ``[tokens]``.
+        runs: Lengths of the runs of neighbouring columns that have to be read, int64 ``[runs]`` for each token.
     """
 
     kind: Kind
@@ -136,18 +136,18 @@ class Need:
 
     @property
     def missing(self) -> NDArray[np.int64]:
-        """Columns that have to be read, int64 ``[tokens]``."""
+        """Return the number of columns that have to be read, int64 ``[tokens]``."""
         return np.array([lengths.sum() for lengths in self.runs])
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """How one way does.
+    """How fast one way generates.
 
     Attributes:
         way: One of ``WAYS``.
-        tokens_per_second: How fast it generates.
-        bytes_per_token: What it reads from disk for a token.
+        tokens_per_second: Tokens a second.
+        bytes_per_token: Bytes that it reads from disk for a token.
         hit_rate: Share of the columns wanted that are in memory; None for whole layers.
     """
 
@@ -158,7 +158,7 @@ class Estimate:
 
 
 def simulate(
-    trace: ActivationTrace,
+    activations: Activations,
     shape: Shape,
     machine: Machine,
     *,
@@ -166,15 +166,15 @@ def simulate(
     shares: Sequence[Shares],
     preference: Preference = PREFERENCE,
 ) -> list[Estimate]:
-    """How the ways of generating compare, in the order of ``WAYS``.
+    """Estimate how fast each way generates, in the order of ``WAYS``.
 
     Args:
-        trace: Of the model, or of a smaller one; see :meth:`ActivationTrace.layer` for what that assumes.
-        shape: Of the model.
-        machine: Where it runs.
-        memory: Bytes for weights, the same for each way.
+        activations: Those of the model, or of a smaller one; :meth:`Activations.layer` says what that assumes.
+        shape: Shape of the model.
+        machine: The machine it runs on.
+        memory: Bytes of memory for weights, the same for each way.
         shares: What each layer's MLP keeps.
-        preference: Of cache-aware DIP.
+        preference: Preference of cache-aware DIP.
 
     Raises:
         ValueError: The memory is too small, or the shares are not one for each layer.
@@ -187,56 +187,52 @@ def simulate(
     read = (sizes.depth - resident) * shape.layer
     found = [Estimate(DENSE, 1 / streaming_seconds(shape, machine, resident), read, None)]
     for way, how in ((DIP, Caching(share)), (CACHE_AWARE, Caching(share, preference))):
-        needs = replay(trace, sizes, shares, how)
+        needs = find_needs(activations, sizes, shares, how)
         traffic = count_traffic(needs, sizes)
         seconds = pruned_seconds(shape, machine, needs).mean()
         found.append(Estimate(way, float(1 / seconds), traffic.bytes_per_token, traffic.hit_rate()))
     return found
 
 
-def replay(
-    trace: ActivationTrace, sizes: ColumnSizes, shares: Sequence[Shares], caching: Caching
+def find_needs(
+    activations: Activations, sizes: ColumnSizes, shares: Sequence[Shares], caching: Caching
 ) -> list[list[Need]]:
-    """What each layer needs, kind by kind, when a trace goes through its caches."""
-    needs = []
-    for number, kept_here in enumerate(shares):
-        magnitudes = dict(zip(KINDS, trace.layer(number, sizes), strict=True))
-        needs.append([_replay_kind(magnitudes[kind], kept_here, caching, kind) for kind in KINDS])
-    return needs
+    """Find what each layer needs, kind by kind, when activations go through its caches."""
+    return [
+        [
+            _need(magnitudes, own, caching, kind)
+            for kind, magnitudes in zip(KINDS, activations.layer(number, sizes), strict=True)
+        ]
+        for number, own in enumerate(shares)
+    ]
 
 
-def _replay_kind(magnitudes: NDArray[np.float16], shares: Shares, caching: Caching, kind: Kind) -> Need:
+def _need(magnitudes: Magnitudes, shares: Shares, caching: Caching, kind: Kind) -> Need:
     columns = magnitudes.shape[1]
     cache, count = caching.cache(columns, kind, shares), kept(columns, getattr(shares, kind))
     hits, runs = [], []
     for token in magnitudes.astype(np.float32):
         choice = cache.choose(token, count)
         hits.append(choice.hits)
-        runs.append(_run_lengths(np.sort(choice.columns[choice.hits :])))
+        missing = np.sort(choice.columns[choice.hits :])
+        edges = np.flatnonzero(np.diff(missing) != 1) + 1
+        runs.append(np.diff(np.concatenate(([0], edges, [len(missing)]))) if len(missing) else missing)
     return Need(kind, np.array(hits), runs)
 
 
-def _run_lengths(columns: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many neighbours there are in each run of some numbers, which rise."""
-    if not len(columns):
-        return columns
-    edges = np.flatnonzero(np.diff(columns) != 1) + 1
-    return np.diff(np.concatenate(([0], edges, [len(columns)])))
-
-
 def count_traffic(needs: Sequence[Sequence[Need]], sizes: ColumnSizes) -> Traffic:
-    """The sums of what was needed."""
+    """Add up what was needed."""
     hits = np.array([[need.hits.sum() for need in layer] for layer in needs])
     missing = np.array([[need.missing.sum() for need in layer] for layer in needs])
     return Traffic(sizes, len(needs[0][0].hits), hits + missing, hits)
 
 
 def pruned_seconds(shape: Shape, machine: Machine, needs: Sequence[Sequence[Need]]) -> NDArray[np.float64]:
-    """Seconds of each token: this is the model of time of DIP.
+    """Estimate the seconds of each token with DIP, float64 ``[tokens]``.
 
-    Of each kind, columns are chosen; those that are missing are read while those in memory are multiplied, and
-    multiplied and copied to where they are kept when all have come. Nothing is read ahead, since a choice depends
-    on what was computed before it.
+    For each kind, columns are chosen. Those that are missing are read while those in memory are multiplied. When
+    all have come they are multiplied, and copied to where they are kept. Nothing is read ahead, since a choice
+    depends on what was computed before it.
     """
     sizes = shape.columns
     seconds = np.full(len(needs[0][0].hits), shape.head / machine.memory_bandwidth)
@@ -253,11 +249,10 @@ def pruned_seconds(shape: Shape, machine: Machine, needs: Sequence[Sequence[Need
 
 
 def streaming_seconds(shape: Shape, machine: Machine, resident: int) -> float:
-    """Seconds of a token when all layers but some are streamed: this is the model of time of :class:`Streamer`.
+    """Estimate the seconds between two tokens when all layers but some are streamed, as :class:`Streamer` does it.
 
     One layer after the other is read into two buffers, of which one is free again when its layer has been
-    computed. Those streamed are spread evenly. Reading goes on from one token to the next, so the time is that
-    between two tokens.
+    computed. Streamed layers are spread evenly. Reading goes on from one token to the next.
     """
     depth = shape.columns.depth
     count = depth - resident

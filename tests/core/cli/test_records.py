@@ -167,7 +167,7 @@ def test_the_cache_is_listed_and_cleared_by_kind_and_age(tmp_path: Path, monkeyp
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "one").write_bytes(b"12345")
     found = json.loads(grating("cache", "list", "--json").stdout)["contents"]
-    assert [(one["kind"], one["size"]) for one in found] == [("columns", 5), ("traces", 5)]
+    assert [(one["kind"], one["size"]) for one in found] == [("columns", 5), ("activations", 5)]
     assert json.loads(grating("cache", "list", "--older-than", "1d", "--json").stdout)["contents"] == []
     declined = grating("cache", "clear", stdin="n\n")
     assert (declined.exit_code, (tmp_path / "columns" / "one").exists()) == (1, True)

@@ -27,7 +27,7 @@ class Plain:
 
 
 def held(cache: ColumnCache) -> set[int]:
-    return set(cache._column[cache._column >= 0].tolist())
+    return set(cache.held()[0].tolist())
 
 
 @given(

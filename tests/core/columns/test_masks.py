@@ -9,7 +9,8 @@ from transformers import LlamaConfig, Starcoder2Config
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.starcoder2.modeling_starcoder2 import Starcoder2DecoderLayer
 
-from grating_core.columns.masks import MaskedMlp, Shares, baseline_shares, find_gated_mlp, keep_largest, kept
+from benchmarks.perplexity import baseline_shares, make_mlp
+from grating_core.columns.masks import MaskedMlp, Shares, find_gated_mlp, keep_largest, kept
 from grating_core.errors import UnsupportedModelError
 
 MLP = LlamaMLP(LlamaConfig(hidden_size=24, intermediate_size=40, num_attention_heads=2)).requires_grad_(False)
@@ -44,7 +45,7 @@ def by_hand(hidden: torch.Tensor, shares: Shares, method: str) -> torch.Tensor:
 @pytest.mark.parametrize("method", ["dip", "glu", "gate", "up"])
 @pytest.mark.parametrize("shares", [Shares(1.0, 1.0), Shares(0.5, 0.3), Shares(0.01, 0.01)])
 def test_methods_follow_their_definitions(method: str, shares: Shares) -> None:
-    found = MaskedMlp(MLP, shares, method)(HIDDEN)  # type: ignore[arg-type]
+    found = make_mlp(method)(MLP, shares)(HIDDEN)  # type: ignore[arg-type]
     torch.testing.assert_close(found, by_hand(HIDDEN, shares, method))
 
 

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from grating_core.columns.cache import ColumnCache
 from grating_core.columns.companion import KINDS, ColumnFile, ColumnSizes, write_columns
 from grating_core.columns.masks import MaskedMlp, Shares
-from grating_core.columns.mlp import ColumnMlp, ColumnTable, Staging
+from grating_core.columns.mlp import ColumnMlp, ColumnTable, make_staging
 from grating_core.errors import FileError
 from grating_core.memory.meter import Meter
 
@@ -37,7 +37,7 @@ class Case:
         write_columns(self.path, weights, SIZES, "mine")
         self.file = ColumnFile(self.path, SIZES, "mine")
         self.meter = Meter()
-        staging = Staging(STAGING, SIZES)
+        staging = make_staging(STAGING, SIZES)
         self.caches = [
             ColumnCache(SIZES.count(kind), int(share * SIZES.count(kind)), preference=preference) for kind in KINDS
         ]

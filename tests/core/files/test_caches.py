@@ -47,7 +47,7 @@ def test_all_that_grating_made_is_listed(cache: Path) -> None:
         ("lenses", "lenses/0123456789abcdef", 220),
         ("columns", "columns/0123456789abcdef-float32.safetensors", 3000),
         ("states", "recalibration/0123456789abcdef-cluster.json", 40),
-        ("traces", "activations/0123456789abcdef.safetensors", 500),
+        ("activations", "activations/0123456789abcdef.safetensors", 500),
         ("unfinished", "models/.minilm-12345678-abcdef01", 600),
     ]
     (model,) = contents(["models"])
@@ -78,7 +78,7 @@ def test_clearing_by_kind(cache: Path, kind: str) -> None:
 
 def test_clearing_by_age(cache: Path) -> None:
     old = contents(older_than=4 * DAY)
-    assert [one.kind for one in old] == ["models", "traces"]
+    assert [one.kind for one in old] == ["models", "activations"]
     assert clear(older_than=4 * DAY).removed == old
     assert clear(["columns"], older_than=4 * DAY).removed == []
     assert [one.kind for one in contents()] == ["lenses", "columns", "states"]

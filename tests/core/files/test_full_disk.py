@@ -8,7 +8,7 @@ import pytest
 
 from grating_core import Reranker
 from grating_core.errors import StorageError
-from grating_core.lab import activations as trace
+from grating_core.lab import activations
 from grating_core.lens.observations import Observations
 from grating_core.models import bundled
 from tests.core.columns.conftest import TEXT
@@ -61,11 +61,11 @@ def test_a_calibration(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_recording(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_decoder(tmp_path / "model", "llama")
     with monkeypatch.context() as patched:
-        patched.setattr(trace, "_record", lambda *_: pytest.fail("it has been computed"))
+        patched.setattr(activations, "load_decoder", lambda *_: pytest.fail("it has been computed"))
         with pytest.raises(StorageError, match=rf"{disk}.* cannot be written: No space left.*takes .* MB, and"):
-            trace.record(model, TEXT, 10_000)
+            activations.record_activations(model, TEXT, 10_000)
     assert not left(disk)
-    trace.record(model, TEXT, 20)
+    activations.record_activations(model, TEXT, 20)
     (path,) = left(disk)
     assert path.stat().st_mode & 0o777 == 0o600  # it is derived from the text
     assert path.parent.stat().st_mode & 0o777 == 0o700

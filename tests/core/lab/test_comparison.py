@@ -25,7 +25,7 @@ def simulate(model: Path, **changed: str) -> Result:
 def test_ways_are_compared_at_every_density(decoder_directory: Path, text: str, tmp_path: Path) -> None:
     settings = {"tokens": "64", "json": "", "figure": str(tmp_path / "ways.png")}
     arguments = [f"--{name}={value}" if value else f"--{name}" for name, value in settings.items()]
-    arguments += ["--text", text, "--memory", "50%", "--machine", "nvme", "--trace", str(tmp_path / "trace")]
+    arguments += ["--text", text, "--memory", "50%", "--machine", "nvme", "--activations", str(tmp_path / "kept")]
     arguments += ["--mlp-density", "0.7", "--mlp-density", "0.5", "--dtype", "float32"]
     done = CliRunner().invoke(app, ["simulate", str(decoder_directory), *arguments])
     assert done.exit_code == 0, done.stderr
@@ -35,13 +35,13 @@ def test_ways_are_compared_at_every_density(decoder_directory: Path, text: str, 
     assert [point["density"] for point in points] == [1, 0.7, 0.7, 0.5, 0.5]
     assert all(point["perplexity"] > 1 and point["estimate"]["tokens_per_second"] > 0 for point in points)
     assert (tmp_path / "ways.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "trace").is_file()
+    assert (tmp_path / "kept").is_file()
 
 
 def test_a_machine_described_by_hand_is_the_one_of_that_name(
     decoder_directory: Path, text: str, tmp_path: Path
 ) -> None:
-    same = {"text": text, "trace": str(tmp_path / "trace"), "tokens": "30"}
+    same = {"text": text, "activations": str(tmp_path / "kept"), "tokens": "30"}
     named = simulate(decoder_directory, **same)
     numbers = {"disk_bandwidth": "3.5GB/s", "disk_reads": "140000", "memory_bandwidth": "30GB/s"}
     by_hand = simulate(decoder_directory, **same, **numbers, machine="phone")
@@ -74,7 +74,7 @@ def test_a_machine_described_by_hand_is_the_one_of_that_name(
 def test_bad_input_is_told_in_a_sentence(
     decoder_directory: Path, text: str, tmp_path: Path, changed: dict[str, str], told: str
 ) -> None:
-    done = simulate(decoder_directory, **({"text": text, "trace": str(tmp_path / "trace")} | changed))
+    done = simulate(decoder_directory, **({"text": text, "activations": str(tmp_path / "kept")} | changed))
     assert done.exit_code == 2
     assert told in " ".join(done.stderr.split())
-    assert not (tmp_path / "trace").exists()
+    assert not (tmp_path / "kept").exists()

@@ -1,6 +1,8 @@
 """Perplexity under pruning against transformers, and cache-aware masks against a slow plain reference."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +11,11 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.perplexity import baseline_shares, make_mlp
 from grating_core import UnsupportedModelError
 from grating_core.columns.cache import Caching, Preference
-from grating_core.columns.masks import MaskedMlp, Shares, baseline_shares, find_gated_mlp
+from grating_core.columns.companion import KINDS
+from grating_core.columns.masks import MaskedMlp, Shares, find_gated_mlp, kept
 from grating_core.lab.quality import CachedMlp, cut_windows, decoder_layers, evaluate
 from tests.core.columns.conftest import TEXT
 
@@ -44,15 +48,17 @@ def transformers_perplexity(model: LlamaForCausalLM, windows: torch.Tensor) -> f
 class PlainCachedMlp(nn.Module):
     """One token after the other, with a set of what is held and a sorted list of what is used."""
 
-    def __init__(self, cached: CachedMlp, mlp: nn.Module) -> None:
+    def __init__(self, mlp: nn.Module, shares: Shares, caching: Caching) -> None:
         super().__init__()
-        self.mlp, self.kept = mlp, cached._kept
-        self.caches = cached._caches
+        self.mlp = mlp
+        counts = mlp.down_proj.out_features, mlp.down_proj.in_features
+        self.kept = kept(counts[0], shares.inputs), kept(counts[1], shares.products)
+        self.caches = [caching.cache(count, kind, shares) for count, kind in zip(counts, KINDS, strict=True)]
         self.hits = [0, 0]
 
     def choose(self, kind: int, values: torch.Tensor) -> torch.Tensor:
         cache = self.caches[kind]
-        held = {int(column) for column in cache._column if column >= 0}
+        held = set(cache.held()[0].tolist())
         worth = [abs(float(v)) * (1 if i in held else cache.preference) for i, v in enumerate(values)]
         chosen = sorted(range(len(worth)), key=lambda i: -worth[i])[: self.kept[kind]]
         self.hits[kind] += len(held & set(chosen))
@@ -68,20 +74,24 @@ class PlainCachedMlp(nn.Module):
         return torch.stack(outputs)[None]
 
 
-@pytest.mark.parametrize("caching", [None, Caching(0.5, Preference(0.2, 0.2))], ids=["masked", "cached"])
-def test_density_1_is_exactly_the_dense_model(model, windows, caching) -> None:
+def cached(caching: Caching) -> Callable[[nn.Module, Shares], CachedMlp]:
+    return partial(CachedMlp, caching=caching)
+
+
+@pytest.mark.parametrize("make", [MaskedMlp, cached(Caching(0.5, Preference(0.2, 0.2)))], ids=["masked", "cached"])
+def test_density_1_is_exactly_the_dense_model(model, windows, make) -> None:
     dense = transformers_perplexity(model, windows)
     assert evaluate(model, windows).perplexity == dense
-    assert evaluate(model, windows, shares=DENSE, caching=caching).perplexity == dense
+    assert evaluate(model, windows, shares=DENSE, make=make).perplexity == dense
 
 
 @pytest.mark.parametrize("preference", [1.0, 0.2])
 def test_cached_masks_are_those_of_a_plain_reference_and_carry_over_windows(model, windows, preference) -> None:
     caching = Caching(0.4, Preference(preference, preference))
-    quality = evaluate(model, windows, shares=HALF, caching=caching)
+    quality = evaluate(model, windows, shares=HALF, make=cached(caching))
     layers = decoder_layers(model)
     originals = [layer.mlp for layer in layers]
-    plain = [PlainCachedMlp(CachedMlp(mlp, HALF[0], caching), mlp) for mlp in originals]
+    plain = [PlainCachedMlp(mlp, HALF[0], caching) for mlp in originals]
     try:
         for layer, mlp in zip(layers, plain, strict=True):
             layer.mlp = mlp
@@ -99,14 +109,15 @@ def test_cached_masks_are_those_of_a_plain_reference_and_carry_over_windows(mode
 
 
 def test_without_a_preference_caches_do_not_change_what_is_computed(model, windows) -> None:
-    cached = evaluate(model, windows, shares=HALF, caching=Caching(0.3)).perplexity
-    assert cached == pytest.approx(evaluate(model, windows, shares=HALF).perplexity, rel=1e-12)
-    assert cached != evaluate(model, windows).perplexity
+    found = evaluate(model, windows, shares=HALF, make=cached(Caching(0.3))).perplexity
+    assert found == pytest.approx(evaluate(model, windows, shares=HALF).perplexity, rel=1e-12)
+    assert found != evaluate(model, windows).perplexity
 
 
 def test_a_preference_raises_the_hit_rate_of_both_kinds(model, windows) -> None:
     plain, aware = (
-        evaluate(model, windows, shares=HALF, caching=Caching(0.5, Preference(p, p))).traffic for p in (1.0, 0.2)
+        evaluate(model, windows, shares=HALF, make=cached(Caching(0.5, Preference(p, p)))).traffic
+        for p in (1.0, 0.2)
     )
     for kind in ("inputs", "products", None):
         assert aware.hit_rate(kind) > plain.hit_rate(kind) + 0.1
@@ -115,7 +126,8 @@ def test_a_preference_raises_the_hit_rate_of_both_kinds(model, windows) -> None:
 
 def test_the_kinds_may_have_preferences_of_their_own(model, windows) -> None:
     plain, aware = (
-        evaluate(model, windows, shares=HALF, caching=Caching(0.5, Preference(1.0, p))).traffic for p in (1.0, 0.2)
+        evaluate(model, windows, shares=HALF, make=cached(Caching(0.5, Preference(1.0, p)))).traffic
+        for p in (1.0, 0.2)
     )
     assert aware.hit_rate("products") > plain.hit_rate("products") + 0.1
     assert abs(aware.hit_rate("inputs") - plain.hit_rate("inputs")) < 0.05  # other products change later inputs
@@ -128,12 +140,12 @@ def test_baselines_are_those_of_masked_mlps(model, windows, method) -> None:
     originals = [find_gated_mlp(layer) for layer in layers]
     try:
         for layer, mlp in zip(layers, originals, strict=True):
-            layer.mlp = MaskedMlp(mlp, shares[0], method)
+            layer.mlp = make_mlp(method)(mlp, shares[0])
         expected = transformers_perplexity(model, windows)
     finally:
         for layer, mlp in zip(layers, originals, strict=True):
             layer.mlp = mlp
-    assert evaluate(model, windows, shares=shares, method=method).perplexity == expected
+    assert evaluate(model, windows, shares=shares, make=make_mlp(method)).perplexity == expected
 
 
 def test_the_model_is_as_it_was_even_after_a_failure(model, windows) -> None:
@@ -157,8 +169,6 @@ def test_bad_input_is_refused(model, tokenizer, windows) -> None:
         cut_windows(tokenizer, TEXT, 1)
     with pytest.raises(ValueError, match="4 shares for 5 layers"):
         evaluate(model, windows, shares=HALF[:4])
-    with pytest.raises(ValueError, match="caching"):
-        evaluate(model, windows, shares=HALF, method="glu", caching=Caching(0.5))
     with pytest.raises(ValueError, match=r"share=1\.5"):
         Caching(1.5)
     with pytest.raises(ValueError, match="preference for inputs, 0"):

@@ -15,15 +15,15 @@ from grating_core.columns.allocation import divide_room
 from grating_core.columns.cache import Caching, ColumnCache, Preference
 from grating_core.columns.companion import ColumnSizes
 from grating_core.columns.masks import Shares
-from grating_core.lab.activations import ActivationTrace, record
+from grating_core.lab.activations import Activations, record_activations
 from grating_core.lab.machine import MACHINES, Costs, Machine, describe_machine
 from grating_core.lab.probe import probe
 from grating_core.lab.simulator import (
     WAYS,
     Shape,
     count_traffic,
+    find_needs,
     pruned_seconds,
-    replay,
     simulate,
     streaming_seconds,
 )
@@ -39,7 +39,7 @@ FAST_DISK = describe_machine(1e18, 1e18, 10e9)
 
 
 @pytest.fixture(scope="module")
-def trace() -> ActivationTrace:
+def activations() -> Activations:
     """Channels of uneven sizes, as models have them."""
     chance = np.random.default_rng(0)
 
@@ -47,22 +47,22 @@ def trace() -> ActivationTrace:
         sizes = chance.lognormal(sigma=1, size=(4, 1, width))
         return (sizes * np.abs(chance.normal(size=(4, 30, width)))).astype(np.float16)
 
-    return ActivationTrace(magnitudes(1024), magnitudes(2048))
+    return Activations(magnitudes(1024), magnitudes(2048))
 
 
-def test_with_all_in_memory_nothing_is_read(trace: ActivationTrace) -> None:
-    for estimate in simulate(trace, SHAPE, MACHINE, memory=SHAPE.total, shares=HALF):
+def test_with_all_in_memory_nothing_is_read(activations: Activations) -> None:
+    for estimate in simulate(activations, SHAPE, MACHINE, memory=SHAPE.total, shares=HALF):
         assert estimate.bytes_per_token == 0
         assert estimate.hit_rate in (None, 1.0)
-    dense, dip, aware = simulate(trace, SHAPE, MACHINE, memory=SHAPE.total, shares=HALF)
+    dense, dip, aware = simulate(activations, SHAPE, MACHINE, memory=SHAPE.total, shares=HALF)
     assert dense.tokens_per_second == pytest.approx(10e9 / (SHAPE.total - SHAPE.outside + SHAPE.head))
     used = 4 * (SHAPE.attention + SIZES.layer_bytes / 2) + SHAPE.head
     assert dip.tokens_per_second == aware.tokens_per_second == pytest.approx(10e9 / used)
 
 
-def test_with_an_infinitely_fast_disk_only_computing_counts(trace: ActivationTrace) -> None:
+def test_with_an_infinitely_fast_disk_only_computing_counts(activations: Activations) -> None:
     for memory in (SHAPE.memory(0), SHAPE.memory(0.5)):
-        dense, *pruned = simulate(trace, SHAPE, FAST_DISK, memory=memory, shares=HALF)
+        dense, *pruned = simulate(activations, SHAPE, FAST_DISK, memory=memory, shares=HALF)
         assert dense.tokens_per_second == pytest.approx(10e9 / (4 * SHAPE.layer + SHAPE.head))
         for way in pruned:
             # What is read is copied once more, which takes reading and writing it.
@@ -70,9 +70,9 @@ def test_with_an_infinitely_fast_disk_only_computing_counts(trace: ActivationTra
             assert way.tokens_per_second == pytest.approx(10e9 / moved, rel=0.01)
 
 
-def test_more_memory_never_reads_more(trace: ActivationTrace) -> None:
+def test_more_memory_never_reads_more(activations: Activations) -> None:
     found = [
-        simulate(trace, SHAPE, MACHINE, memory=SHAPE.memory(share), shares=HALF)
+        simulate(activations, SHAPE, MACHINE, memory=SHAPE.memory(share), shares=HALF)
         for share in (0, 0.1, 0.3, 0.5, 0.7, 0.9, 1)
     ]
     for way in range(len(WAYS)):
@@ -83,20 +83,20 @@ def test_more_memory_never_reads_more(trace: ActivationTrace) -> None:
         assert all(slow <= fast * 1.001 for slow, fast in pairwise(speeds))
 
 
-def test_at_density_1_pruning_reads_the_mlps_that_dense_reads(trace: ActivationTrace) -> None:
-    dense, dip, aware = simulate(trace, SHAPE, MACHINE, memory=SHAPE.memory(0), shares=(Shares(1, 1),) * 4)
+def test_at_density_1_pruning_reads_the_mlps_that_dense_reads(activations: Activations) -> None:
+    dense, dip, aware = simulate(activations, SHAPE, MACHINE, memory=SHAPE.memory(0), shares=(Shares(1, 1),) * 4)
     # So much memory holds the attention of all layers for DIP; for dense streaming no whole layer.
     assert dense.bytes_per_token == 4 * SHAPE.layer
     assert dip.bytes_per_token == aware.bytes_per_token == 4 * SIZES.layer_bytes
 
 
-def test_hits_and_reads_are_those_of_the_cache_token_by_token(trace: ActivationTrace) -> None:
-    needs = replay(trace, SIZES, HALF, Caching(0.4, Preference(0.3, 0.3)))
+def test_hits_and_reads_are_those_of_the_cache_token_by_token(activations: Activations) -> None:
+    needs = find_needs(activations, SIZES, HALF, Caching(0.4, Preference(0.3, 0.3)))
     for layer in (0, 3):
         cache = ColumnCache(2048, int(divide_room(0.4, HALF[0]).products * 2048), preference=0.3)
         cache.fill()
         need = needs[layer][1]
-        for token, row in enumerate(trace.products[layer].astype(np.float32)):
+        for token, row in enumerate(activations.products[layer].astype(np.float32)):
             choice = cache.choose(row, 1024)
             assert need.hits[token] == choice.hits
             missing = set(choice.columns[choice.hits :].tolist())
@@ -110,19 +110,19 @@ def test_hits_and_reads_are_those_of_the_cache_token_by_token(trace: ActivationT
     )
 
 
-def test_a_preference_reads_less_and_is_faster(trace: ActivationTrace) -> None:
-    _, dip, aware = simulate(trace, SHAPE, MACHINE, memory=SHAPE.memory(0.5), shares=HALF)
+def test_a_preference_reads_less_and_is_faster(activations: Activations) -> None:
+    _, dip, aware = simulate(activations, SHAPE, MACHINE, memory=SHAPE.memory(0.5), shares=HALF)
     assert aware.hit_rate > dip.hit_rate + 0.05
     assert aware.bytes_per_token < dip.bytes_per_token
     assert aware.tokens_per_second > dip.tokens_per_second
 
 
-def test_the_time_of_a_token_is_the_sum_of_its_parts(trace: ActivationTrace) -> None:
+def test_the_time_of_a_token_is_the_sum_of_its_parts(activations: Activations) -> None:
     machine = replace(
         MACHINE, choosing=Costs(((1, 3e-5),)), layer=2e-4, column=Costs(((4096, 1e-6), (16384, 3e-6)))
     )
     # Rows of 16,384 and of 4,096 bytes.
-    needs = replay(trace, SIZES, HALF, Caching(0.4, Preference(0.3, 0.3)))
+    needs = find_needs(activations, SIZES, HALF, Caching(0.4, Preference(0.3, 0.3)))
     token, seconds = 7, SHAPE.head / 10e9
     for layer in needs:
         seconds += 2e-4 + SHAPE.attention / 10e9
@@ -170,17 +170,17 @@ def test_a_shape_is_that_of_the_model(decoder_directory: Path, tmp_path: Path) -
     assert shape.resident(shape.total) == 36
 
 
-def test_a_recorded_trace_runs_at_another_shape(decoder_directory: Path, tmp_path: Path) -> None:
-    trace = record(decoder_directory, TEXT, 20, path=tmp_path / "trace.safetensors")
-    _, dip, aware = simulate(trace, SHAPE, MACHINE, memory=SHAPE.memory(0.5), shares=HALF)
+def test_recorded_activations_run_at_another_shape(decoder_directory: Path, tmp_path: Path) -> None:
+    activations = record_activations(decoder_directory, TEXT, 20, path=tmp_path / "activations.safetensors")
+    _, dip, aware = simulate(activations, SHAPE, MACHINE, memory=SHAPE.memory(0.5), shares=HALF)
     assert 0 < dip.hit_rate < aware.hit_rate < 1
 
 
-def test_bad_input_is_refused(trace: ActivationTrace, tmp_path: Path) -> None:
+def test_bad_input_is_refused(activations: Activations, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"memory=1,000 is too small.* 17,000,000 "):
-        simulate(trace, SHAPE, MACHINE, memory=1000, shares=HALF)
+        simulate(activations, SHAPE, MACHINE, memory=1000, shares=HALF)
     with pytest.raises(ValueError, match="3 shares for 4 layers"):
-        simulate(trace, SHAPE, MACHINE, memory=SHAPE.total, shares=HALF[:3])
+        simulate(activations, SHAPE, MACHINE, memory=SHAPE.total, shares=HALF[:3])
     with pytest.raises(ValueError, match="disk_reads=0"):
         describe_machine(1e9, 0, 1e9)
     with pytest.raises(UnsupportedModelError):

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from benchmarks.shapes import smollm2_file
 from grating_core import GratingError, Reranker, StreamedCausalLM
 from grating_core.cli.commands import app
-from grating_core.lab.activations import empty_decoder, load_decoder, record
+from grating_core.lab.activations import empty_decoder, load_decoder, record_activations
 from grating_core.lab.distill import distill
 from grating_core.lab.peers import LOADERS, OPENVINO, SENTENCE_TRANSFORMERS, Job
 from grating_core.text.backend import load_backend
@@ -76,7 +76,7 @@ DECODER: dict[str, Callable[[Path, Path], Any]] = {
     "distill": lambda model, place: distill(
         model, [TEXT] * 9, place, steps=1, tokens_per_step=32, window=16, dtype="float32"
     ),
-    "record": lambda model, place: record(model, TEXT, 16, path=place),
+    "record": lambda model, place: record_activations(model, TEXT, 16, path=place),
     "load_decoder": lambda model, place: load_decoder(model),
     "empty_decoder": lambda model, place: empty_decoder(model),
     "grating distill": lambda model, place: command("distill", model, place, "--output", place, *QUICK.split()),
