@@ -26,17 +26,17 @@ _SAMPLED = 1 << 22
 
 
 class Checkpoint:
-    """The safetensors files of one model, open for reading.
+    """The safetensors files of one model, open for reading by several threads.
 
-    May be used from several threads. After a failed read the files are opened again at the next one, so that a
-    checkpoint that comes back is found. Once closed it stays so.
+    After a failed read the files are opened again, so that a checkpoint that comes back is found. Once closed it
+    stays so.
 
     Args:
         paths: The files.
-        lasting: Whether it will be read again and again while it may change under us. Then reads of whole sectors
-            bypass the page cache where the file system allows it (the copy out of that cache would take time
-            from computing), and what was read is remembered: samples of every tensor when the file is opened, and
-            a checksum of whatever is read past that cache. When the file is not as it was, down to its change
+        lasting: Whether the files will be read again and again while they may change under us. Then reads of whole
+            sectors bypass the page cache where the file system allows it (the copy out of that cache would take
+            time from computing), and what was read is remembered: samples of every tensor when a file is opened,
+            and a checksum of whatever is read past that cache. When a file is not as it was, down to its change
             time, they tell one that holds the same from one that was replaced.
 
     Raises:
@@ -61,7 +61,7 @@ class Checkpoint:
         """Fill a buffer with the bytes of a file from ``start`` on; past the end of the file it stays as it is.
 
         Args:
-            tensor: Says which file, and what messages call the bytes.
+            tensor: The tensor whose file is read; messages name it.
             start: Offset of the first byte.
             buffer: uint8 ``[n]`` on the CPU, contiguous.
             direct: Bypass the page cache if possible. Then offset, length and address are whole sectors.
@@ -75,12 +75,12 @@ class Checkpoint:
         """Fill many places from many parts of a file, past the page cache if possible.
 
         Args:
-            tensor: Says which file, and what messages call the bytes.
-            pieces: Each has the offset of its first byte and the places that are filled from there on, one after
-                the other; offsets, lengths and addresses are whole sectors.
+            tensor: The tensor whose file is read; messages name it.
+            pieces: Offsets of first bytes, each with the places that are filled from there on in their order.
+                Offsets, lengths and addresses are whole sectors.
 
         Raises:
-            FileError: As for :meth:`read`.
+            FileError: The file is cut short, cannot be read, or is another one than was opened.
         """
         self._files[tensor.path].read(tensor.name, pieces, direct=True)
 
@@ -89,7 +89,7 @@ class Checkpoint:
         self._files[tensor.path].announce(ranges)
 
     def changes(self, tensor: StoredTensor) -> int:
-        """How often the tensor's file was found to be another than before, though it may hold the same."""
+        """Return how often the tensor's file was found to be another than before, though it may hold the same."""
         return self._files[tensor.path].changes
 
     def close(self) -> None:
@@ -99,7 +99,7 @@ class Checkpoint:
 
 
 class _File:
-    """One safetensors file."""
+    """An open safetensors file."""
 
     def __init__(self, path: Path, lasting: bool) -> None:
         self.path = path
@@ -139,12 +139,7 @@ class _File:
         return digest.digest()
 
     def read(
-        self,
-        name: str,
-        pieces: Sequence[tuple[int, list[memoryview]]],
-        direct: bool,
-        *,
-        remember: bool = False,
+        self, name: str, pieces: Sequence[tuple[int, list[memoryview]]], direct: bool, remember: bool = False
     ) -> None:
         cause = "it changes while it is being read"
         for _ in range(2):
@@ -164,7 +159,7 @@ class _File:
         raise FileError(f"{self.path}: reading {name} failed: {cause}")
 
     def _is_as_opened(self) -> bool:
-        """Whether the open file is the one that was opened, even if its name, time or permissions are others."""
+        """Tell whether the open file holds what was opened, even if its name, time or permissions are others."""
         identity = _identity(self._buffered)
         if identity == self._identity:
             return True
@@ -177,7 +172,7 @@ class _File:
         return True
 
     def _was_read_before(self, piece: tuple[int, list[memoryview]]) -> bool:
-        """Whether what was read is what was read there the first time; computed once until the file changes."""
+        """Tell whether what was read is what was read there first; computed once until the file changes."""
         start, (view,) = piece
         if (place := (start, len(view))) in self._sure:
             return True
@@ -232,7 +227,7 @@ def _close(*files: FileIO | None) -> None:
 
 
 def _open(path: Path, flags: int = 0) -> FileIO:
-    """The file, opened for reading; raises ``OSError`` for anything else that may have its name."""
+    """Open a file for reading, and raise ``OSError`` for anything else that may have its name."""
     # Without waiting: a named pipe would be waited for until somebody writes into it.
     flags |= getattr(os, "O_NONBLOCK", 0)
     file = FileIO(path, opener=lambda name, usual: os.open(name, usual | flags))
@@ -243,7 +238,7 @@ def _open(path: Path, flags: int = 0) -> FileIO:
 
 
 def _open_direct(path: Path) -> FileIO | None:
-    """The file past the page cache, or None where that cannot be had."""
+    """Open a file past the page cache; return None where that cannot be had."""
     if not hasattr(os, "O_DIRECT"):
         return None
     try:
@@ -315,7 +310,7 @@ def _pread(file: FileIO, start: int, length: int, size: int) -> bytes:
 
 
 def aligned_buffer(size: int, *, pinned: bool = False) -> Tensor:
-    """uint8 ``[size]`` whose address is a whole sector, ``size`` rounded up to whole sectors."""
+    """Return uint8 ``[size]`` whose address is a whole sector, ``size`` rounded up to whole sectors."""
     size = whole_sectors(size)
     memory = torch.empty(size + SECTOR, dtype=torch.uint8, pin_memory=pinned)
     shift = -memory.data_ptr() % SECTOR
@@ -323,5 +318,5 @@ def aligned_buffer(size: int, *, pinned: bool = False) -> Tensor:
 
 
 def whole_sectors(size: int) -> int:
-    """So many bytes, rounded up to whole sectors."""
+    """Return so many bytes, rounded up to whole sectors."""
     return -(-size // SECTOR) * SECTOR

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
-from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -20,19 +18,10 @@ _ALIGNMENT = 64
 
 
 class Change(Protocol):
-    """Something that is added to a tensor after it was read."""
+    """A change is added to a tensor after it was read."""
 
     def add_to(self, weight: Tensor) -> None:
         """Change the tensor in place."""
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor lies in the buffer."""
-
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
 
 
 @dataclass
@@ -45,16 +34,16 @@ class _Run:
 
 
 class TensorGroup:
-    """Tensors that are read together into one buffer.
+    """A group of tensors that are read together into one buffer.
 
     If all are stored in the dtype they are wanted in, whole runs of them go from the file to the buffer and the
     tensors are views into it. Otherwise they pass through a small buffer of their own and are converted.
 
     Args:
-        checkpoint: Where they are read from.
+        checkpoint: The open files.
         tensors: Each tensor by the name it will have.
         dtypes: The dtype each is wanted in.
-        changes: What is added to some of them, by name, whenever they are read.
+        changes: Changes that are added to some of them, by name, whenever they are read.
     """
 
     def __init__(
@@ -62,56 +51,42 @@ class TensorGroup:
         checkpoint: Checkpoint,
         tensors: Mapping[str, StoredTensor],
         dtypes: Mapping[str, torch.dtype],
-        changes: Mapping[str, Change] = MappingProxyType({}),
+        changes: Mapping[str, Change] | None = None,
     ) -> None:
         self._checkpoint = checkpoint
-        self._changes = {name: change for name, change in changes.items() if name in tensors}
         self._tensors = tensors
-        self._as_stored = all(
+        self._dtypes = dtypes
+        self._changes = {name: change for name, change in (changes or {}).items() if name in tensors}
+        self.converts = not all(
             FLOATS[tensor.kind] == dtypes[name] and tensor.start % dtypes[name].itemsize == 0
             for name, tensor in tensors.items()
         )
-        self._runs = _coalesced(tensors)
+        """Whether tensors are wanted otherwise than they are stored; reading then takes a buffer more."""
+        self._runs = [] if self.converts else _coalesced(tensors.values())
         self.size = 0
-        """Bytes of buffer that it needs."""
-        self._places: dict[str, _Place] = {}
-        if self._as_stored:
-            self._place_runs(dtypes)
-        else:
-            self._place_tensors(dtypes)
+        """Bytes of buffer that the group needs."""
+        self._offsets: dict[str, int] = {}  # of each tensor in the buffer
+        for run in self._runs:
+            for name, tensor in tensors.items():
+                if tensor.path == run.first.path and run.start <= tensor.start and tensor.end <= run.end:
+                    self._offsets[name] = self.size + tensor.start - run.start
+            self.size += run.end - run.start
+        for name, tensor in tensors.items() if self.converts else ():
+            self._offsets[name] = self.size
+            self.size += -(-tensor.size * dtypes[name].itemsize // _ALIGNMENT) * _ALIGNMENT
 
     @property
     def bytes_read(self) -> int:
-        """Bytes that one reading takes from the files."""
-        if self._as_stored:
-            return sum(run.end - run.start for run in self._runs)
-        return sum(tensor.end - tensor.start for tensor in self._tensors.values())
-
-    @property
-    def converts(self) -> bool:
-        """Whether tensors are wanted otherwise than they are stored; reading then takes a buffer more."""
-        return not self._as_stored
-
-    def _place_runs(self, dtypes: Mapping[str, torch.dtype]) -> None:
-        for run in self._runs:
-            for name, tensor in self._tensors.items():
-                if tensor.path == run.first.path and run.start <= tensor.start and tensor.end <= run.end:
-                    offset = self.size + tensor.start - run.start
-                    self._places[name] = _Place(offset, dtypes[name], tensor.shape)
-            self.size += run.end - run.start
-
-    def _place_tensors(self, dtypes: Mapping[str, torch.dtype]) -> None:
-        for name, tensor in self._tensors.items():
-            self._places[name] = _Place(self.size, dtypes[name], tensor.shape)
-            length = prod(tensor.shape) * dtypes[name].itemsize
-            self.size += -(-length // _ALIGNMENT) * _ALIGNMENT
+        """Return the bytes that one reading takes from the files."""
+        return sum(part.end - part.start for part in self._runs or self._tensors.values())
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
-        """The tensors, by name, in a buffer that has been filled."""
+        """Return the tensors, by name, in a buffer that has been filled."""
         views = {}
-        for name, place in self._places.items():
-            length = prod(place.shape) * place.dtype.itemsize
-            views[name] = buffer[place.offset : place.offset + length].view(place.dtype).view(place.shape)
+        for name, offset in self._offsets.items():
+            tensor, dtype = self._tensors[name], self._dtypes[name]
+            end = offset + tensor.size * dtype.itemsize
+            views[name] = buffer[offset:end].view(dtype).view(tensor.shape)
         return views
 
     def read(self, buffer: Tensor, staging: Tensor) -> None:
@@ -124,19 +99,17 @@ class TensorGroup:
         Raises:
             FileError: A file cannot be read; the message names it and the tensor.
         """
-        if self._as_stored:
-            offset = 0
-            for run in self._runs:
-                length = run.end - run.start
-                self._checkpoint.read(run.first, run.start, buffer[offset : offset + length], direct=True)
-                offset += length
-        else:
-            for name, view in self.views(buffer).items():
+        offset = 0
+        for run in self._runs:
+            length = run.end - run.start
+            self._checkpoint.read(run.first, run.start, buffer[offset : offset + length], direct=True)
+            offset += length
+        views = self.views(buffer)
+        if self.converts:
+            for name, view in views.items():
                 self._convert(self._tensors[name], view.view(-1), staging)
-        if self._changes:
-            views = self.views(buffer)
-            for name, change in self._changes.items():
-                change.add_to(views[name])
+        for name, change in self._changes.items():
+            change.add_to(views[name])
 
     def _convert(self, tensor: StoredTensor, target: Tensor, staging: Tensor) -> None:
         """Read one tensor through the staging buffer."""
@@ -154,9 +127,9 @@ class TensorGroup:
             target[first : first + count].copy_(stored)
 
 
-def _coalesced(tensors: Mapping[str, StoredTensor]) -> list[_Run]:
+def _coalesced(tensors: Iterable[StoredTensor]) -> list[_Run]:
     runs: list[_Run] = []
-    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.path, tensor.start)):
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.path, tensor.start)):
         end = whole_sectors(tensor.end)
         if runs and runs[-1].first.path == tensor.path and tensor.start <= runs[-1].end + _GAP:
             runs[-1].end = max(end, runs[-1].end)

@@ -27,13 +27,13 @@ _BITS = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies.
+    """The place of a tensor in a file.
 
     Attributes:
-        name: Its name in the file.
+        name: The tensor's name in the file.
         path: The file.
-        kind: Its dtype as the format names it, such as ``"BF16"``.
-        shape: Its shape.
+        kind: The dtype as the format names it, such as ``"BF16"``.
+        shape: The tensor's shape.
         start: Offset of its first byte in the file.
         end: Offset behind its last byte.
     """
@@ -47,18 +47,18 @@ class StoredTensor:
 
     @property
     def size(self) -> int:
-        """Number of elements."""
+        """Return the number of elements."""
         return prod(self.shape)
 
     def row(self, number: int) -> StoredTensor:
-        """One row of a table, ``[1, D]``."""
+        """Return one row of a table, ``[1, D]``."""
         length = (self.end - self.start) // self.shape[0]
         start = self.start + number * length
         return replace(self, shape=(1, *self.shape[1:]), start=start, end=start + length)
 
 
 def parse_header(header: bytes, path: Path, size: int) -> dict[str, StoredTensor]:
-    """Where each tensor of a file lies.
+    """Return where each tensor of a file lies.
 
     The rules are those of the safetensors library: the tensors cover the file from the header to its end, without
     holes and without overlap, and each is as long as its shape and dtype say. A name comes once.
@@ -66,7 +66,7 @@ def parse_header(header: bytes, path: Path, size: int) -> dict[str, StoredTensor
     Args:
         header: The JSON text, without the eight bytes of its length.
         path: The file.
-        size: Of the file, in bytes.
+        size: Bytes of the file.
 
     Raises:
         ValueError: The header breaks a rule; the message names the tensor.

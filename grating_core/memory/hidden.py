@@ -30,22 +30,22 @@ _GATHERED = 4096  # tokens that are moved at a time when candidates leave
 
 
 class Span(Protocol):
-    """Tokens that are computed together."""
+    """A span of tokens that are computed together."""
 
     @property
     def tokens(self) -> slice:
-        """Where they are on the token axis."""
+        """Return where they are on the token axis."""
 
     @property
     def rows(self) -> int:
-        """How many rows are computed for them, fill included."""
+        """Return how many rows are computed for them, fill included."""
 
 
 AnySpan = TypeVar("AnySpan", bound=Span)
 
 
 class HiddenStates(Protocol):
-    """Hidden states of the candidates that are alive, packed along the token axis."""
+    """The hidden states of the candidates that are alive, packed along the token axis."""
 
     def visit(
         self, spans: Sequence[AnySpan], *, read: bool = True, write: bool = True
@@ -53,7 +53,7 @@ class HiddenStates(Protocol):
         """Go through the spans in their order.
 
         Args:
-            spans: Divide the token axis without gaps.
+            spans: The spans, which divide the token axis without gaps.
             read: Whether the states matter that are there before.
             write: Whether the states matter that will be there after.
 
@@ -67,13 +67,13 @@ class HiddenStates(Protocol):
 
 
 class HiddenInMemory:
-    """All hidden states in one tensor.
+    """All hidden states are in one tensor.
 
     Args:
         tokens: Length of the token axis.
-        width: D.
-        dtype: Of the states.
-        device: Where they are.
+        width: Width D of a state.
+        dtype: The states' dtype.
+        device: The states' device.
     """
 
     def __init__(self, tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -102,18 +102,18 @@ class HiddenInMemory:
 
 
 class HiddenOnDisk:
-    """Hidden states in a temporary file; at most three spans in memory: computing, being written, being read.
+    """Hidden states are in a temporary file; three spans are in memory: computing, being written, being read.
 
     The file has no name, so nothing is left of it whatever happens. Use it in a ``with`` block.
 
     Args:
         tokens: Length of the token axis.
-        width: D.
-        dtype: Of the states.
-        device: Where the computing happens.
+        width: Width D of a state.
+        dtype: The states' dtype.
+        device: The device that computes.
         rows: The most rows of a span, fill included.
-        directory: Where the file is made.
-        meter: Told of bytes and waiting.
+        directory: The file's directory.
+        meter: The meter that counts bytes and waiting.
 
     Raises:
         StorageError: The file cannot be made, or there is no room for it.
@@ -136,7 +136,11 @@ class HiddenOnDisk:
         self._device = device
         self._where = torch.arange(tokens)  # of each token alive in the file, in rows
         self._buffers = [torch.zeros(1, rows, width, dtype=dtype) for _ in range(3)]
-        self._file = self._make(tokens * self._row_bytes)
+        try:
+            # Room is taken before the computing begins, so that a full disk is known at once.
+            self._file: FileIO = temporary_file(directory, tokens * self._row_bytes, buffering=0)
+        except OSError as error:
+            raise self._error(error) from error
         # One thread: a buffer is written to disk before the next read into it begins.
         self._mover = Threads(1, "grating-hidden")
 
@@ -204,20 +208,12 @@ class HiddenOnDisk:
                 raise OSError(errno.ENOSPC, "no room for all that was to be written")
 
     def _stretches(self, where: Tensor, states: Tensor) -> Iterator[tuple[int, memoryview]]:
-        """Tokens that lie side by side in the file: where they begin, and their states in memory."""
+        """Yield where tokens that lie side by side begin in the file, and their states in memory."""
         bytewise: Any = states.view(torch.uint8).numpy()
         data = memoryview(bytewise).cast("B")
         gaps = (where.diff() != 1).nonzero()[:, 0] + 1
         for first, last in pairwise([0, *gaps.tolist(), len(where)]):
             yield int(where[first]) * self._row_bytes, data[first * self._row_bytes : last * self._row_bytes]
-
-    def _make(self, size: int) -> FileIO:
-        try:
-            # Room is taken before the computing begins, so that a full disk is known at once.
-            file: FileIO = temporary_file(self._directory, size, buffering=0)
-        except OSError as error:
-            raise self._error(error) from error
-        return file
 
     def _error(self, error: OSError) -> StorageError:
         size = len(self._where) * self._row_bytes

@@ -39,28 +39,28 @@ class Meter:
     columns_read: int = 0
 
     def since(self, before: Meter) -> Meter:
-        """What has been added since a copy of these totals was taken."""
+        """Return what has been added since a copy of these totals was taken."""
         return Meter(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
 
     @property
     def column_hit_rate(self) -> float | None:
-        """Share of the columns wanted that were in memory; None if none was wanted."""
+        """Return the share of the wanted columns that were in memory; None if none was wanted."""
         return 1 - self.columns_read / self.columns_wanted if self.columns_wanted else None
 
     @property
     def hit_rate(self) -> float | None:
-        """Share of the rows wanted that were in memory; None if none was looked up."""
+        """Return the share of the wanted rows that were in memory; None if none was looked up."""
         return max(0.0, 1 - self.rows_read / self.rows_wanted) if self.rows_wanted else None
 
 
 class PeakMemory:
-    """The most memory taken while something runs, kept down by returning what the allocator holds for nothing.
+    """The most memory that a process takes while something runs.
 
     The system keeps one peak for the life of a process. It is exact, and tells about this time only if it rose;
     otherwise the answer is the most that was seen when :meth:`look` was called.
 
     Args:
-        device: Where the computing happens; on CUDA the answer is torch's own peak there.
+        device: The device that computes; on CUDA the answer is torch's own peak there.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -69,7 +69,7 @@ class PeakMemory:
         self._seen = self._settled = resident_memory()
 
     def look(self) -> None:
-        """See how much memory is taken now.
+        """See how much memory is taken now, and return to the system what the allocator holds for nothing.
 
         Intermediate results of uneven sizes never fit quite where those before them were. Layer by layer they
         wander through the heap, and all that they have ever touched counts as taken, until it is given back.
@@ -77,12 +77,14 @@ class PeakMemory:
         now = resident_memory()
         self._seen = max(self._seen, now)
         if now > self._settled + _GROWTH:
-            _give_back()
+            # Where the C library has a way to.
+            if trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None:
+                trim(0)
             self._settled = resident_memory()
 
     @property
     def bytes(self) -> int:
-        """The peak so far."""
+        """Return the peak so far, in bytes."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         highest = _highest_memory()
@@ -90,18 +92,12 @@ class PeakMemory:
 
 
 def resident_memory() -> int:
-    """Bytes of this process that are in memory now."""
+    """Return the bytes of this process that are in memory now."""
     return int(psutil.Process().memory_info().rss)
 
 
-def _give_back() -> None:
-    """Return free memory to the system, where the C library has a way to."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None:
-        trim(0)
-
-
 def _highest_memory() -> int:
-    """The most bytes of this process that were ever in memory; 0 where the system does not tell."""
+    """Return the most bytes of this process that were ever in memory."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

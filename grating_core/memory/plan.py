@@ -20,13 +20,13 @@ LARGEST_WORK = 32_000_000  # bytes of intermediate results; larger chunks were n
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What the parts of a model take in memory, in bytes where nothing else is said.
+    """The sizes of a model's parts in memory, in bytes where nothing else is said.
 
     Attributes:
         layers: Each layer's weights.
         bytes_read: What reading each layer takes from the disk.
-        vocabulary: Rows of the embedding table.
-        row: One of them.
+        vocabulary: Number of rows of the embedding table.
+        row: One of these rows.
         rest: Weights that are always resident: the other tables, norms and the head.
         converted: Whether weights are converted while they are read, which takes a buffer.
         hidden: Hidden states of one token.
@@ -35,7 +35,7 @@ class ModelSizes:
         keys: Keys and values of the longest text that is generated, its prompt included; 0 for a reranker.
         table_needed: Whether the whole embedding table is wanted all the time, as it is the output embedding too.
         columns: All columns of the MLPs, if those are pruned; the layers are then without these weights.
-        staging: Where columns arrive.
+        staging: The buffer where columns arrive.
     """
 
     layers: tuple[int, ...]
@@ -55,18 +55,18 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a memory budget is spent on.
+    """A plan says what a memory budget is spent on.
 
     Attributes:
         budget: The budget, in bytes.
-        sizes: What it was made for.
+        sizes: Sizes of the model's parts.
         resident: Numbers of the layers that stay in memory, from 1; the others are streamed.
-        chunk_tokens: Most tokens computed at once. A longer candidate is computed alone.
+        chunk_tokens: The most tokens computed at once. A longer candidate is computed alone.
         embedding_rows: Rows of the embedding table in memory; all of them when the table is resident.
         hidden_tokens: Tokens of a request whose hidden states stay in memory; those of a larger one are spilled.
-        column_share: How much of each layer's MLP stays in memory, if the MLPs are pruned.
-        tokenizer: What the tokenizer took when it was loaded, in bytes. It comes on top of the budget. None if
-            it has not been loaded.
+        column_share: The share of each layer's MLP that stays in memory, if the MLPs are pruned.
+        tokenizer: Bytes that the tokenizer took when it was loaded, on top of the budget; None if it has not been
+            loaded.
     """
 
     budget: int
@@ -80,17 +80,17 @@ class MemoryPlan:
 
     @property
     def streamed(self) -> tuple[int, ...]:
-        """Numbers of the layers that are read for every request."""
+        """Return the numbers of the layers that are read for every request."""
         return tuple(n for n in range(1, len(self.sizes.layers) + 1) if n not in self.resident)
 
     @property
     def table_resident(self) -> bool:
-        """Whether the whole embedding table stays in memory."""
+        """Tell whether the whole embedding table stays in memory."""
         return self.embedding_rows == self.sizes.vocabulary
 
     @property
     def parts(self) -> dict[str, int]:
-        """Bytes of each part of the plan, by what they are for."""
+        """Return the bytes of each part of the plan, by what they are for."""
         sizes = self.sizes
         streamed = [sizes.layers[number - 1] for number in self.streamed]
         parts = {
@@ -109,27 +109,27 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """Bytes of all parts: what is expected at the peak of a rerank, over the state after imports."""
+        """Return the bytes of all parts, which are expected at the peak of a rerank beyond those after imports."""
         return sum(self.parts.values())
 
     def spills(self, tokens: int) -> bool:
-        """Whether the hidden states of a request of so many tokens are kept on disk."""
+        """Tell whether the hidden states of a request of so many tokens are kept on disk."""
         return tokens + FILL > self.hidden_tokens
 
     def bytes_read(self) -> int:
-        """Weights read from disk for one request, embedding rows aside."""
+        """Return the bytes of weights read from disk for one request, embedding rows aside."""
         return sum(self.sizes.bytes_read[number - 1] for number in self.streamed)
 
     def bytes_spilled(self, tokens: int) -> int:
-        """Hidden states written to disk for one request without pruning; as much is read back."""
+        """Return the bytes of hidden states that one request without pruning writes to disk, and reads back."""
         return (len(self.sizes.layers) - 1) * tokens * self.sizes.hidden if self.spills(tokens) else 0
 
 
 def parse_budget(memory_budget: str | int) -> int:
-    """Bytes of a memory budget: a number of bytes, or a string such as ``"300MB"`` or ``"1.5GiB"``.
+    """Return the bytes of a memory budget: a number of bytes, or a string such as ``"300MB"`` or ``"1.5GiB"``.
 
     Raises:
-        ValueError: It is neither, or not above 0.
+        ValueError: The budget is neither, or not above 0.
     """
     try:
         if isinstance(memory_budget, bool):
@@ -158,39 +158,17 @@ def make_plan(sizes: ModelSizes, budget: int) -> MemoryPlan:
     and more hidden states. Larger chunks come late because they gain a percent or two.
 
     Args:
-        sizes: Of the model.
-        budget: In bytes.
+        sizes: Sizes of the model's parts.
+        budget: The budget, in bytes.
 
     Raises:
-        BudgetError: It is too small; the error states the smallest that works.
+        BudgetError: The budget is too small; the error states the smallest that works.
     """
-    depth = len(sizes.layers)
     largest_chunk = max(sizes.window, LARGEST_WORK // sizes.work)
-    smallest = MemoryPlan(
-        budget=budget,
-        sizes=sizes,
-        # With one or two layers, two buffers would take as much as the layers.
-        resident=_all_but(depth, depth if depth > 2 else 0),
-        chunk_tokens=sizes.window,
-        embedding_rows=min(_FEWEST_ROWS, sizes.vocabulary),
-        hidden_tokens=_three_spans(sizes.window),
-    )
-    if smallest.total > budget:
-        resident = replace(
-            smallest,
-            resident=_all_but(depth, 0),
-            chunk_tokens=largest_chunk,
-            embedding_rows=sizes.vocabulary,
-            column_share=1.0,
-            hidden_tokens=max(_USUAL_HIDDEN, _three_spans(largest_chunk)),
-        ).total
-        raise BudgetError(
-            f"memory_budget={budget:,} bytes is too small for this model, which needs "
-            f"{-(-smallest.total // 1_000_000)}MB for documents of up to {sizes.window:,} tokens: give it that "
-            f"much, or a smaller max_length",
-            smallest=smallest.total,
-            resident=resident,
-        )
+    smallest = _smallest(sizes, budget, hidden_tokens=_three_spans(sizes.window))
+    usual = max(_USUAL_HIDDEN, _three_spans(largest_chunk))
+    resident = replace(_everything(smallest, largest_chunk), hidden_tokens=usual)
+    _check(smallest, resident, f"documents of up to {sizes.window:,} tokens")
     plan = _more_rows(smallest, 4 * _FEWEST_ROWS)
     plan = _more_hidden(plan, _USUAL_HIDDEN)
     plan = _more_rows(plan, sizes.vocabulary // 10)
@@ -211,48 +189,60 @@ def make_generation_plan(sizes: ModelSizes, budget: int, max_length: int) -> Mem
     every other is read once for each token. At last larger chunks and the whole embedding table.
 
     Args:
-        sizes: Of the model, for texts of ``max_length``.
-        budget: In bytes.
+        sizes: Sizes of the model's parts, for texts of ``max_length``.
+        budget: The budget, in bytes.
         max_length: Tokens of the longest prompt together with its continuation.
 
     Raises:
-        BudgetError: It is too small; the error states the smallest that works.
+        BudgetError: The budget is too small; the error states the smallest that works.
     """
-    depth = len(sizes.layers)
     # Columns of pruned MLPs are read for each chunk of a prompt; what chunks take, columns lack for every token.
     work = budget // 50 if sizes.columns else LARGEST_WORK
     largest_chunk = max(sizes.window, min(max_length, work // sizes.work))
-    smallest = MemoryPlan(
-        budget=budget,
-        sizes=sizes,
-        resident=_all_but(depth, depth if depth > 2 else 0),
-        chunk_tokens=sizes.window,
-        embedding_rows=sizes.vocabulary if sizes.table_needed else min(_FEWEST_ROWS, sizes.vocabulary),
-        hidden_tokens=max_length,
-    )
-    everything = replace(
-        smallest,
-        resident=_all_but(depth, 0),
-        chunk_tokens=largest_chunk,
-        embedding_rows=sizes.vocabulary,
-        column_share=1.0,
-    )
-    if smallest.total > budget:
-        raise BudgetError(
-            f"memory_budget={budget:,} bytes is too small for this model, which needs "
-            f"{-(-smallest.total // 1_000_000)}MB for prompts with what follows of up to {max_length:,} tokens: "
-            f"give it that much, or a smaller max_length",
-            smallest=smallest.total,
-            resident=everything.total,
-        )
+    smallest = _smallest(sizes, budget, hidden_tokens=max_length)
+    everything = _everything(smallest, largest_chunk)
+    _check(smallest, everything, f"prompts with what follows of up to {max_length:,} tokens")
     plan = _more_layers(smallest)
     larger = replace(plan, chunk_tokens=largest_chunk)
     plan = _more_columns(larger if larger.total <= budget else plan)
     return everything if everything.total <= budget else plan
 
 
+def _smallest(sizes: ModelSizes, budget: int, hidden_tokens: int) -> MemoryPlan:
+    depth = len(sizes.layers)
+    return MemoryPlan(
+        budget=budget,
+        sizes=sizes,
+        # With one or two layers, two buffers would take as much as the layers.
+        resident=_all_but(depth, depth if depth > 2 else 0),
+        chunk_tokens=sizes.window,
+        embedding_rows=sizes.vocabulary if sizes.table_needed else min(_FEWEST_ROWS, sizes.vocabulary),
+        hidden_tokens=hidden_tokens,
+    )
+
+
+def _everything(smallest: MemoryPlan, chunk_tokens: int) -> MemoryPlan:
+    return replace(
+        smallest,
+        resident=_all_but(len(smallest.sizes.layers), 0),
+        chunk_tokens=chunk_tokens,
+        embedding_rows=smallest.sizes.vocabulary,
+        column_share=1.0,
+    )
+
+
+def _check(smallest: MemoryPlan, resident: MemoryPlan, texts: str) -> None:
+    if smallest.total > smallest.budget:
+        raise BudgetError(
+            f"memory_budget={smallest.budget:,} bytes is too small for this model, which needs "
+            f"{-(-smallest.total // 1_000_000)}MB for {texts}: give it that much, or a smaller max_length",
+            smallest=smallest.total,
+            resident=resident.total,
+        )
+
+
 def _room(plan: MemoryPlan, unit: int) -> int:
-    """How many more of something the budget has room for."""
+    """Return how many more of something the budget has room for."""
     return (plan.budget - plan.total) // unit
 
 
@@ -287,11 +277,11 @@ def _more_columns(plan: MemoryPlan) -> MemoryPlan:
 
 
 def _all_but(depth: int, streamed: int) -> tuple[int, ...]:
-    """The resident layers, when so many are streamed. Those are spread evenly, for the most time to read each."""
+    """Return the resident layers if so many are streamed; these are spread evenly, for the most time to read."""
     passing = {1 + number * depth // streamed for number in range(streamed)}
     return tuple(number for number in range(1, depth + 1) if number not in passing)
 
 
 def _three_spans(tokens: int) -> int:
-    """Tokens in memory when hidden states are spilled: computing, being written, being read; with their fill."""
+    """Return the tokens in memory if hidden states are spilled: computed, written and read, with their fill."""
     return 3 * (tokens + FILL)

@@ -20,18 +20,18 @@ _BATCH = 256  # rows that are read before they are put into their places
 
 
 class RowCache(nn.Module):
-    """Stands in for an ``nn.Embedding`` and keeps the rows that were used last; the others are on disk.
+    """A row cache stands in for an ``nn.Embedding`` and keeps the rows that were used last; others are on disk.
 
-    One request at a time.
+    One request at a time may use it.
 
     Args:
-        checkpoint: Holds the table.
-        table: Where the table lies: two dimensions, ``[vocabulary, D]``.
-        capacity: How many rows to keep, 1 or more.
-        dtype: What the rows are converted to.
-        device: Where the rows are wanted.
-        meter: Told of bytes, hits and misses.
-        scale: What rows are multiplied by when they are looked up; None for nothing.
+        checkpoint: The files with the table.
+        table: The place of the table, which is ``[vocabulary, D]``.
+        capacity: Number of rows to keep, 1 or more.
+        dtype: The dtype that rows are converted to.
+        device: The device where rows are wanted.
+        meter: The meter that counts bytes, hits and misses.
+        scale: The factor of rows that are looked up; None for 1.
     """
 
     def __init__(
@@ -61,10 +61,7 @@ class RowCache(nn.Module):
         self._now = 0
 
     def fetch(self, input_ids: Tensor) -> None:
-        """Read what a request needs, as far as it fits, before the request begins.
-
-        Args:
-            input_ids: int64, any shape.
+        """Read the rows of some tokens, int64 of any shape, as far as they fit, before a request begins.
 
         Raises:
             FileError: The rows cannot be read; the rows that were there stay.
@@ -74,7 +71,7 @@ class RowCache(nn.Module):
         self._hold(wanted[: self._capacity])
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """The rows of some tokens, ``[…, D]``, as ``nn.Embedding`` gives them."""
+        """Return the rows of some tokens, ``[…, D]``, as ``nn.Embedding`` does."""
         tokens = input_ids.cpu().numpy().reshape(-1)
         found = torch.empty(len(tokens), self._rows.shape[1], dtype=self._rows.dtype, device=self._rows.device)
         # No more tokens at a time than there are places, so that one lookup never evicts its own rows.
@@ -140,11 +137,11 @@ class RowCache(nn.Module):
         self._checks[tokens] = checks
 
     def _runs(self, tokens: NDArray[np.int64]) -> list[tuple[int, int]]:
-        """First and last token of each run of rows that lie close together."""
+        """Return the first and the last token of each run of rows that lie close together."""
         apart = np.flatnonzero(np.diff(tokens) * self._row_bytes > _GAP) + 1
         return [(int(run[0]), int(run[-1])) for run in np.split(tokens, apart)]
 
     def _span(self, first: int, last: int) -> tuple[int, int]:
-        """The bytes of a run in the file."""
+        """Return where the bytes of a run begin and end in the file."""
         start = self._table.start
         return start + first * self._row_bytes, start + (last + 1) * self._row_bytes

@@ -18,15 +18,16 @@ from grating_core.memory.meter import Meter
 
 
 class Streamer:
-    """Reads layers in their order, over and over, one ahead of the computing.
+    """A streamer reads layers in their order, over and over, one ahead of the computing.
 
     After the last comes the first again, so that the next request finds it read. A thread does the reading: reads
-    leave Python's lock alone, and past the page cache they take hardly any processor time. One request at a time.
+    leave Python's lock alone, and past the page cache they take hardly any processor time. One request at a time
+    may use it.
 
     Args:
         groups: The streamed layers' weights by layer number; two or more.
-        device: Where the weights are wanted.
-        meter: Told of bytes and waiting.
+        device: The device where the weights are wanted.
+        meter: The meter that counts bytes and waiting.
     """
 
     def __init__(self, groups: Mapping[int, TensorGroup], device: torch.device, meter: Meter) -> None:
@@ -48,16 +49,16 @@ class Streamer:
         self._free = list(self._slots)
 
     def __contains__(self, number: int) -> bool:
-        """Whether this layer is streamed."""
+        """Tell whether this layer is streamed."""
         return number in self._groups
 
     @contextmanager
     def layer(self, number: int) -> Iterator[dict[str, Tensor]]:
-        """The weights of a layer by name, to be used inside the ``with`` and not after it.
+        """Yield the weights of a layer by name, to be used inside the ``with`` and not after it.
 
         Raises:
-            FileError: They cannot be read. The next call tries again.
-            RuntimeError: There is no thread to be had that would read them. The next call tries again.
+            FileError: The weights cannot be read. The next call tries again.
+            RuntimeError: There is no thread to be had that would read. The next call tries again.
         """
         started = perf_counter()
         slot, weights = self._wait_for(number)
@@ -122,7 +123,7 @@ def _leave_processors_alone() -> None:
 
 
 class _Slot:
-    """A buffer for one layer on the CPU, pinned and with a twin on the device if that is another."""
+    """A slot is a buffer for one layer on the CPU, pinned and with a twin on the device if that is another."""
 
     def __init__(self, size: int, staging: Tensor, device: torch.device) -> None:
         self._staging = staging  # the slots take turns with it, as they do with the thread
@@ -147,6 +148,6 @@ class _Slot:
         return group.views(self._twin)
 
     def release(self) -> None:
-        """What is computing with the weights has been set going; the next read must not overtake it."""
+        """Note that the computing with the weights has been set going; the next read must not overtake it."""
         if self._stream is not None:
             self._computed = torch.cuda.current_stream(self._device).record_event()
