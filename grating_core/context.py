@@ -1,4 +1,4 @@
-"""Long texts cut down to what answers a query, within a budget of tokens."""
+"""Long texts are cut down to what answers a query, within a budget of tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FEW = 10_000  # tokens that are counted at no cost worth mentioning
 
 @dataclass(frozen=True)
 class Passage:
-    """A part of one of the caller's documents, or all of it.
+    """A passage is a part of one of the caller's documents, or all of it.
 
     Attributes:
         document: Index of the document in the caller's list; 0 if that was a single text.
@@ -88,64 +88,67 @@ def select_context(
             prompt = join_passages(passages) + " Who did it?"
     """
     check_query(query)
-    max_tokens, chunk_tokens = whole_number("max_tokens", max_tokens), whole_number("chunk_tokens", chunk_tokens)
-    source = _source(text_or_documents, reranker, chunk_tokens, count_tokens)
-    if (everything := source.everything(max_tokens)) is not None:
-        return everything
-    chunks = list(source.chunks(min(chunk_tokens, max_tokens), max_tokens))
-    if not chunks:
-        return []
-    # Pruning has to know how many are wanted. The best are seldom shorter than the average, so that these fill the
-    # budget. Were more asked for, less could be pruned, and the last gap be filled with anything that is short.
-    top_k = -(-max_tokens * len(chunks) // max(1, sum(chunk.tokens for chunk in chunks)))
-    ranking = reranker.rerank(reranker.tail(query.strip()), [chunk.text for chunk in chunks], top_k).ranking
-    kept = source.fill([replace(chunks[best.index], score=best.score) for best in ranking], max_tokens)
-    # A whole may have a few more tokens than its parts.
-    while not source.fit(passages := source.merged(kept), max_tokens):
-        kept.pop()
-    return passages
+    return Selector(reranker, max_tokens, chunk_tokens, count_tokens).best(query, text_or_documents)
 
 
-def leading_context(
-    text_or_documents: str | Iterable[str],
-    *,
-    reranker: Reranker,
-    max_tokens: int,
-    chunk_tokens: int = 256,
-    count_tokens: CountTokens | None = None,
-) -> list[Passage]:
-    """The beginning of long texts, as much as fits into a prompt: what is left to do when nothing is asked.
+class Selector:
+    """Cuts long texts down to what fits into a prompt. The arguments are those of :func:`select_context`."""
 
-    Args:
-        text_or_documents: A text, or several, whose order is kept.
-        reranker: What counts the tokens if ``count_tokens`` does not; it judges nothing.
-        max_tokens: See :func:`select_context`.
-        chunk_tokens: See there.
-        count_tokens: See there.
+    def __init__(
+        self, reranker: Reranker, max_tokens: int, chunk_tokens: int = 256, count_tokens: CountTokens | None = None
+    ) -> None:
+        self._max_tokens = whole_number("max_tokens", max_tokens)
+        self._chunk_tokens = whole_number("chunk_tokens", chunk_tokens)
+        if not isinstance(reranker, Reranker):
+            raise ValueError(f"reranker={reranker!r} must be a Reranker, as Reranker.from_pretrained makes it")
+        if self._chunk_tokens > reranker.max_length:
+            raise ValueError(
+                f"chunk_tokens={chunk_tokens} is more than the reranker reads, {reranker.max_length} tokens with "
+                f"the query; use fewer"
+            )
+        self._reranker = reranker
+        self._count = reranker.count_tokens if count_tokens is None else _checked_counter(count_tokens)
 
-    Returns:
-        Passages as of :func:`select_context`, without scores.
+    def best(self, query: str, text_or_documents: str | Iterable[str]) -> list[Passage]:
+        """Return the passages that answer a query best; see :func:`select_context`."""
+        source = Source(_checked_texts(text_or_documents), self._count)
+        if (everything := source.everything(self._max_tokens)) is not None:
+            return everything
+        chunks = list(self._chunks(source))
+        if not chunks:
+            return []
+        # Pruning has to know how many are wanted. The best are seldom shorter than the average, so that these fill
+        # the budget. Were more asked for, less could be pruned, and the last gap be filled with anything short.
+        top_k = -(-self._max_tokens * len(chunks) // max(1, sum(chunk.tokens for chunk in chunks)))
+        asked = self._reranker.tail(query.strip())
+        ranking = self._reranker.rerank(asked, [chunk.text for chunk in chunks], top_k).ranking
+        kept = source.fill([replace(chunks[best.index], score=best.score) for best in ranking], self._max_tokens)
+        # A whole may have a few more tokens than its parts.
+        while not source.fit(passages := source.merged(kept), self._max_tokens):
+            kept.pop()
+        return passages
 
-    Raises:
-        ValueError: An argument is not usable; the message names it.
-    """
-    max_tokens, chunk_tokens = whole_number("max_tokens", max_tokens), whole_number("chunk_tokens", chunk_tokens)
-    source = _source(text_or_documents, reranker, chunk_tokens, count_tokens)
-    if (everything := source.everything(max_tokens)) is not None:
-        return everything
-    kept: list[Passage] = []
-    for chunk in source.chunks(min(chunk_tokens, max_tokens), max_tokens):
-        if not source.fit(source.merged([*kept, chunk]), max_tokens):
-            break
-        kept.append(chunk)
-    return source.merged(kept)
+    def leading(self, text_or_documents: str | Iterable[str]) -> list[Passage]:
+        """Return the beginning of the texts, as much as fits, without scores: nothing is asked."""
+        source = Source(_checked_texts(text_or_documents), self._count)
+        if (everything := source.everything(self._max_tokens)) is not None:
+            return everything
+        kept: list[Passage] = []
+        for chunk in self._chunks(source):
+            if not source.fit(source.merged([*kept, chunk]), self._max_tokens):
+                break
+            kept.append(chunk)
+        return source.merged(kept)
+
+    def _chunks(self, source: Source) -> Iterator[Passage]:
+        return source.chunks(min(self._chunk_tokens, self._max_tokens), self._max_tokens)
 
 
 def join_passages(passages: Iterable[Passage]) -> str:
-    """The passages as one text for a prompt; where something is left out within a document it says ``[…]``.
+    """Join passages to one text for a prompt; ``[…]`` stands where something is left out within a document.
 
     Args:
-        passages: From :func:`select_context`, in their order.
+        passages: What :func:`select_context` returned, in its order.
     """
     passages = list(passages)
     rest = [_separator(before, after) + after.text for before, after in pairwise(passages)]
@@ -153,9 +156,9 @@ def join_passages(passages: Iterable[Passage]) -> str:
 
 
 def _sections(text: str, size: int) -> Iterator[tuple[int, str]]:
-    """The text, cut within words of more than ``size`` characters: a splitter reads such a word for every chunk.
+    """Cut a text within words of more than ``size`` characters, which a splitter would read for every chunk.
 
-    They are cut after punctuation where there is some, as in JSON without spaces.
+    Words are cut after punctuation where there is some, as in JSON without spaces.
     """
     start = 0
     for word in re.finditer(rf"\S{{{size},}}", text):
@@ -180,8 +183,8 @@ def _scores(chunks: Iterable[Passage]) -> list[float]:
     return [chunk.score for chunk in chunks if chunk.score is not None]
 
 
-class _Source:
-    """The caller's texts, and the counting of their tokens."""
+class Source:
+    """This class holds the caller's texts, and counts their tokens."""
 
     def __init__(self, texts: list[str], count: CountTokens) -> None:
         self._texts = texts
@@ -191,7 +194,7 @@ class _Source:
         self._gap_tokens = cache(count)
 
     def everything(self, max_tokens: int) -> list[Passage] | None:
-        """All texts that are not blank, if they fit."""
+        """Return all texts that are not blank, or None if they do not fit."""
         # To count a book in one piece takes a hundred times its memory, so that is left to texts that may fit.
         if sum(map(self._estimate, self._texts)) > 2 * max_tokens + _FEW:
             return None
@@ -199,7 +202,7 @@ class _Source:
         return whole if self.fit(whole, max_tokens) else None
 
     def chunks(self, chunk_tokens: int, max_tokens: int) -> Iterator[Passage]:
-        """The texts in pieces of about ``chunk_tokens`` tokens at most, and never more than ``max_tokens``."""
+        """Divide the texts into chunks of about ``chunk_tokens`` tokens at most, never above ``max_tokens``."""
         coarse = TextSplitter.from_callback(self._estimate, chunk_tokens)
         fine = TextSplitter.from_callback(self._count, max_tokens)
         for document, text in enumerate(self._texts):
@@ -209,14 +212,14 @@ class _Source:
                     if (passage := self._cut(document, first, first + len(chunk))).tokens <= max_tokens:
                         yield passage
                         continue
-                    # It was estimated too low. A character that alone is too large is left out.
+                    # The estimate was too low. A character that alone is too large is left out.
                     for offset, piece in fine.chunk_indices(chunk):
                         passage = self._cut(document, first + offset, first + offset + len(piece))
                         if passage.tokens <= max_tokens:
                             yield passage
 
     def fill(self, ranked: Iterable[Passage], max_tokens: int) -> list[Passage]:
-        """Those of the chunks, best first, for which there is room beside the better ones."""
+        """Choose chunks, which come best first: each for which there is room beside the better ones."""
         kept: list[Passage] = []
         in_order: list[Passage] = []
         used = 0
@@ -231,7 +234,7 @@ class _Source:
         return kept
 
     def merged(self, chunks: Iterable[Passage]) -> list[Passage]:
-        """The chunks in the order of the texts; those that adjoin have become one passage."""
+        """Put chunks into the order of the texts, and join those that adjoin to one passage."""
         runs: list[list[Passage]] = []
         for chunk in sorted(chunks, key=_place):
             if runs and self._adjoin(runs[-1][-1], chunk):
@@ -243,7 +246,7 @@ class _Source:
         ]
 
     def fit(self, passages: list[Passage], max_tokens: int) -> bool:
-        """Whether the passages are within the budget, joined as well as by themselves."""
+        """Say whether the passages are within the budget, joined as well as one by one."""
         sizes = [passage.tokens for passage in passages]
         return not passages or max(sum(sizes), self._count(join_passages(passages))) <= max_tokens
 
@@ -252,11 +255,11 @@ class _Source:
         return Passage(document, start, end, text, score, self._count(text))
 
     def _estimate(self, text: str) -> int:
-        """The count, but words are counted by themselves and each once: a splitter asks often."""
+        """Count tokens roughly: each word by itself, and only once, because a splitter asks often."""
         return sum(map(self._word_tokens, text.split()))
 
     def _gaps(self, chunks: list[Passage]) -> int:
-        """Tokens of what stands between chunks that follow each other."""
+        """Count the tokens that stand between chunks that follow each other."""
         return sum(
             self._gap_tokens(
                 self._texts[before.document][before.end : after.start]
@@ -267,37 +270,15 @@ class _Source:
         )
 
     def _adjoin(self, before: Passage, after: Passage) -> bool:
-        """Whether there is only white space between them, with which no chunk begins or ends."""
+        """Say whether there is only white space between two chunks; no chunk begins or ends with white space."""
         between = self._texts[before.document][before.end : after.start]
         return before.document == after.document and not between.strip()
-
-
-def _source(
-    text_or_documents: str | Iterable[str],
-    reranker: Reranker,
-    chunk_tokens: int,
-    count_tokens: CountTokens | None,
-) -> _Source:
-    """The arguments of a selection, checked."""
-    texts = _checked_texts(text_or_documents)
-    if not isinstance(reranker, Reranker):
-        raise ValueError(f"reranker={reranker!r} must be a Reranker, as Reranker.from_pretrained makes it")
-    _check_chunk(chunk_tokens, reranker)
-    return _Source(texts, reranker.count_tokens if count_tokens is None else _checked_counter(count_tokens))
 
 
 def _checked_texts(text_or_documents: str | Iterable[str]) -> list[str]:
     if isinstance(text_or_documents, str):
         return [text_or_documents]
     return arguments.texts("text_or_documents", text_or_documents, "a text or a list of texts")
-
-
-def _check_chunk(chunk_tokens: int, reranker: Reranker) -> None:
-    if chunk_tokens > reranker.max_length:
-        raise ValueError(
-            f"chunk_tokens={chunk_tokens} is more than the reranker reads, {reranker.max_length} tokens with the "
-            f"query; use fewer"
-        )
 
 
 def _checked_counter(count_tokens: CountTokens) -> CountTokens:

@@ -12,7 +12,7 @@ from semantic_text_splitter import TextSplitter
 from tokenizers import Tokenizer
 
 from grating_core import Reranker, Route, join_passages, select_context
-from grating_core.context import Passage, _Source
+from grating_core.context import Passage, Source
 from tests.core.conftest import WORDS
 
 QUERY = "How many people live in Berlin?"
@@ -212,12 +212,12 @@ def test_a_text_without_spaces_is_divided_in_linear_time(make: Callable[[int], s
         return len(text) // 4
 
     text = make(50_000)
-    chunks = list(_Source([text], count).chunks(256, 1000))
+    chunks = list(Source([text], count).chunks(256, 1000))
     few = sum(read)
     assert "".join(chunk.text for chunk in chunks) == text.replace("\n", "")
     assert all(0 <= chunk.tokens <= 256 for chunk in chunks)
     read.clear()
-    assert len(list(_Source([make(200_000)], count).chunks(256, 1000))) >= len(chunks)
+    assert len(list(Source([make(200_000)], count).chunks(256, 1000))) >= len(chunks)
     assert sum(read) < 5 * few + 10_000
 
 

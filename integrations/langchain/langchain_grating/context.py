@@ -10,8 +10,7 @@ from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import RunnableLambda
 from pydantic import Field
 
-from grating_core import select_context
-from grating_core.context import Passage, leading_context
+from grating_core.context import Passage, Selector
 from grating_core.forking import run_in_thread
 from grating_core.frameworks.nested import copied
 from grating_core.frameworks.requests import checked_items, is_blank, position
@@ -92,14 +91,9 @@ class GratingContextSelector(RerankerSettings, BaseDocumentCompressor):
         if isinstance(documents, str):
             documents = [Document(documents)]
         documents = checked_items("documents", documents, Document, "Document(text)")
-        how: dict[str, Any] = {
-            "reranker": self.reranker,
-            "max_tokens": self.max_tokens,
-            "chunk_tokens": self.chunk_tokens,
-            "count_tokens": self.count_tokens,
-        }
+        selector = Selector(self.reranker, self.max_tokens, self.chunk_tokens, self.count_tokens)
         texts = [document.page_content for document in documents]
-        passages = leading_context(texts, **how) if is_blank(query) else select_context(query, texts, **how)
+        passages = selector.leading(texts) if is_blank(query) else selector.best(query, texts)
         return [_cut(documents[passage.document], passage) for passage in passages]
 
 

@@ -11,7 +11,7 @@ from grating_core.engine.decode import advance, new_cache
 from grating_core.errors import ScoreError
 from grating_core.models.causal_lm import CausalLM
 from tests.core.conftest import WINDOW
-from tests.core.memory.conftest import load_planned_lm
+from tests.core.memory.conftest import planned_lm
 from tests.core.models.test_decoders import CAUSAL, save_decoder
 from tests.core.parity import TOLERANCE, going_on
 
@@ -31,7 +31,8 @@ def reference(decoder: Path) -> PreTrainedModel:
 
 
 def load(directory: Path, **changes: object) -> CausalLM:
-    return load_planned_lm(directory, **changes)._model()
+    stored, plan = planned_lm(directory, **changes)
+    return stored.load(plan)
 
 
 def one_by_one(model: CausalLM, prompt: int, until: int, chunk_tokens: int = 64) -> Tensor:
@@ -62,12 +63,12 @@ def test_logits_equal_transformers(
 
 @pytest.mark.parametrize("changes", [STREAMED, SOME], ids=["streamed", "some streamed"])
 def test_streamed_layers_give_the_same_bits(decoder: Path, changes: dict[str, object]) -> None:
-    loaded = load_planned_lm(decoder, **changes)
-    whole, streamed = load(decoder), loaded._model()
+    stored, plan = planned_lm(decoder, **changes)
+    whole, streamed = load(decoder), stored.load(plan)
     for _ in range(2):
         assert torch.equal(one_by_one(streamed, 20, 25), one_by_one(whole, 20, 25))
     # The prompt is one pass, each token after it another.
-    assert streamed.meter.bytes_read == 2 * 6 * loaded.plan.bytes_read()
+    assert streamed.meter.bytes_read == 2 * 6 * plan.bytes_read()
     streamed.close()
 
 
@@ -85,9 +86,9 @@ def test_tied_embeddings_are_there_once(tmp_path: Path) -> None:
 
 
 def test_keys_and_values_take_what_was_planned(tmp_path: Path) -> None:
-    loaded = load_planned_lm(save_decoder(tmp_path, "llama"))
-    cache = new_cache(loaded._model(), WINDOW)
-    assert sum(part.nbytes for part in (*cache._keys, *cache._values)) == loaded.plan.sizes.keys
+    stored, plan = planned_lm(save_decoder(tmp_path, "llama"))
+    cache = new_cache(stored.load(plan), WINDOW)
+    assert sum(part.nbytes for part in (*cache.keys, *cache.values)) == plan.sizes.keys
 
 
 def test_logits_that_are_not_finite_are_refused(tmp_path: Path) -> None:

@@ -58,19 +58,9 @@ def load_planned(
     )
 
 
-def load_planned_lm(
-    directory: Path, *, chunk_tokens: int = 64, adapter: Path | None = None, **changes: object
-) -> StreamedCausalLM:
+def load_planned_lm(directory: Path, **settings: object) -> StreamedCausalLM:
     """A language model under a plan that keeps everything, but for the changes."""
-    stored = StoredCausalLM(
-        directory,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        attention=CACHED_ATTENTION,
-        lasting=True,
-        adapter=None if adapter is None else Adapter(adapter),
-    )
-    plan = planned(stored, WINDOW, chunk_tokens, **changes)
+    stored, plan = planned_lm(directory, **settings)
     return StreamedCausalLM(
         stored.load(plan),
         PromptTokenizer(directory),
@@ -79,6 +69,21 @@ def load_planned_lm(
         end_tokens=stored.end_tokens,
         plan=plan,
     )
+
+
+def planned_lm(
+    directory: Path, *, chunk_tokens: int = 64, adapter: Path | None = None, **changes: object
+) -> tuple[StoredCausalLM, MemoryPlan]:
+    """A language model that is not loaded yet, and a plan that keeps everything, but for the changes."""
+    stored = StoredCausalLM(
+        directory,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        attention=CACHED_ATTENTION,
+        lasting=True,
+        adapter=None if adapter is None else Adapter(adapter),
+    )
+    return stored, planned(stored, WINDOW, chunk_tokens, **changes)
 
 
 def planned(stored: StoredModel, window: int, chunk_tokens: int, **changes: object) -> MemoryPlan:

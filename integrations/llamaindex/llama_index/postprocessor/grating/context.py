@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 from uuid import uuid4
 
 from llama_index.core.bridge.pydantic import Field
@@ -11,8 +10,7 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeRelationship, No
 from llama_index.postprocessor.grating.requests import checked_request
 from llama_index.postprocessor.grating.settings import RerankerSettings
 
-from grating_core import select_context
-from grating_core.context import Passage, leading_context
+from grating_core.context import Passage, Selector
 from grating_core.forking import run_in_thread
 from grating_core.frameworks.nested import copied
 from grating_core.frameworks.requests import is_blank, position
@@ -67,19 +65,14 @@ class GratingContextSelector(RerankerSettings):
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         query, nodes = checked_request(query_bundle, nodes)
-        how: dict[str, Any] = {
-            "reranker": self.reranker,
-            "max_tokens": self.max_tokens,
-            "chunk_tokens": self.chunk_tokens,
-            "count_tokens": self.count_tokens,
-        }
+        selector = Selector(self.reranker, self.max_tokens, self.chunk_tokens, self.count_tokens)
         texts = [node.node.get_content(metadata_mode=MetadataMode.NONE) for node in nodes]
         if is_blank(query.query_str):
             return [
                 _cut(nodes[passage.document].model_copy(update={"score": None}), passage)
-                for passage in leading_context(texts, **how)
+                for passage in selector.leading(texts)
             ]
-        passages = select_context(query.query_str, texts, **how)
+        passages = selector.best(query.query_str, texts)
         return [_cut(nodes[passage.document], passage) for passage in passages]
 
 
