@@ -31,6 +31,7 @@ from benchmarks.shapes import find_or_write
 from benchmarks.worker import Answer, Ask, Facts, Ready, System, loaded, take_turns
 from grating_core import Reranker
 from grating_core.models.bundled import BUNDLED_PREFIX, BUNDLED_RERANKER, bundled_source
+from grating_core.settings import PruningName
 
 COLLECTIONS = ("cranfield", "cisi", "locomo")
 PEERS = ("sentence-transformers", "onnxruntime", "openvino")
@@ -88,7 +89,7 @@ def load_onnx_runtime(ready: Ready, *, directory: Path, top_k: int) -> Ask:
     return rank
 
 
-def load_grating(ready: Ready, *, directory: Path, top_k: int, pruning: str, dtype: str) -> Ask:
+def load_grating(ready: Ready, *, directory: Path, top_k: int, pruning: PruningName, dtype: str) -> Ask:
     """Load what this project offers in place of all the above."""
     asked: dict[str, Any] = (
         {"template": "qwen3-reranker", "max_length": CARD_LENGTH} if is_decoder(directory) else {}

@@ -11,30 +11,20 @@ from typing import Any, Literal
 
 import torch
 
-from grating_core.arguments import given, is_number, whole_number
-from grating_core.columns.install import MlpPruning, mlp_pruning
-from grating_core.engine.attention import CACHED_ATTENTION
+from grating_core.arguments import is_number, whole_number
 from grating_core.engine.decode import advance, new_cache
 from grating_core.engine.kv_cache import KeyValueCache
 from grating_core.engine.sampling import Sampler
-from grating_core.errors import UnsupportedModelError
 from grating_core.forking import Interrupted, Lock, Threads, computed
-from grating_core.lifetime import Loaded, closed_on_error, find_or_load, remembering
-from grating_core.memory.meter import Meter, PeakMemory, resident_memory
-from grating_core.memory.plan import LARGEST_WORK, MemoryPlan, make_generation_plan, parse_budget
-from grating_core.models.adapter import find_adapter
+from grating_core.lifetime import Loaded, closed_on_error
+from grating_core.memory.meter import Meter, PeakMemory
+from grating_core.memory.plan import LARGEST_WORK
 from grating_core.models.causal_lm import CausalLM
-from grating_core.models.directory import find_model
-from grating_core.models.gguf import is_gguf
-from grating_core.models.hub import Hub
-from grating_core.models.loading import StoredCausalLM
-from grating_core.models.placement import choose_device, choose_dtype
-from grating_core.text.chat import PromptTokenizer
+from grating_core.opening import LoadedLanguageModel, open_language_model
+from grating_core.settings import GenerationSettings
 from grating_core.text.messages import Messages
-from grating_core.text.windows import find_window
 
 _CHUNK_TOKENS = {"cuda": 8192, "mps": 4096}  # on the CPU it depends on the size of the layers
-_USUAL_LENGTH = 4096
 
 FinishReason = Literal["stop", "length"]
 
@@ -70,7 +60,7 @@ class Generation:
     hit_rate: float | None
 
 
-class StreamedCausalLM(Loaded[CausalLM]):
+class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
     """A language model that generates text, with as much of it in memory as a budget says.
 
     Made by :meth:`from_pretrained`. May be called from several threads: calls of :meth:`generate` take turns, and
@@ -80,19 +70,12 @@ class StreamedCausalLM(Loaded[CausalLM]):
     """
 
     def __init__(
-        self,
-        model: CausalLM,
-        tokenizer: PromptTokenizer,
-        *,
-        model_path: Path,
-        max_length: int,
-        end_tokens: frozenset[int],
-        plan: MemoryPlan | None = None,
-        chunk_tokens: int | None = None,
+        self, loaded: LoadedLanguageModel, *, model_path: Path, max_length: int, chunk_tokens: int | None = None
     ) -> None:
+        model, plan = loaded.model, loaded.plan
         self._loaded: CausalLM | None = model
-        self._tokenizer = tokenizer
-        self._end_tokens = end_tokens
+        self._tokenizer = loaded.tokenizer
+        self._end_tokens = loaded.end_tokens
         usual = plan.chunk_tokens if plan else _CHUNK_TOKENS.get(model.device.type, LARGEST_WORK // model.work)
         self._chunk_tokens = chunk_tokens or usual
         self._requests = Lock()  # so that keys and values are there once, as planned
@@ -106,50 +89,36 @@ class StreamedCausalLM(Loaded[CausalLM]):
         """Most tokens of a prompt together with what follows it."""
 
     @classmethod
-    @remembering
-    def from_pretrained(
+    def from_pretrained(  # noqa: D417 - the settings describe the other arguments
         cls,
         model: str | Path,
         *,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = "auto",
-        memory_budget: str | int | None = None,
-        mlp_density: float | None = None,
-        max_length: int | None = None,
-        adapter: str | Path | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool | None = False,
-        show_progress: bool = False,
+        device: str | torch.device | None = GenerationSettings.device,
+        dtype: str | torch.dtype | None = GenerationSettings.dtype,
+        memory_budget: str | int | None = GenerationSettings.memory_budget,
+        mlp_density: float | None = GenerationSettings.mlp_density,
+        max_length: int | None = GenerationSettings.max_length,
+        adapter: str | Path | None = GenerationSettings.adapter,
+        revision: str | None = GenerationSettings.revision,
+        token: str | bool | None = GenerationSettings.token,
+        cache_dir: str | Path | None = GenerationSettings.cache_dir,
+        local_files_only: bool | None = GenerationSettings.local_files_only,
+        show_progress: bool | None = GenerationSettings.show_progress,
     ) -> StreamedCausalLM:
         """Load a language model.
+
+        :class:`~grating_core.settings.GenerationSettings` describes all arguments. Most calls need these at most:
 
         Args:
             model: A hub id such as ``"HuggingFaceTB/SmolLM2-135M-Instruct"``, or a local directory in Hugging Face
                 layout with safetensors weights.
             device: ``"cpu"``, ``"cuda"`` or ``"mps"``; None takes the best that is there.
-            dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: bfloat16 where the processor
-                has instructions for it, else float32.
-            memory_budget: How much memory loading and generating may take beyond what importing the packages and
-                the tokenizer takes: bytes, or a size such as ``"300MB"``. Layers that do not fit are read from
-                disk for every token, one while another computes; the text stays the same. On CUDA it holds for the
-                memory of the device. None keeps everything resident and sets no bound.
-            mlp_density: Share of the MLPs' weights that each new token uses, on the CPU: those columns that matter
-                most to it, and rather those that are in memory (dynamic input pruning). Fewer bytes are read
-                within a budget, and the text is another than the dense model's. The prompt is computed with all
-                weights. A file with the columns, as large as the MLPs, is written on first use. None for all.
-            max_length: Most tokens of a prompt and its continuation together; None for what the model was made
-                for, at most 4,096. Memory for the keys and values of as many is part of the budget.
-            adapter: A LoRA adapter as PEFT saves it, a directory or hub id, which is merged into the weights when
-                they are read.
-            revision: Branch, tag or commit of the model on the hub; None for the newest. This and the next three
-                are ignored for a model that is not on the hub; an adapter takes all but the revision.
-            token: What proves to the hub who asks; None or True for the one of ``hf auth login`` or ``HF_TOKEN``,
-                False for none.
-            cache_dir: Where the hub's files are kept; None for the hub's own place.
-            local_files_only: Use what is kept there already, without asking the hub.
-            show_progress: Show progress bars while fetching.
+            dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: bfloat16 where the processor has
+                instructions for it, else float32.
+            memory_budget: How much memory loading and generating may take, in bytes or as a size such as
+                ``"300MB"``; the text stays the same. None keeps everything in memory.
+            mlp_density: The share of the MLPs' weights that each new token uses, on the CPU (dynamic input
+                pruning); the text is another than the dense model's. None uses all.
 
         Raises:
             ModelNotFoundError: The name leads to no usable weights.
@@ -158,43 +127,15 @@ class StreamedCausalLM(Loaded[CausalLM]):
                 ``ValueError`` as well.
             FileError: The file with the columns of the MLPs is damaged, or belongs to other weights.
             StorageError: That file cannot be written.
-            ValueError: An argument is not usable; the message names it.
+            ValueError: An argument is not usable; the message names it. None is as if it were not given, for all.
         """
-        dtype = "auto" if dtype is None else dtype
-        if max_length is not None:
-            max_length = whole_number("max_length", max_length)
-        budget = None if memory_budget is None else parse_budget(memory_budget)
-        stored = _open(
-            str(model),
-            device,
-            dtype,
-            hub=Hub(revision, token, cache_dir, local_files_only),
-            adapter=adapter,
-            lasting=budget is not None,
-            pruning=mlp_pruning(mlp_density, show_progress=show_progress),
-            show_progress=show_progress,
-        )
-        with closed_on_error(stored):
-            directory = stored.directory
-            length = find_window(directory, stored.window, max_length, _USUAL_LENGTH)
-            plan = None if budget is None else make_generation_plan(stored.sizes(length), budget, length)
-            # The tokenizer first: what loading it takes for a moment is then free for the weights.
-            before = resident_memory()
-            tokenizer = PromptTokenizer(directory, stored.vocabulary)
-            if plan is not None:
-                plan = replace(plan, tokenizer=max(0, resident_memory() - before))
-            return cls(
-                stored.load(plan),
-                tokenizer,
-                model_path=directory,
-                max_length=length,
-                end_tokens=stored.end_tokens | tokenizer.end_tokens,
-                plan=plan,
-            )
+        given = locals()
+        del given["cls"]
+        return cls.open(GenerationSettings(**given))
 
     @classmethod
     def shared(cls, model: str | Path, **settings: Any) -> StreamedCausalLM:
-        """The process's one language model with this name and these settings, loaded if nobody holds it yet.
+        """Return the process's one language model with these settings, loaded if nobody holds it yet.
 
         It is freed when the last holder lets go of it. Do not close it: others may be using it.
 
@@ -202,8 +143,13 @@ class StreamedCausalLM(Loaded[CausalLM]):
             model: As in :meth:`from_pretrained`.
             settings: As in :meth:`from_pretrained`.
         """
-        found: StreamedCausalLM = find_or_load(cls, model, given(settings))
-        return found
+        return cls.open_shared(GenerationSettings(model=model, **settings))
+
+    @classmethod
+    def _open(cls, settings: GenerationSettings) -> StreamedCausalLM:
+        opened = open_language_model(settings)
+        with closed_on_error(opened):
+            return cls(opened.load(), model_path=opened.stored.directory, max_length=opened.window)
 
     def generate(
         self,
@@ -397,37 +343,6 @@ class StreamedCausalLM(Loaded[CausalLM]):
 
 def _total(steps: list[Meter]) -> Meter:
     return Meter(*map(sum, zip(*map(astuple, steps), strict=True))) if steps else Meter()
-
-
-def _open(
-    model: str,
-    device: str | torch.device | None,
-    dtype: str | torch.dtype,
-    *,
-    hub: Hub,
-    adapter: str | Path | None,
-    lasting: bool,
-    pruning: MlpPruning | None,
-    show_progress: bool,
-) -> StoredCausalLM:
-    chosen_device = choose_device(device)
-    chosen_dtype, _ = choose_dtype(dtype, chosen_device)
-    directory = find_model(model, hub=hub, show_progress=show_progress)
-    if is_gguf(directory):
-        raise UnsupportedModelError(
-            f"model={model!r} is a GGUF file, which would be unpacked as a whole; generating is for safetensors. "
-            f"Save it as such: AutoModelForCausalLM.from_pretrained({str(directory.parent)!r}, "
-            f"gguf_file={directory.name!r}).save_pretrained(DIRECTORY), and the AutoTokenizer likewise"
-        )
-    return StoredCausalLM(
-        directory,
-        device=chosen_device,
-        dtype=chosen_dtype,
-        attention=CACHED_ATTENTION,
-        lasting=lasting,
-        pruning=pruning,
-        adapter=None if adapter is None else find_adapter(str(adapter), hub=hub, show_progress=show_progress),
-    )
 
 
 def _checked_seed(seed: Any) -> int:

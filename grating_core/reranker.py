@@ -3,46 +3,34 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from threading import Event
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 
 from grating_core import arguments
-from grating_core.arguments import check_query, is_number, whole_number
-from grating_core.engine.attention import PACKED_ATTENTION
+from grating_core.arguments import Guarantee, LongDocuments, check_query, whole_number
 from grating_core.engine.scorer import Scorer
-from grating_core.errors import UnsupportedModelError
 from grating_core.files.places import expanded
 from grating_core.forking import Threads, computed
 from grating_core.lens.calibrate import calibrate
 from grating_core.lens.pruning import ByLens, check_share, plan_pruning
 from grating_core.lens.recalibrate import Logged, Recalibration, start_recalibration
 from grating_core.lens.state import Sampling
-from grating_core.lens.store import CalibratedLens, find_lens, lens_directory, open_lens, warn_once
-from grating_core.lifetime import Loaded, closed_on_error, find_or_load, remembering
-from grating_core.memory.meter import resident_memory
-from grating_core.memory.plan import MemoryPlan, make_plan, parse_budget
-from grating_core.models.adapter import find_adapter
-from grating_core.models.directory import find_model
-from grating_core.models.gguf import GgufModel, is_gguf
-from grating_core.models.hub import Hub
-from grating_core.models.identity import fingerprint
-from grating_core.models.loading import StoredCrossEncoder
-from grating_core.models.placement import choose_device, choose_dtype
-from grating_core.pruning import ClusterPolicy, Guarantee, Off, PruningPolicy
+from grating_core.lens.store import CalibratedLens, lens_directory, warn_once
+from grating_core.lifetime import Loaded, closed_on_error
+from grating_core.opening import open_reranker
+from grating_core.pruning import ClusterPolicy, Off, PruningPolicy
 from grating_core.results import RankedDocument, RerankResult
-from grating_core.text.pairs import load_template
-from grating_core.text.prompts import Prompt, find_prompt, usual_length
-from grating_core.text.windows import check_long_documents, find_window
+from grating_core.settings import PruningName, RerankSettings
+from grating_core.text.prompts import Prompt
 
 _CALLS = 4  # of arerank at a time, where they need not take turns
-_TARGET = 0.98
 
 _log = logging.getLogger("grating")
 
@@ -64,7 +52,7 @@ def _for_a_caller(
     return call
 
 
-class Reranker(Loaded[Scorer]):
+class Reranker(Loaded[Scorer, RerankSettings]):
     """Finds the K of N documents that answer a query best, with a cross-encoder.
 
     All documents go through the model together, layer by layer, packed without padding; those that cannot
@@ -99,72 +87,44 @@ class Reranker(Loaded[Scorer]):
         """What ``recalibrate`` has found out so far; None if it is off, or if there is no lens yet to move."""
 
     @classmethod
-    @remembering
-    def from_pretrained(
+    def from_pretrained(  # noqa: D417 - the settings describe the other arguments
         cls,
         model: str | Path,
         *,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = "auto",
-        memory_budget: str | int | None = None,
-        pruning: str | PruningPolicy | None = "auto",
-        target: float | None = _TARGET,
-        guarantee: Guarantee | None = "share",
-        lens: str | Path | None = None,
-        recalibrate: float | None = 0.0,
-        max_length: int | None = None,
-        long_documents: arguments.LongDocuments | None = "truncate",
-        template: Prompt | str | None = None,
-        instruction: str | None = None,
-        adapter: str | Path | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool | None = False,
-        show_progress: bool = False,
+        device: str | torch.device | None = RerankSettings.device,
+        dtype: str | torch.dtype | None = RerankSettings.dtype,
+        memory_budget: str | int | None = RerankSettings.memory_budget,
+        pruning: PruningName | PruningPolicy | None = RerankSettings.pruning,
+        target: float | None = RerankSettings.target,
+        guarantee: Guarantee | None = RerankSettings.guarantee,
+        lens: str | Path | None = RerankSettings.lens,
+        recalibrate: float | None = RerankSettings.recalibrate,
+        max_length: int | None = RerankSettings.max_length,
+        long_documents: LongDocuments | None = RerankSettings.long_documents,
+        template: Prompt | str | None = RerankSettings.template,
+        instruction: str | None = RerankSettings.instruction,
+        adapter: str | Path | None = RerankSettings.adapter,
+        revision: str | None = RerankSettings.revision,
+        token: str | bool | None = RerankSettings.token,
+        cache_dir: str | Path | None = RerankSettings.cache_dir,
+        local_files_only: bool | None = RerankSettings.local_files_only,
+        show_progress: bool | None = RerankSettings.show_progress,
     ) -> Reranker:
         """Load a cross-encoder.
+
+        :class:`~grating_core.settings.RerankSettings` describes all arguments. Most calls need these at most:
 
         Args:
             model: A hub id such as ``"cross-encoder/ms-marco-MiniLM-L12-v2"`` or ``"Qwen/Qwen3-Reranker-0.6B"``,
                 a local directory in Hugging Face layout with safetensors weights, a language model's GGUF file, or
                 ``"bundled:ms-marco-minilm-l12"``.
             device: ``"cpu"``, ``"cuda"`` or ``"mps"``; None takes the best that is there.
-            dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: bfloat16 where the processor
-                has instructions for it, else float32.
-            memory_budget: How much memory loading and reranking may take beyond what importing the packages and
-                the tokenizer takes: bytes, or a size such as ``"300MB"``. What does not fit is read from disk
-                while it computes (layers, embedding rows) or kept there (hidden states, in grating's cache
-                directory); scores stay the same. Calls from several threads then take turns. On CUDA it holds
-                for the memory of the device. None keeps everything resident and sets no bound.
-            pruning: ``"auto"``: by the lens that belongs to this model, see :meth:`calibrate`; without a lens
-                nothing is pruned. Or ``"cluster"``, ``"off"``, or a policy object.
-            target: What a lens promises, for requests like those it was calibrated on: the share of the full
-                model's top K that is kept, on average. More prunes less. Also what ``recalibrate`` aims at.
-            guarantee: ``"share"``, or ``"set"``: the target is the probability that the whole top K is kept.
-            lens: A directory with the lens to use; None for the one calibrated here, or come with the package.
-            recalibrate: Share of requests, from 0 (off) to 1, that are computed again without pruning when nobody
-                has called for a second, to see what was lost. The margins of the lens, or the threshold of
-                ``"cluster"``, then move until ``target`` is what is kept. Without a lens ``"auto"`` has nothing to
-                move, and this begins with :meth:`calibrate`. The factor they are multiplied by is kept in
-                grating's cache directory, texts never are.
-            max_length: Most tokens of a query and document together, with all that the model wants around them;
-                None for what the model was made for, at most 8,192 with decoders.
-            long_documents: What to do with a document that does not fit: ``"truncate"`` cuts its end,
-                ``"windows"`` divides it into overlapping windows, of which the best gives its score.
-            template: How a decoder is asked: a :class:`Prompt`, or the name of an official one. None for the
-                model's own: rerankers with an official format are known by their names, other language models are
-                asked through their chat templates. Encoders join the two texts by their tokenizer.
-            instruction: What to judge by, for templates that have a slot for it; None for their own words.
-            adapter: A LoRA adapter as PEFT saves it, a directory or hub id, which is merged into the weights when
-                they are read.
-            revision: Branch, tag or commit of the model on the hub; None for the newest. This and the next three
-                are ignored for a model that is not on the hub; an adapter takes all but the revision.
-            token: What proves to the hub who asks; None or True for the one of ``hf auth login`` or ``HF_TOKEN``,
-                False for none.
-            cache_dir: Where the hub's files are kept; None for the hub's own place.
-            local_files_only: Use what is kept there already, without asking the hub.
-            show_progress: Show progress bars while fetching or converting.
+            dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: bfloat16 where the processor has
+                instructions for it, else float32.
+            memory_budget: How much memory loading and reranking may take, in bytes or as a size such as
+                ``"300MB"``; scores stay the same. None keeps everything in memory.
+            pruning: ``"auto"``, ``"cluster"``, ``"off"`` or a policy object.
+            target: The share of the full model's top K that pruning is to keep, on average.
 
         Raises:
             ModelNotFoundError: The name leads to no usable weights.
@@ -174,70 +134,13 @@ class Reranker(Loaded[Scorer]):
             FileError: There is no lens in that directory, it is damaged, or it is for other weights.
             ValueError: An argument is not usable; the message names it. None is as if it were not given, for all.
         """
-        dtype = "auto" if dtype is None else dtype
-        pruning = "auto" if pruning is None else pruning
-        target = _TARGET if target is None else target
-        guarantee = "share" if guarantee is None else guarantee
-        recalibrate = 0.0 if recalibrate is None else recalibrate
-        long_documents = "truncate" if long_documents is None else long_documents
-        if max_length is not None:
-            max_length = whole_number("max_length", max_length)
-        budget = None if memory_budget is None else _find_budget(memory_budget, model)
-        chosen = _find_policy(pruning)
-        _check_promise(target, guarantee, lens, pruning)
-        check_share(recalibrate, pruning)
-        check_long_documents(long_documents)
-        if instruction is not None and not isinstance(instruction, str):
-            raise ValueError(f"instruction={instruction!r} must be a string or None")
-        stored = _open(
-            str(model),
-            device,
-            dtype,
-            hub=Hub(revision, token, cache_dir, local_files_only),
-            adapter=adapter,
-            lasting=budget is not None,
-            show_progress=show_progress,
-        )
-        with closed_on_error(stored):
-            directory = stored.directory
-            prompt = find_prompt(template, str(model), directory, stored.family)
-            window = find_window(directory, stored.window, max_length, usual_length(prompt, stored.family))
-            plan = None if budget is None else make_plan(stored.sizes(window), budget)
-            identity = fingerprint(directory, stored.adapter, prompt)
-            policy: PruningPolicy | ByLens
-            if chosen is None:
-                calibrated = (
-                    find_lens(identity, stored.shape)
-                    if lens is None
-                    else open_lens(expanded(lens), stored.shape, identity)
-                )
-                policy = ByLens(float(target), guarantee, calibrated and calibrated.to(stored.device))
-            else:
-                policy = chosen
-            # The tokenizer first: what loading it takes for a moment is then free for the weights.
-            before = resident_memory()
-            encoder = load_template(
-                directory,
-                window,
-                prompt=prompt,
-                instruction=instruction,
-                asks=stored.family.asks,
-                long_documents=long_documents,
-                rows=stored.vocabulary,
-            )
-            if plan is not None:
-                plan = replace(plan, tokenizer=max(0, resident_memory() - before))
-            return cls(
-                Scorer(stored.load(plan, encoder.answers), encoder, plan),
-                model_path=directory,
-                identity=identity,
-                pruning=policy,
-                sampling=Sampling(float(recalibrate), float(target), guarantee) if recalibrate else None,
-            )
+        given = locals()
+        del given["cls"]
+        return cls.open(RerankSettings(**given))
 
     @classmethod
     def shared(cls, model: str | Path, **settings: Any) -> Reranker:
-        """The process's one reranker with this model and these settings, loaded if nobody holds it yet.
+        """Return the process's one reranker with these settings, loaded if nobody holds it yet.
 
         It is freed when the last holder lets go of it. Do not close it: others may be using it.
 
@@ -248,13 +151,26 @@ class Reranker(Loaded[Scorer]):
         Raises:
             ValueError: The policy object is not hashable; and as :meth:`from_pretrained` does.
         """
-        settings = arguments.given(settings)
-        if not isinstance(settings.get("pruning"), Hashable):
-            raise ValueError(
-                f"pruning={settings['pruning']!r} is not hashable, so it cannot be told whether it is shared"
+        return cls.open_shared(RerankSettings(model=model, **settings))
+
+    @classmethod
+    def _open(cls, settings: RerankSettings) -> Reranker:
+        check_share(settings.recalibrate, settings.pruning)
+        opened = open_reranker(settings)
+        with closed_on_error(opened):
+            pruning: PruningPolicy | ByLens
+            if isinstance(settings.pruning, str) and settings.pruning == "auto":
+                pruning = ByLens(settings.target, settings.guarantee, opened.lens())
+            else:
+                pruning = _policy(settings.pruning)
+            share = settings.recalibrate
+            return cls(
+                opened.load(),
+                model_path=opened.directory,
+                identity=opened.identity,
+                pruning=pruning,
+                sampling=Sampling(share, settings.target, settings.guarantee) if share else None,
             )
-        found: Reranker = find_or_load(cls, model, settings)
-        return found
 
     def rerank(
         self,
@@ -436,14 +352,14 @@ class Reranker(Loaded[Scorer]):
             top_k=top_k,
             candidates=candidates,
             requests=requests,
-            target=self.pruning.target if isinstance(self.pruning, ByLens) else _TARGET,
+            target=self.pruning.target if isinstance(self.pruning, ByLens) else RerankSettings.target,
             directory=place,
             seed=seed,
             show_progress=show_progress,
         )
         if isinstance(self.pruning, ByLens):
-            if output is not None and self._remake is not None:
-                self._remake = partial(self._remake, lens=str(place.absolute()))
+            if output is not None and self.settings is not None:
+                self.settings = replace(self.settings, lens=place)
             self.pruning = replace(self.pruning, calibrated=calibrated.to(scorer.model.device))
             self._stop_recalibration()
             self.recalibration = self._start_recalibration()  # what was learnt was about other margins
@@ -489,97 +405,7 @@ class Reranker(Loaded[Scorer]):
             self.recalibration.close()
 
 
-def plan_memory(
-    model: str | Path,
-    memory_budget: str | int,
-    *,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = "auto",
-    max_length: int | None = None,
-    template: Prompt | str | None = None,
-    adapter: str | Path | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool | None = False,
-    show_progress: bool = False,
-) -> tuple[Path, int, MemoryPlan]:
-    """What :meth:`Reranker.from_pretrained` would do with a memory budget; no weights are read.
-
-    The arguments and errors are those of :meth:`Reranker.from_pretrained`.
-
-    Returns:
-        The model's directory, the most tokens of a pair, and the plan.
-    """
-    budget = _find_budget(memory_budget, model)
-    stored = _open(
-        str(model),
-        device,
-        "auto" if dtype is None else dtype,
-        hub=Hub(revision, token, cache_dir, local_files_only),
-        adapter=adapter,
-        lasting=False,
-        show_progress=show_progress,
-    )
-    with closing(stored):
-        prompt = find_prompt(template, str(model), stored.directory, stored.family)
-        window = find_window(stored.directory, stored.window, max_length, usual_length(prompt, stored.family))
-        return stored.directory, window, make_plan(stored.sizes(window), budget)
-
-
-def _open(
-    model: str,
-    device: str | torch.device | None,
-    dtype: str | torch.dtype,
-    *,
-    hub: Hub,
-    adapter: str | Path | None,
-    lasting: bool,
-    show_progress: bool,
-) -> StoredCrossEncoder | GgufModel:
-    chosen_device = choose_device(device)
-    chosen_dtype, _ = choose_dtype(dtype, chosen_device)
-    directory = find_model(model, hub=hub, show_progress=show_progress)
-    how: dict[str, Any] = {
-        "device": chosen_device,
-        "dtype": chosen_dtype,
-        "attention": PACKED_ATTENTION,
-        "adapter": None if adapter is None else find_adapter(str(adapter), hub=hub, show_progress=show_progress),
-    }
-    if is_gguf(directory):
-        return GgufModel(directory, **how)
-    return StoredCrossEncoder(directory, **how, lasting=lasting)
-
-
-def _find_budget(memory_budget: str | int, model: str | Path) -> int:
-    budget = parse_budget(memory_budget)
-    if is_gguf(expanded(model)):
-        raise UnsupportedModelError(
-            f"memory_budget={memory_budget!r} cannot be kept with {model}: a GGUF file is unpacked as a whole. "
-            f"Leave the budget out, or take the model as safetensors"
-        )
-    return budget
-
-
-def _find_policy(pruning: str | PruningPolicy) -> PruningPolicy | None:
-    """The policy that the user chose; None to prune by the model's lens."""
-    if not isinstance(pruning, str) and isinstance(pruning, PruningPolicy):
+def _policy(pruning: str | PruningPolicy) -> PruningPolicy:
+    if not isinstance(pruning, str):
         return pruning
-    if pruning == "auto":
-        return None
-    if pruning == "cluster":
-        return ClusterPolicy()
-    if pruning == "off":
-        return Off()
-    raise ValueError(
-        f"pruning={pruning!r} is unknown; use 'auto', 'cluster', 'off', or an object with a route method"
-    )
-
-
-def _check_promise(target: float, guarantee: str, lens: object, pruning: object) -> None:
-    if not is_number(target) or not 0 < target < 1:
-        raise ValueError(f"target={target!r} must be a number between 0 and 1, such as 0.98")
-    if guarantee not in get_args(Guarantee):
-        raise ValueError(f"guarantee={guarantee!r} must be 'share' or 'set'")
-    if lens is not None and pruning != "auto":
-        raise ValueError(f"lens={str(lens)!r} and pruning={pruning!r} exclude each other: a lens takes 'auto'")
+    return ClusterPolicy() if pruning == "cluster" else Off()

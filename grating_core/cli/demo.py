@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from statistics import median
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -41,7 +41,9 @@ def demo(
     show(table)
 
 
-def _measured(pruning: str, query: str, documents: list[str], top_k: int) -> tuple[RerankResult, float]:
+def _measured(
+    pruning: Literal["auto", "off"], query: str, documents: list[str], top_k: int
+) -> tuple[RerankResult, float]:
     """The result, and the median seconds of three runs after a warm-up."""
     from grating_core.reranker import Reranker
 

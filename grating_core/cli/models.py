@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,7 +74,7 @@ def _described(directory: Path | None) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedOptions(ModelOptions):
-    """Arguments of ``plan_memory``."""
+    """Settings that decide what a budget is spent on."""
 
     memory_budget: GivenBudget = field()
     template: TemplateName = None
@@ -89,12 +90,15 @@ def plan(
     """Show what a memory budget is spent on, and what a request will read from disk and write to it."""
     with err.status("Looking at the model ..."):
         from grating_core.memory.meter import resident_memory
-        from grating_core.reranker import plan_memory
+        from grating_core.opening import open_reranker
+        from grating_core.settings import RerankSettings
         from grating_core.text.pairs import load_template
 
-        directory, window, planned = plan_memory(model, **vars(settings), show_progress=True)
+        with closing(open_reranker(RerankSettings(model=model, **vars(settings), show_progress=True))) as opened:
+            window, planned = opened.window, opened.plan
+        assert planned is not None
         before = resident_memory()
-        loaded = load_template(directory, window)
+        loaded = load_template(opened.directory, window)
         tokenizer = resident_memory() - before
         del loaded
     request = candidates * min(tokens, window)

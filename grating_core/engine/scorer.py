@@ -17,14 +17,14 @@ from grating_core.engine.forward import Outcome, Winner, forward
 from grating_core.engine.ragged import RaggedBatch, filled
 from grating_core.files.places import cache_directory
 from grating_core.forking import Lock
-from grating_core.lens.features import Provisional, Shape
+from grating_core.lens.features import Provisional
 from grating_core.lens.pruning import Pruning
 from grating_core.lens.requests import Request
 from grating_core.lifetime import closed_error
 from grating_core.memory.hidden import HiddenInMemory, HiddenOnDisk, HiddenStates
 from grating_core.memory.meter import PeakMemory
 from grating_core.memory.plan import LARGEST_WORK, MemoryPlan
-from grating_core.models.cross_encoder import CrossEncoder
+from grating_core.models.cross_encoder import CrossEncoder, Shape
 from grating_core.pruning import Off
 from grating_core.results import Trace
 from grating_core.text.pairs import Template, TokenisedPair
@@ -67,8 +67,8 @@ class Scorer:
 
     @property
     def shape(self) -> Shape:
-        """What a lens has to fit of the model."""
-        return Shape(self.model.depth, self.model.width, self.model.pooling)
+        """The numbers of the model that a lens has to fit."""
+        return self.model.shape
 
     def close(self) -> None:
         """Free the weights and close the files. The caller holds the turn."""

@@ -25,11 +25,11 @@ from grating_core.files.places import expanded
 from grating_core.lab.output import STATE, check_output, write_adapter, writing_alone
 from grating_core.lab.student import Loss, Student
 from grating_core.lab.training import Training
+from grating_core.models.causal_lm import StoredCausalLM
 from grating_core.models.directory import find_model
 from grating_core.models.gguf import is_gguf
 from grating_core.models.hub import Hub
 from grating_core.models.identity import fingerprint
-from grating_core.models.loading import StoredCausalLM
 from grating_core.models.placement import choose_device, choose_dtype
 
 _HELD_OUT = 0.05  # of the windows

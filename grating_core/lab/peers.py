@@ -25,6 +25,8 @@ from typing import Any
 import psutil
 from tqdm import tqdm
 
+from grating_core.settings import PruningName
+
 Ranking = list[int]
 Rank = Callable[[str, list[str]], Ranking]
 Ways = Mapping[str, Rank]  # by what is said of them; the quickest counts
@@ -220,7 +222,7 @@ class _Memory:
         self.peak = max(self.peak, seen)
 
 
-def _load_grating(job: Job, pruning: str) -> Ways:
+def _load_grating(job: Job, pruning: PruningName) -> Ways:
     from grating_core.reranker import Reranker
 
     reranker = Reranker.from_pretrained(job.model, pruning=pruning, device="cpu", **job.settings)

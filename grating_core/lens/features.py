@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from grating_core.models.cross_encoder import Shape
 
 if TYPE_CHECKING:
     from grating_core.text.pairs import Segments
@@ -22,20 +24,6 @@ if TYPE_CHECKING:
 # Beyond this part of the layers, token similarities add nothing to what the states themselves say.
 _SIMILARITY_PART = 6
 _SIMILARITIES = 5
-
-
-class Shape(NamedTuple):
-    """What a lens has to fit of a model.
-
-    Attributes:
-        depth: Number of layers.
-        width: D, of the hidden states.
-        pooling: The token that the head reads: ``"first"``, ``"last"``, or ``"mean"`` of all.
-    """
-
-    depth: int
-    width: int
-    pooling: str
 
 
 class Sequences(Protocol):

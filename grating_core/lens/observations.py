@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from grating_core.files.places import cache_directory, storing
 from grating_core.files.writing import temporary_file
-from grating_core.lens.features import Features, Reader, Sequences, Shape
+from grating_core.lens.features import Features, Reader, Sequences
 from grating_core.lens.requests import Request
+from grating_core.models.cross_encoder import Shape
 
 Floats = NDArray[np.float32]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from grating_core.arguments import is_number
+from grating_core.arguments import Guarantee, is_number
 from grating_core.lens.features import Provisional
 from grating_core.lens.store import CalibratedLens
-from grating_core.pruning import ClusterPolicy, Guarantee, MarginPolicy, Off, PruningPolicy
+from grating_core.pruning import ClusterPolicy, MarginPolicy, Off, PruningPolicy
 
 
 @dataclass(frozen=True)

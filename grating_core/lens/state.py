@@ -16,11 +16,12 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from grating_core.arguments import Guarantee
 from grating_core.errors import StorageError
 from grating_core.files.places import cache_directory, go_on_without_cache, is_kept
 from grating_core.files.reading import read_json
 from grating_core.files.writing import make_private, replace_file
-from grating_core.pruning import ClusterPolicy, Guarantee, Margins
+from grating_core.pruning import ClusterPolicy, Margins
 
 # A whole top 1 lost at a target of 0.98 widens by 22 %, one of 10 by 2 %; a request without loss narrows by 0.4 %.
 STEP = 0.2

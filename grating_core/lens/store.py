@@ -22,7 +22,8 @@ from grating_core.files.locks import locked
 from grating_core.files.places import cache_directory, go_on_without_cache, is_kept
 from grating_core.files.reading import check_regular, read_json
 from grating_core.files.writing import replacing, require_room
-from grating_core.lens.features import LayerMap, Lens, Shape, compares_tokens, feature_count
+from grating_core.lens.features import LayerMap, Lens, compares_tokens, feature_count
+from grating_core.models.cross_encoder import Shape
 from grating_core.pruning import Margins
 
 _TENSORS = "lens.safetensors"

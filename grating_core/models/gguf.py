@@ -9,19 +9,18 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
 from grating_core.forking import Lock
-from grating_core.lens.features import Shape
 from grating_core.memory.meter import Meter
-from grating_core.memory.plan import MemoryPlan, ModelSizes
+from grating_core.memory.plan import MemoryPlan
 from grating_core.models.adapter import Adapter
-from grating_core.models.cross_encoder import CrossEncoder
+from grating_core.models.cross_encoder import CrossEncoder, Shape
 from grating_core.models.families import find_family
-from grating_core.models.layered import bind, without_weights
+from grating_core.models.layered import Parts, bind, without_weights
+from grating_core.models.stored import OUTPUT
 
-_OUTPUT = "lm_head.weight"
 _INSTALL = "reading GGUF files takes the package gguf: pip install gguf"
 
 
@@ -31,14 +30,14 @@ def is_gguf(path: Path) -> bool:
 
 
 class GgufModel:
-    """A GGUF file that has been unpacked. It cannot be streamed: all its weights are in memory.
+    """A GGUF file whose configuration has been read, but no weights. All of it will be in memory.
 
     Args:
         path: The file.
-        device: Where the weights go.
+        device: The device that the weights will go to.
         dtype: The compute dtype of embeddings and layers; the head is kept in float32.
-        attention: Name of the attention function, as registered with transformers.
-        adapter: Is merged into the weights.
+        attention: The name of the attention function, as registered with transformers.
+        adapter: A change that is merged into the weights.
 
     Raises:
         ModelNotFoundError: The file is damaged, or the package that reads it is missing.
@@ -51,75 +50,87 @@ class GgufModel:
         self.directory = path
         self.adapter = adapter
         self.device = device
-        self._dtype = dtype
-        self._module = _unpack(path, dtype=dtype, attn_implementation=attention)
-        self.family = find_family([type(self._module).__name__])
+        self.dtype = dtype
+        self._attention = attention
+        self._config = _reading(path, AutoConfig)
+        with without_weights():
+            module: Any = AutoModelForCausalLM.from_config(self._config)  # type: ignore[no-untyped-call]
+        self.family = find_family([type(module).__name__])
         if not self.family.asks:
-            raise UnsupportedModelError(f"{path} holds a {type(self._module).__name__}, which cannot be asked")
-        self._module.eval().requires_grad_(False)
+            raise UnsupportedModelError(f"{path} holds a {type(module).__name__}, which cannot be asked")
+        self.vocabulary: int = module.get_input_embeddings().weight.shape[0]
         if adapter is not None:
-            weights = self._module.state_dict()
-            head = [name for name in weights if name.startswith(tuple(f"{part}." for part in self.family.head))]
-            shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+            shapes = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
+            head = [name for name in shapes if name.startswith(tuple(f"{part}." for part in self.family.head))]
             adapter.check(shapes, head, f"{self.family.embedding}.weight")
-            # Of the output embedding, which may be the embedding table as well, only rows are kept and adapted.
-            for name in adapter.weights.keys() - {_OUTPUT}:
-                weights[name].copy_(adapter.weights[name])
-            for name in adapter.changes.keys() - {_OUTPUT}:
-                adapter.changes[name].add_to(weights[name])
 
     @property
     def window(self) -> int:
         """The most tokens that the model can take."""
-        return self.family.window(self._module.config)
+        return self.family.window(self._config)
 
     @property
     def shape(self) -> Shape:
-        """What a lens has to fit."""
-        config = self._module.config
-        return Shape(config.num_hidden_layers, config.hidden_size, self.family.pooling(config))
-
-    @property
-    def vocabulary(self) -> int:
-        """Rows of the embedding table."""
-        return int(self._module.get_input_embeddings().weight.shape[0])
-
-    def sizes(self, window: int) -> ModelSizes:
-        """See :meth:`StoredCrossEncoder.sizes`; there is nothing that a plan could leave on disk."""
-        raise NotImplementedError
+        """The numbers that a lens has to fit."""
+        return Shape(self._config.num_hidden_layers, self._config.hidden_size, self.family.pooling(self._config))
 
     def close(self) -> None:
-        """Nothing is open: the file was read as a whole."""
+        """Do nothing: no file is open."""
+
+    def plan(self, window: int, budget: int) -> MemoryPlan:
+        """Refuse a memory budget; see :meth:`StoredCrossEncoder.plan`.
+
+        Raises:
+            UnsupportedModelError: Always.
+        """
+        raise UnsupportedModelError(
+            f"memory_budget cannot be kept with {self.directory}: a GGUF file is unpacked as a whole. Leave the "
+            f"budget out, or take the model as safetensors"
+        )
 
     def load(self, plan: MemoryPlan | None, answers: tuple[int, int | None] | None) -> CrossEncoder:
-        """Put the model where it computes, with nothing of its output embedding but the rows of the answers."""
+        """Put the model where it computes, with nothing of its output embedding but the rows of the answers.
+
+        Args:
+            plan: None.
+            answers: The tokens whose logits are the score; the second may be missing.
+
+        Raises:
+            ModelNotFoundError: The file is damaged.
+        """
         assert plan is None
         assert answers is not None
-        yes, no = answers
-        rows = self._module.get_output_embeddings().weight
+        module = _reading(
+            self.directory, AutoModelForCausalLM, dtype=self.dtype, attn_implementation=self._attention
+        )
+        module.eval().requires_grad_(False)
+        if self.adapter is not None:
+            weights = module.state_dict()
+            # Of the output embedding, which may be the embedding table as well, only rows are kept and adapted.
+            for name in self.adapter.weights.keys() - {OUTPUT}:
+                weights[name].copy_(self.adapter.weights[name])
+            for name in self.adapter.changes.keys() - {OUTPUT}:
+                self.adapter.changes[name].add_to(weights[name])
+        self._keep_answers(module, answers)
+        module.get_submodule(str(self.family.norm)).float()
+        return CrossEncoder(Parts(module.to(self.device), self.family, self.device, self.dtype, Meter()))
+
+    def _keep_answers(self, module: Any, answers: tuple[int, int | None]) -> None:
+        """Have the rows of the answers take the place of the output embedding."""
+        rows = module.get_output_embeddings().weight
         assert self.family.head_module is not None
         with without_weights():
-            self._module.lm_head = self.family.head_module(self._module.config).requires_grad_(False)
-        self._module.lm_head.no = None
+            module.lm_head = self.family.head_module(module.config).requires_grad_(False)
+        module.lm_head.no = None
         # Copies: views would hold on to the whole table.
-        tokens = {name: token for name, token in (("yes", yes), ("no", no)) if token is not None}
+        tokens = {name: token for name, token in zip(("yes", "no"), answers, strict=True) if token is not None}
         kept = {name: rows[token, None].to(torch.float32, copy=True) for name, token in tokens.items()}
         if self.adapter is not None:
-            adapter = self.adapter.pick_rows(_OUTPUT, tokens)
+            adapter = self.adapter.pick_rows(OUTPUT, tokens)
             for name in kept.keys() & adapter.changes.keys():
                 adapter.changes[name].add_to(kept[name])
             kept |= {name: adapter.weights[name] for name in kept.keys() & adapter.weights.keys()}
-        bind(self._module.lm_head, kept)
-        self._module.get_submodule(str(self.family.norm)).float()
-        return CrossEncoder(
-            self._module.to(self.device),
-            self.family,
-            self.device,
-            self._dtype,
-            streamer=None,
-            rows=None,
-            meter=Meter(),
-        )
+        bind(module.lm_head, kept)
 
 
 def gguf_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
@@ -147,12 +158,11 @@ def _tokenizer(path: Path, changed: int) -> tuple[Tokenizer, dict[str, Any]]:
 _unpacking = Lock()
 
 
-def _unpack(path: Path, **how: Any) -> Any:
+def _reading(path: Path, kind: Any, **how: Any) -> Any:
+    """Have one of transformers' Auto classes read the file."""
     try:
         with _unpacking:
-            return AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, trust_remote_code=False, **how
-            )
+            return kind.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False, **how)
     except ImportError as error:
         raise ModelNotFoundError(_INSTALL) from error
     except Exception as error:  # whatever a damaged file leads to

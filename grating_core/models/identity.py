@@ -1,9 +1,8 @@
-"""What tells the weights of one model from those of another."""
+"""The identity of a model: what tells its weights from those of another."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,29 +12,32 @@ from grating_core.memory.header import StoredTensor
 from grating_core.models.adapter import Adapter
 from grating_core.models.directory import weight_files
 from grating_core.models.gguf import is_gguf
-from grating_core.text.prompts import Prompt
 
 _SAMPLE = 512  # bytes
 _SAMPLES_OF_FILE = 64
 
 
-def fingerprint(model: Path, adapter: Adapter | None = None, prompt: Prompt | None = None) -> str:
-    """What tells the weights of one model, and how they are used, from those of another: its identity.
+def fingerprint(model: Path, adapter: Adapter | None = None, asked: str = "") -> str:
+    """Return what tells a model, and how it is asked, from other models: its identity.
 
-    All that is kept for a model (lenses, the state of recalibration, columns) is kept under this. It covers
+    Whatever is kept for a model, such as a lens or columns, is kept under this. It covers
 
-    * the model's tensors: of each the name, type and shape, and a few bytes at its beginning and in its middle.
-      Reading all would take as long as loading;
+    * the model's tensors: the name, type and shape of each, and a few of its bytes, at its beginning and in its
+      middle. Reading all bytes would take as long as loading;
     * the adapter that is merged into them: every byte of it, and what its configuration multiplies it by;
-    * the question that it is asked, and the answers whose logits are the score, but not the instruction.
+    * the question that the model is asked, and the answers whose logits are the score, but not the instruction.
 
     It is the same on every machine, with any number of threads, and wherever the files lie. Files that hold no
-    weights, the compute dtype and the memory budget do not count.
+    weights do not count. Nor does the compute dtype: a lens fits the model in any of them, and the name of a file
+    of columns says its dtype itself.
 
     Args:
         model: A model directory, or a GGUF file.
-        adapter: What is merged into it, if anything is.
-        prompt: What it is asked, if it is.
+        adapter: The adapter that is merged into the model; None for none.
+        asked: What tells the question from others, see :attr:`Prompt.asked`; empty for a model that is not asked.
+
+    Returns:
+        A SHA-256 digest as 64 hexadecimal digits.
     """
     digest = hashlib.sha256()
     if is_gguf(model):
@@ -46,8 +48,7 @@ def fingerprint(model: Path, adapter: Adapter | None = None, prompt: Prompt | No
         _add_tensors(digest, checkpoint.tensors.values())
     if adapter is not None:
         digest.update(f"adapter {adapter.identity} ".encode())
-    if prompt is not None:
-        digest.update(json.dumps((prompt.pieces, prompt.yes, prompt.no)).encode())
+    digest.update(asked.encode())
     return digest.hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,39 @@ from grating_core.memory.streamer import Streamer
 from grating_core.models.families import Family
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a layered model is made of.
+
+    Attributes:
+        module: The transformers model in evaluation mode; weights bound, except those of streamed layers.
+        family: The description that fits it.
+        device: The device that the weights are on and that computes.
+        dtype: The compute dtype of the layers.
+        meter: The counter of streamer, row cache and columns.
+        streamer: What brings the weights of the layers that are not bound; None if all are.
+        rows: What stands in for the embedding table; None if the table is resident.
+        columns: What the columns of pruned MLPs are read from; None if the MLPs are dense.
+        checkpoint: What streamer and row cache read; None if neither is there.
+    """
+
+    module: Any
+    family: Family
+    device: torch.device
+    dtype: torch.dtype
+    meter: Meter
+    streamer: Streamer | None = None
+    rows: RowCache | None = None
+    columns: ColumnFile | None = None
+    checkpoint: Checkpoint | None = None
+
+    def close(self) -> None:
+        """Stop reading, and close what was read."""
+        for part in (self.streamer, self.columns, self.checkpoint):
+            if part is not None:
+                part.close()
+
+
 class LayeredModel:
     """A transformers model that is driven one layer at a time.
 
@@ -26,44 +60,23 @@ class LayeredModel:
     state of a request, so several threads may use it at once; otherwise (:attr:`remembers`) only one may.
 
     Args:
-        module: The transformers model in evaluation mode; weights bound, except those of streamed layers.
-        family: The description that fits it.
-        device: Where the weights are and the computing happens.
-        dtype: The compute dtype of the layers.
-        streamer: Brings the weights of the layers that are not bound; None if all are.
-        rows: What stands in for the embedding table; None if the table is resident.
-        columns: What the columns of pruned MLPs are read from; None if the MLPs are dense.
-        checkpoint: What streamer and row cache read, which is closed with the model; None if they are not there.
-        meter: What streamer and row cache count with.
+        parts: The parts; :meth:`close` closes them.
     """
 
-    def __init__(
-        self,
-        module: Any,
-        family: Family,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        streamer: Streamer | None,
-        rows: RowCache | None,
-        columns: ColumnFile | None = None,
-        checkpoint: Checkpoint | None = None,
-        meter: Meter,
-    ) -> None:
-        self.module = module
-        self._family = family
-        self.layers: list[Any] = list(module.get_submodule(family.layers))
-        self._norm = module.get_submodule(family.norm) if family.norm else nn.Identity()
-        self._streamer = streamer
-        self._rows = rows
-        self._columns = columns
-        self._checkpoint = checkpoint
-        self.meter = meter
-        self.causal = family.causal
-        self.width: int = module.config.hidden_size
-        self.work = work_per_token(self.layers[0], self.width, dtype, pruned=columns is not None)
-        self.device = device
-        self.dtype = dtype
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self.module = parts.module
+        """The transformers model."""
+        self._family = parts.family
+        self._norm = self.module.get_submodule(parts.family.norm) if parts.family.norm else nn.Identity()
+        self.layers: list[Any] = list(self.module.get_submodule(parts.family.layers))
+        """The transformers layers, from the first to the last."""
+        self.meter = parts.meter
+        self.causal = parts.family.causal
+        self.width: int = self.module.config.hidden_size
+        self.device = parts.device
+        self.dtype = parts.dtype
+        self.work = work_per_token(self.layers[0], self.width, self.dtype, pruned=parts.columns is not None)
 
     @property
     def depth(self) -> int:
@@ -73,12 +86,13 @@ class LayeredModel:
     @property
     def remembers(self) -> bool:
         """Whether one request changes what is in memory for the next, so that only one may run at a time."""
-        return any(part is not None for part in (self._streamer, self._rows, self._columns))
+        parts = self._parts
+        return any(part is not None for part in (parts.streamer, parts.rows, parts.columns))
 
     def prepare(self, input_ids: Tensor) -> None:
         """Have the embedding rows of a request's tokens, int64 ``[T]``, as far as there is room for them."""
-        if self._rows is not None:
-            self._rows.fetch(input_ids)
+        if self._parts.rows is not None:
+            self._parts.rows.fetch(input_ids)
 
     @contextmanager
     def layer(self, number: int) -> Iterator[None]:
@@ -87,23 +101,21 @@ class LayeredModel:
         Raises:
             FileError: They cannot be read from disk.
         """
-        if self._streamer is None or number not in self._streamer:
+        if self._parts.streamer is None or number not in self._parts.streamer:
             yield
             return
-        with self._streamer.layer(number) as weights:
+        with self._parts.streamer.layer(number) as weights:
             bind(self.module, weights)
             yield
 
     def rewind(self) -> None:
         """Say that a request is over, so that what the next one begins with is read meanwhile."""
-        if self._streamer is not None:
-            self._streamer.rewind()
+        if self._parts.streamer is not None:
+            self._parts.streamer.rewind()
 
     def close(self) -> None:
         """Stop reading, and close what was read."""
-        for part in (self._streamer, self._columns, self._checkpoint):
-            if part is not None:
-                part.close()
+        self._parts.close()
 
     def embed(self, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor) -> Tensor:
         """Hidden states before the first layer, ``[1, T, D]``, from int64 tensors ``[1, T]``."""

@@ -1,7 +1,7 @@
 """Which candidates go on: policies see scores and numbers, never a model."""
 
 from grating_core.pruning.cluster import ClusterPolicy
-from grating_core.pruning.margins import Guarantee, MarginPolicy, Margins
+from grating_core.pruning.margins import MarginPolicy, Margins
 from grating_core.pruning.policy import Off, PruningPolicy, Route
 
-__all__ = ["ClusterPolicy", "Guarantee", "MarginPolicy", "Margins", "Off", "PruningPolicy", "Route"]
+__all__ = ["ClusterPolicy", "MarginPolicy", "Margins", "Off", "PruningPolicy", "Route"]

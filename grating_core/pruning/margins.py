@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from grating_core.arguments import Guarantee
 from grating_core.pruning.policy import Route
 
-Guarantee = Literal["share", "set"]
 Array = NDArray[np.float64]
 
 MODES = ("exact", "estimated")  # of scores

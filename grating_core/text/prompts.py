@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,6 +58,11 @@ class Prompt:
     def takes_instruction(self) -> bool:
         """Tell whether there is a slot for an instruction."""
         return any("{instruction}" in piece for piece in self.pieces)
+
+    @property
+    def asked(self) -> str:
+        """What tells the question from others: its pieces and answers. The instruction is not part of it."""
+        return json.dumps((self.pieces, self.yes, self.no))
 
     def fill(self, query: str, instruction: str | None) -> tuple[list[str], str, list[str]]:
         """Return the pieces before the document's own, what that begins with, and what comes after the document.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeGuard, get_args
+from typing import TypeGuard
 
 from grating_core.arguments import LongDocuments
 from grating_core.text.backend import read_settings
@@ -45,12 +45,6 @@ def _is_window(stated: object) -> TypeGuard[float]:
         and math.isfinite(stated)
         and stated >= _SMALLEST
     )
-
-
-def check_long_documents(long_documents: str) -> None:
-    """Raise ``ValueError`` for what is none of :data:`LongDocuments`."""
-    if long_documents not in get_args(LongDocuments):
-        raise ValueError(f"long_documents={long_documents!r} must be 'truncate' or 'windows'")
 
 
 def divided(ids: list[int], room: int, long_documents: LongDocuments) -> Iterator[tuple[list[int], bool]]:

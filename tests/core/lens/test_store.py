@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save
 
 from grating_core import Prompt, Reranker
 from grating_core.errors import FileError
-from grating_core.lens.features import LayerMap, Lens, Shape, compares_tokens, feature_count
+from grating_core.lens.features import LayerMap, Lens, compares_tokens, feature_count
 from grating_core.lens.store import CalibratedLens, Summary, find_lens, lens_directory, open_lens
+from grating_core.models.cross_encoder import Shape
 from grating_core.models.identity import fingerprint
 from grating_core.pruning import Margins
 from tests.core.conftest import save_model
@@ -60,7 +61,7 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
 
 
 def test_auto_finds_the_lens_of_the_model(tiny_bert: Path, cache: Path) -> None:
-    identity = fingerprint(tiny_bert, None, None)
+    identity = fingerprint(tiny_bert)
     assert load(tiny_bert, pruning="auto").lens is None
     calibrated(identity).save(lens_directory(identity))
     found = load(tiny_bert, pruning="auto").lens
@@ -71,24 +72,24 @@ def test_auto_finds_the_lens_of_the_model(tiny_bert: Path, cache: Path) -> None:
 
 def test_a_lens_for_other_weights_is_refused(tiny_bert: Path, tmp_path: Path, cache: Path) -> None:
     other = save_model(tmp_path / "other", "bert", seed=1)
-    calibrated(fingerprint(other, None, None)).save(tmp_path / "lens")
+    calibrated(fingerprint(other)).save(tmp_path / "lens")
     with pytest.raises(FileError, match=r"other weights.*grating calibrate"):
         load(tiny_bert, pruning="auto", lens=tmp_path / "lens")
     assert load(other, pruning="auto", lens=tmp_path / "lens").lens is not None
-    assert find_lens(fingerprint(tiny_bert, None, None), SHAPE) is None
+    assert find_lens(fingerprint(tiny_bert), SHAPE) is None
 
 
 def test_the_same_weights_elsewhere_have_the_same_fingerprint(tiny_bert: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(tiny_bert, tmp_path / "copy")
     (copy / "README.md").write_text("hello")
-    expected = fingerprint(tiny_bert, None, None)
-    assert fingerprint(copy, None, None) == expected
-    assert fingerprint(tiny_bert, None, Prompt(pieces=("{query} {document}",))) != expected
+    expected = fingerprint(tiny_bert)
+    assert fingerprint(copy) == expected
+    assert fingerprint(tiny_bert, None, Prompt(pieces=("{query} {document}",)).asked) != expected
     data = bytearray((copy / "model.safetensors").read_bytes())
     size = int.from_bytes(data[:8], "little")
     data[8 + size] ^= 1  # the first byte of the first tensor
     (copy / "model.safetensors").write_bytes(data)
-    assert fingerprint(copy, None, None) != expected
+    assert fingerprint(copy) != expected
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_the_same_weights_elsewhere_have_the_same_fingerprint(tiny_bert: Path, t
     ],
 )
 def test_damage_is_named(damage: object, message: str, tiny_bert: Path, tmp_path: Path, cache: Path) -> None:
-    calibrated(fingerprint(tiny_bert, None, None)).save(tmp_path)
+    calibrated(fingerprint(tiny_bert)).save(tmp_path)
     damage(tmp_path)
     with pytest.raises(FileError, match=message):
         load(tiny_bert, pruning="auto", lens=tmp_path)
@@ -120,7 +121,7 @@ NOT_A_DESCRIPTION = ("", "{", "[]", "null", "7", '"lens"', "{}", "\x00" * 20, "[
 def test_a_lens_in_the_cache_that_cannot_be_read_is_left_out_with_a_warning_once(
     text: str, tiny_bert: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    directory = lens_directory(fingerprint(tiny_bert, None, None))
+    directory = lens_directory(fingerprint(tiny_bert))
     directory.mkdir(parents=True)
     (directory / "lens.json").write_text(text)
     for _ in range(2):

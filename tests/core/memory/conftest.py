@@ -10,7 +10,10 @@ from grating_core.engine.attention import CACHED_ATTENTION, PACKED_ATTENTION
 from grating_core.engine.scorer import Scorer
 from grating_core.memory.plan import MemoryPlan
 from grating_core.models.adapter import Adapter
-from grating_core.models.loading import StoredCausalLM, StoredCrossEncoder, StoredModel
+from grating_core.models.causal_lm import StoredCausalLM
+from grating_core.models.cross_encoder import StoredCrossEncoder
+from grating_core.models.stored import StoredModel
+from grating_core.opening import LoadedLanguageModel
 from grating_core.pruning import Off, PruningPolicy
 from grating_core.text.chat import PromptTokenizer
 from grating_core.text.pairs import load_template
@@ -62,12 +65,9 @@ def load_planned_lm(directory: Path, **settings: object) -> StreamedCausalLM:
     """A language model under a plan that keeps everything, but for the changes."""
     stored, plan = planned_lm(directory, **settings)
     return StreamedCausalLM(
-        stored.load(plan),
-        PromptTokenizer(directory),
+        LoadedLanguageModel(stored.load(plan), PromptTokenizer(directory), stored.end_tokens, plan),
         model_path=directory,
         max_length=WINDOW,
-        end_tokens=stored.end_tokens,
-        plan=plan,
     )
 
 

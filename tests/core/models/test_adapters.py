@@ -288,14 +288,19 @@ def test_a_classifier_that_was_trained_along(family: str, tiny_bert: Path, tmp_p
 
 
 def identities(base: Path, adapter: Path) -> str:
-    return fingerprint(base, Adapter(adapter), PROMPT)
+    return fingerprint(base, Adapter(adapter), PROMPT.asked)
 
 
 def test_what_changes_scores_changes_the_identity(llama: Path, tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter", llama)
     first = identities(llama, adapter)
-    found = [first, fingerprint(llama), fingerprint(llama, Adapter(adapter)), fingerprint(llama, None, PROMPT)]
-    found.append(fingerprint(llama, Adapter(adapter), Prompt(PROMPT.pieces, yes="w4", no="w3")))
+    found = [
+        first,
+        fingerprint(llama),
+        fingerprint(llama, Adapter(adapter)),
+        fingerprint(llama, None, PROMPT.asked),
+    ]
+    found.append(fingerprint(llama, Adapter(adapter), Prompt(PROMPT.pieces, yes="w4", no="w3").asked))
     for changes in (
         say(lora_alpha=7),
         say(lora_alpha=6, use_rslora=True),
@@ -336,7 +341,7 @@ def test_nothing_that_belongs_to_another_adapter_is_used(
     """A lens, the state of recalibration and the file of columns, when only ``lora_alpha`` is another."""
     one, other = (save_adapter(tmp_path / name, llama) for name in ("one", "other"))
     rewrite(other, say(lora_alpha=7))
-    lens = calibrated(fingerprint(llama, Adapter(one), PROMPT))
+    lens = calibrated(fingerprint(llama, Adapter(one), PROMPT.asked))
     lens = type(lens)(type(lens.lens)(lens.lens.maps, "last"), lens.margins, lens.fingerprint, lens.summary)
     lens.save(lens_directory(lens.fingerprint))
     how = {"template": PROMPT, "pruning": "auto", "recalibrate": 1.0}

@@ -17,7 +17,8 @@ from grating_core import GratingError, ModelNotFoundError, Reranker, StreamedCau
 from grating_core.cli.commands import app
 from grating_core.errors import FileError
 from grating_core.lab.distill import distill
-from grating_core.reranker import plan_memory
+from grating_core.opening import open_reranker
+from grating_core.settings import RerankSettings
 from tests.core.conftest import save_model
 from tests.core.parity import TOLERANCE, load, padded_scores
 
@@ -163,7 +164,7 @@ def test_the_home_of_nobody_is_an_error_of_gratings_own_wherever_a_place_is_name
     with pytest.raises(ModelNotFoundError, match=place):
         Reranker.from_pretrained(tiny_bert, adapter=place)
     with pytest.raises(ModelNotFoundError, match=place):
-        plan_memory(place, "1GB")
+        open_reranker(RerankSettings(model=place, memory_budget="1GB"))
     for arguments in (["rerank", "-m", place, "-q", "x", "y"], ["plan", place, "--memory-budget", "1GB"]):
         failed = CliRunner().invoke(app, arguments, input="y")
         assert failed.exit_code != 0

@@ -1,6 +1,7 @@
 """Models on a hub: which version, who asks, where files are kept; and hubs that do not do what they should."""
 
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from grating_core import ModelNotFoundError, Reranker, StreamedCausalLM
 from grating_core.models.hub import Hub
-from grating_core.reranker import plan_memory
+from grating_core.opening import open_reranker
+from grating_core.settings import RerankSettings
 from tests.core.conftest import DECODER, SIZES, save_model, save_tokenizer
 from tests.core.parity import load
 
@@ -46,9 +48,10 @@ def test_a_revision_is_what_is_loaded(tiny_bert: Path, other_bert: Path, tmp_pat
         reranker = Reranker.from_pretrained(NAME, revision=revision, **how)
         assert reranker.model_path == snapshot
         assert reranker.score(PAIRS) == load(source).score(PAIRS)
-        assert (
-            plan_memory(NAME, "1GB", cache_dir=tmp_path, local_files_only=True, revision=revision)[0] == snapshot
-        )
+        found = {"cache_dir": tmp_path, "local_files_only": True, "revision": revision}
+        with closing(open_reranker(RerankSettings(model=NAME, memory_budget="1GB", **found))) as opened:
+            assert opened.directory == snapshot
+            assert opened.plan is not None
 
 
 def test_revisions_are_not_shared(tiny_bert: Path, other_bert: Path, tmp_path: Path) -> None:

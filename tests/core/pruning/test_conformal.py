@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grating_core.pruning import Guarantee, MarginPolicy, Margins, Route
+from grating_core.arguments import Guarantee
+from grating_core.pruning import MarginPolicy, Margins, Route
 from grating_core.pruning.conformal import Requests, calibrate_margins, replay_pruning
 
 LAYERS = 6

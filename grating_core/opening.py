@@ -1,0 +1,273 @@
+"""From settings to everything but the weights: files, configuration, family, prompt, window, identity and plan.
+
+This is the only way in: reranking, generating, the command line and the benchmarks open models here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from grating_core.columns.install import mlp_pruning
+from grating_core.engine.attention import CACHED_ATTENTION, PACKED_ATTENTION
+from grating_core.engine.scorer import Scorer
+from grating_core.errors import UnsupportedModelError
+from grating_core.files.places import expanded
+from grating_core.lens.store import CalibratedLens, find_lens, open_lens
+from grating_core.lifetime import closed_on_error
+from grating_core.memory.meter import resident_memory
+from grating_core.memory.plan import MemoryPlan
+from grating_core.models.adapter import Adapter, find_adapter
+from grating_core.models.causal_lm import CausalLM, StoredCausalLM
+from grating_core.models.cross_encoder import CrossEncoder, Shape, StoredCrossEncoder
+from grating_core.models.directory import find_model
+from grating_core.models.families import Family
+from grating_core.models.gguf import GgufModel, is_gguf
+from grating_core.models.hub import Hub
+from grating_core.models.identity import fingerprint
+from grating_core.models.placement import choose_device, choose_dtype
+from grating_core.settings import GenerationSettings, ModelSettings, RerankSettings
+from grating_core.text.chat import PromptTokenizer
+from grating_core.text.pairs import load_template
+from grating_core.text.prompts import Prompt, find_prompt, usual_length
+from grating_core.text.windows import find_window
+
+_USUAL_LENGTH = 4096  # tokens of a prompt and what follows it, if nobody says
+
+
+class StoredReranker(Protocol):
+    """A reranker's files, whatever they are, whose configuration has been read but no weights."""
+
+    directory: Path
+    device: torch.device
+    adapter: Adapter | None
+    family: Family
+
+    @property
+    def window(self) -> int:
+        """The most tokens that the model can take."""
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of rows of the embedding table."""
+
+    @property
+    def shape(self) -> Shape:
+        """The numbers that a lens has to fit."""
+
+    def plan(self, window: int, budget: int) -> MemoryPlan:
+        """Spend a memory budget in bytes on a model that takes pairs of so many tokens."""
+
+    def load(self, plan: MemoryPlan | None, answers: tuple[int, int | None] | None) -> CrossEncoder:
+        """Read the weights."""
+
+    def close(self) -> None:
+        """Close the files."""
+
+
+@dataclass(frozen=True)
+class OpenReranker:
+    """A reranker of which everything is known but the weights.
+
+    Attributes:
+        settings: The settings that it was opened with.
+        stored: Its files.
+        prompt: What it is asked; None if it is given the two texts as its tokenizer joins them.
+        window: The most tokens of a pair.
+        plan: What the memory budget is spent on; None without a budget.
+    """
+
+    settings: RerankSettings
+    stored: StoredReranker
+    prompt: Prompt | None
+    window: int
+    plan: MemoryPlan | None
+
+    @property
+    def directory(self) -> Path:
+        """The local directory, or the GGUF file, that the weights are read from."""
+        return self.stored.directory
+
+    @cached_property
+    def identity(self) -> str:
+        """What tells this model, and how it is asked, from others."""
+        asked = "" if self.prompt is None else self.prompt.asked
+        return fingerprint(self.directory, self.stored.adapter, asked)
+
+    def lens(self) -> CalibratedLens | None:
+        """Read the lens that the settings name, or the one of this model if there is one, onto its device.
+
+        Raises:
+            FileError: The lens that is named is missing or damaged, or is for other weights.
+        """
+        if self.settings.lens is None:
+            found = find_lens(self.identity, self.stored.shape)
+        else:
+            found = open_lens(expanded(self.settings.lens), self.stored.shape, self.identity)
+        return found and found.to(self.stored.device)
+
+    def load(self) -> Scorer:
+        """Read tokenizer and weights.
+
+        Raises:
+            ModelNotFoundError: The files are damaged.
+            UnsupportedModelError: The tokenizer has no Rust backend, or no token for an answer.
+            ValueError: Instruction or window do not go with the prompt.
+        """
+        # The tokenizer first: what loading it takes for a moment is then free for the weights.
+        before = resident_memory()
+        template = load_template(
+            self.directory,
+            self.window,
+            prompt=self.prompt,
+            instruction=self.settings.instruction,
+            asks=self.stored.family.asks,
+            long_documents=self.settings.long_documents,
+            rows=self.stored.vocabulary,
+        )
+        plan = _with_tokenizer(self.plan, before)
+        return Scorer(self.stored.load(plan, template.answers), template, plan)
+
+    def close(self) -> None:
+        """Close the files. A model that was loaded from them can read no more then."""
+        self.stored.close()
+
+
+@dataclass(frozen=True)
+class LoadedLanguageModel:
+    """A loaded language model, and what tokenises for it.
+
+    Attributes:
+        model: The model.
+        tokenizer: What makes tokens of prompts and text of tokens.
+        end_tokens: The tokens that end a text.
+        plan: What the memory budget is spent on; None without a budget.
+    """
+
+    model: CausalLM
+    tokenizer: PromptTokenizer
+    end_tokens: frozenset[int]
+    plan: MemoryPlan | None
+
+
+@dataclass(frozen=True)
+class OpenLanguageModel:
+    """A language model of which everything is known but the weights.
+
+    Attributes:
+        stored: Its files.
+        window: The most tokens of a prompt together with what follows it.
+        plan: What the memory budget is spent on; None without a budget.
+    """
+
+    stored: StoredCausalLM
+    window: int
+    plan: MemoryPlan | None
+
+    def load(self) -> LoadedLanguageModel:
+        """Read tokenizer and weights.
+
+        Raises:
+            ModelNotFoundError: The files are damaged.
+            UnsupportedModelError: The tokenizer has no Rust backend.
+            FileError: The file with the columns of the MLPs is damaged, or belongs to other weights.
+            StorageError: That file cannot be written.
+        """
+        before = resident_memory()
+        tokenizer = PromptTokenizer(self.stored.directory, rows=self.stored.vocabulary)
+        plan = _with_tokenizer(self.plan, before)
+        ends = self.stored.end_tokens | tokenizer.end_tokens
+        return LoadedLanguageModel(self.stored.load(plan), tokenizer, ends, plan)
+
+    def close(self) -> None:
+        """Close the files. A model that was loaded from them can read no more then."""
+        self.stored.close()
+
+
+def open_reranker(settings: RerankSettings) -> OpenReranker:
+    """Find a reranker and read everything but its weights.
+
+    Args:
+        settings: Its settings.
+
+    Raises:
+        ModelNotFoundError: The name leads to no usable weights.
+        UnsupportedModelError: The weights are of a kind that grating does not run, or not within a budget.
+        BudgetError: The memory budget is too small; the message states the smallest that works.
+        ValueError: A setting does not go with this machine or this model.
+    """
+    device = choose_device(settings.device)
+    dtype, _ = choose_dtype(settings.dtype, device)
+    directory, adapter = _find(settings)
+    stored: StoredReranker
+    if is_gguf(directory):
+        stored = GgufModel(directory, device=device, dtype=dtype, attention=PACKED_ATTENTION, adapter=adapter)
+    else:
+        stored = StoredCrossEncoder(
+            directory,
+            device=device,
+            dtype=dtype,
+            attention=PACKED_ATTENTION,
+            adapter=adapter,
+            lasting=settings.budget is not None,
+        )
+    with closed_on_error(stored):
+        prompt = find_prompt(settings.template, str(settings.model), directory, stored.family)
+        usual = usual_length(prompt, stored.family)
+        window = find_window(directory, stored.window, settings.max_length, usual)
+        plan = None if settings.budget is None else stored.plan(window, settings.budget)
+        return OpenReranker(settings, stored, prompt, window, plan)
+
+
+def open_language_model(settings: GenerationSettings) -> OpenLanguageModel:
+    """Find a language model and read everything but its weights.
+
+    Args:
+        settings: Its settings.
+
+    Raises:
+        ModelNotFoundError: The name leads to no usable weights.
+        UnsupportedModelError: The weights are of a kind that grating does not generate with.
+        BudgetError: The memory budget is too small; the message states the smallest that works.
+        ValueError: A setting does not go with this machine or this model.
+    """
+    device = choose_device(settings.device)
+    dtype, _ = choose_dtype(settings.dtype, device)
+    directory, adapter = _find(settings)
+    if is_gguf(directory):
+        raise UnsupportedModelError(
+            f"model={settings.model!r} is a GGUF file, which would be unpacked as a whole; generating is for "
+            f"safetensors. Save it as such: AutoModelForCausalLM.from_pretrained({str(directory.parent)!r}, "
+            f"gguf_file={directory.name!r}).save_pretrained(DIRECTORY), and the AutoTokenizer likewise"
+        )
+    stored = StoredCausalLM(
+        directory,
+        device=device,
+        dtype=dtype,
+        attention=CACHED_ATTENTION,
+        adapter=adapter,
+        lasting=settings.budget is not None,
+        pruning=mlp_pruning(settings.mlp_density, show_progress=settings.show_progress),
+    )
+    with closed_on_error(stored):
+        window = find_window(directory, stored.window, settings.max_length, _USUAL_LENGTH)
+        plan = None if settings.budget is None else stored.plan(window, settings.budget)
+        return OpenLanguageModel(stored, window, plan)
+
+
+def _find(settings: ModelSettings) -> tuple[Path, Adapter | None]:
+    """Find the files of a model, and read the adapter."""
+    hub = Hub(settings.revision, settings.token, settings.cache_dir, settings.local_files_only)
+    directory = find_model(str(settings.model), hub=hub, show_progress=settings.show_progress)
+    if settings.adapter is None:
+        return directory, None
+    return directory, find_adapter(str(settings.adapter), hub=hub, show_progress=settings.show_progress)
+
+
+def _with_tokenizer(plan: MemoryPlan | None, before: int) -> MemoryPlan | None:
+    """Write into a plan how many bytes the process has taken since there were so many, for the tokenizer."""
+    return plan and replace(plan, tokenizer=max(0, resident_memory() - before))

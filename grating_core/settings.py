@@ -1,0 +1,227 @@
+"""The settings of a model, of reranking and of generating: one list of names, types, defaults, texts and checks.
+
+``from_pretrained``, the command line, the adapters and the tables of the documentation take theirs from here. This
+module imports neither torch nor transformers, so that ``grating --help`` need not wait for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+
+from grating_core.arguments import Guarantee, LongDocuments, is_number, whole_number
+from grating_core.files.places import expanded, is_there
+
+if TYPE_CHECKING:
+    import torch
+
+    from grating_core.pruning import PruningPolicy
+    from grating_core.text.prompts import Prompt
+
+PruningName = Literal["auto", "cluster", "off"]
+
+_PATHS = ("model", "lens", "adapter", "cache_dir")  # settings that may name a place on this machine
+
+
+def _setting(default: Any, about: str, *, basic: bool = False, shown: bool = True) -> Any:
+    """Describe a field.
+
+    Args:
+        default: The value that None stands for as well.
+        about: The text for the documentation, the command line and the adapters.
+        basic: Whether a beginner should see it.
+        shown: Whether it may be printed; a secret may not.
+    """
+    return field(default=default, repr=shown, metadata={"about": about, "basic": basic})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Settings of any model. A value of None means that the setting is not given.
+
+    Raises:
+        ValueError: A value is not usable; the message names it. What depends on the machine or on the model's
+            files, such as ``device``, is checked when the model is opened.
+    """
+
+    model: str | Path = field(
+        metadata={
+            "about": "A hub id, a local directory in Hugging Face layout with safetensors weights, a language "
+            "model's GGUF file (for reranking), or a name such as 'bundled:ms-marco-minilm-l12'.",
+            "basic": True,
+        }
+    )
+    device: str | torch.device | None = _setting(
+        None, "'cpu', 'cuda', 'cuda:N' or 'mps'. None takes the best device of this machine.", basic=True
+    )
+    dtype: str | torch.dtype = _setting(
+        "auto",
+        "'float32', 'bfloat16' or 'float16' for what the layers compute in. 'auto' takes bfloat16 where the "
+        "processor has instructions for it, and float32 elsewhere.",
+        basic=True,
+    )
+    memory_budget: str | int | None = _setting(
+        None,
+        "How much memory the model may take, in bytes or as a size such as '300MB', beyond what importing the "
+        "packages and the tokenizer takes. grating reads from disk what does not fit; results stay the same. "
+        "None keeps everything in memory.",
+        basic=True,
+    )
+    max_length: int | None = _setting(
+        None,
+        "The most tokens of a query and a document together. None takes what the model was made for, 8,192 at "
+        "most for decoders.",
+    )
+    adapter: str | Path | None = _setting(
+        None, "A LoRA adapter as PEFT saves it, a directory or hub id. grating merges it into the weights."
+    )
+    revision: str | None = _setting(
+        None, "The branch, tag or commit of the model on the hub. None takes the newest."
+    )
+    token: str | bool | None = _setting(
+        None,
+        "The access token for the hub. None or True takes the one of 'hf auth login' or HF_TOKEN, False sends "
+        "none. It is never written to disk.",
+        shown=False,
+    )
+    cache_dir: str | Path | None = _setting(
+        None, "The directory that keeps the hub's files. None takes the hub's own place."
+    )
+    local_files_only: bool = _setting(
+        False, "Whether to use only files that are kept here, without asking the hub."
+    )
+    show_progress: bool = field(
+        default=False,
+        compare=False,
+        metadata={"about": "Whether to show progress bars while files are fetched or converted.", "basic": False},
+    )
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str | Path):
+            raise ValueError(f"model={self.model!r} must be a hub id, a directory or another name of a model")
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value is None:
+                object.__setattr__(self, one.name, one.default)
+            elif one.name in _PATHS:
+                object.__setattr__(self, one.name, _absolute(value))
+        if self.max_length is not None:
+            object.__setattr__(self, "max_length", whole_number("max_length", self.max_length))
+        if self.memory_budget is not None:
+            assert self.budget  # what is no size is refused here
+
+    @cached_property
+    def budget(self) -> int | None:
+        """The memory budget in bytes; None without one."""
+        from grating_core.memory.plan import parse_budget  # torch comes with it
+
+        return None if self.memory_budget is None else parse_budget(self.memory_budget)
+
+    def portable(self) -> Self:
+        """Return the settings without the token, with which another process finds the same model."""
+        return replace(self, token=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerankSettings(ModelSettings):
+    """Settings of a reranker."""
+
+    pruning: PruningName | PruningPolicy = _setting(
+        "auto",
+        "How candidates are dropped early. 'auto' uses the lens of the model and drops none where there is no "
+        "lens; 'cluster' is the rule of the GRATING paper; 'off' drops none. Or a policy object.",
+        basic=True,
+    )
+    target: float = _setting(
+        0.98,
+        "The share of the full model's top K that pruning keeps, on average over requests like those that the "
+        "lens was calibrated on. A higher target prunes less.",
+        basic=True,
+    )
+    guarantee: Guarantee = _setting(
+        "share", "What the target counts. 'set' makes it the probability that the whole top K is kept."
+    )
+    lens: str | Path | None = _setting(
+        None,
+        "The directory of the lens to prune by. None takes the lens that was calibrated here for this model, "
+        "or the one that comes with grating.",
+    )
+    recalibrate: float = _setting(
+        0.0,
+        "The share of requests, from 0 (off) to 1, that grating computes again without pruning while nobody "
+        "waits. What pruning lost there moves its margins until the target is kept.",
+    )
+    long_documents: LongDocuments = _setting(
+        "truncate",
+        "What happens to a document that does not fit into the window. 'truncate' cuts its end; 'windows' "
+        "scores overlapping windows and takes the best.",
+    )
+    template: Prompt | str | None = _setting(
+        None,
+        "How a decoder is asked: a Prompt, or the name of an official one. None takes the model's own. "
+        "Encoders have no template.",
+    )
+    instruction: str | None = _setting(
+        None, "What a decoder is to judge by, if its template has a place for it. None takes the template's words."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_number(self.target) or not 0 < self.target < 1:
+            raise ValueError(f"target={self.target!r} must be a number between 0 and 1, such as 0.98")
+        if self.guarantee not in get_args(Guarantee):
+            raise ValueError(f"guarantee={self.guarantee!r} must be 'share' or 'set'")
+        if self.long_documents not in get_args(LongDocuments):
+            raise ValueError(f"long_documents={self.long_documents!r} must be 'truncate' or 'windows'")
+        if self.instruction is not None and not isinstance(self.instruction, str):
+            raise ValueError(f"instruction={self.instruction!r} must be a string or None")
+        if not is_number(self.recalibrate) or not 0 <= self.recalibrate <= 1:
+            raise ValueError(
+                f"recalibrate={self.recalibrate!r} must be a share of requests: a number from 0 (off) to 1"
+            )
+        named = isinstance(self.pruning, str)
+        if self.pruning not in get_args(PruningName) if named else not hasattr(self.pruning, "route"):
+            raise ValueError(
+                f"pruning={self.pruning!r} is unknown; use 'auto', 'cluster', 'off', or an object with a route "
+                f"method"
+            )
+        if self.lens is not None and self.pruning != "auto":
+            raise ValueError(
+                f"lens={self.lens!r} and pruning={self.pruning!r} exclude each other: a lens takes 'auto'"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings(ModelSettings):
+    """Settings of a language model that generates text."""
+
+    max_length: int | None = _setting(
+        None,
+        "The most tokens of a prompt and its continuation together. None takes what the model was made for, "
+        "4,096 at most. A memory budget pays for the keys and values of that many tokens.",
+    )
+    mlp_density: float | None = _setting(
+        None,
+        "The share of the MLPs' weights that each new token uses, above 0 and at most 1 (dynamic input "
+        "pruning, on the CPU). grating then reads fewer bytes within a budget, and the text differs from the "
+        "dense model's. None uses all.",
+        basic=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mlp_density is not None and (not is_number(self.mlp_density) or not 0 < self.mlp_density <= 1):
+            raise ValueError(
+                f"mlp_density={self.mlp_density!r} must be a number above 0, 1 at most: the share of the MLPs' "
+                f"weights that a token uses; None for all"
+            )
+
+
+def _absolute(place: Any) -> Any:
+    """Return a path that exists as one that means the same in any directory, and a hub id as it is."""
+    if not place or not isinstance(place, str | Path):
+        return place
+    path = expanded(place)
+    return str(path.absolute()) if is_there(path) else str(place)
