@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import typer
 
-from benchmarks import memory
+from benchmarks import generation, memory
 from benchmarks.render import DOCS, FIGURES, PAGES, QUOTED, page_names, render_page, wrong_figures
 from benchmarks.report import RESULTS, ROOT, Result, read_result, read_results, write_result
 from benchmarks.worker import System
+from tests.tiny_chat import save_chat_model
 
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 COMMAND = re.compile(r"python -m (benchmarks\.\w+)(.*)")
@@ -125,3 +126,11 @@ def test_a_system_in_a_process_of_its_own_is_watched() -> None:
         memory.measure(
             System("nonsense", memory.load_grating, settings | {"memory_budget": 1}), directory, questions
         )
+
+
+def test_a_language_model_in_a_process_of_its_own_is_watched(tmp_path: Path) -> None:
+    directory = save_chat_model(tmp_path)
+    system = System("grating", generation.load_grating, {"directory": directory, "tokens": 4})
+    row = generation.measure(system, directory, ["The first one", "The second one"], weights_mb=1)
+    assert row["tokens_per_second"] > 0
+    assert row["read_mb_per_token"] == 0  # all of it is in memory
