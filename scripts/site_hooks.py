@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +20,12 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from grating_core import settings
+
 ROOT = Path(__file__).parent.parent
 OPTIONS = "<!-- options -->"  # in cli.md
 
+_DEFAULT = re.compile(r"(\w+Settings)\.(\w+)")
 _NOTEBOOK_LINK = re.compile(r'href="(?:(\.\./)docs/)?([\w-]+)\.(?:md|ipynb)(?=["#])')
 _ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`~?([\w.]+)`")
 _CODE_BLOCK = re.compile(r"^( *)\.\. code-block:: (\w+)\n\n((?:\1 +.*(?:\n|\Z)|\n)+)", re.MULTILINE)
@@ -60,7 +64,23 @@ def _command_reference() -> str:
 
 
 class PlainMarkdown(griffe.Extension):
-    """Docstrings are written for Sphinx, as both frameworks' are: its roles and code blocks become Markdown."""
+    """Docstrings are written for Sphinx, as both frameworks' are: its roles and code blocks become Markdown.
+
+    Settings are described where they are declared: their descriptions become docstrings, their defaults values.
+    """
+
+    def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
+        """Describe the fields of the settings' classes."""
+        if cls.module.path == settings.__name__:
+            for field in fields(getattr(settings, cls.name)):
+                if field.name in cls.members:
+                    cls.members[field.name].docstring = griffe.Docstring(field.metadata["about"])
+
+    def on_function(self, *, func: griffe.Function, **_: Any) -> None:
+        """Show a default that is taken from the settings as the value that it is."""
+        for parameter in func.parameters:
+            if found := _DEFAULT.fullmatch(str(parameter.default)):
+                parameter.default = repr(getattr(getattr(settings, found[1]), found[2]))
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite the docstring of an object that has been loaded."""

@@ -4,7 +4,7 @@ import inspect
 import re
 import shlex
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from grating_core.cli.commands import app
 from grating_core.lab.distill import distill
 from grating_core.models.families import FAMILIES
 from grating_core.text.prompts import PROMPTS
+from scripts import render_parameters
 
 DOCS = Path(__file__).parent.parent / "docs"
 CORE = Path(grating_core.__file__).parent
@@ -36,8 +37,6 @@ EXAMPLES = {
     path.stem: [textwrap.dedent(found[2]) for found in EXAMPLE.finditer(path.read_text(encoding="utf-8"))]
     for path in sorted(DOCS.glob("*.md"))
 }
-
-Settings = Mapping[str, Any]  # defaults by name; inspect.Parameter.empty where there is none
 
 
 @pytest.fixture
@@ -73,105 +72,53 @@ def test_the_commands_of_a_page_are_understood(page: Path) -> None:
         command.make_context(line, words)  # refuses what it does not know
 
 
-def arguments(function: Any, *data: str) -> Settings:
-    """The defaults of a function's arguments, but those that are what it works on."""
-    parameters = inspect.signature(function).parameters
-    return {name: parameter.default for name, parameter in parameters.items() if name not in ("self", *data)}
+def arguments(function: Any, *data: str) -> set[str]:
+    """The names of a function's arguments, but those that are what it works on."""
+    return set(inspect.signature(function).parameters) - {"self", *data}
 
 
-def fields(model: Any, base: Any = BaseModel) -> Settings:
-    """The defaults of a pydantic model's fields, but those that its base has as well."""
-    return {
-        # A ready reranker is not given with None: that only says that there is none yet.
-        name: inspect.Parameter.empty if field.is_required() or field.annotation is Reranker else field.default
-        for name, field in model.model_fields.items()
-        if name not in base.model_fields
-    }
+def fields(model: Any, base: Any = BaseModel) -> set[str]:
+    """The names of a pydantic model's fields, but those that its base has as well."""
+    return set(model.model_fields) - set(base.model_fields)
 
 
-def options(command: str) -> Settings:
-    """The defaults of a command's options, by their long names."""
-    parameters = get_command(app).commands[command].params  # type: ignore[attr-defined]
-    return {
-        parameter.opts[0]: inspect.Parameter.empty if parameter.required else parameter.default
-        for parameter in parameters
-    }
-
-
-def option(setting: str) -> str:
-    return "--" + setting.replace("_", "-")
-
-
-RERANKING = {
-    "setting": {**arguments(Reranker.from_pretrained), **arguments(Reranker.rerank, "query", "documents")},
-    "LangChain": fields(langchain_grating.GratingRerank),
-    "LlamaIndex": fields(llama_index_grating.GratingRerank, BaseNodePostprocessor),
-    "command": options("rerank"),
-}
-CALIBRATING = {"setting": arguments(Reranker.calibrate), "command": options("calibrate")}
-DISTILLING = {"setting": arguments(distill), "command": options("distill")}
-SELECTING = {
-    "setting": arguments(select_context, "query", "text_or_documents", "reranker"),
-    "LangChain": fields(langchain_grating.GratingContextSelector, LangChainSettings),
-    "LlamaIndex": fields(llama_index_grating.GratingContextSelector, LlamaIndexSettings),
-    "command": options("select"),
-}
-GENERATING = {
-    "setting": {**arguments(StreamedCausalLM.from_pretrained), **arguments(StreamedCausalLM.generate, "prompt")},
-    "LangChain": fields(langchain_grating.ChatGrating, BaseChatModel),
-    "LlamaIndex": fields(GratingLLM, CustomLLM),
-    "command": options("generate"),
-}
-SIMULATING = {"setting": options("simulate")}
-STORING = {"setting": arguments(langchain_grating.GratingStore)}
-TABLES = {
-    "Reranking": RERANKING,
-    "Selecting context": SELECTING,
-    "Generating": GENERATING,
-    "Agent memory": STORING,
-    "Calibrating": CALIBRATING,
-    "Simulating": SIMULATING,
-    "Distilling": DISTILLING,
+SETTINGS = {
+    "Reranking": arguments(Reranker.from_pretrained)
+    | arguments(Reranker.rerank, "query", "documents")
+    | fields(langchain_grating.GratingRerank)
+    | fields(llama_index_grating.GratingRerank, BaseNodePostprocessor),
+    "Selecting context": arguments(select_context, "query", "text_or_documents", "reranker")
+    | fields(langchain_grating.GratingContextSelector, LangChainSettings)
+    | fields(llama_index_grating.GratingContextSelector, LlamaIndexSettings),
+    "Generating": arguments(StreamedCausalLM.from_pretrained)
+    | arguments(StreamedCausalLM.generate, "prompt")
+    | fields(langchain_grating.ChatGrating, BaseChatModel)
+    | fields(GratingLLM, CustomLLM),
+    "Agent memory": arguments(langchain_grating.GratingStore),
+    "Calibrating": arguments(Reranker.calibrate),
+    "Simulating": {parameter.opts[0] for parameter in get_command(app).commands["simulate"].params},  # type: ignore[attr-defined]
+    "Distilling": arguments(distill),
 }
 
 
-@pytest.mark.parametrize("title", TABLES)
-def test_the_table_of_parameters_is_complete(title: str) -> None:
-    surfaces = TABLES[title]
-    missing = {surface: set(settings) for surface, settings in surfaces.items()}
-    if "command" in surfaces:  # its other options say where texts come from, and how results are shown
-        missing["command"] &= {option(setting) for setting in surfaces["setting"]}
-    for row in rows("parameters.md", title):
-        defaults = set()
-        for surface, settings in surfaces.items():
-            if row[surface] == "–":
-                continue
-            name = (row["setting"] if row[surface] == "✓" else row[surface]).strip("`")
-            if surface == "command" and row[surface] == "✓":
-                name = option(name)
-            defaults.add(shown(settings[name]))
-            missing[surface].discard(name)
-        assert set(re.findall("`(.*?)`", row["default"])) == defaults - {""}, row
-    assert not any(missing.values())
+def test_the_tables_of_parameters_are_the_codes() -> None:
+    page = render_parameters.PAGE.read_text(encoding="utf-8")
+    assert page == render_parameters.render(page), "run scripts/render_parameters.py"
 
 
-def rows(page: str, title: str) -> Iterator[dict[str, str]]:
-    """The rows of the first table under a heading."""
-    section = (DOCS / page).read_text(encoding="utf-8").split(f"## {title}\n")[1].split("\n## ")[0]
-    header, _, *body = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in section.splitlines()
-        if line.startswith("|")
-    ]
-    return (dict(zip(header, row, strict=True)) for row in body)
+@pytest.mark.parametrize("title", SETTINGS)
+def test_the_tables_of_parameters_are_complete(title: str) -> None:
+    page = render_parameters.PAGE.read_text(encoding="utf-8")
+    section = page.split(f"## {title}\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall("`([^`]*)`", row.split("|")[1] + row.split("|")[-2])}
+    assert SETTINGS[title] - named == set()
 
 
-def shown(default: object) -> str:
-    """A default as the tables write it."""
-    if default is inspect.Parameter.empty:
-        return ""
-    default = getattr(default, "value", default)  # of an enumeration
-    return f'"{default}"' if isinstance(default, str) else str(default)
+def test_a_beginner_sees_six_settings_at_most() -> None:
+    page = render_parameters.PAGE.read_text(encoding="utf-8")
+    first = page.split("<!-- end of table -->")[0]
+    assert len(re.findall(r"^\| `", first, re.MULTILINE)) <= 6
 
 
 @pytest.mark.parametrize(
