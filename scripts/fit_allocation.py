@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.shapes import find_or_write
 from grating_core.columns import allocation
-from grating_core.lab.activations import load_decoder
+from grating_core.lab.decoders import load_decoder
 from grating_core.lab.quality import cut_windows, evaluate
 
 DENSITIES = (0.5, 0.67, 0.83)

@@ -14,15 +14,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from grating_core.columns.companion import ColumnSizes
 from grating_core.errors import FileError
 from grating_core.files.locks import locked
 from grating_core.files.places import cache_directory, is_there
 from grating_core.files.writing import make_private, replacing, require_room
-from grating_core.lab.quality import cut_windows, decoder_layers
-from grating_core.models.directory import blaming_config
+from grating_core.lab.decoders import decoder_layers, empty_decoder, load_decoder
+from grating_core.lab.quality import cut_windows
 from grating_core.models.identity import fingerprint
 
 Magnitudes = NDArray[np.float16]
@@ -157,36 +156,3 @@ def _record(directory: Path, text: str, tokens: int, show_progress: bool) -> Act
     return Activations(
         *(np.stack([np.concatenate(parts)[:tokens] for parts in kind]) for kind in zip(*recorded, strict=True))
     )
-
-
-def load_decoder(directory: Path) -> tuple[Any, Any]:
-    """Load a causal language model in float32, all of it into memory, and its tokenizer.
-
-    Raises:
-        ModelNotFoundError: The directory does not hold one.
-        UnsupportedModelError: Its MLPs are not gated.
-    """
-    empty_decoder(directory)  # so that what cannot be pruned is not loaded
-    architecture: Any = AutoModelForCausalLM
-    with blaming_config(directory / "config.json"):
-        model = architecture.from_pretrained(
-            directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-        )
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    return model.eval().requires_grad_(False), tokenizer
-
-
-def empty_decoder(directory: Path) -> Any:
-    """Make the same module without weights, from ``config.json`` alone.
-
-    Raises:
-        ModelNotFoundError: The configuration is missing or senseless.
-        UnsupportedModelError: It is no decoder with gated MLPs.
-    """
-    architecture: Any = AutoModelForCausalLM
-    with blaming_config(directory / "config.json"), torch.device("meta"):
-        model = architecture.from_config(
-            AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        )
-        decoder_layers(model)
-    return model

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
+from grating_core.arguments import whole_number
 from grating_core.columns.allocation import check_density
-from grating_core.errors import ModelNotFoundError, UnsupportedModelError
+from grating_core.errors import UnsupportedModelError
 from grating_core.files.places import expanded
+from grating_core.lab.decoders import load_decoder
 from grating_core.lab.output import STATE, check_output, write_adapter, writing_alone
 from grating_core.lab.student import Loss, Student
 from grating_core.lab.training import Training
@@ -111,16 +112,23 @@ def distill(
         StorageError: ``output`` cannot be written.
     """
     check_density(mlp_density)
-    _check_numbers(rank=rank, steps=steps, tokens_per_step=tokens_per_step, window=window)
-    if window < 2:
-        raise ValueError(f"window={window} is too small: a token to predict the next one from makes 2")
+    for name, number in (("rank", rank), ("steps", steps), ("tokens_per_step", tokens_per_step)):
+        whole_number(name, number)
+    whole_number("window", window, least=2)  # a token, and the one that is predicted
     if not 0 < learning_rate < math.inf:
         raise ValueError(f"learning_rate={learning_rate} is not a number above 0")
+    place = choose_device(device)
+    chosen, _ = choose_dtype(dtype, place)
+    if chosen == torch.float16:
+        raise ValueError(f"dtype={dtype!r}: gradients vanish in it; use 'bfloat16' or 'float32'")
     hub = Hub(revision, token, cache_dir, local_files_only)
     batch = max(1, round(tokens_per_step / window))
     output = expanded(output)
     check_output(output)
-    directory, module, tokenizer = load_whole(str(model), device, dtype, hub=hub, show_progress=show_progress)
+    directory = find_model(str(model), hub=hub, show_progress=show_progress)
+    if is_gguf(directory):
+        raise UnsupportedModelError(f"{directory} is quantised; distil the model as safetensors")
+    module, tokenizer = load_decoder(directory, place, chosen)
     windows = _windows(texts, tokenizer, window, batch)
     student = Student(module, mlp_density, rank, seed)
     settings: dict[str, Any] = {
@@ -151,48 +159,6 @@ def distill(
         write_adapter(output, str(model), mlp_density, rank, student.changes())
     dense, pruned = training.before
     return Distilled(output, dense, pruned, recovered, steps * batch * window, held_out.numel())
-
-
-def _check_numbers(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name}={number!r} is not a whole number of at least 1")
-
-
-def load_whole(
-    name: str, device: str | None, dtype: str, *, hub: Hub, show_progress: bool = False
-) -> tuple[Path, Any, Any]:
-    """Load all of a language model into memory.
-
-    Args:
-        name: Hub id or local directory.
-        device: See :func:`distill`.
-        dtype: See :func:`distill`.
-        hub: How the hub is asked.
-        show_progress: Show progress bars on standard error.
-
-    Returns:
-        Its directory, its module and its tokenizer, the last two of transformers.
-
-    Raises:
-        ValueError: The dtype is float16.
-        ModelNotFoundError: The model is not there, or damaged.
-        UnsupportedModelError: It is no language model, or quantised.
-    """
-    place = choose_device(device)
-    chosen, _ = choose_dtype(dtype, place)
-    if chosen == torch.float16:
-        raise ValueError(f"dtype={dtype!r}: gradients vanish in it; use 'bfloat16' or 'float32'")
-    directory = find_model(name, hub=hub, show_progress=show_progress)
-    if is_gguf(directory):
-        raise UnsupportedModelError(f"{directory} is quantised; distil the model as safetensors")
-    stored = StoredCausalLM(directory, device=place, dtype=chosen, attention=None)
-    stored.load(None)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # whatever damaged files lead to
-        raise ModelNotFoundError(f"the tokenizer in {directory} cannot be read: {error}") from error
-    return directory, stored.module, tokenizer
 
 
 def _windows(texts: Sequence[str], tokenizer: Any, window: int, batch: int) -> Tensor:

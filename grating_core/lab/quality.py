@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from grating_core.columns.cache import Caching
 from grating_core.columns.companion import KINDS, ColumnSizes, Kind
-from grating_core.columns.masks import MaskedMlp, Shares, find_gated_mlp, kept
-from grating_core.errors import UnsupportedModelError
+from grating_core.columns.masks import MaskedMlp, Shares, kept
+from grating_core.lab.decoders import decoder_layers
 
 
 @dataclass(frozen=True)
@@ -89,23 +89,6 @@ def cut_windows(tokenizer: Any, text: str, length: int, count: int | None = None
             f"text or fewer tokens"
         )
     return torch.tensor([start + ids[i * step : (i + 1) * step] for i in range(wanted)])
-
-
-def decoder_layers(model: Any) -> Any:
-    """Return the layers of a causal language model of transformers, all with gated MLPs.
-
-    Raises:
-        UnsupportedModelError: It is no such model, or has other MLPs.
-    """
-    layers = getattr(getattr(model, "model", None), "layers", None)
-    if not layers:
-        raise UnsupportedModelError(
-            f"mlp_density is for decoders with gated MLPs, such as Llama, Qwen or Gemma; {type(model).__name__} "
-            f"is none"
-        )
-    for layer in layers:
-        find_gated_mlp(layer)
-    return layers
 
 
 @torch.inference_mode()

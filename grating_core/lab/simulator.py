@@ -21,7 +21,8 @@ from grating_core.columns.cache import Caching, Preference
 from grating_core.columns.companion import KINDS, ColumnSizes, Kind
 from grating_core.columns.install import PREFERENCE
 from grating_core.columns.masks import Shares, kept
-from grating_core.lab.activations import Activations, Magnitudes, empty_decoder
+from grating_core.lab.activations import Activations, Magnitudes
+from grating_core.lab.decoders import empty_decoder
 from grating_core.lab.machine import Machine
 from grating_core.lab.quality import Traffic
 

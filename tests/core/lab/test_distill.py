@@ -24,11 +24,11 @@ from grating_core.errors import StorageError
 from grating_core.files.locks import locked
 from grating_core.lab import distill as distilling
 from grating_core.lab import training
-from grating_core.lab.distill import Distilled, distill, hold_out, load_whole
+from grating_core.lab.decoders import load_decoder
+from grating_core.lab.distill import Distilled, distill, hold_out
 from grating_core.lab.student import Divergence, LowRankMlp, Student, TrainedMlp
 from grating_core.lab.training import Training
 from grating_core.models.adapter import Adapter
-from grating_core.models.hub import Hub
 from tests.core.conftest import DECODER, SIZES, WORDS, randomise, save_model, save_tokenizer
 from tests.core.faults import largest_file
 from tests.core.models.test_decoders import CAUSAL, save_decoder
@@ -180,7 +180,7 @@ def test_the_adapter_merged_is_what_was_trained(decoder: Path, finished: Distill
 @pytest.mark.parametrize("family", CAUSAL)
 def test_the_teacher_is_transformers_model(family: str, tmp_path: Path) -> None:
     directory = save_decoder(tmp_path, family)
-    _, loaded, _ = load_whole(str(directory), "cpu", "float32", hub=Hub())
+    loaded, _ = load_decoder(directory)
     student = Student(loaded, 0.5, 2, seed=0)
     ids = torch.arange(4, 64).view(2, 30)
     with torch.inference_mode():

@@ -16,7 +16,8 @@ from grating_core import UnsupportedModelError
 from grating_core.columns.cache import Caching, Preference
 from grating_core.columns.companion import KINDS
 from grating_core.columns.masks import MaskedMlp, Shares, find_gated_mlp, kept
-from grating_core.lab.quality import CachedMlp, cut_windows, decoder_layers, evaluate
+from grating_core.lab.decoders import decoder_layers
+from grating_core.lab.quality import CachedMlp, cut_windows, evaluate
 from tests.core.columns.conftest import TEXT
 
 HALF = (Shares(0.5, 0.5),) * 5

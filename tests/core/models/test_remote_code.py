@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from benchmarks.shapes import smollm2_file
 from grating_core import GratingError, Reranker, StreamedCausalLM
 from grating_core.cli.commands import app
-from grating_core.lab.activations import empty_decoder, load_decoder, record_activations
+from grating_core.lab.activations import record_activations
+from grating_core.lab.decoders import empty_decoder, load_decoder
 from grating_core.lab.distill import distill
 from grating_core.lab.peers import LOADERS, OPENVINO, SENTENCE_TRANSFORMERS, Job
 from grating_core.text.backend import load_backend
