@@ -1,4 +1,4 @@
-"""The bookkeeping of columns: which are in memory, and which a token uses. There are numbers here, no weights."""
+"""This module keeps account of columns: which are in memory, and which a token uses. It sees no weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NOWHERE = -1
 
 @dataclass(frozen=True)
 class Preference:
-    """What a magnitude counts where its column is not in memory: the paper's γ, above 0, 1 at most.
+    """A preference for columns in memory: γ, from above 0 to 1, multiplies the magnitudes of the others.
 
     Attributes:
         inputs: γ of columns of W_u and W_g. Magnitudes of inputs are even, and bear little preference.
@@ -65,7 +65,7 @@ class ColumnCache:
     Args:
         columns: Number of columns.
         capacity: Number of columns that fit into memory, from 0 to all.
-        preference: What a magnitude counts at a column that is not in memory. 1 treats all columns alike.
+        preference: Factor of the magnitude at a column that is not in memory. 1 treats all columns alike.
     """
 
     def __init__(self, columns: int, capacity: int, *, preference: float = 1.0) -> None:
@@ -154,7 +154,7 @@ class ColumnCache:
 
 @dataclass(frozen=True)
 class Caching:
-    """How much of each layer's MLP is in memory, and how much that part is preferred.
+    """The caching of a model: how much of each layer's MLP is in memory, and how much that part is preferred.
 
     Attributes:
         share: Share of the MLP's weights that is in memory, from 0 to 1; see :func:`divide_room`.

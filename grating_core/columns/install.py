@@ -27,7 +27,7 @@ Weights = Iterator[tuple[Tensor, Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class MlpPruning:
-    """How the MLPs of a model are pruned.
+    """The way in which the MLPs of a model are pruned.
 
     Attributes:
         density: Share of their weights that a token uses, above 0 and below 1.
@@ -64,7 +64,7 @@ def open_columns(
     """Open the companion file of a model. It is written first if it is not there.
 
     Args:
-        directory: Where such files are kept.
+        directory: Directory in which such files are kept.
         sizes: Sizes of the model's MLPs.
         fingerprint: Identity of its weights.
         weights: Function that yields W_u, W_g and W_d of each layer, see :func:`write_columns`.
@@ -87,10 +87,10 @@ def install(
 
     Args:
         layers: Layers of the model.
-        file: Its companion file.
+        file: Companion file of the model.
         pruning: What a token uses.
         share: Share of each layer's MLP that finds room in memory, from 0 to 1. So much is read at once.
-        meter: Told of columns, bytes and waiting.
+        meter: Counter of columns, bytes and waiting.
 
     Raises:
         FileError: Columns cannot be read, or are damaged.

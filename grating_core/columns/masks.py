@@ -1,4 +1,4 @@
-"""The entries of a gated MLP that are kept, in plain tensor code that every faster path is tested against.
+"""Plain tensor code says what a pruned MLP computes. Every faster path is tested against it.
 
 A gated MLP is y = W_d ((W_u x) * act(W_g x)). Dynamic input pruning (DIP, arXiv 2412.01380, section 4) keeps the
 entries of x that are largest in magnitude, which decides the columns of W_u and W_g that are needed, and then the
@@ -18,7 +18,7 @@ from grating_core.errors import UnsupportedModelError
 
 @dataclass(frozen=True)
 class Shares:
-    """What one MLP keeps, as shares from 0 to 1.
+    """The shares, from 0 to 1, of what one MLP keeps.
 
     Attributes:
         inputs: Share of the entries of its input, and so of the columns of W_u and W_g.

@@ -62,7 +62,7 @@ class ColumnTable:
         kind: Kind of the columns.
         cache: Account of which columns are in memory.
         staging: Memory in which missing columns arrive.
-        meter: Told of columns, bytes and waiting.
+        meter: Counter of columns, bytes and waiting.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class ColumnTable:
         self._meter.bytes_read += len(columns) * self._file.sizes.row_bytes(self._kind)
 
     def _give_up(self, under_way: list[Future[None]], columns: NDArray[np.int64]) -> None:
-        """See to it that nothing arrives any more, and that nothing is left of what has."""
+        """Make sure that nothing arrives any more, and that nothing is left of what has."""
         self._cache.forget(columns)
         for reading in under_way:
             if not reading.cancel():

@@ -1,1 +1,1 @@
-"""What measures, simulates and distils; nothing that computes a request imports it."""
+"""This room measures, simulates and distils. Nothing that computes a request imports it."""

@@ -1,4 +1,4 @@
-"""The ways of generating side by side, at several densities: how fast, and at what cost in perplexity."""
+"""Ways of generating are compared at several densities: how fast they are, and what they cost in perplexity."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Point:
     """One way of generating at one density.
 
     Attributes:
-        estimate: How fast it is.
+        estimate: Speed of this way.
         density: Share of the MLPs' weights that a token uses; 1 for dense streaming.
         perplexity: Perplexity of the model that was recorded; None if it was not measured.
     """

@@ -42,10 +42,10 @@ class Distilled:
     """An adapter and what it recovers.
 
     Attributes:
-        directory: Where it is, as PEFT saves adapters.
+        directory: Directory of the adapter, as PEFT saves one.
         dense: Perplexity of the dense model on the text that is held out.
-        pruned: What pruning costs there before training.
-        recovered: What it costs with the adapter.
+        pruned: Loss of the pruned model before training.
+        recovered: Loss of the pruned model with the adapter.
         trained: Tokens that it was trained on; those seen twice count twice.
         held_out: Tokens that the figures above are for.
     """
@@ -89,8 +89,8 @@ def distill(
         output: Directory for the adapter, empty or not there yet, or with the state of the same call.
         mlp_density: Share of the MLPs' weights that a token uses, as it will be given with the adapter.
         rank: Rank of the changes. More recover more, of a long training.
-        learning_rate: Its highest value, after the warm-up.
-        steps: How often the adapter is changed.
+        learning_rate: Highest learning rate, after the warm-up.
+        steps: Number of times that the adapter is changed.
         tokens_per_step: Tokens that a change is computed from, rounded to whole windows.
         window: Tokens that the model sees at once.
         seed: Seed of what is held out, of the order of the text and of the first weights.

@@ -1,4 +1,4 @@
-"""How long a machine's disk, memory and processor take, as far as the simulator asks."""
+"""The speed of a machine's disk, memory and processor, as far as the simulator asks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LONG_READ = 4_000_000  # bytes; from there on a disk is as fast as it gets
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds by size, interpolated between the known sizes, and in proportion beyond the largest.
+    """A cost in seconds by size, interpolated between known sizes, and in proportion beyond the largest.
 
     Attributes:
         points: Known sizes, rising, each with its seconds.

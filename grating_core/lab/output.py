@@ -1,4 +1,4 @@
-"""The directory that a distilled adapter goes to: who may write there, and what is there when it is finished."""
+"""One process at a time writes the directory of an adapter, which holds the state until the adapter is done."""
 
 from __future__ import annotations
 

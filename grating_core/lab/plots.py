@@ -112,8 +112,8 @@ def plot_simulation(points: Sequence[Point], path: Path) -> None:
     """Draw perplexity against tokens a second: a curve over densities for each way of pruning, a point for dense.
 
     Args:
-        points: With perplexities.
-        path: Where the picture goes; its ending gives the format.
+        points: Points to draw, all with perplexities.
+        path: File of the picture; its ending gives the format.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed; the message names the extra that installs it.

@@ -69,7 +69,7 @@ def find_machine(name: str, dtype: torch.dtype) -> Machine:
 
     Raises:
         ValueError: The name is unknown.
-        StorageError: See :func:`probe`.
+        StorageError: The disk has no room, or cannot be read past the page cache.
     """
     if name == "this":
         return probe(cache_directory(), dtype)

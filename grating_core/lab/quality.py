@@ -1,4 +1,4 @@
-"""What pruning costs a language model: its perplexity, and how often the columns it wants are in a cache."""
+"""The cost of pruning a language model is measured: perplexity, and how often a cache has the columns wanted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from grating_core.lab.decoders import decoder_layers
 
 @dataclass(frozen=True)
 class Traffic:
-    """Columns wanted and found, over all tokens.
+    """The columns wanted and found, over all tokens.
 
     Attributes:
         sizes: Sizes of the MLPs.
@@ -50,12 +50,12 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Quality:
-    """What pruning costs on some text.
+    """The quality of a pruned model on some text.
 
     Attributes:
         perplexity: exp of the mean negative log-likelihood of a token.
         tokens: Number of tokens that were predicted.
-        traffic: What went through the caches of :class:`CachedMlp`; None without them.
+        traffic: Columns that went through the caches of :class:`CachedMlp`; None without them.
     """
 
     perplexity: float
@@ -151,7 +151,7 @@ class CachedMlp(nn.Module):
     Args:
         mlp: The dense MLP.
         shares: What is kept.
-        caching: How much is in memory, and how much that is preferred.
+        caching: Sizes and preferences of the caches.
     """
 
     def __init__(self, mlp: Any, shares: Shares, caching: Caching) -> None:

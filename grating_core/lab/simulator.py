@@ -1,4 +1,4 @@
-"""How fast a model larger than memory generates on some machine: real activations, real caches, simulated time.
+"""The speed of a model larger than memory is simulated: activations and caches are real, time is not.
 
 Three ways are compared, with the same bytes in memory. Dense streaming streams whole layers. DIP has caches of
 columns, of which those used least give way. Cache-aware DIP prefers columns that are in memory. Which columns are
@@ -123,7 +123,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Need:
-    """What one layer needs of one kind of columns, token by token.
+    """The columns of one kind that one layer needs, token by token.
 
     Attributes:
         kind: Kind of the columns.
@@ -143,7 +143,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Estimate:
-    """How fast one way generates.
+    """The speed of one way of generating.
 
     Attributes:
         way: One of ``WAYS``.
@@ -170,7 +170,7 @@ def simulate(
     """Estimate how fast each way generates, in the order of ``WAYS``.
 
     Args:
-        activations: Those of the model, or of a smaller one; :meth:`Activations.layer` says what that assumes.
+        activations: Activations of the model, or of a smaller one, see :meth:`Activations.layer`.
         shape: Shape of the model.
         machine: The machine it runs on.
         memory: Bytes of memory for weights, the same for each way.

@@ -22,7 +22,7 @@ _POSITIONS = 128  # whose logits are in memory together
 
 @dataclass(frozen=True)
 class Loss:
-    """What pruning costs on some text.
+    """The cost of pruning on some text.
 
     Attributes:
         perplexity: Perplexity of the pruned model.
@@ -120,7 +120,7 @@ class Divergence:
 
         Args:
             student: Last hidden states of the student, ``[N, D]``.
-            teacher: Those of the teacher.
+            teacher: Last hidden states of the teacher, ``[N, D]``.
         """
         total, gradients = 0.0, list[Tensor]()
         for own, other in zip(
