@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from grating_core.columns.masks import find_gated_mlp
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
 from grating_core.lifetime import closed_on_error
+from grating_core.models.causal_lm import StoredCausalLM
 from grating_core.models.directory import blaming_config
-from grating_core.models.loading import StoredCausalLM
 
 
 def load_decoder(

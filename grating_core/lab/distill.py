@@ -26,7 +26,6 @@ from grating_core.lab.decoders import load_decoder
 from grating_core.lab.output import STATE, check_output, write_adapter, writing_alone
 from grating_core.lab.student import Loss, Student
 from grating_core.lab.training import Training
-from grating_core.models.causal_lm import StoredCausalLM
 from grating_core.models.directory import find_model
 from grating_core.models.gguf import is_gguf
 from grating_core.models.hub import Hub
