@@ -16,10 +16,10 @@ LongDocuments = Literal["truncate", "windows"]
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:
-    """A whole number of any type, numpy's too.
+    """Return a whole number of any type, numpy's too, as an int.
 
     Raises:
-        ValueError: It is something else, or below ``least``.
+        ValueError: The value is something else, or below ``least``.
     """
     try:
         found = None if isinstance(value, bool) else operator.index(value)
@@ -31,14 +31,14 @@ def whole_number(name: str, value: Any, least: int = 1) -> int:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite real number of any type, numpy's too."""
+    """Tell whether a value is a finite real number of any type, numpy's too."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return False
     return -math.inf < float(value) < math.inf
 
 
 def given(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings without those that are None, which means that they are not given."""
+    """Return the settings without those that are None, which means that they are not given."""
     return {name: value for name, value in settings.items() if value is not None}
 
 
@@ -49,7 +49,7 @@ def check_query(query: str) -> None:
 
 
 def texts(name: str, value: Iterable[str], wanted: str = "a list of strings") -> list[str]:
-    """A list of the texts in a list, tuple, array, series or generator.
+    """Return the texts in a list, tuple, array, series or generator.
 
     Args:
         name: The argument's name.
@@ -57,7 +57,7 @@ def texts(name: str, value: Iterable[str], wanted: str = "a list of strings") ->
         wanted: What it must be, in words.
 
     Raises:
-        ValueError: It is something else, whose parts are no texts or have no order; or one is not a string.
+        ValueError: The argument is something else, whose parts are no texts or have no order; or one is no string.
     """
     found = elements(name, value, wanted, values="{name}.values()")
     for index, text in enumerate(found):
@@ -67,10 +67,10 @@ def texts(name: str, value: Iterable[str], wanted: str = "a list of strings") ->
 
 
 def pairs(name: str, value: Iterable[Any]) -> list[tuple[str, str]]:
-    """A list of the pairs of texts in a list, an array with two columns, a zip or another generator.
+    """Return the pairs of texts in a list, an array with two columns, a zip or another generator.
 
     Raises:
-        ValueError: It is something else; or one is not a query and a text.
+        ValueError: The argument is something else; or one pair is not a query and a text.
     """
     found = elements(name, value, "a list of pairs of query and text", values="{name}.items()")
     for index, pair in enumerate(found):
@@ -80,16 +80,16 @@ def pairs(name: str, value: Iterable[Any]) -> list[tuple[str, str]]:
 
 
 def elements(name: str, value: Any, wanted: str, *, values: str) -> list[Any]:
-    """What is in a list, tuple, array, series or generator.
+    """Return what is in a list, tuple, array, series or generator.
 
     Args:
         name: The argument's name.
         value: The argument.
         wanted: What it must be, in words.
-        values: What of a mapping is meant to be passed.
+        values: The code for what of a mapping is meant, for the message.
 
     Raises:
-        ValueError: It is a text, a mapping, a set, a data frame, or holds nothing.
+        ValueError: The argument is a text, a mapping, a set, a data frame, or holds nothing.
     """
     kind = type(value).__name__
     advice = ""

@@ -25,14 +25,14 @@ _CALLS = 8  # of run_in_thread at a time
 
 
 class Interrupted(Exception):
-    """A forward was given up, because whoever it was asked to make way for has come."""
+    """A forward was given up, to make way for somebody else."""
 
 
 class Forked(Protocol):
-    """Something that a forked child has to put right."""
+    """This is an object that a forked child has to put right."""
 
     def after_fork(self) -> None:
-        """Called in the child, before anything else runs there."""
+        """Put the object right. This is called in the child, before anything else runs there."""
 
 
 _to_be_told: WeakSet[Forked] = WeakSet()
@@ -57,7 +57,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class Lock:
-    """A lock that is free in a forked child, whoever held it."""
+    """This lock is free in a forked child, whoever held it."""
 
     def __init__(self) -> None:
         self._lock = self._held = threading.Lock()
@@ -68,7 +68,7 @@ class Lock:
         self._lock = threading.Lock()
 
     def locked(self) -> bool:
-        """Whether somebody holds it."""
+        """Tell whether somebody holds the lock."""
         return self._lock.locked()
 
     def __enter__(self) -> None:
@@ -81,14 +81,14 @@ class Lock:
 
 
 class Threads:
-    """A pool of threads that start when they are needed, in a forked child again.
+    """A pool of threads starts them when they are needed, in a forked child again.
 
     They end when the pool is closed or nobody holds it.
 
     Args:
-        count: The most of them.
-        name: What their names begin with.
-        initializer: What each does first.
+        count: The most threads.
+        name: The beginning of their names.
+        initializer: The call that each thread makes first; None for none.
     """
 
     def __init__(self, count: int, name: str, initializer: Callable[[], None] | None = None) -> None:
@@ -103,10 +103,7 @@ class Threads:
         self._pool = None
 
     def submit(self, call: Callable[..., Returned], *args: Any) -> Future[Returned]:
-        """Have a thread make a call.
-
-        Returns:
-            What to wait for. One that is cancelled before it began never begins.
+        """Have a thread make a call, and return what to wait for. A call cancelled before it began is never made.
 
         Raises:
             RuntimeError: The pool is closed, or no thread can be had. The call is not made then.
@@ -132,8 +129,8 @@ class Threads:
         """End the threads.
 
         Args:
-            wait: Until they have ended, which they do after the calls that they are at; those that have not begun
-                are never made. Otherwise all that was submitted is still done.
+            wait: Whether to wait until they have ended, which they do after the calls that they are at; calls that
+                have not begun are never made. Otherwise all that was submitted is still done.
         """
         with self._starting:
             self._closed = True
@@ -162,11 +159,8 @@ _beside_fork = Threads(1, "grating-forked")
 async def run_in_thread(call: Callable[..., Returned], *args: Any) -> Returned:
     """Await a call that a thread of grating's own makes, so that no other user of the event loop's pool waits.
 
-    Context variables are those of the caller. A call that is cancelled before it began is never made.
-
-    Args:
-        call: What to call. It may take long, and wait for its turn.
-        args: Its arguments.
+    Context variables are those of the caller. The call may take long. If it is cancelled before it began, it is
+    never made.
     """
     return await _calls.run(call, *args)
 
@@ -174,13 +168,7 @@ async def run_in_thread(call: Callable[..., Returned], *args: Any) -> Returned:
 def computed(
     call: Callable[Arguments, Returned], /, *args: Arguments.args, **kwargs: Arguments.kwargs
 ) -> Returned:
-    """Make a call that computes: here, or in a new thread if this one came through a fork.
-
-    Args:
-        call: What to call.
-        args: Its arguments.
-        kwargs: Its arguments by name.
-    """
+    """Make a call that computes: here, or in a new thread if this one came through a fork."""
     made = partial(call, *args, **kwargs)
     if threading.get_ident() != _came_through_fork:
         return made()

@@ -32,7 +32,7 @@ _FOLDERS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class Cached:
-    """A thing in the cache.
+    """This is one thing in the cache.
 
     Attributes:
         kind: What it is.
@@ -50,7 +50,7 @@ class Cached:
 
 @dataclass(frozen=True)
 class Cleared:
-    """The outcome of clearing the cache.
+    """This is the outcome of clearing the cache.
 
     Attributes:
         removed: What is gone.

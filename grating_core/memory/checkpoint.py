@@ -26,7 +26,7 @@ _SAMPLED = 1 << 22
 
 
 class Checkpoint:
-    """The safetensors files of one model, open for reading by several threads.
+    """A checkpoint reads the safetensors files of one model, for several threads at once.
 
     After a failed read the files are opened again, so that a checkpoint that comes back is found. Once closed it
     stays so.
@@ -99,7 +99,7 @@ class Checkpoint:
 
 
 class _File:
-    """An open safetensors file."""
+    """This is one open safetensors file."""
 
     def __init__(self, path: Path, lasting: bool) -> None:
         self.path = path

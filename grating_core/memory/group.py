@@ -26,7 +26,7 @@ class Change(Protocol):
 
 @dataclass
 class _Run:
-    """Whole sectors of a file that hold neighbouring tensors."""
+    """A run is whole sectors of a file that hold neighbouring tensors."""
 
     first: StoredTensor
     start: int
@@ -34,7 +34,7 @@ class _Run:
 
 
 class TensorGroup:
-    """A group of tensors that are read together into one buffer.
+    """A group reads tensors together into one buffer.
 
     If all are stored in the dtype they are wanted in, whole runs of them go from the file to the buffer and the
     tensors are views into it. Otherwise they pass through a small buffer of their own and are converted.

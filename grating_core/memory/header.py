@@ -27,7 +27,7 @@ _BITS = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """The place of a tensor in a file.
+    """This says where a tensor lies in a file.
 
     Attributes:
         name: The tensor's name in the file.

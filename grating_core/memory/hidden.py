@@ -30,7 +30,7 @@ _GATHERED = 4096  # tokens that are moved at a time when candidates leave
 
 
 class Span(Protocol):
-    """A span of tokens that are computed together."""
+    """A span is tokens that are computed together."""
 
     @property
     def tokens(self) -> slice:
@@ -45,7 +45,7 @@ AnySpan = TypeVar("AnySpan", bound=Span)
 
 
 class HiddenStates(Protocol):
-    """The hidden states of the candidates that are alive, packed along the token axis."""
+    """These are the hidden states of the candidates that are alive, packed along the token axis."""
 
     def visit(
         self, spans: Sequence[AnySpan], *, read: bool = True, write: bool = True

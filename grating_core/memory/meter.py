@@ -18,7 +18,7 @@ _GROWTH = 16_000_000  # bytes; what the allocator may gather between two looks b
 
 @dataclass
 class Meter:
-    """Running totals of a model. They are added to by the thread that computes, never by those that read.
+    """A meter keeps running totals of a model. The thread that computes adds to them, never one that reads.
 
     Attributes:
         bytes_read: Bytes of weights and embedding rows taken from the checkpoint.
@@ -54,7 +54,7 @@ class Meter:
 
 
 class PeakMemory:
-    """The most memory that a process takes while something runs.
+    """This finds the most memory that a process takes while something runs.
 
     The system keeps one peak for the life of a process. It is exact, and tells about this time only if it rose;
     otherwise the answer is the most that was seen when :meth:`look` was called.

@@ -20,7 +20,7 @@ LARGEST_WORK = 32_000_000  # bytes of intermediate results; larger chunks were n
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """The sizes of a model's parts in memory, in bytes where nothing else is said.
+    """These are the sizes of a model's parts in memory, in bytes where nothing else is said.
 
     Attributes:
         layers: Each layer's weights.

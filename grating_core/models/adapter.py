@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
-from grating_core.files.reading import check_regular
+from grating_core.files.reading import check_regular, read_json
 from grating_core.memory.header import FLOATS
-from grating_core.models.adapter_settings import read_adapter_settings
 from grating_core.models.directory import find_model
 from grating_core.models.hub import Hub
 
@@ -24,11 +25,20 @@ _BEFORE = "base_model.model."
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _LARGEST = 65504.0  # change of a weight, which is float16's largest number: beyond it none is meant
 _ROWS = 64  # of a weight that are changed at a time, so that its float32 copy stays small
+_RANK = _ALPHA = 8  # PEFT's own, where a configuration says nothing
+# What these say would change the arithmetic, or where it is applied.
+_OTHER_KINDS = (
+    "use_dora", "fan_in_fan_out", "alpha_pattern", "lora_bias", "use_qalora", "use_bdlora", "arrow_config",
+    "alora_invocation_tokens", "monteclora_config", "kasa_config", "velora_config", "layer_replication",
+    "target_parameters", "trainable_token_indices",
+)  # fmt: skip
+# These change the base weights as well when PEFT loads them.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """A change of one weight, scale · B A (LoRA, arXiv 2106.09685).
+    """A change of one weight is scale · B A (LoRA, arXiv 2106.09685).
 
     Attributes:
         down: A, float32 ``[r, in]``.
@@ -40,7 +50,7 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight that it fits."""
+        """Return the shape of the weight that it fits."""
         return self.up.shape[0], self.down.shape[1]
 
     def add_to(self, weight: Tensor) -> None:
@@ -51,31 +61,31 @@ class LowRank:
 
 
 class Adapter:
-    """A LoRA adapter, read into memory.
+    """This is a LoRA adapter, read into memory.
 
     Attributes:
-        changes: What is added, by the name of the weight.
-        weights: What replaces the head's weights, if they were trained along; float32, by name.
-        identity: Tells what it changes, and by how much, from the changes of other adapters: a digest of every
-            byte of its tensors, and of the scales that its configuration gives them.
+        changes: Changes of weights, by the name of the weight.
+        weights: Weights that replace the head's, if they were trained along; float32, by name.
+        identity: A digest of every byte of its tensors, and of the scales that its configuration gives them.
+            Adapters that change something else, or by another amount, have others.
 
     Args:
-        directory: Has ``adapter_config.json`` and ``adapter_model.safetensors``.
+        directory: The directory of ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Raises:
         ModelNotFoundError: The files are missing or damaged.
-        UnsupportedModelError: It is another kind of adapter.
+        UnsupportedModelError: The files are of another kind of adapter.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._settings = read_adapter_settings(directory)
+        self._settings = _read_settings(directory)
         stored = _read_tensors(directory / _WEIGHTS)
         self.changes: dict[str, LowRank] = {}
         self.weights: dict[str, Tensor] = {}
         digest = hashlib.sha256()
         for name, tensor in sorted(stored.items()):
-            digest.update(f"{name} {list(tensor.shape)} ".encode() + _bytes(tensor))
+            digest.update(f"{name} {list(tensor.shape)} ".encode() + tensor.contiguous().numpy().tobytes())
             if name.endswith(_DOWN):
                 module = name.removesuffix(_DOWN)
                 scale = self._settings.scale(module)
@@ -122,7 +132,7 @@ class Adapter:
 
     @property
     def size(self) -> int:
-        """Bytes in memory."""
+        """Return the bytes that it takes in memory."""
         tensors = [part for change in self.changes.values() for part in (change.down, change.up)]
         return sum(tensor.nbytes for tensor in (*tensors, *self.weights.values()))
 
@@ -130,8 +140,8 @@ class Adapter:
         """Compare with the weights of a model.
 
         Args:
-            shapes: Of its weights, by name.
-            head: Names of those that belong to the head.
+            shapes: Shapes of the model's weights, by name.
+            head: Names of the weights that belong to the head.
             table: Name of the embedding table, if rows of it are read by themselves: it cannot be changed then.
 
         Raises:
@@ -161,11 +171,11 @@ class Adapter:
             )
 
     def pick_rows(self, name: str, rows: Mapping[str, int]) -> Adapter:
-        """The same adapter for a model that has only some rows of a weight.
+        """Return the same adapter for a model that has only some rows of a weight.
 
         Args:
-            name: Of the whole weight.
-            rows: The numbers of its rows, by the names that they have as weights ``[1, in]``.
+            name: Name of the whole weight.
+            rows: Numbers of its rows, by the names that they have as weights ``[1, in]``.
         """
         picked = copy.copy(self)
         picked.changes, picked.weights = dict(self.changes), dict(self.weights)
@@ -179,7 +189,7 @@ class Adapter:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter as float32, by the names that the base has for its modules."""
+    """Read the tensors of an adapter as float32, by the names that the base has for its modules."""
     try:
         check_regular(path)
         stored = load_file(path)
@@ -204,17 +214,124 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().numpy().tobytes()
+@dataclass(frozen=True)
+class _Settings:
+    """This is the configuration of a LoRA adapter, as far as it changes scores; names are those of PEFT.
+
+    Attributes:
+        rank_pattern: Other ranks than ``r``, by the ends of modules' names, as regular expressions.
+        lora_alpha: The factor of changes, before they are divided by their rank.
+        use_rslora: Whether they are divided by its root instead.
+        modules_to_save: Names of modules that were trained whole.
+        target_modules: Ends of the names of the modules that it changes, or one regular expression; None if that
+            cannot be told.
+    """
+
+    r: int
+    rank_pattern: Mapping[str, int]
+    lora_alpha: float
+    use_rslora: bool
+    modules_to_save: tuple[str, ...]
+    target_modules: tuple[str, ...] | str | None
+
+    def rank(self, module: str) -> int:
+        """Return the rank of the change of a module."""
+        found = (rank for pattern, rank in self.rank_pattern.items() if re.match(rf"(.*\.)?({pattern})$", module))
+        return next(found, self.r)
+
+    def scale(self, module: str) -> float:
+        """Return what the change of a module is multiplied by."""
+        rank = self.rank(module)
+        return self.lora_alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def targets(self, weight: str) -> bool:
+        """Tell whether the adapter is to have a change of a weight; ``False`` where that cannot be told."""
+        module = weight.removesuffix(".weight")
+        if self.target_modules is None or set(module.split(".")) & set(self.modules_to_save):
+            return False
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, module) is not None
+        return f".{module}".endswith(tuple(f".{end}" for end in self.target_modules))
+
+    def has_saved(self, names: Iterable[str]) -> bool:
+        """Tell whether a module that was trained whole is there; PEFT lists names of several kinds of heads."""
+        parts = {part for name in names for part in name.split(".")}
+        return not self.modules_to_save or bool(parts & {part.split(".")[-1] for part in self.modules_to_save})
+
+
+def _read_settings(directory: Path) -> _Settings:
+    path = directory / "adapter_config.json"
+    try:
+        fields: dict[str, Any] = read_json(path)
+        kind = fields["peft_type"]
+    except FileNotFoundError as error:
+        raise ModelNotFoundError(
+            f"adapter={str(directory)!r} is not an adapter's directory: it has no adapter_config.json"
+        ) from error
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise ModelNotFoundError(f"{path} cannot be read as an adapter's configuration: {error!r}") from error
+    others = [name for name in _OTHER_KINDS if fields.get(name)]
+    if str(fields.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
+        others.append("init_lora_weights")
+    if kind != "LORA" or others:
+        raise UnsupportedModelError(
+            f"{path} describes peft_type={kind!r} with {others}; plain LoRA is supported. Merge it into its base "
+            f"with PEFT's merge_and_unload() and load the result"
+        )
+    try:
+        return _checked(fields)
+    except (ValueError, TypeError, re.error) as error:
+        raise ModelNotFoundError(f"{path} is damaged: {error}") from error
+
+
+def _checked(fields: Mapping[str, Any]) -> _Settings:
+    def get(name: str, usual: Any) -> Any:
+        found = fields.get(name)
+        return usual if found is None else found
+
+    ranks = get("rank_pattern", {})
+    if not isinstance(ranks, dict):
+        raise TypeError(f"rank_pattern={ranks!r} has no ranks by name")
+    for name, rank in (("r", get("r", _RANK)), *ranks.items()):
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f"the rank {name}={rank!r} is not a whole number of at least 1")
+        re.compile(name)
+    alpha = get("lora_alpha", _ALPHA)
+    if type(alpha) not in (int, float) or not math.isfinite(alpha) or alpha == 0:
+        raise ValueError(f"lora_alpha={alpha!r} is not a finite number other than 0")
+    rooted = get("use_rslora", False)
+    if not isinstance(rooted, bool):
+        raise TypeError(f"use_rslora={rooted!r} is neither true nor false")
+    saved = get("modules_to_save", [])
+    targets = get("target_modules", None)
+    for name, names in (("modules_to_save", saved), ("target_modules", targets or [])):
+        if isinstance(names, list) and all(isinstance(module, str) for module in names):
+            continue
+        if name == "modules_to_save" or not isinstance(names, str):
+            raise TypeError(f"{name}={names!r} is no list of names")
+    # With these PEFT leaves out modules that the targets name.
+    if any(fields.get(name) not in (None, []) for name in ("exclude_modules", "layers_to_transform")):
+        targets = None
+    if isinstance(targets, str):
+        re.compile(targets)
+    return _Settings(
+        r=get("r", _RANK),
+        rank_pattern=ranks,
+        lora_alpha=alpha,
+        use_rslora=rooted,
+        modules_to_save=tuple(saved),
+        target_modules=tuple(targets) if isinstance(targets, list) else targets,
+    )
 
 
 def find_adapter(name: str, *, hub: Hub | None = None, show_progress: bool = False) -> Adapter:
-    """The adapter of that name: a directory, or a hub id.
+    """Find the adapter of that name, a directory or a hub id, and read it.
 
     Args:
         name: The name.
-        hub: How the hub is asked for the base model. The adapter is another, of which the newest is taken.
-        show_progress: Show progress bars while fetching.
+        hub: The way in which the hub is asked for the base model. The adapter is another, of which the newest is
+            taken.
+        show_progress: Whether to show progress bars while files are fetched.
 
     Raises:
         ModelNotFoundError: There is none, or it is damaged.

@@ -72,7 +72,7 @@ def check_numbers(path: Path, fields: Mapping[str, Any]) -> None:
     """Refuse numbers of a ``config.json`` that no model has.
 
     Raises:
-        ModelNotFoundError: There is one; the message names file, field and value.
+        ModelNotFoundError: There is such a number; the message names file, field and value.
     """
     for name, value in _numbers(fields):
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -86,7 +86,7 @@ def check_numbers(path: Path, fields: Mapping[str, Any]) -> None:
 
 
 def _numbers(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Name and value of each field that is given, those of the positions' rotation included."""
+    """Yield name and value of each field that is given, those of the positions' rotation included."""
     for name, value in fields.items():
         if name in _ROPE and isinstance(value, dict):
             yield from _numbers(value)
@@ -100,7 +100,7 @@ def check_implemented(path: Path, fields: Mapping[str, Any], config: Config, fam
     """Refuse a model whose mathematics are others than what would be computed.
 
     Raises:
-        UnsupportedModelError: They are; the message names file, field and value.
+        UnsupportedModelError: The model is one; the message names file, field and value.
     """
     known = family.module_class.config_class()
     for name, neutral in _NEUTRAL.items():
@@ -162,12 +162,12 @@ def check_stored(path: Path, config: Config, family: Family, tensors: Mapping[st
 
     Args:
         path: The ``config.json``.
-        config: What it says.
+        config: The configuration.
         family: The model's family.
-        tensors: What is stored, by name.
+        tensors: The stored tensors, by name.
 
     Raises:
-        ModelNotFoundError: It is; the message names file, field and value.
+        ModelNotFoundError: The configuration is one; the message names file, field and value.
         UnsupportedModelError: The weights are quantised.
     """
     for name, tensor in tensors.items():
@@ -197,7 +197,7 @@ def check_stored(path: Path, config: Config, family: Family, tensors: Mapping[st
 
 
 def _sizes(config: Config, family: Family) -> Iterator[tuple[str, int, str, int]]:
-    """Which axis of which tensor shows what of a configuration: name, axis, the fields, the size they give."""
+    """Yield the tensors that show what a configuration says: name, axis, the fields, and the size they give."""
     embeddings = family.embedding.rpartition(".")[0]
     first = f"{family.layers}.0"
     for name, axis, field in (
@@ -220,7 +220,7 @@ def check_taken(family: Family, stored: Mapping[str, StoredTensor], wanted: Mapp
     """Refuse weights of a layer that nothing would be done with, such as norms that a variant of the model has.
 
     Raises:
-        UnsupportedModelError: There are some; the message names the first.
+        UnsupportedModelError: There are such weights; the message names the first.
     """
     for name, tensor in stored.items():
         if (

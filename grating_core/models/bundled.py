@@ -42,10 +42,10 @@ _ONNX = "model.onnx"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one bundled model is made from, and what is written beside its weights.
+    """A recipe says what a bundled model is made from, and what is written beside its weights.
 
     Attributes:
-        folder: Where the package keeps its files.
+        folder: The folder of its files in the package.
         sources: SHA-256 of each file that is read; those that are not the ONNX file are copied.
         weights: SHA-256 of the converted tensors rather than of the file, whose header may differ between
             safetensors releases.
@@ -60,7 +60,7 @@ class Recipe:
     written: dict[str, Any]
 
     def digest(self) -> str:
-        """Part of it is in the directory's name: another source or conversion never meets an old directory."""
+        """Return what tells this recipe from others; the name of the model's directory has a part of it."""
         written = "".join(json.dumps(content) for content in self.written.values())
         return hashlib.sha256((self.weights + written).encode()).hexdigest()
 
@@ -136,12 +136,12 @@ RECIPES = {
 
 
 def bundled_directory(name: str) -> Path:
-    """Where the converted model of this bundled name is kept, whether or not it is there yet."""
+    """Return where the converted model of this bundled name is kept, whether or not it is there yet."""
     return cache_directory() / "models" / f"{name.removeprefix(BUNDLED_PREFIX)}-{RECIPES[name].digest()[:8]}"
 
 
 def bundled_source(name: str, file: str = _ONNX) -> Path:
-    """The path of a file that the bundled model of this name is made from, inside the installed package.
+    """Return the path of a file that a bundled model is made from, inside the installed package.
 
     Raises:
         ModelNotFoundError: The package is not installed; the message names the command that installs it.
@@ -159,11 +159,11 @@ def bundled_source(name: str, file: str = _ONNX) -> Path:
 
 
 def bundled_model(name: str, *, show_progress: bool = False) -> Path:
-    """The directory of a bundled model in Hugging Face layout, converted on first use.
+    """Return the directory of a bundled model in Hugging Face layout, converted on first use.
 
     Args:
         name: One of :data:`BUNDLED_MODELS`.
-        show_progress: Show a progress bar on standard error while converting.
+        show_progress: Whether to show a progress bar on standard error while converting.
 
     Raises:
         ModelNotFoundError: The name is unknown, the package that carries the weights is missing, or its
@@ -182,20 +182,20 @@ def bundled_model(name: str, *, show_progress: bool = False) -> Path:
 
 
 def bundled_embedder(*, show_progress: bool = False) -> Path:
-    """The directory of ``BAAI/bge-small-en-v1.5`` in sentence-transformers layout, converted on first use.
+    """Return the directory of ``BAAI/bge-small-en-v1.5`` for sentence-transformers, converted on first use.
 
     For the retrieval before a rerank: 384 dimensions, normalised, up to 512 tokens. Its prompt ``"query"`` is the
     instruction that the model's card recommends before queries; LlamaIndex wants it as ``query_instruction``.
 
     Args:
-        show_progress: Show a progress bar on standard error while converting.
+        show_progress: Whether to show a progress bar on standard error while converting.
 
     Returns:
         A path for ``SentenceTransformer``, ``HuggingFaceEmbeddings`` or ``HuggingFaceEmbedding``, as a string.
 
     Raises:
-        ModelNotFoundError: As for :func:`bundled_model`.
-        StorageError: As for :func:`bundled_model`.
+        ModelNotFoundError: The package with the weights is missing, or its files are not the expected ones.
+        StorageError: The model is not converted yet, and grating's cache has no room or cannot be written.
 
     Example:
         .. code-block:: python
@@ -221,7 +221,7 @@ def _converted(name: str, show_progress: bool) -> Path:
 
 def _convert_into(directory: Path, recipe: Recipe, sources: dict[str, Path], show_progress: bool) -> None:
     for file, path in sources.items():
-        if (found := _sha256(path.read_bytes())) != recipe.sources[file]:
+        if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != recipe.sources[file]:
             raise ModelNotFoundError(
                 f"{path} has the SHA-256 {found}, not the expected {recipe.sources[file]}: run '{_INSTALL}'"
             )
@@ -259,14 +259,14 @@ def _write_model(
 
 
 def dequantise(path: Path, *, show_progress: bool = False) -> dict[str, NDArray[np.float32]]:
-    """The float32 weights behind a dynamically quantised ONNX export of a BERT model.
+    """Return the float32 weights behind a dynamically quantised ONNX export of a BERT model.
 
     ``(q - zero_point) * scale`` for every quantised tensor. Weights of linear layers have lost their names in
     the export; the node that uses them still carries them. They are transposed to torch's ``[out, in]``.
 
     Args:
         path: The ONNX file.
-        show_progress: Show a progress bar on standard error.
+        show_progress: Whether to show a progress bar on standard error.
 
     Returns:
         Tensors by the names of the transformers class that was exported.
@@ -314,7 +314,3 @@ def _weights_digest(weights: dict[str, NDArray[np.float32]]) -> str:
         digest.update(f"{name} {weights[name].shape} ".encode())
         digest.update(weights[name].tobytes())
     return digest.hexdigest()
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -11,7 +11,7 @@ from typing import Any
 
 from grating_core.errors import FileError, GratingError, ModelNotFoundError, UnsupportedModelError
 from grating_core.files.places import expanded
-from grating_core.files.reading import read_json
+from grating_core.files.reading import read_json, read_json_or
 from grating_core.memory.checkpoint import Checkpoint
 from grating_core.memory.header import StoredTensor
 from grating_core.models.agreement import check_implemented, check_numbers
@@ -26,13 +26,13 @@ _MODULES = ("Transformer", "LogitScore")  # the second is what a prompt's answer
 
 
 def find_model(name: str, *, hub: Hub | None = None, show_progress: bool = False) -> Path:
-    """The local directory of a model, fetched or converted first where needed; or its GGUF file.
+    """Return the local directory of a model, fetched or converted first where needed; or its GGUF file.
 
     Args:
         name: ``bundled:…``, a local directory in Hugging Face layout, a ``.gguf`` file, or a hub id. A directory
             wins over a hub id of the same name. The hub's cache and offline variables are honoured.
-        hub: How the hub is asked; None for the newest version, as whoever is logged in.
-        show_progress: Show progress bars on standard error.
+        hub: The way in which the hub is asked; None for the newest version, as whoever is logged in.
+        show_progress: Whether to show progress bars on standard error.
 
     Raises:
         ModelNotFoundError: Nothing usable is there; the message says what was looked for and where.
@@ -56,7 +56,7 @@ def find_model(name: str, *, hub: Hub | None = None, show_progress: bool = False
 
 
 def _is_whole(directory: Path) -> bool:
-    """Whether a directory that somebody else has filled has all that an adapter, or a model, is loaded from."""
+    """Tell whether a directory that somebody else has filled has all that an adapter, or a model, needs."""
     try:
         if (directory / "adapter_config.json").is_file():
             return (directory / "adapter_model.safetensors").is_file()
@@ -66,7 +66,7 @@ def _is_whole(directory: Path) -> bool:
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether there is a file with a vocabulary. Without any, transformers makes up an empty one."""
+    """Tell whether there is a file with a vocabulary. Without any, transformers makes up an empty one."""
     return any(any(directory.glob(pattern)) for pattern in ("tokenizer.json", "vocab.*", "*.model"))
 
 
@@ -78,7 +78,7 @@ def _check_files(directory: Path) -> None:
 
 
 def read_config(directory: Path) -> tuple[Config, Family]:
-    """The configuration of a model directory, and the family it belongs to.
+    """Read the configuration of a model directory, and find the family it belongs to.
 
     Raises:
         ModelNotFoundError: There is no readable ``config.json``, or what it says makes no sense.
@@ -105,14 +105,14 @@ def read_config(directory: Path) -> tuple[Config, Family]:
 
 
 def end_tokens(directory: Path, config: Config) -> frozenset[int]:
-    """The tokens that end a text: those of ``generation_config.json`` and of the configuration.
+    """Return the tokens that end a text: those of ``generation_config.json`` and of the configuration.
 
     Raises:
         ModelNotFoundError: ``generation_config.json`` is damaged.
     """
     path = directory / "generation_config.json"
     try:
-        fields = read_json(path) if path.exists() else {}
+        fields = read_json_or(path, {})
         found = [fields.get("eos_token_id"), getattr(config, "eos_token_id", None)]
         return frozenset(
             int(token) for one in found for token in (one if isinstance(one, list) else [one]) if token is not None
@@ -134,10 +134,10 @@ def blaming_config(config: Path) -> Iterator[None]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory.
+    """Return the safetensors files of a model directory.
 
     Raises:
-        ModelNotFoundError: They are not all there.
+        ModelNotFoundError: The files are not all there.
     """
     index = directory / _INDEX
     if index.exists():
@@ -162,13 +162,13 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a relative path stays in its directory, on every system."""
+    """Tell whether a relative path stays in its directory, on every system."""
     paths = (PurePosixPath(name), PureWindowsPath(name))
     return bool(name) and not any(path.anchor or ".." in path.parts for path in paths)
 
 
 def read_headers(directory: Path) -> dict[str, StoredTensor]:
-    """Where each tensor of a model directory lies.
+    """Return where each tensor of a model directory lies.
 
     Raises:
         ModelNotFoundError: The files are not all there, or are not safetensors.
@@ -187,8 +187,8 @@ def check_modules(directory: Path) -> None:
     """Refuse a sentence-transformers model that has modules behind the transformer which change the score.
 
     Raises:
-        ModelNotFoundError: Its ``modules.json`` cannot be read.
-        UnsupportedModelError: It has; the message names them.
+        ModelNotFoundError: The model's ``modules.json`` cannot be read.
+        UnsupportedModelError: The model has such modules; the message names them.
     """
     if others := [kind for kind in _modules(directory) if kind not in _MODULES]:
         raise UnsupportedModelError(
@@ -198,10 +198,10 @@ def check_modules(directory: Path) -> None:
 
 
 def _modules(directory: Path) -> list[str]:
-    """The classes of the modules that a sentence-transformers model has."""
+    """Return the classes of the modules that a sentence-transformers model has."""
     path = directory / "modules.json"
     try:
-        return [str(module["type"]).rpartition(".")[2] for module in read_json(path)] if path.exists() else []
+        return [str(module["type"]).rpartition(".")[2] for module in read_json_or(path, [])]
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise ModelNotFoundError(f"{path} cannot be read: {error!r}") from error
 
@@ -210,7 +210,7 @@ def check_answers(directory: Path) -> None:
     """Refuse a model that has its answers in a module of sentence-transformers, where nothing else names them.
 
     Raises:
-        UnsupportedModelError: It is one.
+        UnsupportedModelError: The model is one.
     """
     if "LogitScore" in _modules(directory):
         raise UnsupportedModelError(
@@ -220,7 +220,7 @@ def check_answers(directory: Path) -> None:
 
 
 def describe_weights(directory: Path) -> dict[str, Any]:
-    """Architecture, depth and size in bytes of a model directory, without loading it."""
+    """Return the architecture, depth and size in bytes of a model directory, without loading it."""
     config, family = read_config(directory)
     return {
         "architecture": family.architecture,

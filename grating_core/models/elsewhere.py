@@ -48,26 +48,18 @@ _OWNERS = (
 
 
 def hub_name(name: str) -> str:
-    """The hub id of the weights that FlashRank has under a name; a directory of that name is left alone.
-
-    Args:
-        name: Any model's name.
-
-    Returns:
-        The hub id; ``name`` itself where none is known.
-    """
+    """Return the hub id of the weights that FlashRank has under a name; else, or for a directory, the name."""
     return name if os.path.isdir(name) else _SAME_WEIGHTS.get(name, name)  # noqa: PTH112 - Path raises for long ones
 
 
 def known_elsewhere(name: str) -> str | None:
-    """What to say of a name that leads nowhere here, because it is another library's, or a service's.
+    """Say whose name it is that leads nowhere here, and what to take instead.
 
     Args:
-        name: A model's name, that is no directory.
+        name: A model's name that is no directory.
 
     Returns:
-        A sentence without its full stop: whose name it is, and what to take. None for a name nobody is known to
-        use.
+        A sentence without its full stop; None for a name that no other library or service is known to use.
     """
     if name in _SAME_WEIGHTS:
         return f"model={name!r} is FlashRank's name of {_SAME_WEIGHTS[name]!r}: write that"

@@ -35,10 +35,10 @@ def _no_arguments(module: Any, layer: nn.Module, hidden: Tensor, positions: Tens
 
 @dataclass(frozen=True)
 class Family:
-    """How to drive one architecture of transformers from outside.
+    """A family says how to drive one architecture of transformers from outside.
 
     Attributes:
-        architecture: What a checkpoint's ``config.json`` calls it.
+        architecture: Its name in a checkpoint's ``config.json``.
         layers: Dotted path of the module list that holds the layers.
         embedding: Dotted path of the token embedding, an ``nn.Embedding``.
         head: Dotted paths of the modules that only the head uses. They are kept in float32.
@@ -79,15 +79,15 @@ class Family:
 
     @property
     def module_class(self) -> Any:
-        """The transformers class that has the layers."""
+        """Return the transformers class that has the layers."""
         return getattr(transformers, self.built_as or self.architecture)
 
     def config(self, fields: Mapping[str, Any]) -> Config:
-        """The configuration that a ``config.json`` with these fields describes."""
+        """Return the configuration that a ``config.json`` with these fields describes."""
         return self.read_config(fields) if self.read_config else self.module_class.config_class.from_dict(fields)
 
     def build(self, config: Config) -> Any:
-        """The module, with weights of any content."""
+        """Return the module, with weights of any content."""
         module = self.module_class(config)
         if self.head_module is not None:
             module.lm_head = self.head_module(config)
@@ -193,7 +193,7 @@ _DECODER: dict[str, Any] = {
 
 
 def _decoders(name: str) -> tuple[Family, Family]:
-    """A decoder with the head of a language model, and with that of a classifier."""
+    """Return a decoder with the head of a language model, and one with that of a classifier."""
     return (
         Family(
             architecture=f"{name}ForCausalLM",
@@ -288,7 +288,7 @@ FAMILIES: dict[str, Family] = {family.architecture: family for family in _DESCRI
 
 
 def find_family(architectures: list[str] | None) -> Family:
-    """The family of a checkpoint, from the ``architectures`` field of its configuration.
+    """Return the family of a checkpoint, from the ``architectures`` field of its configuration.
 
     Raises:
         UnsupportedModelError: The architecture is unknown here; the message lists the known ones.

@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 
 class AnswerHead(nn.Module):
-    """How much rather the model would answer yes than no: the difference of two rows of its output embedding.
+    """The head scores how much rather the model would answer yes than no.
 
-    Its parameters ``yes`` and ``no`` are ``[1, D]``. Without ``no``, as some models have it, the score is the
-    logit of yes alone.
+    Its parameters ``yes`` and ``no`` are rows ``[1, D]`` of the output embedding. Some models have no ``no``: the
+    score is the logit of yes alone.
 
     Args:
-        width: D.
-        softcap: What the model bounds its logits by, as Gemma 2 does; None for not at all.
+        width: Width D of a state.
+        softcap: The bound of the model's logits, as Gemma 2 has one; None for no bound.
     """
 
     def __init__(self, width: int, *, softcap: float | None) -> None:
@@ -24,7 +24,7 @@ class AnswerHead(nn.Module):
         self._softcap = softcap
 
     def forward(self, states: Tensor) -> Tensor:
-        """Scores ``[N, 1]`` of float32 states ``[N, D]``."""
+        """Return the scores ``[N, 1]`` of float32 states ``[N, D]``."""
         if self.no is None:
             return self._logit(states, self.yes)
         return self._logit(states, self.yes) - self._logit(states, self.no)
@@ -35,10 +35,10 @@ class AnswerHead(nn.Module):
 
 
 class LayerwiseHeads(nn.ModuleList):
-    """One trained head for each of the later layers (bge-reranker-v2-minicpm-layerwise).
+    """Each of the later layers has a trained head (bge-reranker-v2-minicpm-layerwise).
 
     Args:
-        width: D.
+        width: Width D of a state.
         first: Number of the first layer that has a head. Layers before it are read with that one.
         last: Number of the last layer.
     """
@@ -48,13 +48,13 @@ class LayerwiseHeads(nn.ModuleList):
         self._first = first
 
     def forward(self, states: Tensor, number: int) -> Tensor:
-        """Scores ``[N, 1]`` of float32 states ``[N, D]`` after a layer."""
+        """Return the scores ``[N, 1]`` of float32 states ``[N, D]`` after a layer."""
         scores: Tensor = self[max(0, number - self._first)](states)
         return scores
 
 
 class _LinearHead(nn.Module):
-    """A linear map under the name that checkpoints have for it."""
+    """A linear map has the name that checkpoints give it."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -42,17 +42,17 @@ _said: set[Path] = set()
 
 @dataclass(frozen=True)
 class Hub:
-    """How a hub is asked for a model. For local directories, GGUF files and bundled models it means nothing.
+    """This says how a hub is asked for a model; it means nothing for local directories and bundled models.
 
     Attributes:
-        revision: Branch, tag or commit; None for the newest on the main branch.
-        token: What proves who asks; None or True for the one of ``hf auth login`` or ``HF_TOKEN``, False for none.
+        revision: The branch, tag or commit; None for the newest on the main branch.
+        token: The proof of who asks. None or True takes the one of ``hf auth login`` or ``HF_TOKEN``, False none.
             It is in no message and no representation.
-        cache_dir: Where the hub's files are kept; None for the place that ``HF_HUB_CACHE`` or ``HF_HOME`` says.
+        cache_dir: The directory of the hub's files; None for the place that ``HF_HUB_CACHE`` or ``HF_HOME`` says.
         local_files_only: Whether only what is kept there already is used; None is False.
 
     Raises:
-        ValueError: One of them is not usable; the message names it.
+        ValueError: An attribute is not usable; the message names it.
     """
 
     revision: str | None = None
@@ -80,18 +80,18 @@ class Hub:
 
     @property
     def newest(self) -> Hub:
-        """The same, for another model than the one whose revision is named."""
+        """Return the same way for another model than the one whose revision is named."""
         return replace(self, revision=None)
 
     def fetch(self, hub_id: str, is_whole: Callable[[Path], bool]) -> Path:
-        """The directory with the files of a model, fetched as far as they are not there.
+        """Return the directory with the files of a model, fetched as far as they are not there.
 
         If the hub cannot be reached, or does not do what hubs do, a model that is whole in the cache is used as it
         is kept there, and a warning says so once.
 
         Args:
             hub_id: ``owner/name``.
-            is_whole: Whether a directory has all that is needed.
+            is_whole: The function that tells whether a directory has all that is needed.
 
         Raises:
             ModelNotFoundError: The model could not be fetched, and is not in the cache; the message says why.
@@ -120,7 +120,7 @@ class Hub:
         return directory
 
     def _kept(self, hub_id: str) -> Path | None:
-        """The version of the model that is in the cache, unless a file is known to be missing there."""
+        """Return the version of the model that is in the cache, unless a file is known to be missing there."""
         try:
             return self._snapshot(hub_id, _SETTINGS, local_files_only=True)
         except Exception:
@@ -149,7 +149,7 @@ class Hub:
 
 
 def _needed(names: Iterable[str]) -> list[str]:
-    """The files of a model that are read, of all that the hub has."""
+    """Return the files of a model that are read, of all that the hub has."""
     found = [name for name in names if name.endswith(MODEL_FILES) and "/" not in name]
     if "tokenizer.json" in found:
         found = [name for name in found if name not in _VOCABULARY and not name.endswith(".model")]
@@ -159,7 +159,7 @@ def _needed(names: Iterable[str]) -> list[str]:
 
 
 def _reason(error: Exception) -> str:
-    """Why a hub did not give what it was asked for, in a sentence without a full stop."""
+    """Say why a hub did not give what it was asked for, in a sentence without a full stop."""
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
         return _reason(error.__cause__)  # which says more
     told = next(iter(str(error).strip().splitlines()), "").rstrip(".")

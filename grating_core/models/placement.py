@@ -11,7 +11,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device to compute on: the one asked for, else CUDA, else MPS, else the CPU.
+    """Return the device to compute on: the one asked for, else CUDA, else MPS, else the CPU.
 
     Raises:
         ValueError: The device is not one of cpu, cuda and mps, or this machine does not have it.
@@ -34,7 +34,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> tuple[torch.dtype, str]:
-    """The compute dtype and, in a few words, why it was chosen.
+    """Return the compute dtype and, in a few words, why it was chosen.
 
     Raises:
         ValueError: The dtype is not one that grating computes in.
@@ -60,7 +60,7 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 def thread_advice() -> str | None:
-    """What to set so that processes on the same processors do not slow each other; None if nothing need be.
+    """Say what to set so that processes on the same processors do not slow each other; None for nothing.
 
     GNU's OpenMP, which torch for Linux computes with, has threads spin while they wait for each other. If another
     process computes on the same processors, they wait long, and take its time. OpenMP reads its settings when

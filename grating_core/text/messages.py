@@ -15,13 +15,13 @@ _THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 
 
 def checked_messages(messages: object) -> list[dict[str, str]]:
-    """The role and the text of each message, without the reasoning that led to an answer.
+    """Return the role and the text of each message, without the reasoning that led to an answer.
 
     Args:
-        messages: Each with ``role``, and with ``content`` that is a text or blocks of text.
+        messages: Messages with ``role``, and with ``content`` that is a text or blocks of text.
 
     Raises:
-        ValueError: One is something else; it is named.
+        ValueError: A message is something else; it is named.
     """
     if not isinstance(messages, Sequence):
         raise ValueError(f"prompt must be a string or a list of messages, not a {type(messages).__name__}")
@@ -40,7 +40,7 @@ def checked_messages(messages: object) -> list[dict[str, str]]:
 
 
 def merged(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """The messages, those of the same role in a row as one."""
+    """Return the messages, those of the same role in a row as one."""
     return [
         {"role": role, "content": "\n\n".join(message["content"] for message in some)}
         for role, some in groupby(messages, key=lambda message: message["role"])
@@ -48,7 +48,7 @@ def merged(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
 
 
 def without_system(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """The messages, what the system says as the user's words, as models without that role are told."""
+    """Return the messages with the system's words as the user's, as models without that role are told."""
     return [
         {"role": "user" if message["role"] == "system" else message["role"], "content": message["content"]}
         for message in messages
@@ -56,7 +56,7 @@ def without_system(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]
 
 
 def _text(content: Any) -> str | None:
-    """The text of a message, which may stand in blocks; None if there is something else in it."""
+    """Return the text of a message, which may stand in blocks; None if there is something else in it."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list | tuple):

@@ -20,7 +20,7 @@ _COUNTED = 100_000  # characters of a query whose tokens are counted to say how 
 
 @dataclass(frozen=True)
 class Segments:
-    """The places of the two texts in a sequence.
+    """This says where the two texts are in a sequence.
 
     Attributes:
         query: The span of the query's tokens.
@@ -33,12 +33,12 @@ class Segments:
 
 @dataclass(frozen=True)
 class TokenisedPair:
-    """One query and one document, or a window of it, as one sequence.
+    """A pair is one query and one document, or a window of it, as one sequence.
 
     Attributes:
         input_ids: Token ids, with the special tokens of the model.
-        token_type_ids: 0 or 1 for each token; which text it belongs to, if the model cares.
-        segments: Where query and document are in it.
+        token_type_ids: 0 or 1 for each token: which text it belongs to, if the model cares.
+        segments: The places of query and document in it.
         truncated: Whether the end of the document did not fit into the window and was cut.
     """
 

@@ -41,7 +41,7 @@ def alike(one: Sequence[object], other: Sequence[object]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The token ids of a text, and of what stands before it in the same piece.
+    """These are the token ids of a text, and of what stands before it in the same piece.
 
     Attributes:
         before: Ids of what stands before; with the first of the text where both share one.
@@ -53,7 +53,7 @@ class Tokens:
 
 
 class TextTokenizer:
-    """A tokenizer for which no text becomes a token that has a meaning of its own to the model.
+    """This tokenizer makes no text a token that has a meaning of its own to the model.
 
     Such tokens are text here: ``[SEP]`` in a document has the ids that its characters have. For all other texts
     the ids are those of the tokenizer itself. What the template writes goes through :meth:`written` before.
