@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from threading import Event
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from grating_core.arguments import is_number, whole_number
 from grating_core.engine.decode import advance, new_cache
 from grating_core.engine.kv_cache import KeyValueCache
 from grating_core.engine.sampling import Sampler
@@ -21,43 +20,11 @@ from grating_core.memory.meter import Meter, PeakMemory
 from grating_core.memory.plan import LARGEST_WORK
 from grating_core.models.causal_lm import CausalLM
 from grating_core.opening import LoadedLanguageModel, open_language_model
-from grating_core.settings import GenerationSettings
+from grating_core.results import FinishReason, Generation
+from grating_core.settings import AnswerSettings, GenerationSettings
 from grating_core.text.messages import Messages
 
 _CHUNK_TOKENS = {"cuda": 8192, "mps": 4096}  # on the CPU it depends on the size of the layers
-
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A generated text, and what it took.
-
-    Attributes:
-        text: What follows the prompt, without special tokens and stop string.
-        finish_reason: ``"stop"``: a stop string came, or the model ended the text; ``"length"``: it has as many
-            tokens as were allowed.
-        prompt_tokens: Tokens of the prompt.
-        new_tokens: Tokens generated, with the one that ended the text.
-        seconds_to_first: Time until the first of them.
-        seconds: Time until the last of them.
-        bytes_read: Bytes of weights and embedding rows read from disk.
-        bytes_to_first: Those of them that were read for the prompt, until the first new token.
-        seconds_waited: Time that computing stood still for reading.
-        hit_rate: Share of the columns that new tokens used which were in memory; None without ``mlp_density``, and
-            for a single token.
-    """
-
-    text: str
-    finish_reason: FinishReason
-    prompt_tokens: int
-    new_tokens: int
-    seconds_to_first: float
-    seconds: float
-    bytes_read: int
-    bytes_to_first: int
-    seconds_waited: float
-    hit_rate: float | None
 
 
 class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
@@ -155,11 +122,11 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
         self,
         prompt: str | Messages,
         *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
+        max_new_tokens: int = AnswerSettings.max_new_tokens,
+        temperature: float = AnswerSettings.temperature,
+        top_p: float = AnswerSettings.top_p,
+        seed: int | None = AnswerSettings.seed,
+        stop: Sequence[str] = AnswerSettings.stop,
     ) -> Generation:
         """Continue a text, or answer messages.
 
@@ -167,12 +134,10 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
             prompt: A string, which is continued as it is: special tokens in it are tokens. Or a list of messages,
                 ``{"role": "user", "content": "…"}`` with the roles system, user and assistant, which go through
                 the model's chat template; special tokens in them are text, and reasoning is left out.
-            max_new_tokens: Most tokens to generate.
-            temperature: 0 takes the likeliest token always; above, tokens are picked at random, by probabilities
-                that a higher temperature makes more alike.
-            top_p: Only the likeliest tokens that have this probability together are picked from.
-            seed: Of the random numbers: the same gives the same text, unless ``mlp_density`` chooses other columns
-                because others are in memory. None for another every time.
+            max_new_tokens: The most tokens to generate.
+            temperature: How freely tokens are picked; 0 always takes the likeliest.
+            top_p: The probability of the likeliest tokens that are picked from, together.
+            seed: The seed of the random numbers; None for another text every time.
             stop: Strings that end the text; they are not part of it.
 
         Returns:
@@ -219,42 +184,30 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
         self,
         prompt: str | Messages,
         *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
+        max_new_tokens: int = AnswerSettings.max_new_tokens,
+        temperature: float = AnswerSettings.temperature,
+        top_p: float = AnswerSettings.top_p,
+        seed: int | None = AnswerSettings.seed,
+        stop: Sequence[str] = AnswerSettings.stop,
     ) -> Generator[str, None, Generation]:
-        """Like :meth:`generate`, piece by piece.
-
-        Args:
-            prompt: As in :meth:`generate`, and so are the others.
-            max_new_tokens: See there.
-            temperature: See there.
-            top_p: See there.
-            seed: See there.
-            stop: See there.
+        """Generate a text piece by piece; arguments and errors are those of :meth:`generate`.
 
         Returns:
-            An iterator over pieces of text as they come. Closing it ends the work. What a generator of your own
-            gets from ``yield from`` is the :class:`Generation`.
-
-        Raises:
-            ValueError: An argument is not usable; the message names it. Raised at once.
-            RuntimeError: The model has been closed; this too is raised at once.
+            An iterator over pieces of text as they come. Closing it ends the work. ``yield from`` gives the
+            :class:`Generation` to a generator of your own.
         """
         model = self._model()
-        max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
-        seed = None if seed is None else _checked_seed(seed)
-        _check_settings(temperature, top_p, stop)
+        how = AnswerSettings(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
+        )
         prompt_ids = self._tokenizer.encode(prompt)
-        if len(prompt_ids) + max_new_tokens > self.max_length:
+        if len(prompt_ids) + how.max_new_tokens > self.max_length:
             raise ValueError(
-                f"prompt has {len(prompt_ids):,} tokens, which with max_new_tokens={max_new_tokens} is more than "
-                f"max_length={self.max_length}: shorten it, or ask for fewer"
+                f"prompt has {len(prompt_ids):,} tokens, which with max_new_tokens={how.max_new_tokens} is more "
+                f"than max_length={self.max_length}: shorten it, or ask for fewer"
             )
-        sampler = Sampler(float(temperature), float(top_p), seed, model.device)
-        return self._stream(prompt_ids, max_new_tokens, sampler, tuple(stop))
+        sampler = Sampler(float(how.temperature), float(how.top_p), how.seed, model.device)
+        return self._stream(prompt_ids, how.max_new_tokens, sampler, tuple(how.stop))
 
     def _stream(
         self, prompt_ids: list[int], max_new_tokens: int, sampler: Sampler, stop: tuple[str, ...]
@@ -343,22 +296,3 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
 
 def _total(steps: list[Meter]) -> Meter:
     return Meter(*map(sum, zip(*map(astuple, steps), strict=True))) if steps else Meter()
-
-
-def _checked_seed(seed: Any) -> int:
-    found = whole_number("seed", seed, 0)
-    if found >= 2**63:
-        raise ValueError(f"seed={seed!r} must be below 2**63")
-    return found
-
-
-def _check_settings(temperature: Any, top_p: Any, stop: Any) -> None:
-    if not is_number(temperature) or not temperature >= 0:
-        raise ValueError(f"temperature={temperature!r} must be a number, 0 or more")
-    if not is_number(top_p) or not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p!r} must be a number above 0, 1 at most")
-    if isinstance(stop, str) or not isinstance(stop, Sequence):
-        raise ValueError(f"stop={stop!r} must be a list of strings")
-    for text in stop:
-        if not isinstance(text, str) or not text:
-            raise ValueError(f"stop={stop!r} has {text!r} in it; each must be a string that is not empty")

@@ -1,9 +1,9 @@
-"""What a rerank returns: the ranking, and the trace of how it came about."""
+"""What a request returns: a ranking and the trace of how it came about, or a generated text and what it took."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from grating_core.pruning import Route
 
@@ -130,3 +130,37 @@ class RerankResult:
 
     ranking: list[RankedDocument]
     trace: Trace
+
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A generated text, and what it took.
+
+    Attributes:
+        text: The text that follows the prompt, without special tokens and stop string.
+        finish_reason: ``"stop"``: a stop string came, or the model ended the text; ``"length"``: it has as many
+            tokens as were allowed.
+        prompt_tokens: The number of tokens of the prompt.
+        new_tokens: The number of tokens generated, with the one that ended the text.
+        seconds_to_first: Seconds until the first of them.
+        seconds: Seconds until the last of them.
+        bytes_read: The bytes of weights and embedding rows read from disk.
+        bytes_to_first: Those of them that were read for the prompt, until the first new token.
+        seconds_waited: Seconds that computing stood still for reading.
+        hit_rate: The share of the columns used by new tokens that were in memory; None without ``mlp_density``,
+            and for a single token.
+    """
+
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    new_tokens: int
+    seconds_to_first: float
+    seconds: float
+    bytes_read: int
+    bytes_to_first: int
+    seconds_waited: float
+    hit_rate: float | None

@@ -6,6 +6,7 @@ module imports neither torch nor transformers, so that ``grating --help`` need n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -217,6 +218,46 @@ class GenerationSettings(ModelSettings):
                 f"mlp_density={self.mlp_density!r} must be a number above 0, 1 at most: the share of the MLPs' "
                 f"weights that a token uses; None for all"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerSettings:
+    """Settings of one generated text.
+
+    Raises:
+        ValueError: A value is not usable; the message names it.
+    """
+
+    max_new_tokens: int = _setting(256, "The most tokens to generate.")
+    temperature: float = _setting(
+        0.0,
+        "How freely tokens are picked. 0 always takes the likeliest; above 0, tokens are picked at random, by "
+        "probabilities that a higher temperature makes more alike.",
+    )
+    top_p: float = _setting(
+        1.0,
+        "The probability, above 0 and at most 1, of the likeliest tokens that are picked from, together.",
+    )
+    seed: int | None = _setting(
+        None,
+        "The seed of the random numbers. The same seed gives the same text, unless mlp_density chooses other "
+        "columns because others are in memory. None gives another text every time.",
+    )
+    stop: Sequence[str] = _setting((), "Strings that end the text. They are not part of it.")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max_new_tokens", whole_number("max_new_tokens", self.max_new_tokens))
+        if self.seed is not None and whole_number("seed", self.seed, 0) >= 2**63:
+            raise ValueError(f"seed={self.seed!r} must be below 2**63")
+        if not is_number(self.temperature) or not self.temperature >= 0:
+            raise ValueError(f"temperature={self.temperature!r} must be a number, 0 or more")
+        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p!r} must be a number above 0, 1 at most")
+        if isinstance(self.stop, str) or not isinstance(self.stop, Sequence):
+            raise ValueError(f"stop={self.stop!r} must be a list of strings")
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"stop={self.stop!r} has {text!r} in it; each must be a string that is not empty")
 
 
 def _absolute(place: Any) -> Any:

@@ -19,7 +19,7 @@ ROOMS = [
 BESIDE = [("pruning", "memory"), ("reranker", "generation")]  # neither imports the other
 
 LINES = 350
-FEWER_LINES: dict[str, int] = {}  # by the path of a file
+FEWER_LINES = {"generation.py": 300}
 
 # Names with an underscore that are not private: their libraries have them for whoever extends or ends something.
 FOREIGN = {
@@ -29,7 +29,7 @@ FOREIGN = {
 
 # What does not hold yet. Nothing is ever added here.
 TOO_LONG = {
-    "generation.py", "reranker.py",
+    "reranker.py",
 }  # fmt: skip
 READS_PRIVATE = {
     "integrations/langchain/langchain_grating/settings.py",

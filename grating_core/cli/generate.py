@@ -11,7 +11,8 @@ from grating_core.cli.options import GeneratorOptions
 from grating_core.cli.output import err, tell, write, write_text
 
 if TYPE_CHECKING:
-    from grating_core.generation import Generation, StreamedCausalLM
+    from grating_core.generation import StreamedCausalLM
+    from grating_core.results import Generation
 
 
 def generate(

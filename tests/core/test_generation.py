@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from grating_core import BudgetError, ModelNotFoundError, StreamedCausalLM, UnsupportedModelError
 from grating_core.errors import FileError
-from grating_core.generation import Generation
+from grating_core.results import Generation
 from tests.core.conftest import WINDOW, WORDS, save_model
 from tests.core.memory.conftest import load_planned_lm
 from tests.core.models.test_decoders import CAUSAL, merged, save_adapter, save_decoder

@@ -32,7 +32,7 @@ from grating_core import GratingError, StreamedCausalLM
 from grating_core.forking import run_in_thread
 from grating_core.frameworks.fields import LanguageModelFields
 from grating_core.frameworks.requests import OF_LANGUAGE_MODEL, answer_settings
-from grating_core.generation import Generation
+from grating_core.results import Generation
 
 Prompt = str | list[dict[str, str]]  # a text to continue, or messages
 _ROLES = (MessageRole.SYSTEM, MessageRole.USER, MessageRole.ASSISTANT)
