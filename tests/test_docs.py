@@ -28,9 +28,9 @@ from grating_core.lab.distill import distill
 from grating_core.models.families import FAMILIES
 from grating_core.text.prompts import PROMPTS
 from scripts import render_parameters
+from tests.test_rooms import ROOMS
 
 DOCS = Path(__file__).parent.parent / "docs"
-CORE = Path(grating_core.__file__).parent
 PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
 EXAMPLE = re.compile(r"^( *)```python.*\n((?:.*\n)*?)\1```$", re.MULTILINE)
 EXAMPLES = {
@@ -121,13 +121,17 @@ def test_a_beginner_sees_six_settings_at_most() -> None:
     assert len(re.findall(r"^\| `", first, re.MULTILINE)) <= 6
 
 
+def test_the_picture_of_the_rooms_is_in_the_order_of_imports() -> None:
+    text = (DOCS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    picture = text.split("grating_core/\n")[1].split("\nintegrations/")[0]
+    assert re.findall(r"(?:^|  )(\w+)(?:\.py|/) ", picture, re.MULTILINE) == [
+        room for room in ROOMS if room != "door"
+    ]
+
+
 @pytest.mark.parametrize(
     ("page", "names"),
     [
-        (
-            "../CONTRIBUTING.md",
-            [f"    {room.stem}" for room in CORE.iterdir() if room.suffix in ("", ".py") and room.stem[0] != "_"],
-        ),
         ("troubleshooting.md", [name for name, _ in inspect.getmembers(errors, inspect.isclass)]),
         ("models.md", FAMILIES),
         ("models.md", PROMPTS),
