@@ -26,10 +26,10 @@ from llama_index.postprocessor.grating.settings import RerankerSettings as Llama
 from pydantic import BaseModel
 from typer.main import get_command
 
-from grating_core import Reranker, StreamedCausalLM, select_context
+from grating_core import Reranker, select_context
 from grating_core.cli.commands import app
 from grating_core.lab.distill import distill
-from grating_core.settings import GenerationSettings, RerankSettings
+from grating_core.settings import AnswerSettings, GenerationSettings, RerankSettings
 
 PAGE = Path(__file__).parent.parent / "docs" / "parameters.md"
 REQUIRED = inspect.Parameter.empty
@@ -53,12 +53,12 @@ class Setting:
 Settings = Mapping[str, Setting]
 
 
-def of_class(settings: type, *, basic: bool) -> Settings:
-    """Return those settings of a class that a beginner sees, or the others."""
+def of_class(settings: type, *, basic: bool | None = None) -> Settings:
+    """Return the settings of a class: those that a beginner sees, the others, or all."""
     return {
         field.name: Setting(REQUIRED if field.default is MISSING else field.default, field.metadata["about"])
         for field in fields(settings)
-        if field.metadata["basic"] is basic
+        if basic in (None, field.metadata["basic"])
     }
 
 
@@ -183,7 +183,7 @@ def tables() -> dict[str, str]:
     first, more = (of_class(RerankSettings, basic=basic) for basic in (True, False))
     request = of_function(Reranker.rerank, "query", "documents")
     first_of_models, more_of_models = (of_class(GenerationSettings, basic=basic) for basic in (True, False))
-    answer = of_function(StreamedCausalLM.generate, "prompt")
+    answer = of_class(AnswerSettings)
     return {
         "reranking": table(first, reranking),
         "request": table(request, reranking, own(reranking, first, more, request)),
