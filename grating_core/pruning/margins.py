@@ -2,7 +2,7 @@
 
 The estimates of a lens are off by some typical error, which differs by layer. A *margin* is that error times a
 *factor*; one factor for all layers is found by conformal risk control (Angelopoulos, Bates, Fisch, Lei & Schuster,
-"Conformal Risk Control", ICLR 2024, section 2): for n requests of calibration the whole pruning was simulated with
+"Conformal Risk Control", ICLR 2024, section 2): for n requests of calibration the whole pruning was replayed with
 every factor, and the smallest is taken with which (n · mean loss + 1) / (n + 1) ≤ 1 - target. For requests
 exchangeable with those, the expected loss is then at most 1 - target.
 """
@@ -56,7 +56,7 @@ class Margins:
         drop: float64 ``[L]``, from layer 0: the typical error of an estimate, the unit of margins for dropping.
         select: float64 ``[L]``: the same for selecting.
         factors: float64 ``[G]``, rising: those that were tried.
-        cells: int64 ``[C, 2]``: the numbers of candidates N and the K of top K that were simulated.
+        cells: int64 ``[C, 2]``: the numbers of candidates N and the K of top K that were replayed.
         bounds: float64 ``[2, 2, C, G]``: the bound on the expected loss, for exact and estimated scores (axis 0),
             of the share of the top K and of whole sets (axis 1), in each cell with each factor. Never rises with
             the factor.
@@ -115,9 +115,9 @@ class Margins:
     def factor(self, candidates: int, top_k: int, *, target: float, guarantee: Guarantee, exact: bool) -> float:
         """The factor for one request; infinite if the promise cannot be made. Arguments as for :meth:`policy`.
 
-        Between the numbers that were simulated it is the largest of the neighbours'. Beyond the most candidates, M
+        Between the numbers that were replayed it is the largest of the neighbours'. Beyond the most candidates, M
         of them, N candidates are seen as N / M requests which may lose that part of the risk each: a union bound.
-        With more wanted than was simulated less is needed, so the largest K stands for all beyond it.
+        With more wanted than was replayed less is needed, so the largest K stands for all beyond it.
         """
         risk = (1 - target) / max(1.0, candidates / float(self.cells[:, 0].max()))
         bounds = self.bounds[MODES.index("exact" if exact else "estimated"), GUARANTEES.index(guarantee)]
@@ -131,7 +131,7 @@ class Margins:
         return float(found)
 
 
-def _neighbours(simulated: NDArray[np.int64], value: int) -> set[int]:
-    """The simulated numbers next to a value, below and above; one of them where there is no other."""
-    below, above = simulated[simulated <= value], simulated[simulated >= value]
+def _neighbours(replayed: NDArray[np.int64], value: int) -> set[int]:
+    """The replayed numbers next to a value, below and above; one of them where there is no other."""
+    below, above = replayed[replayed <= value], replayed[replayed >= value]
     return {int(side) for side in (*np.sort(below)[-1:], *np.sort(above)[:1])}
