@@ -60,8 +60,7 @@ def simulate(
 
         from grating_core.columns.cache import Preference
         from grating_core.lab.comparison import compare
-        from grating_core.lab.machine import describe_machine, parse_rate
-        from grating_core.lab.probe import find_machine
+        from grating_core.lab.machine import describe_machine, find_machine, parse_rate
         from grating_core.lab.simulator import Shape
         from grating_core.models.directory import find_model
         from grating_core.models.hub import Hub

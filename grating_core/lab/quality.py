@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import exp
 from typing import Any
@@ -117,29 +116,22 @@ def evaluate(
     if shares is not None and len(shares) != len(layers):
         raise ValueError(f"there are {len(shares)} shares for {len(layers)} layers: give one for each")
     stand_ins = [] if shares is None else [make(layer.mlp, own) for layer, own in zip(layers, shares, strict=True)]
-    losses = []
-    with _standing_in(layers, stand_ins):
+    originals, losses = [layer.mlp for layer in layers], []
+    try:
+        for layer, stand_in in zip(layers, stand_ins or originals, strict=True):
+            layer.mlp = stand_in
         for window in tqdm(windows, "Perplexity", unit="window", disable=not show_progress):
             ids = window[None].to(model.device)
             losses.append(float(model(input_ids=ids, labels=ids, use_cache=False).loss))
+    finally:
+        for layer, original in zip(layers, originals, strict=True):
+            layer.mlp = original
     cached = [mlp for mlp in stand_ins if isinstance(mlp, CachedMlp)]
     traffic = None
     if cached:
         wanted, hits = np.stack([mlp.wanted for mlp in cached]), np.stack([mlp.hits for mlp in cached])
         traffic = Traffic(replace(cached[0].sizes, depth=len(cached)), windows.numel(), wanted, hits)
     return Quality(exp(sum(losses) / len(losses)), windows.numel() - len(windows), traffic)
-
-
-@contextmanager
-def _standing_in(layers: Any, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
-    originals = [layer.mlp for layer in layers]
-    try:
-        for layer, stand_in in zip(layers, stand_ins, strict=False):
-            layer.mlp = stand_in
-        yield
-    finally:
-        for layer, original in zip(layers, originals, strict=True):
-            layer.mlp = original
 
 
 class CachedMlp(nn.Module):

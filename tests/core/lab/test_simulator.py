@@ -16,8 +16,7 @@ from grating_core.columns.cache import Caching, ColumnCache, Preference
 from grating_core.columns.companion import ColumnSizes
 from grating_core.columns.masks import Shares
 from grating_core.lab.activations import Activations, record_activations
-from grating_core.lab.machine import MACHINES, Costs, Machine, describe_machine
-from grating_core.lab.probe import probe
+from grating_core.lab.machine import MACHINES, Costs, Machine, describe_machine, probe
 from grating_core.lab.simulator import (
     WAYS,
     Shape,
