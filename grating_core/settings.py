@@ -132,7 +132,7 @@ class RerankSettings(ModelSettings):
     pruning: PruningName | PruningPolicy = _setting(
         "auto",
         "How candidates are dropped early. 'auto' uses the lens of the model and drops none where there is no "
-        "lens; 'cluster' is the rule of the GRATING paper; 'off' drops none. Or a policy object.",
+        "lens; 'cluster' is the rule of the GRATING paper; 'off' drops none. Python also takes a policy object.",
         basic=True,
     )
     target: float = _setting(
@@ -161,8 +161,8 @@ class RerankSettings(ModelSettings):
     )
     template: Prompt | str | None = _setting(
         None,
-        "How a decoder is asked: a Prompt, or the name of an official one. None takes the model's own. "
-        "Encoders have no template.",
+        "The name of the official prompt that a decoder is asked with, such as 'qwen3-reranker'. Python also "
+        "takes a Prompt. None takes the model's own. Encoders have no template.",
     )
     instruction: str | None = _setting(
         None, "What a decoder is to judge by, if its template has a place for it. None takes the template's words."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,13 +10,11 @@ import typer
 
 from grating_core.cli.inputs import read_documents
 from grating_core.cli.options import (
+    HUB,
     AsJson,
-    Budget,
-    Dtype,
-    HubOptions,
+    Candidates,
     InputOptions,
-    MaxLength,
-    ModelName,
+    Takes,
     TopK,
     in_panel,
 )
@@ -33,33 +31,25 @@ from grating_core.lab.peers import (
     installed,
     measure,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComparedOptions(HubOptions):
-    """Those arguments of :meth:`Reranker.from_pretrained` that are worth comparing."""
-
-    dtype: Dtype = "auto"
-    max_length: MaxLength = None
-    memory_budget: Budget = None
+from grating_core.settings import RerankSettings
 
 
 def bench(
-    model: ModelName,
-    corpus: Annotated[Path, in_panel["input"](help="File of documents like yours.")],
+    corpus: Annotated[Path, in_panel["input"](help="The file of documents like yours.")],
     how_stored: InputOptions,
-    settings: ComparedOptions,
+    settings: Annotated[RerankSettings, Takes(("dtype", "max_length", "memory_budget", *HUB))],
     queries: Annotated[
-        Path | None, in_panel["input"](help="File of queries; made of leading sentences by default.")
+        Path | None, in_panel["input"](help="The file of queries. The default makes them of leading sentences.")
     ] = None,
-    candidates: Annotated[int, typer.Option(min=2, help="Documents of a request.")] = 20,
+    candidates: Candidates = 20,
     top_k: TopK = 5,
-    requests: Annotated[int, typer.Option(min=1, help="Requests to compute.")] = 5,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each is timed; medians are shown.")] = 5,
+    requests: Annotated[int, typer.Option(min=1, help="The number of requests to compute.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each request is timed. Medians are shown.")] = 5,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="For each system; as torch chooses by default.")
+        int | None,
+        typer.Option(min=1, help="The number of threads of each system. The default is what torch chooses."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of requests.")] = 0,
+    seed: Annotated[int, typer.Option(help="The seed of the choice of requests.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Compare time, memory and top K with sentence-transformers and OpenVINO on your own texts."""
@@ -72,19 +62,19 @@ def bench(
         from grating_core.models.directory import read_config
         from grating_core.reranker import Reranker
 
+        settings = replace(settings, device="cpu")
         made = make_requests(documents, asked, candidates=candidates, count=requests, seed=seed, fewest=1)
-        with Reranker.from_pretrained(model, device="cpu", **vars(settings), show_progress=True) as reranker:
+        with Reranker.open(settings) as reranker:
             directory, window = reranker.model_path, reranker.max_length
         _, family = read_config(directory)
         job = Job(
-            model=model,
             directory=str(directory),
             requests=[(request.query, list(request.documents)) for request in made],
             top_k=top_k,
             rounds=rounds,
             threads=threads or torch.get_num_threads(),
             max_length=window,
-            settings=vars(settings),
+            settings=settings,
         )
     peers = [] if family.causal else [peer for peer in PEERS if installed(peer)]
     found = measure(job, [*peers, UNPRUNED, PRUNED], show_progress=True)
@@ -117,7 +107,7 @@ def _as_json(job: Job, found: list[Measured]) -> dict[str, Any]:
     for system in systems:
         del system["rankings"]
     return {
-        "model": job.model,
+        "model": str(job.settings.model),
         "requests": len(job.requests),
         "candidates": len(job.requests[0][1]),
         "top_k": job.top_k,

@@ -32,13 +32,15 @@ class ChosenOptions:
     kind: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="|".join(KINDS), help="Only this; may be given several times.", callback=_check_kinds
+            metavar="|".join(KINDS),
+            help="The kind of things. Several may be given. The default is all kinds.",
+            callback=_check_kinds,
         ),
     ] = None
     older_than: Annotated[
         str | None,
         typer.Option(
-            help="Only what was not used for so long, such as 30d, 12h or 2w.",
+            help="How long the things have not been used at least, such as 30d, 12h or 2w.",
             callback=matching(r"\d+(\.\d+)?[smhdw]", "a time such as 30d, 12h or 2w"),
         ),
     ] = None
@@ -70,7 +72,7 @@ def list_cache(what: ChosenOptions, as_json: AsJson = False) -> None:
 
 def clear_cache(
     what: ChosenOptions,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Whether to remove the things without asking.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Remove things from grating's cache; what is needed is made again. What a process is writing stays."""

@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from grating_core.cli.inputs import read_documents
-from grating_core.cli.options import InputOptions, Instruction, ModelName, ModelOptions, Target, TemplateName, TopK
+from grating_core.cli.options import Candidates, InputOptions, Takes, TopK
 from grating_core.cli.output import show
 from grating_core.cli.tables import plain_table
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibratedOptions(ModelOptions):
-    """Those arguments of :meth:`Reranker.from_pretrained` that concern a dense model."""
-
-    template: TemplateName = None
-    instruction: Instruction = None
-    target: Target = 0.98
+from grating_core.settings import RerankSettings
 
 
 def calibrate(
-    model: ModelName,
-    corpus: Annotated[list[Path], typer.Option(help="File of documents; several for several kinds of text.")],
+    corpus: Annotated[
+        list[Path], typer.Option(help="A file of documents. Several may be given, one for each kind of text.")
+    ],
     how_stored: InputOptions,
-    settings: CalibratedOptions,
-    queries: Annotated[list[Path] | None, typer.Option(help="File of queries for each corpus, in order.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Where the lens goes; grating's cache by default.")] = None,
-    candidates: Annotated[int, typer.Option(help="Documents of a request.")] = 20,
-    requests: Annotated[int, typer.Option(help="Requests to compute, all corpora together.")] = 600,
+    settings: Annotated[RerankSettings, Takes(without=("pruning", "guarantee", "lens", "long_documents"))],
+    queries: Annotated[
+        list[Path] | None, typer.Option(help="A file of queries for each corpus, in their order.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The directory for the lens. The default is grating's cache.")
+    ] = None,
+    candidates: Candidates = 20,
+    requests: Annotated[int, typer.Option(help="The number of requests to compute, all corpora together.")] = 600,
     top_k: TopK = 5,
-    seed: Annotated[int, typer.Option(help="Of the choice of queries.")] = 0,
+    seed: Annotated[int, typer.Option(help="The seed of the choice of queries.")] = 0,
 ) -> None:
     """Fit a lens to a model on your own texts, so that it prunes early and keeps what it promises."""
     if queries and len(queries) != len(corpus):
@@ -45,7 +41,7 @@ def calibrate(
     }
     from grating_core.reranker import Reranker
 
-    with Reranker.from_pretrained(model, **vars(settings), show_progress=True) as reranker:
+    with Reranker.open(settings) as reranker:
         found = reranker.calibrate(
             documents,
             asked,

@@ -17,9 +17,10 @@ from grating_core.cli.demo import demo
 from grating_core.cli.distill import distill
 from grating_core.cli.doctor import doctor
 from grating_core.cli.generate import generate
-from grating_core.cli.models import models, plan
+from grating_core.cli.models import models
 from grating_core.cli.options import BUNDLED, with_groups
 from grating_core.cli.output import forgive_encodings, tell, tell_error, told, write
+from grating_core.cli.plan import plan
 from grating_core.cli.rank import explain, rerank
 from grating_core.cli.select import select
 from grating_core.cli.simulate import simulate

@@ -20,7 +20,7 @@ def demo(
         str | None, typer.Option("--query", "-q", help="Your own question about Python.", callback=not_blank)
     ] = None,
     top_k: TopK = 5,
-    candidates: Annotated[int, typer.Option(min=1, help="Passages that BM25 picks.")] = 50,
+    candidates: Annotated[int, typer.Option(min=1, help="The number of passages that BM25 picks.")] = 50,
 ) -> None:
     """Answer a question from the Python language reference: BM25 picks 50 passages, the reranker returns 5."""
     from grating_core.demo import QUESTION, first_stage, load_passages

@@ -8,26 +8,32 @@ from typing import Annotated
 import typer
 
 from grating_core.cli.inputs import read_documents
-from grating_core.cli.options import Device, Dtype, HubOptions, InputOptions
+from grating_core.cli.options import HUB, InputOptions, Takes
 from grating_core.cli.output import err, show, tell
 from grating_core.cli.tables import plain_table
+from grating_core.settings import ModelSettings
 
 
 def distill(
-    model: Annotated[str, typer.Argument(help="Language model: hub id or local directory.")],
-    text: Annotated[list[Path], typer.Option(help="File of texts, of the kind the model will read; or several.")],
-    output: Annotated[Path, typer.Option(help="New directory for the adapter, or one that a stopped run left.")],
+    settings: Annotated[ModelSettings, Takes(("device", "dtype", *HUB))],
+    text: Annotated[
+        list[Path], typer.Option(help="A file of texts, of the kind the model will read. Several may be given.")
+    ],
+    output: Annotated[
+        Path, typer.Option(help="A new directory for the adapter, or the one that a stopped run left.")
+    ],
     how_stored: InputOptions,
-    hub: HubOptions,
-    mlp_density: Annotated[float, typer.Option(help="Share of the MLPs' weights that a token will use.")] = 0.5,
-    rank: Annotated[int, typer.Option(help="Rank of the adapter's changes.")] = 32,
-    learning_rate: Annotated[float, typer.Option(help="Its highest value.")] = 1e-3,
+    mlp_density: Annotated[
+        float, typer.Option(help="The share of the MLPs' weights that a token will use.")
+    ] = 0.5,
+    rank: Annotated[int, typer.Option(help="The rank of the adapter's changes.")] = 32,
+    learning_rate: Annotated[float, typer.Option(help="The highest learning rate, after the warm-up.")] = 1e-3,
     steps: Annotated[int, typer.Option(help="How often the adapter is changed.")] = 400,
-    tokens_per_step: Annotated[int, typer.Option(help="Tokens that each change is computed from.")] = 1024,
-    window: Annotated[int, typer.Option(help="Tokens that the model sees at once.")] = 256,
-    seed: Annotated[int, typer.Option(help="Seed of the order of the text, and of what is held out.")] = 0,
-    device: Device = None,
-    dtype: Dtype = "auto",
+    tokens_per_step: Annotated[
+        int, typer.Option(help="The number of tokens that each change is computed from.")
+    ] = 1024,
+    window: Annotated[int, typer.Option(help="The number of tokens that the model sees at once.")] = 256,
+    seed: Annotated[int, typer.Option(help="The seed of the order of the text, and of what is held out.")] = 0,
 ) -> None:
     """Train an adapter that makes up for pruned MLPs. The same command goes on where it stopped."""
     texts = [
@@ -37,7 +43,7 @@ def distill(
         from grating_core.lab.distill import distill as train
     try:
         found = train(
-            model,
+            settings.model,
             texts,
             output,
             mlp_density=mlp_density,
@@ -47,9 +53,11 @@ def distill(
             tokens_per_step=tokens_per_step,
             window=window,
             seed=seed,
-            device=device,
-            dtype=dtype,
-            **vars(hub),
+            device=settings.device,
+            dtype=settings.dtype,
+            revision=settings.revision,
+            cache_dir=settings.cache_dir,
+            local_files_only=settings.local_files_only,
             show_progress=True,
         )
     except KeyboardInterrupt:

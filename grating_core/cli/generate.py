@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from grating_core.cli.inputs import read_documents
-from grating_core.cli.options import GeneratorOptions
+from grating_core.cli.options import Takes
 from grating_core.cli.output import err, tell, write, write_text
+from grating_core.settings import GenerationSettings
 
 if TYPE_CHECKING:
     from grating_core.generation import StreamedCausalLM
@@ -16,26 +17,35 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Hub id or local directory of a language model.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text, or - for standard input.")],
-    settings: GeneratorOptions,
-    chat: Annotated[bool, typer.Option("--chat/--raw", help="Answer it as a message, or just go on.")] = True,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt, or - for standard input.")],
+    settings: Annotated[GenerationSettings, Takes()],
+    chat: Annotated[
+        bool,
+        typer.Option("--chat/--raw", help="Whether the prompt is a message to answer or the beginning of a text."),
+    ] = True,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens to generate.")
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="The most tokens to generate.")
     ] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token always.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="How freely tokens are chosen. 0 always takes the likeliest.")
+    ] = 0.0,
     top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="Probability of the tokens that are picked from.")
+        float,
+        typer.Option(min=0, max=1, help="The probability of the likeliest tokens that are chosen from, together."),
     ] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Of the random numbers; another every time by default.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends it; several may be given.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The seed of the random numbers. The default is another one each time.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text that ends the answer. Several may be given.")
+    ] = None,
 ) -> None:
     """Answer a prompt with a language model, which need not fit into memory."""
     text = read_documents("-", format="text")[0] if prompt == "-" else prompt
     with err.status("Loading ..."):
         from grating_core.generation import StreamedCausalLM
 
-        loaded = StreamedCausalLM.from_pretrained(model, **vars(settings), show_progress=True)
+        loaded = StreamedCausalLM.open(settings)
     with loaded:
         generation = _written(
             loaded,

@@ -1,4 +1,4 @@
-"""Options that several commands have, each declared once, and how a command takes many of them as one argument."""
+"""Options that several commands have, and the options that a command makes of the fields of a dataclass."""
 
 from __future__ import annotations
 
@@ -6,23 +6,38 @@ import inspect
 import os
 import re
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from types import NoneType, SimpleNamespace, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
 from grating_core.cli.inputs import Format
+from grating_core.settings import ModelSettings
 
 BUNDLED = "bundled:ms-marco-minilm-l12"
+HUB = ("revision", "cache_dir", "local_files_only")
 
+# Where the help shows a setting. The others are no options: whoever lists processes would see the token, a command
+# always shows progress, and it ends before there is time to recalibrate.
+_SHOWN_IN = {
+    "model": "model", "device": "model", "dtype": "model", "max_length": "model", "long_documents": "model",
+    "template": "model", "instruction": "model", "adapter": "model",
+    "pruning": "pruning", "target": "pruning", "guarantee": "pruning", "lens": "pruning",
+    "memory_budget": "memory", "mlp_density": "memory",
+    **dict.fromkeys(HUB, "hub"),
+}  # fmt: skip
 _PANELS = ("input", "output", "model", "pruning", "memory", "hub")  # in the order of the help
 in_panel = {name: partial(typer.Option, rich_help_panel=name.capitalize()) for name in _PANELS}
 
+# Types that settings name, but whose modules take long to import. No option is of such a type.
+_ELSEWHERE = {"torch": SimpleNamespace(device=object, dtype=object), "PruningPolicy": object, "Prompt": object}
+
 
 def matching(pattern: str, told: str) -> Callable[[Any], Any]:
-    """A callback that refuses what a pattern does not match, before anything is imported."""
+    """Return a callback that refuses what a pattern does not match, before anything is imported."""
 
     def check(value: Any) -> Any:
         if value is not None and not re.fullmatch(pattern, value.strip()):
@@ -30,18 +45,6 @@ def matching(pattern: str, told: str) -> Callable[[Any], Any]:
         return value
 
     return check
-
-
-def _check_share(value: Any) -> Any:
-    if value is not None and not 0 < value < 1:
-        raise typer.BadParameter(f"{value} is not between 0 and 1.")
-    return value
-
-
-def _check_density(value: Any) -> Any:
-    if value is not None and not 0 < value <= 1:
-        raise typer.BadParameter(f"{value} is not above 0 and at most 1.")
-    return value
 
 
 def writable(path: Any) -> Any:
@@ -61,115 +64,24 @@ def not_blank(value: Any) -> Any:
     return value
 
 
-_SIZE = matching(r"(?i)0*[1-9]\d*|\d+(\.\d+)?\s*[KMG]I?B", "a size such as 300MB or 1.5GiB")
+# What typer checks by itself, or is to check before the module is imported that would refuse it.
+_TYPES = {"dtype": Literal["auto", "float32", "bfloat16", "float16"]}
+_CHECKS = {
+    "device": matching(r"cpu|mps|cuda(:\d+)?", "cpu, cuda, cuda:N or mps"),
+    "memory_budget": matching(r"(?i)0*[1-9]\d*|\d+(\.\d+)?\s*[KMG]I?B", "a size such as 300MB or 1.5GiB"),
+}
 
 Query = Annotated[str, typer.Option("--query", "-q", help="The question.", callback=not_blank)]
-Input = Annotated[str, in_panel["input"]("--input", "-i", help="File of documents, or - for standard input.")]
-TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="How many to return.")]
-AsJson = Annotated[bool, in_panel["output"]("--json", help="Print JSON.")]
-ModelName = Annotated[str, typer.Argument(help="Hub id, local directory or bundled name.")]
-
-Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"], in_panel["model"](help="What the layers compute in.")
-]
-Device = Annotated[
-    str | None,
-    in_panel["model"](
-        help="cpu, cuda, cuda:N or mps; the best there is by default.",
-        callback=matching(r"cpu|mps|cuda(:\d+)?", "cpu, cuda, cuda:N or mps"),
-    ),
-]
-MaxLength = Annotated[int | None, in_panel["model"](min=1, help="Most tokens of query and document together.")]
-TemplateName = Annotated[
-    str | None, in_panel["model"](help="Official prompt of a decoder, if its name does not tell.")
-]
-Instruction = Annotated[str | None, in_panel["model"](help="What to judge by, if the model takes an instruction.")]
-Adapter = Annotated[str | None, in_panel["model"](help="LoRA adapter: directory or hub id.")]
-Budget = Annotated[
-    str | None,
-    in_panel["memory"](help="Memory it may take, such as 300MB; no bound by default.", callback=_SIZE),
-]
-GivenBudget = Annotated[str, in_panel["memory"](help="Memory it may take, such as 300MB.", callback=_SIZE)]
-Target = Annotated[
-    float,
-    in_panel["pruning"](help="Share of the full model's top K that a lens promises.", callback=_check_share),
-]
+Input = Annotated[str, in_panel["input"]("--input", "-i", help="The file of documents, or - for standard input.")]
+TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="How many documents to return.")]
+Candidates = Annotated[int, typer.Option(min=2, help="The number of documents of a request.")]
+AsJson = Annotated[bool, in_panel["output"]("--json", help="Whether to print JSON.")]
 Output = Annotated[
     Path | None,
     in_panel["output"](
-        "--output", "-o", help="Write it to this file; standard output by default.", callback=writable
+        "--output", "-o", help="The file to write to. The default is standard output.", callback=writable
     ),
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubOptions:
-    """How the hub is asked. The token is no option, which others could see: ``HF_TOKEN`` has it."""
-
-    revision: Annotated[
-        str | None, in_panel["hub"](help="Branch, tag or commit of the model; the newest by default.")
-    ] = None
-    cache_dir: Annotated[
-        Path | None, in_panel["hub"](help="Where the hub's files are kept; the hub's own place by default.")
-    ] = None
-    local_files_only: Annotated[
-        bool, in_panel["hub"]("--local-files-only", help="Use what is kept there, without asking the hub.")
-    ] = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions(HubOptions):
-    """Arguments of both ``from_pretrained``: how a model is loaded."""
-
-    device: Device = None
-    dtype: Dtype = "auto"
-    max_length: MaxLength = None
-    adapter: Adapter = None
-    memory_budget: Budget = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RerankerOptions(ModelOptions):
-    """Arguments of :meth:`Reranker.from_pretrained`."""
-
-    model: Annotated[str, in_panel["model"]("--model", "-m", help="Hub id, local directory or bundled name.")] = (
-        BUNDLED
-    )
-    template: TemplateName = None
-    instruction: Instruction = None
-    pruning: Annotated[
-        Literal["auto", "cluster", "off"], in_panel["pruning"](help="How candidates are dropped early.")
-    ] = "auto"
-    target: Target = 0.98
-    guarantee: Annotated[
-        Literal["share", "set"], in_panel["pruning"](help="set: the whole top K is kept, so often.")
-    ] = "share"
-    lens: Annotated[Path | None, in_panel["pruning"](help="Lens to prune by; the model's own by default.")] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankingOptions(RerankerOptions):
-    """The same where documents are ranked as they are."""
-
-    long_documents: Annotated[
-        Literal["truncate", "windows"],
-        in_panel["model"](help="windows: the best window of a document counts."),
-    ] = "truncate"
-
-
-@dataclass(frozen=True, kw_only=True)
-class GeneratorOptions(ModelOptions):
-    """Arguments of :meth:`StreamedCausalLM.from_pretrained`."""
-
-    mlp_density: Annotated[
-        float | None,
-        in_panel["memory"](
-            help="Share of the MLPs' weights that is used; all by default.", callback=_check_density
-        ),
-    ] = None
-    max_length: Annotated[
-        int | None, in_panel["model"](min=1, help="Most tokens of prompt and answer together.")
-    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,9 +89,9 @@ class InputOptions:
     """How a file of documents is read."""
 
     input_format: Annotated[
-        Format, in_panel["input"](help="How the documents are stored; auto goes by the file.")
+        Format, in_panel["input"](help="How the documents are stored. 'auto' goes by the file.")
     ] = "auto"
-    field: Annotated[str, in_panel["input"](help="JSON field or CSV column that holds the text.")] = "text"
+    field: Annotated[str, in_panel["input"](help="The JSON field or CSV column that holds the text.")] = "text"
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -187,24 +99,79 @@ class InputOptions:
         return {"format": self.input_format, "field": self.field}
 
 
-def with_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for each field of those of its parameters that are dataclasses."""
-    hints = get_type_hints(command, include_extras=True)
-    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
-    parameters: list[inspect.Parameter] = []
-    for name, parameter in inspect.signature(command).parameters.items():
-        if name in groups:
-            parameters += _options(groups[name])
-        else:
-            parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
+@dataclass(frozen=True)
+class Takes:
+    """Says which settings a command takes. It stands beside the class of the settings in ``Annotated``.
 
+    Attributes:
+        names: The settings besides the model, by name; None for all that are options.
+        without: Those of all that make no sense in this command.
+        required: Those that have to be given.
+        model: What the option ``--model`` is by default; None makes the model an argument.
+    """
+
+    names: tuple[str, ...] | None = None
+    without: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+    model: str | None = None
+
+    def options(self, settings: type[ModelSettings]) -> list[inspect.Parameter]:
+        """Return an option for each setting that the command takes."""
+        hints = get_type_hints(settings, localns=_ELSEWHERE)
+        names = [name for name in hints if name in _SHOWN_IN and name not in self.without]
+        names = names if self.names is None else [name for name in names if name in ("model", *self.names)]
+        defaults = {field.name: field for field in fields(settings)}
+        return [self._option(defaults[name], hints[name]) for name in names]
+
+    def _option(self, setting: Field[Any], hint: Any) -> inspect.Parameter:
+        name, told = setting.name, _told(setting.metadata["about"])
+        default = inspect.Parameter.empty if name in self.required else setting.default
+        kind = _TYPES.get(name) or _kind(hint)
+        if name == "model" and self.model is None:
+            return _parameter(name, inspect.Parameter.empty, kind, typer.Argument(help=told))
+        flags = ("--model", "-m") if name == "model" else (f"--{name.replace('_', '-')}",)
+        shown = in_panel[_SHOWN_IN[name]](*flags, help=told, callback=_CHECKS.get(name))
+        return _parameter(name, self.model if name == "model" else default, kind, shown)
+
+
+def _told(about: str) -> str:
+    """Return what a setting is in words of the command line, which has neither None nor objects."""
+    return re.sub(r" Python also takes [^.]*\.", "", about).replace(" None ", " The default ")
+
+
+def _kind(hint: Any) -> Any:
+    """Return that one of a setting's types which can be typed: a choice, text or a number; None if it may lack."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    choice = next((kind for kind in kinds if get_origin(kind) is Literal), None)
+    kind = choice or (str if str in kinds else kinds[0])
+    return kind | None if NoneType in kinds else kind
+
+
+def _parameter(name: str, default: Any, kind: Any, shown: Any) -> inspect.Parameter:
+    annotation = kind if shown is None else Annotated[kind, shown]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def with_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command with an option for each field of those of its parameters that are dataclasses."""
+    groups: dict[str, tuple[type[Any], list[str]]] = {}
+    parameters: list[inspect.Parameter] = []
+    hints = get_type_hints(command, include_extras=True)
+    for name, given in inspect.signature(command).parameters.items():
+        group, *marks = get_args(hints[name]) if get_origin(hints[name]) is Annotated else (hints[name],)
+        if isinstance(group, type) and is_dataclass(group):
+            options = marks[0].options(group) if marks else _options(group)
+            groups[name] = group, [option.name for option in options]
+        else:
+            options = [_parameter(name, given.default, hints[name], None)]
+        parameters += options
     parameters.sort(key=_panel)
 
     @wraps(command)
     def call(**given: Any) -> None:
         made = {
-            name: group(**{field.name: given.pop(field.name) for field in fields(group)})
-            for name, group in groups.items()
+            name: _made(group, {option: given.pop(option) for option in options})
+            for name, (group, options) in groups.items()
         }
         command(**given, **made)
 
@@ -213,19 +180,32 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-def _panel(parameter: inspect.Parameter) -> int:
-    panel = getattr(parameter.annotation.__metadata__[0], "rich_help_panel", None)
-    return _PANELS.index(panel.lower()) + 1 if panel else 0
-
-
-def _options(group: Any) -> list[inspect.Parameter]:
+def _options(group: type[Any]) -> list[inspect.Parameter]:
     hints = get_type_hints(group, include_extras=True)
     return [
-        inspect.Parameter(
+        _parameter(
             field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if field.default is MISSING else field.default,
-            annotation=hints[field.name],
+            inspect.Parameter.empty if field.default is MISSING else field.default,
+            hints[field.name],
+            None,
         )
         for field in fields(group)
     ]
+
+
+def _made(group: type[Any], options: dict[str, Any]) -> Any:
+    """Make a group of its options. What the group refuses is told by the name of the option."""
+    if issubclass(group, ModelSettings):
+        options["show_progress"] = True
+    try:
+        return group(**options)
+    except ValueError as error:
+        name, found, told = str(error).partition("=")
+        if not found or name not in options:
+            raise
+        raise typer.BadParameter(f"{told}.", param_hint=f"--{name.replace('_', '-')}") from error
+
+
+def _panel(parameter: inspect.Parameter) -> int:
+    panel = getattr(parameter.annotation.__metadata__[0], "rich_help_panel", None)
+    return _PANELS.index(panel.lower()) + 1 if panel else 0

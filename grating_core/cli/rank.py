@@ -11,21 +11,25 @@ import typer
 
 from grating_core.cli.inputs import Record, read_records
 from grating_core.cli.options import (
+    BUNDLED,
     AsJson,
     Input,
     InputOptions,
     Output,
     Query,
-    RankingOptions,
+    Takes,
     TopK,
     in_panel,
     writable,
 )
 from grating_core.cli.output import err, show, tell, write_json, write_json_lines
 from grating_core.cli.tables import closing_line, ranking_table, trace_table
+from grating_core.settings import RerankSettings
 
 if TYPE_CHECKING:
     from grating_core.results import RerankResult
+
+Settings = Annotated[RerankSettings, Takes(model=BUNDLED)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,10 @@ class RecordOptions(InputOptions):
     """How documents are read that come back with all that they were stored with."""
 
     id_field: Annotated[
-        str | None, in_panel["input"](help="JSON field or CSV column that names a document; id if there is one.")
+        str | None,
+        in_panel["input"](
+            help="The JSON field or CSV column that names a document. The default is id, if there is one."
+        ),
     ] = None
 
 
@@ -44,10 +51,15 @@ class WantedOptions:
     top_k: TopK = 5
     score_threshold: Annotated[
         float | None,
-        typer.Option(help="Leave out what scores below it: a raw logit such as 0.0, not a probability."),
+        typer.Option(
+            help="The score below which documents are left out: a raw logit such as 0.0, no probability."
+        ),
     ] = None
     scores: Annotated[
-        Literal["exact", "estimated"], in_panel["pruning"](help="estimated: sure winners stop early as well.")
+        Literal["exact", "estimated"],
+        in_panel["pruning"](
+            help="Whether sure winners go through every layer ('exact') or stop early as well ('estimated')."
+        ),
     ] = "exact"
 
 
@@ -55,11 +67,11 @@ def rerank(
     query: Query,
     input: Input,
     how_stored: RecordOptions,
-    settings: RankingOptions,
+    settings: Settings,
     wanted: WantedOptions,
     format: Annotated[
         Literal["table", "json", "jsonl"],
-        in_panel["output"](help="How it is printed; jsonl: a line of JSON for each document."),
+        in_panel["output"](help="How the ranking is printed. 'jsonl' prints a line of JSON for each document."),
     ] = "table",
     as_json: AsJson = False,
     output: Output = None,
@@ -82,13 +94,13 @@ def explain(
     query: Query,
     input: Input,
     how_stored: RecordOptions,
-    settings: RankingOptions,
+    settings: Settings,
     wanted: WantedOptions,
     plot: Annotated[
         Path | None,
-        in_panel["output"](help="Draw score trajectories into this picture.", callback=writable),
+        in_panel["output"](help="The picture to draw the scores by layer into.", callback=writable),
     ] = None,
-    format: Annotated[Literal["table", "json"], in_panel["output"](help="How it is printed.")] = "table",
+    format: Annotated[Literal["table", "json"], in_panel["output"](help="How the ranking is printed.")] = "table",
     as_json: AsJson = False,
     output: Output = None,
 ) -> None:
@@ -127,7 +139,7 @@ class _Ranked:
         query: str,
         input: str,
         how_stored: RecordOptions,
-        settings: RankingOptions,
+        settings: RerankSettings,
         wanted: WantedOptions,
     ) -> _Ranked:
         """Read documents, rank them, and leave out what scores below a threshold."""
@@ -140,7 +152,7 @@ class _Ranked:
         with err.status("Loading ..."):
             from grating_core.reranker import Reranker
 
-            with Reranker.from_pretrained(**vars(settings), show_progress=True) as reranker:
+            with Reranker.open(settings) as reranker:
                 texts = [record.text for record in records]
                 result = reranker.rerank(query, texts, wanted.top_k, scores=wanted.scores)
         if wanted.score_threshold is not None:

@@ -8,23 +8,26 @@ from typing import Annotated, Literal
 import typer
 
 from grating_core.cli.inputs import read_documents
-from grating_core.cli.options import AsJson, InputOptions, Output, Query, RerankerOptions, in_panel
+from grating_core.cli.options import BUNDLED, AsJson, InputOptions, Output, Query, Takes, in_panel
 from grating_core.cli.output import err, write, write_json, write_json_lines, write_text
+from grating_core.settings import RerankSettings
 
 
 def select(
     query: Query,
     input: Annotated[
-        str, in_panel["input"]("--input", "-i", help="File of a text or documents, or - for standard input.")
+        str,
+        in_panel["input"]("--input", "-i", help="The file of a text or of documents, or - for standard input."),
     ],
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-n", min=1, help="Most tokens to print, by the model's count.")
+        int, typer.Option("--max-tokens", "-n", min=1, help="The most tokens to print, as the model counts them.")
     ],
     how_stored: InputOptions,
-    settings: RerankerOptions,
-    chunk_tokens: Annotated[int, typer.Option(min=1, help="About how many tokens a chunk has at most.")] = 256,
+    settings: Annotated[RerankSettings, Takes(model=BUNDLED, without=("long_documents",))],
+    chunk_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of a chunk, about.")] = 256,
     format: Annotated[
-        Literal["text", "json", "jsonl"], in_panel["output"](help="How it is printed; JSON tells positions.")
+        Literal["text", "json", "jsonl"],
+        in_panel["output"](help="How the passages are printed. JSON tells their positions."),
     ] = "text",
     as_json: AsJson = False,
     output: Output = None,
@@ -35,7 +38,7 @@ def select(
         from grating_core.context import join_passages, select_context
         from grating_core.reranker import Reranker
 
-        with Reranker.from_pretrained(**vars(settings), show_progress=True) as reranker:
+        with Reranker.open(settings) as reranker:
             passages = select_context(
                 query, texts, reranker=reranker, max_tokens=max_tokens, chunk_tokens=chunk_tokens
             )

@@ -9,47 +9,55 @@ from typing import Annotated, Literal
 import typer
 
 from grating_core.cli.inputs import read_documents
-from grating_core.cli.options import AsJson, HubOptions
+from grating_core.cli.options import HUB, AsJson, Takes
 from grating_core.cli.output import err, show, write_json
 from grating_core.cli.tables import plain_table
+from grating_core.settings import ModelSettings
 
 
 def simulate(
-    model: Annotated[str, typer.Argument(help="Decoder whose activations are recorded: hub id or directory.")],
-    text: Annotated[str, typer.Option(help="Real text for it to read: a file of text or of JSON Lines.")],
-    memory: Annotated[
-        str, typer.Option(help="Memory for all weights, such as 2GB, or share of the MLPs in it, such as 50%.")
+    settings: Annotated[ModelSettings, Takes(HUB)],
+    text: Annotated[
+        str, typer.Option(help="The file of a real text, or of JSON Lines with texts, for the model to read.")
     ],
-    hub: HubOptions,
+    memory: Annotated[
+        str,
+        typer.Option(
+            help="The memory for all weights, such as 2GB, or the share of the MLPs in memory, such as 50%."
+        ),
+    ],
     mlp_density: Annotated[
-        list[float], typer.Option(help="Share of the MLPs that a token uses; may be given several times.")
+        list[float], typer.Option(help="The share of the MLPs that a token uses. Several may be given.")
     ] = [0.83, 0.67, 0.57, 0.5],  # noqa: B006 - typer copies it
-    tokens: Annotated[int, typer.Option(help="Tokens of the text to go through.")] = 512,
+    tokens: Annotated[int, typer.Option(help="The number of tokens of the text to go through.")] = 512,
     activations: Annotated[
-        Path | None, typer.Option(help="File of recorded activations; in grating's cache by default.")
+        Path | None, typer.Option(help="The file of recorded activations. The default is one in grating's cache.")
     ] = None,
     shape: Annotated[
-        Path | None, typer.Option(help="Directory with the config.json of another model to simulate.")
+        Path | None, typer.Option(help="The directory with the config.json of another model to simulate.")
     ] = None,
     dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"], typer.Option(help="Type of the weights.")
+        Literal["bfloat16", "float16", "float32"], typer.Option(help="The type of the weights.")
     ] = "bfloat16",
     inputs_preference: Annotated[
-        float, typer.Option(help="What an input counts where its column is not in memory, in cache-aware DIP.")
+        float, typer.Option(help="The factor on an input whose column is not in memory, in cache-aware DIP.")
     ] = 0.9,
-    products_preference: Annotated[float, typer.Option(help="The same of a product.")] = 0.3,
+    products_preference: Annotated[float, typer.Option(help="The same factor for a product.")] = 0.3,
     machine: Annotated[
-        str, typer.Option(help="this, which is measured; phone, sata-ssd, nvme; or what the options below say.")
+        str,
+        typer.Option(
+            help="'this', which is measured, 'phone', 'sata-ssd' or 'nvme'. Or give the next three options."
+        ),
     ] = "this",
-    disk_bandwidth: Annotated[str | None, typer.Option(help="Rate of long reads, such as 500MB/s.")] = None,
+    disk_bandwidth: Annotated[str | None, typer.Option(help="The rate of long reads, such as 500MB/s.")] = None,
     disk_reads: Annotated[
-        float | None, typer.Option(help="Number of random reads of 4 KB a second, 8 at a time.")
+        float | None, typer.Option(help="The number of random reads of 4 KB a second, 8 at a time.")
     ] = None,
     memory_bandwidth: Annotated[
-        str | None, typer.Option(help="Rate at which the processor reads memory, such as 20GB/s.")
+        str | None, typer.Option(help="The rate at which the processor reads memory, such as 20GB/s.")
     ] = None,
     figure: Annotated[
-        Path | None, typer.Option(help="Draw perplexity against tokens/s into this picture.")
+        Path | None, typer.Option(help="The picture to draw perplexity against tokens a second into.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -66,7 +74,8 @@ def simulate(
         from grating_core.models.hub import Hub
         from grating_core.models.placement import choose_dtype
 
-        directory = find_model(model, hub=Hub(**vars(hub)), show_progress=True)
+        hub = Hub(settings.revision, None, settings.cache_dir, settings.local_files_only)
+        directory = find_model(str(settings.model), hub=hub, show_progress=True)
         weights, _ = choose_dtype(dtype, torch.device("cpu"))
         simulated = Shape.of(shape or directory, weights)
         bytes_of_weights = simulated.parse_memory(memory)

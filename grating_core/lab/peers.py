@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 from tqdm import tqdm
 
-from grating_core.settings import PruningName
+from grating_core.settings import PruningName, RerankSettings
 
 Ranking = list[int]
 Rank = Callable[[str, list[str]], Ranking]
@@ -44,24 +44,22 @@ class Job:
     """What every system is given.
 
     Attributes:
-        model: As :meth:`Reranker.from_pretrained` takes it.
-        directory: Where its files are.
+        settings: The reranker's settings, but for the pruning.
+        directory: Where the model's files are.
         requests: Queries with their documents.
         top_k: How many are wanted.
         rounds: How often each request is timed.
         threads: To compute with.
-        max_length: Most tokens of a query and a document together.
-        settings: Other arguments of :meth:`Reranker.from_pretrained`.
+        max_length: The most tokens of a query and a document together.
     """
 
-    model: str
+    settings: RerankSettings
     directory: str
     requests: Sequence[tuple[str, list[str]]]
     top_k: int
     rounds: int
     threads: int
     max_length: int
-    settings: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -225,7 +223,7 @@ class _Memory:
 def _load_grating(job: Job, pruning: PruningName) -> Ways:
     from grating_core.reranker import Reranker
 
-    reranker = Reranker.from_pretrained(job.model, pruning=pruning, device="cpu", **job.settings)
+    reranker = Reranker.open(replace(job.settings, pruning=pruning))
 
     def rank(query: str, documents: list[str]) -> Ranking:
         return [ranked.index for ranked in reranker.rerank(query, documents, job.top_k).ranking]

@@ -17,6 +17,7 @@ from grating_core.lab.peers import (
     agreement,
     measure,
 )
+from grating_core.settings import RerankSettings
 from tests.core.cli.conftest import grating
 from tests.core.conftest import WORDS
 from tests.core.parity import random_text
@@ -33,7 +34,7 @@ def test_agreement_is_the_share_of_the_references_top_k() -> None:
     [(0.5, "2.0 times as fast as the fastest other (OpenVINO)"), (1.5, "slower by 50% than the fastest other")],
 )
 def test_the_closing_line_is_honest(seconds: float, told: str) -> None:
-    job = Job("m", "m", [("q", ["d"])], top_k=1, rounds=1, threads=1, max_length=8, settings={})
+    job = Job(RerankSettings(model="m"), "m", [("q", ["d"])], top_k=1, rounds=1, threads=1, max_length=8)
     peers = [
         Measured(SENTENCE_TRANSFORMERS, seconds=4.0, rankings=([0],)),
         Measured(OPENVINO, seconds=1.0, rankings=([0],)),
@@ -49,7 +50,8 @@ def test_the_closing_line_is_honest(seconds: float, told: str) -> None:
 @pytest.mark.slow
 def test_a_system_that_fails_is_told_and_the_others_go_on(tiny_bert: Path) -> None:
     requests = [("w1 w2", ["w3 w4", "w1 w2"])]
-    job = Job(str(tiny_bert), "./nowhere", requests, top_k=1, rounds=1, threads=1, max_length=96, settings={})
+    settings = RerankSettings(model=tiny_bert, device="cpu")
+    job = Job(settings, "./nowhere", requests, top_k=1, rounds=1, threads=1, max_length=96)
     failed, found = measure(job, [SENTENCE_TRANSFORMERS, UNPRUNED])
     assert failed.error is not None
     assert "nowhere" in failed.error

@@ -21,6 +21,7 @@ from grating_core.lab.activations import record_activations
 from grating_core.lab.decoders import empty_decoder, load_decoder
 from grating_core.lab.distill import distill
 from grating_core.lab.peers import LOADERS, OPENVINO, SENTENCE_TRANSFORMERS, Job
+from grating_core.settings import RerankSettings
 from grating_core.text.backend import load_backend
 from tests.core.conftest import WORDS
 from tests.core.models.test_decoders import save_decoder
@@ -61,8 +62,8 @@ def proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def job(directory: Path) -> Job:
-    name = str(directory)
-    return Job(name, name, [("w1", ["w2"])], top_k=1, rounds=1, threads=1, max_length=32, settings={})
+    settings = RerankSettings(model=directory, device="cpu")
+    return Job(settings, str(directory), [("w1", ["w2"])], top_k=1, rounds=1, threads=1, max_length=32)
 
 
 BERT: dict[str, Callable[[Path, Path], Any]] = {
