@@ -1,7 +1,7 @@
-"""Packed attention: every sequence of a ragged batch attends to itself only.
+"""In packed attention every sequence of a ragged batch attends to itself only.
 
-Registered with transformers under :data:`PACKED_ATTENTION`, so that transformers' own layers run on a packed
-``[1, T, D]`` batch: their matrix products see all tokens at once, and only the attention is split by sequence.
+transformers knows this attention as :data:`PACKED_ATTENTION`, so that its own layers run on a packed ``[1, T, D]``
+batch: their matrix products see all tokens at once, and only the attention is split by sequence.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ _WINDOW_BLOCK = 256
 
 
 class KeysKept(Exception):
-    """Keys and values of a layer have been put aside; the rest of that layer need not be computed."""
+    """Keys and values of a layer have been put aside. The rest of that layer need not be computed."""
 
 
 @dataclass
 class SharedKeys:
-    """Keys and values of the prefix that all sequences share, ``[1, heads, P, head size]``, in one layer."""
+    """This class keeps a layer's keys and values of the shared prefix, ``[1, heads, P, head size]`` each."""
 
     kept: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass
 class Packing:
-    """How the token axis divides into sequences, handed through a layer to its attention.
+    """This class tells a layer's attention how the token axis divides into sequences.
 
     Attributes:
-        lengths: Tokens of each sequence.
-        prefix: Tokens of the shared prefix, which come before the first sequence here; 0 if they are elsewhere.
-        shared: What all sequences see before their own tokens. The chunk that has the prefix fills it.
-        keep_keys: Put this layer's keys and values aside and raise :class:`KeysKept`.
-        kept: The keys and values put aside, ``[1, heads, T, head size]`` each. When they are there the layer's
-            input is one token of each sequence, and these are what it attends to.
+        lengths: Number of tokens of each sequence.
+        prefix: Number of tokens of the shared prefix before the first sequence; 0 if another chunk has the prefix.
+        shared: Keys and values that all sequences see before their own. The chunk with the prefix fills them in.
+        keep_keys: Whether to put this layer's keys and values aside, and raise :class:`KeysKept`.
+        kept: The keys and values put aside, ``[1, heads, T, head size]`` each. Once they are there, the layer's
+            input is one token of each sequence, which attends to them.
     """
 
     lengths: tuple[int, ...]
@@ -58,11 +58,11 @@ class Packing:
 
 @dataclass(frozen=True)
 class Continuation:
-    """The next tokens of one sequence, handed through a layer to its attention.
+    """This class tells a layer's attention about the next tokens of one sequence.
 
     Attributes:
-        cache: Keys and values of the tokens before these, to which theirs are added.
-        tokens: How many of the layer's rows are tokens; the rest is fill.
+        cache: Keys and values of the tokens before; those of the next tokens are added.
+        tokens: How many of the layer's rows are tokens; the other rows are fill.
     """
 
     cache: KeyValueCache
@@ -82,24 +82,24 @@ def packed_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within each sequence, in the signature of transformers' ``AttentionInterface``.
+    """Attend within each sequence, in the signature of transformers' ``AttentionInterface``.
 
     Args:
         module: The attention module that calls; its ``is_causal`` says whether a token sees only those before it.
-        query: ``[1, heads, T, head size]``; there may be fill behind the last sequence.
-        key: The same shape, or with fewer heads, each for several of the query's.
-        value: As ``key``.
-        attention_mask: Always None: sequences are told apart by ``grating``.
+        query: Queries, ``[1, heads, T, head size]``. There may be fill behind the last sequence.
+        key: Keys of the same shape, or with fewer heads, each for several heads of the query.
+        value: Values of the shape of ``key``.
+        attention_mask: Always None, because ``grating`` tells sequences apart.
         grating: The division into sequences.
         scaling: Factor on the products of queries and keys; None for 1/√head size.
-        sliding_window: A token sees those less than this far away; None for all.
+        sliding_window: Distance in tokens below which a token sees another; None for any distance.
         softcap: Bound of the scaled products, by a hyperbolic tangent; None for no bound.
 
     Returns:
-        ``[1, T, heads, head size]``, zero for the fill, and no attention weights.
+        The attention's output ``[1, T, heads, head size]``, zero for the fill, and no weights of attention.
 
     Raises:
-        KeysKept: When ``grating.keep_keys`` asks for the keys only.
+        KeysKept: ``grating.keep_keys`` asks for the keys only.
     """
     packing = grating
     if packing.prefix and packing.kept is None:
@@ -145,21 +145,21 @@ def cached_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of the next tokens of one sequence to themselves and all before them.
+    """Let the next tokens of one sequence attend to themselves and to all tokens before them.
 
     Args:
         module: The attention module that calls; its ``layer_idx`` says which layer of the cache is its own.
-        query: ``[1, heads, T, head size]``; there may be fill behind the tokens.
-        key: The same shape, or with fewer heads, each for several of the query's.
-        value: As ``key``.
+        query: Queries, ``[1, heads, T, head size]``. There may be fill behind the tokens.
+        key: Keys of the same shape, or with fewer heads, each for several heads of the query.
+        value: Values of the shape of ``key``.
         attention_mask: Always None.
-        grating: The keys and values of the tokens before these, and how many of the T are no fill.
-        scaling: As :func:`packed_attention` has it, and so are the others.
+        grating: The keys and values of the tokens before, and how many of the T rows are tokens.
+        scaling: See :func:`packed_attention`.
         sliding_window: See there.
         softcap: See there.
 
     Returns:
-        ``[1, T, heads, head size]``, zero for the fill, and no attention weights.
+        The attention's output ``[1, T, heads, head size]``, zero for the fill, and no weights of attention.
     """
     new = (slice(None), slice(None), slice(grating.tokens))
     keys, values = grating.cache.extend(module.layer_idx, key[new], value[new])
@@ -175,7 +175,7 @@ def _spans(lengths: tuple[int, ...], start: int) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class _Rule:
-    """Who attends to whom within a sequence, and how much."""
+    """This class says which token of a sequence attends to which, and how much."""
 
     causal: bool
     scaling: float | None
@@ -183,9 +183,10 @@ class _Rule:
     softcap: float | None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of one sequence.
+        """Attend within one sequence.
 
-        The queries are all its tokens or, with causal attention, its last ones, and else its first ones.
+        The queries belong to all tokens of the sequence; or to its last tokens with causal attention, and to its
+        first tokens otherwise.
         """
         queries, keys = query.shape[2], key.shape[2]
         windowed = self.sliding_window is not None and keys > self.sliding_window
@@ -205,12 +206,12 @@ class _Rule:
         return torch.cat(blocks, dim=2)
 
     def _seen(self, start: int, end: int, keys: int) -> slice:
-        """Where the keys are that any query from position ``start`` to ``end`` sees."""
+        """Return where the keys are that any query from position ``start`` to ``end`` sees."""
         reach = keys if self.sliding_window is None else self.sliding_window - 1
         return slice(max(0, start - reach), end if self.causal else min(keys, end + reach))
 
     def _mask(self, queries: range, keys: range, device: torch.device) -> Tensor:
-        """Bool ``[queries, keys]``: who sees whom, by position."""
+        """Return which query sees which key, by their positions: bool ``[queries, keys]``."""
         distance = (
             torch.arange(queries.start, queries.stop, device=device)[:, None]
             - torch.arange(keys.start, keys.stop, device=device)[None]
@@ -221,14 +222,14 @@ class _Rule:
     def _fused(self, query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
         grouped = query.shape[1] != key.shape[1]
         if grouped and query.shape[2] == 1:
-            # The queries of a group as if they were several tokens: else keys and values would be copied for each.
+            # The queries of a group pass as several tokens. Otherwise keys and values were copied for each query.
             folded = query.reshape(1, key.shape[1], -1, query.shape[3])
             attended = scaled_dot_product_attention(folded, key, value, scale=self.scaling, **how)
             return attended.reshape(*query.shape[:3], -1)
         return scaled_dot_product_attention(query, key, value, scale=self.scaling, enable_gqa=grouped, **how)
 
     def _capped(self, query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor) -> Tensor:
-        """The same with bounded products, which no fused kernel has."""
+        """Attend with bounded products, which no fused kernel has."""
         assert self.softcap is not None
         heads, each = key.shape[1], query.shape[1] // key.shape[1]
         grouped = query.view(query.shape[0], heads, each, *query.shape[2:])

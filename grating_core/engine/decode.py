@@ -1,7 +1,7 @@
-"""The pass that generating is made of: the next tokens of a sequence through all layers, to what comes after them.
+"""Generating is made of passes: the next tokens of a sequence go through all layers, to the logits behind them.
 
-A prompt is the same to it as a single token, only longer: layers outside, chunks inside, so that a streamed layer
-is read once for all of them.
+A prompt is treated like a single token, only longer. The loop over layers is outside and the loop over chunks
+inside, so that a streamed layer is read once for all chunks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from grating_core.models.causal_lm import CausalLM
 
 
 def new_cache(model: CausalLM, tokens: int) -> KeyValueCache:
-    """Room for the keys and values of a sequence of so many tokens."""
+    """Make room for the keys and values of a sequence of so many tokens."""
     return KeyValueCache(model.depth, *model.keys, tokens, dtype=model.dtype, device=model.device)
 
 
@@ -38,14 +38,14 @@ def advance(
 
     Args:
         model: The language model.
-        input_ids: The tokens, at least one.
-        cache: Keys and values of those before them, to which theirs are added; has room for them. After an error
-            it is of no use any more.
-        chunk_tokens: Most tokens computed at once.
+        input_ids: Token ids, at least one.
+        cache: Keys and values of the tokens before, with room for those of the next tokens, which are added. After
+            an error the cache is of no use any more.
+        chunk_tokens: The most tokens computed at once.
         peak: Looks at the memory after every layer of a prompt.
 
     Returns:
-        float32 ``[V]``, the logits of what comes after the last of them.
+        The logits of what comes after the last token, float32 ``[V]``.
 
     Raises:
         FileError: Weights cannot be read.
@@ -76,7 +76,7 @@ def advance(
 
 
 def _chunks(count: int, most: int) -> list[slice]:
-    """Even parts of so many tokens, of at most so many each: a single one left over would be pruned."""
+    """Divide tokens into even parts, because a part of a single token would be pruned."""
     parts = -(-count // most)
     edges = [count * part // parts for part in range(parts + 1)]
     return [slice(start, end) for start, end in pairwise(edges)]

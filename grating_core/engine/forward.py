@@ -1,6 +1,6 @@
-"""The forward loop: all candidates together, layer by layer, and after each layer only those that may still win.
+"""The forward loop takes all candidates through a layer, and goes on with those that may still win.
 
-Monolithic forwarding and progressive pruning as in GRATING (arXiv 2510.15620).
+This is monolithic forwarding with progressive pruning, as in GRATING (arXiv 2510.15620).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Winner:
-    """A candidate of the top K: its index in the batch, its score, and whether that is only an estimate."""
+    """A winner is a candidate of the top K: its index in the batch, its score, and whether that is an estimate."""
 
     index: int
     score: float
@@ -43,10 +43,10 @@ class Winner:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a forward comes to: the top K candidates, best first, a record of each layer computed, what it used.
+    """An outcome has the top K candidates, best first, a record of each layer computed, and what was used.
 
-    Candidates that stopped early rank before those that went on, whatever the numbers: scores of different
-    layers do not compare.
+    Candidates that stopped early rank before those that went on, whatever their scores: scores of different layers
+    do not compare.
     """
 
     winners: list[Winner]
@@ -72,16 +72,16 @@ def forward(
     Args:
         model: The cross-encoder.
         batch: N candidates, at least one, on the model's device.
-        hidden: Has room for the hidden states of the batch in chunks of this size; what it holds is lost.
+        hidden: Room for the hidden states of the batch in chunks of this size. What is there is lost.
         pruning: How candidates stop early.
         top_k: How many to find, from 1 to N.
         chunk_tokens: The most tokens computed at once.
         first_number: The number by which the caller knows the first candidate; for messages.
         peak: Looks at the memory after every layer.
-        pause: Asked before anything else, and before each chunk, whether to give up.
+        pause: Says whether to give up. It is asked first, and before each chunk.
 
     Raises:
-        Interrupted: ``pause`` said so.
+        Interrupted: ``pause`` said to give up.
         ScoreError: The model gave a score that is not finite.
         ValueError: The policy broke its contract.
     """
@@ -167,7 +167,7 @@ def _layer_scores(
     read: Reader,
     pause: Callable[[], bool] | None,
 ) -> Iterator[Tensor]:
-    """The scores of one chunk after another, whose states are put through the layer."""
+    """Put one chunk after another through the layer, and yield the scores of each."""
     first, last = number == 1, number == model.depth
     positions = batch.positions()
     shared = SharedKeys()
@@ -185,7 +185,7 @@ def _layer_scores(
 
 
 def _until(pause: Callable[[], bool] | None, chunks: Iterable[Item]) -> Iterator[Item]:
-    """The chunks, as long as nobody says to give up."""
+    """Yield the chunks, as long as nobody says to give up."""
     for chunk in chunks:
         if pause is not None and pause():
             raise Interrupted
@@ -193,7 +193,7 @@ def _until(pause: Callable[[], bool] | None, chunks: Iterable[Item]) -> Iterator
 
 
 def _embed(model: CrossEncoder, batch: RaggedBatch, chunk: Chunk, positions: Tensor) -> Tensor:
-    """Hidden states of a chunk before the first layer, ``[1, T, D]``."""
+    """Return the hidden states of a chunk before the first layer, ``[1, T, D]``."""
     return model.embed(
         batch.input_ids[None, chunk.tokens],
         batch.token_type_ids[None, chunk.tokens],
@@ -202,7 +202,7 @@ def _embed(model: CrossEncoder, batch: RaggedBatch, chunk: Chunk, positions: Ten
 
 
 def _head(model: CrossEncoder, number: int) -> Reader:
-    """What reads the scores after a layer with the model's own head."""
+    """Return a reader of the scores after a layer, by the model's own head."""
 
     def read(states: Tensor, sequences: Sequences) -> Tensor:
         return model.read_scores(number, states[:, sequences.prefix :], sequences.lengths)
@@ -211,10 +211,10 @@ def _head(model: CrossEncoder, number: int) -> Reader:
 
 
 def _last_layer_scores(model: CrossEncoder, hidden: Tensor, positions: Tensor, packing: Packing) -> Tensor:
-    """Scores after the last layer, where nothing but the scoring positions needs to come out.
+    """Return the scores after the last layer, of which only the scoring positions are needed.
 
-    They still attend to the keys and values of other tokens. So the layer is called twice: for its keys and
-    values, ending there, and then for the scoring positions alone.
+    These positions attend to the keys and values of other tokens. So the layer is called twice: for keys and
+    values, where it ends, and then for the scoring positions alone.
     """
     packing.keep_keys = True
     with suppress(KeysKept):
@@ -229,7 +229,7 @@ def _last_layer_scores(model: CrossEncoder, hidden: Tensor, positions: Tensor, p
 
 
 def _best_windows(scores: NDArray[np.float64], windows: tuple[int, ...]) -> NDArray[np.float64]:
-    """A candidate's score is that of its best window; one that is not finite shows."""
+    """Return the score of each candidate's best window; NaN if a window of it has one that is not finite."""
     starts = np.cumsum((0, *windows[:-1]))
     best: NDArray[np.float64] = np.maximum.reduceat(scores, starts)
     finite = np.logical_and.reduceat(np.isfinite(scores), starts)
@@ -246,7 +246,7 @@ def _refuse_broken(scores: NDArray[np.float64], numbers: NDArray[np.intp]) -> No
 
 
 def _decide(policy: PruningPolicy, number: int, scores: NDArray[np.float64], wanted: int) -> list[Route]:
-    """The policy's routes, once they are known to leave ``wanted`` candidates."""
+    """Return the policy's routes, after a check that they leave ``wanted`` candidates."""
     try:
         routes = [Route(route) for route in policy.route(number, scores, wanted)]
     except ValueError as error:
@@ -263,7 +263,7 @@ def _decide(policy: PruningPolicy, number: int, scores: NDArray[np.float64], wan
 def _best(
     alive: NDArray[np.intp], scores: NDArray[np.float64], chosen: list[int], *, estimated: bool
 ) -> list[Winner]:
-    """The chosen candidates by falling score; equal scores keep their order."""
+    """Return the chosen candidates by falling score; equal scores keep their order."""
     order = sorted(chosen, key=lambda i: -scores[i])
     return [Winner(int(alive[i]), float(scores[i]), estimated) for i in order]
 

@@ -1,4 +1,4 @@
-"""All pairs packed along one token axis, without padding."""
+"""A ragged batch packs all pairs along one token axis, without padding."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _WORTH_SHARING = 8  # tokens
 
 @dataclass(frozen=True)
 class RaggedBatch:
-    """The sequences of N candidates as one; a candidate has one sequence, or several windows.
+    """This class joins the sequences of N candidates. A candidate has one sequence, or several windows.
 
-    What all sequences begin with can be shared: it then comes once, before the first of them.
+    All sequences can share the tokens that they begin with. This prefix then comes once, before them.
 
     Attributes:
-        input_ids: int64 ``[T]``, the shared prefix and then the token ids of all sequences one after the other.
-        token_type_ids: int64 ``[T]``.
-        prefix: P, the tokens that all sequences share and that come first; 0 for none.
-        lengths: Tokens of each sequence without the prefix; with it they sum to T.
-        windows: How many of these sequences each of the N candidates has.
+        input_ids: Token ids, int64 ``[T]``: the shared prefix, and then all sequences one after the other.
+        token_type_ids: Types of the tokens, int64 ``[T]``.
+        prefix: Number P of tokens in the shared prefix; 0 without one.
+        lengths: Number of tokens of each sequence without the prefix; P and these sum to T.
+        windows: Number of sequences of each of the N candidates.
         segments: Where query and document are in each sequence, counted from the prefix's first token.
     """
 
@@ -45,10 +45,10 @@ class RaggedBatch:
         """Join the sequences of all candidates.
 
         Args:
-            candidates: The windows of each; none of them is without tokens.
-            device: Where the batch goes.
-            share_prefix: Take what all sequences begin with only once. Only with models whose tokens do not see
-                what comes after them.
+            candidates: The windows of each candidate; every window has tokens.
+            device: Device that the batch goes to.
+            share_prefix: Whether to take once what all sequences begin with. This is only right for models whose
+                tokens do not see what comes after them.
         """
         pairs = [pair for windows in candidates for pair in windows]
         prefix = _common_prefix([pair.input_ids for pair in pairs]) if share_prefix else 0
@@ -70,25 +70,25 @@ class RaggedBatch:
 
     @property
     def tokens(self) -> int:
-        """T, all tokens together."""
+        """The number T of all tokens together."""
         return self.prefix + sum(self.lengths)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest piece that is never divided: a sequence, or the prefix."""
+        """The number of tokens of the longest piece that is never divided: a sequence, or the prefix."""
         return max(self.prefix, *self.lengths)
 
     def positions(self) -> Tensor:
-        """int64 ``[T]``: the position of each token within its sequence, the prefix included, from 0."""
+        """Return each token's position within its sequence, the prefix included, from 0: int64 ``[T]``."""
         device = self.input_ids.device
         lengths = torch.tensor(self.lengths, device=device)
         origins = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
         return torch.arange(self.tokens, device=device) - pad(origins, (self.prefix, 0))
 
     def chunks(self, max_tokens: int) -> Iterator[Chunk]:
-        """Consecutive sequences with at most ``max_tokens`` tokens together; a longer one goes alone.
+        """Divide the batch into chunks of at most ``max_tokens`` tokens; a longer sequence is a chunk by itself.
 
-        The first chunk begins with the prefix, and has nothing else if the first sequence does not fit with it.
+        The first chunk begins with the prefix, and has nothing else if the first sequence does not fit beside it.
         """
         first, start, tokens, prefix = 0, 0, self.prefix, self.prefix
         for index, length in enumerate(self.lengths):
@@ -102,7 +102,7 @@ class RaggedBatch:
         return Chunk(tokens, prefix, self.lengths[sequences], self.segments[sequences])
 
     def token_index(self, keep: Sequence[int]) -> Tensor:
-        """int64: where the tokens of the kept candidates, and those of the prefix, are on the token axis."""
+        """Return where the prefix's and the kept candidates' tokens are on the token axis, int64."""
         device = self.input_ids.device
         kept = torch.zeros(len(self), dtype=torch.bool, device=device)
         kept[torch.tensor(keep, dtype=torch.int64, device=device)] = True
@@ -111,7 +111,7 @@ class RaggedBatch:
         return pad(kept, (self.prefix, 0), value=True).nonzero()[:, 0]
 
     def select(self, keep: Sequence[int]) -> RaggedBatch:
-        """The batch of the kept candidates only; ``keep`` is ascending."""
+        """Return the batch of the kept candidates only; ``keep`` is ascending."""
         index = self.token_index(keep)
         ends = list(accumulate(self.windows))
         sequences = [i for kept in keep for i in range(ends[kept] - self.windows[kept], ends[kept])]
@@ -126,10 +126,10 @@ class RaggedBatch:
 
 
 def _common_prefix(sequences: Sequence[list[int]]) -> int:
-    """How many tokens all sequences begin with, leaving each at least one of its own; 0 where it does not pay."""
+    """Count the tokens that all sequences begin with, but for the last of each; 0 where sharing does not pay."""
     if len(sequences) < 2:
         return 0
-    # What the first and the last in order have in common, all between them have as well.
+    # All sequences begin as the first and the last in order do.
     first, last = min(sequences), max(sequences)
     shortest = min(map(len, sequences)) - 1
     length = next((i for i in range(shortest) if first[i] != last[i]), shortest)
@@ -138,13 +138,13 @@ def _common_prefix(sequences: Sequence[list[int]]) -> int:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive sequences that are computed together.
+    """A chunk is consecutive sequences that are computed together.
 
     Attributes:
-        tokens: Where their tokens are on the token axis.
-        prefix: How many of these are the shared prefix, which comes before the sequences of the first chunk.
-        lengths: Tokens of each sequence.
-        segments: Where query and document are in each, counted from the prefix's first token.
+        tokens: Where the chunk is on the token axis.
+        prefix: How many of these tokens are the shared prefix, with which the first chunk begins.
+        lengths: Number of tokens of each sequence.
+        segments: Where query and document are in each sequence, counted from the prefix's first token.
     """
 
     tokens: slice
@@ -154,16 +154,16 @@ class Chunk:
 
     @property
     def rows(self) -> int:
-        """Rows computed for its tokens, fill included."""
+        """The number of rows that are computed for the chunk, fill included."""
         return filled(self.tokens.stop - self.tokens.start)
 
 
 def filled(rows: int) -> int:
-    """A number of rows rounded up to one of few.
+    """Round a number of rows up to one of few numbers.
 
-    Matrix kernels are made for the number of rows they meet, and kept. Odd numbers cost some MB each, and every
-    new chunk brings one; multiples of 16 to 64 share theirs. Above 128 at most one row in nine is
-    fill, and one in a hundred at the usual chunk.
+    A matrix kernel is made for each number of rows, and kept. Every new chunk would bring an odd number, which
+    costs some MB; multiples of 16 to 64 share their kernels. Above 128 rows at most one row in nine is fill, and
+    one in a hundred at the usual chunk.
     """
     step = min(FILL, max(16, 1 << max(0, (rows - 1).bit_length() - 4)))
     return -(-rows // step) * step

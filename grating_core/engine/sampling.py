@@ -1,4 +1,4 @@
-"""Which token comes next, given the logits of all."""
+"""A sampler picks the next token from the logits of all tokens."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 
 
 class Sampler:
-    """Picks tokens: the likeliest, or at random by what the model thinks of them.
+    """A sampler picks the likeliest token, or a token at random by the model's probabilities.
 
     Args:
-        temperature: What logits are divided by; 0 for the likeliest token always.
-        top_p: The likeliest tokens that have this probability together are picked from.
-        seed: Of the random numbers; None for others every time.
-        device: Where logits are.
+        temperature: Divisor of the logits; 0 for the likeliest token always.
+        top_p: Probability that the tokens to pick from have together, the likeliest first.
+        seed: Seed of the random numbers; None for other numbers every time.
+        device: Device of the logits.
     """
 
     def __init__(self, temperature: float, top_p: float, seed: int | None, device: torch.device) -> None:
@@ -33,10 +33,10 @@ class Sampler:
             self._random.manual_seed(seed)
 
     def pick(self, logits: Tensor) -> int:
-        """The next token, from float32 logits ``[V]``."""
+        """Pick the next token from float32 logits ``[V]``."""
         if self._greedy:
             return int(logits.argmax())
-        before: Any = None  # the tokens, which these processors do not look at
-        # Differences to the largest, for divided by a small temperature logits would overflow.
+        before: Any = None  # the tokens before, which these processors do not look at
+        # Differences to the largest logit: divided by a small temperature, logits would overflow.
         scores = self._processors(before, (logits - logits.max())[None])
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._random))

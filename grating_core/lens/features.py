@@ -1,7 +1,7 @@
-"""The lens: a linear map from the hidden states after a layer to an estimate of the final score.
+"""A lens is a linear map from the hidden states after a layer to an estimate of the final score.
 
 The model's own head is blind in the first half of an encoder. A linear map that is fitted to the model's own final
-scores, on any text and without judgements, sees from the token embeddings on. What it looks at is cheap beside a
+scores, on any text and without judgements, sees from the token embeddings on. Its features are cheap beside a
 layer: the scoring position's state, means over the tokens of query and document, their product, and in the first
 layers how similar the tokens of the query are to those of the document (as in SEE, Busolin et al., SIGIR 2025).
 """
@@ -27,19 +27,19 @@ _SIMILARITIES = 5
 
 
 class Sequences(Protocol):
-    """Consecutive sequences on the token axis, as :class:`grating_core.engine.ragged.Chunk` has them."""
+    """Sequences follow each other on the token axis; see :class:`grating_core.engine.ragged.Chunk`."""
 
     @property
     def prefix(self) -> int:
-        """Tokens of the shared prefix that come before the first sequence here."""
+        """The number of tokens of the shared prefix before the first sequence here."""
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each sequence without the prefix."""
+        """The number of tokens of each sequence without the prefix."""
 
     @property
     def segments(self) -> tuple[Segments, ...]:
-        """Where query and document are in each, counted from the prefix's first token."""
+        """Where query and document are in each sequence, counted from the prefix's first token."""
 
 
 Reader = Callable[[Tensor, Sequences], Tensor]
@@ -47,24 +47,24 @@ Reader = Callable[[Tensor, Sequences], Tensor]
 
 
 class Provisional(Protocol):
-    """What reads provisional scores after each layer, and before the first."""
+    """This protocol reads provisional scores after each layer, and before the first."""
 
     def reader(self, number: int, prefix: int) -> Reader:
-        """What reads the scores of one request after a layer.
+        """Return a reader of the scores of one request after a layer.
 
         Args:
             number: The layer; 0 stands for the token embeddings.
-            prefix: Tokens that all sequences share. The first call must be for the chunk that has them.
+            prefix: Number of tokens that all sequences share. The reader must be called for their chunk first.
         """
 
 
 class Features:
-    """What a lens looks at after one layer, chunk after chunk of a request.
+    """This class computes the features of a lens after one layer, chunk after chunk of a request.
 
     Args:
         number: The layer; 0 stands for the token embeddings.
         depth: Number of layers of the model.
-        prefix: P, tokens that all sequences share. The first chunk must be the one that has them.
+        prefix: Number P of tokens that all sequences share. The first chunk must have them.
         pooling: The token that the head reads: ``"first"``, ``"last"``, or ``"mean"`` of all.
     """
 
@@ -75,14 +75,14 @@ class Features:
         self._shared: Tensor | None = None  # the prefix's states
 
     def __call__(self, hidden: Tensor, sequences: Sequences) -> Tensor:
-        """Features of the sequences.
+        """Compute the features of the sequences.
 
         Args:
-            hidden: ``[1, T, D]`` or longer: the prefix, if the chunk has it, and then the sequences.
-            sequences: How the token axis divides.
+            hidden: Hidden states, ``[1, T, D]`` or longer: the prefix, if the chunk has it, then the sequences.
+            sequences: The division of the token axis.
 
         Returns:
-            float32 ``[N, F]``; F is :func:`feature_count`.
+            The features, float32 ``[N, F]`` with F of :func:`feature_count`.
         """
         if sequences.prefix:
             self._shared = hidden[0, : sequences.prefix].clone()
@@ -111,7 +111,7 @@ class Features:
         return states[-1 if self._pooling == "last" else 0]
 
     def _part(self, states: Tensor, span: tuple[int, int]) -> Tensor:
-        """The states of a span, which may begin in the prefix."""
+        """Return the states of a span, which may begin in the prefix."""
         start, stop = span
         own = states[max(0, start - self._prefix) : max(0, stop - self._prefix)]
         if start >= self._prefix or self._shared is None:
@@ -120,22 +120,22 @@ class Features:
 
 
 def compares_tokens(number: int, depth: int) -> bool:
-    """Whether the similarities of tokens belong to the features of a layer."""
+    """Say whether the similarities of tokens belong to the features of a layer."""
     return number <= depth // _SIMILARITY_PART
 
 
 def feature_count(width: int, similarities: bool) -> int:
-    """F for a model of this width."""
+    """Return the number F of features of a model of this width."""
     return 5 * width + _SIMILARITIES if similarities else 4 * width
 
 
 def _mean(states: Tensor) -> Tensor:
-    """float32 ``[D]``; zero of no tokens."""
+    """Return the mean of states, float32 ``[D]``; zero where there are no tokens."""
     return states.sum(0, dtype=torch.float32) / max(1, len(states))
 
 
 def _compared(query: Tensor, document: Tensor) -> list[Tensor]:
-    """The product of every query token with its most similar document token, and cosines."""
+    """Return the mean product of query tokens with their most similar document tokens, and means of cosines."""
     if not len(query) or not len(document):
         return [query.new_zeros(query.shape[1] + _SIMILARITIES, dtype=torch.float32)]
     # In float32: kernels for bfloat16 are made for the shape they meet and kept, and every pair here has its own.
@@ -151,11 +151,11 @@ def _compared(query: Tensor, document: Tensor) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class LayerMap:
-    """The estimate after one layer: a weighted sum of its features.
+    """A layer's map estimates the final score as a weighted sum of the layer's features.
 
     Attributes:
-        weight: float32 ``[F]``.
-        bias: float32, a scalar. Within a request it makes no difference.
+        weight: Weights of the features, float32 ``[F]``.
+        bias: A float32 scalar, which makes no difference within a request.
     """
 
     weight: Tensor
@@ -163,10 +163,10 @@ class LayerMap:
 
 
 class Lens:
-    """Estimates of the final score after each layer but the last.
+    """A lens estimates the final score after each layer but the last.
 
     Args:
-        maps: That of layer 0, which stands for the token embeddings, to that of the last layer but one.
+        maps: The maps of layer 0, which stands for the token embeddings, to the last layer but one.
         pooling: The token that the model's head reads.
     """
 
@@ -175,10 +175,10 @@ class Lens:
         self.pooling = pooling
 
     def check(self, shape: Shape) -> None:
-        """Compare with a model.
+        """Compare the lens with a model.
 
         Raises:
-            ValueError: It is damaged, or for a model of another shape.
+            ValueError: The lens is damaged, or for a model of another shape.
         """
         if (len(self.maps), self.pooling) != (shape.depth, shape.pooling):
             raise ValueError(
@@ -197,7 +197,7 @@ class Lens:
                     raise ValueError(f"layer {number} has numbers that are not finite float32")
 
     def to(self, device: torch.device) -> Lens:
-        """The same lens on a device."""
+        """Return the same lens on a device."""
         maps = [LayerMap(one.weight.to(device), one.bias.to(device)) for one in self.maps]
         return Lens(maps, self.pooling)
 

@@ -1,4 +1,4 @@
-"""Lenses on disk: what calibration found out about one model, and where it is kept."""
+"""Lenses are kept on disk: what calibration found out about one model."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ _log = logging.getLogger("grating")
 
 @dataclass(frozen=True)
 class Summary:
-    """What calibration measured, on requests that the lens was not fitted on.
+    """A summary says what calibration measured, on requests that the lens was not fitted on.
 
     Attributes:
-        fitted: Requests that the lens was fitted on.
-        measured: Requests that the margins come from.
-        candidates: Candidates of each.
+        fitted: Number of requests that the lens was fitted on.
+        measured: Number of requests that the margins come from.
+        candidates: Number of candidates of each request.
         top_k: The K of the figures below.
-        target: The promise for which they are.
+        target: The promise of the figures below.
         agreement: Share of the full model's top K that was kept.
-        compute_share: Tokens × layers computed, of those without pruning.
+        compute_share: Tokens × layers computed, as a share of those without pruning.
         gammas: Goodman and Kruskal's γ between the estimates after each layer, from layer 0, and the final scores.
     """
 
@@ -64,12 +64,12 @@ class Summary:
 
 @dataclass(frozen=True)
 class CalibratedLens:
-    """A lens, its margins, and which weights they belong to.
+    """A calibrated lens has margins, and belongs to one model.
 
     Attributes:
-        lens: Estimates of the final score.
-        margins: How far they can be trusted.
-        fingerprint: Of the weights, see :func:`grating_core.models.identity.fingerprint`.
+        lens: Estimates the final score.
+        margins: How far the estimates can be trusted.
+        fingerprint: Identity of the model, see :func:`grating_core.models.identity.fingerprint`.
         summary: What calibration measured.
     """
 
@@ -79,11 +79,11 @@ class CalibratedLens:
     summary: Summary
 
     def to(self, device: torch.device) -> CalibratedLens:
-        """The same with the lens on a device."""
+        """Return the same with the lens on a device."""
         return replace(self, lens=self.lens.to(device))
 
     def save(self, directory: Path) -> None:
-        """Write ``lens.safetensors`` and ``lens.json``. What is there is replaced as a whole, or not at all.
+        """Write ``lens.safetensors`` and ``lens.json``. A lens that is there is replaced whole or not at all.
 
         Raises:
             StorageError: The directory cannot be written.
@@ -110,7 +110,7 @@ class CalibratedLens:
         """Read what :meth:`save` wrote.
 
         Raises:
-            FileError: It is missing or damaged.
+            FileError: The lens is missing or damaged.
         """
         description = _describe(directory)
         path = directory / _TENSORS
@@ -134,13 +134,13 @@ class CalibratedLens:
 
 
 def find_lens(fingerprint: str, shape: Shape) -> CalibratedLens | None:
-    """The lens for these weights: calibrated here, or come with this package; None if there is none.
+    """Find the lens of a model: calibrated here, or packaged with grating; None if there is none.
 
-    Nobody has asked for the lens by name, so one that cannot be used is left out, with a warning once.
+    A lens that cannot be used is left out with one warning, because nobody has asked for it by name.
 
     Args:
-        fingerprint: Of the weights.
-        shape: Of the model.
+        fingerprint: Identity of the model.
+        shape: Shape of the model.
     """
     kept = _kept(fingerprint)
     for directory in (*kept, *sorted(_PACKAGED.glob("*/"))):
@@ -153,7 +153,7 @@ def find_lens(fingerprint: str, shape: Shape) -> CalibratedLens | None:
 
 
 def _kept(fingerprint: str) -> list[Path]:
-    """The directory of the lens that was calibrated here, if there is one; a cache that is closed has none."""
+    """Return the directory of the lens that was calibrated here, if there is one and the cache can be read."""
     try:
         directory = lens_directory(fingerprint)
     except StorageError as error:
@@ -163,15 +163,15 @@ def _kept(fingerprint: str) -> list[Path]:
 
 
 def open_lens(directory: Path, shape: Shape, fingerprint: str) -> CalibratedLens:
-    """The lens in a directory, which has to be for these weights.
+    """Read the lens in a directory, which has to belong to this model.
 
     Args:
-        directory: Holds the lens.
-        shape: Of the model.
+        directory: Directory of the lens.
+        shape: Shape of the model.
         fingerprint: Identity of the model.
 
     Raises:
-        FileError: There is none, it is damaged, or it is for other weights.
+        FileError: There is no lens, it is damaged, or it belongs to another model.
     """
     found = CalibratedLens.load(directory)
     if found.fingerprint != fingerprint:
@@ -189,19 +189,19 @@ def open_lens(directory: Path, shape: Shape, fingerprint: str) -> CalibratedLens
 
 @lru_cache
 def warn_once(message: str) -> None:
-    """Log a warning, the first time that it is given in this process."""
+    """Log a warning, but only the first time in this process."""
     _log.warning(message)
 
 
 def require_room_for_lens(directory: Path, shape: Shape) -> None:
-    """Try, before anything is computed, whether there will be room for a lens.
+    """Check, before anything is computed, that there is room for a lens.
 
     Args:
-        directory: Where it will be saved.
-        shape: Of the model.
+        directory: Where the lens will be saved.
+        shape: Shape of the model.
 
     Raises:
-        StorageError: There is none, or nothing can be written there.
+        StorageError: There is no room, or nothing can be written there.
     """
     features = sum(
         feature_count(shape.width, compares_tokens(number, shape.depth)) for number in range(shape.depth)
@@ -210,7 +210,7 @@ def require_room_for_lens(directory: Path, shape: Shape) -> None:
 
 
 def lens_directory(fingerprint: str) -> Path:
-    """Where the lens for these weights is kept when it is calibrated here."""
+    """Return the directory in which a lens that is calibrated here is kept."""
     return cache_directory() / "lenses" / fingerprint[:16]
 
 
