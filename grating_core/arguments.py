@@ -14,6 +14,9 @@ Guarantee = Literal["share", "set"]
 LongDocuments = Literal["truncate", "windows"]
 """What happens to a document that does not fit: its end is cut, or its best window gives its score."""
 
+Scores = Literal["exact", "estimated"]
+"""Whether what is returned went through every layer, or sure winners stop early with an estimate."""
+
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:
     """Return a whole number of any type, numpy's too, as an int.

@@ -17,6 +17,7 @@ from grating_core.engine.attention import CACHED_ATTENTION, PACKED_ATTENTION
 from grating_core.engine.scorer import Scorer
 from grating_core.errors import UnsupportedModelError
 from grating_core.files.places import expanded
+from grating_core.lens.pruning import ByLens
 from grating_core.lens.store import CalibratedLens, find_lens, open_lens
 from grating_core.lifetime import closed_on_error
 from grating_core.memory.meter import resident_memory
@@ -30,6 +31,7 @@ from grating_core.models.gguf import GgufModel, is_gguf
 from grating_core.models.hub import Hub
 from grating_core.models.identity import fingerprint
 from grating_core.models.placement import choose_device, choose_dtype
+from grating_core.pruning import ClusterPolicy, Off, PruningPolicy
 from grating_core.settings import GenerationSettings, ModelSettings, RerankSettings
 from grating_core.text.chat import PromptTokenizer
 from grating_core.text.pairs import load_template
@@ -98,12 +100,21 @@ class OpenReranker:
         asked = "" if self.prompt is None else self.prompt.asked
         return fingerprint(self.directory, self.stored.adapter, asked)
 
-    def lens(self) -> CalibratedLens | None:
-        """Read the lens that the settings name, or the one of this model if there is one, onto its device.
+    def pruning(self) -> PruningPolicy | ByLens:
+        """Return how the settings say that candidates are dropped; with ``"auto"`` this reads the lens.
 
         Raises:
             FileError: The lens that is named is missing or damaged, or is for other weights.
         """
+        chosen = self.settings.pruning
+        if not isinstance(chosen, str):
+            return chosen
+        if chosen == "auto":
+            return ByLens(float(self.settings.target), self.settings.guarantee, self._lens(), str(self.directory))
+        return ClusterPolicy() if chosen == "cluster" else Off()
+
+    def _lens(self) -> CalibratedLens | None:
+        """Read the lens that the settings name, or the one of this model if there is one, onto its device."""
         if self.settings.lens is None:
             found = find_lens(self.identity, self.stored.shape)
         else:

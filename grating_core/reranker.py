@@ -2,69 +2,46 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import wraps
 from pathlib import Path
 from threading import Event
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 
 from grating_core import arguments
-from grating_core.arguments import Guarantee, LongDocuments, check_query, whole_number
-from grating_core.engine.scorer import Scorer
+from grating_core.arguments import Guarantee, LongDocuments, Scores, check_query, whole_number
+from grating_core.engine.scorer import Pause, Scorer
 from grating_core.files.places import expanded
-from grating_core.forking import Threads, computed
-from grating_core.lens.calibrate import calibrate
-from grating_core.lens.pruning import ByLens, check_share, plan_pruning
-from grating_core.lens.recalibrate import Logged, Recalibration, start_recalibration
+from grating_core.forking import Threads
+from grating_core.lens.calibrate import Effort, calibrate
+from grating_core.lens.pruning import ByLens, plan_pruning
+from grating_core.lens.recalibrate import Logged, Recalibration, for_a_caller, start_recalibration
 from grating_core.lens.state import Sampling
-from grating_core.lens.store import CalibratedLens, lens_directory, warn_once
+from grating_core.lens.store import CalibratedLens, lens_directory
 from grating_core.lifetime import Loaded, closed_on_error
 from grating_core.opening import open_reranker
-from grating_core.pruning import ClusterPolicy, Off, PruningPolicy
-from grating_core.results import RankedDocument, RerankResult
+from grating_core.pruning import PruningPolicy
+from grating_core.results import RerankResult
 from grating_core.settings import PruningName, RerankSettings
 from grating_core.text.prompts import Prompt
 
 _CALLS = 4  # of arerank at a time, where they need not take turns
 
-_log = logging.getLogger("grating")
-
-Arguments = ParamSpec("Arguments")
-Returned = TypeVar("Returned")
-
-
-def _for_a_caller(
-    method: Callable[Concatenate[Reranker, Arguments], Returned],
-) -> Callable[Concatenate[Reranker, Arguments], Returned]:
-    """The method, during which nothing is computed for recalibration."""
-
-    @wraps(method)
-    def call(self: Reranker, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
-        recalibration = self.recalibration
-        with nullcontext() if recalibration is None else recalibration.caller():
-            return computed(method, self, *args, **kwargs)
-
-    return call
-
 
 class Reranker(Loaded[Scorer, RerankSettings]):
-    """Finds the K of N documents that answer a query best, with a cross-encoder.
+    """A reranker finds the K of N documents that answer a query best, with a cross-encoder.
 
-    All documents go through the model together, layer by layer, packed without padding; those that cannot
-    reach the top K stop being computed. Made by :meth:`from_pretrained`. May be called from several threads, and
-    from a forked child. Pickled or copied it is loaded again, from the same name with the same settings; a
-    ``token`` is never written, so the other process needs its own.
+    All documents go through the model together, layer by layer, packed without padding. Those that cannot reach
+    the top K stop being computed. :meth:`from_pretrained` makes a reranker. Several threads may call it, and a
+    forked child. Pickled or copied it is loaded again with its settings, but for a ``token``, which is never
+    written.
     """
 
     def __init__(
         self,
         scorer: Scorer,
-        *,
         model_path: Path,
         identity: str,
         pruning: PruningPolicy | ByLens,
@@ -80,11 +57,11 @@ class Reranker(Loaded[Scorer, RerankSettings]):
         self.model_path = model_path
         """The local directory that the weights were read from."""
         self.identity = identity
-        """What lenses and whatever else is learnt about these weights go by."""
+        """What tells this model, and how it is asked, from others; a lens belongs to one identity."""
         self.pruning = pruning
         """How candidates are dropped early."""
         self.recalibration = self._start_recalibration()
-        """What ``recalibrate`` has found out so far; None if it is off, or if there is no lens yet to move."""
+        """What ``recalibrate`` has found out; None if it is off, or if there is no lens yet to move."""
 
     @classmethod
     def from_pretrained(  # noqa: D417 - the settings describe the other arguments
@@ -142,55 +119,32 @@ class Reranker(Loaded[Scorer, RerankSettings]):
     def shared(cls, model: str | Path, **settings: Any) -> Reranker:
         """Return the process's one reranker with these settings, loaded if nobody holds it yet.
 
-        It is freed when the last holder lets go of it. Do not close it: others may be using it.
-
-        Args:
-            model: As in :meth:`from_pretrained`.
-            settings: As in :meth:`from_pretrained`; a policy object must be hashable.
-
-        Raises:
-            ValueError: The policy object is not hashable; and as :meth:`from_pretrained` does.
+        It is freed when the last holder lets go of it. Do not close it: others may be using it. The arguments and
+        errors are those of :meth:`from_pretrained`; a policy object must be hashable.
         """
         return cls.open_shared(RerankSettings(model=model, **settings))
 
     @classmethod
     def _open(cls, settings: RerankSettings) -> Reranker:
-        check_share(settings.recalibrate, settings.pruning)
+        sampling = Sampling.of(settings)
         opened = open_reranker(settings)
         with closed_on_error(opened):
-            pruning: PruningPolicy | ByLens
-            if isinstance(settings.pruning, str) and settings.pruning == "auto":
-                pruning = ByLens(settings.target, settings.guarantee, opened.lens())
-            else:
-                pruning = _policy(settings.pruning)
-            share = settings.recalibrate
-            return cls(
-                opened.load(),
-                model_path=opened.directory,
-                identity=opened.identity,
-                pruning=pruning,
-                sampling=Sampling(share, settings.target, settings.guarantee) if share else None,
-            )
+            pruning = opened.pruning()  # before the weights, because a lens may be missing
+            return cls(opened.load(), opened.directory, opened.identity, pruning, sampling)
 
     def rerank(
-        self,
-        query: str,
-        documents: Iterable[str],
-        top_k: int = 10,
-        *,
-        scores: Literal["exact", "estimated"] = "exact",
+        self, query: str, documents: Iterable[str], top_k: int = 10, *, scores: Scores = "exact"
     ) -> RerankResult:
         """Rank the documents by relevance to the query and return the best.
 
         Args:
             query: The question; not empty.
-            documents: N texts, in any form that has an order: a list, an array, a generator. None at all,
-                duplicates and empty strings are fine. Texts longer than the model's window are cut, and listed in
-                the trace.
+            documents: N texts in any form that has an order, such as a list or a generator; N may be 0. Texts that
+                are longer than the model's window are cut, and listed in the trace.
             top_k: How many to return. N or more returns all N, and nothing is pruned then.
-            scores: ``"exact"``: what is returned went through every layer, so its scores are the full
-                model's. ``"estimated"``: sure winners stop early as well, which is faster; their scores are
-                estimates and marked so, and they rank before those that went on.
+            scores: ``"exact"`` computes what is returned through every layer, so its scores are the full model's.
+                ``"estimated"`` lets sure winners stop early as well, which is faster. Their scores are estimates
+                and marked so, and they rank before those that went on.
 
         Returns:
             The top ``min(top_k, N)`` documents, best first, and the trace.
@@ -203,14 +157,9 @@ class Reranker(Loaded[Scorer, RerankSettings]):
         return self._rerank(query, documents, top_k, scores)
 
     async def arerank(
-        self,
-        query: str,
-        documents: Iterable[str],
-        top_k: int = 10,
-        *,
-        scores: Literal["exact", "estimated"] = "exact",
+        self, query: str, documents: Iterable[str], top_k: int = 10, *, scores: Scores = "exact"
     ) -> RerankResult:
-        """:meth:`rerank` in a worker thread, so that the event loop goes on.
+        """Call :meth:`rerank` in a worker thread, so that the event loop goes on.
 
         When the task is cancelled, the computing stops after the chunk it is at.
         """
@@ -221,49 +170,30 @@ class Reranker(Loaded[Scorer, RerankSettings]):
         finally:
             abandoned.set()
 
-    @_for_a_caller
+    @for_a_caller
     def _rerank(
-        self,
-        query: str,
-        documents: Iterable[str],
-        top_k: int,
-        scores: Literal["exact", "estimated"],
-        pause: Callable[[], bool] | None = None,
+        self, query: str, documents: Iterable[str], top_k: int, scores: Scores, pause: Pause | None = None
     ) -> RerankResult:
-        scorer = self.scorer
+        self._model()
         documents = arguments.texts("documents", documents)
         check_query(query)
         top_k = whole_number("top_k", top_k)
         if scores not in ("exact", "estimated"):
             raise ValueError(f"scores={scores!r} must be 'exact' or 'estimated'")
-        if isinstance(self.pruning, ByLens) and self.lens is None and top_k < len(documents):
-            warn_once(
-                f"pruning='auto' drops nothing with {self.model_path}, which has no lens: fit one to your texts "
-                f"with 'grating calibrate' or Reranker.calibrate, or take pruning='off'"
-            )
         recalibration = self.recalibration
-        pruning = plan_pruning(
-            self.pruning,
-            len(documents),
-            top_k,
-            exact=scores == "exact",
-            factor=1.0 if recalibration is None else recalibration.factor,
-        )
-        found = scorer.rank(query, documents, top_k, pruning, pause)
-        ranking = [
-            RankedDocument(winner.index, winner.score, documents[winner.index], winner.estimated)
-            for winner in found.winners
-        ]
+        factor = 1.0 if recalibration is None else recalibration.factor
+        pruning = plan_pruning(self.pruning, len(documents), top_k, exact=scores == "exact", factor=factor)
+        result = self.scorer.rank(query, documents, top_k, pruning, pause)
         if recalibration is not None and top_k < len(documents):
-            recalibration.sample(Logged(query, documents, tuple(ranked.index for ranked in ranking)))
-        return RerankResult(ranking, found.trace)
+            recalibration.sample(Logged(query, documents, tuple(ranked.index for ranked in result.ranking)))
+        return result
 
-    @_for_a_caller
+    @for_a_caller
     def score(self, pairs: Iterable[tuple[str, str]], *, show_progress: bool = False) -> list[float]:
-        """The relevance of each text to its query, by the full model.
+        """Compute the relevance of each text to its query, by the full model.
 
         Args:
-            pairs: ``(query, text)`` for each score wanted, as a list, an array or a ``zip``. Queries may differ.
+            pairs: Pairs ``(query, text)`` as a list, an array or a ``zip``. Queries may differ.
             show_progress: Show a progress bar on standard error.
 
         Returns:
@@ -274,33 +204,27 @@ class Reranker(Loaded[Scorer, RerankSettings]):
             ScoreError: The model gave a score that is not a finite number.
             RuntimeError: The reranker has been closed.
         """
-        scorer = self.scorer
-        return scorer.scores(arguments.pairs("pairs", pairs), show_progress=show_progress)
+        return self.scorer.scores(arguments.pairs("pairs", pairs), show_progress=show_progress)
 
     def tail(self, text: str, tokens: int | None = None) -> str:
-        """The end of a text: its last tokens, as the model counts them, or all of it if it has no more.
-
-        A query that fills the window is refused; of a conversation the last words are what it is about.
+        """Return the end of a text: its last tokens, or all of it if it has no more.
 
         Args:
-            text: A query, for instance.
-            tokens: How many to keep, 1 or more; None for half of the window, which leaves the rest to a document.
+            text: A query that may be too long, such as a conversation, whose last words say what it is about.
+            tokens: How many tokens to keep, 1 or more; None for half of the window.
 
         Raises:
             ValueError: ``tokens`` is below 1.
         """
         tokens = self.max_length // 2 if tokens is None else whole_number("tokens", tokens)
-        kept = self._template.tail(text, tokens)
-        if kept != text:
-            _log.info("of a text of %d characters the last %d tokens are used", len(text), tokens)
-        return kept
+        return self._template.tail(text, tokens)
 
     @property
     def lens(self) -> CalibratedLens | None:
-        """The lens that it prunes by, with its margins; None if it prunes otherwise."""
+        """The lens that this reranker prunes by, with its margins; None if there is none."""
         return self.pruning.calibrated if isinstance(self.pruning, ByLens) else None
 
-    @_for_a_caller
+    @for_a_caller
     def calibrate(
         self,
         documents: Iterable[str] | Mapping[str, Iterable[str]],
@@ -313,50 +237,41 @@ class Reranker(Loaded[Scorer, RerankSettings]):
         seed: int = 0,
         show_progress: bool = False,
     ) -> CalibratedLens:
-        """Fit a lens to this model and find the margins that keep a promise, on texts of your own.
+        """Fit a lens to this model on texts of your own, and find the margins that keep a promise.
 
-        Takes as long as that many requests without pruning, and for the fit some hundred MB beside any
-        ``memory_budget``. The lens then belongs to the model: it is found by every later ``pruning="auto"``, and
-        this reranker uses it from now on if it was made so.
+        This takes as long as that many requests without pruning, and some hundred MB for the fit beside any
+        ``memory_budget``. The lens then belongs to the model: every later ``pruning="auto"`` finds it, and so does
+        this reranker if it was made so.
 
         Args:
             documents: Texts like those that will be reranked, more than ``candidates``. No judgements are needed.
-                Or several corpora by name: the promise is then made for corpora that the lens has not seen, as
-                each of them is to the others.
-            queries: Questions like those that will be asked, or those of the corpora by name; None to make them of
+                Several corpora by name make the promise for corpora that the lens has not seen, as each of them is
+                to the others.
+            queries: Questions like those that will be asked, or those of the corpora by name. None makes them of
                 titles or leading sentences.
-            top_k: The K for which the summary says what is saved and lost; the lens is for any.
-            candidates: How many documents a request has. The margins are for as many or fewer; for more they are
-                wider, and less is saved.
-            requests: How many requests to compute; fewer if there are fewer queries. At least as many as the
-                target needs: with n requests no promise above 1 - 2.5 / (n + 1) can be made.
+            top_k: The K for which the summary says what is saved and lost; the lens is for any K.
+            candidates: How many documents a request has. For requests with more, less is saved.
+            requests: How many requests to compute; fewer if there are fewer queries. With n requests no promise
+                above 1 - 2.5 / (n + 1) can be made.
             output: The directory that the lens is written to; None for grating's cache.
             seed: Seed of the choice of queries.
             show_progress: Show progress bars on standard error.
 
         Returns:
-            The lens; its ``summary`` says what it will save and lose.
+            The lens, whose ``summary`` says what it will save and lose.
 
         Raises:
             ValueError: An argument is not usable, or there is too little text; the message names it.
-            StorageError: The output cannot be written, or grating's cache has no room for what is recorded.
+            StorageError: The output cannot be written, or grating's cache has no room for what is observed.
         """
         scorer = self.scorer
         place = lens_directory(self.identity) if output is None else expanded(output)
+        effort = Effort(top_k=top_k, candidates=candidates, requests=requests, seed=seed)
+        target = self.pruning.target if isinstance(self.pruning, ByLens) else RerankSettings.target
         calibrated = calibrate(
-            scorer.observe,
-            scorer.shape,
-            self.identity,
-            documents,
-            queries,
-            top_k=top_k,
-            candidates=candidates,
-            requests=requests,
-            target=self.pruning.target if isinstance(self.pruning, ByLens) else RerankSettings.target,
-            directory=place,
-            seed=seed,
-            show_progress=show_progress,
-        )
+            scorer.observe, scorer.model.shape, self.identity, documents, queries, effort,
+            target=target, directory=place, show_progress=show_progress,
+        )  # fmt: skip
         if isinstance(self.pruning, ByLens):
             if output is not None and self.settings is not None:
                 self.settings = replace(self.settings, lens=place)
@@ -375,26 +290,26 @@ class Reranker(Loaded[Scorer, RerankSettings]):
 
     @property
     def scorer(self) -> Scorer:
-        """What computes its requests. Raises ``RuntimeError`` when the reranker has been closed."""
+        """What computes the requests. Raises ``RuntimeError`` when the reranker has been closed."""
         return self._model()
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device that computes."""
         return self.scorer.model.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the layers compute in."""
+        """The dtype that the layers compute in."""
         return self.scorer.model.dtype
 
     @property
     def max_length(self) -> int:
-        """Most tokens of a query and a document together."""
+        """The most tokens of a query and a document together."""
         return self._template.window
 
     def count_tokens(self, text: str) -> int:
-        """How many tokens the model's tokenizer makes of a text, special tokens not counted."""
+        """Count the tokens that the model's tokenizer makes of a text, without special tokens."""
         return self._template.count_tokens(text)
 
     def _start_recalibration(self) -> Recalibration[Scorer] | None:
@@ -403,9 +318,3 @@ class Reranker(Loaded[Scorer, RerankSettings]):
     def _stop_recalibration(self) -> None:
         if self.recalibration is not None:
             self.recalibration.close()
-
-
-def _policy(pruning: str | PruningPolicy) -> PruningPolicy:
-    if not isinstance(pruning, str):
-        return pruning
-    return ClusterPolicy() if pruning == "cluster" else Off()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from itertools import groupby
 from time import perf_counter
 
@@ -13,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from grating_core.engine.forward import Outcome, Winner, forward
+from grating_core.engine.forward import Outcome, forward
 from grating_core.engine.ragged import RaggedBatch, filled
 from grating_core.files.places import cache_directory
 from grating_core.forking import Lock
@@ -24,22 +23,17 @@ from grating_core.lifetime import closed_error
 from grating_core.memory.hidden import HiddenInMemory, HiddenOnDisk, HiddenStates
 from grating_core.memory.meter import PeakMemory
 from grating_core.memory.plan import LARGEST_WORK, MemoryPlan
-from grating_core.models.cross_encoder import CrossEncoder, Shape
+from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.pruning import Off
-from grating_core.results import Trace
+from grating_core.results import RankedDocument, RerankResult, Trace
 from grating_core.text.pairs import Template, TokenisedPair
 
 _CHUNK_TOKENS = {"cuda": 32768, "mps": 8192}  # on the CPU it depends on the size of the layers
 _GROUP = 256  # pairs that scores() holds in memory at a time
+Pause = Callable[[], bool]
+"""Says whether to give up; it is asked before each chunk."""
+
 _UNPRUNED = Pruning(Off())
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """The candidates of the top K, best first, and the record of how they were found."""
-
-    winners: list[Winner]
-    trace: Trace
 
 
 class Scorer:
@@ -65,11 +59,6 @@ class Scorer:
         self.turn: AbstractContextManager[None] = Lock() if self.takes_turns else nullcontext()
         self._closed = False
 
-    @property
-    def shape(self) -> Shape:
-        """The numbers of the model that a lens has to fit."""
-        return self.model.shape
-
     def close(self) -> None:
         """Free the weights and close the files. The caller holds the turn."""
         self._closed = True
@@ -81,8 +70,8 @@ class Scorer:
         documents: Sequence[str],
         top_k: int,
         pruning: Pruning,
-        pause: Callable[[], bool] | None = None,
-    ) -> Ranked:
+        pause: Pause | None = None,
+    ) -> RerankResult:
         """Find the ``top_k`` documents that answer the query best.
 
         Args:
@@ -94,11 +83,15 @@ class Scorer:
         """
         started = perf_counter()
         if not documents:
-            return Ranked([], Trace((), self.model.depth, (), (), perf_counter() - started))
+            return RerankResult([], Trace((), self.model.depth, (), (), perf_counter() - started))
         candidates = self.template.encode(query, documents)
         batch = self._pack(candidates)
         peak = None if self.plan is None else PeakMemory(self.model.device)
         outcome = self._forward(batch, pruning, top_k=min(top_k, len(batch)), peak=peak, pause=pause)
+        ranking = [
+            RankedDocument(winner.index, winner.score, documents[winner.index], winner.estimated)
+            for winner in outcome.winners
+        ]
         usage = outcome.usage
         trace = Trace(
             layers=tuple(outcome.layers),
@@ -114,7 +107,7 @@ class Scorer:
             embedding_hit_rate=usage.hit_rate,
             peak_memory=None if peak is None else peak.bytes,
         )
-        return Ranked(outcome.winners, trace)
+        return RerankResult(ranking, trace)
 
     def scores(self, pairs: Sequence[tuple[str, str]], *, show_progress: bool = False) -> list[float]:
         """Compute the full model's score of each pair of query and text.
@@ -138,7 +131,7 @@ class Scorer:
                 bar.update(len(group))
         return found
 
-    def full_scores(self, request: Request, pause: Callable[[], bool]) -> tuple[float, ...]:
+    def full_scores(self, request: Request, pause: Pause) -> tuple[float, ...]:
         """Compute the full model's score of each document of a request.
 
         Args:
@@ -183,7 +176,7 @@ class Scorer:
         top_k: int = 1,
         first_number: int = 0,
         peak: PeakMemory | None = None,
-        pause: Callable[[], bool] | None = None,
+        pause: Pause | None = None,
     ) -> Outcome:
         with self.turn:
             if self._closed and self.model.remembers:  # while this call waited

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from grating_core import arguments
@@ -16,19 +17,38 @@ from grating_core.models.cross_encoder import Shape
 Corpora = Mapping[str, Iterable[str]]
 
 
+@dataclass(frozen=True)
+class Effort:
+    """This class says how much is computed to calibrate; see :meth:`grating_core.Reranker.calibrate`.
+
+    Raises:
+        ValueError: A number is not usable; the message names it.
+    """
+
+    top_k: int
+    candidates: int
+    requests: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("top_k", 1), ("candidates", 1), ("requests", 1), ("seed", 0)):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
+        if not self.top_k < self.candidates:
+            raise ValueError(f"top_k={self.top_k} must be below candidates={self.candidates}")
+        if self.requests < FEWEST_REQUESTS:
+            raise ValueError(f"requests={self.requests} are too few to fit a lens: use {FEWEST_REQUESTS} or more")
+
+
 def calibrate(
     observe: Observe,
     shape: Shape,
-    fingerprint: str,
+    identity: str,
     documents: Iterable[str] | Corpora,
     queries: Iterable[str] | Corpora | None,
+    effort: Effort,
     *,
-    top_k: int,
-    candidates: int,
-    requests: int,
     target: float,
     directory: Path,
-    seed: int,
     show_progress: bool,
 ) -> CalibratedLens:
     """Fit a lens to a model, and save it.
@@ -36,34 +56,25 @@ def calibrate(
     Args:
         observe: Computes a request with the model, without pruning.
         shape: Shape of the model.
-        fingerprint: Identity of the model.
-        documents: The other arguments are those of :meth:`grating_core.Reranker.calibrate`.
-        queries: See there.
-        top_k: See there.
-        candidates: See there.
-        requests: See there.
+        identity: Identity of the model.
+        documents: Texts, or corpora by name; see :meth:`grating_core.Reranker.calibrate`.
+        queries: Questions, or those of the corpora by name; None makes them of the documents.
+        effort: How much is computed.
         target: The promise for which the summary says what is saved and lost.
         directory: Where the lens is saved.
-        seed: See there.
-        show_progress: See there.
+        show_progress: Show progress bars on standard error.
 
     Raises:
-        ValueError: An argument is not usable; the message names it. Raised before anything is computed.
+        ValueError: There is too little text. Raised before anything is computed.
         StorageError: The lens cannot be saved, or there is no room for what is observed.
     """
-    top_k, candidates = whole_number("top_k", top_k), whole_number("candidates", candidates)
-    requests, seed = whole_number("requests", requests), whole_number("seed", seed, 0)
-    if not top_k < candidates:
-        raise ValueError(f"top_k={top_k} must be below candidates={candidates}")
-    if requests < FEWEST_REQUESTS:
-        raise ValueError(f"requests={requests} are too few to fit a lens: use {FEWEST_REQUESTS} or more")
-    made = _requests_of(documents, queries, candidates=candidates, requests=requests, seed=seed)
+    made = _requests_of(documents, queries, effort)
     require_room_for_lens(directory, shape)
     calibrated = fit(
         [observe_all(observe, some, shape, show_progress=show_progress) for some in made],
         pooling=shape.pooling,
-        fingerprint=fingerprint,
-        top_k=top_k,
+        fingerprint=identity,
+        top_k=effort.top_k,
         target=target,
         show_progress=show_progress,
     )
@@ -72,12 +83,7 @@ def calibrate(
 
 
 def _requests_of(
-    documents: Iterable[str] | Corpora,
-    queries: Iterable[str] | Corpora | None,
-    *,
-    candidates: int,
-    requests: int,
-    seed: int,
+    documents: Iterable[str] | Corpora, queries: Iterable[str] | Corpora | None, effort: Effort
 ) -> list[list[Request]]:
     """Make as many requests of each corpus."""
     corpora = documents if isinstance(documents, Mapping) else {"documents": documents}
@@ -88,9 +94,9 @@ def _requests_of(
         make_requests(
             arguments.texts("documents", texts),
             None if (some := asked.get(name)) is None else arguments.texts("queries", some),
-            candidates=candidates,
-            count=-(-requests // len(corpora)),
-            seed=seed,
+            candidates=effort.candidates,
+            count=-(-effort.requests // len(corpora)),
+            seed=effort.seed,
         )
         for name, texts in corpora.items()
     ]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from grating_core.arguments import Guarantee, is_number
+from grating_core.arguments import Guarantee
 from grating_core.lens.features import Provisional
-from grating_core.lens.store import CalibratedLens
+from grating_core.lens.store import CalibratedLens, warn_once
 from grating_core.pruning import ClusterPolicy, MarginPolicy, Off, PruningPolicy
 
 
@@ -19,11 +19,13 @@ class ByLens:
         target: What is kept, see :meth:`grating_core.Reranker.from_pretrained`.
         guarantee: What the target counts, see there.
         calibrated: The lens, on the model's device; None if there is none yet.
+        model: Name of the model; for messages.
     """
 
     target: float
     guarantee: Guarantee
     calibrated: CalibratedLens | None
+    model: str = "this model"
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Pruning:
 def plan_pruning(
     by: PruningPolicy | ByLens, candidates: int, top_k: int, *, exact: bool, factor: float = 1.0
 ) -> Pruning:
-    """Decide how a request is pruned.
+    """Decide how a request is pruned. A line in the log says once that the model has no lens.
 
     Args:
         by: The user's policy, or the lens of the model.
@@ -57,7 +59,13 @@ def plan_pruning(
     """
     if not isinstance(by, ByLens):
         return Pruning(scaled(by, factor), exact=exact)
-    if by.calibrated is None or top_k >= candidates:
+    if top_k >= candidates:
+        return Pruning(Off(), exact=exact)
+    if by.calibrated is None:
+        warn_once(
+            f"pruning='auto' drops nothing with {by.model}, which has no lens: fit one to your texts with "
+            f"'grating calibrate' or Reranker.calibrate, or take pruning='off'"
+        )
         return Pruning(Off(), exact=exact)
     policy = by.calibrated.margins.policy(candidates, top_k, target=by.target, guarantee=by.guarantee, exact=exact)
     if min(policy.drop) == math.inf:  # too few requests were calibrated on for this promise
@@ -72,29 +80,3 @@ def scaled(policy: PruningPolicy, factor: float) -> PruningPolicy:
     if isinstance(policy, MarginPolicy):
         return MarginPolicy(*(tuple(factor * margin for margin in side) for side in (policy.drop, policy.select)))
     return policy
-
-
-def check_share(recalibrate: float, pruning: object) -> None:
-    """Refuse a share that is no share, and a policy in which recalibration has nothing to move.
-
-    Args:
-        recalibrate: The share of requests to compute again.
-        pruning: What the reranker prunes by: a name, or a policy object.
-
-    Raises:
-        ValueError: The share or the policy is not usable.
-    """
-    if not is_number(recalibrate) or not 0 <= recalibrate <= 1:
-        raise ValueError(f"recalibrate={recalibrate!r} must be a share of requests: a number from 0 (off) to 1")
-    if not recalibrate or (isinstance(pruning, str) and pruning in ("auto", "cluster")):
-        return
-    if not isinstance(pruning, ClusterPolicy):
-        raise ValueError(
-            f"recalibrate={recalibrate} moves the margins of a lens or the threshold of a ClusterPolicy, and "
-            f"pruning={pruning!r} has neither: use 'auto', 'cluster' or a ClusterPolicy, or leave recalibrate out"
-        )
-    if pruning.dispersion_threshold in (0, math.inf):
-        raise ValueError(
-            f"recalibrate={recalibrate} multiplies the threshold of {pruning!r}, which stays the same then: give "
-            f"it a finite one above 0, or leave recalibrate out"
-        )

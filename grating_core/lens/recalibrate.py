@@ -11,16 +11,17 @@ import random
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from threading import Condition, Thread, current_thread
 from time import monotonic
-from typing import Generic, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 from grating_core.errors import StorageError
 from grating_core.files.places import go_on_without_cache
-from grating_core.forking import Interrupted, tell_of_forks
+from grating_core.forking import Interrupted, computed, tell_of_forks
 from grating_core.lens.pruning import ByLens
 from grating_core.lens.requests import Request
 from grating_core.lens.state import RECENT, Sampling, State, state_path
@@ -33,6 +34,9 @@ _PATIENCE = 5.0  # seconds that closing waits for the thread
 _ROUNDING = 1e-4  # of the range of scores: those of duplicates differ a little
 
 Owner = TypeVar("Owner")
+Watched = TypeVar("Watched", bound="Recalibrated")
+Arguments = ParamSpec("Arguments")
+Returned = TypeVar("Returned")
 Rerun = Callable[[Owner, "Logged", Callable[[], bool]], Sequence[float]]
 
 _log = logging.getLogger("grating")
@@ -247,3 +251,23 @@ def start_recalibration(
     if sampling is None or not isinstance(moved, ClusterPolicy | Margins):
         return None
     return Recalibration(owner, rerun, sampling, state_path(identity, moved, sampling))
+
+
+class Recalibrated(Protocol):
+    """Something that is recalibrated while nobody waits for it."""
+
+    recalibration: Recalibration[Any] | None
+
+
+def for_a_caller(
+    method: Callable[Concatenate[Watched, Arguments], Returned],
+) -> Callable[Concatenate[Watched, Arguments], Returned]:
+    """Wrap a method that computes for a caller, so that nothing is computed for recalibration meanwhile."""
+
+    @wraps(method)
+    def call(self: Watched, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
+        recalibration = self.recalibration
+        with nullcontext() if recalibration is None else recalibration.caller():
+            return computed(method, self, *args, **kwargs)
+
+    return call

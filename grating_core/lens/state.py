@@ -22,6 +22,7 @@ from grating_core.files.places import cache_directory, go_on_without_cache, is_k
 from grating_core.files.reading import read_json
 from grating_core.files.writing import make_private, replace_file
 from grating_core.pruning import ClusterPolicy, Margins
+from grating_core.settings import RerankSettings
 
 # A whole top 1 lost at a target of 0.98 widens by 22 %, one of 10 by 2 %; a request without loss narrows by 0.4 %.
 STEP = 0.2
@@ -45,6 +46,28 @@ class Sampling:
     share: float
     target: float
     guarantee: Guarantee
+
+    @classmethod
+    def of(cls, settings: RerankSettings) -> Sampling | None:
+        """Return what the settings say; None if recalibration is off.
+
+        Raises:
+            ValueError: The policy has nothing that recalibration could move.
+        """
+        share, pruning = float(settings.recalibrate), settings.pruning
+        if not share:
+            return None
+        if not isinstance(pruning, ClusterPolicy) and pruning not in ("auto", "cluster"):
+            raise ValueError(
+                f"recalibrate={share} moves margins of a lens or the threshold of a ClusterPolicy, and pruning="
+                f"{pruning!r} has neither: use 'auto', 'cluster' or a ClusterPolicy, or leave recalibrate out"
+            )
+        if isinstance(pruning, ClusterPolicy) and pruning.dispersion_threshold in (0, math.inf):
+            raise ValueError(
+                f"recalibrate={share} multiplies the threshold of {pruning!r}, which stays the same then: give "
+                f"it a finite one above 0, or leave recalibrate out"
+            )
+        return cls(share, float(settings.target), settings.guarantee)
 
 
 @dataclass(frozen=True)

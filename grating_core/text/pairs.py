@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,8 @@ from grating_core.text.windows import divided
 
 Span = tuple[int, int]  # first position, and the one after the last
 _COUNTED = 100_000  # characters of a query whose tokens are counted to say how many are too many
+
+_log = logging.getLogger("grating")
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,10 @@ class Template(ABC):
 
     def tail(self, text: str, tokens: int) -> str:
         """Return the last tokens of a text, as text; all of it if it has no more."""
-        return self._tokenizer.tail(text, tokens)
+        kept = self._tokenizer.tail(text, tokens)
+        if kept != text:
+            _log.info("of a text of %d characters the last %d tokens are used", len(text), tokens)
+        return kept
 
     def _most(self, room: int) -> int | None:
         """Return how many tokens of a document are looked at; None for all."""

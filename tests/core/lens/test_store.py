@@ -251,7 +251,7 @@ def test_a_named_pipe_in_the_place_of_a_lens(cache: Path, caplog: pytest.LogCapt
 
 
 def test_the_lenses_that_come_with_the_package_are_whole(bundled: Reranker) -> None:
-    assert find_lens(bundled.identity, bundled.scorer.shape) is not None
+    assert find_lens(bundled.identity, bundled.scorer.model.shape) is not None
 
 
 def test_bad_settings(tiny_bert: Path, tmp_path: Path) -> None:
