@@ -1,4 +1,4 @@
-"""What a request returns: a ranking and the trace of how it came about, or a generated text and what it took."""
+"""A request returns a ranking and the trace of how it came about, or a generated text and what it took."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from grating_core.pruning import Route
 
 @dataclass(frozen=True)
 class RankedDocument:
-    """A document in its place.
+    """A document in its place of the ranking.
 
     Attributes:
-        index: Its position in the caller's list.
+        index: Position of the document in the caller's list.
         score: The model's relevance score: a raw logit, higher is more relevant.
         text: The document.
-        estimated: Whether the score is an estimate read before the last layer. Never with ``scores="exact"``. By a
-            lens it only compares with other estimates of the request: its level may be off.
+        estimated: Whether the score is an estimate that was read before the last layer; never with
+            ``scores="exact"``. The level of a lens' estimate may be off: compare it only with other estimates of
+            the same request.
     """
 
     index: int
@@ -28,18 +29,18 @@ class RankedDocument:
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """One layer of a rerank.
+    """This is the record of one layer of a rerank.
 
     Attributes:
-        layer: Its number, from 1; 0 for the token embeddings, which only a lens reads.
-        alive: The candidates that were computed, as indices of documents.
-        routes: What the policy decided for each of them afterwards. With ``scores="exact"`` a selected
-            candidate is computed to the end all the same.
-        scores: The provisional score of each, by the head or by a lens; after the last layer, the score.
-        tokens: Tokens computed; none for layer 0.
-        seconds: Time taken, reading scores and deciding included.
-        seconds_waited: How much of it computing stood still for the disk.
-        bytes_read: Weights and embedding rows read from disk for it.
+        layer: Number of the layer, from 1; 0 for the token embeddings, which only a lens reads.
+        alive: Candidates that were computed, as indices of documents.
+        routes: What the policy decided afterwards for each candidate. With ``scores="exact"`` a selected candidate
+            is computed to the end all the same.
+        scores: Provisional score of each candidate, by the head or by a lens; after the last layer, the score.
+        tokens: Number of tokens computed; 0 for layer 0.
+        seconds: Time of the layer, with reading scores and deciding.
+        seconds_waited: Part of that time in which computing stood still for the disk.
+        bytes_read: Bytes of weights and embedding rows that were read from disk for the layer.
     """
 
     layer: int
@@ -54,25 +55,25 @@ class LayerTrace:
 
 @dataclass(frozen=True)
 class Trace:
-    """The record of one rerank.
+    """A trace is the record of one rerank.
 
     Attributes:
         layers: One record for each layer that was computed.
         depth: Number of layers of the model.
-        lengths: Tokens of each candidate, query and special tokens included, in all its windows.
+        lengths: Number of tokens of each candidate in all its windows, with query and special tokens.
         truncated: Indices of the documents whose end did not fit into the window.
-        windows: How many windows each candidate was divided into: 1, or more with ``long_documents="windows"``.
-        shared_prefix: Tokens that all of them begin with and that were computed only once.
-        seconds: Time of the whole rerank, tokenising included.
-        seconds_waited: How much of it computing stood still for the disk, reading embedding rows included.
-        bytes_read: Bytes of weights and embedding rows read from disk.
-        bytes_spilled: Bytes of hidden states written to disk.
-        embedding_hit_rate: Share of the request's different tokens whose embedding was in memory before it;
-            None if the whole table is.
-        peak_memory: The most bytes of this process that were in memory during the request, as far as seen: exact
-            when it was the most since the process began, else what was found after each chunk. On CUDA the most
-            that torch had allocated on the device since the process began. None if not measured, which it is only
-            with a memory budget.
+        windows: Number of windows of each candidate: 1, or more with ``long_documents="windows"``.
+        shared_prefix: Number of tokens that all windows begin with, which were computed only once.
+        seconds: Time of the whole rerank, with tokenising.
+        seconds_waited: Part of that time in which computing stood still for the disk.
+        bytes_read: Bytes of weights and embedding rows that were read from disk.
+        bytes_spilled: Bytes of hidden states that were written to disk.
+        embedding_hit_rate: Share of the request's different tokens whose embedding was in memory before; None if
+            the whole table is in memory.
+        peak_memory: The most bytes of this process that were in memory during the request. The number is exact if
+            it was the most since the process began; otherwise it is the most that was seen after a layer. On CUDA
+            it is the most that torch had allocated on the device since the process began. None without a memory
+            budget.
     """
 
     layers: tuple[LayerTrace, ...]
@@ -90,13 +91,13 @@ class Trace:
 
     @property
     def compute_share(self) -> float:
-        """Tokens × layers computed, divided by tokens × layers of the unpruned run; 1.0 if there were none."""
+        """Tokens × layers computed, as a share of those of the unpruned run; 1.0 where there were none."""
         repeated = self.shared_prefix * (sum(self.windows) - 1)
         full = (sum(self.lengths) - repeated) * self.depth if self.lengths else 0
         return sum(layer.tokens for layer in self.layers) / full if full else 1.0
 
     def summary(self) -> dict[str, Any]:
-        """What a log or a tracing tool shows of it: numbers and lists of numbers, as JSON can hold them.
+        """Return what a log or a tracing tool shows: numbers and lists of numbers, as JSON can hold them.
 
         Returns:
             ``candidates`` and ``tokens`` (how many), ``alive`` (candidates computed, layer by layer),
@@ -121,11 +122,11 @@ class Trace:
 
 @dataclass(frozen=True)
 class RerankResult:
-    """The outcome of :meth:`Reranker.rerank`.
+    """This is the result of :meth:`Reranker.rerank`.
 
     Attributes:
-        ranking: The top K documents, best first; min(top_k, N) of them. Equal scores keep the caller's order.
-        trace: How it came about.
+        ranking: The top ``min(top_k, N)`` documents, best first. Equal scores keep the caller's order.
+        trace: The record of how the ranking came about.
     """
 
     ranking: list[RankedDocument]

@@ -1,4 +1,4 @@
-"""Which candidates go on: policies see scores and numbers, never a model."""
+"""Policies decide which candidates go on. They see scores and numbers, never a model."""
 
 from grating_core.pruning.cluster import ClusterPolicy
 from grating_core.pruning.margins import MarginPolicy, Margins

@@ -1,4 +1,4 @@
-"""The published policy: cluster the provisional scores, decide for every cluster but the boundary one."""
+"""The published policy clusters the provisional scores, and decides for every cluster but the boundary one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grating_core.pruning.policy import Route
 
 @dataclass(frozen=True)
 class ClusterPolicy:
-    """Progressive cluster pruning (GRATING, arXiv 2510.15620; PRISM, EuroSys '26).
+    """This is progressive cluster pruning (GRATING, arXiv 2510.15620; PRISM, EuroSys '26).
 
     When the scores have spread far enough, measured by their coefficient of variation, they are clustered with
     k-means. The cluster that holds the K-th ranked candidate is the boundary cluster and is deferred; clusters
@@ -24,8 +24,8 @@ class ClusterPolicy:
 
     Attributes:
         dispersion_threshold: Coefficient of variation, |standard deviation / mean|, above which the scores are
-            clustered. Higher prunes later. Infinity never prunes.
-        clusters: The k of k-means.
+            clustered. A higher threshold prunes later. Infinity never prunes.
+        clusters: Number of clusters, the k of k-means.
 
     Raises:
         ValueError: ``dispersion_threshold`` is negative or not a number, or ``clusters`` is below 2.
@@ -53,7 +53,7 @@ class ClusterPolicy:
 
 
 def dispersion(scores: NDArray[np.float64]) -> float:
-    """The coefficient of variation: 0 when all scores are equal, infinite when only their mean is 0."""
+    """Return the coefficient of variation: 0 when all scores are equal, infinity when only their mean is 0."""
     # Before the mean is looked at: equal scores may have a standard deviation of one rounding error.
     if np.ptp(scores) == 0:
         return 0.0

@@ -18,12 +18,12 @@ _WANTED = (1, 2, 3, 5, 10, 20, 50, 100)
 
 @dataclass(frozen=True)
 class Requests:
-    """What is known of requests that were computed without pruning, R of them with N candidates each.
+    """This class holds what is known of R requests that were computed without pruning, with N candidates each.
 
     Attributes:
-        estimates: float64 ``[R, N, L]``: what the lens said after layers 0 to L - 1.
-        scores: float64 ``[R, N]``: the final scores.
-        tokens: int64 ``[R, N]``: tokens of each candidate.
+        estimates: Estimates of the lens after layers 0 to L - 1, float64 ``[R, N, L]``.
+        scores: Final scores, float64 ``[R, N]``.
+        tokens: Number of tokens of each candidate, int64 ``[R, N]``.
     """
 
     estimates: Array
@@ -34,17 +34,17 @@ class Requests:
         return len(self.scores)
 
     def first(self, candidates: int) -> Requests:
-        """The same requests with only their first candidates."""
+        """Return the same requests with only their first candidates."""
         return Requests(self.estimates[:, :candidates], self.scores[:, :candidates], self.tokens[:, :candidates])
 
 
 @dataclass(frozen=True)
 class Replay:
-    """What pruning would have done to some requests.
+    """A replay says what pruning would have done to R requests.
 
     Attributes:
-        lost: float64 ``[R]``: share of the full model's top K that is not among what pruning returns.
-        compute_share: float64 ``[R]``: tokens × layers computed, of those without pruning.
+        lost: Share of the full model's top K that pruning does not return, float64 ``[R]``.
+        compute_share: Tokens × layers computed, as a share of those without pruning, float64 ``[R]``.
     """
 
     lost: Array
@@ -55,10 +55,10 @@ def replay_pruning(requests: Requests, top_k: int, *, drop: Array, select: Array
     """Prune requests whose every score is known, as the forward loop does.
 
     Args:
-        requests: R of them, with N candidates.
+        requests: R requests with N candidates.
         top_k: K, below N.
-        drop: float64 ``[L]``, margins for dropping after each layer.
-        select: The same for selecting; None for exact scores, with which nothing stops for being sure to win.
+        drop: Margins for dropping after each layer, float64 ``[L]``.
+        select: Margins for selecting; None for exact scores, with which no sure winner stops.
     """
     count, candidates, layers = requests.estimates.shape
     alive = np.ones((count, candidates), dtype=bool)
@@ -78,7 +78,7 @@ def replay_pruning(requests: Requests, top_k: int, *, drop: Array, select: Array
             alive &= ~ahead
         alive &= ~(behind & undecided[:, None])
         if select is not None:
-            # As many left as places: they have won, and there is nothing left to compute.
+            # Where as many are left as there are places, they have won, and nothing is left to compute.
             places = top_k - selected.sum(1)
             decided = (places == 0) | (places == alive.sum(1))
             selected |= alive & (decided & (places > 0))[:, None]
@@ -91,7 +91,7 @@ def replay_pruning(requests: Requests, top_k: int, *, drop: Array, select: Array
 
 
 def _best(scores: Array, allowed: NDArray[np.bool_], places: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Marks of the best in each row, as many as it has places; equal scores keep their order."""
+    """Mark the best in each row, as many as it has places; equal scores keep their order."""
     ranks = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1, kind="stable")
     marks: NDArray[np.bool_] = (ranks < places[:, None]) & allowed
     return marks
@@ -102,8 +102,8 @@ def calibrate_margins(groups: Sequence[Requests], spread: Array, *, show_progres
 
     Args:
         groups: Requests that the lens was not fitted on, in groups with the same number of candidates.
-        spread: float64 ``[L]``: the typical error of the lens after each layer, the unit of margins. It must not
-            come from these requests.
+        spread: Typical error of the lens after each layer, the unit of margins, float64 ``[L]``. It must not come
+            from these requests.
         show_progress: Show a progress bar on standard error.
     """
     most = max(requests.scores.shape[1] for requests in groups)
@@ -118,7 +118,7 @@ def calibrate_margins(groups: Sequence[Requests], spread: Array, *, show_progres
 
 
 def _bounds(groups: Sequence[Requests], top_k: int, spread: Array, *, estimated: bool) -> Array:
-    """float64 ``[2, G]``: bounds on the expected loss, of shares and of whole sets, with every factor."""
+    """Return bounds on the expected loss, of shares and of whole sets, with every factor: float64 ``[2, G]``."""
     losses = []
     for factor in _FACTORS:
         margins = factor * spread

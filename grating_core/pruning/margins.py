@@ -1,9 +1,9 @@
-"""Pruning with a promise: how far behind the K-th estimate a candidate must lie to be given up.
+"""A margin says how far behind the K-th estimate a candidate must lie to be given up, so that a promise is kept.
 
 The estimates of a lens are off by some typical error, which differs by layer. A *margin* is that error times a
 *factor*; one factor for all layers is found by conformal risk control (Angelopoulos, Bates, Fisch, Lei & Schuster,
 "Conformal Risk Control", ICLR 2024, section 2): for n requests of calibration the whole pruning was replayed with
-every factor, and the smallest is taken with which (n · mean loss + 1) / (n + 1) ≤ 1 - target. For requests
+every factor, and the smallest factor is taken for which (n · mean loss + 1) / (n + 1) ≤ 1 - target. For requests
 exchangeable with those, the expected loss is then at most 1 - target.
 """
 
@@ -27,11 +27,11 @@ GUARANTEES: tuple[Guarantee, ...] = get_args(Guarantee)
 
 @dataclass(frozen=True)
 class MarginPolicy:
-    """Drops what lies too far behind the K-th estimate, selects what lies far enough before the next one.
+    """This policy drops what lies far behind the K-th estimate, and selects what lies far before the next one.
 
     Attributes:
-        drop: Margin after each layer, from layer 0 (the token embeddings). Infinite ones drop nothing.
-        select: The same for selecting.
+        drop: Margin for dropping after each layer, from layer 0 (the token embeddings). Infinity drops nothing.
+        select: Margin for selecting after each layer.
     """
 
     drop: tuple[float, ...]
@@ -50,19 +50,19 @@ class MarginPolicy:
 
 @dataclass(frozen=True)
 class Margins:
-    """What calibration found out: errors by layer, and how much is lost with which factor.
+    """Margins are what calibration found out: errors by layer, and how much is lost with which factor.
 
     Attributes:
-        drop: float64 ``[L]``, from layer 0: the typical error of an estimate, the unit of margins for dropping.
-        select: float64 ``[L]``: the same for selecting.
-        factors: float64 ``[G]``, rising: those that were tried.
-        cells: int64 ``[C, 2]``: the numbers of candidates N and the K of top K that were replayed.
-        bounds: float64 ``[2, 2, C, G]``: the bound on the expected loss, for exact and estimated scores (axis 0),
-            of the share of the top K and of whole sets (axis 1), in each cell with each factor. Never rises with
+        drop: Typical error of an estimate, the unit of margins for dropping: float64 ``[L]``, from layer 0.
+        select: Unit of margins for selecting, float64 ``[L]``.
+        factors: Factors that were tried, float64 ``[G]``, rising.
+        cells: Numbers of candidates N and of K that were replayed, int64 ``[C, 2]``.
+        bounds: Bounds on the expected loss, float64 ``[2, 2, C, G]``: for exact and estimated scores (axis 0), of
+            the share of the top K and of whole sets (axis 1), in each cell with each factor. They never rise with
             the factor.
 
     Raises:
-        ValueError: They are not so: damaged, as calibration finds no such margins.
+        ValueError: The arrays are damaged, because calibration finds no such margins.
     """
 
     drop: Array
@@ -99,25 +99,25 @@ class Margins:
     def policy(
         self, candidates: int, top_k: int, *, target: float, guarantee: Guarantee, exact: bool
     ) -> MarginPolicy:
-        """The policy of one request.
+        """Return the policy of one request.
 
         Args:
-            candidates: N.
+            candidates: Number N of candidates.
             top_k: K, below N.
-            target: What is promised: the expected share of the full model's top K that is kept, or the probability
-                that all of it is kept.
-            guarantee: Which of the two: ``"share"`` or ``"set"``.
-            exact: Whether only hopeless candidates stop, or sure winners as well.
+            target: The promise: the expected share of the full model's top K that is kept, or the probability that
+                all of it is kept.
+            guarantee: Which of the two the target is: ``"share"`` or ``"set"``.
+            exact: Whether only hopeless candidates stop, and no sure winners.
         """
         factor = self.factor(candidates, top_k, target=target, guarantee=guarantee, exact=exact)
         return MarginPolicy(tuple(factor * self.drop), tuple(factor * self.select))
 
     def factor(self, candidates: int, top_k: int, *, target: float, guarantee: Guarantee, exact: bool) -> float:
-        """The factor for one request; infinite if the promise cannot be made. Arguments as for :meth:`policy`.
+        """Return the factor of one request; infinity if the promise cannot be made. Arguments: see :meth:`policy`.
 
-        Between the numbers that were replayed it is the largest of the neighbours'. Beyond the most candidates, M
-        of them, N candidates are seen as N / M requests which may lose that part of the risk each: a union bound.
-        With more wanted than was replayed less is needed, so the largest K stands for all beyond it.
+        Between the numbers that were replayed it is the largest of the neighbours' factors. Beyond the most
+        candidates, M of them, N candidates are seen as N / M requests, each of which may lose that part of the
+        risk: a union bound. A larger K than was replayed needs less, so the largest K stands for all beyond it.
         """
         risk = (1 - target) / max(1.0, candidates / float(self.cells[:, 0].max()))
         bounds = self.bounds[MODES.index("exact" if exact else "estimated"), GUARANTEES.index(guarantee)]
@@ -132,6 +132,6 @@ class Margins:
 
 
 def _neighbours(replayed: NDArray[np.int64], value: int) -> set[int]:
-    """The replayed numbers next to a value, below and above; one of them where there is no other."""
+    """Return the replayed numbers next to a value, below and above; only one where there is no other."""
     below, above = replayed[replayed <= value], replayed[replayed >= value]
     return {int(side) for side in (*np.sort(below)[-1:], *np.sort(above)[:1])}

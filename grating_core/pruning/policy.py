@@ -1,4 +1,4 @@
-"""The interface of a pruning policy, and the policy that prunes nothing."""
+"""A pruning policy decides which candidates go on. This file has its interface, and one that prunes nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 
 class Route(StrEnum):
-    """What a policy decides for a candidate after a layer."""
+    """A route is what a policy decides for a candidate after a layer."""
 
     SELECTED = "selected"  # sure to be among the top K
     DROPPED = "dropped"  # cannot reach the top K
@@ -21,7 +21,7 @@ class Route(StrEnum):
 
 @runtime_checkable
 class PruningPolicy(Protocol):
-    """Decides after each layer but the last, from the provisional scores alone, which candidates go on.
+    """A policy decides after each layer but the last, from provisional scores alone, which candidates go on.
 
     A policy may be called from several threads at once and should not keep state of a request.
     """
@@ -30,8 +30,8 @@ class PruningPolicy(Protocol):
         """Decide for every candidate that is still in the race.
 
         Args:
-            layer: Number of the layer just computed, from 1.
-            scores: float64 ``[N]``, all finite: the provisional scores of the candidates still computed.
+            layer: Number of the layer just computed, from 1; 0 for the token embeddings, which only a lens reads.
+            scores: Provisional scores of the N candidates that are still computed, float64 ``[N]``, all finite.
             top_k: How many of these N are wanted, at least 1 and below N.
 
         Returns:
@@ -43,7 +43,7 @@ class PruningPolicy(Protocol):
 
 @dataclass(frozen=True)
 class Off:
-    """Prunes nothing."""
+    """This policy prunes nothing."""
 
     def route(self, layer: int, scores: NDArray[np.float64], top_k: int) -> Sequence[Route]:
         """Defer every candidate."""
