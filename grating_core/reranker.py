@@ -126,7 +126,7 @@ class Reranker(Loaded[Scorer, RerankSettings]):
 
     @classmethod
     def _open(cls, settings: RerankSettings) -> Reranker:
-        sampling = Sampling.of(settings)
+        sampling = Sampling.of(settings.recalibrate, settings.target, settings.guarantee, settings.pruning)
         opened = open_reranker(settings)
         with closed_on_error(opened):
             pruning = opened.pruning()  # before the weights, because a lens may be missing

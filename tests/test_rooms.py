@@ -19,7 +19,7 @@ ROOMS = [
 BESIDE = [("pruning", "memory"), ("reranker", "generation")]  # neither imports the other
 
 LINES = 350
-FEWER_LINES = {"generation.py": 300}
+FEWER_LINES = {"generation.py": 300, "reranker.py": 320}
 
 # Names with an underscore that are not private: their libraries have them for whoever extends or ends something.
 FOREIGN = {
@@ -28,9 +28,7 @@ FOREIGN = {
 }  # fmt: skip
 
 # What does not hold yet. Nothing is ever added here.
-TOO_LONG = {
-    "reranker.py",
-}  # fmt: skip
+TOO_LONG: set[str] = set()
 READS_PRIVATE = {
     "integrations/langchain/langchain_grating/settings.py",
     "tests/core/test_generation.py",

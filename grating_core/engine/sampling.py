@@ -30,7 +30,7 @@ class Sampler:
         if seed is None:
             self._random.seed()
         else:
-            self._random.manual_seed(seed)
+            self._random.manual_seed(int(seed))
 
     def pick(self, logits: Tensor) -> int:
         """Pick the next token from float32 logits ``[V]``."""

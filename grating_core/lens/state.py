@@ -22,7 +22,6 @@ from grating_core.files.places import cache_directory, go_on_without_cache, is_k
 from grating_core.files.reading import read_json
 from grating_core.files.writing import make_private, replace_file
 from grating_core.pruning import ClusterPolicy, Margins
-from grating_core.settings import RerankSettings
 
 # A whole top 1 lost at a target of 0.98 widens by 22 %, one of 10 by 2 %; a request without loss narrows by 0.4 %.
 STEP = 0.2
@@ -48,13 +47,18 @@ class Sampling:
     guarantee: Guarantee
 
     @classmethod
-    def of(cls, settings: RerankSettings) -> Sampling | None:
-        """Return what the settings say; None if recalibration is off.
+    def of(cls, share: float, target: float, guarantee: Guarantee, pruning: object) -> Sampling | None:
+        """Return the sampling of some settings; None if recalibration is off.
+
+        Args:
+            share: See above; 0 for off.
+            target: See above.
+            guarantee: See above.
+            pruning: How requests are pruned: a name, or a policy object.
 
         Raises:
             ValueError: The policy has nothing that recalibration could move.
         """
-        share, pruning = float(settings.recalibrate), settings.pruning
         if not share:
             return None
         if not isinstance(pruning, ClusterPolicy) and pruning not in ("auto", "cluster"):
@@ -67,7 +71,7 @@ class Sampling:
                 f"recalibrate={share} multiplies the threshold of {pruning!r}, which stays the same then: give "
                 f"it a finite one above 0, or leave recalibrate out"
             )
-        return cls(share, float(settings.target), settings.guarantee)
+        return cls(float(share), float(target), guarantee)
 
 
 @dataclass(frozen=True)
