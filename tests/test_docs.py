@@ -29,10 +29,12 @@ from grating_core.models.families import FAMILIES
 from grating_core.text.prompts import PROMPTS
 from scripts import render_parameters
 from tests.test_rooms import ROOMS
+from tests.tiny_chat import save_chat_model
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
 EXAMPLE = re.compile(r"^( *)```python.*\n((?:.*\n)*?)\1```$", re.MULTILINE)
+LANGUAGE_MODEL = re.compile(r'"(?:Qwen/Qwen3-4B|HuggingFaceTB/SmolLM2-135M-Instruct)"')
 EXAMPLES = {
     path.stem: [textwrap.dedent(found[2]) for found in EXAMPLE.finditer(path.read_text(encoding="utf-8"))]
     for path in sorted(DOCS.glob("*.md"))
@@ -48,16 +50,23 @@ def own_event_handlers() -> Iterator[None]:
     root.event_handlers = before
 
 
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The name of a language model that takes the place of those of the hub."""
+    return str(save_chat_model(tmp_path_factory.mktemp("model")))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the frameworks, about their own insides
 @pytest.mark.usefixtures("own_event_handlers")
 @pytest.mark.parametrize("page", [page for page, examples in EXAMPLES.items() if examples])
 def test_the_examples_of_a_page_run_one_after_the_other(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str, small_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}
     for example in EXAMPLES[page]:
-        exec(compile(example, f"{page}.md", "exec"), namespace)
+        code = LANGUAGE_MODEL.sub(repr(small_model), example)
+        exec(compile(code, f"{page}.md", "exec"), namespace)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
