@@ -44,30 +44,8 @@ class Span(Protocol):
 AnySpan = TypeVar("AnySpan", bound=Span)
 
 
-class HiddenStates(Protocol):
-    """These are the hidden states of the candidates that are alive, packed along the token axis."""
-
-    def visit(
-        self, spans: Sequence[AnySpan], *, read: bool = True, write: bool = True
-    ) -> Iterator[tuple[AnySpan, Tensor]]:
-        """Go through the spans in their order.
-
-        Args:
-            spans: The spans, which divide the token axis without gaps.
-            read: Whether the states matter that are there before.
-            write: Whether the states matter that will be there after.
-
-        Returns:
-            Each span with its states ``[1, rows, D]``: the first of them are the span's tokens, the rest is fill
-            of any content. What the tokens' rows hold when the next span is asked for is kept.
-        """
-
-    def keep(self, index: Tensor) -> None:
-        """Keep only some tokens; ``index``, int64 and ascending, says where they are on the token axis."""
-
-
 class HiddenInMemory:
-    """All hidden states are in one tensor.
+    """All hidden states of the candidates that are alive are in one tensor, packed along the token axis.
 
     Args:
         tokens: Length of the token axis.
@@ -89,12 +67,22 @@ class HiddenInMemory:
     def visit(
         self, spans: Sequence[AnySpan], *, read: bool = True, write: bool = True
     ) -> Iterator[tuple[AnySpan, Tensor]]:
-        """See :meth:`HiddenStates.visit`. The fill of a span is the beginning of the next one."""
-        for span in spans:
+        """Go through the spans in their order.
+
+        Args:
+            spans: The spans, which divide the token axis without gaps.
+            read: Whether the states matter that are there before.
+            write: Whether the states matter that will be there after.
+
+        Returns:
+            Each span with its states ``[1, rows, D]``: the first of them are the span's tokens, the rest is fill
+            of any content. What the tokens' rows hold when the next span is asked for is kept.
+        """
+        for span in spans:  # the fill of one is the beginning of the next
             yield span, self._states[:, span.tokens.start : span.tokens.start + span.rows]
 
     def keep(self, index: Tensor) -> None:
-        """See :meth:`HiddenStates.keep`."""
+        """Keep only some tokens; ``index``, int64 and ascending, says where they are on the token axis."""
         # Tokens only move forward, so moving them piece by piece never overwrites one that is still to move.
         for start in range(0, len(index), _GATHERED):
             part = index[start : start + _GATHERED]
@@ -154,7 +142,7 @@ class HiddenOnDisk:
     def visit(
         self, spans: Sequence[AnySpan], *, read: bool = True, write: bool = True
     ) -> Iterator[tuple[AnySpan, Tensor]]:
-        """See :meth:`HiddenStates.visit`; raises :class:`StorageError` when the disk fails."""
+        """See :meth:`HiddenInMemory.visit`; raises :class:`StorageError` when the disk fails."""
         moves: list[Future[None]] = []
         busy: list[Future[None] | None] = [None] * len(self._buffers)  # the last move of each buffer
 
@@ -183,7 +171,7 @@ class HiddenOnDisk:
             self._wait(done)
 
     def keep(self, index: Tensor) -> None:
-        """See :meth:`HiddenStates.keep`. What leaves stays in the file and is not looked at any more."""
+        """See :meth:`HiddenInMemory.keep`. What leaves stays in the file and is not looked at any more."""
         self._where = self._where[index.cpu()]
 
     def _wait(self, move: Future[None] | None) -> None:
@@ -222,6 +210,10 @@ class HiddenOnDisk:
             f"({size / 1e6:.0f} MB), which failed: {explained(error)}. Make room there, rerank fewer "
             f"documents at a time, or raise memory_budget"
         )
+
+
+HiddenStates = HiddenInMemory | HiddenOnDisk
+"""The hidden states of the candidates that are alive, packed along the token axis."""
 
 
 def write_at(file: FileIO, start: int, view: memoryview) -> int:

@@ -33,33 +33,24 @@ _LAYER_TYPES = {_FULL, "sliding_attention"}
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("absolute",),
     "pruned_heads": ({},),
-    "attn_logit_softcapping": (),
-    "final_logit_softcapping": (),
-    "query_pre_attn_scalar": (),
-    "sliding_window": (),
-    "embedding_multiplier": (1,),
-    "residual_multiplier": (1,),
-    "attention_multiplier": (1,),
-    "logits_scaling": (1,),
-    "scale_emb": (1,),
-    "scale_depth": (1,),
-    "partial_rotary_factor": (1,),
-    "rotary_pct": (1,),
-    "alibi": (),
-    "use_alibi": (),
-    "qk_norm": (),
-    "use_qk_norm": (),
-    "qk_layernorm": (),
-    "clip_qkv": (),
-    "parallel_attn": (),
-    "use_parallel_residual": (),
-    "num_experts": (1,),
-    "num_local_experts": (1,),
-    "n_routed_experts": (1,),
     "no_rope_layers": ([],),
-    "no_rope_layer_interval": (),
-    "attn_temperature_tuning": (),
-}
+    **dict.fromkeys(
+        (
+            "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling", "scale_emb",
+            "scale_depth", "partial_rotary_factor", "rotary_pct", "num_experts", "num_local_experts",
+            "n_routed_experts",
+        ),
+        (1,),
+    ),
+    **dict.fromkeys(
+        (
+            "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "sliding_window",
+            "alibi", "use_alibi", "qk_norm", "use_qk_norm", "qk_layernorm", "clip_qkv", "parallel_attn",
+            "use_parallel_residual", "no_rope_layer_interval", "attn_temperature_tuning",
+        ),
+        (),
+    ),
+}  # fmt: skip
 
 # What tensors of quantised layers are called by AWQ, GPTQ, bitsandbytes, compressed-tensors and FP8 checkpoints.
 _QUANTISED = re.compile(

@@ -8,7 +8,7 @@ called. To add a family, write its description and put it into :data:`FAMILIES`;
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import transformers
@@ -21,14 +21,6 @@ Config = Any  # a transformers configuration; its attributes differ by architect
 
 
 # Functions rather than lambdas throughout: a family travels along when a reranker is pickled.
-def _first_token(config: Config) -> str:
-    return "first"
-
-
-def _last_token(config: Config) -> str:
-    return "last"
-
-
 def _no_arguments(module: Any, layer: nn.Module, hidden: Tensor, positions: Tensor) -> dict[str, Any]:
     return {}
 
@@ -46,13 +38,11 @@ class Family:
             ``[1, T, D]`` out; positions count from 0 within each sequence.
         classify: ``(module, states, number) -> logits``, float32 ``[N, D]`` after layer ``number`` in and
             ``[N, 1]`` out.
-        window: ``config -> `` the most tokens that a pair may have.
-        pooling: ``config -> "first"`` or ``"last"`` when the head reads that token, ``"mean"`` when it reads the
-            mean.
         norm: Dotted path of the norm between the last layer and pooling, if there is one.
         layer_arguments: ``(module, layer, hidden, positions) -> `` extra keyword arguments of a layer.
         causal: Whether a token sees only those before it. What pairs have in common at their beginning is then
-            computed once for all.
+            computed once for all, and the head reads the last token.
+        padded_positions: Whether positions are numbered from behind the padding index, as RoBERTa does.
         built_as: Name of the transformers class that has these layers, where it is another than the checkpoint's.
         read_config: ``fields of config.json -> config``, where transformers' own way does not do.
         head_module: ``config -> module`` that takes the place of ``lm_head``.
@@ -66,11 +56,10 @@ class Family:
     head: tuple[str, ...]
     embed: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
     classify: Callable[[Any, Tensor, int], Tensor]
-    window: Callable[[Config], int]
-    pooling: Callable[[Config], str] = _first_token
     norm: str | None = None
     layer_arguments: Callable[[Any, nn.Module, Tensor, Tensor], dict[str, Any]] = _no_arguments
     causal: bool = False
+    padded_positions: bool = False
     built_as: str | None = None
     read_config: Callable[[Mapping[str, Any]], Config] | None = None
     head_module: Callable[[Config], nn.Module] | None = None
@@ -93,9 +82,15 @@ class Family:
             module.lm_head = self.head_module(config)
         return module
 
+    def window(self, config: Config) -> int:
+        """Return the most tokens that a pair may have."""
+        return int(config.max_position_embeddings) - (config.pad_token_id + 1 if self.padded_positions else 0)
 
-def _absolute_window(config: Config) -> int:
-    return int(config.max_position_embeddings)
+    def pooling(self, config: Config) -> str:
+        """Return ``"first"`` or ``"last"`` when the head reads that token, ``"mean"`` when it reads the mean."""
+        if self.causal:
+            return "last"
+        return "mean" if getattr(config, "classifier_pooling", "cls") == "mean" else "first"
 
 
 def _embed_bert(module: Any, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor) -> Any:
@@ -108,20 +103,15 @@ def _classify_bert(module: Any, states: Tensor, number: int) -> Any:
 
 def _embed_roberta(module: Any, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor) -> Any:
     embeddings = module.roberta.embeddings
-    # RoBERTa numbers positions from behind the padding index, and has a single token type.
     return embeddings(
         input_ids=input_ids,
-        token_type_ids=token_type_ids.new_zeros(token_type_ids.shape),
+        token_type_ids=token_type_ids.new_zeros(token_type_ids.shape),  # there is a single one
         position_ids=positions + embeddings.padding_idx + 1,
     )
 
 
 def _classify_roberta(module: Any, states: Tensor, number: int) -> Any:
     return module.classifier(states[:, None])
-
-
-def _roberta_window(config: Config) -> int:
-    return int(config.max_position_embeddings) - int(config.pad_token_id) - 1
 
 
 def _embed_modernbert(module: Any, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor) -> Any:
@@ -132,24 +122,8 @@ def _classify_modernbert(module: Any, states: Tensor, number: int) -> Any:
     return module.classifier(module.head(states))
 
 
-def _modernbert_pooling(config: Config) -> str:
-    return "mean" if config.classifier_pooling == "mean" else "first"
-
-
 def _modernbert_rotary(module: Any, layer: Any, hidden: Tensor, positions: Tensor) -> dict[str, Any]:
     return {"position_embeddings": module.model.rotary_emb(hidden, positions, layer.attention_type)}
-
-
-def _roberta(architecture: str) -> Family:
-    return Family(
-        architecture=architecture,
-        layers="roberta.encoder.layer",
-        embedding="roberta.embeddings.word_embeddings",
-        head=("classifier",),
-        embed=_embed_roberta,
-        classify=_classify_roberta,
-        window=_roberta_window,
-    )
 
 
 def _embed_decoder(module: Any, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor) -> Any:
@@ -180,38 +154,8 @@ def _answer_head(config: Config) -> nn.Module:
     return AnswerHead(config.hidden_size, softcap=getattr(config, "final_logit_softcapping", None))
 
 
-# What all that is built like Llama has in common.
-_DECODER: dict[str, Any] = {
-    "layers": "model.layers",
-    "embedding": "model.embed_tokens",
-    "norm": "model.norm",
-    "window": _absolute_window,
-    "pooling": _last_token,
-    "layer_arguments": _rotary,
-    "causal": True,
-}
-
-
-def _decoders(name: str) -> tuple[Family, Family]:
-    """Return a decoder with the head of a language model, and one with that of a classifier."""
-    return (
-        Family(
-            architecture=f"{name}ForCausalLM",
-            head=("model.norm", "lm_head"),
-            embed=_embed_decoder,
-            classify=_classify_answer,
-            head_module=_answer_head,
-            asks=True,
-            **_DECODER,
-        ),
-        Family(
-            architecture=f"{name}ForSequenceClassification",
-            head=("model.norm", "score"),
-            embed=_embed_decoder,
-            classify=_classify_linear,
-            **_DECODER,
-        ),
-    )
+def _layerwise_heads(config: Config) -> nn.Module:
+    return LayerwiseHeads(config.hidden_size, config.start_layer, config.num_hidden_layers)
 
 
 def _minicpm_config(fields: Mapping[str, Any]) -> Config:
@@ -238,49 +182,75 @@ def _minicpm_config(fields: Mapping[str, Any]) -> Config:
     return config
 
 
-def _layerwise_heads(config: Config) -> nn.Module:
-    return LayerwiseHeads(config.hidden_size, config.start_layer, config.num_hidden_layers)
-
-
+_BERT = Family(
+    architecture="BertForSequenceClassification",
+    layers="bert.encoder.layer",
+    embedding="bert.embeddings.word_embeddings",
+    head=("bert.pooler", "classifier"),
+    embed=_embed_bert,
+    classify=_classify_bert,
+)
+_ROBERTA = Family(
+    architecture="RobertaForSequenceClassification",
+    layers="roberta.encoder.layer",
+    embedding="roberta.embeddings.word_embeddings",
+    head=("classifier",),
+    embed=_embed_roberta,
+    classify=_classify_roberta,
+    padded_positions=True,
+)
+_MODERNBERT = Family(
+    architecture="ModernBertForSequenceClassification",
+    layers="model.layers",
+    embedding="model.embeddings.tok_embeddings",
+    norm="model.final_norm",
+    head=("model.final_norm", "head", "classifier"),
+    embed=_embed_modernbert,
+    classify=_classify_modernbert,
+    layer_arguments=_modernbert_rotary,
+)
+# All that is built like Llama, with the head of a classifier.
+_CLASSIFIER = Family(
+    architecture="LlamaForSequenceClassification",
+    layers="model.layers",
+    embedding="model.embed_tokens",
+    norm="model.norm",
+    head=("model.norm", "score"),
+    embed=_embed_decoder,
+    classify=_classify_linear,
+    layer_arguments=_rotary,
+    causal=True,
+)
+# The same with the head of a language model.
+_ASKED = replace(
+    _CLASSIFIER,
+    architecture="LlamaForCausalLM",
+    head=("model.norm", "lm_head"),
+    classify=_classify_answer,
+    head_module=_answer_head,
+    asks=True,
+)
+_DECODERS = ("Llama", "Qwen2", "Qwen3", "Gemma", "Gemma2")
 _DESCRIPTIONS = (
-    Family(
-        architecture="BertForSequenceClassification",
-        layers="bert.encoder.layer",
-        embedding="bert.embeddings.word_embeddings",
-        head=("bert.pooler", "classifier"),
-        embed=_embed_bert,
-        classify=_classify_bert,
-        window=_absolute_window,
+    _BERT,
+    _ROBERTA,
+    replace(_ROBERTA, architecture="XLMRobertaForSequenceClassification"),
+    _MODERNBERT,
+    *(
+        replace(family, architecture=f"{name}{kind}")
+        for name in _DECODERS
+        for family, kind in ((_ASKED, "ForCausalLM"), (_CLASSIFIER, "ForSequenceClassification"))
     ),
-    _roberta("RobertaForSequenceClassification"),
-    _roberta("XLMRobertaForSequenceClassification"),
-    Family(
-        architecture="ModernBertForSequenceClassification",
-        layers="model.layers",
-        embedding="model.embeddings.tok_embeddings",
-        norm="model.final_norm",
-        head=("model.final_norm", "head", "classifier"),
-        embed=_embed_modernbert,
-        classify=_classify_modernbert,
-        window=_absolute_window,
-        pooling=_modernbert_pooling,
-        layer_arguments=_modernbert_rotary,
-    ),
-    *_decoders("Llama"),
-    *_decoders("Qwen2"),
-    *_decoders("Qwen3"),
-    *_decoders("Gemma"),
-    *_decoders("Gemma2"),
-    Family(
+    replace(
+        _ASKED,
         architecture="LayerWiseMiniCPMForCausalLM",
         built_as="GraniteForCausalLM",
         read_config=_minicpm_config,
-        head=("model.norm", "lm_head"),
         embed=_embed_granite,
         classify=_classify_layerwise,
         head_module=_layerwise_heads,
+        asks=False,
         prompt="bge-reranker-v2-minicpm-layerwise",
-        **_DECODER,
     ),
 )
 

@@ -86,8 +86,8 @@ class RerankerSettings(ModelFields, Serializable):
     def _taken_over(cls, given: dict[str, Any]) -> dict[str, Any]:
         model = given.get("model")
         if isinstance(model, RerankerSettings):
-            taken = model._given()
-            taken = {name: taken[name] for name in taken.keys() & RerankerSettings.model_fields}
+            names = model.model_fields_set & RerankerSettings.model_fields.keys()
+            taken = {name: getattr(model, name) for name in names}
         elif isinstance(name := getattr(model, "model_name", None), str):  # as of a HuggingFaceCrossEncoder
             taken = {"model": name, "model_kwargs": getattr(model, "model_kwargs", None)}
         else:
