@@ -57,7 +57,7 @@ def texts(name: str, value: Iterable[str], wanted: str = "a list of strings") ->
     Args:
         name: The argument's name.
         value: The argument.
-        wanted: What it must be, in words.
+        wanted: The words for what it must be.
 
     Raises:
         ValueError: The argument is something else, whose parts are no texts or have no order; or one is no string.
@@ -88,7 +88,7 @@ def elements(name: str, value: Any, wanted: str, *, values: str) -> list[Any]:
     Args:
         name: The argument's name.
         value: The argument.
-        wanted: What it must be, in words.
+        wanted: The words for what it must be.
         values: The code for what of a mapping is meant, for the message.
 
     Raises:

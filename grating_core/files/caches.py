@@ -35,7 +35,7 @@ class Cached:
     """This is one thing in the cache.
 
     Attributes:
-        kind: What it is.
+        kind: One of :data:`KINDS`.
         path: Its file or directory.
         size: Bytes, of all files in it together.
         used: When it was last read or written, in seconds since the epoch, as :func:`time.time` counts. Many file
@@ -53,8 +53,8 @@ class Cleared:
     """This is the outcome of clearing the cache.
 
     Attributes:
-        removed: What is gone.
-        kept: What was to go and is still there, and why, such as that another process is writing it.
+        removed: The things that are gone.
+        kept: The things that were to go and are still there, and why, such as that a process is writing them.
     """
 
     removed: list[Cached]

@@ -37,7 +37,7 @@ def parse_json(text: str | bytes, **how: Any) -> Any:
 
     Args:
         text: The text; as bytes it is UTF-8.
-        how: What :func:`json.loads` takes by name.
+        how: Options of :func:`json.loads`.
 
     Raises:
         ValueError: The text is not JSON, or nested too deeply to be read.

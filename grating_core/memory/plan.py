@@ -24,7 +24,7 @@ class ModelSizes:
 
     Attributes:
         layers: Each layer's weights.
-        bytes_read: What reading each layer takes from the disk.
+        bytes_read: Bytes that reading each layer takes from the disk.
         vocabulary: Number of rows of the embedding table.
         row: One of these rows.
         rest: Weights that are always resident: the other tables, norms and the head.

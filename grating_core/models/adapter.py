@@ -334,8 +334,8 @@ def find_adapter(name: str, *, hub: Hub | None = None, show_progress: bool = Fal
         show_progress: Whether to show progress bars while files are fetched.
 
     Raises:
-        ModelNotFoundError: There is none, or it is damaged.
-        UnsupportedModelError: It is another kind of adapter.
+        ModelNotFoundError: There is no such adapter, or it is damaged.
+        UnsupportedModelError: The files are of another kind of adapter.
     """
     try:
         directory = find_model(name, hub=hub and hub.newest, show_progress=show_progress)

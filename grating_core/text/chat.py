@@ -62,7 +62,7 @@ class ChatFormat:
 
         Args:
             messages: Messages with ``role`` and ``content``.
-            variables: What else the template is told.
+            variables: Other variables of the template.
 
         Raises:
             Exception: Whatever the template raises; some refuse messages of some kinds.

@@ -27,7 +27,7 @@ class Prompt:
             is in one piece, once; what follows it in that piece counts as a piece of its own.
         yes: The answer whose logit is the score. It must be a single token of the model.
         no: The answer whose logit is subtracted from it; None to subtract nothing.
-        instruction: What to judge by, if the user does not say.
+        instruction: The instruction to judge by, if the user does not say.
         instruction_format: The form in which an instruction that is not empty is put into its slot.
         max_length: The most tokens of a pair, if the user does not say.
 
@@ -69,7 +69,7 @@ class Prompt:
 
         Args:
             query: The question.
-            instruction: What to judge by; None for the prompt's own.
+            instruction: The instruction to judge by; None for the prompt's own.
         """
         wanted = self.instruction if instruction is None else instruction
         values = {

@@ -112,9 +112,9 @@ class TextTokenizer:
 
         Args:
             texts: The texts.
-            most: How many tokens are used of each; None for all. Of a longer text only so much is read as it takes
-                to know these, and more of them than ``most`` are returned.
-            before: What stands before each text; an end of it may share a token with the text.
+            most: The most tokens that are used of each; None for all. Of a longer text only so much is read as it
+                takes to know these, and more of them than ``most`` are returned.
+            before: Text that stands before each; an end of it may share a token with the text.
         """
         for start in range(0, len(texts), _GROUP):  # encodings are ten times as large as the token ids in them
             group = texts[start : start + _GROUP]
