@@ -1,51 +1,74 @@
-"""The fields of the adapters' classes that say which model to use, and what becomes of them in copies and pickles.
+"""The fields of the adapters' classes are made of the settings; here is also what becomes of them in copies.
 
-They are pydantic's, which both frameworks bring along. Nothing else in the core imports this module.
+They are pydantic's, which both frameworks bring along. Only :mod:`grating_core.frameworks` imports this module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_type_hints
 
-from pydantic import AliasChoices, BaseModel, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from grating_core.frameworks.migration import as_settings
+from grating_core.pruning import ClusterPolicy, PruningPolicy
+from grating_core.settings import ModelSettings
+from grating_core.text.prompts import Prompt
+
+AnySettings = TypeVar("AnySettings", bound=ModelSettings)
+
+# What the names of types in settings.py mean here: text where JSON has no such value, and a policy that comes back
+# from JSON.
+_TYPES = {
+    "Path": str,
+    "torch": SimpleNamespace(device=str, dtype=str),
+    "PruningName": str,
+    "PruningPolicy": ClusterPolicy | PruningPolicy,
+    "Prompt": Prompt,
+}
+
+
+def field_of(settings: type, name: str, *default: Any, **checks: Any) -> Any:
+    """Return pydantic's field for a setting, with its default and description; a secret is not dumped.
+
+    Args:
+        settings: One of the classes of :mod:`grating_core.settings`.
+        name: The name of the setting.
+        default: The default, if it is another one here.
+        checks: What pydantic is to check, such as ``ge=1``.
+    """
+    (one,) = (one for one in fields(settings) if one.name == name)
+    (value,) = default or (... if one.default is MISSING else one.default,)
+    return Field(value, description=one.metadata["about"], exclude=None if one.repr else True, **checks)
+
+
+def fields_of(settings: type, **defaults: Any) -> dict[str, Any]:
+    """Return pydantic's fields for all settings that tell models apart, as ``create_model`` takes them.
+
+    Progress bars, for example, make no other model, so adapters have no field for them.
+
+    Args:
+        settings: One of the classes of :mod:`grating_core.settings`.
+        defaults: Defaults that are others here, by the names of the settings.
+    """
+    types = get_type_hints(settings, localns=_TYPES)
+    return {
+        one.name: (
+            types[one.name] if one.repr else SecretStr | bool | None,
+            field_of(settings, one.name, *([defaults[one.name]] if one.name in defaults else [])),
+        )
+        for one in fields(settings)
+        if one.compare
+    }
 
 
 class ModelFields(BaseModel):
-    """Settings of any model. Copies and pickles are made of them, like any object, and find the same model."""
+    """The base of all classes with such fields. Copies and pickles are made of them, and find the same model."""
 
-    device: str | None = Field(
-        default=None, description="'cpu', 'cuda' or 'mps'; None takes the best that is there."
-    )
-    dtype: str = Field(
-        default="auto",
-        description="'float32', 'bfloat16', 'float16', or 'auto': bfloat16 where the device is made for it.",
-    )
-    memory_budget: str | int | None = Field(
-        default=None,
-        description="How much memory it may take, in bytes or such as '300MB'; None keeps everything resident.",
-    )
-    adapter: str | None = Field(
-        default=None, description="LoRA adapter, a directory or hub id, that is merged into the weights."
-    )
-    revision: str | None = Field(
-        default=None, description="Branch, tag or commit of the model on the hub; None for the newest."
-    )
-    token: SecretStr | bool | None = Field(
-        default=None,
-        exclude=True,
-        description="What proves to the hub who asks; None for the one of 'hf auth login'. It is not written to "
-        "dumps and pickles.",
-    )
-    cache_dir: str | None = Field(
-        default=None, description="Where the hub's files are kept; None for the hub's own place."
-    )
-    local_files_only: bool = Field(
-        default=False, description="Use what is kept there already, without asking the hub."
-    )
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     ignored_arguments: ClassVar[tuple[str, ...]] = ()
     """Arguments of other libraries' classes that mean nothing here, whatever they say."""
@@ -56,8 +79,9 @@ class ModelFields(BaseModel):
     if not TYPE_CHECKING:  # editors and type checkers are to see the fields
 
         def __init__(self, **given: Any) -> None:
+            types = {name: field.annotation for name, field in type(self).model_fields.items()}
             settings = as_settings(
-                type(self).__name__, self._taken_over(given), _types(type(self)), ignored=self.ignored_arguments
+                type(self).__name__, self._taken_over(given), types, ignored=self.ignored_arguments
             )
             if isinstance(settings.get("token"), str):  # before an error may quote it
                 settings["token"] = SecretStr(settings["token"])
@@ -65,49 +89,33 @@ class ModelFields(BaseModel):
 
     @classmethod
     def _taken_over(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """The arguments, where one is an object with settings of its own these instead."""
+        """Return the arguments; if one is an object with settings of its own, these instead of it."""
         return given
 
-    def _of_model(self, names: Iterable[str]) -> dict[str, Any]:
-        """Those of the settings that the model is loaded with, as the core takes them."""
-        token = self.token.get_secret_value() if isinstance(self.token, SecretStr) else self.token
-        return {name: token if name == "token" else getattr(self, name) for name in names}
-
-    def _given(self) -> dict[str, Any]:
-        """The arguments that it was made with, and what has been assigned since."""
-        return {name: getattr(self, name) for name in self.model_fields_set}
+    def _settings(self, kind: type[AnySettings]) -> AnySettings:
+        """Return the settings that the fields hold, as the core takes them."""
+        found = {one.name: getattr(self, one.name) for one in fields(kind) if one.compare}
+        if isinstance(token := found["token"], SecretStr):
+            found["token"] = token.get_secret_value()
+        return kind(**found)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Return another object of this class.
 
         Args:
-            update: Fields that it has instead of this object's.
-            deep: Makes no difference: settings are never copied.
+            update: The fields that it has instead of this object's.
+            deep: This makes no difference: settings are never copied.
         """
-        return type(self)(**{**self._given(), **(update or {})})
+        return type(self)(**{**given_to(self), **(update or {})})
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         return self.model_copy()
 
     def __reduce__(self) -> tuple[partial[Self], tuple[()]]:
-        given = {name: value for name, value in self._given().items() if name not in self.never_pickled}
+        given = {name: value for name, value in given_to(self).items() if name not in self.never_pickled}
         return partial(type(self), **given), ()
 
 
-class LanguageModelFields(ModelFields):
-    """Settings of any language model."""
-
-    mlp_density: float | None = Field(
-        default=None,
-        description="Share of the MLPs' weights that a token is computed with, above 0, 1 at most; None for all.",
-    )
-
-
-def _types(cls: type[BaseModel]) -> dict[str, Any]:
-    """The types of a class's fields, by all names that they go by."""
-    types: dict[str, Any] = {}
-    for name, field in cls.model_fields.items():
-        alias = field.validation_alias
-        for spelling in alias.choices if isinstance(alias, AliasChoices) else [name]:
-            types[str(spelling)] = field.annotation
-    return types
+def given_to(made: ModelFields) -> dict[str, Any]:
+    """Return the arguments that an object was made with, and what has been assigned since, by their names."""
+    return {name: getattr(made, name) for name in made.model_fields_set}

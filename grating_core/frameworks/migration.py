@@ -12,7 +12,11 @@ from grating_core.models.elsewhere import hub_name
 _NESTED = ("automodel_args", "cross_encoder_kwargs", "model_kwargs")
 """Arguments that hold others: those of sentence-transformers' CrossEncoder, and of the model in it."""
 
-_RENAMED = {"cache_folder": "cache_dir", "torch_dtype": "dtype"}
+_RENAMED = {
+    "cache_folder": "cache_dir", "max_new_tokens": "max_tokens", "model_name": "model", "stop_sequences": "stop",
+    "torch_dtype": "dtype",
+}  # fmt: skip
+"""Names of other libraries for fields here."""
 
 _HERE = "the model runs on this machine and asks no service; leave it out"
 _NO_LLM = "no language model is prompted; name a reranker with model= and leave it out"
@@ -83,9 +87,8 @@ def as_settings(
             advice = _ADVICE.get(name, "leave it out")
             raise ValueError(f"{name} has no place in {owner}: {advice}")
         settings[name] = _plain(value)
-    for name in ("model", "model_name"):
-        if name in settings:
-            settings[name] = _model_name(owner, name, settings[name])
+    if "model" in settings:
+        settings["model"] = _model_name(owner, settings["model"])
     return settings
 
 
@@ -124,13 +127,13 @@ def _plain(value: Any) -> Any:
     return str(value).removeprefix("torch.") if is_torch else value
 
 
-def _model_name(owner: str, name: str, model: object) -> str:
+def _model_name(owner: str, model: object) -> str:
     if isinstance(model, str):
         return hub_name(model)
     kind = type(model).__name__
     if kind == "Reranker":
-        raise ValueError(f"{name} must be a name; a {kind} that is ready goes to reranker=")
+        raise ValueError(f"model must be a name; a {kind} that is ready goes to reranker=")
     raise ValueError(
-        f"{name}={kind}(…) must be a name: the hub id, or the directory, of the weights to read. {owner} computes "
+        f"model={kind}(…) must be a name: the hub id, or the directory, of the weights to read. {owner} computes "
         f"with its own model and asks no other: use a {kind} with the library that it comes from"
     )

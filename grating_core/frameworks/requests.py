@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from numbers import Integral
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from grating_core.arguments import elements
 
 Item = TypeVar("Item")
-
-OF_LANGUAGE_MODEL = (
-    "model", "device", "dtype", "memory_budget", "mlp_density", "max_length", "adapter", "revision", "token",
-    "cache_dir", "local_files_only",
-)  # fmt: skip
-"""The fields of an adapter's language model that say which model and how."""
-
-OF_ANSWER = {
-    "max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "seed": "seed", "stop": "stop",
-}  # fmt: skip
-"""Its fields that say how it answers, by the names that :meth:`StreamedCausalLM.generate` has for them."""
 
 
 def is_blank(query: object, name: str = "query") -> bool:
@@ -79,10 +68,12 @@ def check_threshold(threshold: float | None, scores: str) -> None:
         scores: ``"exact"`` or ``"estimated"``.
 
     Raises:
-        ValueError: The scores are estimates, whose level may be off.
+        ValueError: It is no finite number, or the scores are estimates, whose level may be off.
     """
     if threshold is None:
         return
+    if not math.isfinite(threshold):
+        raise ValueError(f"score_threshold={threshold} must be a finite number; None leaves nothing out")
     if scores == "estimated":
         raise ValueError(
             f"score_threshold={threshold} and scores='estimated' exclude each other: the level of an estimate may "
@@ -107,22 +98,3 @@ def _as_logit(probability: float) -> str:
         f"If you mean the probability {probability}, write math.log({probability} / (1 - {probability})), which "
         f"is {logit:.2f}"
     )
-
-
-def answer_settings(given: Mapping[str, Any], llm: object) -> dict[str, Any]:
-    """The settings of an answer, as :meth:`StreamedCausalLM.generate` takes them.
-
-    Args:
-        given: Those given with the request, by the names of :data:`OF_ANSWER`'s fields; None is not given.
-        llm: Has fields for those that are not given.
-
-    Raises:
-        ValueError: One is given that is none of them; the message names it.
-    """
-    if unknown := given.keys() - set(OF_ANSWER.values()):
-        raise ValueError(
-            f"{', '.join(sorted(unknown))} cannot be given with a request: it takes "
-            f"{', '.join(OF_ANSWER.values())}"
-        )
-    said = {name: value for name, value in given.items() if value is not None}
-    return {name: said.get(field, getattr(llm, field)) for name, field in OF_ANSWER.items()}

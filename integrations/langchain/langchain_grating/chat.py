@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -11,20 +11,19 @@ from langchain_core.language_models.base import LangSmithParams
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr
+from pydantic import ConfigDict
 from typing_extensions import override
 
-from grating_core import StreamedCausalLM
 from grating_core.forking import run_in_thread
-from grating_core.frameworks.fields import LanguageModelFields
-from grating_core.frameworks.requests import OF_ANSWER, OF_LANGUAGE_MODEL, answer_settings
+from grating_core.frameworks.language_models import LanguageModelFields
 from grating_core.results import Generation
 from grating_core.text.messages import REASONING
+from langchain_grating.settings import Written
 
 _ROLES: dict[type[BaseMessage], str] = {SystemMessage: "system", HumanMessage: "user", AIMessage: "assistant"}
 
 
-class ChatGrating(LanguageModelFields, BaseChatModel):
+class ChatGrating(LanguageModelFields, Written, BaseChatModel):  # type: ignore[misc]
     """A language model on this machine, whose weights are read from disk as far as they do not fit into memory.
 
     It is loaded on first use, and shared with whoever uses the same model and settings. Requests to one model are
@@ -41,52 +40,7 @@ class ChatGrating(LanguageModelFields, BaseChatModel):
     """
 
     model_config = ConfigDict(extra="forbid")
-
-    model: str = Field(
-        validation_alias=AliasChoices("model", "model_name"),
-        description="Hub id, or local directory, of a language model with a chat template.",
-    )
-    max_length: int | None = Field(
-        default=None,
-        description="Most tokens of prompt and answer together; None for what the model was made for.",
-    )
-    max_tokens: int = Field(
-        default=256,
-        ge=1,
-        validation_alias=AliasChoices("max_tokens", "max_new_tokens"),
-        description="Most tokens of an answer.",
-    )
-    temperature: float = Field(
-        default=0.0, ge=0, description="How freely words are chosen; 0 takes the most likely one."
-    )
-    top_p: float = Field(
-        default=1.0, gt=0, le=1, description="Words are chosen among the most likely, up to this probability."
-    )
-    seed: int | None = Field(default=None, description="Of the choice; None for another one each time.")
-    stop: list[str] | None = Field(
-        default=None,
-        validation_alias=AliasChoices("stop", "stop_sequences"),
-        description="Texts before which an answer ends.",
-    )
-    _held: StreamedCausalLM | None = PrivateAttr(default=None)
-
     ignored_arguments = ("api_key", "max_retries", "streaming", "timeout")
-
-    @property
-    def llm(self) -> StreamedCausalLM:
-        """The language model of these settings, loaded if nobody has done so yet."""
-        self._held = StreamedCausalLM.shared(**self._of_model(OF_LANGUAGE_MODEL))
-        return self._held
-
-    @classmethod
-    @override
-    def is_lc_serializable(cls) -> bool:
-        return True
-
-    @property
-    @override
-    def lc_secrets(self) -> dict[str, str]:
-        return {"token": "HF_TOKEN"}
 
     @property
     @override
@@ -96,8 +50,7 @@ class ChatGrating(LanguageModelFields, BaseChatModel):
     @property
     @override
     def _identifying_params(self) -> dict[str, Any]:
-        names = (*OF_LANGUAGE_MODEL, *OF_ANSWER.values())
-        return {name: getattr(self, name) for name in names if name != "token"}
+        return {name: getattr(self, name) for name in LanguageModelFields.model_fields if name != "token"}
 
     @override
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
@@ -116,7 +69,7 @@ class ChatGrating(LanguageModelFields, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return self._result(self.llm.generate(_as_prompt(messages), **self._request(stop, kwargs)))
+        return self._result(self.llm.generate(_as_prompt(messages), **self._answer({**kwargs, "stop": stop})))
 
     @override
     async def _agenerate(
@@ -126,8 +79,8 @@ class ChatGrating(LanguageModelFields, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        llm = await run_in_thread(lambda: self.llm)  # it may have to be loaded
-        return self._result(await llm.agenerate(_as_prompt(messages), **self._request(stop, kwargs)))
+        llm = await self._allm()
+        return self._result(await llm.agenerate(_as_prompt(messages), **self._answer({**kwargs, "stop": stop})))
 
     @override
     def _stream(
@@ -137,7 +90,7 @@ class ChatGrating(LanguageModelFields, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        stream = self.llm.stream(_as_prompt(messages), **self._request(stop, kwargs))
+        stream = self.llm.stream(_as_prompt(messages), **self._answer({**kwargs, "stop": stop}))
         while True:
             try:
                 piece = next(stream)
@@ -161,11 +114,6 @@ class ChatGrating(LanguageModelFields, BaseChatModel):
         chunks = self._stream(messages, stop, run_manager.get_sync() if run_manager else None, **kwargs)
         while (chunk := await run_in_thread(next, chunks, None)) is not None:
             yield chunk
-
-    def _request(self, stop: Sequence[str] | None, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of a request: those given with it, else the object's."""
-        settings = answer_settings(given, self)
-        return {**settings, "stop": (self.stop if stop is None else stop) or ()}
 
     def _result(self, generation: Generation) -> ChatResult:
         message = AIMessage(generation.text, **self._known(generation))

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import RunnableLambda
-from pydantic import Field
 
-from grating_core.context import Passage, Selector
+from grating_core.context import Passage
 from grating_core.forking import run_in_thread
 from grating_core.frameworks.nested import copied
-from grating_core.frameworks.requests import checked_items, is_blank, position
+from grating_core.frameworks.requests import checked_items, position
+from grating_core.frameworks.rerankers import SelectingFields
 from langchain_grating.settings import RerankerSettings
 
 
-class GratingContextSelector(RerankerSettings, BaseDocumentCompressor):
+class GratingContextSelector(SelectingFields, RerankerSettings, BaseDocumentCompressor):  # type: ignore[misc]
     """Keeps the passages of long documents that answer the query best, within a budget of tokens.
 
     The documents are divided into chunks, the reranker judges them, and as many of the best are kept as fit. They
@@ -36,17 +36,6 @@ class GratingContextSelector(RerankerSettings, BaseDocumentCompressor):
             )
             chain = {"documents": retriever, "query": RunnablePassthrough()} | selector.as_runnable() | …
     """
-
-    max_tokens: int = Field(ge=1, description="Most tokens of all passages together.")
-    chunk_tokens: int = Field(
-        default=256,
-        ge=1,
-        description="About how many tokens a chunk has at most; it is kept or left out as a whole.",
-    )
-    count_tokens: Callable[[str], int] | None = Field(
-        default=None,
-        description="Says how many tokens a text has, such as llm.get_num_tokens; None for the reranker's.",
-    )
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
@@ -91,9 +80,7 @@ class GratingContextSelector(RerankerSettings, BaseDocumentCompressor):
         if isinstance(documents, str):
             documents = [Document(documents)]
         documents = checked_items("documents", documents, Document, "Document(text)")
-        selector = Selector(self.reranker, self.max_tokens, self.chunk_tokens, self.count_tokens)
-        texts = [document.page_content for document in documents]
-        passages = selector.leading(texts) if is_blank(query) else selector.best(query, texts)
+        passages = self._passages(query, [document.page_content for document in documents])
         return [_cut(documents[passage.document], passage) for passage in passages]
 
 

@@ -10,7 +10,7 @@ from langchain_core.cross_encoders import BaseCrossEncoder
 from langchain_grating.settings import RerankerSettings
 
 
-class GratingCrossEncoder(RerankerSettings, BaseCrossEncoder):
+class GratingCrossEncoder(RerankerSettings, BaseCrossEncoder):  # type: ignore[misc]
     """Scores pairs of texts, for instance for langchain-classic's ``CrossEncoderReranker``.
 
     Every pair goes through the full model; to select documents, :class:`GratingRerank` computes less.

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import Any, Literal, Self
+from typing import Any
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import RunnableConfig, RunnableLambda
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from grating_core import RerankResult
 from grating_core.arguments import elements
 from grating_core.frameworks.nested import copied
-from grating_core.frameworks.requests import check_threshold, checked_items, is_blank
+from grating_core.frameworks.requests import checked_items, is_blank
+from grating_core.frameworks.rerankers import RankingFields
 from grating_core.results import RankedDocument
 from langchain_grating.settings import RerankerSettings
 
 
-class GratingRerank(RerankerSettings, BaseDocumentCompressor):
+class GratingRerank(RankingFields, RerankerSettings, BaseDocumentCompressor):  # type: ignore[misc]
     """Keeps the ``top_n`` documents that answer the query best, best first.
 
     Each is a copy of the caller's document with ``relevance_score`` in its metadata, and
@@ -37,29 +38,12 @@ class GratingRerank(RerankerSettings, BaseDocumentCompressor):
             )
     """
 
-    top_n: int | None = Field(default=3, ge=1, description="How many documents to keep; None for all, reordered.")
-    scores: Literal["exact", "estimated"] = Field(
-        default="exact",
-        description="'exact': as the full model's. 'estimated': sure winners stop early, which is faster.",
+    top_n: int | None = Field(
+        default=3, ge=1, description="How many documents are kept. None keeps all, in their new order."
     )
-    score_threshold: float | None = Field(
-        default=None,
-        allow_inf_nan=False,
-        description="Documents with a lower score are left out. A raw logit, that of a probability p is "
-        "log(p / (1 - p)). Only with exact scores: the level of an estimate may be off.",
+    prefix_metadata: str = Field(
+        default="", description="The beginning of the names of the metadata that are written."
     )
-    max_query_tokens: int | None = Field(
-        default=None,
-        ge=1,
-        description="Of a query with more tokens the end is kept, where a conversation's last words are; None for "
-        "half of what the model can read.",
-    )
-    prefix_metadata: str = Field(default="", description="What the names of the metadata written here begin with.")
-
-    @model_validator(mode="after")
-    def _check_threshold(self) -> Self:
-        check_threshold(self.score_threshold, self.scores)
-        return self
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
@@ -159,10 +143,6 @@ class GratingRerank(RerankerSettings, BaseDocumentCompressor):
             "documents": [self._with_scores(document, {}) for document in documents[: self.top_n]],
             "trace": None,
         }
-
-    def _kept(self, result: RerankResult) -> list[RankedDocument]:
-        threshold = self.score_threshold
-        return [ranked for ranked in result.ranking if threshold is None or ranked.score >= threshold]
 
     def _with_scores(self, document: Document, scores: Mapping[str, float]) -> Document:
         metadata = copied(dict(document.metadata))

@@ -11,6 +11,7 @@ from grating_core import Reranker
 from grating_core.arguments import whole_number
 from grating_core.forking import run_in_thread
 from grating_core.frameworks.nested import copied, strings
+from grating_core.frameworks.rerankers import DEFAULT_MODEL
 
 try:
     from langgraph.store.base import BaseStore, GetOp, Op, Result, SearchItem, SearchOp
@@ -50,7 +51,7 @@ class GratingStore(BaseStore):
     def __init__(
         self,
         store: BaseStore,
-        reranker: Reranker | str | Path = "cross-encoder/ms-marco-MiniLM-L12-v2",
+        reranker: Reranker | str | Path = DEFAULT_MODEL,
         *,
         candidates: int = 50,
         fields: Sequence[str] | None = None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from numbers import Integral
 from typing import Any
 
 from llama_index.core.base.llms.generic_utils import (
@@ -24,21 +23,19 @@ from llama_index.core.base.llms.types import (
     MessageRole,
     TextBlock,
 )
-from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
 from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 
 from grating_core import GratingError, StreamedCausalLM
 from grating_core.forking import run_in_thread
-from grating_core.frameworks.fields import LanguageModelFields
-from grating_core.frameworks.requests import OF_LANGUAGE_MODEL, answer_settings
+from grating_core.frameworks.language_models import LanguageModelFields
 from grating_core.results import Generation
 
 Prompt = str | list[dict[str, str]]  # a text to continue, or messages
 _ROLES = (MessageRole.SYSTEM, MessageRole.USER, MessageRole.ASSISTANT)
 
 
-class GratingLLM(LanguageModelFields, CustomLLM):
+class GratingLLM(LanguageModelFields, CustomLLM):  # type: ignore[misc]
     """A language model on this machine, whose weights are read from disk as far as they do not fit into memory.
 
     It is loaded on first use, and shared with whoever uses the same model and settings. Requests to one model are
@@ -52,37 +49,12 @@ class GratingLLM(LanguageModelFields, CustomLLM):
             engine = index.as_query_engine(llm=llm, node_postprocessors=[reranker])
     """
 
-    model_config = ConfigDict(extra="forbid")
     never_pickled = ("token", "callback_manager")  # those who listen are in this process
-
-    model: str = Field(description="Hub id, or local directory, of a language model with a chat template.")
-    max_length: int | None = Field(
-        default=None,
-        description="Most tokens of prompt and answer together; None for what the model was made for.",
-    )
-    max_tokens: int = Field(
-        default=256, ge=1, description="Most tokens of an answer; fewer where a prompt leaves less room."
-    )
-    temperature: float = Field(
-        default=0.0, ge=0, description="How freely words are chosen; 0 takes the most likely one."
-    )
-    top_p: float = Field(
-        default=1.0, gt=0, le=1, description="Words are chosen among the most likely, up to this probability."
-    )
-    seed: int | None = Field(default=None, description="Of the choice; None for another one each time.")
-    stop: list[str] | None = Field(default=None, description="Texts before which an answer ends.")
-    _held: StreamedCausalLM | None = PrivateAttr(default=None)
 
     @classmethod
     def class_name(cls) -> str:
         """The name that LlamaIndex serialises it under."""
         return "GratingLLM"
-
-    @property
-    def llm(self) -> StreamedCausalLM:
-        """The language model of these settings, loaded if nobody has done so yet."""
-        self._held = StreamedCausalLM.shared(**self._of_model(OF_LANGUAGE_MODEL))
-        return self._held
 
     @property
     def metadata(self) -> LLMMetadata:
@@ -166,16 +138,10 @@ class GratingLLM(LanguageModelFields, CustomLLM):
         stream = llm.stream(prompt, **self._request(llm, prompt, kwargs))
         return astream_completion_response_to_chat_response(_in_threads(_responses(stream)))
 
-    async def _allm(self) -> StreamedCausalLM:
-        return await run_in_thread(lambda: self.llm)  # it may have to be loaded
-
     def _request(self, llm: StreamedCausalLM, prompt: Prompt, given: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a request: those given with it, else the object's; an answer that there is room for."""
-        settings = answer_settings(given, self)
-        room = _room(llm, prompt)
-        wanted = settings["max_new_tokens"]
-        fitting = min(wanted, room) if isinstance(wanted, Integral) else wanted  # which the model then refuses
-        return {**settings, "max_new_tokens": fitting, "stop": settings["stop"] or ()}
+        answer = self._answer(given)
+        return {**answer, "max_new_tokens": min(answer["max_new_tokens"], _room(llm, prompt))}
 
     def _text(self, prompt: str, formatted: bool) -> str:
         return prompt if formatted else self.completion_to_prompt(prompt)  # type: ignore[misc]  # never None

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any
 
-from llama_index.core.bridge.pydantic import Field, model_validator
+from llama_index.core.bridge.pydantic import Field
 from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.callbacks.base import EventContext
 from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from llama_index.postprocessor.grating.migration import by_name
-from llama_index.postprocessor.grating.requests import checked_request
-from llama_index.postprocessor.grating.settings import RerankerSettings
+from llama_index.postprocessor.grating.settings import RerankerSettings, checked_request
 
 from grating_core import RerankResult
 from grating_core.frameworks.nested import copied
-from grating_core.frameworks.requests import check_threshold, is_blank
+from grating_core.frameworks.requests import is_blank
+from grating_core.frameworks.rerankers import RankingFields
 
 dispatcher = get_dispatcher(__name__)
 
 
-class GratingRerank(RerankerSettings):
+class GratingRerank(RankingFields, RerankerSettings):  # type: ignore[misc]
     """Keeps the ``top_n`` nodes that answer the query best, best first.
 
     The model is loaded on construction, and shared with whoever uses the same settings. The caller's nodes and
@@ -37,47 +37,19 @@ class GratingRerank(RerankerSettings):
             engine = index.as_query_engine(similarity_top_k=20, node_postprocessors=[reranker])
     """
 
-    top_n: int = Field(default=3, ge=1, description="How many nodes to keep.")
-    scores: Literal["exact", "estimated"] = Field(
-        default="exact",
-        description="'exact': as the full model's. 'estimated': sure winners stop early, which is faster; "
-        "their nodes' scores are estimates.",
-    )
-    score_threshold: float | None = Field(
-        default=None,
-        allow_inf_nan=False,
-        description="Nodes with a lower score are left out. It is a raw logit: log(p / (1 - p)) for a "
-        "probability p.",
-    )
+    top_n: int = Field(default=3, ge=1, description="How many nodes are kept.")
     keep_retrieval_score: bool = Field(
-        default=False, description="Whether to keep the retriever's score as 'retrieval_score' in the metadata."
+        default=False, description="Whether the metadata keep the retriever's score, as 'retrieval_score'."
     )
     metadata_mode: MetadataMode = Field(
         default=MetadataMode.EMBED,
-        description="Which metadata is judged with a node's text: 'embed' for what is also embedded, 'llm', 'all' "
-        "or 'none'.",
+        description="The metadata that are judged with a node's text: 'embed' for those that are embedded, 'llm', "
+        "'all' or 'none'.",
     )
-    max_query_tokens: int | None = Field(
-        default=None,
-        ge=1,
-        description="Of a query with more tokens the end is kept, where a conversation's last words are; None for "
-        "half of what the model can read.",
-    )
-
     if not TYPE_CHECKING:  # editors and type checkers are to see the fields
 
         def __init__(self, *args: Any, **settings: Any) -> None:
             super().__init__(**by_name(args, settings))
-
-    @model_validator(mode="after")
-    def _check_threshold(self) -> Self:
-        check_threshold(self.score_threshold, self.scores)
-        return self
-
-    @classmethod
-    def class_name(cls) -> str:
-        """The name that LlamaIndex serialises it under."""
-        return "GratingRerank"
 
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
@@ -120,11 +92,7 @@ class GratingRerank(RerankerSettings):
 
     def _ended(self, event: EventContext, nodes: list[NodeWithScore], result: RerankResult) -> list[NodeWithScore]:
         """Tells that it is done, and how; the nodes to return."""
-        reranked = [
-            self._with_score(nodes[ranked.index], ranked.score)
-            for ranked in result.ranking
-            if self.score_threshold is None or ranked.score >= self.score_threshold
-        ]
+        reranked = [self._with_score(nodes[ranked.index], ranked.score) for ranked in self._kept(result)]
         trace = result.trace.summary()
         event.on_end(payload={EventPayload.NODES: reranked, EventPayload.ADDITIONAL_KWARGS: {"trace": trace}})
         dispatcher.event(ReRankEndEvent(nodes=reranked, tags={"trace": trace}))

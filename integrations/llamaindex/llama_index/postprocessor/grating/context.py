@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from uuid import uuid4
 
-from llama_index.core.bridge.pydantic import Field
 from llama_index.core.schema import BaseNode, MetadataMode, NodeRelationship, NodeWithScore, QueryBundle, TextNode
-from llama_index.postprocessor.grating.requests import checked_request
-from llama_index.postprocessor.grating.settings import RerankerSettings
+from llama_index.postprocessor.grating.settings import RerankerSettings, checked_request
 
-from grating_core.context import Passage, Selector
+from grating_core.context import Passage
 from grating_core.forking import run_in_thread
 from grating_core.frameworks.nested import copied
 from grating_core.frameworks.requests import is_blank, position
+from grating_core.frameworks.rerankers import SelectingFields
 
 _SHARED = (
     "excluded_embed_metadata_keys", "excluded_llm_metadata_keys", "metadata_template", "metadata_separator",
@@ -22,7 +20,7 @@ _SHARED = (
 """What a part says of its metadata as the whole does."""
 
 
-class GratingContextSelector(RerankerSettings):
+class GratingContextSelector(SelectingFields, RerankerSettings):  # type: ignore[misc]
     """Keeps the passages of long nodes that answer the query best, within a budget of tokens.
 
     The texts are divided into chunks, the reranker judges them, and as many of the best are kept as fit. They come
@@ -40,22 +38,6 @@ class GratingContextSelector(RerankerSettings):
             engine = index.as_query_engine(similarity_top_k=5, node_postprocessors=[selector])
     """
 
-    max_tokens: int = Field(ge=1, description="Most tokens of all passages together.")
-    chunk_tokens: int = Field(
-        default=256,
-        ge=1,
-        description="About how many tokens a chunk has at most; it is kept or left out as a whole.",
-    )
-    count_tokens: Callable[[str], int] | None = Field(
-        default=None,
-        description="Says how many tokens a text has; None for the reranker's tokenizer.",
-    )
-
-    @classmethod
-    def class_name(cls) -> str:
-        """The name that LlamaIndex serialises it under."""
-        return "GratingContextSelector"
-
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
@@ -65,14 +47,10 @@ class GratingContextSelector(RerankerSettings):
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         query, nodes = checked_request(query_bundle, nodes)
-        selector = Selector(self.reranker, self.max_tokens, self.chunk_tokens, self.count_tokens)
         texts = [node.node.get_content(metadata_mode=MetadataMode.NONE) for node in nodes]
-        if is_blank(query.query_str):
-            return [
-                _cut(nodes[passage.document].model_copy(update={"score": None}), passage)
-                for passage in selector.leading(texts)
-            ]
-        passages = selector.best(query.query_str, texts)
+        passages = self._passages(query.query_str, texts)
+        if is_blank(query.query_str):  # nothing was judged
+            nodes = [NodeWithScore(node=node.node) for node in nodes]
         return [_cut(nodes[passage.document], passage) for passage in passages]
 
 
