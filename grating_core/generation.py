@@ -159,7 +159,7 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
 
         When the task is cancelled, the computing stops after the token it is at.
         """
-        self._model()
+        self._model()  # refuse at once
         abandoned = Event()
 
         def work() -> Generation:
@@ -196,7 +196,7 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
             An iterator over pieces of text as they come. Closing it ends the work. ``yield from`` gives the
             :class:`Generation` to a generator of your own.
         """
-        model = self._model()
+        model = self.model
         how = AnswerSettings(
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
         )
@@ -213,7 +213,7 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
         self, prompt_ids: list[int], max_new_tokens: int, sampler: Sampler, stop: tuple[str, ...]
     ) -> Generator[str, None, Generation]:
         started = perf_counter()
-        model = self._model()
+        model = self.model
         cache = computed(new_cache, model, len(prompt_ids) + max_new_tokens)
         peak = None if self.plan is None else PeakMemory(model.device)
         text = self._tokenizer.stream(prompt_ids, stop)
@@ -224,7 +224,7 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
         next_ids = prompt_ids
         while len(moments) < max_new_tokens and not text.stopped:
             with self._turn:
-                model = self._model()
+                model = self.model
                 before = replace(model.meter)
                 token = computed(self._next_token, model, next_ids, cache, sampler, peak)
                 usage.append(model.meter.since(before))
@@ -261,22 +261,20 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
     ) -> int:
         return sampler.pick(advance(model, ids, cache, chunk_tokens=self._chunk_tokens, peak=peak))
 
-    def close(self) -> None:
-        """Free the weights, close the files, stop the threads.
-
-        Calls after this one raise ``RuntimeError``, and so do those that are in progress, at their next token.
-        """
-        super().close()
+    @property
+    def model(self) -> CausalLM:
+        """The loaded model. Raises ``RuntimeError`` when it has been closed."""
+        return self._model()
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
-        return self._model().device
+        """The device that computes."""
+        return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
-        return self._model().dtype
+        """The dtype that the layers compute in."""
+        return self.model.dtype
 
     def count_tokens(self, text: str) -> int:
         """How many tokens the model's tokenizer makes of a text, special tokens not counted."""

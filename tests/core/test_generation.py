@@ -162,7 +162,7 @@ def test_an_adapter_of_the_output_embedding_unties_it(tmp_path: Path) -> None:
     name = "base_model.model.lm_head.lora_{}.weight"
     save_file(load_file(path) | {name.format("A"): down, name.format("B"): up}, path)
     with load(base, adapter=adapter) as model:
-        module = model._model().module
+        module = model.model.module
         table = module.model.embed_tokens.weight
         torch.testing.assert_close(module.lm_head.weight, table + 1.5 * up @ down)
 
@@ -244,7 +244,7 @@ def test_an_interrupted_call_leaves_the_model_usable(endless: Path) -> None:
         if len(calls) == 3:  # within the second token
             raise KeyboardInterrupt
 
-    hook = model._model().layers[3].register_forward_pre_hook(interrupt)
+    hook = model.model.layers[3].register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         model.generate(PROMPT, max_new_tokens=10)
     hook.remove()
