@@ -7,7 +7,6 @@ in its next parallel loop, where a new thread gets a team of its own.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 from collections.abc import Callable
@@ -123,6 +122,8 @@ class Threads:
 
     async def run(self, call: Callable[..., Returned], *args: Any) -> Returned:
         """Await a call that a thread makes, with the context variables of this one."""
+        import asyncio  # it takes long to import, and few programs need it
+
         return await asyncio.wrap_future(self.submit(copy_context().run, call, *args))
 
     def close(self, *, wait: bool = True) -> None:

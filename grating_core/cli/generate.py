@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from grating_core.cli.inputs import read_documents
 from grating_core.cli.options import Takes
 from grating_core.cli.output import err, tell, write, write_text
-from grating_core.settings import GenerationSettings
+from grating_core.settings import AnswerSettings, GenerationSettings
 
 if TYPE_CHECKING:
-    from grating_core.generation import StreamedCausalLM
     from grating_core.results import Generation
 
 
 def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt, or - for standard input.")],
     settings: Annotated[GenerationSettings, Takes()],
+    answer: Annotated[AnswerSettings, Takes()],
     chat: Annotated[
         bool,
         typer.Option("--chat/--raw", help="Whether the prompt is a message to answer or the beginning of a text."),
     ] = True,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", min=1, help="The most tokens to generate.")
-    ] = 256,
-    temperature: Annotated[
-        float, typer.Option(min=0, help="How freely tokens are chosen. 0 always takes the likeliest.")
-    ] = 0.0,
-    top_p: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="The probability of the likeliest tokens that are chosen from, together."),
-    ] = 1.0,
-    seed: Annotated[
-        int | None, typer.Option(help="The seed of the random numbers. The default is another one each time.")
-    ] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="A text that ends the answer. Several may be given.")
-    ] = None,
 ) -> None:
     """Answer a prompt with a language model, which need not fit into memory."""
     text = read_documents("-", format="text")[0] if prompt == "-" else prompt
@@ -47,21 +32,20 @@ def generate(
 
         loaded = StreamedCausalLM.open(settings)
     with loaded:
-        generation = _written(
-            loaded,
+        stream = loaded.stream(
             [{"role": "user", "content": text}] if chat else text,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            stop=stop or (),
+            max_new_tokens=answer.max_new_tokens,
+            temperature=answer.temperature,
+            top_p=answer.top_p,
+            seed=answer.seed,
+            stop=answer.stop,
         )
+        generation = _written(stream)
     tell(_speed_line(generation), "dim")
 
 
-def _written(model: StreamedCausalLM, prompt: Any, **how: Any) -> Generation:
-    """Generate, and print the text as it comes."""
-    stream = model.stream(prompt, **how)
+def _written(stream: Generator[str, None, Generation]) -> Generation:
+    """Print a text as it comes, and return what it took."""
     while True:
         try:
             write_text(next(stream))

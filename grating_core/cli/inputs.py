@@ -7,7 +7,9 @@ import io
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +17,9 @@ from typing import Any, Literal
 from grating_core.files.reading import parse_json
 
 Format = Literal["auto", "jsonl", "json", "csv", "tsv", "lines", "text"]
+
+MOST_BYTES = 1 << 30
+"""How much is read of an input; one without an end would otherwise fill the memory."""
 
 _BY_SUFFIX = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".tab": "tsv"}
 _LIKE_AN_OBJECT = re.compile(r'\s*\{\s*["}]')
@@ -56,12 +61,12 @@ def read_records(
         plain: What ``"auto"`` takes for the format of any other text.
 
     Raises:
-        ValueError: The input is not what the format says, or a file is empty; the message names file, line and
-            column.
+        ValueError: The input is not what the format says, a file is empty, or there is more of it than
+            :data:`MOST_BYTES`; the message names file, line and column.
         OSError: The file cannot be read.
     """
     name = "standard input" if source == "-" else source
-    data = _read_standard_input() if source == "-" else Path(source).read_bytes()
+    data = _read_all(source, name)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -72,11 +77,23 @@ def read_records(
     return list(_READERS[chosen](text, field, name))
 
 
-def _read_standard_input() -> bytes:
+def _read_all(source: str, name: str) -> bytearray:
+    """Read a file or standard input to its end, which may never come."""
+    data = bytearray()
     try:
-        return sys.stdin.buffer.read()
+        with nullcontext(sys.stdin.buffer) if source == "-" else Path(source).open("rb") as stream:
+            while block := stream.read(1 << 20):
+                data += block
+                if len(data) > MOST_BYTES:
+                    raise ValueError(
+                        f"{name} has more than {MOST_BYTES:,} bytes, or no end. Divide it into smaller files, or "
+                        f"give the best candidates of a search"
+                    )
     except OSError as error:
-        raise OSError(f"standard input cannot be read: {error.strerror}") from error
+        if source == "-":
+            raise OSError(f"standard input cannot be read: {error.strerror}") from error
+        raise
+    return data
 
 
 def _guess(source: str, text: str, plain: str) -> str:
@@ -129,15 +146,7 @@ def _record(entry: Any, field: str, place: str) -> Record:
     return Record(entry[field], entry)
 
 
-def _read_csv(text: str, field: str, name: str) -> Iterator[Record]:
-    return _read_table(text, field, name, ",")
-
-
-def _read_tsv(text: str, field: str, name: str) -> Iterator[Record]:
-    return _read_table(text, field, name, "\t")
-
-
-def _read_table(text: str, field: str, name: str, delimiter: str) -> Iterator[Record]:
+def _read_table(text: str, field: str, name: str, *, delimiter: str) -> Iterator[Record]:
     _check_quotes(text, name, delimiter)
     csv.field_size_limit(max(len(text), 1))
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -192,8 +201,8 @@ def _numbered_lines(text: str) -> Iterator[tuple[int, str]]:
 _READERS: dict[str, Callable[[str, str, str], Iterator[Record]]] = {
     "jsonl": _read_jsonl,
     "json": _read_json,
-    "csv": _read_csv,
-    "tsv": _read_tsv,
+    "csv": partial(_read_table, delimiter=","),
+    "tsv": partial(_read_table, delimiter="\t"),
     "lines": _read_lines,
     "text": _read_text,
 }

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import Field, dataclass, fields, is_dataclass
 from functools import partial, wraps
 from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
@@ -15,20 +15,23 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import typer
 
 from grating_core.cli.inputs import Format
+from grating_core.cli.output import is_stream
 from grating_core.settings import ModelSettings
 
 BUNDLED = "bundled:ms-marco-minilm-l12"
 HUB = ("revision", "cache_dir", "local_files_only")
 
-# Where the help shows a setting. The others are no options: whoever lists processes would see the token, a command
-# always shows progress, and it ends before there is time to recalibrate.
+# What the command line adds to settings: short names, and where the help shows them. Some are no options: whoever
+# lists processes would see the token, a command always shows progress, and it ends before it could recalibrate.
+_NO_OPTIONS = {"token", "show_progress", "recalibrate"}
+_SHORT = {"model": "-m", "max_new_tokens": "-n"}
 _SHOWN_IN = {
-    "model": "model", "device": "model", "dtype": "model", "max_length": "model", "long_documents": "model",
-    "template": "model", "instruction": "model", "adapter": "model",
-    "pruning": "pruning", "target": "pruning", "guarantee": "pruning", "lens": "pruning",
-    "memory_budget": "memory", "mlp_density": "memory",
+    **dict.fromkeys(("model", "device", "dtype", "max_length", "long_documents"), "model"),
+    **dict.fromkeys(("template", "instruction", "adapter"), "model"),
+    **dict.fromkeys(("pruning", "target", "guarantee", "lens"), "pruning"),
+    **dict.fromkeys(("memory_budget", "mlp_density"), "memory"),
     **dict.fromkeys(HUB, "hub"),
-}  # fmt: skip
+}
 _PANELS = ("input", "output", "model", "pruning", "memory", "hub")  # in the order of the help
 in_panel = {name: partial(typer.Option, rich_help_panel=name.capitalize()) for name in _PANELS}
 
@@ -48,9 +51,17 @@ def matching(pattern: str, told: str) -> Callable[[Any], Any]:
 
 
 def writable(path: Any) -> Any:
-    """Refuse a file that could not be written, before anything is computed for it."""
-    # os.path, unlike Path, takes a name that no file can have for one that is not there.
-    if path is not None and os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113
+    """Refuse a place that could not be written to, before anything is computed for it."""
+    if path is not None and not is_stream(path):
+        replaceable(path)
+    elif path is not None and not os.access(path, os.W_OK):
+        raise typer.BadParameter(f"{str(path)!r} may not be written to.")
+    return path
+
+
+def replaceable(path: Any) -> Any:
+    """Refuse what is no file, and a file that could not be written, before anything is computed for it."""
+    if path is not None and (os.path.isdir(path) or is_stream(path)):  # noqa: PTH112 - Path raises for a long name
         raise typer.BadParameter(f"{str(path)!r} is not a regular file.")
     if path is not None and not os.access(path.parent, os.W_OK | os.X_OK):
         raise typer.BadParameter(f"there is no directory {str(path.parent)!r} that may be written to.")
@@ -115,13 +126,13 @@ class Takes:
     required: tuple[str, ...] = ()
     model: str | None = None
 
-    def options(self, settings: type[ModelSettings]) -> list[inspect.Parameter]:
+    def options(self, settings: type[Any]) -> list[inspect.Parameter]:
         """Return an option for each setting that the command takes."""
         hints = get_type_hints(settings, localns=_ELSEWHERE)
-        names = [name for name in hints if name in _SHOWN_IN and name not in self.without]
-        names = names if self.names is None else [name for name in names if name in ("model", *self.names)]
-        defaults = {field.name: field for field in fields(settings)}
-        return [self._option(defaults[name], hints[name]) for name in names]
+        taken = [field for field in fields(settings) if field.name not in _NO_OPTIONS.union(self.without)]
+        if self.names is not None:
+            taken = [field for field in taken if field.name in ("model", *self.names)]
+        return [self._option(field, hints[field.name]) for field in taken]
 
     def _option(self, setting: Field[Any], hint: Any) -> inspect.Parameter:
         name, told = setting.name, _told(setting.metadata["about"])
@@ -129,9 +140,14 @@ class Takes:
         kind = _TYPES.get(name) or _kind(hint)
         if name == "model" and self.model is None:
             return _parameter(name, inspect.Parameter.empty, kind, typer.Argument(help=told))
-        flags = ("--model", "-m") if name == "model" else (f"--{name.replace('_', '-')}",)
-        shown = in_panel[_SHOWN_IN[name]](*flags, help=told, callback=_CHECKS.get(name))
+        flags = (_flag(name), _SHORT[name]) if name in _SHORT else (_flag(name),)
+        option = in_panel[_SHOWN_IN[name]] if name in _SHOWN_IN else typer.Option
+        shown = option(*flags, help=told, callback=_CHECKS.get(name))
         return _parameter(name, self.model if name == "model" else default, kind, shown)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _told(about: str) -> str:
@@ -144,6 +160,7 @@ def _kind(hint: Any) -> Any:
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     choice = next((kind for kind in kinds if get_origin(kind) is Literal), None)
     kind = choice or (str if str in kinds else kinds[0])
+    kind = list[str] if kind == Sequence[str] else kind
     return kind | None if NoneType in kinds else kind
 
 
@@ -182,15 +199,7 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
 
 def _options(group: type[Any]) -> list[inspect.Parameter]:
     hints = get_type_hints(group, include_extras=True)
-    return [
-        _parameter(
-            field.name,
-            inspect.Parameter.empty if field.default is MISSING else field.default,
-            hints[field.name],
-            None,
-        )
-        for field in fields(group)
-    ]
+    return [_parameter(field.name, field.default, hints[field.name], None) for field in fields(group)]
 
 
 def _made(group: type[Any], options: dict[str, Any]) -> Any:
@@ -203,7 +212,7 @@ def _made(group: type[Any], options: dict[str, Any]) -> Any:
         name, found, told = str(error).partition("=")
         if not found or name not in options:
             raise
-        raise typer.BadParameter(f"{told}.", param_hint=f"--{name.replace('_', '-')}") from error
+        raise typer.BadParameter(f"{told}.", param_hint=_flag(name)) from error
 
 
 def _panel(parameter: inspect.Parameter) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -13,9 +14,6 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.text import Text
-
-from grating_core.errors import StorageError
-from grating_core.files.writing import replacing
 
 _FILE_WIDTH = 120  # columns of a table that goes into a file
 
@@ -63,20 +61,38 @@ def write(text: str, path: Path | None = None) -> None:
         path: The file that it becomes; None for standard output.
 
     Raises:
-        OSError: It cannot be written; the message says where to.
+        OSError: It cannot be written; the message says where to. A file that cannot be replaced raises the
+            ``StorageError`` of :func:`replacing`.
     """
     try:
         if path is None:
             sys.stdout.write(text)
             sys.stdout.flush()
-        else:
-            data = text.encode("utf-8", "backslashreplace")
-            with replacing(path.resolve(), len(data)) as file:
-                file.write(data)
-    except (BrokenPipeError, StorageError):
+            return
+    except BrokenPipeError:
         raise
     except OSError as error:
         raise OSError(error.errno, f"standard output cannot be written: {error.strerror or error}") from error
+    data = text.encode("utf-8", "backslashreplace")
+    if is_stream(path):
+        try:
+            with path.open("ab") as file:  # what a shell has opened is not cut
+                file.write(data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+    else:
+        from grating_core.files.writing import replacing  # slow to import
+
+        with replacing(path.resolve(), len(data)) as file:
+            file.write(data)
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a path names no file that could be replaced: a device, a pipe, or what a shell has opened."""
+    opened = re.fullmatch(r"/dev/(stdout|stderr)|(/dev|/proc/self)/fd/\d+", str(path)) is not None
+    # os.path, unlike Path, takes a name that no file can have for one that is not there.
+    there, ordinary = os.path.exists(path), os.path.isfile(path) or os.path.isdir(path)  # noqa: PTH110, PTH112, PTH113
+    return opened or (there and not ordinary)
 
 
 def write_text(text: str) -> None:

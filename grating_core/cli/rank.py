@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,7 +21,7 @@ from grating_core.cli.options import (
     Takes,
     TopK,
     in_panel,
-    writable,
+    replaceable,
 )
 from grating_core.cli.output import err, show, tell, write_json, write_json_lines
 from grating_core.cli.tables import closing_line, ranking_table, trace_table
@@ -62,6 +63,15 @@ class WantedOptions:
         ),
     ] = "exact"
 
+    def __post_init__(self) -> None:
+        if self.score_threshold is not None and not isfinite(self.score_threshold):
+            raise ValueError(f"score_threshold={self.score_threshold} must be a finite number, such as 0.0")
+        if self.score_threshold is not None and self.scores == "estimated":
+            raise ValueError(
+                f"score_threshold={self.score_threshold} needs --scores exact: estimates only compare with each "
+                f"other"
+            )
+
 
 def rerank(
     query: Query,
@@ -98,7 +108,7 @@ def explain(
     wanted: WantedOptions,
     plot: Annotated[
         Path | None,
-        in_panel["output"](help="The picture to draw the scores by layer into.", callback=writable),
+        in_panel["output"](help="The picture to draw the scores by layer into.", callback=replaceable),
     ] = None,
     format: Annotated[Literal["table", "json"], in_panel["output"](help="How the ranking is printed.")] = "table",
     as_json: AsJson = False,
@@ -143,8 +153,6 @@ class _Ranked:
         wanted: WantedOptions,
     ) -> _Ranked:
         """Read documents, rank them, and leave out what scores below a threshold."""
-        if wanted.score_threshold is not None and wanted.scores == "estimated":
-            raise ValueError("--score-threshold needs --scores exact: estimates only compare with each other")
         records = read_records(input, **how_stored.reading)
         _check_ids(records, how_stored.id_field)
         if not records:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from grating_core.cli.inputs import read_documents
-from grating_core.cli.options import HUB, AsJson, Takes
+from grating_core.cli.options import HUB, AsJson, Takes, replaceable
 from grating_core.cli.output import err, show, write_json
 from grating_core.cli.tables import plain_table
 from grating_core.settings import ModelSettings
@@ -57,7 +57,8 @@ def simulate(
         str | None, typer.Option(help="The rate at which the processor reads memory, such as 20GB/s.")
     ] = None,
     figure: Annotated[
-        Path | None, typer.Option(help="The picture to draw perplexity against tokens a second into.")
+        Path | None,
+        typer.Option(help="The picture to draw perplexity against tokens a second into.", callback=replaceable),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -22,9 +22,6 @@ from statistics import fmean, median
 from time import perf_counter
 from typing import Any
 
-import psutil
-from tqdm import tqdm
-
 from grating_core.settings import PruningName, RerankSettings
 
 Ranking = list[int]
@@ -107,6 +104,8 @@ def measure(job: Job, systems: Sequence[str], *, show_progress: bool = False) ->
     Returns:
         What each took. One that fails has an ``error``, and the others go on.
     """
+    from tqdm import tqdm
+
     steps = len(systems) * len(job.requests) * (job.rounds + 1)
     with tqdm(total=steps, unit="request", disable=not show_progress) as bar:
         found = []
@@ -212,6 +211,8 @@ class _Memory:
         self.look()
 
     def look(self) -> None:
+        import psutil
+
         seen = psutil.Process().memory_info().rss
         if sys.platform == "linux":
             with suppress(OSError):

@@ -1,8 +1,11 @@
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+import grating_core.cli.inputs
 from grating_core.cli.inputs import Record, read_documents, read_records
 
 
@@ -115,3 +118,17 @@ def test_what_is_damaged_is_refused_with_file_line_and_column(
 ) -> None:
     with pytest.raises(ValueError, match=told):
         read_records(written(tmp_path, name, content))
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no /dev/zero")
+@pytest.mark.parametrize("source", ["/dev/zero", "-", "file"])
+def test_an_input_without_an_end_is_refused(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grating_core.cli.inputs, "MOST_BYTES", 3 << 20)
+    whole = "w" * (3 << 20)
+    assert read_documents(written(tmp_path, "whole", whole)) == [whole]
+    if source == "file":
+        source = written(tmp_path, "larger", whole + "w")
+    with Path("/dev/zero").open("rb") as zeros:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(zeros))
+        with pytest.raises(ValueError, match=r"has more than 3,145,728 bytes, or no end\. Divide it"):
+            read_documents(source)

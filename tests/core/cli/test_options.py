@@ -8,7 +8,7 @@ import pytest
 from typer.main import get_command
 
 from grating_core.cli.commands import app
-from grating_core.settings import GenerationSettings, ModelSettings, RerankSettings
+from grating_core.settings import AnswerSettings, GenerationSettings, ModelSettings, RerankSettings
 from tests.core.cli.conftest import grating
 
 NO_OPTIONS = {"token", "show_progress", "recalibrate"}
@@ -17,7 +17,13 @@ COMMANDS = {
     "plan": RerankSettings, "bench": RerankSettings, "generate": GenerationSettings, "distill": ModelSettings,
     "simulate": ModelSettings,
 }  # fmt: skip
-OWN = {("distill", "mlp_density"), ("simulate", "mlp_density"), ("simulate", "dtype")}
+OWN = {
+    ("distill", "mlp_density"),
+    ("distill", "seed"),
+    *((command, "seed") for command in ("calibrate", "bench")),
+    ("simulate", "mlp_density"),
+    ("simulate", "dtype"),
+}
 """Options of another meaning than the setting of the same name."""
 
 
@@ -27,7 +33,7 @@ def options(command: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_option_that_is_a_setting_has_its_default_and_its_text(command: str) -> None:
-    settings = {field.name: field for field in fields(COMMANDS[command])}
+    settings = {field.name: field for field in (*fields(COMMANDS[command]), *fields(AnswerSettings))}
     found = {name: option for name, option in options(command).items() if name in settings}
     assert {"model", "revision", "cache_dir", "local_files_only"} <= set(found)
     for name, option in found.items():
@@ -37,11 +43,15 @@ def test_an_option_that_is_a_setting_has_its_default_and_its_text(command: str) 
         assert not re.search(r"\bNone\b|Python", option.help)
         if not option.required and name != "model":
             assert option.default == settings[name].default
-        assert option.opts in ([f"--{name.replace('_', '-')}"], ["--model", "-m"], ["model"])
+        assert option.opts[0] in (f"--{name.replace('_', '-')}", "model")
 
 
 def test_every_setting_is_an_option_of_its_command_or_named_as_none() -> None:
-    for command, settings in (("rerank", RerankSettings), ("generate", GenerationSettings)):
+    for command, settings in (
+        ("rerank", RerankSettings),
+        ("generate", GenerationSettings),
+        ("generate", AnswerSettings),
+    ):
         assert {field.name for field in fields(settings)} - set(options(command)) <= NO_OPTIONS
 
 

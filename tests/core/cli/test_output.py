@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -121,7 +123,7 @@ def test_output_is_written_whole_and_tried_first(tiny_bert: Path, tmp_path: Path
     assert (done.exit_code, done.stdout) == (0, "")
     assert {json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()} == set(DOCUMENTS)
     assert [entry.name for entry in tmp_path.iterdir()] == ["best.jsonl"]
-    for place in (tmp_path, tmp_path / "no" / "such", Path("/dev/null")):
+    for place in (tmp_path, tmp_path / "no" / "such"):
         refused = grating(*asked[:6], "./nowhere", "-o", str(place))
         assert refused.exit_code == 2
         assert "--output" in refused.stderr  # not the model, which comes later
@@ -130,3 +132,33 @@ def test_output_is_written_whole_and_tried_first(tiny_bert: Path, tmp_path: Path
     assert path.read_bytes() == kept
     grating(*asked[:6], str(tiny_bert), "-o", str(path), stdin="\n".join(DOCUMENTS))
     assert "3 documents" in path.read_text(encoding="utf-8")  # the table
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="no /dev/fd")
+def test_output_goes_to_devices_pipes_and_what_a_shell_has_opened(
+    tiny_bert: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["rerank", "-q", QUERY, "-i", "-", "-m", str(tiny_bert), "--format", "jsonl", "-o"]
+    everything = "\n".join(DOCUMENTS)
+    (tmp_path / "expected").touch()
+    assert grating(*asked, str(tmp_path / "expected"), stdin=everything).exit_code == 0
+    expected = (tmp_path / "expected").read_text(encoding="utf-8")
+    assert grating(*asked, "/dev/stdout", stdin=everything).exit_code == 0
+    assert capfd.readouterr().out == expected
+    log = tmp_path / "log"
+    log.write_text("before\n", encoding="utf-8")
+    opened = os.open(log, os.O_WRONLY | os.O_APPEND)
+    assert grating(*asked, f"/dev/fd/{opened}", stdin=everything).exit_code == 0
+    assert os.fstat(opened).st_ino == log.stat().st_ino
+    os.close(opened)
+    assert log.read_text(encoding="utf-8") == "before\n" + expected
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as readers:
+        read = readers.submit(pipe.read_text, encoding="utf-8")
+        assert grating(*asked, str(pipe), stdin=everything).exit_code == 0
+        assert read.result() == expected
+    assert grating(*asked, "/dev/null", stdin=everything).exit_code == 0
+    full = grating(*asked, "/dev/full", stdin=everything)
+    assert (full.exit_code, full.stderr) == (2, "Error: /dev/full: No space left on device\n")
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["expected", "log", "pipe"]

@@ -79,6 +79,8 @@ def test_a_threshold_is_a_raw_logit(stored: str, bundled: Reranker) -> None:
         (["--device", "tpu"], "--device"),
         (["--memory-budget", "lots"], "--memory-budget"),
         (["--target", "1.5"], "--target"),
+        (["--score-threshold", "nan"], "--score-threshold"),
+        (["--score-threshold", "-inf"], "--score-threshold"),
         (["--max-length", "0"], "--max-length"),
         (["--format", "xml"], "--format"),
         (["-q", " "], "--query"),
