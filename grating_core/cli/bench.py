@@ -8,16 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from grating_core.cli.inputs import read_documents
-from grating_core.cli.options import (
-    HUB,
-    AsJson,
-    Candidates,
-    InputOptions,
-    Takes,
-    TopK,
-    in_panel,
-)
+from grating_core.cli.options import HUB, InputOptions, Takes
 from grating_core.cli.output import err, show, show_whole, tell, write_json
 from grating_core.cli.tables import plain_table
 from grating_core.lab.peers import (
@@ -35,26 +26,30 @@ from grating_core.settings import RerankSettings
 
 
 def bench(
-    corpus: Annotated[Path, in_panel["input"](help="The file of documents like yours.")],
-    how_stored: InputOptions,
     settings: Annotated[RerankSettings, Takes(("dtype", "max_length", "memory_budget", *HUB))],
-    queries: Annotated[
-        Path | None, in_panel["input"](help="The file of queries. The default makes them of leading sentences.")
-    ] = None,
-    candidates: Candidates = 20,
-    top_k: TopK = 5,
-    requests: Annotated[int, typer.Option(min=1, help="The number of requests to compute.")] = 5,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each request is timed. Medians are shown.")] = 5,
-    threads: Annotated[
-        int | None,
-        typer.Option(min=1, help="The number of threads of each system. The default is what torch chooses."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="The seed of the choice of requests.")] = 0,
-    as_json: AsJson = False,
+    corpus: Path,
+    how_stored: InputOptions,
+    queries: Path | None = None,
+    candidates: int = 20,
+    top_k: int = 5,
+    requests: int = 5,
+    rounds: int = 5,
+    threads: int | None = None,
+    seed: int = 0,
+    as_json: bool = False,
 ) -> None:
-    """Compare time, memory and top K with sentence-transformers and OpenVINO on your own texts."""
-    documents = read_documents(str(corpus), **how_stored.reading)
-    asked = None if queries is None else read_documents(str(queries), **how_stored.reading)
+    """Compare time, memory and top K with sentence-transformers and OpenVINO on your own texts.
+
+    Args:
+        corpus: The file of documents like yours.
+        queries: The file of queries. The default makes them of leading sentences.
+        requests: The number of requests to compute.
+        rounds: How often each request is timed. Medians are shown.
+        threads: The number of threads of each system. The default is what torch chooses.
+        seed: The seed of the choice of requests.
+    """
+    documents = how_stored.documents(corpus)
+    asked = None if queries is None else how_stored.documents(queries)
     with err.status("Preparing ..."):
         import torch
 

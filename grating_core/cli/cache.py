@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from grating_core.cli.options import AsJson, matching
 from grating_core.cli.output import show, show_whole, tell, write_json
 from grating_core.cli.tables import plain_table
 from grating_core.files.caches import KINDS, Cached, clear, contents
@@ -18,32 +17,22 @@ from grating_core.files.places import cache_directory
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
-def _check_kinds(kinds: Any) -> Any:
-    for kind in kinds or ():
-        if kind not in KINDS:
-            raise typer.BadParameter(f"{kind!r} is not one of {', '.join(KINDS)}.")
-    return kinds
-
-
 @dataclass(frozen=True, kw_only=True)
 class ChosenOptions:
-    """Some of what lies in the cache."""
+    """Some of what lies in the cache.
 
-    kind: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="|".join(KINDS),
-            help="The kind of things. Several may be given. The default is all kinds.",
-            callback=_check_kinds,
-        ),
-    ] = None
-    older_than: Annotated[
-        str | None,
-        typer.Option(
-            help="How long the things have not been used at least, such as 30d, 12h or 2w.",
-            callback=matching(r"\d+(\.\d+)?[smhdw]", "a time such as 30d, 12h or 2w"),
-        ),
-    ] = None
+    Attributes:
+        kind: The kind of things, such as columns or lenses. Several may be given. The default is all kinds.
+        older_than: How long the things have not been used at least, such as 30d, 12h or 2w.
+    """
+
+    kind: Sequence[str] = ()
+    older_than: str | None = None
+
+    def __post_init__(self) -> None:
+        for kind in self.kind:
+            if kind not in KINDS:
+                raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}")
 
     @property
     def chosen(self) -> dict[str, Any]:
@@ -55,7 +44,7 @@ class ChosenOptions:
         }
 
 
-def list_cache(what: ChosenOptions, as_json: AsJson = False) -> None:
+def list_cache(what: ChosenOptions, as_json: bool = False) -> None:
     """List what lies in grating's cache: converted models, lenses, columns, and so on."""
     found = contents(**what.chosen)
     if as_json:
@@ -72,10 +61,14 @@ def list_cache(what: ChosenOptions, as_json: AsJson = False) -> None:
 
 def clear_cache(
     what: ChosenOptions,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Whether to remove the things without asking.")] = False,
-    as_json: AsJson = False,
+    yes: bool = False,
+    as_json: bool = False,
 ) -> None:
-    """Remove things from grating's cache; what is needed is made again. What a process is writing stays."""
+    """Remove things from grating's cache; what is needed is made again. What a process is writing stays.
+
+    Args:
+        yes: Whether to remove the things without asking.
+    """
     found = contents(**what.chosen)
     if not yes and found:
         tell(f"{_together(found)} will be removed:")

@@ -5,40 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from grating_core.cli.inputs import read_documents
-from grating_core.cli.options import Candidates, InputOptions, Takes, TopK
+from grating_core.cli.options import InputOptions, Takes
 from grating_core.cli.output import show
 from grating_core.cli.tables import plain_table
 from grating_core.settings import RerankSettings
 
 
 def calibrate(
-    corpus: Annotated[
-        list[Path], typer.Option(help="A file of documents. Several may be given, one for each kind of text.")
-    ],
-    how_stored: InputOptions,
     settings: Annotated[RerankSettings, Takes(without=("pruning", "guarantee", "lens", "long_documents"))],
-    queries: Annotated[
-        list[Path] | None, typer.Option(help="A file of queries for each corpus, in their order.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="The directory for the lens. The default is grating's cache.")
-    ] = None,
-    candidates: Candidates = 20,
-    requests: Annotated[int, typer.Option(help="The number of requests to compute, all corpora together.")] = 600,
-    top_k: TopK = 5,
-    seed: Annotated[int, typer.Option(help="The seed of the choice of queries.")] = 0,
+    corpus: list[Path],
+    how_stored: InputOptions,
+    queries: list[Path] | None = None,
+    output: Path | None = None,
+    candidates: int = 20,
+    requests: int = 600,
+    top_k: int = 5,
+    seed: int = 0,
 ) -> None:
-    """Fit a lens to a model on your own texts, so that it prunes early and keeps what it promises."""
+    """Fit a lens to a model on your own texts, so that it prunes early and keeps what it promises.
+
+    Args:
+        corpus: A file of documents. Several may be given, one for each kind of text.
+        queries: A file of queries for each corpus, in their order.
+        output: The directory for the lens. The default is grating's cache.
+        requests: The number of requests to compute, all corpora together.
+        top_k: The number of best documents for which the summary says what is kept.
+        seed: The seed of the choice of queries.
+    """
     if queries and len(queries) != len(corpus):
         raise ValueError(f"there are {len(queries)} files of queries for {len(corpus)} of documents")
-    how = how_stored.reading
-    documents = {str(path): read_documents(str(path), **how) for path in corpus}
-    asked = {
-        str(path): read_documents(str(file), **how) for path, file in zip(corpus, queries or (), strict=False)
-    }
+    documents = {str(path): how_stored.documents(path) for path in corpus}
+    asked = {str(path): how_stored.documents(file) for path, file in zip(corpus, queries or (), strict=False)}
     from grating_core.reranker import Reranker
 
     with Reranker.open(settings) as reranker:

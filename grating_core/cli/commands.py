@@ -18,7 +18,7 @@ from grating_core.cli.distill import distill
 from grating_core.cli.doctor import doctor
 from grating_core.cli.generate import generate
 from grating_core.cli.models import models
-from grating_core.cli.options import BUNDLED, with_groups
+from grating_core.cli.options import BUNDLED, as_command, described
 from grating_core.cli.output import forgive_encodings, tell, tell_error, told, write
 from grating_core.cli.plan import plan
 from grating_core.cli.rank import explain, rerank
@@ -102,7 +102,8 @@ def settings(
 
 
 def _add(to: typer.Typer, command: Callable[..., None], name: str, *examples: str) -> None:
-    to.command(name, epilog="\n\n".join(("Examples:", *examples)))(with_groups(command))
+    about, _ = described(command)
+    to.command(name, help=about, epilog="\n\n".join(("Examples:", *examples)))(as_command(command))
 
 
 for command, examples in _COMMANDS.items():

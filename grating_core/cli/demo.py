@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-import typer
-
-from grating_core.cli.options import BUNDLED, TopK, not_blank
+from grating_core.cli.options import BUNDLED
 from grating_core.cli.output import show, tell
 from grating_core.cli.tables import plain_table, ranking_table
 
@@ -15,14 +13,13 @@ if TYPE_CHECKING:
     from grating_core.results import RerankResult
 
 
-def demo(
-    query: Annotated[
-        str | None, typer.Option("--query", "-q", help="Your own question about Python.", callback=not_blank)
-    ] = None,
-    top_k: TopK = 5,
-    candidates: Annotated[int, typer.Option(min=1, help="The number of passages that BM25 picks.")] = 50,
-) -> None:
-    """Answer a question from the Python language reference: BM25 picks 50 passages, the reranker returns 5."""
+def demo(query: str | None = None, top_k: int = 5, candidates: int = 50) -> None:
+    """Answer a question from the Python language reference: BM25 picks 50 passages, the reranker returns 5.
+
+    Args:
+        query: Your own question about Python.
+        candidates: The number of passages that BM25 picks.
+    """
     from grating_core.demo import QUESTION, first_stage, load_passages
 
     query = query or QUESTION

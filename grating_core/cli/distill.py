@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from grating_core.cli.inputs import read_documents
 from grating_core.cli.options import HUB, InputOptions, Takes
 from grating_core.cli.output import err, show, tell
 from grating_core.cli.tables import plain_table
@@ -16,29 +15,31 @@ from grating_core.settings import ModelSettings
 
 def distill(
     settings: Annotated[ModelSettings, Takes(("device", "dtype", *HUB))],
-    text: Annotated[
-        list[Path], typer.Option(help="A file of texts, of the kind the model will read. Several may be given.")
-    ],
-    output: Annotated[
-        Path, typer.Option(help="A new directory for the adapter, or the one that a stopped run left.")
-    ],
+    text: list[Path],
+    output: Path,
     how_stored: InputOptions,
-    mlp_density: Annotated[
-        float, typer.Option(help="The share of the MLPs' weights that a token will use.")
-    ] = 0.5,
-    rank: Annotated[int, typer.Option(help="The rank of the adapter's changes.")] = 32,
-    learning_rate: Annotated[float, typer.Option(help="The highest learning rate, after the warm-up.")] = 1e-3,
-    steps: Annotated[int, typer.Option(help="How often the adapter is changed.")] = 400,
-    tokens_per_step: Annotated[
-        int, typer.Option(help="The number of tokens that each change is computed from.")
-    ] = 1024,
-    window: Annotated[int, typer.Option(help="The number of tokens that the model sees at once.")] = 256,
-    seed: Annotated[int, typer.Option(help="The seed of the order of the text, and of what is held out.")] = 0,
+    mlp_density: float = 0.5,
+    rank: int = 32,
+    learning_rate: float = 1e-3,
+    steps: int = 400,
+    tokens_per_step: int = 1024,
+    window: int = 256,
+    seed: int = 0,
 ) -> None:
-    """Train an adapter that makes up for pruned MLPs. The same command goes on where it stopped."""
-    texts = [
-        document for path in text for document in read_documents(str(path), **how_stored.reading, plain="text")
-    ]
+    """Train an adapter that makes up for pruned MLPs. The same command goes on where it stopped.
+
+    Args:
+        text: A file of texts, of the kind the model will read. Several may be given.
+        output: A new directory for the adapter, or the one that a stopped run left.
+        mlp_density: The share of the MLPs' weights that a token will use.
+        rank: The rank of the adapter's changes.
+        learning_rate: The highest learning rate, after the warm-up.
+        steps: How often the adapter is changed.
+        tokens_per_step: The number of tokens that each change is computed from.
+        window: The number of tokens that the model sees at once.
+        seed: The seed of the order of the text, and of what is held out.
+    """
+    texts = [document for path in text for document in how_stored.documents(path, "text")]
     with err.status("Loading ..."):
         from grating_core.lab.distill import distill as train
     try:

@@ -7,7 +7,7 @@ import platform
 from importlib import metadata
 from typing import Any
 
-from grating_core.cli.options import BUNDLED, AsJson
+from grating_core.cli.options import BUNDLED
 from grating_core.cli.output import err, show, write_json
 from grating_core.cli.tables import plain_table
 from grating_core.errors import GratingError
@@ -27,7 +27,7 @@ _PACKAGES = (
 )
 
 
-def doctor(as_json: AsJson = False) -> None:
+def doctor(as_json: bool = False) -> None:
     """Show versions, the device and dtype that will be used and why, and where the caches are."""
     with err.status("Looking ..."):
         found = _found()

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from grating_core.cli.inputs import read_documents
 from grating_core.cli.options import Takes
 from grating_core.cli.output import err, tell, write, write_text
@@ -17,15 +15,17 @@ if TYPE_CHECKING:
 
 
 def generate(
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt, or - for standard input.")],
+    prompt: str,
     settings: Annotated[GenerationSettings, Takes()],
     answer: Annotated[AnswerSettings, Takes()],
-    chat: Annotated[
-        bool,
-        typer.Option("--chat/--raw", help="Whether the prompt is a message to answer or the beginning of a text."),
-    ] = True,
+    chat: bool = True,
 ) -> None:
-    """Answer a prompt with a language model, which need not fit into memory."""
+    """Answer a prompt with a language model, which need not fit into memory.
+
+    Args:
+        prompt: The prompt, or - for standard input.
+        chat: Whether the prompt is a message to answer or the beginning of a text.
+    """
     text = read_documents("-", format="text")[0] if prompt == "-" else prompt
     with err.status("Loading ..."):
         from grating_core.generation import StreamedCausalLM

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from grating_core.cli.options import AsJson
 from grating_core.cli.output import show, show_whole, write_json
 from grating_core.cli.tables import plain_table
 from grating_core.errors import GratingError, StorageError
 from grating_core.files.places import is_there
 
 
-def models(as_json: AsJson = False) -> None:
+def models(as_json: bool = False) -> None:
     """List the models that are bundled, cached and supported."""
     from grating_core.models.families import FAMILIES
 

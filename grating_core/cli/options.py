@@ -1,4 +1,7 @@
-"""Options that several commands have, and the options that a command makes of the fields of a dataclass."""
+"""Options of commands, made of what is there: a function's arguments and docstring, the fields of a dataclass.
+
+An option of one name means the same in each command, so what the command line adds goes by the name.
+"""
 
 from __future__ import annotations
 
@@ -6,41 +9,32 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import Field, dataclass, fields, is_dataclass
-from functools import partial, wraps
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from grating_core.cli.inputs import Format
+from grating_core.cli.inputs import Format, read_documents
 from grating_core.cli.output import is_stream
 from grating_core.settings import ModelSettings
 
 BUNDLED = "bundled:ms-marco-minilm-l12"
 HUB = ("revision", "cache_dir", "local_files_only")
+_EMPTY = inspect.Parameter.empty
 
-# What the command line adds to settings: short names, and where the help shows them. Some are no options: whoever
-# lists processes would see the token, a command always shows progress, and it ends before it could recalibrate.
+# These settings are no options: whoever lists processes would see a token, a command always shows progress, and
+# ends before there is time to recalibrate.
 _NO_OPTIONS = {"token", "show_progress", "recalibrate"}
-_SHORT = {"model": "-m", "max_new_tokens": "-n"}
-_SHOWN_IN = {
-    **dict.fromkeys(("model", "device", "dtype", "max_length", "long_documents"), "model"),
-    **dict.fromkeys(("template", "instruction", "adapter"), "model"),
-    **dict.fromkeys(("pruning", "target", "guarantee", "lens"), "pruning"),
-    **dict.fromkeys(("memory_budget", "mlp_density"), "memory"),
-    **dict.fromkeys(HUB, "hub"),
-}
-_PANELS = ("input", "output", "model", "pruning", "memory", "hub")  # in the order of the help
-in_panel = {name: partial(typer.Option, rich_help_panel=name.capitalize()) for name in _PANELS}
 
 # Types that settings name, but whose modules take long to import. No option is of such a type.
 _ELSEWHERE = {"torch": SimpleNamespace(device=object, dtype=object), "PruningPolicy": object, "Prompt": object}
 
 
-def matching(pattern: str, told: str) -> Callable[[Any], Any]:
-    """Return a callback that refuses what a pattern does not match, before anything is imported."""
+def _refusing(pattern: str, told: str) -> Callable[[Any], Any]:
+    """Return a check that refuses what a pattern does not match, before anything is imported."""
 
     def check(value: Any) -> Any:
         if value is not None and not re.fullmatch(pattern, value.strip()):
@@ -50,16 +44,16 @@ def matching(pattern: str, told: str) -> Callable[[Any], Any]:
     return check
 
 
-def writable(path: Any) -> Any:
+def _writable(path: Any) -> Any:
     """Refuse a place that could not be written to, before anything is computed for it."""
-    if path is not None and not is_stream(path):
-        replaceable(path)
-    elif path is not None and not os.access(path, os.W_OK):
+    if path is None or not is_stream(path):
+        return _replaceable(path)
+    if not os.access(path, os.W_OK):
         raise typer.BadParameter(f"{str(path)!r} may not be written to.")
     return path
 
 
-def replaceable(path: Any) -> Any:
+def _replaceable(path: Any) -> Any:
     """Refuse what is no file, and a file that could not be written, before anything is computed for it."""
     if path is not None and (os.path.isdir(path) or is_stream(path)):  # noqa: PTH112 - Path raises for a long name
         raise typer.BadParameter(f"{str(path)!r} is not a regular file.")
@@ -68,46 +62,56 @@ def replaceable(path: Any) -> Any:
     return path
 
 
-def not_blank(value: Any) -> Any:
-    """Refuse an empty question."""
-    if value is not None and not value.strip():
-        raise typer.BadParameter("it is empty.")
-    return value
-
-
-# What typer checks by itself, or is to check before the module is imported that would refuse it.
+_PANELS = {
+    "input": ("input", "corpus", "queries", "input_format", "field", "id_field"),
+    "output": ("plot", "format", "as_json", "output"),
+    "model": ("model", "device", "dtype", "max_length", "long_documents", "template", "instruction", "adapter"),
+    "pruning": ("pruning", "target", "guarantee", "lens", "scores"),
+    "memory": ("memory_budget", "mlp_density"),
+    "hub": HUB,
+}  # in the order of the help; an option of another name is in none
+_FLAGS = {"as_json": "--json", "chat": "--chat/--raw"}
+_SHORT = {
+    "query": "-q", "input": "-i", "output": "-o", "top_k": "-k", "model": "-m", "prompt": "-p", "yes": "-y",
+    "max_tokens": "-n", "max_new_tokens": "-n",
+}  # fmt: skip
+_LEAST = dict.fromkeys(("top_k", "requests", "rounds", "threads", "tokens", "max_tokens", "chunk_tokens"), 1)
+_LEAST["candidates"] = 2
 _TYPES = {"dtype": Literal["auto", "float32", "bfloat16", "float16"]}
 _CHECKS = {
-    "device": matching(r"cpu|mps|cuda(:\d+)?", "cpu, cuda, cuda:N or mps"),
-    "memory_budget": matching(r"(?i)0*[1-9]\d*|\d+(\.\d+)?\s*[KMG]I?B", "a size such as 300MB or 1.5GiB"),
+    "query": _refusing(r"(?s).*\S.*", "a question"),
+    "device": _refusing(r"cpu|mps|cuda(:\d+)?", "cpu, cuda, cuda:N or mps"),
+    "memory_budget": _refusing(r"(?i)0*[1-9]\d*|\d+(\.\d+)?\s*[KMG]I?B", "a size such as 300MB or 1.5GiB"),
+    "older_than": _refusing(r"\d+(\.\d+)?[smhdw]", "a time such as 30d, 12h or 2w"),
+    "output": _writable,
+    "plot": _replaceable,
+    "figure": _replaceable,
 }
-
-Query = Annotated[str, typer.Option("--query", "-q", help="The question.", callback=not_blank)]
-Input = Annotated[str, in_panel["input"]("--input", "-i", help="The file of documents, or - for standard input.")]
-TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="How many documents to return.")]
-Candidates = Annotated[int, typer.Option(min=2, help="The number of documents of a request.")]
-AsJson = Annotated[bool, in_panel["output"]("--json", help="Whether to print JSON.")]
-Output = Annotated[
-    Path | None,
-    in_panel["output"](
-        "--output", "-o", help="The file to write to. The default is standard output.", callback=writable
-    ),
-]
+_TEXTS = {
+    "query": "The question.",
+    "input": "The file of documents, or - for standard input.",
+    "top_k": "How many documents to return.",
+    "candidates": "The number of documents of a request.",
+    "as_json": "Whether to print JSON.",
+    "output": "The file to write to. The default is standard output.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputOptions:
-    """How a file of documents is read."""
+    """How a file of documents is read.
 
-    input_format: Annotated[
-        Format, in_panel["input"](help="How the documents are stored. 'auto' goes by the file.")
-    ] = "auto"
-    field: Annotated[str, in_panel["input"](help="The JSON field or CSV column that holds the text.")] = "text"
+    Attributes:
+        input_format: How the documents are stored. 'auto' goes by the file.
+        field: The JSON field or CSV column that holds the text.
+    """
 
-    @property
-    def reading(self) -> dict[str, Any]:
-        """The same as arguments of :func:`read_records`."""
-        return {"format": self.input_format, "field": self.field}
+    input_format: Format = "auto"
+    field: str = "text"
+
+    def documents(self, source: str | Path, plain: Literal["lines", "text"] = "lines") -> list[str]:
+        """Read the texts of a file, or of standard input; see :func:`read_documents`."""
+        return read_documents(str(source), format=self.input_format, field=self.field, plain=plain)
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ class Takes:
     """Says which settings a command takes. It stands beside the class of the settings in ``Annotated``.
 
     Attributes:
-        names: The settings besides the model, by name; None for all that are options.
+        names: The settings besides the model, by name; None for all that can be options.
         without: Those of all that make no sense in this command.
         required: Those that have to be given.
         model: What the option ``--model`` is by default; None makes the model an argument.
@@ -132,74 +136,90 @@ class Takes:
         taken = [field for field in fields(settings) if field.name not in _NO_OPTIONS.union(self.without)]
         if self.names is not None:
             taken = [field for field in taken if field.name in ("model", *self.names)]
-        return [self._option(field, hints[field.name]) for field in taken]
-
-    def _option(self, setting: Field[Any], hint: Any) -> inspect.Parameter:
-        name, told = setting.name, _told(setting.metadata["about"])
-        default = inspect.Parameter.empty if name in self.required else setting.default
-        kind = _TYPES.get(name) or _kind(hint)
-        if name == "model" and self.model is None:
-            return _parameter(name, inspect.Parameter.empty, kind, typer.Argument(help=told))
-        flags = (_flag(name), _SHORT[name]) if name in _SHORT else (_flag(name),)
-        option = in_panel[_SHOWN_IN[name]] if name in _SHOWN_IN else typer.Option
-        shown = option(*flags, help=told, callback=_CHECKS.get(name))
-        return _parameter(name, self.model if name == "model" else default, kind, shown)
+        defaults = dict.fromkeys(self.required, _EMPTY) | {"model": self.model or _EMPTY}
+        return [
+            _option(
+                field.name,
+                defaults.get(field.name, field.default),
+                _TYPES.get(field.name, hints[field.name]),
+                _of_the_command_line(field.metadata["about"]),
+            )
+            for field in taken
+        ]
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _told(about: str) -> str:
+def _of_the_command_line(about: str) -> str:
     """Return what a setting is in words of the command line, which has neither None nor objects."""
     return re.sub(r" Python also takes [^.]*\.", "", about).replace(" None ", " The default ")
 
 
-def _kind(hint: Any) -> Any:
-    """Return that one of a setting's types which can be typed: a choice, text or a number; None if it may lack."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    choice = next((kind for kind in kinds if get_origin(kind) is Literal), None)
-    kind = choice or (str if str in kinds else kinds[0])
-    kind = list[str] if kind == Sequence[str] else kind
-    return kind | None if NoneType in kinds else kind
-
-
-def _parameter(name: str, default: Any, kind: Any, shown: Any) -> inspect.Parameter:
-    annotation = kind if shown is None else Annotated[kind, shown]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def with_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """Return the command with an option for each field of those of its parameters that are dataclasses."""
+def as_command(function: Callable[..., None]) -> Callable[..., None]:
+    """Return a function as typer takes it: an option for each argument, and for each field of a dataclass."""
     groups: dict[str, tuple[type[Any], list[str]]] = {}
     parameters: list[inspect.Parameter] = []
-    hints = get_type_hints(command, include_extras=True)
-    for name, given in inspect.signature(command).parameters.items():
+    hints = get_type_hints(function, include_extras=True)
+    texts = _TEXTS | described(function)[1]
+    for name, given in inspect.signature(function).parameters.items():
         group, *marks = get_args(hints[name]) if get_origin(hints[name]) is Annotated else (hints[name],)
         if isinstance(group, type) and is_dataclass(group):
             options = marks[0].options(group) if marks else _options(group)
             groups[name] = group, [option.name for option in options]
         else:
-            options = [_parameter(name, given.default, hints[name], None)]
+            options = [_option(name, given.default, hints[name], texts[name])]
         parameters += options
     parameters.sort(key=_panel)
 
-    @wraps(command)
+    @wraps(function)
     def call(**given: Any) -> None:
         made = {
             name: _made(group, {option: given.pop(option) for option in options})
             for name, (group, options) in groups.items()
         }
-        command(**given, **made)
+        function(**given, **made)
 
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call
 
 
+def described(thing: Any) -> tuple[str, dict[str, str]]:
+    """Return what a docstring says of a function or class, and of each of its arguments or fields."""
+    about, *rest = re.split(r"\n\n(?:Args|Attributes):\n", inspect.getdoc(thing) or "")
+    told = re.finditer(r"^    (\w+): (.+(?:\n {8}.+)*)", "".join(rest), re.MULTILINE)
+    return about, {found[1]: " ".join(found[2].split()) for found in told}
+
+
 def _options(group: type[Any]) -> list[inspect.Parameter]:
-    hints = get_type_hints(group, include_extras=True)
-    return [_parameter(field.name, field.default, hints[field.name], None) for field in fields(group)]
+    hints, texts = get_type_hints(group), _TEXTS | described(group)[1]
+    for base in group.__bases__:
+        texts |= described(base)[1]
+    return [_option(field.name, field.default, hints[field.name], texts[field.name]) for field in fields(group)]
+
+
+def _option(name: str, default: Any, hint: Any, told: str) -> inspect.Parameter:
+    kind, shown = _typed(hint), typer.Argument(help=told)
+    if name != "model" or default is not _EMPTY:
+        flags = [_FLAGS.get(name, _flag(name)), *([_SHORT[name]] if name in _SHORT else ())]
+        panel = next((panel.capitalize() for panel, names in _PANELS.items() if name in names), None)
+        shown = typer.Option(
+            *flags, help=told, min=_LEAST.get(name), callback=_CHECKS.get(name), rich_help_panel=panel
+        )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, shown]
+    )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _typed(hint: Any) -> Any:
+    """Return what can be typed of a type: a choice, text, a number or several of them; None if it may lack."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    choice = next((kind for kind in kinds if get_origin(kind) is Literal), None)
+    kind = choice or (str if str in kinds else kinds[0])
+    kind = list[get_args(kind)] if get_origin(kind) is get_origin(Sequence[str]) else kind  # type: ignore[misc]
+    return kind | None if NoneType in kinds else kind
 
 
 def _made(group: type[Any], options: dict[str, Any]) -> Any:
@@ -216,5 +236,5 @@ def _made(group: type[Any], options: dict[str, Any]) -> Any:
 
 
 def _panel(parameter: inspect.Parameter) -> int:
-    panel = getattr(parameter.annotation.__metadata__[0], "rich_help_panel", None)
-    return _PANELS.index(panel.lower()) + 1 if panel else 0
+    names = [parameter.name in names for names in _PANELS.values()]
+    return names.index(True) + 1 if True in names else 0

@@ -5,9 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from grating_core.cli.options import HUB, AsJson, Takes
+from grating_core.cli.options import HUB, Takes
 from grating_core.cli.output import err, show, write_json
 from grating_core.cli.tables import plain_table
 from grating_core.settings import RerankSettings
@@ -20,11 +18,15 @@ _PLANNED = ("device", "dtype", "memory_budget", "max_length", "adapter", "templa
 
 def plan(
     settings: Annotated[RerankSettings, Takes(_PLANNED, required=("memory_budget",))],
-    candidates: Annotated[int, typer.Option(min=1, help="The number of documents of a request.")] = 20,
-    tokens: Annotated[int, typer.Option(min=1, help="The tokens of each document with the query.")] = 500,
-    as_json: AsJson = False,
+    candidates: int = 20,
+    tokens: int = 500,
+    as_json: bool = False,
 ) -> None:
-    """Show what a memory budget is spent on, and what a request will read from disk and write to it."""
+    """Show what a memory budget is spent on, and what a request will read from disk and write to it.
+
+    Args:
+        tokens: The tokens of each document with the query.
+    """
     with err.status("Looking at the model ..."):
         from grating_core.memory.meter import resident_memory
         from grating_core.opening import open_reranker

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
-
 from grating_core.cli.inputs import Record, read_records
-from grating_core.cli.options import (
-    BUNDLED,
-    AsJson,
-    Input,
-    InputOptions,
-    Output,
-    Query,
-    Takes,
-    TopK,
-    in_panel,
-    replaceable,
-)
+from grating_core.cli.options import BUNDLED, InputOptions, Takes
 from grating_core.cli.output import err, show, tell, write_json, write_json_lines
 from grating_core.cli.tables import closing_line, ranking_table, trace_table
 from grating_core.settings import RerankSettings
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from grating_core.results import RerankResult
 
 Settings = Annotated[RerankSettings, Takes(model=BUNDLED)]
@@ -35,33 +24,27 @@ Settings = Annotated[RerankSettings, Takes(model=BUNDLED)]
 
 @dataclass(frozen=True, kw_only=True)
 class RecordOptions(InputOptions):
-    """How documents are read that come back with all that they were stored with."""
+    """How documents are read that come back with all that they were stored with.
 
-    id_field: Annotated[
-        str | None,
-        in_panel["input"](
-            help="The JSON field or CSV column that names a document. The default is id, if there is one."
-        ),
-    ] = None
+    Attributes:
+        id_field: The JSON field or CSV column that names a document. The default is id, if there is one.
+    """
+
+    id_field: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class WantedOptions:
-    """What a ranking is to hold."""
+    """What a ranking is to hold.
 
-    top_k: TopK = 5
-    score_threshold: Annotated[
-        float | None,
-        typer.Option(
-            help="The score below which documents are left out: a raw logit such as 0.0, no probability."
-        ),
-    ] = None
-    scores: Annotated[
-        Literal["exact", "estimated"],
-        in_panel["pruning"](
-            help="Whether sure winners go through every layer ('exact') or stop early as well ('estimated')."
-        ),
-    ] = "exact"
+    Attributes:
+        score_threshold: The score below which documents are left out: a raw logit such as 0.0, no probability.
+        scores: Whether sure winners go through every layer ('exact') or stop early as well ('estimated').
+    """
+
+    top_k: int = 5
+    score_threshold: float | None = None
+    scores: Literal["exact", "estimated"] = "exact"
 
     def __post_init__(self) -> None:
         if self.score_threshold is not None and not isfinite(self.score_threshold):
@@ -74,24 +57,24 @@ class WantedOptions:
 
 
 def rerank(
-    query: Query,
-    input: Input,
+    query: str,
+    input: str,
     how_stored: RecordOptions,
     settings: Settings,
     wanted: WantedOptions,
-    format: Annotated[
-        Literal["table", "json", "jsonl"],
-        in_panel["output"](help="How the ranking is printed. 'jsonl' prints a line of JSON for each document."),
-    ] = "table",
-    as_json: AsJson = False,
-    output: Output = None,
+    format: Literal["table", "json", "jsonl"] = "table",
+    as_json: bool = False,
+    output: Path | None = None,
 ) -> None:
-    """Print the documents that answer a question best."""
-    ranked = _Ranked.of(query, input, how_stored, settings, wanted)
-    chosen = "json" if as_json else format
-    if chosen == "json":
+    """Print the documents that answer a question best.
+
+    Args:
+        format: How the ranking is printed. 'jsonl' prints a line of JSON for each document.
+    """
+    ranked = _ranked(query, input, how_stored, settings, wanted)
+    if as_json or format == "json":
         write_json(ranked.summary(), output)
-    elif chosen == "jsonl":
+    elif format == "jsonl":
         write_json_lines(ranked.entries(), output)
     elif output is not None:
         show(ranked.table(), closing_line(ranked.result), path=output)
@@ -101,21 +84,23 @@ def rerank(
 
 
 def explain(
-    query: Query,
-    input: Input,
+    query: str,
+    input: str,
     how_stored: RecordOptions,
     settings: Settings,
     wanted: WantedOptions,
-    plot: Annotated[
-        Path | None,
-        in_panel["output"](help="The picture to draw the scores by layer into.", callback=replaceable),
-    ] = None,
-    format: Annotated[Literal["table", "json"], in_panel["output"](help="How the ranking is printed.")] = "table",
-    as_json: AsJson = False,
-    output: Output = None,
+    plot: Path | None = None,
+    format: Literal["table", "json"] = "table",
+    as_json: bool = False,
+    output: Path | None = None,
 ) -> None:
-    """Like rerank, and show layer by layer how the ranking came about."""
-    ranked = _Ranked.of(query, input, how_stored, settings, wanted)
+    """Print the same as rerank, and layer by layer how the ranking came about.
+
+    Args:
+        plot: The picture to draw the scores by layer into.
+        format: How the ranking is printed.
+    """
+    ranked = _ranked(query, input, how_stored, settings, wanted)
     trace = ranked.result.trace
     if plot is not None and trace.layers:
         from grating_core.lab.plots import plot_trajectories
@@ -129,46 +114,15 @@ def explain(
 
 @dataclass(frozen=True)
 class _Ranked:
-    """A ranking beside the records that its documents are of.
-
-    Attributes:
-        query: The question.
-        records: Those that were ranked, by index.
-        id_field: The field that names a record, if it has it.
-        result: The ranking, without what scores below the threshold.
-    """
+    """A ranking beside the records that its documents are of, and the field that names a record."""
 
     query: str
     records: Sequence[Record]
     id_field: str
     result: RerankResult
 
-    @classmethod
-    def of(
-        cls,
-        query: str,
-        input: str,
-        how_stored: RecordOptions,
-        settings: RerankSettings,
-        wanted: WantedOptions,
-    ) -> _Ranked:
-        """Read documents, rank them, and leave out what scores below a threshold."""
-        records = read_records(input, **how_stored.reading)
-        _check_ids(records, how_stored.id_field)
-        if not records:
-            tell("There are no documents.")
-        with err.status("Loading ..."):
-            from grating_core.reranker import Reranker
-
-            with Reranker.open(settings) as reranker:
-                texts = [record.text for record in records]
-                result = reranker.rerank(query, texts, wanted.top_k, scores=wanted.scores)
-        if wanted.score_threshold is not None:
-            result = _above(result, wanted.score_threshold)
-        return cls(query, records, how_stored.id_field or "id", result)
-
     def entries(self) -> list[dict[str, Any]]:
-        """Each document of the ranking as JSON has it, best first; docs/cli.md describes it."""
+        """Return each document of the ranking as JSON has it, best first; docs/cli.md describes it."""
         return [
             {"rank": rank, "id": self._id(ranked.index)}
             | asdict(ranked)
@@ -177,30 +131,42 @@ class _Ranked:
         ]
 
     def summary(self) -> dict[str, Any]:
-        """All of it as JSON has it."""
+        """Return all of it as JSON has it."""
         return {"query": self.query, "ranking": self.entries(), **self.result.trace.summary()}
 
-    def table(self) -> Any:
-        """The ranking for people."""
+    def table(self) -> Table:
+        """Return the ranking for people."""
         return ranking_table(self.result, [self._id(ranked.index) for ranked in self.result.ranking])
 
     def _id(self, index: int) -> Any:
         return (self.records[index].fields or {}).get(self.id_field)
 
 
-def _check_ids(records: Sequence[Record], id_field: str | None) -> None:
+def _ranked(
+    query: str, input: str, how_stored: RecordOptions, settings: RerankSettings, wanted: WantedOptions
+) -> _Ranked:
+    """Read documents, rank them, and leave out what scores below a threshold."""
+    records = read_records(input, format=how_stored.input_format, field=how_stored.field)
     for number, record in enumerate(records):
-        if id_field is not None and id_field not in (record.fields or {}):
-            raise ValueError(f"document {number} (from 0) has no field {id_field!r}, which --id-field names")
+        if how_stored.id_field is not None and how_stored.id_field not in (record.fields or {}):
+            raise ValueError(
+                f"document {number} (from 0) has no field {how_stored.id_field!r}, which --id-field names"
+            )
+    if not records:
+        tell("There are no documents.")
+    with err.status("Loading ..."):
+        from grating_core.reranker import Reranker
 
-
-def _above(result: RerankResult, threshold: float) -> RerankResult:
-    from grating_core.results import RerankResult
-
-    kept = [ranked for ranked in result.ranking if ranked.score >= threshold]
-    if result.ranking and not kept:
-        tell(
-            f"No document scores {threshold:g} or more; the best has {result.ranking[0].score:.3f}. Scores are "
-            f"raw logits: a probability p is a logit of log(p / (1 - p))."
-        )
-    return RerankResult(kept, result.trace)
+        with Reranker.open(settings) as reranker:
+            result = reranker.rerank(
+                query, [record.text for record in records], wanted.top_k, scores=wanted.scores
+            )
+    if (threshold := wanted.score_threshold) is not None:
+        kept = [ranked for ranked in result.ranking if ranked.score >= threshold]
+        if result.ranking and not kept:
+            tell(
+                f"No document scores {threshold:g} or more; the best has {result.ranking[0].score:.3f}. Scores "
+                f"are raw logits: a probability p is a logit of log(p / (1 - p))."
+            )
+        result = replace(result, ranking=kept)
+    return _Ranked(query, records, how_stored.id_field or "id", result)

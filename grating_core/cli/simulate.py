@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
-
 from grating_core.cli.inputs import read_documents
-from grating_core.cli.options import HUB, AsJson, Takes, replaceable
+from grating_core.cli.options import HUB, Takes
 from grating_core.cli.output import err, show, write_json
 from grating_core.cli.tables import plain_table
 from grating_core.settings import ModelSettings
@@ -17,52 +16,40 @@ from grating_core.settings import ModelSettings
 
 def simulate(
     settings: Annotated[ModelSettings, Takes(HUB)],
-    text: Annotated[
-        str, typer.Option(help="The file of a real text, or of JSON Lines with texts, for the model to read.")
-    ],
-    memory: Annotated[
-        str,
-        typer.Option(
-            help="The memory for all weights, such as 2GB, or the share of the MLPs in memory, such as 50%."
-        ),
-    ],
-    mlp_density: Annotated[
-        list[float], typer.Option(help="The share of the MLPs that a token uses. Several may be given.")
-    ] = [0.83, 0.67, 0.57, 0.5],  # noqa: B006 - typer copies it
-    tokens: Annotated[int, typer.Option(help="The number of tokens of the text to go through.")] = 512,
-    activations: Annotated[
-        Path | None, typer.Option(help="The file of recorded activations. The default is one in grating's cache.")
-    ] = None,
-    shape: Annotated[
-        Path | None, typer.Option(help="The directory with the config.json of another model to simulate.")
-    ] = None,
-    dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"], typer.Option(help="The type of the weights.")
-    ] = "bfloat16",
-    inputs_preference: Annotated[
-        float, typer.Option(help="The factor on an input whose column is not in memory, in cache-aware DIP.")
-    ] = 0.9,
-    products_preference: Annotated[float, typer.Option(help="The same factor for a product.")] = 0.3,
-    machine: Annotated[
-        str,
-        typer.Option(
-            help="'this', which is measured, 'phone', 'sata-ssd' or 'nvme'. Or give the next three options."
-        ),
-    ] = "this",
-    disk_bandwidth: Annotated[str | None, typer.Option(help="The rate of long reads, such as 500MB/s.")] = None,
-    disk_reads: Annotated[
-        float | None, typer.Option(help="The number of random reads of 4 KB a second, 8 at a time.")
-    ] = None,
-    memory_bandwidth: Annotated[
-        str | None, typer.Option(help="The rate at which the processor reads memory, such as 20GB/s.")
-    ] = None,
-    figure: Annotated[
-        Path | None,
-        typer.Option(help="The picture to draw perplexity against tokens a second into.", callback=replaceable),
-    ] = None,
-    as_json: AsJson = False,
+    text: str,
+    memory: str,
+    mlp_density: Sequence[float] = (0.83, 0.67, 0.57, 0.5),
+    tokens: int = 512,
+    activations: Path | None = None,
+    shape: Path | None = None,
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    inputs_preference: float = 0.9,
+    products_preference: float = 0.3,
+    machine: str = "this",
+    disk_bandwidth: str | None = None,
+    disk_reads: float | None = None,
+    memory_bandwidth: str | None = None,
+    figure: Path | None = None,
+    as_json: bool = False,
 ) -> None:
-    """Estimate how fast a decoder larger than memory generates: streamed, or pruned by dynamic input pruning."""
+    """Estimate how fast a decoder larger than memory generates: streamed, or pruned by dynamic input pruning.
+
+    Args:
+        text: The file of a real text, or of JSON Lines with texts, for the model to read.
+        memory: The memory for all weights, such as 2GB, or the share of the MLPs in memory, such as 50%.
+        mlp_density: The share of the MLPs that a token uses. Several may be given.
+        tokens: The number of tokens of the text to go through.
+        activations: The file of recorded activations. The default is one in grating's cache.
+        shape: The directory with the config.json of another model to simulate.
+        dtype: The type of the weights.
+        inputs_preference: The factor on an input whose column is not in memory, in cache-aware DIP.
+        products_preference: The same factor for a product.
+        machine: 'this', which is measured, 'phone', 'sata-ssd' or 'nvme'. Or give the next three options.
+        disk_bandwidth: The rate of long reads, such as 500MB/s.
+        disk_reads: The number of random reads of 4 KB a second, 8 at a time.
+        memory_bandwidth: The rate at which the processor reads memory, such as 20GB/s.
+        figure: The picture to draw perplexity against tokens a second into.
+    """
     read = "\n\n".join(read_documents(text, plain="text"))
     with err.status("Loading ..."):
         import torch

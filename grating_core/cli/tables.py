@@ -11,28 +11,26 @@ if TYPE_CHECKING:
     from grating_core.results import RerankResult
 
 
-def plain_table(*headings: str) -> Table:
-    """Columns without lines between them."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
+def plain_table(*headings: str, numbers: int = 0) -> Table:
+    """Return a table without lines, whose first columns are that many numbers."""
+    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
+    for place, heading in enumerate(headings):
+        if place < numbers:
+            table.add_column(heading, justify="right", no_wrap=True)
+        else:
+            table.add_column(heading, overflow="fold")
     return table
 
 
 def ranking_table(result: RerankResult, ids: Sequence[Any] = ()) -> Table:
-    """The documents of a ranking, best first.
+    """Return the documents of a ranking, best first.
 
     Args:
         result: The ranking.
-        ids: What names each of them, None where nothing does.
+        ids: The names of the documents, None for one without; no names for none with.
     """
     named = any(id is not None for id in ids)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("rank", "score", "index"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    if named:
-        table.add_column("id", overflow="fold")
-    table.add_column("text", overflow="fold")
+    table = plain_table("rank", "score", "index", *(["id"] if named else ()), "text", numbers=3)
     for place, ranked in enumerate(result.ranking):
         score = f"{ranked.score:.3f}{' (estimate)' if ranked.estimated else ''}"
         name = ("" if ids[place] is None else str(ids[place]),) if named else ()
@@ -41,21 +39,12 @@ def ranking_table(result: RerankResult, ids: Sequence[Any] = ()) -> Table:
 
 
 def trace_table(result: RerankResult) -> Table:
-    """A line for each layer."""
+    """Return a line for each layer."""
     from grating_core.pruning import Route
 
-    table = Table(box=None, pad_edge=False, header_style="bold", title="By layer", title_justify="left")
-    for heading in (
-        "layer",
-        "alive",
-        *(route.value for route in Route),
-        "best",
-        "worst",
-        "tokens",
-        "ms",
-        "waited",
-    ):
-        table.add_column(heading, justify="right")
+    headings = ("layer", "alive", *(route.value for route in Route), "best", "worst", "tokens", "ms", "waited")
+    table = plain_table(*headings, numbers=len(headings))
+    table.title = "By layer"
     for layer in result.trace.layers:
         table.add_row(
             str(layer.layer),
@@ -71,7 +60,7 @@ def trace_table(result: RerankResult) -> Table:
 
 
 def closing_line(result: RerankResult) -> str:
-    """What the rerank took."""
+    """Return what a rerank took, in a line."""
     trace = result.trace
     cut = f", {len(trace.truncated)} cut to the window" if trace.truncated else ""
     line = (

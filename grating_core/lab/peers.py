@@ -120,7 +120,7 @@ def _in_a_process(job: Job, system: str, bar: Any) -> Measured:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(job, system, theirs), daemon=True)
-    with _new_processes(job.threads):
+    with _uninterrupted():
         process.start()
     theirs.close()
     try:
@@ -139,10 +139,8 @@ def _in_a_process(job: Job, system: str, bar: Any) -> Measured:
 
 
 @contextmanager
-def _new_processes(threads: int) -> Iterator[None]:
-    """Let processes that are started now compute with so many threads, and leave an interrupt to this one."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+def _uninterrupted() -> Iterator[None]:
+    """Let processes that are started now leave an interrupt to this one."""
     alone = threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if alone else None
     try:
@@ -150,10 +148,6 @@ def _new_processes(threads: int) -> Iterator[None]:
     finally:
         if alone:
             signal.signal(signal.SIGINT, handler)
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
 
 
 def _work(job: Job, system: str, told: Connection) -> None:
