@@ -1,4 +1,4 @@
-"""Real documents that every CPython has: the topics of the Python language reference, cut into passages."""
+"""Every CPython has real documents: the topics of the Python language reference, which are cut into passages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PASSAGE_WORDS = 120
 
 
 def load_passages() -> list[str]:
-    """The language reference in passages of about 120 words, cut between paragraphs, each once."""
+    """Return the language reference in passages of about 120 words, cut between paragraphs, each once."""
     # Topics overlap: some are excerpts of others.
     return list(dict.fromkeys(passage for text in topics.values() for passage in _passages(text)))
 
@@ -32,7 +32,7 @@ def _passages(text: str) -> list[str]:
 
 
 def first_stage(query: str, passages: list[str], candidates: int) -> list[str]:
-    """The passages that BM25 thinks best, best first.
+    """Return the passages that BM25 thinks best, best first.
 
     Raises:
         ModuleNotFoundError: bm25s is not installed; the message names the extra that installs it.

@@ -1,1 +1,1 @@
-"""The ``grating`` command: one module a subject, put together in :mod:`grating_core.cli.commands`."""
+"""The command ``grating`` has a module for each subject; :mod:`grating_core.cli.commands` puts them together."""

@@ -1,4 +1,4 @@
-"""``grating bench``."""
+"""This is the command ``grating bench``."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def bench(
 
 
 def _reference(found: list[Measured]) -> Measured:
-    """What the others have to agree with: float32 by sentence-transformers, else grating without pruning."""
+    """Return what the others have to agree with: sentence-transformers in float32, else grating unpruned."""
     worked = {one.system: one for one in found if one.error is None}
     return worked.get(SENTENCE_TRANSFORMERS) or worked.get(UNPRUNED) or found[-1]
 
@@ -143,7 +143,7 @@ def _print(job: Job, found: list[Measured]) -> None:
 
 
 def verdict(job: Job, found: list[Measured]) -> str | None:
-    """What it comes to; None if grating or all that it is compared with failed."""
+    """Return what it comes to, in a sentence; None if grating or all that it is compared with failed."""
     worked = [one for one in found if one.error is None]
     ours = next((one for one in worked if one.system == PRUNED), None)
     others = [one for one in worked if one.system not in (PRUNED, UNPRUNED)]

@@ -1,4 +1,4 @@
-"""``grating cache``: what lies in grating's cache, and clearing it."""
+"""The command ``grating cache`` lists what lies in grating's cache, and clears it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenOptions:
-    """Some of what lies in the cache.
+    """These options choose some of what lies in the cache.
 
     Attributes:
         kind: The kind of things, such as columns or lenses. Several may be given. The default is all kinds.
@@ -36,7 +36,7 @@ class ChosenOptions:
 
     @property
     def chosen(self) -> dict[str, Any]:
-        """The same as arguments of :func:`contents` and :func:`clear`."""
+        """Return the same as arguments of :func:`contents` and :func:`clear`."""
         age = self.older_than and self.older_than.strip()
         return {
             "kinds": self.kind or None,

@@ -1,4 +1,4 @@
-"""``grating calibrate``."""
+"""This is the command ``grating calibrate``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The application: all commands, and what they do about errors."""
+"""This module puts all commands together, and says what they do about errors."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
 
 
 class _Commands(TyperGroup):
-    """What goes wrong is told in a sentence, not in a traceback."""
+    """This group tells what goes wrong in a sentence, not in a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         forgive_encodings()

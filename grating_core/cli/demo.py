@@ -1,4 +1,4 @@
-"""``grating demo``."""
+"""This is the command ``grating demo``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def demo(query: str | None = None, top_k: int = 5, candidates: int = 50) -> None
 def _measured(
     pruning: Literal["auto", "off"], query: str, documents: list[str], top_k: int
 ) -> tuple[RerankResult, float]:
-    """The result, and the median seconds of three runs after a warm-up."""
+    """Return the result, and the median seconds of three runs after a warm-up."""
     from grating_core.reranker import Reranker
 
     with Reranker.from_pretrained(BUNDLED, pruning=pruning, show_progress=True) as reranker:

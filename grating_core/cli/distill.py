@@ -1,4 +1,4 @@
-"""``grating distill``."""
+"""This is the command ``grating distill``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``grating doctor``."""
+"""This is the command ``grating doctor``."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _found() -> dict[str, Any]:
 
 
 def _cache() -> str:
-    """Where the cache is, or why it cannot be used."""
+    """Return where the cache is, or why it cannot be used."""
     try:
         directory = cache_directory()
         require_room(directory / "models", 0)

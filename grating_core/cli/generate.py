@@ -1,4 +1,4 @@
-"""``grating generate``."""
+"""This is the command ``grating generate``."""
 
 from __future__ import annotations
 

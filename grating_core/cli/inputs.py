@@ -1,4 +1,4 @@
-"""Documents from a file or standard input: JSON, JSON Lines, CSV, TSV, one per line, or all of it as one."""
+"""Documents come from a file or standard input: JSON, JSON Lines, CSV, TSV, one a line, or all of it as one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from grating_core.files.reading import parse_json
 Format = Literal["auto", "jsonl", "json", "csv", "tsv", "lines", "text"]
 
 MOST_BYTES = 1 << 30
-"""How much is read of an input; one without an end would otherwise fill the memory."""
+"""The most bytes that are read of an input: one without an end would fill the memory."""
 
 _BY_SUFFIX = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".tab": "tsv"}
 _LIKE_AN_OBJECT = re.compile(r'\s*\{\s*["}]')
@@ -28,7 +28,7 @@ _LIKE_AN_ARRAY = re.compile(r'\s*\[\s*([{"]|\]\s*$)')
 
 @dataclass(frozen=True)
 class Record:
-    """A document as it was stored.
+    """This is a document as it was stored.
 
     Attributes:
         text: What is judged.
@@ -42,7 +42,7 @@ class Record:
 def read_documents(
     source: str, *, format: Format = "auto", field: str = "text", plain: Literal["lines", "text"] = "lines"
 ) -> list[str]:
-    """The texts of :func:`read_records`, which takes the same arguments and raises the same errors."""
+    """Return the texts of :func:`read_records`, which takes the same arguments and raises the same errors."""
     return [record.text for record in read_records(source, format=format, field=field, plain=plain)]
 
 

@@ -1,4 +1,4 @@
-"""Where the process of the command begins and ends, whatever happens to it."""
+"""The process of the command begins and ends here, whatever happens to it."""
 
 from __future__ import annotations
 

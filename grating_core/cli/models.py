@@ -1,4 +1,4 @@
-"""``grating models``."""
+"""This is the command ``grating models``."""
 
 from __future__ import annotations
 

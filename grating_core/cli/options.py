@@ -1,4 +1,4 @@
-"""Options of commands, made of what is there: a function's arguments and docstring, the fields of a dataclass.
+"""The options of a command are made of what is there: arguments and docstring, and the fields of dataclasses.
 
 An option of one name means the same in each command, so what the command line adds goes by the name.
 """
@@ -99,7 +99,7 @@ _TEXTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class InputOptions:
-    """How a file of documents is read.
+    """These options say how a file of documents is read.
 
     Attributes:
         input_format: How the documents are stored. 'auto' goes by the file.

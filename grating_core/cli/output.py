@@ -1,4 +1,4 @@
-"""Where results and messages go, and how text that others wrote is shown in a terminal."""
+"""This module writes results and messages, and shows in a terminal what others wrote."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _HIDDEN = re.compile(
 
 
 def visible(text: str) -> str:
-    r"""A text as a terminal may be given it: what the terminal would obey or hide is written as ``\x1b``."""
+    r"""Return a text as a terminal may have it: what the terminal would obey or hide is written as ``\x1b``."""
     return _HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
 
 
 class _PlainConsole(Console):
-    """Strings are text: no markup, no emoji by name, nothing that a terminal would obey."""
+    """This console takes strings as text: no markup, no emoji by name, nothing that a terminal would obey."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **settings)
@@ -88,7 +88,7 @@ def write(text: str, path: Path | None = None) -> None:
 
 
 def is_stream(path: Path) -> bool:
-    """Whether a path names no file that could be replaced: a device, a pipe, or what a shell has opened."""
+    """Return whether a path names no file that could be replaced: a device, a pipe, or what a shell has opened."""
     opened = re.fullmatch(r"/dev/(stdout|stderr)|(/dev|/proc/self)/fd/\d+", str(path)) is not None
     # os.path, unlike Path, takes a name that no file can have for one that is not there.
     there, ordinary = os.path.exists(path), os.path.isfile(path) or os.path.isdir(path)  # noqa: PTH110, PTH112, PTH113
@@ -104,21 +104,21 @@ def show(*renderables: RenderableType, path: Path | None = None, style: str | No
     """Write strings and tables.
 
     Args:
-        renderables: One below the other.
+        renderables: The strings and tables, from top to bottom.
         path: The file that they become; None for standard output.
-        style: Of a line in a terminal.
+        style: The style of a line in a terminal.
     """
     write(_rendered(renderables, _console(_FILE_WIDTH if path else None, terminal=path is None), style), path)
 
 
 def show_whole(table: RenderableType) -> None:
-    """Write a table with all its columns as wide as they are, though the terminal be narrower."""
+    """Write a table with all its columns as wide as they are, even if the terminal is narrower."""
     needed = _console(10_000).measure(table).maximum
     write(_rendered([table], _console(max(needed, _console().width))))
 
 
 def _console(width: int | None = None, *, terminal: bool = True) -> Console:
-    """One that keeps what is printed, as it is to look like on standard output."""
+    """Return a console that keeps what is printed, as it is to look on standard output."""
     colours = terminal and sys.stdout.isatty()
     return _PlainConsole(file=io.StringIO(), width=width, force_terminal=colours)
 
@@ -156,7 +156,7 @@ def tell(message: str, style: str = "") -> None:
 
 
 def told(error: Exception) -> str:
-    """What an error says, without the number that the system has for it."""
+    """Return what an error says, without the number that the system has for it."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__

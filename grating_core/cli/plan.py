@@ -1,4 +1,4 @@
-"""``grating plan``."""
+"""This is the command ``grating plan``."""
 
 from __future__ import annotations
 

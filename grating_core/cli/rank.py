@@ -1,4 +1,4 @@
-"""``grating rerank`` and ``grating explain``."""
+"""These are the commands ``grating rerank`` and ``grating explain``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Settings = Annotated[RerankSettings, Takes(model=BUNDLED)]
 
 @dataclass(frozen=True, kw_only=True)
 class RecordOptions(InputOptions):
-    """How documents are read that come back with all that they were stored with.
+    """These options say how documents are read that come back with all that they were stored with.
 
     Attributes:
         id_field: The JSON field or CSV column that names a document. The default is id, if there is one.
@@ -35,7 +35,7 @@ class RecordOptions(InputOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class WantedOptions:
-    """What a ranking is to hold.
+    """These options say what a ranking is to hold.
 
     Attributes:
         score_threshold: The score below which documents are left out: a raw logit such as 0.0, no probability.
@@ -114,7 +114,7 @@ def explain(
 
 @dataclass(frozen=True)
 class _Ranked:
-    """A ranking beside the records that its documents are of, and the field that names a record."""
+    """This is a ranking beside the records that its documents are of, and the field that names a record."""
 
     query: str
     records: Sequence[Record]

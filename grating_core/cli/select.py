@@ -1,4 +1,4 @@
-"""``grating select``."""
+"""This is the command ``grating select``."""
 
 from __future__ import annotations
 

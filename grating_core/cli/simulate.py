@@ -1,4 +1,4 @@
-"""``grating simulate``."""
+"""This is the command ``grating simulate``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results as tables and lines of text."""
+"""This module makes tables and lines of text of results."""
 
 from __future__ import annotations
 

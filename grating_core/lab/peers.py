@@ -1,4 +1,4 @@
-"""grating beside other ways to rerank, on the user's own texts: time, memory, and whether they agree.
+"""This compares grating with other ways to rerank, on the user's own texts: time, memory, and agreement.
 
 Each system computes the same requests in a process of its own, one after the other, with as many threads. Others
 get what suits them: sentence-transformers the batch size that is quickest here, OpenVINO one pair at a time.
@@ -33,20 +33,20 @@ _BATCH_SIZES = (1, 4, 32)  # of which the quickest is taken; 32 is what sentence
 UNPRUNED, PRUNED = "grating, unpruned", "grating"
 SENTENCE_TRANSFORMERS, OPENVINO = "sentence-transformers", "OpenVINO"
 PEERS = {SENTENCE_TRANSFORMERS: "sentence_transformers", OPENVINO: "openvino"}
-"""Modules of the other systems, by name."""
+"""The modules of the other systems, by name."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every system is given.
+    """This is what every system is given.
 
     Attributes:
         settings: The reranker's settings, but for the pruning.
         directory: Where the model's files are.
         requests: Queries with their documents.
-        top_k: How many are wanted.
+        top_k: How many documents are wanted.
         rounds: How often each request is timed.
-        threads: To compute with.
+        threads: The number of threads to compute with.
         max_length: The most tokens of a query and a document together.
     """
 
@@ -61,15 +61,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a system took.
+    """This is what a system took.
 
     Attributes:
         system: Its name.
         setting: How it was used.
-        load_seconds: Loading, after imports.
-        seconds: Of a request: the mean over requests of the median over rounds.
+        load_seconds: Seconds of loading, after imports.
+        seconds: Seconds of a request: the mean over requests of the median over rounds.
         peak_memory: The most bytes that its process had in memory while it reranked, imports included.
-        rankings: Of each request the indices of the top K, best first.
+        rankings: The indices of the top K, best first, for each request.
         error: Why there is nothing of all this; None if there is.
     """
 
@@ -83,12 +83,12 @@ class Measured:
 
 
 def installed(peer: str) -> bool:
-    """Whether one of :data:`PEERS` is there."""
+    """Return whether one of :data:`PEERS` is there."""
     return find_spec(PEERS[peer]) is not None
 
 
 def agreement(found: Measured, reference: Measured) -> float:
-    """Mean share of the reference's top K that is in the other's."""
+    """Return the mean share of the reference's top K that is in the other's."""
     pairs = zip(found.rankings, reference.rankings, strict=True)
     return fmean(len(set(ours) & set(theirs)) / max(1, len(theirs)) for ours, theirs in pairs)
 
@@ -187,7 +187,7 @@ def _measured(job: Job, system: str, step: Callable[[], None]) -> Measured:
 
 
 def _quickest(ways: Mapping[str, Rank], query: str, documents: list[str]) -> tuple[str, Rank]:
-    """The way that takes least for a request; its name and itself. Nothing is tried if there is only one."""
+    """Return the way that takes least for a request, with its name. Nothing is tried if there is only one."""
     if len(ways) > 1:
         next(iter(ways.values()))(query, documents)  # the first call of all is not like the others
     taken = {name: _seconds(rank, query, documents) if len(ways) > 1 else 0.0 for name, rank in ways.items()}
@@ -196,7 +196,7 @@ def _quickest(ways: Mapping[str, Rank], query: str, documents: list[str]) -> tup
 
 
 class _Memory:
-    """The most memory that this process has from now on; exact on Linux, elsewhere as seen at each look."""
+    """This finds the most memory of this process from now on: exact on Linux, elsewhere as seen at each look."""
 
     def __init__(self) -> None:
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Pictures: every candidate's score in a rerank, layer by layer; what a simulation found."""
+"""This module draws the scores of a rerank layer by layer, and what a simulation found."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grating_core.files.writing import replace_file
-from grating_core.results import RerankResult, Trace
+from grating_core.results import RerankResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,11 +44,16 @@ def plot_trajectories(result: RerankResult, path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     ranks = {ranked.index: rank for rank, ranked in enumerate(result.ranking, 1)}
+    ends = []
     for candidate in range(len(trace.lengths)):
-        layers, scores = _trajectory(trace, candidate)
-        style = _line(won=candidate in ranks, stopped=layers[-1] < trace.depth, winners=len(ranks))
-        axes.plot(layers, scores, markevery=[-1], **style)
-    write_ranks(axes, [(rank, *_end(trace, candidate)) for candidate, rank in ranks.items()])
+        computed = [layer for layer in trace.layers if candidate in layer.alive]
+        scores = [layer.scores[layer.alive.index(candidate)] for layer in computed]
+        last = computed[-1].layer
+        style = _line(won=candidate in ranks, stopped=last < trace.depth, winners=len(ranks))
+        axes.plot([layer.layer for layer in computed], scores, markevery=[-1], **style)
+        if candidate in ranks:
+            ends.append((ranks[candidate], last, scores[-1]))
+    _write_ranks(axes, ends)
     first = trace.layers[0].layer
     reader = "score by the model's own head" if first else "estimate by the lens (differences in a layer count)"
     axes.set(xlabel="layer", ylabel=reader, xlim=(first - 0.2, trace.depth + 0.6))
@@ -65,7 +70,7 @@ def plot_trajectories(result: RerankResult, path: Path) -> None:
 
 
 def _line(*, won: bool, stopped: bool, winners: int) -> dict[str, Any]:
-    """How a candidate's line is drawn, and what the legend says of it."""
+    """Return how a candidate's line is drawn, and what the legend says of it."""
     if won:
         label = f"top {winners}, with the rank" + (", by an estimate" if stopped else "")
         style, width = ("--" if stopped else "-"), 2.2
@@ -83,7 +88,7 @@ def _line(*, won: bool, stopped: bool, winners: int) -> dict[str, Any]:
     }
 
 
-def write_ranks(axes: Axes, ends: list[tuple[int, int, float]]) -> None:
+def _write_ranks(axes: Axes, ends: list[tuple[int, int, float]]) -> None:
     """Write the rank of each winner behind its line. Ranks of lines that end together are moved apart."""
     low, high = axes.get_ylim()
     gap = (high - low) / 28
@@ -91,21 +96,6 @@ def write_ranks(axes: Axes, ends: list[tuple[int, int, float]]) -> None:
     for rank, layer, score in sorted(ends, key=lambda end: -end[2]):
         height = below[layer] = min(score, below.get(layer, high) - gap)
         axes.text(layer + 0.15, height, str(rank), color=_WINNER, fontweight="bold", va="center", clip_on=False)
-
-
-def _end(trace: Trace, candidate: int) -> tuple[int, float]:
-    """The last layer that a candidate was computed in, and its score after it."""
-    layers, scores = _trajectory(trace, candidate)
-    return layers[-1], scores[-1]
-
-
-def _trajectory(trace: Trace, candidate: int) -> tuple[list[int], list[float]]:
-    """The layers a candidate was computed in, and its score after each."""
-    computed = [record for record in trace.layers if candidate in record.alive]
-    return (
-        [record.layer for record in computed],
-        [record.scores[record.alive.index(candidate)] for record in computed],
-    )
 
 
 def plot_simulation(points: Sequence[Point], path: Path) -> None:
@@ -149,7 +139,7 @@ def _naming_the_extra() -> Iterator[None]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Write a picture as a whole, or leave what is there; raises ``StorageError``."""
+    """Write a picture as a whole, or raise ``StorageError`` and leave what is there."""
     path = path if path.suffix else path.with_suffix(".png")
     picture = BytesIO()
     figure.savefig(picture, format=path.suffix[1:], dpi=150)
