@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from grating_core.cli.options import HUB, InputOptions, Takes
-from grating_core.cli.output import err, show, show_whole, tell, write_json
+from grating_core.cli.output import err, show, tell, write_json
 from grating_core.cli.tables import plain_table
 from grating_core.lab.peers import (
     PEERS,
@@ -129,7 +129,7 @@ def _print(job: Job, found: list[Measured]) -> None:
             f"{one.load_seconds:.1f} s",
             "reference" if one is reference else f"{same:.1%}",
         )
-    show_whole(table)
+    show(table, whole=True)
     for one in found:
         show(f"{one.system}: {one.error or one.setting}.", style="dim" if one.error is None else "red")
     show(
@@ -144,14 +144,10 @@ def _print(job: Job, found: list[Measured]) -> None:
 
 def verdict(job: Job, found: list[Measured]) -> str | None:
     """Return what it comes to, in a sentence; None if grating or all that it is compared with failed."""
-    worked = [one for one in found if one.error is None]
-    ours = next((one for one in worked if one.system == PRUNED), None)
-    others = [one for one in worked if one.system not in (PRUNED, UNPRUNED)]
-    if ours is None:
-        return None
-    if not others:
-        others = [one for one in worked if one.system == UNPRUNED]
-    if not others:
+    worked = {one.system: one for one in found if one.error is None}
+    ours, unpruned = worked.pop(PRUNED, None), worked.pop(UNPRUNED, None)
+    others = list(worked.values()) or ([unpruned] if unpruned else [])
+    if ours is None or not others:
         return None
     fastest = min(others, key=lambda one: one.seconds)
     ratio = fastest.seconds / ours.seconds

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from grating_core.cli.output import show, show_whole, tell, write_json
+from grating_core.cli.output import show, tell, write_json
 from grating_core.cli.tables import plain_table
 from grating_core.files.caches import KINDS, Cached, clear, contents
 from grating_core.files.places import cache_directory
@@ -55,7 +55,7 @@ def list_cache(what: ChosenOptions, as_json: bool = False) -> None:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.used))
         table.add_row(one.kind, f"{one.size / 1e6:,.1f}", used, one.path.name)
     if found:
-        show_whole(table)
+        show(table, whole=True)
     show(f"{_together(found)} in {cache_directory()}.")
 
 

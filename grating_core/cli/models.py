@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from grating_core.cli.output import show, show_whole, write_json
+from grating_core.cli.output import show, write_json
 from grating_core.cli.tables import plain_table
 from grating_core.errors import GratingError, StorageError
 from grating_core.files.places import is_there
@@ -24,7 +24,7 @@ def models(as_json: bool = False) -> None:
     for model in found:
         size = "made on first use" if model["bytes"] is None else f"{model['bytes'] / 1e6:,.0f} MB"
         table.add_row(model["name"], model["kind"], str(model["layers"] or ""), size)
-    show_whole(table)
+    show(table, whole=True)
     show("Supported, as safetensors and if classifiers with one label: " + ", ".join(FAMILIES) + ".")
 
 

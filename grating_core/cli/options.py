@@ -9,7 +9,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
@@ -193,7 +193,8 @@ def _options(group: type[Any]) -> list[inspect.Parameter]:
     hints, texts = get_type_hints(group), _TEXTS | described(group)[1]
     for base in group.__bases__:
         texts |= described(base)[1]
-    return [_option(field.name, field.default, hints[field.name], texts[field.name]) for field in fields(group)]
+    defaults = {field.name: _EMPTY if field.default is MISSING else field.default for field in fields(group)}
+    return [_option(name, default, hints[name], texts[name]) for name, default in defaults.items()]
 
 
 def _option(name: str, default: Any, hint: Any, told: str) -> inspect.Parameter:

@@ -100,33 +100,28 @@ def write_text(text: str) -> None:
     write(visible(text) if sys.stdout.isatty() else text)
 
 
-def show(*renderables: RenderableType, path: Path | None = None, style: str | None = None) -> None:
+def show(
+    *renderables: RenderableType, path: Path | None = None, style: str | None = None, whole: bool = False
+) -> None:
     """Write strings and tables.
 
     Args:
         renderables: The strings and tables, from top to bottom.
         path: The file that they become; None for standard output.
         style: The style of a line in a terminal.
+        whole: Whether all columns are as wide as they need, even if the terminal is narrower.
     """
-    write(_rendered(renderables, _console(_FILE_WIDTH if path else None, terminal=path is None), style), path)
 
+    def console(width: int | None) -> Console:
+        colours = path is None and sys.stdout.isatty()
+        return _PlainConsole(file=io.StringIO(), width=width, force_terminal=colours)
 
-def show_whole(table: RenderableType) -> None:
-    """Write a table with all its columns as wide as they are, even if the terminal is narrower."""
-    needed = _console(10_000).measure(table).maximum
-    write(_rendered([table], _console(max(needed, _console().width))))
-
-
-def _console(width: int | None = None, *, terminal: bool = True) -> Console:
-    """Return a console that keeps what is printed, as it is to look on standard output."""
-    colours = terminal and sys.stdout.isatty()
-    return _PlainConsole(file=io.StringIO(), width=width, force_terminal=colours)
-
-
-def _rendered(renderables: Iterable[RenderableType], console: Console, style: str | None = None) -> str:
-    for renderable in renderables:
-        console.print(renderable, style=style)
-    return str(console.file.getvalue())  # type: ignore[attr-defined]
+    printed = console(_FILE_WIDTH if path else None)
+    if whole:
+        printed = console(max(printed.width, *(console(10_000).measure(one).maximum for one in renderables)))
+    for one in renderables:
+        printed.print(one, style=style)
+    write(str(printed.file.getvalue()), path)  # type: ignore[attr-defined]
 
 
 def write_json(value: Any, path: Path | None = None) -> None:

@@ -41,7 +41,7 @@ def plan(
         del loaded
     request = candidates * min(tokens, window)
     if not as_json:
-        _print(planned, window, tokenizer, f"A request of {candidates} candidates, {request:,} tokens,", request)
+        _print(planned, window, tokenizer, candidates, request)
         return
     write_json(
         {
@@ -62,8 +62,8 @@ def plan(
     )
 
 
-def _print(planned: MemoryPlan, window: int, tokenizer: int, subject: str, request: int) -> None:
-    """Print a plan, and what a request of so many tokens reads and writes."""
+def _print(planned: MemoryPlan, window: int, tokenizer: int, candidates: int, request: int) -> None:
+    """Print a plan, and what a request of so many candidates and tokens reads and writes."""
     details = {
         "resident layers": f"{len(planned.resident)} of {len(planned.sizes.layers)}",
         "embedding rows": f"{planned.embedding_rows:,} of {planned.sizes.vocabulary:,}",
@@ -79,6 +79,7 @@ def _print(planned: MemoryPlan, window: int, tokenizer: int, subject: str, reque
     spills = f"writes and reads {spilled / 1e6:,.0f} MB of hidden states"
     show(
         table,
-        f"{subject} reads {planned.bytes_read() / 1e6:,.0f} MB of weights and the embedding rows it lacks; "
+        f"A request of {candidates} candidates, {request:,} tokens, reads {planned.bytes_read() / 1e6:,.0f} MB of "
+        f"weights and the embedding rows it lacks; "
         f"{spills if spilled else 'no hidden states are spilled'}.",
     )

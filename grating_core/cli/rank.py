@@ -23,13 +23,15 @@ Settings = Annotated[RerankSettings, Takes(model=BUNDLED)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordOptions(InputOptions):
-    """These options say how documents are read that come back with all that they were stored with.
+class AskedOptions(InputOptions):
+    """These options say what is asked, and of which documents; those come back with all they were stored with.
 
     Attributes:
         id_field: The JSON field or CSV column that names a document. The default is id, if there is one.
     """
 
+    query: str
+    input: str
     id_field: str | None = None
 
 
@@ -57,9 +59,7 @@ class WantedOptions:
 
 
 def rerank(
-    query: str,
-    input: str,
-    how_stored: RecordOptions,
+    asked: AskedOptions,
     settings: Settings,
     wanted: WantedOptions,
     format: Literal["table", "json", "jsonl"] = "table",
@@ -71,7 +71,7 @@ def rerank(
     Args:
         format: How the ranking is printed. 'jsonl' prints a line of JSON for each document.
     """
-    ranked = _ranked(query, input, how_stored, settings, wanted)
+    ranked = _ranked(asked, settings, wanted)
     if as_json or format == "json":
         write_json(ranked.summary(), output)
     elif format == "jsonl":
@@ -84,9 +84,7 @@ def rerank(
 
 
 def explain(
-    query: str,
-    input: str,
-    how_stored: RecordOptions,
+    asked: AskedOptions,
     settings: Settings,
     wanted: WantedOptions,
     plot: Path | None = None,
@@ -100,7 +98,7 @@ def explain(
         plot: The picture to draw the scores by layer into.
         format: How the ranking is printed.
     """
-    ranked = _ranked(query, input, how_stored, settings, wanted)
+    ranked = _ranked(asked, settings, wanted)
     trace = ranked.result.trace
     if plot is not None and trace.layers:
         from grating_core.lab.plots import plot_trajectories
@@ -142,16 +140,12 @@ class _Ranked:
         return (self.records[index].fields or {}).get(self.id_field)
 
 
-def _ranked(
-    query: str, input: str, how_stored: RecordOptions, settings: RerankSettings, wanted: WantedOptions
-) -> _Ranked:
+def _ranked(asked: AskedOptions, settings: RerankSettings, wanted: WantedOptions) -> _Ranked:
     """Read documents, rank them, and leave out what scores below a threshold."""
-    records = read_records(input, format=how_stored.input_format, field=how_stored.field)
+    records = read_records(asked.input, format=asked.input_format, field=asked.field)
     for number, record in enumerate(records):
-        if how_stored.id_field is not None and how_stored.id_field not in (record.fields or {}):
-            raise ValueError(
-                f"document {number} (from 0) has no field {how_stored.id_field!r}, which --id-field names"
-            )
+        if asked.id_field is not None and asked.id_field not in (record.fields or {}):
+            raise ValueError(f"document {number} (from 0) has no field {asked.id_field!r}, which --id-field names")
     if not records:
         tell("There are no documents.")
     with err.status("Loading ..."):
@@ -159,7 +153,7 @@ def _ranked(
 
         with Reranker.open(settings) as reranker:
             result = reranker.rerank(
-                query, [record.text for record in records], wanted.top_k, scores=wanted.scores
+                asked.query, [record.text for record in records], wanted.top_k, scores=wanted.scores
             )
     if (threshold := wanted.score_threshold) is not None:
         kept = [ranked for ranked in result.ranking if ranked.score >= threshold]
@@ -169,4 +163,4 @@ def _ranked(
                 f"are raw logits: a probability p is a logit of log(p / (1 - p))."
             )
         result = replace(result, ranking=kept)
-    return _Ranked(query, records, how_stored.id_field or "id", result)
+    return _Ranked(asked.query, records, asked.id_field or "id", result)

@@ -177,9 +177,7 @@ def _measured(job: Job, system: str, step: Callable[[], None]) -> Measured:
     seconds: list[list[float]] = [[] for _ in job.requests]
     for _ in range(job.rounds):
         for number, (query, documents) in enumerate(job.requests):
-            started = perf_counter()
-            rank(query, documents)
-            seconds[number].append(perf_counter() - started)
+            seconds[number].append(_seconds(rank, query, documents))
             memory.look()
             step()
     taken = fmean(median(runs) for runs in seconds)
@@ -188,11 +186,18 @@ def _measured(job: Job, system: str, step: Callable[[], None]) -> Measured:
 
 def _quickest(ways: Mapping[str, Rank], query: str, documents: list[str]) -> tuple[str, Rank]:
     """Return the way that takes least for a request, with its name. Nothing is tried if there is only one."""
-    if len(ways) > 1:
-        next(iter(ways.values()))(query, documents)  # the first call of all is not like the others
-    taken = {name: _seconds(rank, query, documents) if len(ways) > 1 else 0.0 for name, rank in ways.items()}
+    if len(ways) == 1:
+        return next(iter(ways.items()))
+    next(iter(ways.values()))(query, documents)  # the first call of all is not like the others
+    taken = {name: _seconds(rank, query, documents) for name, rank in ways.items()}
     best = min(taken, key=taken.__getitem__)
     return best, ways[best]
+
+
+def _seconds(rank: Rank, query: str, documents: list[str]) -> float:
+    started = perf_counter()
+    rank(query, documents)
+    return perf_counter() - started
 
 
 class _Memory:
@@ -240,12 +245,6 @@ def _load_sentence_transformers(job: Job) -> Ways:
 
     sizes = ", ".join(map(str, _BATCH_SIZES))
     return {f"float32, batch_size={size}, the quickest of {sizes}": rank_by(size) for size in _BATCH_SIZES}
-
-
-def _seconds(rank: Rank, query: str, documents: list[str]) -> float:
-    started = perf_counter()
-    rank(query, documents)
-    return perf_counter() - started
 
 
 def _load_openvino(job: Job) -> Ways:
