@@ -158,14 +158,14 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
     groups: dict[str, tuple[type[Any], list[str]]] = {}
     parameters: list[inspect.Parameter] = []
     hints = get_type_hints(function, include_extras=True)
-    texts = _TEXTS | described(function)[1]
+    texts = _TEXTS | described(function)[1]  # no texts under python -OO
     for name, given in inspect.signature(function).parameters.items():
         group, *marks = get_args(hints[name]) if get_origin(hints[name]) is Annotated else (hints[name],)
         if isinstance(group, type) and is_dataclass(group):
             options = marks[0].options(group) if marks else _options(group)
             groups[name] = group, [option.name for option in options]
         else:
-            options = [_option(name, given.default, hints[name], texts[name])]
+            options = [_option(name, given.default, hints[name], texts.get(name, ""))]
         parameters += options
     parameters.sort(key=_panel)
 
@@ -194,7 +194,7 @@ def _options(group: type[Any]) -> list[inspect.Parameter]:
     for base in group.__bases__:
         texts |= described(base)[1]
     defaults = {field.name: _EMPTY if field.default is MISSING else field.default for field in fields(group)}
-    return [_option(name, default, hints[name], texts[name]) for name, default in defaults.items()]
+    return [_option(name, default, hints[name], texts.get(name, "")) for name, default in defaults.items()]
 
 
 def _option(name: str, default: Any, hint: Any, told: str) -> inspect.Parameter:
