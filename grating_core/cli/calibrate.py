@@ -16,7 +16,7 @@ def calibrate(
     corpus: list[Path],
     how_stored: InputOptions,
     queries: list[Path] | None = None,
-    output: Path | None = None,
+    directory: Path | None = None,
     candidates: int = 20,
     requests: int = 600,
     top_k: int = 5,
@@ -27,7 +27,7 @@ def calibrate(
     Args:
         corpus: A file of documents. Several may be given, one for each kind of text.
         queries: A file of queries for each corpus, in their order.
-        output: The directory for the lens. The default is grating's cache.
+        directory: The directory for the lens. The default is grating's cache.
         requests: The number of requests to compute, all corpora together.
         top_k: The number of best documents for which the summary says what is kept.
         seed: The seed of the choice of queries.
@@ -45,7 +45,7 @@ def calibrate(
             top_k=top_k,
             candidates=candidates,
             requests=requests,
-            output=output,
+            output=directory,
             seed=seed,
             show_progress=True,
         )
@@ -64,4 +64,4 @@ def calibrate(
             f"That is: nothing will be pruned. {summary.measured} requests are evidence for a target of "
             f"{1 - 1 / (summary.measured + 1):.3f} at most: take more --requests, or a lower --target."
         )
-    show(f"The lens is in {output}." if output else "From now on pruning='auto' finds it for this model.")
+    show(f"The lens is in {directory}." if directory else "From now on pruning='auto' finds it for this model.")

@@ -16,7 +16,7 @@ from grating_core.settings import ModelSettings
 def distill(
     settings: Annotated[ModelSettings, Takes(("device", "dtype", *HUB))],
     text: list[Path],
-    output: Path,
+    directory: Path,
     how_stored: InputOptions,
     mlp_density: float = 0.5,
     rank: int = 32,
@@ -30,7 +30,7 @@ def distill(
 
     Args:
         text: A file of texts, of the kind the model will read. Several may be given.
-        output: A new directory for the adapter, or the one that a stopped run left.
+        directory: A new directory for the adapter, or the one that a stopped run left.
         mlp_density: The share of the MLPs' weights that a token will use.
         rank: The rank of the adapter's changes.
         learning_rate: The highest learning rate, after the warm-up.
@@ -46,7 +46,7 @@ def distill(
         found = train(
             settings.model,
             texts,
-            output,
+            directory,
             mlp_density=mlp_density,
             rank=rank,
             learning_rate=learning_rate,
@@ -62,7 +62,7 @@ def distill(
             show_progress=True,
         )
     except KeyboardInterrupt:
-        tell(f"Stopped. The same command goes on from the last state in {output}, if there is one.")
+        tell(f"Stopped. The same command goes on from the last state in {directory}, if there is one.")
         raise typer.Exit(130) from None
     table = plain_table(f"on {found.held_out:,} tokens held out", "perplexity", "", "KL to dense")
     table.add_row("dense", f"{found.dense:.2f}")

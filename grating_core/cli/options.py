@@ -70,7 +70,7 @@ _PANELS = {
     "memory": ("memory_budget", "mlp_density"),
     "hub": HUB,
 }  # in the order of the help; an option of another name is in none
-_FLAGS = {"as_json": "--json", "chat": "--chat/--raw"}
+_FLAGS = {"as_json": "--json", "chat": "--chat/--raw", "directory": "--output"}
 _SHORT = {
     "query": "-q", "input": "-i", "output": "-o", "top_k": "-k", "model": "-m", "prompt": "-p", "yes": "-y",
     "max_tokens": "-n", "max_new_tokens": "-n",
