@@ -15,6 +15,7 @@ from langchain_grating import ChatGrating, GratingContextSelector, GratingRerank
 from langgraph.store.memory import InMemoryStore
 
 from grating_core import Route
+from tests.adapters import Watched
 from tests.tiny_chat import save_chat_model
 
 QUERIES = [
@@ -78,18 +79,6 @@ async def test_calls_at_the_same_time(compressor, compressing, documents):
     one_by_one = [compressing.invoke(query) for query in QUERIES]
     assert await compressing.abatch(QUERIES) == one_by_one
     assert compressing.batch(QUERIES) == one_by_one
-
-
-class Watched(ThreadPoolExecutor):
-    "The event loop's own pool, which everybody's `to_thread` shares: whoever fills it makes others wait."
-
-    def __init__(self):
-        super().__init__(1)
-        self.given = []
-
-    def submit(self, call, /, *args, **kwargs):
-        self.given.append(call)
-        return super().submit(call, *args, **kwargs)
 
 
 async def test_other_users_of_the_loops_threads_do_not_wait(reranker, documents, tmp_path):

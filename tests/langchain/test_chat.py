@@ -19,7 +19,6 @@ from langchain_grating import ChatGrating, GratingRerank
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
 
-from benchmarks.shapes import find_or_write
 from grating_core import StreamedCausalLM
 from tests.tiny_chat import ROLES, save_chat_model
 
@@ -252,14 +251,6 @@ def test_a_stream_left_open_holds_nobody_up(llm):
     next(opened)
     assert llm.invoke("w1", max_tokens=2).text
     assert next(opened).text
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    try:
-        return str(find_or_write("smollm2-135m"))
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.slow

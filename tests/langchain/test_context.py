@@ -16,6 +16,7 @@ from langchain_text_splitters import RecursiveCharacterTextSplitter
 from pydantic_core import PydanticSerializationError
 
 from grating_core import select_context
+from tests.adapters import BAD_SELECTING
 
 QUERY = "How many people live in Berlin?"
 ANSWER = "Berlin had a population of 3,520,031 registered inhabitants in 2015."
@@ -181,14 +182,10 @@ async def test_callbacks_see_a_step(reranker, long_documents):
         assert runs.ended == [("GratingContextSelector", QUERY), passages]
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"max_tokens": 0}, {"max_tokens": "many"}, {"chunk_tokens": 0}, {"count_tokens": 3}, {"top_n": 3}],
-)
-def test_bad_arguments_are_named(reranker, settings):
-    (name,) = settings
+@pytest.mark.parametrize(("name", "value"), BAD_SELECTING)
+def test_bad_arguments_are_named(reranker, name, value):
     with pytest.raises(ValueError, match=rf"(?m)^{name}$"):
-        GratingContextSelector(reranker=reranker, **({"max_tokens": 10} | settings))
+        GratingContextSelector(reranker=reranker, **({"max_tokens": 10} | {name: value}))
 
 
 def test_a_budget_has_to_be_given_and_a_query_too(reranker, long_documents):

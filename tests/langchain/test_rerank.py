@@ -13,6 +13,7 @@ from langchain_grating import GratingContextSelector, GratingCrossEncoder, Grati
 
 from grating_core import ClusterPolicy, ModelNotFoundError, Prompt, Reranker, Route
 from grating_core.errors import FileError
+from tests.adapters import BAD_RERANKING
 from tests.core.models.test_decoders import save_decoder
 
 QUERY = "How many people live in Berlin?"
@@ -173,26 +174,7 @@ def test_nested_metadata_is_copied(compressor):
         assert kept.metadata["deep"] is not deep
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("top_n", 0),
-        ("top_n", -1),
-        ("top_n", "many"),
-        ("score_threshold", float("nan")),
-        ("score_threshold", "high"),
-        ("scores", "guessed"),
-        ("pruning", "wild"),
-        ("device", "abacus"),
-        ("dtype", "float3"),
-        ("memory_budget", "a lot"),
-        ("target", 1.5),
-        ("guarantee", "most"),
-        ("recalibrate", 2.0),
-        ("reranker", "ready"),
-        ("top_k", 3),
-    ],
-)
+@pytest.mark.parametrize(("name", "value"), BAD_RERANKING)
 def test_bad_arguments_are_named(model, name, value):
     settings = {name: value} if name == "reranker" else {"model": model, name: value}
     with pytest.raises(ValueError, match=rf"(?m)^{name}$|Value error, {name}="):

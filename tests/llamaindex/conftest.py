@@ -1,7 +1,5 @@
 """A small corpus, a vector index over it, and the real reranker."""
 
-from hashlib import blake2b
-
 import pytest
 from llama_index.core import VectorStoreIndex
 from llama_index.core.embeddings import BaseEmbedding
@@ -11,46 +9,18 @@ from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRan
 from llama_index.core.instrumentation.span_handlers import SimpleSpanHandler
 from llama_index.core.schema import NodeWithScore, TextNode
 
-from grating_core import Reranker
-
-MODEL = "bundled:ms-marco-minilm-l12"
-TEXTS = [
-    "Berlin has a population of 3.7 million people registered in the city.",
-    "Berlin is well known for its museums and its club scene.",
-    "The population of New York City was 8.8 million in 2020.",
-    "Bread rises because yeast turns sugar into carbon dioxide.",
-    "A city is a large human settlement with many people.",
-    "How many people live somewhere is counted in a census.",
-    "The Spree flows through Berlin before it joins the Havel.",
-    "Photosynthesis turns carbon dioxide and water into sugar.",
-]
+from tests.adapters import TEXTS, hashed_words, model, reranker, smollm2  # noqa: F401 - fixtures
 
 
 class HashedWords(BaseEmbedding):
-    """Bag of words, hashed into 64 buckets: deterministic, and texts that share words are close."""
-
     def _get_text_embedding(self, text):
-        vector = [0.0] * 64
-        for word in text.lower().split():
-            vector[blake2b(word.encode()).digest()[0] % 64] += 1.0
-        return vector
+        return hashed_words(text)
 
     def _get_query_embedding(self, query):
         return self._get_text_embedding(query)
 
     async def _aget_query_embedding(self, query):
         return self._get_text_embedding(query)
-
-
-@pytest.fixture(scope="session")
-def model():
-    return MODEL
-
-
-@pytest.fixture(scope="session")
-def reranker():
-    with Reranker.from_pretrained(MODEL) as reranker:
-        yield reranker
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from llama_index.core.schema import (
 from llama_index.postprocessor.grating import GratingContextSelector
 
 from grating_core import select_context
+from tests.adapters import BAD_SELECTING
 
 QUERY = "How many people live in Berlin?"
 ANSWER = "Berlin had a population of 3,520,031 registered inhabitants in 2015."
@@ -171,14 +172,10 @@ async def test_in_a_query_engine(reranker):
         assert {node.node.ref_doc_id for node in answer.source_nodes} == {"book"}
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"max_tokens": 0}, {"max_tokens": "many"}, {"chunk_tokens": 0}, {"count_tokens": 3}, {"top_n": 3}],
-)
-def test_bad_arguments_are_named(reranker, settings):
-    (name,) = settings
+@pytest.mark.parametrize(("name", "value"), BAD_SELECTING)
+def test_bad_arguments_are_named(reranker, name, value):
     with pytest.raises(ValueError, match=rf"(?m)^{name}$"):
-        GratingContextSelector(reranker=reranker, **({"max_tokens": 10} | settings))
+        GratingContextSelector(reranker=reranker, **({"max_tokens": 10} | {name: value}))
 
 
 def test_a_budget_and_a_query_are_needed(reranker, long_nodes):

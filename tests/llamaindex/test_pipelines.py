@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
@@ -13,8 +12,8 @@ from llama_index.core.workflow import Context, Event, StartEvent, StopEvent, Wor
 from llama_index.llms.grating import GratingLLM
 from llama_index.postprocessor.grating import GratingContextSelector, GratingRerank
 
-from benchmarks.shapes import find_or_write
 from grating_core import Route
+from tests.adapters import Watched
 from tests.tiny_chat import save_chat_model
 
 QUERY = "How many people live in Berlin?"
@@ -121,18 +120,6 @@ async def test_the_event_loop_goes_on(model, nodes):
     assert len(await task) == 3
 
 
-class Watched(ThreadPoolExecutor):
-    "The event loop's own pool, which everybody's `to_thread` shares: whoever fills it makes others wait."
-
-    def __init__(self):
-        super().__init__(1)
-        self.given = []
-
-    def submit(self, call, /, *args, **kwargs):
-        self.given.append(call)
-        return super().submit(call, *args, **kwargs)
-
-
 async def test_other_users_of_the_loops_threads_do_not_wait(reranker, nodes, tmp_path):
     asyncio.get_running_loop().set_default_executor(watched := Watched())
     llm = GratingLLM(model=str(save_chat_model(tmp_path)), max_tokens=5)
@@ -189,14 +176,6 @@ def test_in_threads(model, nodes):
     for thread in threads:
         thread.join()
     assert [found[number] for number in range(len(QUERIES))] == alone
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    try:
-        return str(find_or_write("smollm2-135m"))
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from llama_index.postprocessor.grating import GratingContextSelector, GratingRer
 
 from grating_core import ClusterPolicy, ModelNotFoundError, Prompt, Reranker
 from grating_core.errors import FileError
+from tests.adapters import BAD_RERANKING
 from tests.core.models.test_decoders import save_decoder
 from tests.llamaindex.conftest import HashedWords
 
@@ -216,24 +217,7 @@ async def test_no_query(postprocessor, nodes):
             await postprocessor.apostprocess_nodes(nodes, **wrong)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("top_n", 0),
-        ("top_n", -1),
-        ("top_n", "many"),
-        ("scores", "guessed"),
-        ("pruning", "wild"),
-        ("device", "abacus"),
-        ("dtype", "float3"),
-        ("memory_budget", "a lot"),
-        ("target", 1.5),
-        ("guarantee", "most"),
-        ("recalibrate", 2.0),
-        ("reranker", "ready"),
-        ("top_k", 3),
-    ],
-)
+@pytest.mark.parametrize(("name", "value"), BAD_RERANKING)
 def test_bad_arguments_are_named(model, name, value):
     settings = {name: value} if name == "reranker" else {"model": model, name: value}
     with pytest.raises(ValueError, match=rf"(?m)^{name}$|Value error, {name}="):
