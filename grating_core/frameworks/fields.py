@@ -1,4 +1,4 @@
-"""The fields of the adapters' classes are made of the settings; here is also what becomes of them in copies.
+"""The fields of the adapters' classes are made of the settings. Copies and pickles are made of the fields.
 
 They are pydantic's, which both frameworks bring along. Only :mod:`grating_core.frameworks` imports this module.
 """
@@ -66,15 +66,15 @@ def fields_of(settings: type, **defaults: Any) -> dict[str, Any]:
 
 
 class ModelFields(BaseModel):
-    """The base of all classes with such fields. Copies and pickles are made of them, and find the same model."""
+    """All classes with such fields have this base. Copies and pickles of them find the same model."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     ignored_arguments: ClassVar[tuple[str, ...]] = ()
-    """Arguments of other libraries' classes that mean nothing here, whatever they say."""
+    """These arguments of other libraries' classes mean nothing here, whatever they say."""
 
     never_pickled: ClassVar[tuple[str, ...]] = ("token",)
-    """Fields that stay in this process: nobody else is to read a token."""
+    """These fields stay in this process: nobody else is to read a token."""
 
     if not TYPE_CHECKING:  # editors and type checkers are to see the fields
 

@@ -1,4 +1,4 @@
-"""The fields of the adapters' language models, and what they do with them: load, share, and say how to answer."""
+"""The adapters' language models have these fields; here they are loaded, shared, and told how to answer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ else:
 
 
 class LanguageModelFields(_Fields):  # type: ignore[misc]
-    """The settings of a language model and of its answers. The model is loaded on first use, and shared."""
+    """These are the settings of a language model and of its answers. It is loaded on first use, and shared."""
 
     max_tokens: int = field_of(AnswerSettings, "max_new_tokens", ge=1)
     temperature: float = field_of(AnswerSettings, "temperature")

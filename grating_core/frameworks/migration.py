@@ -1,4 +1,4 @@
-"""Calls written for other libraries: their constructors' arguments as settings here, or advice what to do."""
+"""Calls that were written for other libraries: their arguments become settings here, or lead to advice."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, get_args
 from grating_core.models.elsewhere import hub_name
 
 _NESTED = ("automodel_args", "cross_encoder_kwargs", "model_kwargs")
-"""Arguments that hold others: those of sentence-transformers' CrossEncoder, and of the model in it."""
+"""These arguments hold others: those of sentence-transformers' CrossEncoder, and of the model in it."""
 
 _RENAMED = {
     "cache_folder": "cache_dir", "max_new_tokens": "max_tokens", "model_name": "model", "stop_sequences": "stop",
     "torch_dtype": "dtype",
 }  # fmt: skip
-"""Names of other libraries for fields here."""
+"""Other libraries have these names for fields here."""
 
 _HERE = "the model runs on this machine and asks no service; leave it out"
 _NO_LLM = "no language model is prompted; name a reranker with model= and leave it out"
@@ -55,13 +55,13 @@ _ADVICE = {
     "client": "give the model's name as model, or a grating_core.Reranker as reranker",
     "max_tokens_per_doc": "max_length= bounds query and document together; long_documents= says what then happens",
 }  # fmt: skip
-"""Arguments without a place here, and what to do instead."""
+"""These arguments have no place here; the texts say what to do instead."""
 
 
 def as_settings(
     owner: str, given: Mapping[str, Any], fields: Mapping[str, Any], *, ignored: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """The arguments of a constructor, as the fields of a class take them.
+    """Return the arguments of a constructor as the fields of a class take them.
 
     None, False and empty dictionaries ask for nothing, so they are left out unless the field itself takes them.
     Paths become text, numbers of numpy Python's, and FlashRank's names those of the same weights on the hub.
@@ -93,7 +93,7 @@ def as_settings(
 
 
 def _flat(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Arguments by their names here, then those nested in one, which count where none is given."""
+    """Yield arguments by their names here, then those nested in one, which count where none is given."""
     for name, value in given.items():
         if name not in _NESTED:
             yield _RENAMED.get(name, name), value
@@ -105,7 +105,7 @@ def _flat(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _asks_nothing(value: Any, kind: Any) -> bool:
-    """Whether a value means "not given" for a field of this type, or where there is no field."""
+    """Return whether a value means "not given" for a field of this type, or where there is no field."""
     taken = (kind, *get_args(kind))
     if kind is None and isinstance(value, Mapping) and not value:
         return True

@@ -1,4 +1,4 @@
-"""Values nested in lists and mappings, as metadata and memories are: walked without recursion, however deep."""
+"""Metadata and memories are nested in lists and mappings; here they are walked without recursion, however deep."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def copied(value: Any) -> Any:
-    """A copy of which nothing is shared, as far as it can be copied; what cannot, such as a lock, is shared.
+    """Return a copy of a value. Only what cannot be copied, such as a lock, is shared with it.
 
     Args:
         value: Any value; dictionaries and lists in it may be nested to any depth, and hold themselves.
@@ -39,7 +39,7 @@ def _copied_leaf(value: Any) -> Any:
 
 
 def strings(value: Any, *, by_key: bool = False) -> Iterator[str]:
-    """The strings in a value, in their order; keys are not among them.
+    """Yield the strings in a value, in their order. Keys are not among them.
 
     Args:
         value: Any value; mappings, lists and tuples in it may be nested to any depth.

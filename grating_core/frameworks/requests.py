@@ -1,4 +1,4 @@
-"""What frameworks hand over with a request: queries, lists of documents, positions, thresholds, settings."""
+"""Frameworks hand over queries, lists of documents, positions and thresholds; here they are checked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 
 
 def is_blank(query: object, name: str = "query") -> bool:
-    """Whether a query says nothing, as a chat's first one may: there is nothing to judge by then.
+    """Return whether a query says nothing, as a chat's first one may. There is nothing to judge by then.
 
     Args:
         query: What was handed over.
@@ -29,7 +29,7 @@ def is_blank(query: object, name: str = "query") -> bool:
 
 
 def checked_items(name: str, items: Iterable[Item], kind: type[Item], wrap: str) -> list[Item]:
-    """The documents or nodes of a request, as a list.
+    """Return the documents or nodes of a request as a list.
 
     Args:
         name: What they are called there.
@@ -50,7 +50,7 @@ def checked_items(name: str, items: Iterable[Item], kind: type[Item], wrap: str)
 
 
 def position(value: object) -> int | None:
-    """A position in a text, as metadata has it; None if the value is none.
+    """Return a position in a text, as metadata have it; None if the value is none.
 
     Args:
         value: Whatever stands there.
@@ -88,7 +88,7 @@ def check_threshold(threshold: float | None, scores: str) -> None:
 
 
 def _as_logit(probability: float) -> str:
-    """What to write by somebody who meant a probability."""
+    """Return what somebody who meant a probability should write."""
     if probability == 0:
         return "If you mean the probability 0, which keeps everything, leave it out"
     if probability == 1:

@@ -1,4 +1,4 @@
-"""The fields of the adapters' rerankers, and what they do with them: load, share, refuse, write down."""
+"""The adapters' rerankers have these fields; here they are loaded, shared, kept from changes and written down."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ else:
 
 
 class RerankerFields(_Fields):  # type: ignore[misc]
-    """The settings of a reranker, which is loaded on construction and shared with whoever uses the same ones.
+    """These are the settings of a reranker. It is loaded on construction, and shared by all with the same settings.
 
     They are fixed from then on; ``model_copy(update={…})`` makes another object with other settings. Copies share
     the reranker.
@@ -116,7 +116,7 @@ def policy_as_json(pruning: str | PruningPolicy, reading: str) -> str | dict[str
 
 
 class RankingFields(RerankerFields):  # type: ignore[misc]
-    """The fields of what ranks, beside how many it keeps."""
+    """These are the settings of ranking, beside how many are kept."""
 
     scores: Literal["exact", "estimated"] = Field(
         default="exact",
@@ -147,7 +147,7 @@ class RankingFields(RerankerFields):  # type: ignore[misc]
 
 
 class SelectingFields(RerankerFields):  # type: ignore[misc]
-    """The fields of what selects passages, and the selecting."""
+    """These are the settings of selecting passages."""
 
     max_tokens: int = Field(ge=1, description="The most tokens of all passages together.")
     chunk_tokens: int = Field(

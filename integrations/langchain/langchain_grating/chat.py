@@ -24,7 +24,7 @@ _ROLES: dict[type[BaseMessage], str] = {SystemMessage: "system", HumanMessage: "
 
 
 class ChatGrating(LanguageModelFields, Written, BaseChatModel):  # type: ignore[misc]
-    """A language model on this machine, whose weights are read from disk as far as they do not fit into memory.
+    """This language model runs on this machine; weights that do not fit into memory are read from disk.
 
     It is loaded on first use, and shared with whoever uses the same model and settings. Requests to one model are
     answered one after the other; streams go on beside them. Messages are texts: neither tools nor images.
@@ -58,7 +58,7 @@ class ChatGrating(LanguageModelFields, Written, BaseChatModel):  # type: ignore[
 
     @override
     def get_num_tokens(self, text: str) -> int:
-        """How many tokens the model's tokenizer makes of a text, special tokens not counted."""
+        """Return how many tokens the model's tokenizer makes of a text, without special tokens."""
         return self.llm.count_tokens(text)
 
     @override
@@ -120,7 +120,7 @@ class ChatGrating(LanguageModelFields, Written, BaseChatModel):  # type: ignore[
         return ChatResult(generations=[ChatGeneration(message=message)])
 
     def _known(self, generation: Generation) -> dict[str, Any]:
-        """What a message says of how it came about."""
+        """Return what a message says of how it came about."""
         return {
             "response_metadata": {"finish_reason": generation.finish_reason, "model_name": self.model},
             "usage_metadata": UsageMetadata(

@@ -18,7 +18,7 @@ from langchain_grating.settings import RerankerSettings
 
 
 class GratingContextSelector(SelectingFields, RerankerSettings, BaseDocumentCompressor):  # type: ignore[misc]
-    """Keeps the passages of long documents that answer the query best, within a budget of tokens.
+    """This class keeps the passages of long documents that answer the query best, within a budget of tokens.
 
     The documents are divided into chunks, the reranker judges them, and as many of the best are kept as fit. They
     come in the order of the documents and of the text, chunks that adjoin as one document. Each is a copy of the
@@ -64,7 +64,7 @@ class GratingContextSelector(SelectingFields, RerankerSettings, BaseDocumentComp
         return await self.as_runnable().ainvoke({"documents": documents, "query": query}, {"callbacks": callbacks})
 
     def as_runnable(self) -> RunnableLambda[dict[str, Any], list[Document]]:
-        """The selector as a step of a chain.
+        """Return the selector as a step of a chain.
 
         Returns:
             A Runnable from ``{"documents": …, "query": …}``, where the documents are a list of them or simply one

@@ -11,7 +11,7 @@ from langchain_grating.settings import RerankerSettings
 
 
 class GratingCrossEncoder(RerankerSettings, BaseCrossEncoder):  # type: ignore[misc]
-    """Scores pairs of texts, for instance for langchain-classic's ``CrossEncoderReranker``.
+    """This cross-encoder scores pairs of texts, for instance for langchain-classic's ``CrossEncoderReranker``.
 
     Every pair goes through the full model; to select documents, :class:`GratingRerank` computes less.
 

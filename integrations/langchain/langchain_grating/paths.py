@@ -10,7 +10,7 @@ from langgraph.store.base import tokenize_path
 
 
 def values_at(value: Mapping[str, Any], path: str) -> Iterator[Any]:
-    """What a path leads to: what LangGraph's ``get_text_at_path`` writes as text, as it is.
+    """Return what a path leads to: what LangGraph's ``get_text_at_path`` writes as text, as it is.
 
     That function writes objects and lists as JSON, which cannot be told from a text that looks like it.
 
@@ -35,7 +35,7 @@ def _found(value: Any, tokens: Sequence[str]) -> Iterator[Any]:
 
 
 def _step(value: Any, token: str) -> Iterator[Any]:
-    """What one part of a path leads to."""
+    """Yield what one part of a path leads to."""
     if token.startswith("[") and token.endswith("]"):
         yield from _items(value, token[1:-1]) if isinstance(value, list) else ()
     elif token == "*":
@@ -53,7 +53,7 @@ def _items(values: list[Any], index: str) -> Iterator[Any]:
 
 
 def _selected(value: Any, fields: str) -> Iterator[Any]:
-    """What several fields lead to, which are paths of names only, with commas between them."""
+    """Yield what several fields lead to, which are paths of names only, with commas between them."""
     for field in fields.split(","):
         names = tokenize_path(field.strip())
         inner = value

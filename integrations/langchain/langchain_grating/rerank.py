@@ -21,7 +21,7 @@ from langchain_grating.settings import RerankerSettings
 
 
 class GratingRerank(RankingFields, RerankerSettings, BaseDocumentCompressor):  # type: ignore[misc]
-    """Keeps the ``top_n`` documents that answer the query best, best first.
+    """This class keeps the ``top_n`` documents that answer the query best, best first.
 
     Each is a copy of the caller's document with ``relevance_score`` in its metadata, and
     ``relevance_score_estimated`` where the score is an estimate (only with ``scores="estimated"``).
@@ -138,7 +138,7 @@ class GratingRerank(RankingFields, RerankerSettings, BaseDocumentCompressor):  #
         return {"documents": kept, "trace": result.trace.summary()}
 
     def _unranked(self, documents: list[Document]) -> dict[str, Any]:
-        """What there is without a question: nothing was judged."""
+        """Return what there is without a question: nothing was judged."""
         return {
             "documents": [self._with_scores(document, {}) for document in documents[: self.top_n]],
             "trace": None,
@@ -157,7 +157,7 @@ def _checked(given: Mapping[str, Any]) -> tuple[str, list[Document]]:
 
 
 def _scores(ranked: RankedDocument) -> dict[str, float]:
-    """What is said of a score; a mark only if it is an estimate."""
+    """Return the metadata of a score. Only an estimate is marked."""
     marks = {"relevance_score_estimated": True} if ranked.estimated else {}
     return {"relevance_score": ranked.score, **marks}
 

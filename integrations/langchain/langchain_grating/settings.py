@@ -1,4 +1,4 @@
-"""The fields of a reranker in LangChain, and how LangChain writes them down."""
+"""A reranker in LangChain: its settings, and how LangChain writes them down."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grating_core.frameworks.rerankers import RerankerFields
 
 
 class Written(ModelFields, Serializable):
-    """Fields that LangChain's ``dumpd`` writes; for a token it writes only that ``HF_TOKEN`` has it."""
+    """LangChain's ``dumpd`` writes these fields; for a token it writes only that ``HF_TOKEN`` has it."""
 
     @classmethod
     @override
@@ -27,7 +27,7 @@ class Written(ModelFields, Serializable):
 
 
 class RerankerSettings(RerankerFields, Written):  # type: ignore[misc]
-    """Settings of a reranker, which is loaded on construction and shared with whoever uses the same ones.
+    """These are the settings of a reranker. It is loaded on construction, and shared by all with the same settings.
 
     They are fixed from then on; ``model_copy(update={…})`` makes another object with other settings. Copies share
     the reranker. ``model_dump``, ``model_dump_json``, LangChain's ``dumpd`` and pickle keep the settings, from

@@ -24,7 +24,7 @@ except ModuleNotFoundError as error:
 
 
 class GratingStore(BaseStore):
-    """A LangGraph store whose searches are reranked by a cross-encoder.
+    """This LangGraph store reranks its searches with a cross-encoder.
 
     It wraps any store. A search with a query takes the wrapped store's best ``candidates`` and returns those that
     answer the query best; everything else is the wrapped store's own doing, as are opening and closing it.
@@ -117,13 +117,13 @@ class GratingStore(BaseStore):
         return results
 
     def _widened(self, op: Op) -> Op:
-        """The operation that finds the candidates of any page; only what is returned has its TTL refreshed."""
+        """Return the operation that finds the candidates of any page, and refreshes no TTL."""
         if not _asks(op):
             return op
         return op._replace(limit=max(self.candidates, op.offset + op.limit), offset=0, refresh_ttl=False)
 
     def _reads(self, ops: Sequence[Op], results: Sequence[Result]) -> list[Op]:
-        """What refreshes the TTL of the items returned."""
+        """Return the operations that refresh the TTL of the items that are returned."""
         if not self.supports_ttl:
             return []
         pages = [_items(page) for op, page in zip(ops, results, strict=True) if _asks(op) and op.refresh_ttl]
@@ -143,13 +143,13 @@ class GratingStore(BaseStore):
         return (ranking + rest)[op.offset : op.offset + op.limit]
 
     def _judged(self, candidates: list[SearchItem]) -> dict[SearchItem, str]:
-        """The texts of the candidates that are to be reranked."""
+        """Return the candidates that are to be reranked, with their texts."""
         # A store that scores some items has no vector for the others: their owner did not want them found so.
         indexed = [item for item in candidates if item.score is not None] or candidates
         return {item: text for item in indexed if (text := _text(item.value, self.fields))}
 
     def _order(self, op: SearchOp, texts: list[str]) -> list[tuple[int, float]]:
-        """Indices and scores of texts, best first: of the first page's, or of all of them for a later page."""
+        """Return indices and scores of texts, best first: the first page's, or all of them for a later page."""
         # Agents search with whole messages, whose last words say what they are about.
         query = self.reranker.tail(cast(str, op.query))
         best = [(ranked.index, ranked.score) for ranked in self.reranker.rerank(query, texts, op.limit).ranking]
@@ -163,7 +163,7 @@ class GratingStore(BaseStore):
 
 
 def _asks(op: Op) -> TypeGuard[SearchOp]:
-    """Whether this is a search with something to rerank by."""
+    """Return whether this is a search with something to rerank by."""
     return isinstance(op, SearchOp) and bool(op.query and op.query.strip()) and op.limit > 0 and op.offset >= 0
 
 
@@ -184,7 +184,7 @@ def _indexed_fields(store: BaseStore) -> list[str]:
 
 
 def _text(value: dict[str, Any], fields: list[str]) -> str:
-    """What an item says, without the JSON around it."""
+    """Return what an item says, without the JSON around it."""
     found = [text for field in fields for text in _texts_at(value, field)]
     return "\n".join(found).strip() or "\n".join(strings(value)).strip()
 

@@ -36,7 +36,7 @@ _ROLES = (MessageRole.SYSTEM, MessageRole.USER, MessageRole.ASSISTANT)
 
 
 class GratingLLM(LanguageModelFields, CustomLLM):  # type: ignore[misc]
-    """A language model on this machine, whose weights are read from disk as far as they do not fit into memory.
+    """This language model runs on this machine; weights that do not fit into memory are read from disk.
 
     It is loaded on first use, and shared with whoever uses the same model and settings. Requests to one model are
     answered one after the other; streams go on beside them. ``complete`` continues a text as it is; ``chat``,
@@ -53,12 +53,12 @@ class GratingLLM(LanguageModelFields, CustomLLM):  # type: ignore[misc]
 
     @classmethod
     def class_name(cls) -> str:
-        """The name that LlamaIndex serialises it under."""
+        """Return the name that LlamaIndex serialises it under."""
         return "GratingLLM"
 
     @property
     def metadata(self) -> LLMMetadata:
-        """What LlamaIndex packs prompts by; the model is loaded for it.
+        """The sizes that LlamaIndex packs prompts by; asking for them loads the model.
 
         It counts tokens by another tokenizer, and not those of the chat template, so a quarter is kept back.
         """
@@ -70,7 +70,7 @@ class GratingLLM(LanguageModelFields, CustomLLM):  # type: ignore[misc]
         )
 
     def to_payload(self) -> dict[str, Any]:
-        """The settings, for those who listen; unlike :attr:`metadata` they are there without the model."""
+        """Return the settings for those who listen. Unlike :attr:`metadata` they do not need the model."""
         return {**self.to_dict(), "model_name": self.model}
 
     @llm_completion_callback()
@@ -139,7 +139,7 @@ class GratingLLM(LanguageModelFields, CustomLLM):  # type: ignore[misc]
         return astream_completion_response_to_chat_response(_in_threads(_responses(stream)))
 
     def _request(self, llm: StreamedCausalLM, prompt: Prompt, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of a request: those given with it, else the object's; an answer that there is room for."""
+        """Return the settings of an answer, no longer than there is room for."""
         answer = self._answer(given)
         return {**answer, "max_new_tokens": min(answer["max_new_tokens"], _room(llm, prompt))}
 
@@ -153,7 +153,7 @@ class GratingLLM(LanguageModelFields, CustomLLM):  # type: ignore[misc]
 
 
 def _room(llm: StreamedCausalLM, prompt: Prompt) -> int:
-    """How many tokens the answer to a prompt may have."""
+    """Return how many tokens the answer to a prompt may have."""
     # Engines take a ValueError for an answer that cannot be parsed, and say "Empty Response" instead of it.
     try:
         room = llm.room(prompt)
@@ -168,7 +168,7 @@ def _room(llm: StreamedCausalLM, prompt: Prompt) -> int:
 
 
 def _response(generation: Generation) -> CompletionResponse:
-    """The text, and what is known of it, with the tokens where LlamaIndex counts them."""
+    """Return the text and what is known of it, with the tokens where LlamaIndex counts them."""
     usage = {
         "prompt_tokens": generation.prompt_tokens,
         "completion_tokens": generation.new_tokens,
@@ -180,7 +180,7 @@ def _response(generation: Generation) -> CompletionResponse:
 
 
 def _responses(stream: Generator[str, None, Generation]) -> CompletionResponseGen:
-    """The text so far with each new piece, and at last what is known of it."""
+    """Yield the text so far with each new piece, and at last what is known of it."""
     text = ""
     while True:
         try:
@@ -193,7 +193,7 @@ def _responses(stream: Generator[str, None, Generation]) -> CompletionResponseGe
 
 
 async def _in_threads(responses: CompletionResponseGen) -> CompletionResponseAsyncGen:
-    """The same, each computed in a worker thread, so that the event loop goes on."""
+    """Yield the same, each computed in a worker thread, so that the event loop goes on."""
     while (response := await run_in_thread(next, responses, None)) is not None:
         yield response
 

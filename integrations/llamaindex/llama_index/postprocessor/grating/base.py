@@ -24,7 +24,7 @@ dispatcher = get_dispatcher(__name__)
 
 
 class GratingRerank(RankingFields, RerankerSettings):  # type: ignore[misc]
-    """Keeps the ``top_n`` nodes that answer the query best, best first.
+    """This class keeps the ``top_n`` nodes that answer the query best, best first.
 
     The model is loaded on construction, and shared with whoever uses the same settings. The caller's nodes and
     their scores are left as they are. The arguments of ``SentenceTransformerRerank`` and ``FlashRankRerank``
@@ -79,7 +79,7 @@ class GratingRerank(RankingFields, RerankerSettings):  # type: ignore[misc]
 
     @contextmanager
     def _started(self, nodes: list[NodeWithScore], query: QueryBundle) -> Iterator[EventContext]:
-        """Tells those who listen that it starts, and should it fail, that it has."""
+        """Tell those who listen that reranking starts, and if it fails, that it has failed."""
         dispatcher.event(ReRankStartEvent(query=query, nodes=nodes, top_n=self.top_n, model_name=self.model))
         payload: dict[str, Any] = {
             EventPayload.NODES: nodes,
@@ -91,7 +91,7 @@ class GratingRerank(RankingFields, RerankerSettings):  # type: ignore[misc]
             yield event
 
     def _ended(self, event: EventContext, nodes: list[NodeWithScore], result: RerankResult) -> list[NodeWithScore]:
-        """Tells that it is done, and how; the nodes to return."""
+        """Tell those who listen what came out, and return the nodes."""
         reranked = [self._with_score(nodes[ranked.index], ranked.score) for ranked in self._kept(result)]
         trace = result.trace.summary()
         event.on_end(payload={EventPayload.NODES: reranked, EventPayload.ADDITIONAL_KWARGS: {"trace": trace}})

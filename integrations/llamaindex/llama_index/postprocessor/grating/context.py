@@ -17,11 +17,11 @@ _SHARED = (
     "excluded_embed_metadata_keys", "excluded_llm_metadata_keys", "metadata_template", "metadata_separator",
     "text_template",
 )  # fmt: skip
-"""What a part says of its metadata as the whole does."""
+"""These fields say how metadata are shown; a part has them from the whole."""
 
 
 class GratingContextSelector(SelectingFields, RerankerSettings):  # type: ignore[misc]
-    """Keeps the passages of long nodes that answer the query best, within a budget of tokens.
+    """This class keeps the passages of long nodes that answer the query best, within a budget of tokens.
 
     The texts are divided into chunks, the reranker judges them, and as many of the best are kept as fit. They come
     in the order of the nodes and of the text, chunks that adjoin as one node. A node of which only a part is kept
@@ -63,7 +63,7 @@ def _cut(retrieved: NodeWithScore, passage: Passage) -> NodeWithScore:
 
 
 def _part(node: BaseNode, passage: Passage) -> TextNode:
-    """A new node with a passage, of the same class if that is a TextNode's: others cannot say where they begin."""
+    """Return a new node with a passage. Only a TextNode can say where it begins, so others become one."""
     source = node.source_node
     # Places are counted from the beginning of the source; nobody knows them if the node does not know its own.
     origin = 0 if source is None else position(getattr(node, "start_char_idx", None))

@@ -1,4 +1,4 @@
-"""Calls of other rerankers with arguments by position: which those are."""
+"""Calls of other rerankers may have arguments by position; here they get their names."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 _FROM_INT = ("top_n", "model", "device", "keep_retrieval_score", "trust_remote_code")
 _FROM_STR = ("model", "device", "cache_folder", "top_n", "keep_retrieval_score", "cross_encoder_kwargs")
-"""The orders of SentenceTransformerRerank's arguments in llama-index-core and in the integration that follows it.
-CohereRerank and RankGPTRerank begin like the first."""
+"""SentenceTransformerRerank has these orders, in llama-index-core and in the integration that follows it. CohereRerank
+and RankGPTRerank begin like the first."""
 
 
 def by_name(args: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by their names.
+    """Return all arguments of a call by their names.
 
     Args:
         args: Those given by position, in the order of one of the rerankers that ``GratingRerank`` replaces.

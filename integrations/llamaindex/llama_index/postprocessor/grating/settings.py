@@ -1,4 +1,4 @@
-"""The fields of a reranker in LlamaIndex, how LlamaIndex writes them down, and what it hands over."""
+"""A reranker in LlamaIndex: its settings, how LlamaIndex writes them down, and the requests that it gets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grating_core.frameworks.rerankers import RerankerFields, policy_as_json
 
 
 class RerankerSettings(RerankerFields, BaseNodePostprocessor):  # type: ignore[misc]
-    """Settings of a reranker, which is loaded on construction and shared with whoever uses the same ones.
+    """These are the settings of a reranker. It is loaded on construction, and shared by all with the same settings.
 
     They are fixed from then on; ``model_copy(update={…})`` makes another object with other settings. Copies share
     the reranker. ``to_dict``, ``to_json`` and pickle keep the settings, from which the same one is made again.
