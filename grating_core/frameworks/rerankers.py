@@ -38,7 +38,7 @@ else:
 
 
 class RerankerFields(_Fields):  # type: ignore[misc]
-    """These are the settings of a reranker. It is loaded on construction, and shared by all with the same settings.
+    """These are the settings of a reranker. It is loaded on construction, and shared by all with the same ones.
 
     They are fixed from then on; ``model_copy(update={…})`` makes another object with other settings. Copies share
     the reranker.
@@ -139,6 +139,17 @@ class RankingFields(RerankerFields):  # type: ignore[misc]
     def _check_threshold(self) -> Self:
         check_threshold(self.score_threshold, self.scores)
         return self
+
+    def _ranked(self, query: str, texts: list[str], top_n: int | None) -> RerankResult:
+        """Rank texts; None keeps all of them."""
+        return self.reranker.rerank(*self._request(query, texts, top_n), scores=self.scores)
+
+    async def _aranked(self, query: str, texts: list[str], top_n: int | None) -> RerankResult:
+        return await self.reranker.arerank(*self._request(query, texts, top_n), scores=self.scores)
+
+    def _request(self, query: str, texts: list[str], top_n: int | None) -> tuple[str, list[str], int]:
+        top_k = max(1, len(texts)) if top_n is None else int(top_n)
+        return self.reranker.tail(query, self.max_query_tokens), texts, top_k
 
     def _kept(self, result: RerankResult) -> list[RankedDocument]:
         """Return what does not score below the threshold."""

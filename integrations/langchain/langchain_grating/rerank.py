@@ -101,12 +101,11 @@ class GratingRerank(RankingFields, RerankerSettings, BaseDocumentCompressor):  #
             "documents", documents, "a list of texts, Documents or dictionaries", values="{name}.values()"
         )
         texts = [_text(document, rank_fields) for document in listed]
-        top_k = _top_k(self.top_n if top_n == -1 else top_n, texts)
+        wanted = self.top_n if top_n == -1 else top_n
         if is_blank(query):
-            return [{"index": index, "relevance_score": None} for index in range(min(top_k, len(texts)))]
-        asked = self.reranker.tail(query, self.max_query_tokens)
-        result = self.reranker.rerank(asked, texts, top_k, scores=self.scores)
-        return [{"index": ranked.index, **_scores(ranked)} for ranked in self._kept(result)]
+            return [{"index": index, "relevance_score": None} for index in range(len(texts))][:wanted]
+        kept = self._kept(self._ranked(query, texts, wanted))
+        return [{"index": ranked.index, **_scores(ranked)} for ranked in kept]
 
     @property
     def _run(self) -> RunnableLambda[dict[str, Any], dict[str, Any]]:
@@ -120,18 +119,13 @@ class GratingRerank(RankingFields, RerankerSettings, BaseDocumentCompressor):  #
         query, documents = _checked(given)
         if is_blank(query):
             return self._unranked(documents)
-        return self._outputs(documents, self.reranker.rerank(*self._request(query, documents), scores=self.scores))
+        return self._outputs(documents, self._ranked(query, _texts(documents), self.top_n))
 
     async def _acompress(self, given: dict[str, Any]) -> dict[str, Any]:
         query, documents = _checked(given)
         if is_blank(query):
             return self._unranked(documents)
-        result = await self.reranker.arerank(*self._request(query, documents), scores=self.scores)
-        return self._outputs(documents, result)
-
-    def _request(self, query: str, documents: list[Document]) -> tuple[str, list[str], int]:
-        texts = [document.page_content for document in documents]
-        return self.reranker.tail(query, self.max_query_tokens), texts, _top_k(self.top_n, texts)
+        return self._outputs(documents, await self._aranked(query, _texts(documents), self.top_n))
 
     def _outputs(self, documents: list[Document], result: RerankResult) -> dict[str, Any]:
         kept = [self._with_scores(documents[ranked.index], _scores(ranked)) for ranked in self._kept(result)]
@@ -162,8 +156,8 @@ def _scores(ranked: RankedDocument) -> dict[str, float]:
     return {"relevance_score": ranked.score, **marks}
 
 
-def _top_k(top_n: int | None, texts: list[str]) -> int:
-    return max(1, len(texts)) if top_n is None else int(top_n)
+def _texts(documents: list[Document]) -> list[str]:
+    return [document.page_content for document in documents]
 
 
 def _text(document: str | Document | Mapping[str, Any], fields: Sequence[str] | None) -> str:

@@ -27,7 +27,7 @@ class Written(ModelFields, Serializable):
 
 
 class RerankerSettings(RerankerFields, Written):  # type: ignore[misc]
-    """These are the settings of a reranker. It is loaded on construction, and shared by all with the same settings.
+    """These are the settings of a reranker. It is loaded on construction, and shared by all with the same ones.
 
     They are fixed from then on; ``model_copy(update={…})`` makes another object with other settings. Copies share
     the reranker. ``model_dump``, ``model_dump_json``, LangChain's ``dumpd`` and pickle keep the settings, from

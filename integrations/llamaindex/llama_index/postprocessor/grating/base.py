@@ -56,10 +56,9 @@ class GratingRerank(RankingFields, RerankerSettings):  # type: ignore[misc]
     ) -> list[NodeWithScore]:
         query, nodes = checked_request(query_bundle, nodes)
         if not nodes or is_blank(query.query_str):
-            return [NodeWithScore(node=found.node) for found in nodes[: self.top_n]]  # nothing to judge, or by
+            return self._unjudged(nodes)
         with self._started(nodes, query) as event:
-            result = self.reranker.rerank(*self._request(nodes, query), scores=self.scores)
-            return self._ended(event, nodes, result)
+            return self._ended(event, nodes, self._ranked(query.query_str, self._texts(nodes), self.top_n))
 
     @dispatcher.span
     async def _apostprocess_nodes(
@@ -67,15 +66,15 @@ class GratingRerank(RankingFields, RerankerSettings):  # type: ignore[misc]
     ) -> list[NodeWithScore]:
         query, nodes = checked_request(query_bundle, nodes)
         if not nodes or is_blank(query.query_str):
-            return [NodeWithScore(node=found.node) for found in nodes[: self.top_n]]  # nothing to judge, or by
+            return self._unjudged(nodes)
         with self._started(nodes, query) as event:
-            result = await self.reranker.arerank(*self._request(nodes, query), scores=self.scores)
-            return self._ended(event, nodes, result)
+            return self._ended(event, nodes, await self._aranked(query.query_str, self._texts(nodes), self.top_n))
 
-    def _request(self, nodes: list[NodeWithScore], query: QueryBundle) -> tuple[str, list[str], int]:
-        question = self.reranker.tail(query.query_str, self.max_query_tokens)
-        texts = [node.node.get_content(metadata_mode=self.metadata_mode) for node in nodes]
-        return question, texts, self.top_n
+    def _unjudged(self, nodes: list[NodeWithScore]) -> list[NodeWithScore]:
+        return [NodeWithScore(node=found.node) for found in nodes[: self.top_n]]
+
+    def _texts(self, nodes: list[NodeWithScore]) -> list[str]:
+        return [node.node.get_content(metadata_mode=self.metadata_mode) for node in nodes]
 
     @contextmanager
     def _started(self, nodes: list[NodeWithScore], query: QueryBundle) -> Iterator[EventContext]:

@@ -6,8 +6,8 @@ from typing import Any
 
 _FROM_INT = ("top_n", "model", "device", "keep_retrieval_score", "trust_remote_code")
 _FROM_STR = ("model", "device", "cache_folder", "top_n", "keep_retrieval_score", "cross_encoder_kwargs")
-"""SentenceTransformerRerank has these orders, in llama-index-core and in the integration that follows it. CohereRerank
-and RankGPTRerank begin like the first."""
+"""SentenceTransformerRerank has these orders in llama-index-core and in the integration that follows it.
+CohereRerank and RankGPTRerank begin like the first."""
 
 
 def by_name(args: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:

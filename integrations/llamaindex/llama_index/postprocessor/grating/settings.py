@@ -13,7 +13,7 @@ from grating_core.frameworks.rerankers import RerankerFields, policy_as_json
 
 
 class RerankerSettings(RerankerFields, BaseNodePostprocessor):  # type: ignore[misc]
-    """These are the settings of a reranker. It is loaded on construction, and shared by all with the same settings.
+    """These are the settings of a reranker. It is loaded on construction, and shared by all with the same ones.
 
     They are fixed from then on; ``model_copy(update={…})`` makes another object with other settings. Copies share
     the reranker. ``to_dict``, ``to_json`` and pickle keep the settings, from which the same one is made again.
