@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Self
 
@@ -11,6 +11,7 @@ from pydantic import Field, PrivateAttr, SecretStr, create_model, model_validato
 from grating_core.forking import run_in_thread
 from grating_core.frameworks.fields import ModelFields, field_of, fields_of
 from grating_core.generation import StreamedCausalLM
+from grating_core.results import Generation
 from grating_core.settings import AnswerSettings, GenerationSettings
 
 # The fields that say how to answer, and the names that the core has for them.
@@ -67,3 +68,8 @@ class LanguageModelFields(_Fields):  # type: ignore[misc]
         said = {name: value for name, value in given.items() if value is not None}
         wanted = {known: said.get(name, getattr(self, name)) for name, known in _ANSWER.items()}
         return vars(AnswerSettings(**{**wanted, "stop": wanted["stop"] or ()}))
+
+
+def pieces(stream: Generator[str, None, Generation]) -> Iterator[str | Generation]:
+    """Yield the pieces of a text, and at last what is known of it."""
+    yield (yield from stream)

@@ -15,7 +15,7 @@ from pydantic import ConfigDict
 from typing_extensions import override
 
 from grating_core.forking import run_in_thread
-from grating_core.frameworks.language_models import LanguageModelFields
+from grating_core.frameworks.language_models import LanguageModelFields, pieces
 from grating_core.results import Generation
 from grating_core.text.messages import REASONING
 from langchain_grating.settings import Written
@@ -90,13 +90,10 @@ class ChatGrating(LanguageModelFields, Written, BaseChatModel):  # type: ignore[
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        stream = self.llm.stream(_as_prompt(messages), **self._answer({**kwargs, "stop": stop}))
-        while True:
-            try:
-                piece = next(stream)
-            except StopIteration as ended:
-                known = self._known(ended.value)
-                yield ChatGenerationChunk(message=AIMessageChunk(content="", chunk_position="last", **known))
+        for piece in pieces(self.llm.stream(_as_prompt(messages), **self._answer({**kwargs, "stop": stop}))):
+            if isinstance(piece, Generation):
+                last = AIMessageChunk(content="", chunk_position="last", **self._known(piece))
+                yield ChatGenerationChunk(message=last)
                 return
             chunk = ChatGenerationChunk(message=AIMessageChunk(content=piece))
             if run_manager:

@@ -28,7 +28,7 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 
 from grating_core import GratingError, StreamedCausalLM
 from grating_core.forking import run_in_thread
-from grating_core.frameworks.language_models import LanguageModelFields
+from grating_core.frameworks.language_models import LanguageModelFields, pieces
 from grating_core.results import Generation
 
 Prompt = str | list[dict[str, str]]  # a text to continue, or messages
@@ -82,28 +82,24 @@ class GratingLLM(LanguageModelFields, CustomLLM):  # type: ignore[misc]
             formatted: Whether ``completion_to_prompt`` has been applied to it.
             kwargs: Settings of the request, instead of the object's.
         """
-        text = self._text(prompt, formatted)
-        return _response(self.llm.generate(text, **self._request(self.llm, text, kwargs)))
+        return self._answered(self._text(prompt, formatted), kwargs)
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """:meth:`complete`, piece by piece."""
-        text = self._text(prompt, formatted)
-        return _responses(self.llm.stream(text, **self._request(self.llm, text, kwargs)))
+        return self._streamed(self.llm, self._text(prompt, formatted), kwargs)
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """:meth:`complete` without blocking the event loop; cancelled, it stops computing."""
-        llm, text = await self._allm(), self._text(prompt, formatted)
-        return _response(await llm.agenerate(text, **self._request(llm, text, kwargs)))
+        return await self._aanswered(self._text(prompt, formatted), kwargs)
 
     @llm_completion_callback()
     async def astream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseAsyncGen:
         """:meth:`stream_complete` without blocking the event loop; closed or cancelled, it stops computing."""
-        llm, text = await self._allm(), self._text(prompt, formatted)
-        return _in_threads(_responses(llm.stream(text, **self._request(llm, text, kwargs))))
+        return _in_threads(self._streamed(await self._allm(), self._text(prompt, formatted), kwargs))
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
@@ -113,30 +109,34 @@ class GratingLLM(LanguageModelFields, CustomLLM):  # type: ignore[misc]
             messages: Texts of system, user and assistant.
             kwargs: Settings of the request, instead of the object's.
         """
-        prompt = self._prompt(messages)
-        generation = self.llm.generate(prompt, **self._request(self.llm, prompt, kwargs))
-        return completion_response_to_chat_response(_response(generation))
+        return completion_response_to_chat_response(self._answered(self._prompt(messages), kwargs))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """:meth:`chat`, piece by piece."""
-        prompt = self._prompt(messages)
-        stream = self.llm.stream(prompt, **self._request(self.llm, prompt, kwargs))
-        return stream_completion_response_to_chat_response(_responses(stream))
+        answer = self._streamed(self.llm, self._prompt(messages), kwargs)
+        return stream_completion_response_to_chat_response(answer)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """:meth:`chat` without blocking the event loop; cancelled, it stops computing."""
-        llm, prompt = await self._allm(), self._prompt(messages)
-        generation = await llm.agenerate(prompt, **self._request(llm, prompt, kwargs))
-        return completion_response_to_chat_response(_response(generation))
+        return completion_response_to_chat_response(await self._aanswered(self._prompt(messages), kwargs))
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """:meth:`stream_chat` without blocking the event loop; closed or cancelled, it stops computing."""
-        llm, prompt = await self._allm(), self._prompt(messages)
-        stream = llm.stream(prompt, **self._request(llm, prompt, kwargs))
-        return astream_completion_response_to_chat_response(_in_threads(_responses(stream)))
+        answer = self._streamed(await self._allm(), self._prompt(messages), kwargs)
+        return astream_completion_response_to_chat_response(_in_threads(answer))
+
+    def _answered(self, prompt: Prompt, given: Mapping[str, Any]) -> CompletionResponse:
+        return _response(self.llm.generate(prompt, **self._request(self.llm, prompt, given)))
+
+    async def _aanswered(self, prompt: Prompt, given: Mapping[str, Any]) -> CompletionResponse:
+        llm = await self._allm()
+        return _response(await llm.agenerate(prompt, **self._request(llm, prompt, given)))
+
+    def _streamed(self, llm: StreamedCausalLM, prompt: Prompt, given: Mapping[str, Any]) -> CompletionResponseGen:
+        return _responses(llm.stream(prompt, **self._request(llm, prompt, given)))
 
     def _request(self, llm: StreamedCausalLM, prompt: Prompt, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings of an answer, no longer than there is room for."""
@@ -182,14 +182,12 @@ def _response(generation: Generation) -> CompletionResponse:
 def _responses(stream: Generator[str, None, Generation]) -> CompletionResponseGen:
     """Yield the text so far with each new piece, and at last what is known of it."""
     text = ""
-    while True:
-        try:
-            piece = next(stream)
-        except StopIteration as ended:
-            yield _response(ended.value).model_copy(update={"delta": ""})
-            return
-        text += piece
-        yield CompletionResponse(text=text, delta=piece)
+    for piece in pieces(stream):
+        if isinstance(piece, Generation):
+            yield _response(piece).model_copy(update={"delta": ""})
+        else:
+            text += piece
+            yield CompletionResponse(text=text, delta=piece)
 
 
 async def _in_threads(responses: CompletionResponseGen) -> CompletionResponseAsyncGen:
