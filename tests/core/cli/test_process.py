@@ -80,7 +80,10 @@ def test_a_full_disk_behind_standard_output_is_told(command: str, cache: dict[st
 @pytest.mark.parametrize("module", ["grating_core.cli.options", "torch._C"])
 def test_an_interrupt_while_importing_ends_with_a_sentence(module: str, cache: dict[str, str]) -> None:
     command = [sys.executable, "-X", "importtime", *GRATING[1:], "doctor"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=cache)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=cache,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background ignore it
+    )  # fmt: skip
     assert process.stderr is not None
     for line in process.stderr:
         if line.rstrip().endswith(f" {module}"):  # it has just been imported
