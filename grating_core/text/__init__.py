@@ -1,1 +1,1 @@
-"""From texts to tokens and back: tokenizers, pairs, prompts, chats."""
+"""This room turns texts into tokens and back: tokenizers, pairs, prompts, chats."""

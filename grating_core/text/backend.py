@@ -1,4 +1,4 @@
-"""The tokenizer in a model's files: its vocabulary, used as transformers uses it."""
+"""This module loads the tokenizer in a model's files, which makes the tokens that transformers makes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from grating_core.models.gguf import gguf_tokenizer, is_gguf
 
 _TYPES = "token_type_ids"
 _PROBE = "Aa é 漢 🎉 1 [SEP]"  # something for every step of a tokenizer, and a character that few know
-# What the models of the tokenizers library have beside their vocabularies.
+# The options that models of the tokenizers library have beside their vocabularies.
 _OPTIONS: dict[type, tuple[str, ...]] = {
     WordPiece: ("unk_token", "max_input_chars_per_word", "continuing_subword_prefix"),
     BPE: (
@@ -29,26 +29,26 @@ _OPTIONS: dict[type, tuple[str, ...]] = {
     WordLevel: ("unk_token",),
     Unigram: (),
 }  # fmt: skip
-# Files of other places, and code, are none of a tokenizer's settings.
+# These settings name code or files elsewhere, which a tokenizer of a few tokens does not need.
 _NOT_SETTINGS = ("auto_map", "chat_template", "name_or_path")
 
 
 def load_backend(directory: Path, rows: int | None = None) -> tuple[Tokenizer, bool]:
     """Load the tokenizer of a model, and tell whether the model is to know which text a token belongs to.
 
-    Token ids are those of transformers' tokenizer for the directory. Its classes make the steps before and behind
-    the vocabulary anew, from ``tokenizer_config.json``: lower case, accents, prefix spaces, special tokens. So a
-    tokenizer with the same files and a vocabulary of a few tokens is made by transformers, and its steps are used
-    with the whole vocabulary. transformers' own wrapper keeps copies of that, which for 250,000 entries takes
-    another 130 MB.
+    Token ids are those of transformers' tokenizer for the directory. transformers takes the steps around the
+    vocabulary from ``tokenizer_config.json``: lower case, accents, prefix spaces, special tokens. So transformers
+    makes a tokenizer with the same files and a vocabulary of a few tokens, and this function uses its steps with
+    the whole vocabulary. transformers' own wrapper keeps copies of the vocabulary, which take another 130 MB for
+    250,000 entries.
 
     Args:
         directory: The tokenizer's directory, or a GGUF file.
-        rows: Number of rows of the embedding table. A token without one is refused; None refuses none.
+        rows: Number of rows of the embedding table. A token without a row is refused; None refuses no token.
 
     Raises:
-        ModelNotFoundError: The tokenizer's files are missing or damaged, need a package that is not there, or are
-            of a model with more tokens.
+        ModelNotFoundError: The tokenizer's files are missing or damaged, need a package that is not installed, or
+            belong to a model with more tokens.
         UnsupportedModelError: The tokenizer has no Rust backend.
     """
     if is_gguf(directory):
@@ -59,7 +59,7 @@ def load_backend(directory: Path, rows: int | None = None) -> tuple[Tokenizer, b
     if rows is not None and last >= rows:  # fewer tokens are usual
         raise ModelNotFoundError(
             f"{directory / 'tokenizer.json'} has the token {token!r} of id {last}, and the embedding table that "
-            f"{directory / 'config.json'} describes has {rows} rows: they are not of the same model"
+            f"{directory / 'config.json'} describes has {rows} rows: the two files belong to different models"
         )
     backend.no_padding()
     backend.no_truncation()
@@ -76,11 +76,11 @@ def _from_files(directory: Path) -> tuple[Tokenizer, bool]:
         else:
             backend, inputs = _reference(directory)
         if backend is not None and not backend.encode(_PROBE, _PROBE).ids:
-            raise ValueError("it makes no tokens of a text")
+            raise ValueError("it makes no tokens from a text")
     except ModelNotFoundError:
         raise
     except BaseException as error:
-        # The tokenizers library raises plain Exception for damaged files; where it panics, one that is none.
+        # The tokenizers library raises plain Exception for damaged files. Its PanicException is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ModelNotFoundError(
@@ -93,7 +93,7 @@ def _from_files(directory: Path) -> tuple[Tokenizer, bool]:
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """Return what ``tokenizer_config.json`` says; nothing if there is none.
+    """Return what ``tokenizer_config.json`` says; an empty dictionary if there is no such file.
 
     Raises:
         ModelNotFoundError: The file is damaged.
@@ -107,7 +107,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         found = read_json_or(path, {})
         if not isinstance(found, dict):
-            raise TypeError("it holds no settings by name")
+            raise TypeError("it is not a JSON object")
     except (ValueError, TypeError, OSError) as error:
         raise ModelNotFoundError(f"{path} cannot be read: {error}") from error
     return found
@@ -119,17 +119,17 @@ def _reference(directory: Path) -> tuple[Any, list[str]]:
 
 
 def _with_settings(directory: Path, settings: dict[str, Any]) -> tuple[Any, list[str]]:
-    """Return the tokenizer of ``tokenizer.json``, with the steps that transformers makes of the settings."""
+    """Return the tokenizer of ``tokenizer.json``, with the steps that transformers makes from the settings."""
     whole = Tokenizer.from_file(str(directory / "tokenizer.json"))
     files = {name: _read_object(directory / name) for name in ("special_tokens_map.json", "added_tokens.json")}
     try:
         with TemporaryDirectory(prefix="grating-") as folder:
             _write_small(Path(folder), directory, whole, settings, files)
             own, inputs = _reference(Path(folder))
-    except OSError:  # no room for a few kilobytes: the wrapper then, for a moment
+    except OSError:  # the disk has no room for a few kilobytes, so the wrapper takes its memory for a moment
         return _reference(directory)
     if own is None or type(own.model) is not type(whole.model):
-        return whole, inputs  # a class for other files than these
+        return whole, inputs  # transformers' class is made for other files
     return _join(whole, own), inputs
 
 
@@ -147,7 +147,7 @@ def _write_small(
     }
     for name, value in kept.items():
         if name.endswith("_token") and isinstance(value, dict) and "content" in value:
-            kept[name] = value | {"__type": "AddedToken"}  # what some releases left out
+            kept[name] = value | {"__type": "AddedToken"}  # some releases left this out
     named = {name: config[name] for name in ("model_type", "tokenizer_class") if name in config}
     for name, fields in {**files, "config.json": named, "tokenizer_config.json": kept}.items():
         if fields:
@@ -164,7 +164,7 @@ def _added_tokens(tokenizer: Tokenizer) -> list[AddedToken]:
 
 
 def _special_tokens(whole: Tokenizer, stated: list[Any]) -> list[str]:
-    """Return strings that settings state, and the usual ones, as far as they are in the vocabulary."""
+    """Return the strings in the settings and the usual special tokens, as far as the vocabulary has them."""
     found = [token.content for token in _added_tokens(whole)]
     found += ["[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]", "<s>", "</s>", "<unk>", "<pad>", "<mask>", "<bos>"]
     found += ["<eos>", "<|endoftext|>"]

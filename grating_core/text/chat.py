@@ -1,4 +1,4 @@
-"""The chat format of a model, and the tokens of what is to be continued."""
+"""This module writes messages in a model's chat format, and makes tokens of prompts."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from grating_core.text.streamed import TextStream
 from grating_core.text.tokenizer import TextTokenizer, encodable
 
 _ANSWER = "answer"
-_MARK = re.compile(r"[<\[]\S+[>\]]")  # not what a line break or a run of spaces is to some tokenizers
+_MARK = re.compile(r"[<\[]\S+[>\]]")  # some tokenizers also list line breaks or runs of spaces, which are no marks
 
 
 class ChatFormat:
-    """The chat format of a model is what its files say of messages and of special tokens.
+    """A chat format is what a model's files say about messages and special tokens.
 
     Args:
         directory: The tokenizer's directory, or a GGUF file.
@@ -40,7 +40,7 @@ class ChatFormat:
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """Return the tokens that begin and end a text, by the names that templates have for them."""
+        """The tokens that begin and end a text, by the names that templates have for them."""
         return {name: _content(self._settings.get(name)) for name in ("bos_token", "eos_token")}
 
     def controls(self, backend: Tokenizer) -> set[str]:
@@ -58,11 +58,11 @@ class ChatFormat:
         return added & (contents | {token for token in added if _MARK.fullmatch(token) and token in template})
 
     def render(self, messages: Sequence[Mapping[str, str]], **variables: Any) -> str | None:
-        """Write messages as the model reads them, up to where its answer begins; None if it has no chat template.
+        """Write messages as the model reads them, up to its answer; return None if it has no chat template.
 
         Args:
             messages: Messages with ``role`` and ``content``.
-            variables: Other variables of the template.
+            variables: Other variables of the template, by name.
 
         Raises:
             Exception: Whatever the template raises; some refuse messages of some kinds.
@@ -77,11 +77,11 @@ class ChatFormat:
             **variables,
             **specials,
         )
-        return str(rendered[0][0])  # of one conversation; where answers would be comes second
+        return str(rendered[0][0])  # the text of the only conversation
 
 
 def _read_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
-    # Files of today have it beside the settings, older ones in them, some as one of several with names.
+    # Newer models keep the template in a file of its own, older ones in the settings, alone or in a list by name.
     if (path := directory / "chat_template.jinja").is_file():
         return path.read_text(encoding="utf-8")
     if (path := directory / "chat_template.json").is_file():
@@ -93,7 +93,7 @@ def _read_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
 
 
 def _content(token: Any) -> str:
-    # Special tokens stand in the settings as text, or as an object that has it.
+    # The settings hold a special token as a text, or as an object with the text in it.
     return str(token.get("content") or "" if isinstance(token, dict) else token or "")
 
 
@@ -102,10 +102,10 @@ def load_tokenizer(directory: Path, rows: int | None = None) -> tuple[TextTokeni
 
     Args:
         directory: The tokenizer's directory, or a GGUF file.
-        rows: Number of rows of the embedding table. A token without one is refused; None refuses none.
+        rows: Number of rows of the embedding table. A token without a row is refused; None refuses no token.
 
     Raises:
-        ModelNotFoundError: The files are missing or damaged, or of a model with more tokens.
+        ModelNotFoundError: The files are missing or damaged, or belong to a model with more tokens.
         UnsupportedModelError: The tokenizer has no Rust backend.
     """
     backend, has_types = load_backend(directory, rows)
@@ -113,16 +113,16 @@ def load_tokenizer(directory: Path, rows: int | None = None) -> tuple[TextTokeni
 
 
 class PromptTokenizer:
-    """A tokenizer of prompts makes the tokens that transformers makes.
+    """A prompt tokenizer makes the tokens that transformers makes.
 
-    A string is the whole prompt: special tokens in it are tokens, whoever wrote them. In messages they are text.
+    A string is the whole prompt, so special tokens in it are tokens. In messages they are text.
 
     Args:
         directory: The tokenizer's directory, or a GGUF file.
-        rows: Number of rows of the embedding table. A token without one is refused; None refuses none.
+        rows: Number of rows of the embedding table. A token without a row is refused; None refuses no token.
 
     Raises:
-        ModelNotFoundError: The tokenizer's files are missing or damaged, or of a model with more tokens.
+        ModelNotFoundError: The tokenizer's files are missing or damaged, or belong to a model with more tokens.
         UnsupportedModelError: The tokenizer has no Rust backend.
     """
 
@@ -131,42 +131,42 @@ class PromptTokenizer:
         self._format = ChatFormat(directory)
         self._texts, _ = load_tokenizer(directory, rows)
         self.end_tokens = frozenset(self._end_tokens())
-        """The tokens that end a text as far as the tokenizer says: its own, and what its chat format has there."""
+        """The tokens that end a text: the tokenizer's own, and those that end an answer in the chat format."""
 
     def encode(self, prompt: str | Messages) -> list[int]:
-        """Return the tokens of a text that is to be continued, or of messages in the model's chat format.
+        """Return the tokens of a text to continue, or of messages in the model's chat format.
 
         Raises:
-            ValueError: The prompt is empty, or neither; or the model's chat template does not take it.
+            ValueError: The prompt is empty, or is no text and no messages, or the chat template refuses it.
         """
         if isinstance(prompt, str | Sequence) and not prompt:
-            raise ValueError(f"prompt={prompt!r} is empty: give a text, or messages, to go on from")
+            raise ValueError(f"prompt={prompt!r} is empty: give a text to continue, or messages to answer")
         if isinstance(prompt, str):
             ids: list[int] = self._texts.backend.encode(encodable(prompt), add_special_tokens=True).ids
         else:
             ids = self._texts.ids(self._texts.written(self._chat(checked_messages(prompt))))
         if not ids:
             raise ValueError(
-                f"prompt={prompt!r} comes to no tokens at all: give a text, or messages, to go on from"
+                f"prompt={prompt!r} has no tokens: give a text to continue, or messages to answer"
             )
         return ids
 
     def count(self, text: str) -> int:
-        """Return how many tokens a text has, without special ones."""
+        """Return how many tokens a text has, special tokens not counted."""
         return self._texts.count(text)
 
     def stream(self, prompt_ids: Sequence[int], stop: Sequence[str]) -> TextStream:
-        """Return what makes text of the tokens that follow a prompt."""
+        """Return a stream that makes text of the tokens that follow a prompt."""
         return TextStream(self._texts.backend, prompt_ids, stop)
 
     def _chat(self, messages: list[dict[str, str]]) -> str:
         safe = [message | {"content": self._texts.guarded(message["content"])} for message in messages]
         refused: Exception | None = None
-        # Some templates take no system message, or no two of a role in a row.
+        # Some templates refuse a system message, or two messages of the same role in a row.
         for form in (safe, merged(safe), merged(without_system(safe))):
             try:
                 text = self._format.render(form)
-            except Exception as error:  # jinja runs what the file says, which may fail in any way
+            except Exception as error:  # a template is a program, which may fail in any way
                 refused = refused or error
                 continue
             if text is None:
@@ -175,7 +175,7 @@ class PromptTokenizer:
                 )
             return text
         raise ValueError(
-            f"prompt: the chat template in {self._directory} does not take these messages: {refused}"
+            f"prompt: the chat template in {self._directory} refuses these messages: {refused}"
         ) from refused
 
     def _end_tokens(self) -> Iterator[int]:

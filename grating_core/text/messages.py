@@ -1,4 +1,4 @@
-"""Messages of a conversation, brought into the forms that chat templates take."""
+"""This module brings the messages of a conversation into the forms that chat templates take."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 Messages = Sequence[Mapping[str, Any]]
 ROLES = ("system", "user", "assistant")
-# What a model thought before it answered, by the types that blocks of it have. Templates leave it out as well.
+# The types of blocks that hold what a model thought before it answered. Templates leave these blocks out as well.
 REASONING = ("reasoning", "thinking", "redacted_thinking", "reasoning_content")
 _THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 
@@ -18,10 +18,10 @@ def checked_messages(messages: object) -> list[dict[str, str]]:
     """Return the role and the text of each message, without the reasoning that led to an answer.
 
     Args:
-        messages: Messages with ``role``, and with ``content`` that is a text or blocks of text.
+        messages: Messages with ``role`` and ``content``, which is a text or a list of blocks of text.
 
     Raises:
-        ValueError: A message is something else; it is named.
+        ValueError: A message has another form; the error names it.
     """
     if not isinstance(messages, Sequence):
         raise ValueError(f"prompt must be a string or a list of messages, not a {type(messages).__name__}")
@@ -40,7 +40,7 @@ def checked_messages(messages: object) -> list[dict[str, str]]:
 
 
 def merged(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """Return the messages, those of the same role in a row as one."""
+    """Return the messages; neighbours of the same role become one message."""
     return [
         {"role": role, "content": "\n\n".join(message["content"] for message in some)}
         for role, some in groupby(messages, key=lambda message: message["role"])
@@ -48,7 +48,7 @@ def merged(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
 
 
 def without_system(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """Return the messages with the system's words as the user's, as models without that role are told."""
+    """Return the messages with the system message put into the user's, for models without a system role."""
     return [
         {"role": "user" if message["role"] == "system" else message["role"], "content": message["content"]}
         for message in messages
@@ -56,7 +56,7 @@ def without_system(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]
 
 
 def _text(content: Any) -> str | None:
-    """Return the text of a message, which may stand in blocks; None if there is something else in it."""
+    """Return the text of a message, which may be a list of blocks; None if a block is no text."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list | tuple):

@@ -1,4 +1,4 @@
-"""Pairs of query and document as token ids."""
+"""Templates turn pairs of query and document into token ids."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from grating_core.text.tokenizer import TextTokenizer, alike, encodable
 from grating_core.text.windows import divided
 
 Span = tuple[int, int]  # first position, and the one after the last
-_COUNTED = 100_000  # characters of a query whose tokens are counted to say how many are too many
+_COUNTED = 100_000  # characters of the longest query whose tokens an error message counts
 
 _log = logging.getLogger("grating")
 
 
 @dataclass(frozen=True)
 class Segments:
-    """This says where the two texts are in a sequence.
+    """Segments say where the two texts are in a sequence.
 
     Attributes:
         query: The span of the query's tokens.
@@ -40,8 +40,8 @@ class TokenisedPair:
 
     Attributes:
         input_ids: Token ids, with the special tokens of the model.
-        token_type_ids: 0 or 1 for each token: which text it belongs to, if the model cares.
-        segments: The places of query and document in it.
+        token_type_ids: 0 or 1 for each token: the text that it belongs to, if the model distinguishes the two.
+        segments: The places of query and document in the sequence.
         truncated: Whether the end of the document did not fit into the window and was cut.
     """
 
@@ -52,12 +52,12 @@ class TokenisedPair:
 
 
 class Template(ABC):
-    """A template makes token ids of a query and documents. Only the document is ever cut.
+    """A template makes token ids of a query and documents. It never cuts anything but the document.
 
     Args:
         tokenizer: The tokenizer of the texts.
-        window: The most tokens a pair may have.
-        long_documents: The treatment of a document that does not fit: its end is cut, or it becomes windows.
+        window: The most tokens that a pair may have.
+        long_documents: What happens to a document that does not fit.
     """
 
     answers: tuple[int, int | None] | None = None
@@ -73,29 +73,29 @@ class Template(ABC):
         """Tokenise a query with each of the documents.
 
         Returns:
-            For every document its pair; or several, each with a window of a document that is too long for one.
+            The pairs of each document: one pair, or one for each window of a long document.
 
         Raises:
             ValueError: The query alone fills the window.
         """
 
     def count_tokens(self, text: str) -> int:
-        """Return how many tokens a text has by itself, without special tokens."""
+        """Return how many tokens a text has, special tokens not counted."""
         return self._tokenizer.count(text)
 
     def tail(self, text: str, tokens: int) -> str:
-        """Return the last tokens of a text, as text; all of it if it has no more."""
+        """Return the last tokens of a text as text, or the whole text if it has no more tokens."""
         kept = self._tokenizer.tail(text, tokens)
         if kept != text:
-            _log.info("of a text of %d characters the last %d tokens are used", len(text), tokens)
+            _log.info("only the last %d tokens of a text of %d characters are used", tokens, len(text))
         return kept
 
     def _most(self, room: int) -> int | None:
-        """Return how many tokens of a document are looked at; None for all."""
+        """Return how many tokens of a document are used; None for all."""
         return None if self._long_documents == "windows" else room
 
     def _question(self, query: str) -> list[int]:
-        # Of a query that is too long anyway only the beginning.
+        # Only the beginning of a query that is too long is tokenised: the query is refused anyway.
         (found,) = self._tokenizer.encode([query], self.window)
         return found.ids
 
@@ -117,16 +117,16 @@ class PairTemplate(Template):
     Args:
         tokenizer: The tokenizer of the texts.
         window: The most tokens a pair may have.
-        long_documents: The treatment of a document that does not fit: its end is cut, or it becomes windows.
-        has_types: Whether the model is to know which text a token belongs to.
+        long_documents: What happens to a document that does not fit.
+        has_types: Whether the model is told which text a token belongs to.
     """
 
     def __init__(
         self, tokenizer: TextTokenizer, window: int, long_documents: LongDocuments, *, has_types: bool
     ) -> None:
         super().__init__(tokenizer, window, long_documents)
-        # What the tokenizer puts around two texts. Not every pair tells: of one with an empty text the library
-        # says that no token comes from either.
+        # This pair shows what the tokenizer puts around two texts. A pair with an empty text would not show it:
+        # the library then says that no token comes from either text.
         pair = tokenizer.backend.encode("a", "a")
         first, second = (_place(pair.sequence_ids, number) for number in (0, 1))
         places = (0, first[0]), (first[1], second[0]), (second[1], len(pair))
@@ -157,17 +157,17 @@ class PairTemplate(Template):
 
 
 class PromptTemplate(Template):
-    """The template of decoder rerankers asks a question about query and document, whose answer is the score.
+    """The template of decoder rerankers asks a question about query and document. The answer is the score.
 
     Special tokens in the prompt's own pieces are tokens; in query, instruction and document they are text.
 
     Args:
         tokenizer: The tokenizer of the texts.
-        window: The most tokens a pair may have.
-        long_documents: The treatment of a document that does not fit: its end is cut, or it becomes windows.
+        window: The most tokens that a pair may have.
+        long_documents: What happens to a document that does not fit.
         prompt: The question.
         instruction: The instruction to judge by; None for the prompt's own.
-        asks: Whether the score is the answer's logit; the head of a classifier has no need of answers.
+        asks: Whether the score is the answer's logit. A classifier's head needs no answers.
 
     Raises:
         ValueError: The window is too small for the prompt, or the prompt takes no instruction.
@@ -207,7 +207,7 @@ class PromptTemplate(Template):
         ahead = _difference(before + self._ids(head), empty_before + self._ids(empty_head))
         behind = _difference(after, empty_after)
         pairs: list[list[TokenisedPair]] = []
-        # With the text that leads up to it: the first word of a document may share a token with the space before.
+        # The text before the document goes along: the document's first word may share a token with a space there.
         for found in self._tokenizer.encode(documents, self._most(self.window), before=head):
             fixed = before + found.before
             room = self.window - len(fixed) - len(after)
@@ -220,7 +220,7 @@ class PromptTemplate(Template):
         return pairs
 
     def _around(self, query: str) -> tuple[list[int], str, list[int]]:
-        """Return token ids before the document's piece, what that begins with, and token ids after it."""
+        """Return the token ids before the document's piece, the text that it begins with, and the ids after it."""
         before, head, after = self._prompt.fill(query, self._instruction)
         return self._ids(*before), head, self._ids(*after)
 
@@ -235,19 +235,19 @@ def _answer(tokenizer: TextTokenizer, word: str) -> int:
     if len(ids) != 1 or (unknown is not None and ids[0] == backend.token_to_id(unknown)):
         raise UnsupportedModelError(
             f"the model's tokenizer has no single token for the answer {word!r}, so its logit cannot be the "
-            f"score; pass template=Prompt(...) with answers that it has"
+            f"score; pass template=Prompt(...) with answers that are single tokens"
         )
     return ids[0]
 
 
 def _place(sequences: list[int | None], number: int) -> Span:
-    """Return where the tokens of one of two texts are."""
+    """Return the span of the tokens of one of two texts."""
     start = sequences.index(number)
     return start, start + sequences.count(number)
 
 
 def _difference(ids: list[int], other: list[int]) -> Span:
-    """Return where ``ids`` has something that ``other`` has not; (0, 0) if they are the same."""
+    """Return the span of ``ids`` that ``other`` does not have; (0, 0) if the two are the same."""
     start = alike(ids, other)
     end = len(ids) - alike(ids[start:][::-1], other[start:][::-1])
     return (start, end) if start < end else (0, 0)
@@ -267,22 +267,24 @@ def load_template(
 
     Args:
         directory: The tokenizer's directory, or a GGUF file.
-        window: The most tokens a pair may have.
+        window: The most tokens that a pair may have.
         prompt: The question to the model; None for a model that is not asked.
         instruction: The instruction to judge by; None for the prompt's own.
         asks: Whether the score is the logit of the prompt's answers.
-        long_documents: The treatment of a document that does not fit: its end is cut, or it becomes windows.
-        rows: Number of rows of the embedding table. A token without one is refused; None refuses none.
+        long_documents: What happens to a document that does not fit: its end is cut, or it becomes windows.
+        rows: Number of rows of the embedding table. A token without a row is refused; None refuses no token.
 
     Raises:
-        ModelNotFoundError: The tokenizer's files are missing or damaged, need a package that is not there, or are
-            of a model with more tokens.
+        ModelNotFoundError: The tokenizer's files are missing or damaged, need a package that is not installed, or
+            belong to a model with more tokens.
         UnsupportedModelError: The tokenizer has no Rust backend, or no token for an answer.
-        ValueError: The instruction or the window do not go with the prompt.
+        ValueError: The instruction or the window does not fit the prompt.
     """
     tokenizer, has_types = load_tokenizer(directory, rows)
     if prompt is not None:
         return PromptTemplate(tokenizer, window, long_documents, prompt=prompt, instruction=instruction, asks=asks)
     if instruction is not None:
-        raise ValueError(f"instruction={instruction!r}: this model is given query and document only; leave it out")
+        raise ValueError(
+            f"instruction={instruction!r}: this model takes only query and document; leave the instruction out"
+        )
     return PairTemplate(tokenizer, window, long_documents, has_types=has_types)

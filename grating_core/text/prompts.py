@@ -1,4 +1,4 @@
-"""What decoder rerankers are asked, word for word: the official formats, and one for any other instruct model."""
+"""Prompts ask decoder rerankers: here are the official formats, and one for any other instruct model."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Prompt:
 
     Attributes:
         pieces: The text of a pair, with the slots ``{instruction}``, ``{query}`` and ``{document}``. Each piece is
-            tokenised on its own, since some models were trained so; special tokens are written out. The document
-            is in one piece, once; what follows it in that piece counts as a piece of its own.
+            tokenised on its own, because some models were trained so. Special tokens are written out. The document
+            comes once; the text behind it in the same piece counts as a piece of its own.
         yes: The answer whose logit is the score. It must be a single token of the model.
         no: The answer whose logit is subtracted from it; None to subtract nothing.
-        instruction: The instruction to judge by, if the user does not say.
-        instruction_format: The form in which an instruction that is not empty is put into its slot.
-        max_length: The most tokens of a pair, if the user does not say.
+        instruction: The instruction to judge by, if the user gives none.
+        instruction_format: The format of an instruction in its slot. An empty instruction leaves the slot empty.
+        max_length: The most tokens of a pair, if the user gives no limit.
 
     Raises:
         ValueError: There is no slot for the query or the document, or more than one for the document.
@@ -56,19 +56,19 @@ class Prompt:
 
     @property
     def takes_instruction(self) -> bool:
-        """Tell whether there is a slot for an instruction."""
+        """Whether there is a slot for an instruction."""
         return any("{instruction}" in piece for piece in self.pieces)
 
     @property
     def asked(self) -> str:
-        """What tells the question from others: its pieces and answers. The instruction is not part of it."""
+        """The part of a model's identity that stands for the question: pieces and answers, not the instruction."""
         return json.dumps((self.pieces, self.yes, self.no))
 
     def fill(self, query: str, instruction: str | None) -> tuple[list[str], str, list[str]]:
-        """Return the pieces before the document's own, what that begins with, and what comes after the document.
+        """Return the pieces before the document's piece, the text that it begins with, and the pieces behind.
 
         Args:
-            query: The question.
+            query: The query.
             instruction: The instruction to judge by; None for the prompt's own.
         """
         wanted = self.instruction if instruction is None else instruction
@@ -87,7 +87,7 @@ class Prompt:
 
 
 def _filled(piece: str, values: Mapping[str, str]) -> str:
-    # In one go: a query that has "{document}" in it stays as it is.
+    # All slots are filled at once, so that a query with "{document}" in it stays as it is.
     return _SLOT.sub(lambda slot: values[slot[1]], piece)
 
 
@@ -138,7 +138,7 @@ PROMPTS: dict[str, Prompt] = {
 }
 """The official formats, by the name that ``template=`` takes."""
 
-# The models that have them, by their names or those of their directories.
+# Patterns of the names of the models, or of their directories, that were trained with these formats.
 _MODELS = {
     "qwen3-reranker": r"qwen3-reranker",
     "bge-reranker-v2-gemma": r"bge-reranker-v2-gemma",
@@ -154,7 +154,7 @@ _ANY_INSTRUCTION = "Judge whether the document is relevant to the query."
 
 
 def find_prompt(template: Prompt | str | None, model: str, directory: Path, family: Family) -> Prompt | None:
-    """Find out what a model is asked; None if it is given the two texts as its tokenizer joins them.
+    """Find the prompt of a model; None if its tokenizer joins the two texts without a question.
 
     Args:
         template: The user's choice: a prompt, or the name of an official one. None takes the model's own.
@@ -170,8 +170,8 @@ def find_prompt(template: Prompt | str | None, model: str, directory: Path, fami
         if template is None:
             return None
         raise ValueError(
-            f"template={template!r}: this model is not asked; it is given query and document as its tokenizer "
-            f"joins them. Leave the template out"
+            f"template={template!r}: this model takes no template, because its tokenizer joins query and "
+            f"document. Leave the template out"
         )
     if isinstance(template, Prompt):
         return template
@@ -191,7 +191,7 @@ def find_prompt(template: Prompt | str | None, model: str, directory: Path, fami
 
 
 def _names(path: Path) -> list[str]:
-    """Return what a model may be called, by where it is."""
+    """Return the names that a model may have, as its path shows them."""
     if is_gguf(path):
         return [path.name, path.parent.name]
     # In the hub's cache it is models--owner--name/snapshots/revision.
@@ -199,14 +199,14 @@ def _names(path: Path) -> list[str]:
 
 
 def usual_length(prompt: Prompt | None, family: Family) -> int | None:
-    """Return the most tokens of a pair if the user does not say; None for the model's whole window."""
+    """Return the most tokens of a pair if the user gives no limit; None for the model's whole window."""
     if prompt is not None:
         return prompt.max_length
     return Prompt.max_length if family.causal else None
 
 
 def official_prompt(model: str) -> Prompt | None:
-    """Return the format that a model was trained with, as far as its name, or its directory's, tells."""
+    """Return the format that a model was trained with; None if neither its name nor its directory's is known."""
     names = (name for name, pattern in _MODELS.items() if re.search(pattern, model, re.IGNORECASE))
     return PROMPTS.get(next(names, ""))
 
@@ -214,8 +214,8 @@ def official_prompt(model: str) -> Prompt | None:
 def _chat_prompt(directory: Path) -> Prompt:
     """Return a yes/no question in the chat format of an instruct model; plain text if it has none."""
     try:
-        # Without thinking: what follows is to be the answer.
+        # Thinking is off, because the next token has to be the answer.
         text = ChatFormat(directory).render([{"role": "user", "content": _ANY_MODEL}], enable_thinking=False)
-    except Exception as error:  # jinja runs what the file says, which may fail in any way
+    except Exception as error:  # a template is a program, which may fail in any way
         raise ModelNotFoundError(f"the chat template in {directory} cannot be used: {error}") from error
     return Prompt(pieces=(f"{_ANY_MODEL}\n" if text is None else text,), instruction=_ANY_INSTRUCTION)

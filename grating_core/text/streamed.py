@@ -1,4 +1,4 @@
-"""Text of the tokens that a model gives one by one."""
+"""This module makes text of the tokens that a model gives one by one."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from tokenizers import Tokenizer
 
 from grating_core.text.tokenizer import alike
 
-_BROKEN = "\ufffd"  # what a decoder gives for bytes that are no character, or none yet
+_BROKEN = "\ufffd"  # a decoder gives this for bytes that are no character, or no whole character yet
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
-_MOST = 64  # tokens that are decoded again for each that comes
-_CONTEXT = 8  # tokens of the prompt by which the first one after it is read: whether it begins with a space, say
+_MOST = 64  # tokens that are decoded again for each new token
+_CONTEXT = 8  # tokens at the prompt's end that show, for example, whether the next token begins with a space
 
 
 class TextStream:
     """A stream makes text of tokens as they come, up to a stop string.
 
-    Together the pieces are what decoding all tokens at once gives, after what the prompt has of it. What may still
-    become something else is held back: a character that lacks tokens, the beginning of a stop string. Special
-    tokens have no text.
+    The pieces together equal the text of all tokens decoded at once, less the prompt's. The stream holds back text
+    that may still change: a character that lacks tokens, or the beginning of a stop string. Special tokens have no
+    text.
 
     Args:
         backend: The model's tokenizer.
         prompt_ids: Token ids of the prompt.
-        stop: Strings that end the text and are no part of it.
+        stop: Strings that end the text. They are not part of it.
     """
 
     def __init__(self, backend: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
         self._backend = backend
         self._special = {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
         self._ids = self._recent([token for token in prompt_ids if token not in self._special])
-        self._told = self._decode(self._ids)  # what is the prompt's, or has been returned
+        self._told = self._decode(self._ids)  # text of the prompt, or text that has been returned
         self._begun = False
         self._stop = stop
         self._held = ""
@@ -40,13 +40,13 @@ class TextStream:
         """Whether a stop string has come."""
 
     def add(self, token: int) -> str:
-        """Return the text that is certain now that there is one more token; often none."""
+        """Add a token, and return the text that is now certain; it is often empty."""
         if token in self._special:
             return ""
         self._ids.append(token)
         certain = len(self._ids)
         while certain and _is_byte(self._backend, self._ids[certain - 1]):
-            certain -= 1  # all bytes in a row are characters together, or none of them is
+            certain -= 1  # bytes in a row become characters together, or not at all
         self._take(self._decode(self._ids[:certain]).rstrip(_BROKEN))
         if certain == len(self._ids) > _MOST and not self._decode(self._ids).endswith(_BROKEN):
             self._ids = self._recent(self._ids)
@@ -54,14 +54,14 @@ class TextStream:
         return self._up_to_stop(self._stop_begun())
 
     def rest(self) -> str:
-        """Return the text that was held back, when no token will follow."""
+        """Return the text that is still held back. Call this when no token will follow."""
         self._take(self._decode(self._ids))
         return self._up_to_stop(0)
 
     def _take(self, text: str) -> None:
-        """Hold what a text has beyond what has been told."""
+        """Hold back the part of a text that has not been returned yet."""
         if not self._begun:
-            # A character that the prompt has begun is told as a whole.
+            # A character that begins in the prompt is returned as a whole.
             shared = alike(text, self._told)
             if len(text) == shared:
                 return
@@ -71,7 +71,7 @@ class TextStream:
             self._told = text
 
     def _up_to_stop(self, begun: int) -> str:
-        """Return what is held, up to a stop string or to what may begin one."""
+        """Return the text that is held, up to a stop string or to the possible beginning of one."""
         found = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
@@ -80,7 +80,7 @@ class TextStream:
         return text
 
     def _recent(self, ids: list[int]) -> list[int]:
-        """Return the last tokens, from one on that begins a character and shows if a space is before it."""
+        """Return the last tokens. The first of them begins a character, and shows whether a space is before it."""
         start = max(0, len(ids) - _CONTEXT)
         while start and (
             _is_byte(self._backend, ids[start])

@@ -1,4 +1,4 @@
-"""Token ids of texts that strangers wrote, without more of a long one being read than is used."""
+"""This module makes token ids of texts from strangers, and reads no more of a long text than is used."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import Unigram
 
 _GROUP = 32  # texts
-_CHARACTERS = 6  # of a text for each token that is wanted of it, at first
-_MARGIN = 256  # characters before the end of a part whose tokens may depend on what comes next
+_CHARACTERS = 6  # characters that are read at first for each wanted token
+_MARGIN = 256  # characters at the end of a part whose tokens may depend on the text behind it
 _CUTS = {True: 32, False: 4}  # ends that are tried within a word: Unigram's longest pieces have 16 characters
 COUNTED_AT_ONCE = 1 << 16
-"""Characters of a text of which the tokens are counted at a time."""
+"""Characters whose tokens are counted at a time."""
 _SPACE = re.compile(r"(?<=\w) (?=\w)")
-# Possessive: what may be given back takes 80 bytes a character.
+# The patterns are possessive, because a match that can shrink takes 80 bytes a character.
 _RUNS = (
     re.compile(r"(.)\1{999,}+|\s{1000,}+|[A-Za-z0-9]{1000,}+", re.DOTALL),
-    # What WordPiece takes for one word if none of it is punctuation: Thai, letters with accents, joined emoji.
+    # WordPiece takes such a run for one word: Thai, letters with accents, joined emoji, but no punctuation.
     re.compile(r"()(?<![^\s!-/:-@\[-`{-~])[^\s!-/:-@\[-`{-~]{1000,}+"),
 )
 _UNKNOWN = "\U0010fffd"  # a character of no language
-_KEPT = 500  # characters of a run that comes to the same tokens however long it is
+_KEPT = 500  # characters that are kept of a run whose tokens do not depend on its length
 
 
 def encodable(text: str) -> str:
-    """Return a text whose half characters (lone surrogates, as broken JSON leaves them) are question marks."""
+    """Return a text with a question mark for each lone surrogate, which is half a character from broken JSON."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def alike(one: Sequence[object], other: Sequence[object]) -> int:
-    """Return how many characters or tokens two texts begin with alike."""
+    """Return how many characters or tokens the two sequences have in common at their beginning."""
     return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(one, other, strict=False)))
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """These are the token ids of a text, and of what stands before it in the same piece.
+    """This class holds the token ids of a text, and of the words before it in the same piece.
 
     Attributes:
-        before: Ids of what stands before; with the first of the text where both share one.
+        before: Ids of the words before the text. A token that both share is among them.
         ids: Ids of the text.
     """
 
@@ -53,14 +53,14 @@ class Tokens:
 
 
 class TextTokenizer:
-    """This tokenizer makes no text a token that has a meaning of its own to the model.
+    """This tokenizer treats special tokens in a text as text.
 
-    Such tokens are text here: ``[SEP]`` in a document has the ids that its characters have. For all other texts
-    the ids are those of the tokenizer itself. What the template writes goes through :meth:`written` before.
+    ``[SEP]`` in a document has the ids that its characters have. For all other texts the ids are those of the
+    model's tokenizer. A template passes its own text through :meth:`written`, where special tokens are tokens.
 
     Args:
-        backend: The model's tokenizer. Its vocabulary is shared with it.
-        controls: Tokens that have a meaning though the tokenizer does not say so, such as ``<start_of_turn>``.
+        backend: The model's tokenizer, whose vocabulary this tokenizer shares.
+        controls: Special tokens that the model's tokenizer does not call special, such as ``<start_of_turn>``.
     """
 
     def __init__(self, backend: Tokenizer, controls: Iterable[str] = ()) -> None:
@@ -70,7 +70,7 @@ class TextTokenizer:
             token.content: number for number, token in added.items() if token.special or token.content in controls
         }
         self._twin = _twin(backend, added, self._controls)
-        # Nobody can write these, so that they tell the template's own tokens from a stranger's.
+        # Nobody can guess these names, so they distinguish the template's own tokens from a stranger's.
         key = secrets.token_hex(16)
         names = {content: f"<{key}:{number}>" for content, number in self._controls.items()}
         self._names, self._guard = names, f"<{key}>"
@@ -87,19 +87,19 @@ class TextTokenizer:
 
     @property
     def controls(self) -> frozenset[str]:
-        """Return the tokens that have a meaning of their own."""
+        """The tokens that are special to the model."""
         return frozenset(self._controls)
 
     def written(self, text: str) -> str:
-        """Return a template's text as the other methods take it: the special tokens in it are tokens."""
+        """Mark the special tokens in a template's text, so that the other methods take them as tokens."""
         return self._written.sub(lambda found: self._names[found[0]], text).replace(self._guard, "")
 
     def guarded(self, text: str) -> str:
-        """Return a stranger's text for a template to put in: all of it stays text in :meth:`written`."""
+        """Guard a stranger's text before a template takes it in, so that :meth:`written` leaves it text."""
         return self._written.sub(lambda found: found[0][:1] + self._guard + found[0][1:], text)
 
     def leading_control(self, text: str) -> int | None:
-        """Return the special token that a template's text begins with, white space aside; None for none."""
+        """Return the special token that a template's text begins with, white space aside; None if it has none."""
         found = self._written.match(text.lstrip())
         return None if found is None else self._controls[found[0]]
 
@@ -108,13 +108,13 @@ class TextTokenizer:
         return self._mapped(self._encode(text).ids)
 
     def encode(self, texts: Sequence[str], most: int | None = None, *, before: str = "") -> Iterator[Tokens]:
-        """Yield the token ids of each of some texts.
+        """Yield the token ids of each text.
 
         Args:
             texts: The texts.
-            most: The most tokens that are used of each; None for all. Of a longer text only so much is read as it
-                takes to know these, and more of them than ``most`` are returned.
-            before: Text that stands before each; an end of it may share a token with the text.
+            most: Number of tokens of each text that will be used; None for all. Only as much of a longer text is
+                read as these tokens depend on, and more than ``most`` ids are returned.
+            before: The words before each text. Their end may share a token with the text.
         """
         for start in range(0, len(texts), _GROUP):  # encodings are ten times as large as the token ids in them
             group = texts[start : start + _GROUP]
@@ -131,16 +131,16 @@ class TextTokenizer:
     def count(self, text: str) -> int:
         """Return how many tokens a text has."""
         total = 0
-        for part in self._parts(text):  # without positions, which would take most of the memory
+        for part in self._parts(text):  # positions, which would take most of the memory, are not computed
             (found,) = self._twin.encode_batch_fast([encodable(part)], add_special_tokens=False)
             total += len(self._mapped(found.ids))
         return total
 
     def tail(self, text: str, tokens: int) -> str:
-        """Return the last tokens of a text, as text; all of it if it has no more.
+        """Return the last tokens of a text as text, or the whole text if it has no more tokens.
 
-        Of a long text only the end is read, from a space on. Without any space near, it may be cut a few
-        characters from where the whole text's tokens would be; of what hardly has tokens less is kept.
+        Only the end of a long text is read, beginning at a space. If no space is near, the cut may be a few
+        characters off. If the end has hardly any tokens, less is kept.
         """
         size = _CHARACTERS * tokens + _MARGIN
         while size < len(text):
@@ -165,7 +165,7 @@ class TextTokenizer:
     # Long texts
 
     def _beginning(self, text: str, most: int, before: str, piece: str, found: Any) -> Tokens:
-        """Return more tokens than ``most`` of a text, if it has more; ``found`` are those of its beginning."""
+        """Return more than ``most`` tokens of a text, if it has them; ``found`` has those of its beginning."""
         size = len(piece) - len(before)
         squeezed = False
         while True:
@@ -181,18 +181,18 @@ class TextTokenizer:
                 return self._divided(found, len(before), len(found))
 
     def _certain(self, piece: str, found: Any) -> int:
-        """Return how many of the tokens stay the same whatever follows the piece."""
+        """Return how many of the tokens do not depend on the text behind the piece."""
         end = len(piece) - _MARGIN
         words, offsets = found.word_ids, found.offsets
-        # No pre-tokeniser makes what stands before a space depend on what comes after the word behind it.
+        # In no pre-tokeniser do tokens before a space depend on text behind the next word.
         space = max(piece.rfind(" ", 0, end), piece.rfind("\n", 0, end))
         edge = next((number for number, (_, last) in enumerate(offsets) if last > space), len(found))
         while 0 < edge < len(found) and words[edge - 1] == words[edge]:
             edge -= 1
         if space > len(piece) // 2 and edge:
             return edge
-        # Within a word all of it counts, but a model has forgotten where it ends after so many characters:
-        # Unigram, if the best ways to all ends that a longest piece can reach back to begin alike.
+        # Within a word, tokens depend on where the word ends. They are certain if they stay the same for each of
+        # so many ends, because Unigram's longest pieces reach back no further.
         edge = next((number for number, (_, last) in enumerate(offsets) if last > end), len(found))
         cuts = [piece[:-cut] for cut in range(1, _CUTS[isinstance(self._twin.model, Unigram)] + 1)]
         for other in self._twin.encode_batch_fast(cuts, add_special_tokens=False):
@@ -200,12 +200,12 @@ class TextTokenizer:
         return edge
 
     def _squeezed(self, text: str, most: int) -> str:
-        """Shorten the first long runs of a text that come to no token, or one, however long they are."""
+        """Shorten the first long runs of a text that become one token, or none, whatever their length."""
 
         def shorter(run: re.Match[str]) -> str:
             few, more = (self._encode(run[0][:length]).ids for length in (_KEPT, 2 * _KEPT))
             same = few == more and len(few) <= 1
-            if same and not run[1]:  # of different characters, any of which may be a token or divide the run
+            if same and not run[1]:  # the characters differ, and any of them may be a token or divide the run
                 kept = run[0][:_KEPT]
                 same = self._encode(kept + "".join(set(run[0])) + kept).ids == few
                 same = same and not (few and run[0].isspace())
@@ -216,7 +216,7 @@ class TextTokenizer:
         return text
 
     def _parts(self, text: str) -> Iterator[str]:
-        """Yield parts of a text whose tokens are together those of the whole."""
+        """Yield parts of a text. The tokens of all parts together are those of the whole text."""
         start = 0
         while len(text) - start > 2 * COUNTED_AT_ONCE:
             end = next(self._spaces(text, start + COUNTED_AT_ONCE, start + 2 * COUNTED_AT_ONCE), None)
@@ -227,13 +227,13 @@ class TextTokenizer:
         yield text[start:]
 
     def _spaces(self, text: str, start: int, end: int, *, within: bool = False) -> Iterator[int]:
-        """Yield where a text may be divided: at spaces from which on the tokens are as by themselves.
+        """Yield the spaces where a text may be divided: tokens behind them do not depend on the text before.
 
         Args:
             text: The text.
-            start: The first place to look at.
-            end: The place before which to stop.
-            within: Whether a division may be within what the pre-tokeniser leaves in one.
+            start: The first place to look at, in characters.
+            end: The end of the search, in characters.
+            within: Whether a division may be inside a piece that the pre-tokeniser does not divide.
         """
         for number, space in enumerate(_SPACE.finditer(text, max(0, start), end)):
             place = space.start()
@@ -246,7 +246,7 @@ class TextTokenizer:
                 and both.ids[first:] == self._encode(right).ids
             ):
                 yield place
-            if number == 8:  # none of them will do
+            if number == 8:  # after eight failures the others would fail as well
                 return
 
     # Tokens that have a meaning
@@ -257,9 +257,9 @@ class TextTokenizer:
         return [token for found in ids for token in self._replaced.get(found, [found])]
 
     def _reachable(self) -> dict[int | None, list[int]]:
-        """Return tokens with a meaning that the model makes of a word, as Unigram does, and their stand-ins."""
+        """Return the special tokens that the model itself makes of a word (Unigram does), and their stand-ins."""
         found: dict[int | None, list[int]] = {}
-        unknown = self._by_model(_UNKNOWN)  # what has no token is as it is for any other text
+        unknown = self._by_model(_UNKNOWN)  # a word without a token is unknown, as in any other text
         for content, number in self._controls.items():
             if number not in unknown and number in self._by_model(content):
                 found[number] = self._by_model(content[:1]) + self._by_model(content[1:])
@@ -268,7 +268,7 @@ class TextTokenizer:
     def _by_model(self, word: str) -> list[int]:
         try:
             return [token.id for token in self._twin.model.tokenize(word)] if word else []
-        except Exception:  # the tokenizers library raises plain Exception if there is no token for what is unknown
+        except Exception:  # the tokenizers library raises plain Exception if it has no token for unknown words
             return []
 
 
@@ -284,7 +284,7 @@ def _copy(token: AddedToken, *, content: str, special: bool = False) -> AddedTok
 
 
 def _twin(backend: Tokenizer, added: dict[int, AddedToken], controls: dict[str, int]) -> Tokenizer:
-    """Return the same tokenizer, to which ``controls`` are special. Both share the vocabulary, which is large."""
+    """Return a copy of a tokenizer for which ``controls`` are special. Both share the large vocabulary."""
     twin = Tokenizer(backend.model)
     twin.normalizer = backend.normalizer
     twin.pre_tokenizer = backend.pre_tokenizer
@@ -294,7 +294,7 @@ def _twin(backend: Tokenizer, added: dict[int, AddedToken], controls: dict[str, 
         for number, token in sorted(added.items())
     }
     twin.add_tokens(list(tokens.values()))
-    if twin.get_added_tokens_decoder().keys() != added.keys():  # numbers with gaps, which only a file can have
+    if twin.get_added_tokens_decoder().keys() != added.keys():  # the numbers have gaps, which only a file can hold
         twin = Tokenizer.from_str(backend.to_str())
         twin.no_padding()
         twin.no_truncation()

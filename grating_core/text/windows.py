@@ -1,4 +1,4 @@
-"""The most tokens that a pair may have, and documents that have more."""
+"""This module finds the most tokens that a pair may have, and divides documents that have more."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from grating_core.arguments import LongDocuments
 from grating_core.text.backend import read_settings
 
 _SMALLEST = 8  # tokens of a window
-_OVERLAP = 8  # the part of a window that the next one repeats: one in so many tokens
+_OVERLAP = 8  # one in so many tokens of a window comes again in the next window
 
 
 def find_window(directory: Path, model_window: int, max_length: int | None, usual: int | None = None) -> int:
@@ -20,9 +20,9 @@ def find_window(directory: Path, model_window: int, max_length: int | None, usua
     Args:
         directory: The tokenizer's directory.
         model_window: The most tokens that the model itself can take.
-        max_length: The window that the user asks for, which may be larger than the tokenizer's settings say. None
-            takes what they say.
-        usual: The largest window for users who do not ask; None for no such limit.
+        max_length: The user's limit in tokens, which may be above the limit in the tokenizer's settings. None
+            takes the limit in the settings.
+        usual: The most tokens if the user gives no limit; None for no such limit.
 
     Raises:
         ModelNotFoundError: The tokenizer's settings are damaged.
@@ -38,7 +38,7 @@ def find_window(directory: Path, model_window: int, max_length: int | None, usua
 
 
 def _is_window(stated: object) -> TypeGuard[float]:
-    # Files have 0, -1, true and infinity as well.
+    # Some files say 0, -1, true or infinity here.
     return (
         isinstance(stated, int | float)
         and not isinstance(stated, bool)
@@ -48,12 +48,12 @@ def _is_window(stated: object) -> TypeGuard[float]:
 
 
 def divided(ids: list[int], room: int, long_documents: LongDocuments) -> Iterator[tuple[list[int], bool]]:
-    """Yield the tokens of a document, or of each window of it, and whether its end was cut.
+    """Yield the tokens of a document, or of each of its windows, and whether the document's end was cut.
 
     Args:
         ids: The document's token ids.
-        room: The most tokens of it that a pair has room for.
-        long_documents: The treatment of a document that does not fit: its end is cut, or it becomes windows.
+        room: The most tokens of the document that fit into a pair.
+        long_documents: What happens to a document that does not fit.
     """
     if long_documents == "truncate":
         yield ids[:room], len(ids) > room
