@@ -1,1 +1,1 @@
-"""What a reranker is made of: embeddings, layers, a head, and the template that turns pairs into tokens."""
+"""This room finds, reads and adapts models: directories, families, heads, adapters, identities."""

@@ -1,4 +1,4 @@
-"""Adapters as PEFT saves them: low-rank changes of weights, and weights of their own."""
+"""An adapter, as PEFT saves it, holds low-rank changes of weights, and weights that replace others."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from grating_core.models.hub import Hub
 _WEIGHTS = "adapter_model.safetensors"
 _BEFORE = "base_model.model."
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
-_LARGEST = 65504.0  # change of a weight, which is float16's largest number: beyond it none is meant
-_ROWS = 64  # of a weight that are changed at a time, so that its float32 copy stays small
-_RANK = _ALPHA = 8  # PEFT's own, where a configuration says nothing
-# What these say would change the arithmetic, or where it is applied.
+_LARGEST = 65504.0  # the largest change of a weight, which is float16's largest number; more is damage
+_ROWS = 64  # rows of a weight that are changed at a time, so that their float32 copy stays small
+_RANK = _ALPHA = 8  # PEFT's defaults, for a configuration that says nothing
+# These fields change the arithmetic of an adapter, or the place where it is applied.
 _OTHER_KINDS = (
     "use_dora", "fan_in_fan_out", "alpha_pattern", "lora_bias", "use_qalora", "use_bdlora", "arrow_config",
     "alora_invocation_tokens", "monteclora_config", "kasa_config", "velora_config", "layer_replication",
@@ -38,11 +38,11 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True)
 class LowRank:
-    """A change of one weight is scale · B A (LoRA, arXiv 2106.09685).
+    """A low-rank change adds scale · B A to one weight (LoRA, arXiv 2106.09685).
 
     Attributes:
         down: A, float32 ``[r, in]``.
-        up: B with the scale in it, float32 ``[out, r]``.
+        up: B times the scale, float32 ``[out, r]``.
     """
 
     down: Tensor
@@ -50,24 +50,24 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Return the shape of the weight that it fits."""
+        """The shape of the weight that this change fits."""
         return self.up.shape[0], self.down.shape[1]
 
     def add_to(self, weight: Tensor) -> None:
-        """Change a weight ``[out, in]`` of any dtype in place."""
+        """Add the change to a weight ``[out, in]`` of any dtype, in place."""
         for start in range(0, len(weight), _ROWS):
             rows = slice(start, start + _ROWS)
             weight[rows] = weight[rows].float().addmm_(self.up[rows], self.down)
 
 
 class Adapter:
-    """This is a LoRA adapter, read into memory.
+    """This class holds a LoRA adapter in memory.
 
     Attributes:
         changes: Changes of weights, by the name of the weight.
-        weights: Weights that replace the head's, if they were trained along; float32, by name.
-        identity: A digest of every byte of its tensors, and of the scales that its configuration gives them.
-            Adapters that change something else, or by another amount, have others.
+        weights: Weights that replace the head's, if they were trained too; float32, by name.
+        identity: A digest of every byte of the tensors, and of the scales that the configuration gives them.
+            Adapters that change anything else, or by another amount, have other digests.
 
     Args:
         directory: The directory of ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -95,7 +95,7 @@ class Adapter:
                 if name.removesuffix(_UP) + _DOWN not in stored:
                     raise self._damaged(f"has {name}, and no lora_A beside it")
             elif ".lora_" in name or not name.endswith((".weight", ".bias")):
-                raise UnsupportedModelError(f"{self._path} has {name}, which is no change of a layer's weight")
+                raise UnsupportedModelError(f"{self._path} has {name}, which does not change a layer's weight")
             else:
                 self.weights[name] = tensor
         self.identity = digest.hexdigest()
@@ -132,27 +132,26 @@ class Adapter:
 
     @property
     def size(self) -> int:
-        """Return the bytes that it takes in memory."""
+        """The bytes of the adapter in memory."""
         tensors = [part for change in self.changes.values() for part in (change.down, change.up)]
         return sum(tensor.nbytes for tensor in (*tensors, *self.weights.values()))
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], head: Collection[str], table: str = "") -> None:
-        """Compare with the weights of a model.
+        """Compare the adapter with the weights of a model.
 
         Args:
             shapes: Shapes of the model's weights, by name.
             head: Names of the weights that belong to the head.
-            table: Name of the embedding table, if rows of it are read by themselves: it cannot be changed then.
+            table: Name of the embedding table, if its rows are read one by one, so that no change can be added.
 
         Raises:
-            ModelNotFoundError: The adapter lacks changes of weights that its configuration says it changes.
+            ModelNotFoundError: The adapter lacks changes of weights that its configuration names.
             UnsupportedModelError: The adapter was made for another model, or replaces more than the head.
         """
         if others := (self.weights.keys() & shapes.keys() - set(head)) | ({table} & self.changes.keys()):
             raise UnsupportedModelError(
-                f"the adapter in {self.directory} replaces {', '.join(sorted(others))}; of weights that were "
-                f"trained whole, only those of the head are supported. Merge it into its base with PEFT's "
-                f"merge_and_unload()"
+                f"the adapter in {self.directory} replaces {', '.join(sorted(others))}; an adapter may replace "
+                f"only weights of the head. Merge the adapter into its base model with PEFT's merge_and_unload()"
             )
         wanted: dict[str, tuple[int, ...]] = {name: change.shape for name, change in self.changes.items()}
         wanted |= {name: tuple(weight.shape) for name, weight in self.weights.items()}
@@ -175,7 +174,7 @@ class Adapter:
 
         Args:
             name: Name of the whole weight.
-            rows: Numbers of its rows, by the names that they have as weights ``[1, in]``.
+            rows: Numbers of the rows, by the names of the weights ``[1, in]`` that they become.
         """
         picked = copy.copy(self)
         picked.changes, picked.weights = dict(self.changes), dict(self.weights)
@@ -189,11 +188,11 @@ class Adapter:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of an adapter as float32, by the names that the base has for its modules."""
+    """Read the tensors of an adapter as float32, by the names of the base model's modules."""
     try:
         check_regular(path)
         stored = load_file(path)
-    except Exception as error:  # safetensors raises an error of its own that is no OSError
+    except Exception as error:  # the error of safetensors is no OSError
         raise ModelNotFoundError(f"{path} cannot be read: {error}") from error
     found: dict[str, Tensor] = {}
     for name, tensor in stored.items():
@@ -204,9 +203,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             raise ModelNotFoundError(f"{path} is damaged: it has {own} twice")
         if tensor.dtype not in FLOATS.values():
             raise UnsupportedModelError(
-                f"{path} stores {name} as {str(tensor.dtype).removeprefix('torch.')}: quantised weights mean "
-                f"nothing without their scales and are not supported; save the adapter in float32, float16 or "
-                f"bfloat16"
+                f"{path} stores {name} as {str(tensor.dtype).removeprefix('torch.')}: quantised weights are not "
+                f"supported; save the adapter in float32, float16 or bfloat16"
             )
         found[own] = tensor.float()
         if not found[own].isfinite().all():
@@ -216,15 +214,15 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Settings:
-    """This is the configuration of a LoRA adapter, as far as it changes scores; names are those of PEFT.
+    """This class holds the settings of a LoRA adapter that change scores. The names are those of PEFT.
 
     Attributes:
-        rank_pattern: Other ranks than ``r``, by the ends of modules' names, as regular expressions.
+        rank_pattern: Other ranks than ``r``, by regular expressions that match the ends of modules' names.
         lora_alpha: The factor of changes, before they are divided by their rank.
-        use_rslora: Whether they are divided by its root instead.
+        use_rslora: Whether changes are divided by the square root of their rank instead.
         modules_to_save: Names of modules that were trained whole.
-        target_modules: Ends of the names of the modules that it changes, or one regular expression; None if that
-            cannot be told.
+        target_modules: Ends of the names of the modules that the adapter changes, or one regular expression; None
+            if the configuration does not tell.
     """
 
     r: int
@@ -240,12 +238,12 @@ class _Settings:
         return next(found, self.r)
 
     def scale(self, module: str) -> float:
-        """Return what the change of a module is multiplied by."""
+        """Return the factor of the change of a module."""
         rank = self.rank(module)
         return self.lora_alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targets(self, weight: str) -> bool:
-        """Tell whether the adapter is to have a change of a weight; ``False`` where that cannot be told."""
+        """Tell whether the configuration names a weight; ``False`` if it does not tell."""
         module = weight.removesuffix(".weight")
         if self.target_modules is None or set(module.split(".")) & set(self.modules_to_save):
             return False
@@ -254,7 +252,7 @@ class _Settings:
         return f".{module}".endswith(tuple(f".{end}" for end in self.target_modules))
 
     def has_saved(self, names: Iterable[str]) -> bool:
-        """Tell whether a module that was trained whole is there; PEFT lists names of several kinds of heads."""
+        """Tell whether one of the modules that were trained whole is there: PEFT lists several names of a head."""
         parts = {part for name in names for part in name.split(".")}
         return not self.modules_to_save or bool(parts & {part.split(".")[-1] for part in self.modules_to_save})
 
@@ -275,8 +273,8 @@ def _read_settings(directory: Path) -> _Settings:
         others.append("init_lora_weights")
     if kind != "LORA" or others:
         raise UnsupportedModelError(
-            f"{path} describes peft_type={kind!r} with {others}; plain LoRA is supported. Merge it into its base "
-            f"with PEFT's merge_and_unload() and load the result"
+            f"{path} describes peft_type={kind!r} with {others}; only plain LoRA is supported. Merge the adapter "
+            f"into its base model with PEFT's merge_and_unload() and load the result"
         )
     try:
         return _checked(fields)
@@ -291,7 +289,7 @@ def _checked(fields: Mapping[str, Any]) -> _Settings:
 
     ranks = get("rank_pattern", {})
     if not isinstance(ranks, dict):
-        raise TypeError(f"rank_pattern={ranks!r} has no ranks by name")
+        raise TypeError(f"rank_pattern={ranks!r} is not a table of ranks by name")
     for name, rank in (("r", get("r", _RANK)), *ranks.items()):
         if type(rank) is not int or rank < 1:
             raise ValueError(f"the rank {name}={rank!r} is not a whole number of at least 1")
@@ -308,8 +306,8 @@ def _checked(fields: Mapping[str, Any]) -> _Settings:
         if isinstance(names, list) and all(isinstance(module, str) for module in names):
             continue
         if name == "modules_to_save" or not isinstance(names, str):
-            raise TypeError(f"{name}={names!r} is no list of names")
-    # With these PEFT leaves out modules that the targets name.
+            raise TypeError(f"{name}={names!r} is not a list of names")
+    # These two fields make PEFT leave out modules that the targets name.
     if any(fields.get(name) not in (None, []) for name in ("exclude_modules", "layers_to_transform")):
         targets = None
     if isinstance(targets, str):
@@ -325,17 +323,17 @@ def _checked(fields: Mapping[str, Any]) -> _Settings:
 
 
 def find_adapter(name: str, *, hub: Hub | None = None, show_progress: bool = False) -> Adapter:
-    """Find the adapter of that name, a directory or a hub id, and read it.
+    """Find an adapter and read it.
 
     Args:
-        name: The name.
-        hub: The way in which the hub is asked for the base model. The adapter is another, of which the newest is
-            taken.
+        name: A directory or a hub id.
+        hub: How the hub is asked for the base model; None asks as the user who is logged in. The revision is the
+            base model's, so it is ignored and the newest adapter is taken.
         show_progress: Whether to show progress bars while files are fetched.
 
     Raises:
         ModelNotFoundError: There is no such adapter, or it is damaged.
-        UnsupportedModelError: The files are of another kind of adapter.
+        UnsupportedModelError: The adapter is of another kind than LoRA.
     """
     try:
         directory = find_model(name, hub=hub and hub.newest, show_progress=show_progress)

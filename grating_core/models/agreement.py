@@ -1,4 +1,4 @@
-"""What a configuration says, compared with what is implemented and what is stored, before anything is built."""
+"""These checks compare a configuration with what grating implements and what is stored, before building."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _ROPE = ("rope_parameters", "rope_scaling")
 _FULL = "full_attention"
 _LAYER_TYPES = {_FULL, "sliding_attention"}
 
-# Fields that change the mathematics, and the values besides None, False and 0 with which they do not. Where a
-# transformers class does not know one, it computes as if it were not there.
+# These fields change the mathematics, except with None, False, 0 and the values here. A transformers class that
+# does not know a field ignores it, and computes other scores.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("absolute",),
     "pruned_heads": ({},),
@@ -52,7 +52,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     ),
 }  # fmt: skip
 
-# What tensors of quantised layers are called by AWQ, GPTQ, bitsandbytes, compressed-tensors and FP8 checkpoints.
+# Names of tensors in quantised layers, from AWQ, GPTQ, bitsandbytes, compressed-tensors and FP8 checkpoints.
 _QUANTISED = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|SCB|absmax|nested_absmax|quant_map|nested_quant_map|quant_state\..*|weight_packed|"
     r"weight_scale|weight_scale_inv|weight_zero_point|weight_shape|input_scale)$"
@@ -77,21 +77,21 @@ def check_numbers(path: Path, fields: Mapping[str, Any]) -> None:
 
 
 def _numbers(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield name and value of each field that is given, those of the positions' rotation included."""
+    """Yield name and value of each number that is given, the numbers of rotary positions included."""
     for name, value in fields.items():
         if name in _ROPE and isinstance(value, dict):
             yield from _numbers(value)
-            for part in value.values():  # some have one for each type of layer
+            for part in value.values():  # some models have rotary numbers for each type of layer
                 yield from _numbers(part) if isinstance(part, dict) else ()
         elif value is not None:
             yield name, value
 
 
 def check_implemented(path: Path, fields: Mapping[str, Any], config: Config, family: Family) -> None:
-    """Refuse a model whose mathematics are others than what would be computed.
+    """Refuse a model whose mathematics grating does not implement.
 
     Raises:
-        UnsupportedModelError: The model is one; the message names file, field and value.
+        UnsupportedModelError: The model is such a one; the message names file, field and value.
     """
     known = family.module_class.config_class()
     for name, neutral in _NEUTRAL.items():
@@ -116,7 +116,7 @@ def check_implemented(path: Path, fields: Mapping[str, Any], config: Config, fam
         if any(
             isinstance(part, dict) and "longrope" in (part.get("rope_type"), part.get("type")) for part in parts
         ):
-            raise _unsupported(path, "rope_type", "longrope", "with it a score depends on what is beside it")
+            raise _unsupported(path, "rope_type", "longrope", "with it a score depends on the other documents")
     if (pooling := getattr(config, "classifier_pooling", "cls")) not in ("cls", "mean"):
         raise _unsupported(path, "classifier_pooling", pooling)
     if family.head_module is None and config.num_labels != 1:
@@ -144,12 +144,12 @@ def _check_layer_types(path: Path, fields: Mapping[str, Any], config: Config) ->
 
 
 def _unsupported(path: Path, name: str, value: object, why: str = "") -> UnsupportedModelError:
-    reason = why or "what that changes is not implemented, and without it the scores would be others"
+    reason = why or "grating does not implement this, and without it the scores would be wrong"
     return UnsupportedModelError(f"{path} has {name}={_shown(value)}: {reason}")
 
 
 def check_stored(path: Path, config: Config, family: Family, tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse a configuration that is of another model than the weights.
+    """Refuse a configuration that belongs to another model than the weights.
 
     Args:
         path: The ``config.json``.
@@ -158,20 +158,20 @@ def check_stored(path: Path, config: Config, family: Family, tensors: Mapping[st
         tensors: The stored tensors, by name.
 
     Raises:
-        ModelNotFoundError: The configuration is one; the message names file, field and value.
+        ModelNotFoundError: The configuration is such a one; the message names file, field and value.
         UnsupportedModelError: The weights are quantised.
     """
     for name, tensor in tensors.items():
         if _QUANTISED.search(name):
             raise UnsupportedModelError(
-                f"{tensor.path} stores {name}: its weights are quantised (AWQ, GPTQ, bitsandbytes or the like), "
+                f"{tensor.path} stores {name}: its weights are quantised (AWQ, GPTQ, bitsandbytes or similar), "
                 f"which is not supported. Take the checkpoint it was made from, in float32, float16 or bfloat16"
             )
     layer = re.compile(rf"{re.escape(family.layers)}\.(\d{{1,9}})\.")
     numbers = [int(found[1]) for name in tensors if (found := layer.match(name))]
     if numbers and max(numbers) + 1 != config.num_hidden_layers:
         raise ModelNotFoundError(
-            f"{path} has num_hidden_layers={config.num_hidden_layers}, and its weights in {path.parent} have "
+            f"{path} has num_hidden_layers={config.num_hidden_layers}, but its weights in {path.parent} have "
             f"{max(numbers) + 1:,} layers"
         )
     for name, axis, fields, wanted in _sizes(config, family):
@@ -188,7 +188,7 @@ def check_stored(path: Path, config: Config, family: Family, tensors: Mapping[st
 
 
 def _sizes(config: Config, family: Family) -> Iterator[tuple[str, int, str, int]]:
-    """Yield the tensors that show what a configuration says: name, axis, the fields, and the size they give."""
+    """Yield tensors whose sizes the configuration states: name, axis, the fields, and the size."""
     embeddings = family.embedding.rpartition(".")[0]
     first = f"{family.layers}.0"
     for name, axis, field in (
@@ -208,7 +208,7 @@ def _sizes(config: Config, family: Family) -> Iterator[tuple[str, int, str, int]
 
 
 def check_taken(family: Family, stored: Mapping[str, StoredTensor], wanted: Mapping[str, Any]) -> None:
-    """Refuse weights of a layer that nothing would be done with, such as norms that a variant of the model has.
+    """Refuse weights of a layer that grating would not use, such as the norms of a variant of the model.
 
     Raises:
         UnsupportedModelError: There are such weights; the message names the first.
@@ -220,8 +220,8 @@ def check_taken(family: Family, stored: Mapping[str, StoredTensor], wanted: Mapp
             and not name.endswith(".rotary_emb.inv_freq")
         ):
             raise UnsupportedModelError(
-                f"{tensor.path} stores {name}, which {family.architecture} as it is implemented has no use for: "
-                f"without it the scores would be others"
+                f"{tensor.path} stores {name}, which grating's {family.architecture} does not use: without it the "
+                f"scores would be wrong"
             )
 
 

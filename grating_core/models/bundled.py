@@ -1,4 +1,4 @@
-"""Models that need no hub: real weights that come inside a package on the Python index.
+"""Bundled models need no hub: their weights come inside a package on the Python index.
 
 ``bundled:ms-marco-minilm-l12`` is ``cross-encoder/ms-marco-MiniLM-L-12-v2`` (Apache-2.0), and
 :func:`bundled_embedder` gives ``BAAI/bge-small-en-v1.5`` (MIT), for the retrieval before a rerank. The package
@@ -45,11 +45,10 @@ class Recipe:
     """A recipe says what a bundled model is made from, and what is written beside its weights.
 
     Attributes:
-        folder: The folder of its files in the package.
-        sources: SHA-256 of each file that is read; those that are not the ONNX file are copied.
-        weights: SHA-256 of the converted tensors rather than of the file, whose header may differ between
-            safetensors releases.
-        size: Bytes that the model's directory takes, about.
+        folder: The folder of the model's files in the package.
+        sources: SHA-256 of each file that is read. All but the ONNX file are copied.
+        weights: SHA-256 of the converted tensors. The file's own digest may differ between safetensors releases.
+        size: Approximate bytes of the model's directory.
         written: Contents of the JSON files to write, by their path inside the model's directory.
     """
 
@@ -60,7 +59,7 @@ class Recipe:
     written: dict[str, Any]
 
     def digest(self) -> str:
-        """Return what tells this recipe from others; the name of the model's directory has a part of it."""
+        """Return a digest of the recipe. The name of the model's directory contains its beginning."""
         written = "".join(json.dumps(content) for content in self.written.values())
         return hashlib.sha256((self.weights + written).encode()).hexdigest()
 
@@ -123,9 +122,9 @@ RECIPES = {
                 "pooling_mode_cls_token": True,
                 "pooling_mode_mean_tokens": False,
             },
-            # The export has no pooler, which the embedding does not need.
+            # The export has no pooler, and the embedding needs none.
             "sentence_bert_config.json": {"max_seq_length": 512, "model_args": {"add_pooling_layer": False}},
-            # The instruction of the model's card. Passages take none.
+            # The model's card gives this instruction for queries, and none for passages.
             "config_sentence_transformers.json": {
                 "prompts": {"query": "Represent this sentence for searching relevant passages: ", "document": ""},
                 "similarity_fn_name": "cosine",
@@ -136,7 +135,7 @@ RECIPES = {
 
 
 def bundled_directory(name: str) -> Path:
-    """Return where the converted model of this bundled name is kept, whether or not it is there yet."""
+    """Return the directory of a bundled model, whether or not the model is converted yet."""
     return cache_directory() / "models" / f"{name.removeprefix(BUNDLED_PREFIX)}-{RECIPES[name].digest()[:8]}"
 
 
@@ -168,7 +167,7 @@ def bundled_model(name: str, *, show_progress: bool = False) -> Path:
     Raises:
         ModelNotFoundError: The name is unknown, the package that carries the weights is missing, or its
             files are not the expected ones.
-        UnsupportedModelError: The name is that of the bundled embedding model.
+        UnsupportedModelError: The name means the bundled embedding model.
         StorageError: The model is not converted yet, and grating's cache has no room or cannot be written.
     """
     if name == BUNDLED_EMBEDDER:
@@ -184,8 +183,9 @@ def bundled_model(name: str, *, show_progress: bool = False) -> Path:
 def bundled_embedder(*, show_progress: bool = False) -> Path:
     """Return the directory of ``BAAI/bge-small-en-v1.5`` for sentence-transformers, converted on first use.
 
-    For the retrieval before a rerank: 384 dimensions, normalised, up to 512 tokens. Its prompt ``"query"`` is the
-    instruction that the model's card recommends before queries; LlamaIndex wants it as ``query_instruction``.
+    The model serves the retrieval before a rerank: 384 dimensions, normalised, up to 512 tokens. Its prompt
+    ``"query"`` is the instruction that the model's card recommends before queries; LlamaIndex takes it as
+    ``query_instruction``.
 
     Args:
         show_progress: Whether to show a progress bar on standard error while converting.
@@ -214,7 +214,7 @@ def _converted(name: str, show_progress: bool) -> Path:
     if not is_there(directory):
         sources = {file: bundled_source(name, file) for file in RECIPES[name].sources}
         with locked(directory):
-            if not is_there(directory):  # otherwise another process was faster
+            if not is_there(directory):  # another process may have been faster
                 _convert_into(directory, RECIPES[name], sources, show_progress)
     return directory
 
@@ -229,7 +229,7 @@ def _convert_into(directory: Path, recipe: Recipe, sources: dict[str, Path], sho
     weights = dequantise(sources[_ONNX], show_progress=show_progress)
     if (found := _weights_digest(weights)) != recipe.weights:
         raise ModelNotFoundError(f"the converted weights have the SHA-256 {found}, not {recipe.weights}")
-    # Made under another name and renamed when complete: whoever sees the directory sees a finished one.
+    # The directory is made under another name and renamed when it is complete, so nobody sees half of it.
     place = unfinished(directory)
     try:
         with storing(directory, recipe.size):
@@ -242,27 +242,27 @@ def _convert_into(directory: Path, recipe: Recipe, sources: dict[str, Path], sho
 def _write_model(
     place: Path, weights: dict[str, NDArray[np.float32]], recipe: Recipe, sources: dict[str, Path]
 ) -> None:
-    """Write what a model's directory holds. As far as the umask allows, others may read it: caches are shared."""
+    """Write a model's directory. Other users may read it as far as the umask allows: caches may be shared."""
     place.mkdir()
     try:
         save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(f"{error}") from error  # it says no errno
+        raise OSError(f"{error}") from error  # safetensors gives no errno
     for file, content in recipe.written.items():
         (place / file).parent.mkdir(exist_ok=True)
         (place / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for file, path in sources.items():
         if file != _ONNX:
             shutil.copyfile(path, place / file)
-    # safetensors may leave its file to the owner only.
+    # safetensors may write its file for the owner only.
     shutil.copymode(place / "config.json", place / "model.safetensors")
 
 
 def dequantise(path: Path, *, show_progress: bool = False) -> dict[str, NDArray[np.float32]]:
     """Return the float32 weights behind a dynamically quantised ONNX export of a BERT model.
 
-    ``(q - zero_point) * scale`` for every quantised tensor. Weights of linear layers have lost their names in
-    the export; the node that uses them still carries them. They are transposed to torch's ``[out, in]``.
+    Every quantised tensor becomes ``(q - zero_point) * scale``. Weights of linear layers have lost their names in
+    the export, but the nodes that use them have names. These weights are transposed to torch's ``[out, in]``.
 
     Args:
         path: The ONNX file.

@@ -1,4 +1,4 @@
-"""A language model: a layered model whose head says what comes next, and its form on disk."""
+"""A language model is a layered model whose head predicts the next token; here is its form on disk as well."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from grating_core.models.layered import LayeredModel, bind
 from grating_core.models.stored import OUTPUT, StoredModel
 
 _MATRICES = ("up_proj", "gate_proj", "down_proj")  # of a gated MLP: W_u, W_g and W_d
-_SMALLEST_CHUNK = 128  # tokens; with fewer, a layer's weights go through the processor's caches for too little
+_SMALLEST_CHUNK = 128  # tokens; with fewer, reading a layer's weights from memory is not worth it
 
 
 class CausalLM(LayeredModel):
-    """A layered model with the final norm and the whole output embedding of a decoder, in the compute dtype."""
+    """A language model has the final norm and the whole output embedding of a decoder, in the compute dtype."""
 
     @property
     def keys(self) -> tuple[int, int]:
-        """The number of heads of which a layer keeps keys and values, and how long they are for one token."""
+        """The number of heads whose keys and values a layer keeps, and the length of one key."""
         return _keys_of(self.layers[0])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits of what may come after the last token.
+        """Return the logits of the next token.
 
         Args:
-            hidden: ``[1, T, D]`` behind the last layer.
+            hidden: Hidden states after the last layer, ``[1, T, D]``.
 
         Returns:
-            float32 ``[V]``.
+            The logits, float32 ``[V]``.
         """
         logits: Tensor = self.module.lm_head(self._norm(hidden[0, -1:]))[0].float()
         cap: float | None = getattr(self.module.config, "final_logit_softcapping", None)
@@ -58,20 +58,20 @@ def _keys_of(layer: Any) -> tuple[int, int]:
 
 
 class StoredCausalLM(StoredModel):
-    """A stored language model, to generate with. Its head is the final norm and the output embedding.
+    """This class reads a stored language model. Its head is the final norm and the output embedding.
 
     Args:
-        directory: As for :class:`StoredModel`, and so are the others.
-        device: See there.
-        dtype: See there.
-        attention: See there.
-        lasting: See there.
-        adapter: See there.
-        pruning: How the MLPs are pruned; None for not at all.
+        directory: See :class:`StoredModel`.
+        device: See :class:`StoredModel`.
+        dtype: See :class:`StoredModel`.
+        attention: See :class:`StoredModel`.
+        lasting: See :class:`StoredModel`.
+        adapter: See :class:`StoredModel`.
+        pruning: How the MLPs are pruned; None for dense MLPs.
 
     Raises:
-        ModelNotFoundError: See there.
-        UnsupportedModelError: See there; or the model's MLPs cannot be pruned.
+        ModelNotFoundError: See :class:`StoredModel`.
+        UnsupportedModelError: See :class:`StoredModel`; or the model's MLPs cannot be pruned.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class StoredCausalLM(StoredModel):
 
     @property
     def module(self) -> Any:
-        """The transformers model, which has its weights once they were loaded."""
+        """The transformers model, which has its weights only after :meth:`load`."""
         return self._module
 
     @property
@@ -136,12 +136,12 @@ class StoredCausalLM(StoredModel):
         Raises:
             ModelNotFoundError: The files cannot be read.
             FileError: The file with the columns of the MLPs is damaged, or belongs to other weights.
-            StorageError: That file cannot be written.
+            StorageError: The file with the columns cannot be written.
         """
         if self._pruning is None:
             parts = self._load(plan)
         else:
-            # The companion file comes first, as long as nothing else is in memory: it may have to be written.
+            # The companion file comes first, because writing it takes memory that the weights do not take yet.
             columns = self._open_columns(self._pruning)
             with closed_on_error(columns):
                 parts = replace(self._load(plan), columns=columns)
@@ -195,7 +195,7 @@ class StoredCausalLM(StoredModel):
         if self._pruning is not None:
             if self.device.type != "cpu":
                 raise UnsupportedModelError(
-                    f"mlp_density is for the CPU so far, and this model is to compute on {self.device}: use "
+                    f"mlp_density works on the CPU only, but this model computes on {self.device}: use "
                     f"device='cpu', or leave mlp_density out"
                 )
             layers = self._decoder_layers
@@ -204,7 +204,7 @@ class StoredCausalLM(StoredModel):
         super()._sort()
 
     def _open_columns(self, pruning: MlpPruning) -> ColumnFile:
-        """Open the companion file, which is written first if there is none."""
+        """Open the companion file, after writing it if there is none."""
         return open_columns(
             cache_directory() / "columns",
             self._columns,

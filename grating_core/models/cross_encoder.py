@@ -1,4 +1,4 @@
-"""A cross-encoder: a layered model whose head reads scores, and its form on disk."""
+"""A cross-encoder is a layered model whose head reads scores; here is its form on disk as well."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from grating_core.models.stored import OUTPUT, StoredModel
 
 
 class Shape(NamedTuple):
-    """The numbers of a model that a lens has to fit.
+    """A shape holds what a lens must have in common with its model.
 
     Attributes:
         depth: The number of layers.
@@ -31,7 +31,7 @@ class Shape(NamedTuple):
 
 
 class CrossEncoder(LayeredModel):
-    """A layered model with the head of a reranker, which is float32 whatever the compute dtype."""
+    """A cross-encoder has the head of a reranker, which is float32 whatever the compute dtype."""
 
     @property
     def pooling(self) -> str:
@@ -45,11 +45,11 @@ class CrossEncoder(LayeredModel):
 
     @property
     def shape(self) -> Shape:
-        """The numbers that a lens has to fit."""
+        """The shape that a lens must have."""
         return Shape(self.depth, self.width, self.pooling)
 
     def scoring_positions(self, lengths: Sequence[int]) -> Tensor:
-        """Return the place on the token axis that the head reads of each of N sequences, int64 ``[N]``."""
+        """Return the position on the token axis that the head reads for each of N sequences, int64 ``[N]``."""
         tokens = torch.tensor(lengths, dtype=torch.int64, device=self.device)
         ends = tokens.cumsum(0)
         return ends - 1 if self.pooling == "last" else ends - tokens
@@ -59,12 +59,12 @@ class CrossEncoder(LayeredModel):
 
         Args:
             number: The number of the layer that the states come from.
-            hidden: ``[1, T, D]`` or longer; what lies behind the sequences is not looked at.
-            lengths: The tokens of each of the N sequences, T together. A sequence may be cut to its scoring
-                position when :attr:`reads_one_token`.
+            hidden: Hidden states, ``[1, T, D]`` or longer; rows behind the sequences are ignored.
+            lengths: Number of tokens of each of the N sequences; T is their sum. With :attr:`reads_one_token` a
+                sequence may have its scoring position only.
 
         Returns:
-            float32 ``[N]``.
+            The scores, float32 ``[N]``.
         """
         if self.reads_one_token:
             states = self._norm(hidden[0, self.scoring_positions(lengths)].float())
@@ -75,13 +75,13 @@ class CrossEncoder(LayeredModel):
 
 
 class StoredCrossEncoder(StoredModel):
-    """A stored reranker. Its head is float32; of a model that is asked, the head is the rows of the answers."""
+    """This class reads a stored reranker. The head of a model that is asked is the rows of the answers."""
 
     _head_dtype = torch.float32
 
     @property
     def shape(self) -> Shape:
-        """The numbers that a lens has to fit."""
+        """The shape that a lens must have."""
         return Shape(len(self._layers), self._tensors[self._table].shape[1], self.family.pooling(self._config))
 
     def plan(self, window: int, budget: int) -> MemoryPlan:
@@ -101,7 +101,7 @@ class StoredCrossEncoder(StoredModel):
 
         Args:
             plan: What to keep in memory; None for everything.
-            answers: The tokens whose logits are the score, if the family asks; the second may be missing.
+            answers: The tokens of yes and no, if the family asks a question; no may be None.
 
         Raises:
             ModelNotFoundError: The files cannot be read.
@@ -118,10 +118,10 @@ class StoredCrossEncoder(StoredModel):
 
     def _match(self, stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
         if self.family.asks:
-            # The rows of the answers are known once there is a tokenizer.
+            # Which rows are the answers' is known only when the tokenizer has been read.
             wanted = {name: parameter for name, parameter in wanted.items() if not name.startswith("lm_head.")}
             if (output := stored.get(OUTPUT)) is None:
-                raise ModelNotFoundError(f"the weights in {self.directory} lack {OUTPUT}, the answers' logits")
+                raise ModelNotFoundError(f"the weights in {self.directory} lack {OUTPUT}, which gives the score")
             if output.kind not in FLOATS or output.shape[1:] != (self._config.hidden_size,):
                 raise UnsupportedModelError(
                     f"{output.path} stores {output.name} as {output.kind} {list(output.shape)}; it should be "
@@ -137,8 +137,8 @@ class StoredCrossEncoder(StoredModel):
         """Return the rows of the output embedding that belong to the answers."""
         if (last := max(token or 0 for token in answers)) >= self._output.shape[0]:
             raise ModelNotFoundError(
-                f"the tokenizer in {self.directory} has a token {last}, and the model's output embedding only "
-                f"{self._output.shape[0]} rows: they are not of the same model"
+                f"the tokenizer in {self.directory} has a token {last}, but the model's output embedding has only "
+                f"{self._output.shape[0]} rows: the two belong to different models"
             )
         numbers = {
             f"lm_head.{name}": token

@@ -1,4 +1,4 @@
-"""From a model's name to a directory, and what its configuration and files say before any weight is read."""
+"""This module finds a model's directory by name, and reads its configuration before any weight."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from grating_core.models.hub import MODEL_FILES, Hub
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_MODULES = ("Transformer", "LogitScore")  # the second is what a prompt's answers are
+_MODULES = ("Transformer", "LogitScore")  # LogitScore does what a prompt's answers do
 
 
 def find_model(name: str, *, hub: Hub | None = None, show_progress: bool = False) -> Path:
-    """Return the local directory of a model, fetched or converted first where needed; or its GGUF file.
+    """Return the local directory of a model, or its GGUF file. The model is fetched or converted if necessary.
 
     Args:
         name: ``bundled:…``, a local directory in Hugging Face layout, a ``.gguf`` file, or a hub id. A directory
             wins over a hub id of the same name. The hub's cache and offline variables are honoured.
-        hub: The way in which the hub is asked; None for the newest version, as whoever is logged in.
+        hub: How the hub is asked; None asks for the newest version, as the user who is logged in.
         show_progress: Whether to show progress bars on standard error.
 
     Raises:
-        ModelNotFoundError: Nothing usable is there; the message says what was looked for and where.
+        ModelNotFoundError: The name leads to no usable model; the message says what was looked for and where.
     """
     if name.startswith(BUNDLED_PREFIX):
         return bundled_model(name, show_progress=show_progress)
@@ -56,7 +56,7 @@ def find_model(name: str, *, hub: Hub | None = None, show_progress: bool = False
 
 
 def _is_whole(directory: Path) -> bool:
-    """Tell whether a directory that somebody else has filled has all that an adapter, or a model, needs."""
+    """Tell whether a directory from the hub's cache holds all files of an adapter or a model."""
     try:
         if (directory / "adapter_config.json").is_file():
             return (directory / "adapter_model.safetensors").is_file()
@@ -66,12 +66,12 @@ def _is_whole(directory: Path) -> bool:
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Tell whether there is a file with a vocabulary. Without any, transformers makes up an empty one."""
+    """Tell whether there is a file with a vocabulary. Without one, transformers makes an empty vocabulary."""
     return any(any(directory.glob(pattern)) for pattern in ("tokenizer.json", "vocab.*", "*.model"))
 
 
 def _check_files(directory: Path) -> None:
-    """Refuse what is not a file in the place of one: a named pipe would be waited for without end."""
+    """Refuse anything that is no regular file: opening a named pipe would wait for ever."""
     for path in directory.iterdir():
         if path.suffix in MODEL_FILES and path.exists() and not path.is_file() and not path.is_dir():
             raise ModelNotFoundError(f"{path} is not a regular file")
@@ -81,9 +81,9 @@ def read_config(directory: Path) -> tuple[Config, Family]:
     """Read the configuration of a model directory, and find the family it belongs to.
 
     Raises:
-        ModelNotFoundError: There is no readable ``config.json``, or what it says makes no sense.
-        UnsupportedModelError: grating does not run this architecture, something that it says is not implemented,
-            or it has other than one label.
+        ModelNotFoundError: There is no readable ``config.json``, or its content makes no sense.
+        UnsupportedModelError: grating does not run this architecture, does not implement one of the settings, or
+            the model does not have exactly one label.
     """
     path = directory / "config.json"
     try:
@@ -95,7 +95,7 @@ def read_config(directory: Path) -> tuple[Config, Family]:
         raise ModelNotFoundError(f"{path} cannot be read as a configuration: {error}") from error
     family = find_family(architectures)
     check_numbers(path, fields)
-    # The class is chosen by the family, so code that the checkpoint may bring along is never looked at.
+    # The family chooses the class, so code in the checkpoint is never run.
     with blaming_config(path):
         config = family.config(fields)
         check_implemented(path, fields, config, family)
@@ -123,7 +123,7 @@ def end_tokens(directory: Path, config: Config) -> frozenset[int]:
 
 @contextmanager
 def blaming_config(config: Path) -> Iterator[None]:
-    """Tell whose fault it is: transformers and torch raise errors of many kinds for a senseless configuration."""
+    """Turn the many kinds of errors that a senseless configuration causes into one that names the file."""
     try:
         yield
     except GratingError:
@@ -155,8 +155,8 @@ def weight_files(directory: Path) -> list[Path]:
     absent = [path.name for path in files if not os.path.isfile(path)]  # noqa: PTH113 - as in find_model
     if absent:
         raise ModelNotFoundError(
-            f"{directory} lacks {', '.join(absent)}. Only safetensors are loaded, never pickled weights "
-            f"(pytorch_model.bin): convert those with save_pretrained first"
+            f"{directory} lacks {', '.join(absent)}. grating loads only safetensors, never pickled weights "
+            f"(pytorch_model.bin): convert pickled weights with save_pretrained first"
         )
     return files
 
@@ -168,7 +168,7 @@ def _is_inside(name: str) -> bool:
 
 
 def read_headers(directory: Path) -> dict[str, StoredTensor]:
-    """Return where each tensor of a model directory lies.
+    """Return the place of each tensor of a model directory, by name.
 
     Raises:
         ModelNotFoundError: The files are not all there, or are not safetensors.
@@ -184,7 +184,7 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
 
 
 def check_modules(directory: Path) -> None:
-    """Refuse a sentence-transformers model that has modules behind the transformer which change the score.
+    """Refuse a sentence-transformers model with further modules that change the score.
 
     Raises:
         ModelNotFoundError: The model's ``modules.json`` cannot be read.
@@ -192,8 +192,8 @@ def check_modules(directory: Path) -> None:
     """
     if others := [kind for kind in _modules(directory) if kind not in _MODULES]:
         raise UnsupportedModelError(
-            f"{directory / 'modules.json'} has {', '.join(others)} behind the transformer, which change the "
-            f"score and are not supported. Take a checkpoint whose head is part of the transformers model"
+            f"{directory / 'modules.json'} has {', '.join(others)} after the transformer, which change the score "
+            f"and are not supported. Take a checkpoint whose head is part of the transformers model"
         )
 
 
@@ -207,15 +207,15 @@ def _modules(directory: Path) -> list[str]:
 
 
 def check_answers(directory: Path) -> None:
-    """Refuse a model that has its answers in a module of sentence-transformers, where nothing else names them.
+    """Refuse a model whose answers only a module of sentence-transformers names.
 
     Raises:
-        UnsupportedModelError: The model is one.
+        UnsupportedModelError: The model is such a one.
     """
     if "LogitScore" in _modules(directory):
         raise UnsupportedModelError(
-            f"{directory / 'modules.json'} has LogitScore, and the token ids in it, which make the score, are not "
-            f"read yet: say how the model is asked by template=Prompt(pieces, yes, no), with those tokens as texts"
+            f"{directory / 'modules.json'} has LogitScore, whose token ids make the score. grating does not read "
+            f"them: pass template=Prompt(pieces, yes, no), with these tokens as texts"
         )
 
 

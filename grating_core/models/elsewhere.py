@@ -1,4 +1,4 @@
-"""Names that rerankers have elsewhere: in other libraries, and at services."""
+"""This module knows the names that rerankers have in other libraries and services."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SAME_WEIGHTS = {
     "ms-marco-MiniLM-L-12-v2": _SMALL,
     "ms-marco-TinyBERT-L-2-v2": "cross-encoder/ms-marco-TinyBERT-L2-v2",
 }
-"""FlashRank's names, and where these weights are on the hub."""
+"""FlashRank's names, and the hub ids of the same weights."""
 
 _FLASHRANK = {
     "ce-esci-MiniLM-L12-v2": _SMALL,
@@ -22,7 +22,7 @@ _FLASHRANK = {
     "rank-T5-flan": _SMALL,
     "rank_zephyr_7b_v1_full": _DECODER,
 }
-"""FlashRank's other names, and what to take here instead."""
+"""FlashRank's other names, and the models to take here instead."""
 
 _SERVICES = (
     (r"rerank-(v\d|english-|multilingual-).*|cohere\.rerank-.*", "Cohere", _MULTILINGUAL),
@@ -34,7 +34,7 @@ _SERVICES = (
     (r"ctxl-rerank-.*", "Contextual AI", _DECODER),
     (r"(gpt-|chatgpt-|o\d|claude-|gemini-|command-).*", "a language-model service", _DECODER),
 )
-"""Names at services as a pattern, whose they are, and what to take here instead."""
+"""Patterns of names at services, the service, and the model to take here instead."""
 
 _OWNERS = (
     (r"(ms-|m)marco-.*", "cross-encoder"),
@@ -44,22 +44,22 @@ _OWNERS = (
     (r"gte-.*rerank.*", "Alibaba-NLP"),
     (r"zerank-.*", "zeroentropy"),
 )
-"""Names on the hub without the owner that belongs before them."""
+"""Patterns of names on the hub that lack their owner, and the owner."""
 
 
 def hub_name(name: str) -> str:
-    """Return the hub id of the weights that FlashRank has under a name; else, or for a directory, the name."""
+    """Return the hub id for FlashRank's name of the same weights. Other names and directories stay the same."""
     return name if os.path.isdir(name) else _SAME_WEIGHTS.get(name, name)  # noqa: PTH112 - Path raises for long ones
 
 
 def known_elsewhere(name: str) -> str | None:
-    """Say whose name it is that leads nowhere here, and what to take instead.
+    """Explain a model's name that another library or service uses, and say what to take instead.
 
     Args:
         name: A model's name that is no directory.
 
     Returns:
-        A sentence without its full stop; None for a name that no other library or service is known to use.
+        A sentence without its full stop; None for a name that is not known from elsewhere.
     """
     if name in _SAME_WEIGHTS:
         return f"model={name!r} is FlashRank's name of {_SAME_WEIGHTS[name]!r}: write that"

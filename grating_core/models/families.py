@@ -1,6 +1,6 @@
-"""The model families grating runs, one short description each.
+"""This module describes each model family that grating runs.
 
-transformers owns the layers; a :class:`Family` only says where they are and how the parts around them are
+transformers owns the layers; a :class:`Family` only says where the layers are and how the parts around them are
 called. To add a family, write its description and put it into :data:`FAMILIES`; the parity tests in
 ``tests/core/models`` take it from there.
 """
@@ -20,7 +20,7 @@ from grating_core.models.heads import AnswerHead, LayerwiseHeads
 Config = Any  # a transformers configuration; its attributes differ by architecture
 
 
-# Functions rather than lambdas throughout: a family travels along when a reranker is pickled.
+# All of these are functions, not lambdas, because a family is pickled with its reranker.
 def _no_arguments(module: Any, layer: nn.Module, hidden: Tensor, positions: Tensor) -> dict[str, Any]:
     return {}
 
@@ -30,24 +30,24 @@ class Family:
     """A family says how to drive one architecture of transformers from outside.
 
     Attributes:
-        architecture: Its name in a checkpoint's ``config.json``.
+        architecture: The architecture's name in a checkpoint's ``config.json``.
         layers: Dotted path of the module list that holds the layers.
         embedding: Dotted path of the token embedding, an ``nn.Embedding``.
         head: Dotted paths of the modules that only the head uses. They are kept in float32.
-        embed: ``(module, input_ids, token_type_ids, positions) -> hidden``, all int64 ``[1, T]`` in and
-            ``[1, T, D]`` out; positions count from 0 within each sequence.
-        classify: ``(module, states, number) -> logits``, float32 ``[N, D]`` after layer ``number`` in and
-            ``[N, 1]`` out.
+        embed: ``(module, input_ids, token_type_ids, positions) -> hidden``, from int64 ``[1, T]`` to
+            ``[1, T, D]``. Positions count from 0 within each sequence.
+        classify: ``(module, states, number) -> logits``, from float32 ``[N, D]`` after layer ``number`` to
+            ``[N, 1]``.
         norm: Dotted path of the norm between the last layer and pooling, if there is one.
         layer_arguments: ``(module, layer, hidden, positions) -> `` extra keyword arguments of a layer.
-        causal: Whether a token sees only those before it. What pairs have in common at their beginning is then
-            computed once for all, and the head reads the last token.
-        padded_positions: Whether positions are numbered from behind the padding index, as RoBERTa does.
-        built_as: Name of the transformers class that has these layers, where it is another than the checkpoint's.
-        read_config: ``fields of config.json -> config``, where transformers' own way does not do.
+        causal: Whether a token sees only the tokens before it. The common beginning of all pairs is then computed
+            once for all, and the head reads the last token.
+        padded_positions: Whether the first position is the padding index plus one, as in RoBERTa.
+        built_as: Name of the transformers class that has these layers; None for the checkpoint's own class.
+        read_config: ``fields of config.json -> config``; None for transformers' own way.
         head_module: ``config -> module`` that takes the place of ``lm_head``.
         asks: Whether the score is the logit of an answer, see :class:`AnswerHead`.
-        prompt: Name of the official prompt of all models of this architecture, if they have one.
+        prompt: Name of the official prompt of all models of this architecture; None if they have none.
     """
 
     architecture: str
@@ -68,7 +68,7 @@ class Family:
 
     @property
     def module_class(self) -> Any:
-        """Return the transformers class that has the layers."""
+        """The transformers class that has the layers."""
         return getattr(transformers, self.built_as or self.architecture)
 
     def config(self, fields: Mapping[str, Any]) -> Config:
@@ -76,7 +76,7 @@ class Family:
         return self.read_config(fields) if self.read_config else self.module_class.config_class.from_dict(fields)
 
     def build(self, config: Config) -> Any:
-        """Return the module, with weights of any content."""
+        """Return the module. Its weights have arbitrary values."""
         module = self.module_class(config)
         if self.head_module is not None:
             module.lm_head = self.head_module(config)
@@ -105,7 +105,7 @@ def _embed_roberta(module: Any, input_ids: Tensor, token_type_ids: Tensor, posit
     embeddings = module.roberta.embeddings
     return embeddings(
         input_ids=input_ids,
-        token_type_ids=token_type_ids.new_zeros(token_type_ids.shape),  # there is a single one
+        token_type_ids=token_type_ids.new_zeros(token_type_ids.shape),  # RoBERTa has a single type
         position_ids=positions + embeddings.padding_idx + 1,
     )
 
@@ -159,11 +159,11 @@ def _layerwise_heads(config: Config) -> nn.Module:
 
 
 def _minicpm_config(fields: Mapping[str, Any]) -> Config:
-    """MiniCPM is a Llama with scaled embeddings and residuals, which transformers knows as Granite."""
+    """Return Granite's configuration for a MiniCPM: both are a Llama with scaled embeddings and residuals."""
     if (kind := fields.get("head_type", "simple")) != "simple" or not fields.get("head_multi", True):
         raise UnsupportedModelError(
-            f"config.json has head_type={kind!r}, head_multi={fields.get('head_multi')}; of MiniCPM rerankers "
-            f"those with one simple head per layer are supported (head_type='simple', head_multi=true)"
+            f"config.json has head_type={kind!r}, head_multi={fields.get('head_multi')}; grating runs MiniCPM "
+            f"rerankers with one simple head per layer (head_type='simple', head_multi=true)"
         )
     names = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -209,7 +209,7 @@ _MODERNBERT = Family(
     classify=_classify_modernbert,
     layer_arguments=_modernbert_rotary,
 )
-# All that is built like Llama, with the head of a classifier.
+# These decoders are built like Llama, with the head of a classifier.
 _CLASSIFIER = Family(
     architecture="LlamaForSequenceClassification",
     layers="model.layers",
@@ -221,7 +221,7 @@ _CLASSIFIER = Family(
     layer_arguments=_rotary,
     causal=True,
 )
-# The same with the head of a language model.
+# These are the same decoders with the head of a language model.
 _ASKED = replace(
     _CLASSIFIER,
     architecture="LlamaForCausalLM",
@@ -261,12 +261,12 @@ def find_family(architectures: list[str] | None) -> Family:
     """Return the family of a checkpoint, from the ``architectures`` field of its configuration.
 
     Raises:
-        UnsupportedModelError: The architecture is unknown here; the message lists the known ones.
+        UnsupportedModelError: grating does not know the architecture; the message lists those that it knows.
     """
     for name in architectures or ():
         if name in FAMILIES:
             return FAMILIES[name]
     raise UnsupportedModelError(
         f"the model has architectures={architectures!r}; supported are "
-        f"{', '.join(FAMILIES)}; classifiers with one label"
+        f"{', '.join(FAMILIES)}; classifiers must have one label"
     )

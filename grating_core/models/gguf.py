@@ -1,4 +1,4 @@
-"""Language models in GGUF files, unpacked into memory by transformers' own reader."""
+"""transformers' own reader unpacks language models in GGUF files into memory."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ from grating_core.models.families import find_family
 from grating_core.models.layered import Parts, bind, without_weights
 from grating_core.models.stored import OUTPUT
 
-_INSTALL = "reading GGUF files takes the package gguf: pip install gguf"
+_INSTALL = "reading GGUF files needs the package gguf: pip install gguf"
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a model is a GGUF file."""
+    """Tell whether a model is a GGUF file."""
     return path.suffix == ".gguf" and os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises for closed directories
 
 
 class GgufModel:
-    """A GGUF file whose configuration has been read, but no weights. All of it will be in memory.
+    """This class holds a GGUF file whose configuration has been read, but no weights.
+
+    :meth:`load` puts the whole model into memory.
 
     Args:
         path: The file.
@@ -57,7 +59,9 @@ class GgufModel:
             module: Any = AutoModelForCausalLM.from_config(self._config)  # type: ignore[no-untyped-call]
         self.family = find_family([type(module).__name__])
         if not self.family.asks:
-            raise UnsupportedModelError(f"{path} holds a {type(module).__name__}, which cannot be asked")
+            raise UnsupportedModelError(
+                f"{path} holds a {type(module).__name__}, which cannot answer a question, so it cannot rerank"
+            )
         self.vocabulary: int = module.get_input_embeddings().weight.shape[0]
         if adapter is not None:
             shapes = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
@@ -71,11 +75,11 @@ class GgufModel:
 
     @property
     def shape(self) -> Shape:
-        """The numbers that a lens has to fit."""
+        """The shape that a lens must have."""
         return Shape(self._config.num_hidden_layers, self._config.hidden_size, self.family.pooling(self._config))
 
     def close(self) -> None:
-        """Do nothing: no file is open."""
+        """Do nothing, because no file is open."""
 
     def plan(self, window: int, budget: int) -> MemoryPlan:
         """Refuse a memory budget; see :meth:`StoredCrossEncoder.plan`.
@@ -85,15 +89,15 @@ class GgufModel:
         """
         raise UnsupportedModelError(
             f"memory_budget cannot be kept with {self.directory}: a GGUF file is unpacked as a whole. Leave the "
-            f"budget out, or take the model as safetensors"
+            f"budget out, or take a safetensors version of the model"
         )
 
     def load(self, plan: MemoryPlan | None, answers: tuple[int, int | None] | None) -> CrossEncoder:
-        """Put the model where it computes, with nothing of its output embedding but the rows of the answers.
+        """Load the model onto its device, with only the answers' rows of its output embedding.
 
         Args:
-            plan: None.
-            answers: The tokens whose logits are the score; the second may be missing.
+            plan: Always None, because a GGUF file takes no memory budget.
+            answers: The tokens of yes and no; no may be None.
 
         Raises:
             ModelNotFoundError: The file is damaged.
@@ -106,7 +110,7 @@ class GgufModel:
         module.eval().requires_grad_(False)
         if self.adapter is not None:
             weights = module.state_dict()
-            # Of the output embedding, which may be the embedding table as well, only rows are kept and adapted.
+            # The output embedding may also be the embedding table, so the adapter changes only the kept rows.
             for name in self.adapter.weights.keys() - {OUTPUT}:
                 weights[name].copy_(self.adapter.weights[name])
             for name in self.adapter.changes.keys() - {OUTPUT}:
@@ -116,13 +120,13 @@ class GgufModel:
         return CrossEncoder(Parts(module.to(self.device), self.family, self.device, self.dtype, Meter()))
 
     def _keep_answers(self, module: Any, answers: tuple[int, int | None]) -> None:
-        """Have the rows of the answers take the place of the output embedding."""
+        """Put the answers' rows into the place of the output embedding."""
         rows = module.get_output_embeddings().weight
         assert self.family.head_module is not None
         with without_weights():
             module.lm_head = self.family.head_module(module.config).requires_grad_(False)
         module.lm_head.no = None
-        # Copies: views would hold on to the whole table.
+        # The rows are copied, because views would keep the whole table in memory.
         tokens = {name: token for name, token in zip(("yes", "no"), answers, strict=True) if token is not None}
         kept = {name: rows[token, None].to(torch.float32, copy=True) for name, token in tokens.items()}
         if self.adapter is not None:
@@ -134,36 +138,36 @@ class GgufModel:
 
 
 def gguf_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
-    """The tokenizer in a GGUF file, and its settings as far as prompts need them.
+    """Return the tokenizer in a GGUF file, and the settings that prompts need.
 
     Raises:
-        ModelNotFoundError: It cannot be read.
+        ModelNotFoundError: The tokenizer cannot be read.
     """
     return _tokenizer(path, path.stat().st_mtime_ns)
 
 
-@lru_cache(maxsize=1)  # asked for twice when a model is loaded, and slow
+@lru_cache(maxsize=1)  # loading a model needs the tokenizer twice, and reading it is slow
 def _tokenizer(path: Path, changed: int) -> tuple[Tokenizer, dict[str, Any]]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except ImportError as error:
         raise ModelNotFoundError(_INSTALL) from error
-    except Exception as error:  # whatever a damaged file leads to
+    except Exception as error:  # a damaged file may cause any error
         raise ModelNotFoundError(f"the tokenizer in {path} cannot be read: {error}") from error
     names = ("chat_template", "bos_token", "eos_token")
     return tokenizer.backend_tokenizer, {name: getattr(tokenizer, name) for name in names}
 
 
-# transformers sets torch's default dtype for all threads while it unpacks: two at once would leave the wrong one.
+# transformers sets torch's default dtype for all threads while it unpacks, so two at once would leave a wrong one.
 _unpacking = Lock()
 
 
 def _reading(path: Path, kind: Any, **how: Any) -> Any:
-    """Have one of transformers' Auto classes read the file."""
+    """Read the file with one of transformers' Auto classes."""
     try:
         with _unpacking:
             return kind.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False, **how)
     except ImportError as error:
         raise ModelNotFoundError(_INSTALL) from error
-    except Exception as error:  # whatever a damaged file leads to
+    except Exception as error:  # a damaged file may cause any error
         raise ModelNotFoundError(f"{path} cannot be read as GGUF: {error}") from error

@@ -1,4 +1,4 @@
-"""Heads of decoder rerankers, in the place of the projection to the whole vocabulary."""
+"""Heads of decoder rerankers take the place of the projection to the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 
 class AnswerHead(nn.Module):
-    """The head scores how much rather the model would answer yes than no.
+    """The score of an answer head is the logit of yes less the logit of no.
 
-    Its parameters ``yes`` and ``no`` are rows ``[1, D]`` of the output embedding. Some models have no ``no``: the
-    score is the logit of yes alone.
+    The parameters ``yes`` and ``no`` are rows ``[1, D]`` of the output embedding. Some models have no ``no``:
+    their score is the logit of yes alone.
 
     Args:
         width: Width D of a state.
-        softcap: The bound of the model's logits, as Gemma 2 has one; None for no bound.
+        softcap: The bound of the logits (Gemma 2 has one); None for no bound.
     """
 
     def __init__(self, width: int, *, softcap: float | None) -> None:
@@ -35,11 +35,11 @@ class AnswerHead(nn.Module):
 
 
 class LayerwiseHeads(nn.ModuleList):
-    """Each of the later layers has a trained head (bge-reranker-v2-minicpm-layerwise).
+    """This class holds a trained head for each of the later layers (bge-reranker-v2-minicpm-layerwise).
 
     Args:
         width: Width D of a state.
-        first: Number of the first layer that has a head. Layers before it are read with that one.
+        first: Number of the first layer that has a head. Earlier layers are read with this head.
         last: Number of the last layer.
     """
 
@@ -54,7 +54,7 @@ class LayerwiseHeads(nn.ModuleList):
 
 
 class _LinearHead(nn.Module):
-    """A linear map has the name that checkpoints give it."""
+    """This class gives a linear map the name that checkpoints use."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

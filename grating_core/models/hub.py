@@ -1,4 +1,4 @@
-"""Models that are on a hub: which version, who asks, and where it is kept."""
+"""This module fetches models from a hub: which version, as which user, and where to keep it."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from grating_core.errors import ModelNotFoundError
 from grating_core.files.places import expanded
 
 MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
-_VOCABULARY = ("vocab.txt", "vocab.json", "merges.txt")  # what tokenizer.json has as well
-# Settings that change what is computed. Which of them a model has is known where the hub's list of files is kept.
+_VOCABULARY = ("vocab.txt", "vocab.json", "merges.txt")  # tokenizer.json contains the same
+# These settings change what is computed. The cache keeps the hub's list of files, so it shows which a model has.
 _SETTINGS = (
     "config.json", "generation_config.json", "modules.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "chat_template.*", "adapter_config.json",
     "model.safetensors.index.json",
 )  # fmt: skip
 PATIENCE = 10.0
-"""Seconds after which a hub that says nothing is given up."""
-_ANSWERED = (RevisionNotFoundError, LocalTokenNotFoundError)  # nothing that another attempt would change
-_REVISION = re.compile(r"(?!/)(?!.*\.\.)[^\s~^:?*\[\\]+")  # what git takes as a name
+"""Seconds to wait for a hub that does not answer."""
+_ANSWERED = (RevisionNotFoundError, LocalTokenNotFoundError)  # another attempt would not change these errors
+_REVISION = re.compile(r"(?!/)(?!.*\.\.)[^\s~^:?*\[\\]+")  # names that git allows
 
 _log = logging.getLogger("grating")
 _said: set[Path] = set()
@@ -42,14 +42,14 @@ _said: set[Path] = set()
 
 @dataclass(frozen=True)
 class Hub:
-    """This says how a hub is asked for a model; it means nothing for local directories and bundled models.
+    """This class says how a hub is asked for a model. Local directories and bundled models ignore it.
 
     Attributes:
         revision: The branch, tag or commit; None for the newest on the main branch.
-        token: The proof of who asks. None or True takes the one of ``hf auth login`` or ``HF_TOKEN``, False none.
-            It is in no message and no representation.
-        cache_dir: The directory of the hub's files; None for the place that ``HF_HUB_CACHE`` or ``HF_HOME`` says.
-        local_files_only: Whether only what is kept there already is used; None is False.
+        token: The access token. None or True takes the one of ``hf auth login`` or ``HF_TOKEN``, False sends none.
+            No message and no representation shows it.
+        cache_dir: The directory of the hub's files; None for the one that ``HF_HUB_CACHE`` or ``HF_HOME`` names.
+        local_files_only: Whether to use only files that are in this directory already; None means False.
 
     Raises:
         ValueError: An attribute is not usable; the message names it.
@@ -66,8 +66,8 @@ class Hub:
             raise ValueError(f"revision={revision!r} must be the name of a branch, a tag or a commit, or None")
         if self.token is not None and not isinstance(self.token, bool) and not _is_token(self.token):
             raise ValueError(
-                "token must be a string such as hf_… without spaces or line breaks, True, False or None; what was "
-                "given is not shown here"
+                "token must be a string such as hf_… without spaces or line breaks, True, False or None; this "
+                "message does not show the value"
             )
         if cache_dir is not None and not (isinstance(cache_dir, str | Path) and str(cache_dir)):
             raise ValueError(f"cache_dir={cache_dir!r} must be a directory or None")
@@ -80,18 +80,18 @@ class Hub:
 
     @property
     def newest(self) -> Hub:
-        """Return the same way for another model than the one whose revision is named."""
+        """The same settings without the revision, for another model than the one that the revision belongs to."""
         return replace(self, revision=None)
 
     def fetch(self, hub_id: str, is_whole: Callable[[Path], bool]) -> Path:
-        """Return the directory with the files of a model, fetched as far as they are not there.
+        """Return the directory of a model's files. Files that are not in the cache are fetched.
 
-        If the hub cannot be reached, or does not do what hubs do, a model that is whole in the cache is used as it
-        is kept there, and a warning says so once.
+        If the hub cannot be reached, or answers with an error, a complete model in the cache is used, and a
+        warning says so once.
 
         Args:
             hub_id: ``owner/name``.
-            is_whole: The function that tells whether a directory has all that is needed.
+            is_whole: Function that tells whether a directory has all files that are needed.
 
         Raises:
             ModelNotFoundError: The model could not be fetched, and is not in the cache; the message says why.
@@ -101,7 +101,7 @@ class Hub:
             if self.local_files_only or constants.HF_HUB_OFFLINE:
                 return kept or self._snapshot(hub_id, _SETTINGS, local_files_only=True)
             return self._fetched(hub_id, kept)
-        except Exception as error:  # of any kind: what the hub sent is read without looking what it is
+        except Exception as error:  # a hub may send anything, which may cause any error
             if kept is None or isinstance(error, _ANSWERED) or not is_whole(kept):
                 raise self._refusal(hub_id, error) from error
             if kept not in _said:
@@ -110,17 +110,17 @@ class Hub:
             return kept
 
     def _fetched(self, hub_id: str, kept: Path | None) -> Path:
-        # The question is asked here first since the library that fetches the files would wait for ever.
+        # The hub is asked here first, with a limit of time, because the library that fetches files has no limit.
         version = self.revision or constants.DEFAULT_REVISION
         found = HfApi(token=self.token).model_info(hub_id, revision=version, timeout=PATIENCE)
         files = [escape(name) for name in _needed(file.rfilename for file in found.siblings or [])]
         directory = replace(self, revision=found.sha)._snapshot(hub_id, files)
         if directory != kept:
-            self._snapshot(hub_id, files)  # only what has arrived whole becomes the newest in the cache
+            self._snapshot(hub_id, files)  # a version becomes the newest in the cache when all its files are there
         return directory
 
     def _kept(self, hub_id: str) -> Path | None:
-        """Return the version of the model that is in the cache, unless a file is known to be missing there."""
+        """Return the model's directory in the cache; None if there is none, or a file is known to be missing."""
         try:
             return self._snapshot(hub_id, _SETTINGS, local_files_only=True)
         except Exception:
@@ -135,7 +135,7 @@ class Hub:
                 cache_dir=self.cache_dir,
                 local_files_only=local_files_only,
                 allow_patterns=list(files),
-                ignore_patterns=["*/*"],  # exports to other formats live in subfolders
+                ignore_patterns=["*/*"],  # subfolders hold exports to other formats
             )
         )
 
@@ -149,7 +149,7 @@ class Hub:
 
 
 def _needed(names: Iterable[str]) -> list[str]:
-    """Return the files of a model that are read, of all that the hub has."""
+    """Return those of the hub's files that are needed."""
     found = [name for name in names if name.endswith(MODEL_FILES) and "/" not in name]
     if "tokenizer.json" in found:
         found = [name for name in found if name not in _VOCABULARY and not name.endswith(".model")]
@@ -159,9 +159,9 @@ def _needed(names: Iterable[str]) -> list[str]:
 
 
 def _reason(error: Exception) -> str:
-    """Say why a hub did not give what it was asked for, in a sentence without a full stop."""
+    """Say why a hub did not give a model, in a sentence without a full stop."""
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
-        return _reason(error.__cause__)  # which says more
+        return _reason(error.__cause__)  # the cause says more
     told = next(iter(str(error).strip().splitlines()), "").rstrip(".")
     if isinstance(error, GatedRepoError):
         return "the hub gives it only to those who have been granted access"
@@ -179,5 +179,5 @@ def _reason(error: Exception) -> str:
 
 
 def _is_token(token: object) -> bool:
-    # Others would be shown in full by the error of the library that sends them.
+    # The library that sends a token would show any other value in full in its error.
     return isinstance(token, str) and token != "" and token.isascii() and token.isprintable() and " " not in token

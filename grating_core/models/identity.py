@@ -1,4 +1,4 @@
-"""The identity of a model: what tells its weights from those of another."""
+"""The identity of a model distinguishes its weights from those of other models."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _SAMPLES_OF_FILE = 64
 
 
 def fingerprint(model: Path, adapter: Adapter | None = None, asked: str = "") -> str:
-    """Return what tells a model, and how it is asked, from other models: its identity.
+    """Return the identity of a model, which differs from that of every other model.
 
-    Whatever is kept for a model, such as a lens or columns, is kept under this. It covers
+    A lens, columns and whatever else is kept for a model is kept under its identity. The identity covers
 
     * the model's tensors: the name, type and shape of each, and a few of its bytes, at its beginning and in its
       middle. Reading all bytes would take as long as loading;
-    * the adapter that is merged into them: every byte of it, and what its configuration multiplies it by;
+    * the adapter that is merged into them: every byte of it, and the scales in its configuration;
     * the question that the model is asked, and the answers whose logits are the score, but not the instruction.
 
-    It is the same on every machine, with any number of threads, and wherever the files lie. Files that hold no
-    weights do not count. Nor does the compute dtype: a lens fits the model in any of them, and the name of a file
-    of columns says its dtype itself.
+    The identity is the same on every machine, with any number of threads, and in any directory. Files without
+    weights do not count. The compute dtype does not count either: a lens fits the model in any dtype, and the name
+    of a file of columns says its dtype.
 
     Args:
         model: A model directory, or a GGUF file.
         adapter: The adapter that is merged into the model; None for none.
-        asked: What tells the question from others, see :attr:`Prompt.asked`; empty for a model that is not asked.
+        asked: The question, see :attr:`Prompt.asked`; empty for a model that is not asked.
 
     Returns:
         A SHA-256 digest as 64 hexadecimal digits.
@@ -44,7 +44,7 @@ def fingerprint(model: Path, adapter: Adapter | None = None, asked: str = "") ->
         _add_file(digest, model)
     else:
         checkpoint = Checkpoint(weight_files(model))
-        checkpoint.close()  # what is in which place is all that is needed
+        checkpoint.close()  # only the places of the tensors are needed
         _add_tensors(digest, checkpoint.tensors.values())
     if adapter is not None:
         digest.update(f"adapter {adapter.identity} ".encode())

@@ -1,4 +1,4 @@
-"""A loaded model as the engine sees it, whatever its head: embed, run one layer."""
+"""A layered model lets the engine embed tokens and run one layer at a time, whatever the model's head."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from grating_core.models.families import Family
 
 @dataclass(frozen=True)
 class Parts:
-    """What a layered model is made of.
+    """This class holds the parts of a layered model.
 
     Attributes:
-        module: The transformers model in evaluation mode; weights bound, except those of streamed layers.
-        family: The description that fits it.
-        device: The device that the weights are on and that computes.
+        module: The transformers model in evaluation mode. Its weights are bound, except those of streamed layers.
+        family: The description of the model's family.
+        device: The device that holds the weights and computes.
         dtype: The compute dtype of the layers.
         meter: The counter of streamer, row cache and columns.
-        streamer: What brings the weights of the layers that are not bound; None if all are.
-        rows: What stands in for the embedding table; None if the table is resident.
-        columns: What the columns of pruned MLPs are read from; None if the MLPs are dense.
-        checkpoint: What streamer and row cache read; None if neither is there.
+        streamer: Reader of the streamed layers' weights; None if no layer is streamed.
+        rows: The row cache in the place of the embedding table; None if the table is resident.
+        columns: The companion file with the columns of pruned MLPs; None if the MLPs are dense.
+        checkpoint: The files that streamer and row cache read; None without streamer and row cache.
     """
 
     module: Any
@@ -46,14 +46,14 @@ class Parts:
     checkpoint: Checkpoint | None = None
 
     def close(self) -> None:
-        """Stop reading, and close what was read."""
+        """Stop reading, and close the files."""
         for part in (self.streamer, self.columns, self.checkpoint):
             if part is not None:
                 part.close()
 
 
 class LayeredModel:
-    """A transformers model that is driven one layer at a time.
+    """This class drives a transformers model one layer at a time.
 
     Everything runs on a packed token axis without padding: hidden states are ``[1, T, D]`` in the compute
     dtype, where T counts the tokens of all sequences together. With all weights resident the object holds no
@@ -80,7 +80,7 @@ class LayeredModel:
 
     @property
     def depth(self) -> int:
-        """Number of layers."""
+        """The number of layers."""
         return len(self.layers)
 
     @property
@@ -90,16 +90,16 @@ class LayeredModel:
         return any(part is not None for part in (parts.streamer, parts.rows, parts.columns))
 
     def prepare(self, input_ids: Tensor) -> None:
-        """Have the embedding rows of a request's tokens, int64 ``[T]``, as far as there is room for them."""
+        """Read the embedding rows of a request's tokens, int64 ``[T]``, as far as there is room for them."""
         if self._parts.rows is not None:
             self._parts.rows.fetch(input_ids)
 
     @contextmanager
     def layer(self, number: int) -> Iterator[None]:
-        """Have the weights of a layer inside the ``with``; layers are asked for in rising order.
+        """Provide the weights of a layer inside the ``with``. Ask for layers in rising order.
 
         Raises:
-            FileError: They cannot be read from disk.
+            FileError: The weights cannot be read from disk.
         """
         if self._parts.streamer is None or number not in self._parts.streamer:
             yield
@@ -109,54 +109,53 @@ class LayeredModel:
             yield
 
     def rewind(self) -> None:
-        """Say that a request is over, so that what the next one begins with is read meanwhile."""
+        """End a request, so that the first layers of the next request are read in advance."""
         if self._parts.streamer is not None:
             self._parts.streamer.rewind()
 
     def close(self) -> None:
-        """Stop reading, and close what was read."""
+        """Stop reading, and close the files."""
         self._parts.close()
 
     def embed(self, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor) -> Tensor:
-        """Hidden states before the first layer, ``[1, T, D]``, from int64 tensors ``[1, T]``."""
+        """Return the hidden states before the first layer, ``[1, T, D]``, from int64 tensors ``[1, T]``."""
         return self._family.embed(self.module, input_ids, token_type_ids, positions)
 
     def run_layer(self, number: int, hidden: Tensor, positions: Tensor, *, attention: object) -> Tensor:
         """Put hidden states through one layer.
 
         Args:
-            number: Layer number, from 1 to :attr:`depth`; its weights are there (:meth:`layer`).
-            hidden: ``[1, T, D]``.
-            positions: int64 ``[1, T]``, counted from 0 within each sequence.
-            attention: What the attention function that the model was built with is told, such as how the token
-                axis divides.
+            number: Layer number, from 1 to :attr:`depth`. Call this inside :meth:`layer`, which has its weights.
+            hidden: Hidden states, ``[1, T, D]``.
+            positions: Positions, int64 ``[1, T]``, counted from 0 within each sequence.
+            attention: Argument of the model's attention function, such as the division of the token axis.
 
         Returns:
             Hidden states of the same shape.
         """
         layer = self.layers[number - 1]
         arguments = self._family.layer_arguments(self.module, layer, hidden, positions)
-        # Under one name of our own: transformers hands on what it does not know, and takes for itself what it
-        # does. A release that began to know "cache" broke everything that generates.
+        # The argument has a name of our own. transformers passes unknown names on and uses known ones itself: a
+        # release that began to know "cache" broke everything that generates.
         output: Tensor = layer(hidden, attention_mask=None, grating=attention, **arguments)
         return output
 
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Modules that this thread makes meanwhile take no memory for weights; their buffers have their values."""
+    """Give modules that this thread makes inside the ``with`` no memory for weights. Buffers have their values."""
     with torch.device("meta"), _RealBuffers():
         yield
 
 
 class _RealBuffers(TorchFunctionMode):
-    """Has tensors that are made with their values on the CPU. Weights are made empty, and filled afterwards."""
+    """This mode makes tensors that have values at once on the CPU. Weights stay empty, and are filled later."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # By torch.tensor([]) transformers asks whether weights are to be filled at all; they are not.
+        # transformers calls torch.tensor([]) to ask whether to fill weights. The answer is no.
         asks = func is torch.tensor and bool(args) and isinstance(args[0], list) and not args[0]
         if func in _WITH_VALUES and not asks:
             kwargs.setdefault("device", "cpu")
@@ -167,29 +166,29 @@ _WITH_VALUES = {torch.arange, torch.full, torch.linspace, torch.ones, torch.tens
 
 
 def work_per_token(layer: nn.Module, width: int, dtype: torch.dtype, *, pruned: bool = False) -> int:
-    """Bytes of intermediate results that a layer has for one token, at most.
+    """Return the most bytes of intermediate results that a layer has for one token.
 
     Args:
-        layer: One of them.
-        width: D.
-        dtype: Of the results.
-        pruned: Whether its MLP computes from columns, which sums parts of the products in float32.
+        layer: Any layer of the model.
+        width: D, the width of the hidden states.
+        dtype: Dtype of the results.
+        pruned: Whether the layer's MLP computes from columns, which sums parts of the products in float32.
     """
     widest = max(part.out_features for part in layer.modules() if isinstance(part, nn.Linear))
-    # Gated layers hold two products of that width and what becomes of them; others one, before and after.
+    # Gated layers hold two products of that width and the gated product; others hold one before and one after.
     gated = any(name.endswith("gate_proj") for name, _ in layer.named_modules())
-    # Beside them hidden states, queries, keys and values.
+    # Hidden states, queries, keys and values come on top.
     if pruned:
         return (5 * widest + 8 * width) * dtype.itemsize + 4 * 4 * widest
     return ((3 if gated else 2) * widest + 8 * width) * dtype.itemsize
 
 
-# Taken now: accelerate replaces it while another thread makes a model, and would lose the weight.
+# The function is taken at import, because accelerate replaces it while another thread makes a model.
 _register = nn.Module.register_parameter
 
 
 def bind(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Make tensors the parameters of a module, by their dotted names. Nothing is copied."""
+    """Make tensors the parameters of a module, by their dotted names, without a copy."""
     for name, weight in weights.items():
         owner, _, leaf = name.rpartition(".")
         _register(module.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))

@@ -1,4 +1,4 @@
-"""Which device computes, and in which dtype."""
+"""This module chooses the device that computes, and the dtype."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """Return the device to compute on: the one asked for, else CUDA, else MPS, else the CPU.
+    """Return the device to compute on: the given one, else CUDA, else MPS, else the CPU.
 
     Raises:
         ValueError: The device is not one of cpu, cuda and mps, or this machine does not have it.
@@ -54,17 +54,17 @@ def _has_bfloat16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
-        # x86 has it as AVX512-BF16 or AMX, ARM as an extension of its own.
+        # x86 calls these instructions AVX512-BF16 or AMX, and ARM has an extension for them.
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return False
 
 
 def thread_advice() -> str | None:
-    """Say what to set so that processes on the same processors do not slow each other; None for nothing.
+    """Return advice for processes that share processors; None if there is none.
 
-    GNU's OpenMP, which torch for Linux computes with, has threads spin while they wait for each other. If another
-    process computes on the same processors, they wait long, and take its time. OpenMP reads its settings when
-    torch is imported, so a library cannot change them.
+    torch for Linux computes with GNU's OpenMP, whose threads spin while they wait for each other. If another
+    process computes on the same processors, the threads wait long and take its time. OpenMP reads its settings
+    when torch is imported, so a library cannot change them.
     """
     if torch.get_num_threads() < 2 or {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         return None

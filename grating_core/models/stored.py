@@ -1,4 +1,4 @@
-"""A model directory before its weights are read, and how they are read: all of them, or as many as a plan says."""
+"""A stored model knows its files before its weights are read, and reads as many weights as a plan says."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _LEGACY_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "Layer
 
 
 class StoredModel(ABC):
-    """A model directory whose configuration and tensor headers have been read, but no weights.
+    """This class holds a model directory whose configuration and headers have been read, but no weights.
 
     Args:
         directory: A model in Hugging Face layout with safetensors weights.
@@ -41,7 +41,7 @@ class StoredModel(ABC):
         attention: The name of the attention function, as registered with transformers; None for the one that
             transformers prefers for the model.
         lasting: Whether weights will be read again while requests run; see :class:`Checkpoint`.
-        adapter: A change that is merged into the weights whenever they are read.
+        adapter: An adapter that is merged into the weights whenever they are read; None for none.
 
     Raises:
         ModelNotFoundError: Configuration or weights are missing, damaged or incomplete.
@@ -80,7 +80,7 @@ class StoredModel(ABC):
             self._take(self._checkpoint.tensors)
 
     def close(self) -> None:
-        """Close the files. A model that was loaded from them can read no more then."""
+        """Close the files. A model that was loaded from them can then read no more weights."""
         self._checkpoint.close()
 
     @property
@@ -94,10 +94,10 @@ class StoredModel(ABC):
         return self._tensors[self._table].shape[0]
 
     def sizes(self, window: int) -> ModelSizes:
-        """Return what the parts of the model take in memory.
+        """Return the sizes of the model's parts in memory.
 
         Args:
-            window: The number of tokens of the longest piece that is computed at once: of the longest pair.
+            window: The number of tokens of the longest pair, which is computed in one piece.
         """
         vocabulary, width = self._tensors[self._table].shape
         layer = self._module.get_submodule(self.family.layers)[0]
@@ -113,12 +113,12 @@ class StoredModel(ABC):
             window=window,
         )
 
-    def _check_family(self) -> None:  # noqa: B027 - every family will do, if a subclass does not mind
-        """Refuse a family that cannot do what is wanted of it."""
+    def _check_family(self) -> None:  # noqa: B027 - a subclass need not refuse any family
+        """Refuse a family that the subclass cannot use."""
 
     @abstractmethod
     def _build(self) -> Any:
-        """Return the module, with weights of any content."""
+        """Return the module. Its weights have arbitrary values."""
 
     @property
     @abstractmethod
@@ -126,11 +126,11 @@ class StoredModel(ABC):
         """The dtype that the head computes in."""
 
     def _apart(self) -> Collection[str]:
-        """Return the names of those weights of layers that are not read with their layer."""
+        """Return the names of weights of layers that are not read with their layer."""
         return ()
 
     def _take(self, tensors: Mapping[str, StoredTensor]) -> None:
-        """Find a place for the stored tensors, as far as the module wants them."""
+        """Take those of the stored tensors that the module needs."""
         stored = {_modern_name(name): tensor for name, tensor in tensors.items()}
         for target, source in self._module.all_tied_weights_keys.items():
             for name, other in ((target, source), (source, target)):
@@ -153,9 +153,8 @@ class StoredModel(ABC):
         for name, parameter in wanted.items():
             if stored[name].kind not in FLOATS:
                 raise UnsupportedModelError(
-                    f"{stored[name].path} stores {name} as {stored[name].kind}: quantised weights mean "
-                    f"nothing without their scales and are not supported; use the checkpoint in float32, float16 "
-                    f"or bfloat16"
+                    f"{stored[name].path} stores {name} as {stored[name].kind}: quantised weights are not "
+                    f"supported; use the checkpoint in float32, float16 or bfloat16"
                 )
             if stored[name].shape != tuple(parameter.shape):
                 raise ModelNotFoundError(
@@ -169,7 +168,7 @@ class StoredModel(ABC):
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def _sort(self) -> None:
-        """Group the tensors by what is read together."""
+        """Group the tensors that are read together."""
         apart = self._apart()
         in_layers = {
             number + 1: [name for name in self._under(f"{self.family.layers}.{number}.") if name not in apart]
@@ -186,7 +185,7 @@ class StoredModel(ABC):
         self._embedding = self._group([self._table], self.dtype)
 
     def _head_read(self) -> list[str]:
-        """Return the names of the head's weights, as far as they are not there already."""
+        """Return the names of the head's weights that are still to be read; a tied one is the embedding table."""
         return self._head
 
     def _under(self, *prefixes: str) -> list[str]:
@@ -198,11 +197,11 @@ class StoredModel(ABC):
         return TensorGroup(self._checkpoint, tensors, dict.fromkeys(tensors, dtype), changes)
 
     def _load(self, plan: MemoryPlan | None, also: Sequence[TensorGroup] = ()) -> Parts:
-        """Read the weights that are resident, and make what brings the others.
+        """Read the resident weights, and make the readers of the others.
 
         Args:
             plan: What to keep in memory; None for everything.
-            also: Other tensors to read.
+            also: Further tensors to read.
 
         Raises:
             ModelNotFoundError: The files cannot be read.
@@ -228,7 +227,7 @@ class StoredModel(ABC):
     def _read_resident(
         self, plan: MemoryPlan | None, also: Sequence[TensorGroup], meter: Meter
     ) -> RowCache | None:
-        """Bind what stays in memory, and return what stands in for the embedding table if that does not."""
+        """Bind the resident weights. Return the row cache if the embedding table is not resident, else None."""
         staging = aligned_buffer(PIECE)
         resident = self._layers.keys() if plan is None else plan.resident
         rows = None
@@ -263,7 +262,7 @@ class StoredModel(ABC):
             dtype=self.dtype,
             device=self.device,
             meter=meter,
-            # Gemma multiplies what it looks up.
+            # Gemma multiplies the rows that it looks up.
             scale=getattr(self._module.get_submodule(self.family.embedding), "embed_scale", None),
         )
 
