@@ -1,4 +1,4 @@
-"""One number, the density, becomes what each MLP keeps of its inputs and of its products."""
+"""This module turns one number, the density, into the shares of inputs and products that each MLP keeps."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from grating_core.columns.masks import Shares
 
 INPUTS_ODDS = 1.3
 FIRST_LAYER = 1.35
-_SPARE = 1.15  # room for products, in units of what a token uses
+_SPARE = 1.15  # room for products, divided by the room that one token's products take
 
 
 def check_density(mlp_density: Any) -> float:
     """Return the density, if it is one.
 
     Raises:
-        ValueError: It is not a number above 0, 1 at most.
+        ValueError: The density is not a number above 0 and at most 1.
     """
     if not is_number(mlp_density) or not 0 < mlp_density <= 1:
         raise ValueError(
@@ -29,13 +29,14 @@ def check_density(mlp_density: Any) -> float:
 def allocate(
     mlp_density: float, depth: int, inputs_odds: float = INPUTS_ODDS, first_layer: float = FIRST_LAYER
 ) -> tuple[Shares, ...]:
-    """Return what each layer keeps, so that their mean density is the one wanted.
+    """Return the shares that each layer keeps. Their mean density is ``mlp_density``.
 
-    Inputs matter more than products, and the first layer, whose inputs are the tokens themselves, more than the
-    others. ``scripts/fit_allocation.py`` fitted the last two numbers to the perplexity of SmolLM2-135M-Instruct.
+    Inputs matter more than products. The first layer, whose inputs are the tokens themselves, matters more than
+    the others. ``scripts/fit_allocation.py`` fitted the last two numbers to the perplexity of
+    SmolLM2-135M-Instruct.
 
     Args:
-        mlp_density: Share of the MLPs' weights that are used, above 0, 1 at most.
+        mlp_density: Share of the MLPs' weights that a token uses, above 0 and at most 1.
         depth: Number of layers.
         inputs_odds: Odds that an input is kept, divided by the odds of the layer's density.
         first_layer: Density of the first layer, divided by the mean.
@@ -46,14 +47,14 @@ def allocate(
 
 
 def divide_room(share: float, shares: Shares) -> Shares:
-    """Return how much of each kind of column is in memory, if a layer has room for a share of all its columns.
+    """Return the share of each kind of column that is in memory, if a layer has room for a share of all columns.
 
-    Products come first, as far as a token uses them and a bit more: nearly every one that is in memory saves a
-    read, and their reads are the small ones. Then come inputs, whose columns change more from token to token.
+    Products come first, up to a little more than a token uses: nearly every product in memory saves a read, and
+    reads of products are the small ones. Inputs come next, because their columns change more from token to token.
 
     Args:
-        share: Share of the MLP's weights that has room, from 0 to 1.
-        shares: What a token uses.
+        share: Share of the MLP's weights that fits into memory, from 0 to 1.
+        shares: Shares that a token uses.
     """
     products = min(1.0, _SPARE * shares.products, 3 * share)
     inputs = min(1.0, (3 * share - products) / 2)

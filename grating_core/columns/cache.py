@@ -1,4 +1,4 @@
-"""This module keeps account of columns: which are in memory, and which a token uses. It sees no weights."""
+"""This module records which columns are in memory and chooses those that a token uses. It sees no weights."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _NOWHERE = -1
 
 @dataclass(frozen=True)
 class Preference:
-    """A preference for columns in memory: γ, from above 0 to 1, multiplies the magnitudes of the others.
+    """A preference favours columns in memory: γ, above 0 and at most 1, multiplies the others' magnitudes.
 
     Attributes:
-        inputs: γ of columns of W_u and W_g. Magnitudes of inputs are even, and bear little preference.
-        products: γ of columns of W_d. Magnitudes of products are uneven, and bear a strong one.
+        inputs: γ of columns of W_u and W_g. Magnitudes of inputs are even, so the preference has to be weak.
+        products: γ of columns of W_d. Magnitudes of products are uneven, so the preference may be strong.
 
     Raises:
-        ValueError: One is not above 0, 1 at most.
+        ValueError: A γ is not above 0 and at most 1.
     """
 
     inputs: float
@@ -34,7 +34,7 @@ class Preference:
         for name, preference in (("inputs", self.inputs), ("products", self.products)):
             if not 0 < preference <= 1:
                 raise ValueError(
-                    f"preference for {name}, {preference!r}, must be above 0 and at most 1, which prefers nothing"
+                    f"preference for {name}, {preference!r}, must be above 0 and at most 1 (1 prefers no column)"
                 )
 
 
@@ -42,13 +42,12 @@ NO_PREFERENCE = Preference(1.0, 1.0)
 
 
 class Choice(NamedTuple):
-    """The columns that one token uses.
+    """A choice holds the columns that one token uses.
 
     Attributes:
-        columns: Numbers of the columns, int64 ``[k]``: first those that are in memory, then those to be read, each
-            rising.
-        slots: Place of each, int64 ``[k]``. Numbers from the capacity on are places beside the cache, where a
-            column lies for this token only.
+        columns: Numbers of the columns, int64 ``[k]``: first those in memory, then those to read, both rising.
+        slots: Slot of each column, int64 ``[k]``. Numbers from the capacity on are slots beside the cache, where a
+            column stays for this token only.
         hits: Number of columns that are in memory already.
     """
 
@@ -58,14 +57,14 @@ class Choice(NamedTuple):
 
 
 class ColumnCache:
-    """Keeps account of the columns of one matrix, or of two that are read together; some of them are in memory.
+    """This class records which columns are in memory, of one matrix or of two that are read together.
 
-    Masks are cache-aware, and the least frequently used columns give way, as in DIP (arXiv 2412.01380, section 5).
+    As in DIP (arXiv 2412.01380, section 5), masks are cache-aware, and the least used columns are evicted.
 
     Args:
         columns: Number of columns.
-        capacity: Number of columns that fit into memory, from 0 to all.
-        preference: Factor of the magnitude at a column that is not in memory. 1 treats all columns alike.
+        capacity: Number of columns that fit into memory, from 0 to ``columns``.
+        preference: Factor of the magnitudes of columns that are not in memory. 1 treats all columns alike.
     """
 
     def __init__(self, columns: int, capacity: int, *, preference: float = 1.0) -> None:
@@ -76,7 +75,7 @@ class ColumnCache:
         self._uses = np.zeros(columns, dtype=np.int64)
 
     def fill(self) -> NDArray[np.int64]:
-        """Take the first columns as present, one in each slot, and return their numbers."""
+        """Record the first columns as in memory, one in each slot, and return their numbers."""
         columns = np.arange(self.capacity)
         self._slot[:] = _NOWHERE
         self._slot[columns] = columns
@@ -84,26 +83,26 @@ class ColumnCache:
         return columns
 
     def held(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the columns that are in memory, rising, and the slot of each; both int64 ``[n]``."""
+        """Return the columns that are in memory, rising, and their slots; both int64 ``[n]``."""
         columns = np.flatnonzero(self._slot != _NOWHERE)
         return columns, self._slot[columns]
 
     def forget(self, columns: NDArray[np.int64]) -> None:
-        """Take these columns as not in memory, such as after a read that failed."""
+        """Record these columns as not in memory, for example after a read that failed."""
         slots = self._slot[columns]
         self._column[slots[slots != _NOWHERE]] = _NOWHERE
         self._slot[columns] = _NOWHERE
 
     def clear(self) -> None:
-        """Take no column as in memory."""
+        """Record that no column is in memory."""
         self._slot[:] = _NOWHERE
         self._column[:] = _NOWHERE
 
     def choose(self, magnitudes: NDArray[np.floating], count: int) -> Choice:
-        """Choose columns for one token. Those that are missing take the place of the least frequently used.
+        """Choose columns for one token. Missing columns replace those that are used least frequently.
 
         Args:
-            magnitudes: How much each column matters, ``[columns]``, none below 0.
+            magnitudes: Magnitude of each column, ``[columns]``, 0 or more.
             count: Number of columns to choose.
         """
         chosen = self._largest(magnitudes, count)
@@ -126,7 +125,7 @@ class ColumnCache:
         return np.sort(np.argpartition(magnitudes, -count)[-count:])
 
     def _make_room(self, hits: NDArray[np.int64], missing: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Find a slot for each missing column: first those of the columns used least, then beside the cache."""
+        """Find a slot for each missing column: slots of the least used columns, then slots beside the cache."""
         admitted = self._most_used(missing, self.capacity - len(hits))
         slots = self._victims(hits, len(admitted))
         evicted = self._column[slots]
@@ -140,13 +139,13 @@ class ColumnCache:
         return places
 
     def _most_used(self, missing: NDArray[np.int64], room: int) -> NDArray[np.int64]:
-        """Return the places of the missing columns that find room: those most likely to be wanted again."""
+        """Return the indices of the missing columns to keep, which are the most likely to be used again."""
         if len(missing) <= room:
             return np.arange(len(missing))
         return np.argpartition(self._uses[missing], -room)[-room:] if room else np.empty(0, dtype=np.int64)
 
     def _victims(self, hits: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-        """Return the slots whose columns were used least; none of those that are in use now."""
+        """Return the slots whose columns were used least, except columns in use now."""
         uses = np.where(self._column == _NOWHERE, _NOWHERE, self._uses[self._column])
         uses[self._slot[hits]] = np.iinfo(np.int64).max
         return np.argpartition(uses, count - 1)[:count] if count else np.empty(0, dtype=np.int64)
@@ -154,11 +153,11 @@ class ColumnCache:
 
 @dataclass(frozen=True)
 class Caching:
-    """The caching of a model: how much of each layer's MLP is in memory, and how much that part is preferred.
+    """This class says how much of each layer's MLP is in memory, and how strongly that part is preferred.
 
     Attributes:
         share: Share of the MLP's weights that is in memory, from 0 to 1; see :func:`divide_room`.
-        preference: Preference for columns that are in memory; the default is plain DIP, without any.
+        preference: Preference for columns that are in memory. The default is plain DIP, without a preference.
 
     Raises:
         ValueError: The share is not from 0 to 1.
@@ -169,10 +168,10 @@ class Caching:
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
-            raise ValueError(f"share={self.share!r} must be from 0 to 1: how much of the MLPs is in memory")
+            raise ValueError(f"share={self.share!r} must be from 0 to 1: the share of the MLPs that is in memory")
 
     def cache(self, columns: int, kind: Kind, shares: Shares) -> ColumnCache:
-        """Make a full cache for so many columns of one kind, of an MLP of which a token uses these shares."""
+        """Make a full cache for columns of one kind. ``shares`` are those of the MLP that a token uses."""
         room = int(getattr(divide_room(self.share, shares), kind) * columns)
         cache = ColumnCache(columns, room, preference=getattr(self.preference, kind))
         cache.fill()

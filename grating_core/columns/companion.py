@@ -1,8 +1,8 @@
 """The companion file of a model holds the columns of its gated MLPs, each in one piece that can be read alone.
 
-A checkpoint has W_u, W_g and W_d row by row; what a token needs are columns. So they are written once more, as a
-safetensors file with two tables for each layer. Row j of ``inputs`` is column j of W_u and of W_g, which are
-wanted together; row j of ``products`` is column j of W_d. Rows have checksums and begin at whole sectors, so that
+A checkpoint stores W_u, W_g and W_d row by row, but a token needs columns. So grating writes the columns again,
+as a safetensors file with two tables for each layer. Row j of ``inputs`` is column j of W_u and of W_g, which are
+used together; row j of ``products`` is column j of W_d. Rows have checksums and begin at whole sectors, so that
 each can be read past the page cache.
 """
 
@@ -36,16 +36,16 @@ Kind = Literal["inputs", "products"]
 KINDS: tuple[Kind, Kind] = ("inputs", "products")
 
 _FORMAT = "1"
-READERS = 16  # reads under way at a time: more were no faster on an NVMe disk
-_LONGEST_READ = 1 << 20  # bytes of neighbouring columns that are read in one go
-_MOST_PLACES = 1024  # that the system fills in one go
+READERS = 16  # reads at the same time: more were no faster on an NVMe disk
+_LONGEST_READ = 1 << 20  # bytes of neighbouring columns that one call reads
+_MOST_PLACES = 1024  # buffers that the system fills in one call
 _BLOCK = 256  # columns that are transposed at a time
 _KIND_OF = {dtype: kind for kind, dtype in FLOATS.items()}
 
 
 @dataclass(frozen=True)
 class ColumnSizes:
-    """The sizes of a model's gated MLPs.
+    """This class holds the sizes of a model's gated MLPs.
 
     Attributes:
         depth: Number of layers.
@@ -68,7 +68,7 @@ class ColumnSizes:
         return 2 * self.products if kind == "inputs" else self.width
 
     def length(self, kind: Kind) -> int:
-        """Return the same number with the fill up to a whole sector."""
+        """Return the number of entries in a row, including the fill up to a whole sector."""
         return whole_sectors(self.used(kind) * self.dtype.itemsize) // self.dtype.itemsize
 
     def row_bytes(self, kind: Kind) -> int:
@@ -77,7 +77,7 @@ class ColumnSizes:
 
     @property
     def layer_bytes(self) -> int:
-        """Return the bytes that all columns of a layer take in memory."""
+        """The bytes of all columns of a layer in memory."""
         return 3 * self.width * self.products * self.dtype.itemsize
 
 
@@ -89,17 +89,17 @@ def write_columns(
     *,
     show_progress: bool = False,
 ) -> None:
-    """Write a companion file, unless another process has done so meanwhile. It is there as a whole or not at all.
+    """Write a companion file as a whole or not at all, unless another process has written it meanwhile.
 
     Args:
         path: The file.
         weights: W_u and W_g ``[F, D]`` and W_d ``[D, F]`` of each layer, in the dtype of the sizes.
         sizes: Sizes of the model's MLPs.
         fingerprint: Identity of the model's weights.
-        show_progress: Show a progress bar on standard error.
+        show_progress: Whether to show a progress bar on standard error.
 
     Raises:
-        StorageError: There is no room for it, or it cannot be written.
+        StorageError: There is no room for the file, or it cannot be written.
     """
     header, size = _header(sizes, fingerprint)
     checks = []
@@ -117,7 +117,7 @@ def write_columns(
                 file.write(np.array(checks, dtype="<u8").tobytes())
     except StorageError as error:
         raise StorageError(
-            f"the columns of the MLPs have no companion file, and {error}; or leave mlp_density out"
+            f"the companion file with the columns of the MLPs is missing, and {error}; or leave mlp_density out"
         ) from error
 
 
@@ -156,12 +156,12 @@ def _rows(matrices: tuple[Tensor, ...], sizes: ColumnSizes, kind: Kind) -> Itera
 
 
 def _checksum(row: Any) -> int:
-    """Return the sum of 64-bit words: a CRC takes ten times as long, as long as reading."""
+    """Return the sum of 64-bit words. A CRC takes ten times as long, which is as long as reading."""
     return int(np.add.reduce(np.frombuffer(row, dtype="<u8")))
 
 
 class ColumnFile:
-    """A companion file, open for reading; from one thread at a time.
+    """This class reads a companion file. One thread at a time may use it.
 
     Args:
         path: The file.
@@ -169,7 +169,7 @@ class ColumnFile:
         fingerprint: Identity of the model's weights.
 
     Raises:
-        FileError: It is damaged, or belongs to other weights.
+        FileError: The file is damaged, or belongs to other weights.
     """
 
     def __init__(self, path: Path, sizes: ColumnSizes, fingerprint: str) -> None:
@@ -190,32 +190,32 @@ class ColumnFile:
         metadata = header.get("__metadata__") or {}
         if metadata.get("format") != _FORMAT or metadata.get("fingerprint") != fingerprint:
             raise ValueError(
-                f"it has the columns of other weights, or of another release of grating: its fingerprint is "
-                f"{str(metadata.get('fingerprint'))[:16]}..., and that of this model {fingerprint[:16]}..."
+                f"it has the columns of other weights, or comes from another release of grating: its fingerprint "
+                f"is {str(metadata.get('fingerprint'))[:16]}..., and this model's is {fingerprint[:16]}..."
             )
         for number, kind in _tables(self.sizes):
             name, count = f"{number}.{kind}", self.sizes.count(kind)
             if self._checkpoint.tensors[name].shape != (count, self.sizes.length(kind)):
-                raise ValueError(f"it has {name} of another shape than the model")
+                raise ValueError(f"its {name} has another shape than the model's")
             if self._checkpoint.tensors[f"{name}.checks"].shape != (count,):
-                raise ValueError(f"it lacks checksums of {name}")
+                raise ValueError(f"it lacks the checksums of {name}")
 
     def read(
         self, number: int, kind: Kind, columns: NDArray[np.int64], places: list[memoryview]
     ) -> Iterator[Future[None]]:
-        """Set going the reading of some columns, a share of them with every step of the iterator.
+        """Start to read columns. Every step of the iterator starts some more reads.
 
         Args:
             number: Number of the layer, from 1.
             kind: Kind of the columns.
             columns: Numbers of the columns, rising, int64 ``[n]``.
-            places: Memory for each: one row's bytes at a whole sector.
+            places: Memory for each column: the bytes of a row, at a whole sector.
 
         Yields:
-            Futures to wait for. A result raises FileError if a column cannot be read or is damaged.
+            Futures to wait for. Their results raise FileError if a column cannot be read or is damaged.
 
         Raises:
-            RuntimeError: No thread can be had; the reads that have come are under way.
+            RuntimeError: No thread can be started. The reads that were yielded before go on.
         """
         table = self._tables[number, kind]
         runs = table.runs(columns)
@@ -230,7 +230,7 @@ class ColumnFile:
 
 
 class _Table:
-    """The columns of one kind of one layer."""
+    """This class reads the columns of one kind of one layer."""
 
     def __init__(self, checkpoint: Checkpoint, number: int, kind: Kind) -> None:
         name = f"{number}.{kind}"
@@ -241,12 +241,12 @@ class _Table:
         checks = torch.empty(stored.end - stored.start, dtype=torch.uint8)
         checkpoint.read(stored, stored.start, checks)
         self._checks = checks.numpy().view("<u8")
-        # A column that was right once is not looked at again: checking takes as long as reading.
+        # A column that was right once is not checked again, because checking takes as long as reading.
         self._seen = np.zeros(len(self._checks), dtype=bool)
         self._changes = checkpoint.changes(self._tensor)
 
     def runs(self, columns: NDArray[np.int64]) -> list[tuple[int, int]]:
-        """Find neighbouring columns: for each run, where it begins and ends among these."""
+        """Find runs of neighbouring columns, and return where each run starts and ends in ``columns``."""
         if not len(columns):
             return []
         most = max(1, min(_MOST_PLACES, _LONGEST_READ // self._row))
@@ -278,4 +278,4 @@ class _Table:
         self._seen[columns] = True
 
 
-_WAY_OUT = "delete the file, and it is written anew when the model is loaded"
+_WAY_OUT = "delete the file, and grating writes it again when the model is loaded"

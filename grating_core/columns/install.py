@@ -1,4 +1,4 @@
-"""The pruning of a model's MLPs: what is asked for, and how it is put into the model."""
+"""This module puts MLPs that compute from columns into a model, as a density asks for."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from grating_core.columns.mlp import ColumnMlp, ColumnTable, make_staging
 from grating_core.files.places import is_there
 from grating_core.memory.meter import Meter
 
-# Of the preferences that find 10 % more, this one costs SmolLM2-135M-Instruct least: see benchmarks/perplexity.py.
-# The paper has 0.2 for both.
+# Among preferences that find 10 % more columns in memory, this one costs SmolLM2-135M-Instruct least: see
+# benchmarks/perplexity.py. The paper has 0.2 for both.
 PREFERENCE = Preference(inputs=0.9, products=0.3)
 _STAGING = 32_000_000  # bytes; larger was no faster
-_FEWEST_STAGED = 2  # columns of the larger kind in each half
+_FEWEST_STAGED = 2  # columns of the larger kind that each half holds at least
 
 Weights = Iterator[tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class MlpPruning:
-    """The way in which the MLPs of a model are pruned.
+    """This class says how the MLPs of a model are pruned.
 
     Attributes:
-        density: Share of their weights that a token uses, above 0 and below 1.
+        density: Share of the MLPs' weights that a token uses, above 0 and below 1.
         preference: Preference for columns that are in memory.
         show_progress: Whether a progress bar is shown while the companion file is written.
     """
@@ -41,10 +41,10 @@ class MlpPruning:
 
 
 def mlp_pruning(mlp_density: float | None, *, show_progress: bool) -> MlpPruning | None:
-    """Return what a density asks for; None where it asks for all weights.
+    """Return the pruning for a density; None if the density asks for all weights.
 
     Raises:
-        ValueError: It is not a number above 0, 1 at most.
+        ValueError: The density is not a number above 0 and at most 1.
     """
     if mlp_density is None or check_density(mlp_density) == 1:
         return None
@@ -52,7 +52,7 @@ def mlp_pruning(mlp_density: float | None, *, show_progress: bool) -> MlpPruning
 
 
 def staging_bytes(sizes: ColumnSizes) -> int:
-    """Return the bytes of memory in which columns arrive."""
+    """Return the bytes of the memory that columns are read into."""
     largest = max(sizes.row_bytes(kind) for kind in KINDS)
     tables = max(sizes.count(kind) * sizes.row_bytes(kind) for kind in KINDS)
     return max(2 * _FEWEST_STAGED * largest, min(_STAGING, 2 * tables))
@@ -61,18 +61,18 @@ def staging_bytes(sizes: ColumnSizes) -> int:
 def open_columns(
     directory: Path, sizes: ColumnSizes, fingerprint: str, weights: Callable[[], Weights], *, show_progress: bool
 ) -> ColumnFile:
-    """Open the companion file of a model. It is written first if it is not there.
+    """Open the companion file of a model, after writing it if there is none.
 
     Args:
-        directory: Directory in which such files are kept.
+        directory: Directory of all companion files.
         sizes: Sizes of the model's MLPs.
-        fingerprint: Identity of its weights.
+        fingerprint: Identity of the model's weights.
         weights: Function that yields W_u, W_g and W_d of each layer, see :func:`write_columns`.
-        show_progress: Show a progress bar while writing.
+        show_progress: Whether to show a progress bar while writing.
 
     Raises:
-        FileError: It is damaged, or belongs to other weights.
-        StorageError: It cannot be written.
+        FileError: The file is damaged, or belongs to other weights.
+        StorageError: The file cannot be written.
     """
     path = directory / f"{fingerprint[:16]}-{str(sizes.dtype).removeprefix('torch.')}.safetensors"
     if not is_there(path):
@@ -83,13 +83,13 @@ def open_columns(
 def install(
     layers: Sequence[nn.Module], file: ColumnFile, pruning: MlpPruning, share: float, meter: Meter
 ) -> None:
-    """Put MLPs that compute from columns into the place of those of a model.
+    """Replace the MLPs of a model by MLPs that compute from columns.
 
     Args:
         layers: Layers of the model.
         file: Companion file of the model.
-        pruning: What a token uses.
-        share: Share of each layer's MLP that finds room in memory, from 0 to 1. So much is read at once.
+        pruning: How the MLPs are pruned.
+        share: Share of each layer's MLP that fits into memory, from 0 to 1. This call reads that share.
         meter: Counter of columns, bytes and waiting.
 
     Raises:
@@ -106,5 +106,5 @@ def install(
         inputs.fill()
         products.fill()
         layer.mlp = ColumnMlp(find_gated_mlp(layer), inputs, products, shares)
-    meter.columns_read = meter.bytes_read = 0  # requests are counted, not loading
+    meter.columns_read = meter.bytes_read = 0  # the meter counts requests, and not loading
     meter.seconds_waited = 0.0

@@ -1,8 +1,8 @@
-"""Plain tensor code says what a pruned MLP computes. Every faster path is tested against it.
+"""Plain tensor code defines what a pruned MLP computes. Every faster path is tested against it.
 
 A gated MLP is y = W_d ((W_u x) * act(W_g x)). Dynamic input pruning (DIP, arXiv 2412.01380, section 4) keeps the
-entries of x that are largest in magnitude, which decides the columns of W_u and W_g that are needed, and then the
-largest of the gated product, which decides the columns of W_d.
+entries of x with the largest magnitudes, which decide the columns of W_u and W_g. Then it keeps the largest
+entries of the gated product, which decide the columns of W_d.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from grating_core.errors import UnsupportedModelError
 
 @dataclass(frozen=True)
 class Shares:
-    """The shares, from 0 to 1, of what one MLP keeps.
+    """This class holds the shares, from 0 to 1, that one MLP keeps.
 
     Attributes:
-        inputs: Share of the entries of its input, and so of the columns of W_u and W_g.
-        products: Share of the entries of its gated product, and so of the columns of W_d.
+        inputs: Share of the input's entries, and so of the columns of W_u and W_g.
+        products: Share of the gated product's entries, and so of the columns of W_d.
     """
 
     inputs: float
@@ -30,20 +30,20 @@ class Shares:
 
     @property
     def density(self) -> float:
-        """Return the share of the three matrices' weights that are used."""
+        """The share of the three matrices' weights that is used."""
         return (2 * self.inputs + self.products) / 3
 
 
 def kept(count: int, share: float) -> int:
-    """Return how many of so many entries a share comes to; at least one."""
+    """Return the number of entries in a share of ``count`` entries, at least one."""
     return min(count, max(1, round(share * count)))
 
 
 def keep_largest(values: Tensor, share: float) -> Tensor:
-    """Return the values with all but the largest in magnitude set to 0, along the last dimension.
+    """Return the values with all but the largest magnitudes set to 0, along the last dimension.
 
     Args:
-        values: ``[…, D]``.
+        values: Values, ``[…, D]``.
         share: Share of the D entries that is kept.
     """
     count = kept(values.shape[-1], share)
@@ -57,7 +57,7 @@ def find_gated_mlp(layer: nn.Module) -> Any:
     """Return the gated MLP of a decoder's layer, with ``gate_proj``, ``up_proj``, ``down_proj`` and ``act_fn``.
 
     Raises:
-        UnsupportedModelError: The layer has none.
+        UnsupportedModelError: The layer has no gated MLP.
     """
     mlp = getattr(layer, "mlp", None)
     if not all(hasattr(mlp, part) for part in ("gate_proj", "up_proj", "down_proj", "act_fn")):
@@ -69,13 +69,13 @@ def find_gated_mlp(layer: nn.Module) -> Any:
 
 
 class MaskedMlp(nn.Module):
-    """A gated MLP that computes with what is kept only, for every token on its own.
+    """A masked MLP computes each token with the kept entries only.
 
-    All weights are in memory and multiplied. So it shows what pruning does to a model, and saves nothing.
+    It multiplies by all weights, so it shows how pruning changes a model, but saves nothing.
 
     Args:
-        mlp: The dense one, see :func:`find_gated_mlp`.
-        shares: What is kept.
+        mlp: The dense MLP, see :func:`find_gated_mlp`.
+        shares: Shares of the entries that are kept.
     """
 
     def __init__(self, mlp: Any, shares: Shares) -> None:

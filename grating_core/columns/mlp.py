@@ -1,4 +1,4 @@
-"""Gated MLPs whose columns are partly in memory and partly in the companion file."""
+"""This module computes gated MLPs whose columns are partly in memory and partly in the companion file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from grating_core.memory.meter import Meter
 
 
 class Half(NamedTuple):
-    """Half of the memory in which columns of one kind arrive: each row, and all as a matrix ``[rows, length]``."""
+    """A half of the staging memory for one kind of columns: its rows, and all as a matrix ``[rows, length]``."""
 
     places: list[memoryview]
     matrix: Tensor
@@ -33,13 +33,13 @@ Staging = Mapping[Kind, tuple[Half, Half]]
 
 
 def make_staging(size: int, sizes: ColumnSizes) -> Staging:
-    """Take the memory in which columns arrive before they are used and kept. All tables share it.
+    """Take the memory that columns are read into before they are used and kept. All tables share it.
 
     Args:
         size: Bytes of memory, enough for two columns of either kind.
         sizes: Sizes of the model's MLPs.
     """
-    # What no column has been read into is multiplied by 0, and must be a number.
+    # Rows without a column are multiplied by 0, so they must hold numbers.
     buffer = aligned_buffer(size).zero_()
     array: Any = buffer.numpy()
     view = memoryview(array)
@@ -54,14 +54,14 @@ def make_staging(size: int, sizes: ColumnSizes) -> Staging:
 
 
 class ColumnTable:
-    """A matrix given by its columns, of which a bounded number is in memory.
+    """A column table is a matrix that keeps a limited number of its columns in memory.
 
     Args:
         file: The companion file.
         number: Number of the layer, from 1.
         kind: Kind of the columns.
-        cache: Account of which columns are in memory.
-        staging: Memory in which missing columns arrive.
+        cache: The record of the columns that are in memory.
+        staging: Memory that missing columns are read into.
         meter: Counter of columns, bytes and waiting.
     """
 
@@ -77,15 +77,15 @@ class ColumnTable:
         tell_of_forks(self)
 
     def after_fork(self) -> None:
-        """Begin with nothing if another thread was at work: what it took for present may never have arrived."""
+        """Empty the cache if another thread was reading: columns that it recorded may never have arrived."""
         if self._changing:
             self._cache.clear()
             for half in self._halves:
-                half.matrix.view(torch.uint8).numpy().fill(0)  # by numpy: torch's threads are not here
+                half.matrix.view(torch.uint8).numpy().fill(0)  # numpy needs no threads, which a fork loses
             self._changing = False
 
     def fill(self) -> None:
-        """Read as many columns as find room, so that the first tokens find something."""
+        """Read as many columns as fit, so that the first tokens find some in memory."""
         self._changing = True
         columns = self._cache.fill()
         with self._reading(columns) as blocks:
@@ -93,14 +93,14 @@ class ColumnTable:
                 self._held[block] = matrix[: block.stop - block.start, : self._rows]
 
     def multiply(self, values: Tensor, count: int) -> Tensor:
-        """Multiply by one token's values, of which the largest count.
+        """Multiply the matrix by the largest of one token's values.
 
         Args:
-            values: ``[columns]``, in the dtype of the weights.
+            values: Values, ``[columns]``, in the dtype of the weights.
             count: Number of values to use.
 
         Returns:
-            float32 ``[rows of the matrix]``.
+            The product, float32 ``[rows of the matrix]``.
         """
         self._changing = True
         columns, slots, hits = self._cache.choose(values.abs().float().numpy(), count)
@@ -116,13 +116,13 @@ class ColumnTable:
         return total
 
     def multiply_all(self, values: Tensor) -> Tensor:
-        """Multiply by the values of many tokens, all of which count. What is in memory does not change.
+        """Multiply the matrix by all values of many tokens. The columns in memory stay the same.
 
         Args:
-            values: ``[T, columns]``, in the dtype of the weights.
+            values: Values, ``[T, columns]``, in the dtype of the weights.
 
         Returns:
-            float32 ``[T, rows of the matrix]``.
+            The products, float32 ``[T, rows of the matrix]``.
         """
         columns, slots = self._cache.held()
         missing = np.setdiff1d(np.arange(values.shape[1]), columns)
@@ -135,8 +135,8 @@ class ColumnTable:
         return total
 
     def _keep(self, matrix: Tensor, slots: NDArray[np.int64]) -> None:
-        """Copy columns into their slots; those beside the cache into the row behind it."""
-        # To pick out those that stay would be a copy more.
+        """Copy columns into their slots; columns beside the cache go into the row behind it."""
+        # Selecting the columns that stay would take another copy.
         capacity = self._cache.capacity
         if slots.min() < capacity:
             places = torch.from_numpy(np.minimum(slots, capacity))
@@ -144,9 +144,9 @@ class ColumnTable:
 
     @contextmanager
     def _reading(self, columns: NDArray[np.int64]) -> Iterator[Iterator[tuple[slice, Tensor]]]:
-        """Have columns read block by block: which of them they are, and a matrix with them as rows.
+        """Read columns block by block; each block comes with its place in ``columns``, and as rows of a matrix.
 
-        The first block is on its way when the ``with`` begins, and each next one while the one before is used.
+        The reads of the first block start at once. Each next block is read while the one before is used.
         """
         most = len(self._halves[0].places)
         blocks = [slice(start, min(start + most, len(columns))) for start in range(0, len(columns), most)]
@@ -156,7 +156,7 @@ class ColumnTable:
             if index < len(blocks):
                 places = self._halves[index % 2].places
                 for reading in self._file.read(self._number, self._kind, columns[blocks[index]], places):
-                    under_way.append(reading)  # one by one: if the next cannot begin, this one is waited for
+                    under_way.append(reading)  # one by one, so that all can be awaited if the next cannot start
 
         def arrivals() -> Iterator[tuple[slice, Tensor]]:
             for index, block in enumerate(blocks):
@@ -177,12 +177,12 @@ class ColumnTable:
         self._meter.bytes_read += len(columns) * self._file.sizes.row_bytes(self._kind)
 
     def _give_up(self, under_way: list[Future[None]], columns: NDArray[np.int64]) -> None:
-        """Make sure that nothing arrives any more, and that nothing is left of what has."""
+        """Wait until no read is under way, and discard the columns that have arrived."""
         self._cache.forget(columns)
         for reading in under_way:
             if not reading.cancel():
                 reading.exception()
-        for half in self._halves:  # it may be anything, and times 0 it must be 0
+        for half in self._halves:  # it may hold anything, but 0 times its numbers must be 0
             half.matrix.zero_()
 
     def _wait(self, under_way: list[Future[None]]) -> None:
@@ -194,29 +194,29 @@ class ColumnTable:
 
 
 class ColumnMlp(nn.Module):
-    """Stands in for a gated MLP, and computes with the columns that a token needs.
+    """A column MLP takes the place of a gated MLP, and computes with the columns that a token needs.
 
-    A single token is computed with its own columns. Many tokens at once, as in a prompt, need nearly all columns
-    together, and are computed with all.
+    A single token is computed with its own columns. Many tokens, as in a prompt, are computed with all columns,
+    because together they need nearly all.
 
     Args:
-        mlp: The MLP it stands in for. Its activation and biases are used, its weights are not.
+        mlp: The MLP to replace. Its activation and biases are used, but not its weights.
         inputs: The columns of W_u and W_g.
         products: The columns of W_d.
-        shares: What a single token uses.
+        shares: Shares that a single token uses.
     """
 
     def __init__(self, mlp: Any, inputs: ColumnTable, products: ColumnTable, shares: Shares) -> None:
         super().__init__()
         self._act = mlp.act_fn
-        # The modules stay where they were, so that biases are bound by their names.
+        # The modules keep their places, so that biases are bound by name.
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         self._inputs, self._products = inputs, products
         self._inputs_kept = kept(mlp.down_proj.out_features, shares.inputs)
         self._products_kept = kept(mlp.down_proj.in_features, shares.products)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return output ``[1, T, D]`` for input of that shape."""
+        """Return the MLP's output ``[1, T, D]`` for an input of the same shape."""
         rows = hidden[0]
         if len(rows) == 1:
             product = self._gated(self._inputs.multiply(rows[0], self._inputs_kept)[None], rows.dtype)
@@ -228,7 +228,7 @@ class ColumnMlp(nn.Module):
         return output.to(rows.dtype)[None]
 
     def _gated(self, both: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the gated product ``[T, F]`` of ``[T, 2 F]``: rows of W_u's products, W_g's behind them."""
+        """Return the gated product ``[T, F]``; ``both`` is ``[T, 2 F]``, first W_u's products and then W_g's."""
         up, gate = both.to(dtype).chunk(2, dim=1)
         if self.up_proj.bias is not None:
             up, gate = up + self.up_proj.bias, gate + self.gate_proj.bias
@@ -240,7 +240,7 @@ def _weighted_sum(table: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     """Sum some rows, each times a weight, in float32. No row is copied."""
     if not len(slots):
         return torch.zeros(table.shape[1])
-    # A bag for each thread: a bag is never divided.
+    # Each thread gets one bag, because torch never divides a bag.
     bags = min(torch.get_num_threads(), len(slots))
     offsets = torch.arange(bags) * len(slots) // bags
     return embedding_bag(slots, table, offsets, mode="sum", per_sample_weights=weights).float().sum(0)
@@ -249,8 +249,8 @@ def _weighted_sum(table: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
 def _product(matrix: Tensor, values: Tensor, columns: NDArray[np.int64], slots: NDArray[np.int64]) -> Tensor:
     """Multiply values ``[T, columns]`` by the rows in these slots, in float32.
 
-    All rows are multiplied, those without a column by 0: gathering them takes longer, and the library that
-    multiplies keeps a kernel for every shape it meets.
+    All rows are multiplied, and rows without a column by 0. Gathering the others would take longer, and the
+    library that multiplies keeps a kernel for every shape that it meets.
     """
     placed = values.new_zeros(len(values), len(matrix))
     placed[:, torch.from_numpy(slots)] = values[:, torch.from_numpy(columns)]

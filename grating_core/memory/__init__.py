@@ -1,1 +1,1 @@
-"""Weights from disk, hidden states to disk, and the plan that keeps both within a memory budget."""
+"""This room reads weights from disk, writes hidden states to disk, and plans both within a memory budget."""

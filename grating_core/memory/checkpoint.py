@@ -1,4 +1,4 @@
-"""Safetensors files read in place: where each tensor lies, and positioned reads into buffers that exist."""
+"""This module finds tensors in safetensors files, and reads any part of a file into a given buffer."""
 
 from __future__ import annotations
 
@@ -20,24 +20,23 @@ from grating_core.errors import FileError
 from grating_core.forking import Lock
 from grating_core.memory.header import LONGEST_HEADER, StoredTensor, parse_header
 
-SECTOR = 4096  # what O_DIRECT wants addresses, offsets and lengths to be multiples of
-_SAMPLE = 64  # bytes, one for each of the next so many of a tensor, that tell one checkpoint from another
-_SAMPLED = 1 << 22
+SECTOR = 4096  # bytes; O_DIRECT wants addresses, offsets and lengths that are multiples of this
+_SAMPLE = 64  # bytes of a sample; samples show whether a checkpoint was replaced
+_SAMPLED = 1 << 22  # bytes of a tensor for which one sample is taken
 
 
 class Checkpoint:
     """A checkpoint reads the safetensors files of one model, for several threads at once.
 
-    After a failed read the files are opened again, so that a checkpoint that comes back is found. Once closed it
-    stays so.
+    After a failed read the checkpoint opens its files again, so that it finds files that came back. A closed
+    checkpoint stays closed.
 
     Args:
         paths: The files.
-        lasting: Whether the files will be read again and again while they may change under us. Then reads of whole
-            sectors bypass the page cache where the file system allows it (the copy out of that cache would take
-            time from computing), and what was read is remembered: samples of every tensor when a file is opened,
-            and a checksum of whatever is read past that cache. When a file is not as it was, down to its change
-            time, they tell one that holds the same from one that was replaced.
+        lasting: Whether the files will be read again and again, and may change meanwhile. Reads of whole sectors
+            then bypass the page cache where the file system allows it, because the copy out of the cache takes
+            time from computing. The checkpoint also remembers samples of every tensor, and checksums of what was
+            read past the cache. If a file's size or times change, these show whether its content is the same.
 
     Raises:
         FileError: A file cannot be read, or is not safetensors.
@@ -58,16 +57,17 @@ class Checkpoint:
             raise
 
     def read(self, tensor: StoredTensor, start: int, buffer: Tensor, *, direct: bool = False) -> None:
-        """Fill a buffer with the bytes of a file from ``start`` on; past the end of the file it stays as it is.
+        """Fill a buffer with a file's bytes from ``start`` on. Behind the file's end the buffer does not change.
 
         Args:
             tensor: The tensor whose file is read; messages name it.
             start: Offset of the first byte.
             buffer: uint8 ``[n]`` on the CPU, contiguous.
-            direct: Bypass the page cache if possible. Then offset, length and address are whole sectors.
+            direct: Whether to bypass the page cache if possible. Offset, length and address must then be whole
+                sectors.
 
         Raises:
-            FileError: The file is cut short, cannot be read, or is another one than was opened.
+            FileError: The file is cut short, cannot be read, or was replaced.
         """
         self._files[tensor.path].read(tensor.name, [(start, [_view(buffer)])], direct, remember=direct)
 
@@ -76,42 +76,42 @@ class Checkpoint:
 
         Args:
             tensor: The tensor whose file is read; messages name it.
-            pieces: Offsets of first bytes, each with the places that are filled from there on in their order.
-                Offsets, lengths and addresses are whole sectors.
+            pieces: Offsets of first bytes, each with the places that are filled from there on, in order. Offsets,
+                lengths and addresses must be whole sectors.
 
         Raises:
-            FileError: The file is cut short, cannot be read, or is another one than was opened.
+            FileError: The file is cut short, cannot be read, or was replaced.
         """
         self._files[tensor.path].read(tensor.name, pieces, direct=True)
 
     def announce(self, tensor: StoredTensor, ranges: Sequence[tuple[int, int]]) -> None:
-        """Tell the system which bytes, as (start, end), will be read next: it fetches them all at once."""
+        """Tell the system which bytes, as (start, end), will be read next, so that it fetches them all at once."""
         self._files[tensor.path].announce(ranges)
 
     def changes(self, tensor: StoredTensor) -> int:
-        """Return how often the tensor's file was found to be another than before, though it may hold the same."""
+        """Return how often the tensor's file was found changed. Its content may still be the same."""
         return self._files[tensor.path].changes
 
     def close(self) -> None:
-        """Close the files; reading raises FileError from now on."""
+        """Close the files. Later reads raise FileError."""
         for file in self._files.values():
             file.close()
 
 
 class _File:
-    """This is one open safetensors file."""
+    """This class reads one open safetensors file."""
 
     def __init__(self, path: Path, lasting: bool) -> None:
         self.path = path
         self._lasting = lasting
         self._lock = Lock()
-        self._checks: dict[tuple[int, int], int] = {}  # of what was read, by start and length
-        self._sure: set[tuple[int, int]] = set()  # those that are known to be the same since the file last changed
+        self._checks: dict[tuple[int, int], int] = {}  # checksums of bytes that were read, by start and length
+        self._sure: set[tuple[int, int]] = set()  # the bytes that were checked since the file last changed
         self.changes = 0
         self._closed = False
         self._buffered = _open(path)
         self._direct = _open_direct(path) if lasting else None
-        # A model that nobody holds any more is freed without being closed.
+        # A model that nobody holds any more is freed without a call of close.
         self._end = weakref.finalize(self, _close, self._buffered, self._direct)
         try:
             self._look()
@@ -159,7 +159,7 @@ class _File:
         raise FileError(f"{self.path}: reading {name} failed: {cause}")
 
     def _is_as_opened(self) -> bool:
-        """Tell whether the open file holds what was opened, even if its name, time or permissions are others."""
+        """Tell whether the open file still has the same content, even if its name, time or permissions changed."""
         identity = _identity(self._buffered)
         if identity == self._identity:
             return True
@@ -172,7 +172,7 @@ class _File:
         return True
 
     def _was_read_before(self, piece: tuple[int, list[memoryview]]) -> bool:
-        """Tell whether what was read is what was read there first; computed once until the file changes."""
+        """Tell whether the bytes equal those of the first read of that place. A checksum is computed only once."""
         start, (view,) = piece
         if (place := (start, len(view))) in self._sure:
             return True
@@ -183,7 +183,7 @@ class _File:
         return True
 
     def _reopen(self, name: str, cause: str) -> None:
-        """Open the file again; it must be the one that was opened first."""
+        """Open the file again. Its content must be the same as at first."""
         with self._lock:
             if self._closed:
                 raise FileError(f"{self.path} has been closed, so {name} cannot be read")
@@ -200,7 +200,7 @@ class _File:
                         f"{self.path} has changed since it was opened, so {name} cannot be read: put the file "
                         f"back, or load the model anew"
                     )
-                # Other threads may be reading. They have the descriptors, which then mean the new file.
+                # Other threads may be reading from these descriptors, which now mean the new file.
                 os.dup2(twin._buffered.fileno(), self._buffered.fileno(), inheritable=False)
                 if self._direct is not None:
                     os.dup2((twin._direct or twin._buffered).fileno(), self._direct.fileno(), inheritable=False)
@@ -210,7 +210,7 @@ class _File:
 
     def announce(self, ranges: Sequence[tuple[int, int]]) -> None:
         if hasattr(os, "posix_fadvise"):
-            with suppress(OSError, ValueError):  # if something is wrong, reading will tell
+            with suppress(OSError, ValueError):  # reading will raise the error again
                 for start, end in ranges:
                     os.posix_fadvise(self._buffered.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
 
@@ -228,7 +228,7 @@ def _close(*files: FileIO | None) -> None:
 
 def _open(path: Path, flags: int = 0) -> FileIO:
     """Open a file for reading, and raise ``OSError`` for anything else that may have its name."""
-    # Without waiting: a named pipe would be waited for until somebody writes into it.
+    # Opening must not wait: a named pipe would wait until somebody writes into it.
     flags |= getattr(os, "O_NONBLOCK", 0)
     file = FileIO(path, opener=lambda name, usual: os.open(name, usual | flags))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -238,7 +238,7 @@ def _open(path: Path, flags: int = 0) -> FileIO:
 
 
 def _open_direct(path: Path) -> FileIO | None:
-    """Open a file past the page cache; return None where that cannot be had."""
+    """Open a file past the page cache; return None where the system cannot do so."""
     if not hasattr(os, "O_DIRECT"):
         return None
     try:
@@ -255,11 +255,11 @@ def _open_direct(path: Path) -> FileIO | None:
 
 def _identity(file: FileIO) -> tuple[int, int, int]:
     status = os.fstat(file.fileno())
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns  # the last cannot be set back
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns  # nobody can set st_ctime_ns back
 
 
 def _fill(file: FileIO, start: int, views: list[memoryview], size: int) -> None:
-    """Read into one view after the other, until all are full or a file of this size is at its end."""
+    """Read into one view after another, until all are full or ``size`` bytes, the whole file, are read."""
     while any(views) and start < size:
         got = read_at(file, start, views)
         if got == 0:
@@ -278,13 +278,13 @@ def _view(buffer: Tensor) -> memoryview:
 
 
 def read_at(file: FileIO, start: int, views: list[memoryview]) -> int:
-    """Read from a place in a file into views, and return how many bytes came, which may be fewer than fit.
+    """Read from a place in a file into views, and return the number of bytes, which may be fewer than fit.
 
-    The position in the file, which a forked process shares, stays as it is where the system can read so.
+    The file's position, which a forked process shares, does not change on systems with positioned reads.
     """
     if hasattr(os, "preadv"):
         return os.preadv(file.fileno(), views, start)
-    with _seeking:  # no positioned reads on this system
+    with _seeking:  # this system has no positioned reads
         file.seek(start)
         return file.readinto(views[0]) or 0
 
@@ -297,7 +297,7 @@ def _read_header(path: Path, file: FileIO) -> dict[str, StoredTensor]:
     try:
         length = int.from_bytes(_pread(file, 0, 8, size), "little")
         if length > min(size - 8, LONGEST_HEADER):
-            raise ValueError(f"the header would have {length:,} bytes, and the file has {size:,}")
+            raise ValueError(f"the header would have {length:,} bytes, but the file has only {size:,}")
         return parse_header(_pread(file, 8, length, size), path, size)
     except (ValueError, EOFError) as error:
         raise FileError(f"{path} is not safetensors: {error}") from error
@@ -310,7 +310,7 @@ def _pread(file: FileIO, start: int, length: int, size: int) -> bytes:
 
 
 def aligned_buffer(size: int, *, pinned: bool = False) -> Tensor:
-    """Return uint8 ``[size]`` whose address is a whole sector, ``size`` rounded up to whole sectors."""
+    """Return a buffer, uint8 ``[size]``, at a whole sector. ``size`` is rounded up to whole sectors."""
     size = whole_sectors(size)
     memory = torch.empty(size + SECTOR, dtype=torch.uint8, pin_memory=pinned)
     shift = -memory.data_ptr() % SECTOR
@@ -318,5 +318,5 @@ def aligned_buffer(size: int, *, pinned: bool = False) -> Tensor:
 
 
 def whole_sectors(size: int) -> int:
-    """Return so many bytes, rounded up to whole sectors."""
+    """Return a number of bytes, rounded up to whole sectors."""
     return -(-size // SECTOR) * SECTOR

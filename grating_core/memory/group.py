@@ -1,4 +1,4 @@
-"""Tensors that are read together, such as the weights of one layer, into one buffer."""
+"""This module reads tensors together into one buffer, such as the weights of one layer."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from grating_core.memory.checkpoint import SECTOR, Checkpoint, whole_sectors
 from grating_core.memory.header import FLOATS, StoredTensor
 
-_GAP = 64 * 1024  # reading this much for nothing costs less than a read of its own
-PIECE = 1 << 22  # bytes of the buffer in which tensors are as stored while they are converted
+_GAP = 64 * 1024  # bytes; reading a smaller gap for nothing costs less than a second read
+PIECE = 1 << 22  # bytes of the buffer that holds stored tensors while they are converted
 _ALIGNMENT = 64
 
 
 class Change(Protocol):
-    """A change is added to a tensor after it was read."""
+    """A change is added to a tensor after the tensor was read."""
 
     def add_to(self, weight: Tensor) -> None:
         """Change the tensor in place."""
@@ -36,14 +36,14 @@ class _Run:
 class TensorGroup:
     """A group reads tensors together into one buffer.
 
-    If all are stored in the dtype they are wanted in, whole runs of them go from the file to the buffer and the
-    tensors are views into it. Otherwise they pass through a small buffer of their own and are converted.
+    If all tensors are stored in the wanted dtypes, whole runs of them go from the file to the buffer, and the
+    tensors are views into it. Otherwise each tensor passes through a small staging buffer and is converted.
 
     Args:
         checkpoint: The open files.
-        tensors: Each tensor by the name it will have.
-        dtypes: The dtype each is wanted in.
-        changes: Changes that are added to some of them, by name, whenever they are read.
+        tensors: The stored tensors, by the names that they will have.
+        dtypes: The wanted dtype of each tensor, by name.
+        changes: Changes that are added whenever a tensor is read, by the tensor's name; None for none.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class TensorGroup:
             FLOATS[tensor.kind] == dtypes[name] and tensor.start % dtypes[name].itemsize == 0
             for name, tensor in tensors.items()
         )
-        """Whether tensors are wanted otherwise than they are stored; reading then takes a buffer more."""
+        """Whether tensors are converted; reading then takes one more buffer."""
         self._runs = [] if self.converts else _coalesced(tensors.values())
         self.size = 0
-        """Bytes of buffer that the group needs."""
-        self._offsets: dict[str, int] = {}  # of each tensor in the buffer
+        """Bytes of the buffer that the group needs."""
+        self._offsets: dict[str, int] = {}  # bytes before each tensor in the buffer
         for run in self._runs:
             for name, tensor in tensors.items():
                 if tensor.path == run.first.path and run.start <= tensor.start and tensor.end <= run.end:
@@ -77,7 +77,7 @@ class TensorGroup:
 
     @property
     def bytes_read(self) -> int:
-        """Return the bytes that one reading takes from the files."""
+        """The bytes that one reading takes from the files."""
         return sum(part.end - part.start for part in self._runs or self._tensors.values())
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
@@ -94,7 +94,7 @@ class TensorGroup:
 
         Args:
             buffer: uint8 ``[size]`` or longer, on the CPU, at a whole sector.
-            staging: uint8 ``[PIECE]``, the same way; used if the group :attr:`converts`.
+            staging: uint8 ``[PIECE]``, on the CPU, at a whole sector; used only if the group :attr:`converts`.
 
         Raises:
             FileError: A file cannot be read; the message names it and the tensor.
@@ -122,7 +122,7 @@ class TensorGroup:
             end = shift + count * dtype.itemsize
             self._checkpoint.read(tensor, start - shift, staging[: whole_sectors(end)], direct=True)
             stored = staging[shift:end]
-            # A tensor may lie at any byte, and torch wants elements at multiples of their size.
+            # A stored tensor may begin at any byte, but torch wants elements at multiples of their size.
             stored = (stored if shift % dtype.itemsize == 0 else stored.clone()).view(dtype)
             target[first : first + count].copy_(stored)
 

@@ -1,4 +1,4 @@
-"""What a safetensors file says of itself, believed only as far as the format's own library would believe it."""
+"""This module reads the header of a safetensors file, as strictly as the format's own library."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from grating_core.files.reading import parse_json
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-LONGEST_HEADER = 100_000_000  # bytes; this and the next as the format's own reader has it
+LONGEST_HEADER = 100_000_000  # bytes; the format's own reader has this limit and the next
 _TOO_LARGE = 2**64
 _BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
@@ -27,15 +27,15 @@ _BITS = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """This says where a tensor lies in a file.
+    """This class says where a tensor lies in a file.
 
     Attributes:
         name: The tensor's name in the file.
         path: The file.
         kind: The dtype as the format names it, such as ``"BF16"``.
         shape: The tensor's shape.
-        start: Offset of its first byte in the file.
-        end: Offset behind its last byte.
+        start: Offset of the tensor's first byte in the file.
+        end: Offset of the byte after its last one.
     """
 
     name: str
@@ -47,7 +47,7 @@ class StoredTensor:
 
     @property
     def size(self) -> int:
-        """Return the number of elements."""
+        """The number of elements."""
         return prod(self.shape)
 
     def row(self, number: int) -> StoredTensor:
@@ -58,7 +58,7 @@ class StoredTensor:
 
 
 def parse_header(header: bytes, path: Path, size: int) -> dict[str, StoredTensor]:
-    """Return where each tensor of a file lies.
+    """Return the place of each tensor of a file, by name.
 
     The rules are those of the safetensors library: the tensors cover the file from the header to its end, without
     holes and without overlap, and each is as long as its shape and dtype say. A name comes once.
@@ -97,7 +97,7 @@ def _stored(name: str, path: Path, entry: Any, data: int) -> StoredTensor:
         raise ValueError(f"{name} lacks dtype, shape or data_offsets")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(kind, str) or kind not in _BITS:
-        raise ValueError(f"{name} has dtype {kind!r}, which is none of the format's")
+        raise ValueError(f"{name} has dtype {kind!r}, which the format does not have")
     if not _are_sizes(shape):
         raise ValueError(f"{name} has shape {shape!r}")
     if not (_are_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
@@ -115,7 +115,7 @@ def _are_sizes(value: Any) -> bool:
 def _elements(shape: Iterable[int]) -> int:
     count = 1
     for size in shape:
-        if (count := count * size) >= _TOO_LARGE:  # a product of very many would take for ever
+        if (count := count * size) >= _TOO_LARGE:  # the product of very many sizes would take for ever
             raise ValueError(f"a shape begins with {count:,} elements")
     return count
 
@@ -124,9 +124,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{name} is there twice")
+        raise ValueError(f"{name} is there twice")  # the format forbids it, but json takes the last
     for name in found:
-        name.encode("utf-8")  # half of a surrogate pair is no text
+        name.encode("utf-8")  # this fails for half of a surrogate pair
     return found
 
 

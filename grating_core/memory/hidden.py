@@ -1,4 +1,4 @@
-"""Where the hidden states of all candidates are between two layers: in memory, or in a temporary file."""
+"""Between two layers, the hidden states of all candidates are in memory or in a temporary file."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from grating_core.memory.checkpoint import read_at
 from grating_core.memory.meter import Meter
 
 FILL = 64  # the most rows that computing adds to a span
-_GATHERED = 4096  # tokens that are moved at a time when candidates leave
+_GATHERED = 4096  # tokens that are moved at a time when candidates are dropped
 
 
 class Span(Protocol):
-    """A span is tokens that are computed together."""
+    """A span is a range of tokens that are computed together."""
 
     @property
     def tokens(self) -> slice:
-        """Return where they are on the token axis."""
+        """The span's place on the token axis."""
 
     @property
     def rows(self) -> int:
-        """Return how many rows are computed for them, fill included."""
+        """The number of rows that are computed for the span, fill included."""
 
 
 AnySpan = TypeVar("AnySpan", bound=Span)
 
 
 class HiddenInMemory:
-    """All hidden states of the candidates that are alive are in one tensor, packed along the token axis.
+    """This class keeps the hidden states of all candidates alive in one tensor, packed along the token axis.
 
     Args:
         tokens: Length of the token axis.
@@ -57,7 +57,7 @@ class HiddenInMemory:
     def __init__(self, tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (1, tokens + FILL, width)
         if device.type == "cpu":
-            # Memory of its own, which goes back to the system at the end; the allocator might keep it, in parts.
+            # This memory goes back to the system at the end. The allocator might keep parts of it.
             private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
             memory = mmap.mmap(-1, prod(shape) * dtype.itemsize, **private)
             self._states = torch.frombuffer(memory, dtype=dtype).view(shape)
@@ -71,28 +71,28 @@ class HiddenInMemory:
 
         Args:
             spans: The spans, which divide the token axis without gaps.
-            read: Whether the states matter that are there before.
-            write: Whether the states matter that will be there after.
+            read: Whether the caller needs the states from before.
+            write: Whether the states that the caller writes are needed later.
 
         Returns:
-            Each span with its states ``[1, rows, D]``: the first of them are the span's tokens, the rest is fill
-            of any content. What the tokens' rows hold when the next span is asked for is kept.
+            Each span with its states ``[1, rows, D]``: first the span's tokens, then fill with arbitrary values.
+            The tokens' rows are kept as they are when the caller asks for the next span.
         """
-        for span in spans:  # the fill of one is the beginning of the next
+        for span in spans:  # the fill of a span is the beginning of the next span
             yield span, self._states[:, span.tokens.start : span.tokens.start + span.rows]
 
     def keep(self, index: Tensor) -> None:
-        """Keep only some tokens; ``index``, int64 and ascending, says where they are on the token axis."""
-        # Tokens only move forward, so moving them piece by piece never overwrites one that is still to move.
+        """Keep only the tokens at ``index`` on the token axis, int64 and ascending."""
+        # Tokens only move forward, so moving them piece by piece never overwrites a token that has to move later.
         for start in range(0, len(index), _GATHERED):
             part = index[start : start + _GATHERED]
             self._states[:, start : start + len(part)] = self._states[:, part]
 
 
 class HiddenOnDisk:
-    """Hidden states are in a temporary file; three spans are in memory: computing, being written, being read.
+    """This class keeps hidden states in a temporary file. Three spans are in memory: computed, written and read.
 
-    The file has no name, so nothing is left of it whatever happens. Use it in a ``with`` block.
+    The file has no name, so nothing is left of it even after a crash. Use the object in a ``with`` block.
 
     Args:
         tokens: Length of the token axis.
@@ -122,10 +122,10 @@ class HiddenOnDisk:
         self._meter = meter
         self._row_bytes = width * dtype.itemsize
         self._device = device
-        self._where = torch.arange(tokens)  # of each token alive in the file, in rows
+        self._where = torch.arange(tokens)  # row in the file of each token alive
         self._buffers = [torch.zeros(1, rows, width, dtype=dtype) for _ in range(3)]
         try:
-            # Room is taken before the computing begins, so that a full disk is known at once.
+            # The room is taken before computing begins, so that a full disk is noticed at once.
             self._file: FileIO = temporary_file(directory, tokens * self._row_bytes, buffering=0)
         except OSError as error:
             raise self._error(error) from error
@@ -171,7 +171,7 @@ class HiddenOnDisk:
             self._wait(done)
 
     def keep(self, index: Tensor) -> None:
-        """See :meth:`HiddenInMemory.keep`. What leaves stays in the file and is not looked at any more."""
+        """See :meth:`HiddenInMemory.keep`. Dropped states stay in the file, but are not read any more."""
         self._where = self._where[index.cpu()]
 
     def _wait(self, move: Future[None] | None) -> None:
@@ -188,15 +188,15 @@ class HiddenOnDisk:
     def _read(self, where: Tensor, states: Tensor) -> None:
         for start, view in self._stretches(where, states):
             if read_at(self._file, start, [view]) != len(view):
-                raise OSError("the file is shorter than what was written")
+                raise OSError("the file is shorter than the data that was written to it")
 
     def _write(self, where: Tensor, states: Tensor) -> None:
         for start, view in self._stretches(where, states):
             if write_at(self._file, start, view) != len(view):
-                raise OSError(errno.ENOSPC, "no room for all that was to be written")
+                raise OSError(errno.ENOSPC, "the disk has no room for all hidden states")
 
     def _stretches(self, where: Tensor, states: Tensor) -> Iterator[tuple[int, memoryview]]:
-        """Yield where tokens that lie side by side begin in the file, and their states in memory."""
+        """Yield the offset in the file of each run of neighbouring tokens, and their states in memory."""
         bytewise: Any = states.view(torch.uint8).numpy()
         data = memoryview(bytewise).cast("B")
         gaps = (where.diff() != 1).nonzero()[:, 0] + 1
@@ -206,18 +206,18 @@ class HiddenOnDisk:
     def _error(self, error: OSError) -> StorageError:
         size = len(self._where) * self._row_bytes
         return StorageError(
-            f"the hidden states of {len(self._where):,} tokens are to be kept in a file in {self._directory} "
-            f"({size / 1e6:.0f} MB), which failed: {explained(error)}. Make room there, rerank fewer "
+            f"the hidden states of {len(self._where):,} tokens cannot be kept in a file in {self._directory} "
+            f"({size / 1e6:.0f} MB): {explained(error)}. Make room there, rerank fewer "
             f"documents at a time, or raise memory_budget"
         )
 
 
 HiddenStates = HiddenInMemory | HiddenOnDisk
-"""The hidden states of the candidates that are alive, packed along the token axis."""
+"""Hidden states of the candidates that are alive, packed along the token axis."""
 
 
 def write_at(file: FileIO, start: int, view: memoryview) -> int:
-    """Write at a place in a file, and return how many bytes were written, which may be fewer than there are."""
+    """Write at a place in a file, and return the number of bytes written, which may be fewer than given."""
     if hasattr(os, "pwrite"):  # as in read_at
         return os.pwrite(file.fileno(), view, start)
     file.seek(start)

@@ -1,4 +1,4 @@
-"""What is counted while a request runs: bytes, waiting, hits, and the memory of the process."""
+"""This module measures bytes, waiting, hits and the memory of the process while a request runs."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ if sys.platform != "win32":
     import resource
 
 
-_GROWTH = 16_000_000  # bytes; what the allocator may gather between two looks before it has to give back
+_GROWTH = 16_000_000  # bytes that the process may grow by before freed memory is returned to the system
 
 
 @dataclass
 class Meter:
-    """A meter keeps running totals of a model. The thread that computes adds to them, never one that reads.
+    """A meter keeps running totals of a model. Only the thread that computes adds to them, never one that reads.
 
     Attributes:
         bytes_read: Bytes of weights and embedding rows taken from the checkpoint.
         bytes_spilled: Bytes of hidden states written to disk.
         seconds_waited: Time that computing stood still for reading and writing.
         rows_wanted: Embedding rows looked up, each counted once a request.
-        rows_read: Those that were not in memory.
+        rows_read: Looked-up rows that were not in memory.
         columns_wanted: Columns of MLPs that tokens used.
-        columns_read: Those of them that were not in memory.
+        columns_read: Used columns that were not in memory.
     """
 
     bytes_read: int = 0
@@ -39,25 +39,25 @@ class Meter:
     columns_read: int = 0
 
     def since(self, before: Meter) -> Meter:
-        """Return what has been added since a copy of these totals was taken."""
+        """Return the difference between these totals and an earlier copy of them."""
         return Meter(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
 
     @property
     def column_hit_rate(self) -> float | None:
-        """Return the share of the wanted columns that were in memory; None if none was wanted."""
+        """The share of the wanted columns that were in memory; None if no column was wanted."""
         return 1 - self.columns_read / self.columns_wanted if self.columns_wanted else None
 
     @property
     def hit_rate(self) -> float | None:
-        """Return the share of the wanted rows that were in memory; None if none was looked up."""
+        """The share of the wanted rows that were in memory; None if no row was wanted."""
         return max(0.0, 1 - self.rows_read / self.rows_wanted) if self.rows_wanted else None
 
 
 class PeakMemory:
-    """This finds the most memory that a process takes while something runs.
+    """This class finds the most memory that the process takes from now on.
 
-    The system keeps one peak for the life of a process. It is exact, and tells about this time only if it rose;
-    otherwise the answer is the most that was seen when :meth:`look` was called.
+    The system keeps one exact peak for the whole life of a process. If that peak does not rise, the answer is the
+    most memory at any call of :meth:`look`.
 
     Args:
         device: The device that computes; on CUDA the answer is torch's own peak there.
@@ -69,22 +69,22 @@ class PeakMemory:
         self._seen = self._settled = resident_memory()
 
     def look(self) -> None:
-        """See how much memory is taken now, and return to the system what the allocator holds for nothing.
+        """Note the memory that is taken now, and return freed memory of the allocator to the system.
 
-        Intermediate results of uneven sizes never fit quite where those before them were. Layer by layer they
-        wander through the heap, and all that they have ever touched counts as taken, until it is given back.
+        Intermediate results of different sizes rarely fit where earlier ones were. So each layer uses other parts
+        of the heap, and every used part counts as taken until it is returned.
         """
         now = resident_memory()
         self._seen = max(self._seen, now)
         if now > self._settled + _GROWTH:
-            # Where the C library has a way to.
+            # Only some C libraries can return memory.
             if trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None:
                 trim(0)
             self._settled = resident_memory()
 
     @property
     def bytes(self) -> int:
-        """Return the peak so far, in bytes."""
+        """The peak so far, in bytes."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         highest = _highest_memory()

@@ -1,4 +1,4 @@
-"""From one number, the memory budget, to what is kept in memory and what is not."""
+"""This module decides, from one number, the memory budget, what stays in memory."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from grating_core.errors import BudgetError
 from grating_core.memory.group import PIECE
 from grating_core.memory.hidden import FILL
 
-# Code, threads and kernels that the first rerank brings, and the lists of a request: 40 to 75 MB were measured.
+# The first rerank loads code, threads and kernels, and a request has lists: 40 to 75 MB were measured.
 RUNTIME = 76_000_000
 _FEWEST_ROWS = 1024
-_USUAL_HIDDEN = 64 * 512  # tokens whose hidden states come before anything that only saves reading
+_USUAL_HIDDEN = 64 * 512  # tokens whose hidden states get memory before resident weights do
 LARGEST_WORK = 32_000_000  # bytes of intermediate results; larger chunks were no faster
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """These are the sizes of a model's parts in memory, in bytes where nothing else is said.
+    """This class holds the sizes of a model's parts in memory, in bytes unless a line says otherwise.
 
     Attributes:
-        layers: Each layer's weights.
+        layers: Weights of each layer.
         bytes_read: Bytes that reading each layer takes from the disk.
         vocabulary: Number of rows of the embedding table.
-        row: One of these rows.
+        row: One row of the embedding table.
         rest: Weights that are always resident: the other tables, norms and the head.
         converted: Whether weights are converted while they are read, which takes a buffer.
         hidden: Hidden states of one token.
-        work: Intermediate results for one token, at most.
-        window: Tokens of the longest piece that is never divided: of a reranker, the longest pair.
-        keys: Keys and values of the longest text that is generated, its prompt included; 0 for a reranker.
-        table_needed: Whether the whole embedding table is wanted all the time, as it is the output embedding too.
-        columns: All columns of the MLPs, if those are pruned; the layers are then without these weights.
-        staging: The buffer where columns arrive.
+        work: The most bytes of intermediate results for one token.
+        window: Number of tokens of the longest piece that is never divided; for a reranker, the longest pair.
+        keys: Keys and values of the longest generated text, its prompt included; 0 for a reranker.
+        table_needed: Whether the whole embedding table is always needed, because it is the output embedding too.
+        columns: All columns of the MLPs, if those are pruned; ``layers`` then lacks these weights.
+        staging: The buffer that columns are read into.
     """
 
     layers: tuple[int, ...]
@@ -61,12 +61,11 @@ class MemoryPlan:
         budget: The budget, in bytes.
         sizes: Sizes of the model's parts.
         resident: Numbers of the layers that stay in memory, from 1; the others are streamed.
-        chunk_tokens: The most tokens computed at once. A longer candidate is computed alone.
-        embedding_rows: Rows of the embedding table in memory; all of them when the table is resident.
-        hidden_tokens: Tokens of a request whose hidden states stay in memory; those of a larger one are spilled.
+        chunk_tokens: The most tokens that are computed at once. A longer candidate is computed alone.
+        embedding_rows: Number of rows of the embedding table in memory; all rows if the table is resident.
+        hidden_tokens: The most tokens of a request whose hidden states stay in memory. Larger ones are spilled.
         column_share: The share of each layer's MLP that stays in memory, if the MLPs are pruned.
-        tokenizer: Bytes that the tokenizer took when it was loaded, on top of the budget; None if it has not been
-            loaded.
+        tokenizer: Bytes that the tokenizer took on top of the budget; None if it has not been loaded.
     """
 
     budget: int
@@ -80,17 +79,17 @@ class MemoryPlan:
 
     @property
     def streamed(self) -> tuple[int, ...]:
-        """Return the numbers of the layers that are read for every request."""
+        """The numbers of the layers that are read for every request."""
         return tuple(n for n in range(1, len(self.sizes.layers) + 1) if n not in self.resident)
 
     @property
     def table_resident(self) -> bool:
-        """Tell whether the whole embedding table stays in memory."""
+        """Whether the whole embedding table stays in memory."""
         return self.embedding_rows == self.sizes.vocabulary
 
     @property
     def parts(self) -> dict[str, int]:
-        """Return the bytes of each part of the plan, by what they are for."""
+        """The bytes of each part of the plan, by purpose."""
         sizes = self.sizes
         streamed = [sizes.layers[number - 1] for number in self.streamed]
         parts = {
@@ -109,15 +108,15 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """Return the bytes of all parts, which are expected at the peak of a rerank beyond those after imports."""
+        """The bytes of all parts: the expected peak of a rerank, less the memory after imports."""
         return sum(self.parts.values())
 
     def spills(self, tokens: int) -> bool:
-        """Tell whether the hidden states of a request of so many tokens are kept on disk."""
+        """Tell whether the hidden states of a request with ``tokens`` tokens are kept on disk."""
         return tokens + FILL > self.hidden_tokens
 
     def bytes_read(self) -> int:
-        """Return the bytes of weights read from disk for one request, embedding rows aside."""
+        """Return the bytes of weights that one request reads from disk, without embedding rows."""
         return sum(self.sizes.bytes_read[number - 1] for number in self.streamed)
 
     def bytes_spilled(self, tokens: int) -> int:
@@ -129,17 +128,17 @@ def parse_budget(memory_budget: str | int) -> int:
     """Return the bytes of a memory budget: a number of bytes, or a string such as ``"300MB"`` or ``"1.5GiB"``.
 
     Raises:
-        ValueError: The budget is neither, or not above 0.
+        ValueError: The budget has another form, or is not above 0.
     """
     try:
         if isinstance(memory_budget, bool):
             raise ValueError
-        # In capitals: "mb" would count bits.
+        # The size is read in capitals, because "mb" would count bits.
         if isinstance(memory_budget, str):
             size = memory_budget.strip().upper()
             found = int(size) if size.isdigit() else convert_file_size_to_int(size)
         else:
-            found = operator.index(memory_budget)  # numpy's numbers as well
+            found = operator.index(memory_budget)  # this takes numpy's numbers as well
         if found < 1:
             raise ValueError
     except (ValueError, TypeError, AttributeError):
@@ -153,9 +152,9 @@ def parse_budget(memory_budget: str | int) -> int:
 def make_plan(sizes: ModelSizes, budget: int) -> MemoryPlan:
     """Spend a budget on a model.
 
-    First comes what it cannot run without. Then, by how much reading and writing a byte of memory saves: hidden
-    states of a usual request, embedding rows, resident layers; at last larger chunks, the whole embedding table
-    and more hidden states. Larger chunks come late because they gain a percent or two.
+    The parts that the model cannot run without come first. The others follow in the order of the reading and
+    writing that a byte of memory saves: hidden states of a usual request, embedding rows, resident layers. Larger
+    chunks, the whole embedding table and more hidden states come last; larger chunks gain only a percent or two.
 
     Args:
         sizes: Sizes of the model's parts.
@@ -185,23 +184,24 @@ def make_plan(sizes: ModelSizes, budget: int) -> MemoryPlan:
 def make_generation_plan(sizes: ModelSizes, budget: int, max_length: int) -> MemoryPlan:
     """Spend a budget on a language model that generates.
 
-    First comes what it cannot run without, the keys and values of the longest text among it. Then resident layers:
-    every other is read once for each token. At last larger chunks and the whole embedding table.
+    The parts that the model cannot run without come first, including keys and values of the longest text. Resident
+    layers follow, because every other layer is read for each token. Larger chunks and the whole embedding table
+    come last.
 
     Args:
         sizes: Sizes of the model's parts, for texts of ``max_length``.
         budget: The budget, in bytes.
-        max_length: Tokens of the longest prompt together with its continuation.
+        max_length: The most tokens of a prompt together with its continuation.
 
     Raises:
         BudgetError: The budget is too small; the error states the smallest that works.
     """
-    # Columns of pruned MLPs are read for each chunk of a prompt; what chunks take, columns lack for every token.
+    # Larger chunks of a prompt read the columns of pruned MLPs less often, but leave less memory for columns.
     work = budget // 50 if sizes.columns else LARGEST_WORK
     largest_chunk = max(sizes.window, min(max_length, work // sizes.work))
     smallest = _smallest(sizes, budget, hidden_tokens=max_length)
     everything = _everything(smallest, largest_chunk)
-    _check(smallest, everything, f"prompts with what follows of up to {max_length:,} tokens")
+    _check(smallest, everything, f"prompts with continuations of up to {max_length:,} tokens")
     plan = _more_layers(smallest)
     larger = replace(plan, chunk_tokens=largest_chunk)
     plan = _more_columns(larger if larger.total <= budget else plan)
@@ -213,7 +213,7 @@ def _smallest(sizes: ModelSizes, budget: int, hidden_tokens: int) -> MemoryPlan:
     return MemoryPlan(
         budget=budget,
         sizes=sizes,
-        # With one or two layers, two buffers would take as much as the layers.
+        # Two buffers would take as much as one or two layers.
         resident=_all_but(depth, depth if depth > 2 else 0),
         chunk_tokens=sizes.window,
         embedding_rows=sizes.vocabulary if sizes.table_needed else min(_FEWEST_ROWS, sizes.vocabulary),
@@ -242,7 +242,7 @@ def _check(smallest: MemoryPlan, resident: MemoryPlan, texts: str) -> None:
 
 
 def _room(plan: MemoryPlan, unit: int) -> int:
-    """Return how many more of something the budget has room for."""
+    """Return how many more units of so many bytes fit into the budget."""
     return (plan.budget - plan.total) // unit
 
 
@@ -277,11 +277,11 @@ def _more_columns(plan: MemoryPlan) -> MemoryPlan:
 
 
 def _all_but(depth: int, streamed: int) -> tuple[int, ...]:
-    """Return the resident layers if so many are streamed; these are spread evenly, for the most time to read."""
+    """Return the resident layers. The streamed ones are spread evenly, which leaves most time to read each."""
     passing = {1 + number * depth // streamed for number in range(streamed)}
     return tuple(number for number in range(1, depth + 1) if number not in passing)
 
 
 def _three_spans(tokens: int) -> int:
-    """Return the tokens in memory if hidden states are spilled: computed, written and read, with their fill."""
+    """Return the tokens in memory when hidden states are spilled: three spans (see ``HiddenOnDisk``) with fill."""
     return 3 * (tokens + FILL)

@@ -1,4 +1,4 @@
-"""The rows of the embedding table that are in use, instead of the table."""
+"""A row cache keeps those rows of the embedding table in memory that are in use, instead of the table."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from grating_core.memory.checkpoint import Checkpoint
 from grating_core.memory.header import FLOATS, StoredTensor
 from grating_core.memory.meter import Meter
 
-_GAP = 8 * 1024  # bytes; rows less far apart than this are read together
-_BATCH = 256  # rows that are read before they are put into their places
+_GAP = 8 * 1024  # bytes; rows that are closer than this are read together
+_BATCH = 256  # rows that are read before they are copied into the cache
 
 
 class RowCache(nn.Module):
-    """A row cache stands in for an ``nn.Embedding`` and keeps the rows that were used last; others are on disk.
+    """A row cache replaces an ``nn.Embedding`` and keeps the rows that were used last; others are on disk.
 
-    One request at a time may use it.
+    One request at a time may use the cache.
 
     Args:
         checkpoint: The files with the table.
-        table: The place of the table, which is ``[vocabulary, D]``.
+        table: The place of the table ``[vocabulary, D]`` in the files.
         capacity: Number of rows to keep, 1 or more.
         dtype: The dtype that rows are converted to.
-        device: The device where rows are wanted.
+        device: The device of the rows.
         meter: The meter that counts bytes, hits and misses.
         scale: The factor of rows that are looked up; None for 1.
     """
@@ -54,27 +54,27 @@ class RowCache(nn.Module):
         vocabulary, width = table.shape
         self._row_bytes = width * FLOATS[table.kind].itemsize
         self._rows = torch.empty(capacity, width, dtype=dtype, device=device)
-        self._place = np.full(vocabulary, -1, dtype=np.int32)  # of each token's row in the cache
-        self._token = np.full(capacity, -1, dtype=np.int32)  # whose row is at each place
-        self._used = np.zeros(capacity, dtype=np.int64)  # when each place was last used
-        self._checks = np.zeros(vocabulary, dtype=np.uint32)  # of each token's row as it was read first, or 0
+        self._place = np.full(vocabulary, -1, dtype=np.int32)  # place in the cache of each token's row
+        self._token = np.full(capacity, -1, dtype=np.int32)  # token of the row at each place
+        self._used = np.zeros(capacity, dtype=np.int64)  # time of the last use of each place
+        self._checks = np.zeros(vocabulary, dtype=np.uint32)  # checksum of each token's row when first read, or 0
         self._now = 0
 
     def fetch(self, input_ids: Tensor) -> None:
-        """Read the rows of some tokens, int64 of any shape, as far as they fit, before a request begins.
+        """Read the rows of tokens, int64 of any shape, before a request begins, as far as the rows fit.
 
         Raises:
-            FileError: The rows cannot be read; the rows that were there stay.
+            FileError: The rows cannot be read. Rows that were in memory before stay there.
         """
         wanted = np.unique(input_ids.cpu().numpy())
         self._meter.rows_wanted += len(wanted)
         self._hold(wanted[: self._capacity])
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Return the rows of some tokens, ``[…, D]``, as ``nn.Embedding`` does."""
+        """Return the rows of tokens, ``[…, D]``, as ``nn.Embedding`` does."""
         tokens = input_ids.cpu().numpy().reshape(-1)
         found = torch.empty(len(tokens), self._rows.shape[1], dtype=self._rows.dtype, device=self._rows.device)
-        # No more tokens at a time than there are places, so that one lookup never evicts its own rows.
+        # One lookup takes no more tokens than there are places, so that it never evicts its own rows.
         for start in range(0, len(tokens), self._capacity):
             part = tokens[start : start + self._capacity]
             self._hold(np.unique(part))
@@ -84,7 +84,7 @@ class RowCache(nn.Module):
         return rows if self._scale is None else rows.mul_(self._scale)
 
     def _hold(self, tokens: NDArray[np.int64]) -> None:
-        """Have the rows of these tokens, which are ascending, different, and no more than the places."""
+        """Read the rows that are not in memory. The tokens are ascending, and no more than there are places."""
         self._now += 1
         places = self._place[tokens]
         self._used[places[places >= 0]] = self._now
@@ -117,7 +117,7 @@ class RowCache(nn.Module):
                 self._checkpoint.read(self._table, start, staging[offset : offset + end - start])
                 offset += end - start
             stored = staging.view(FLOATS[self._table.kind]).view(-1, self._rows.shape[1])
-            # Where each run begins in the staging buffer, less the token it begins with.
+            # A token's row in the staging buffer is the token plus the shift of its run.
             shifts = lengths.cumsum() - lengths - [first for first, _ in found]
             run_of = np.searchsorted([first for first, _ in found], tokens[batch], side="right") - 1
             rows = torch.from_numpy(tokens[batch] + shifts[run_of])
@@ -126,13 +126,13 @@ class RowCache(nn.Module):
             self._meter.bytes_read += offset
 
     def _verify(self, tokens: NDArray[np.int64], rows: Tensor) -> None:
-        """Compare rows, uint8 ``[N, bytes]``, with what they were when they were read first."""
+        """Compare rows, uint8 ``[N, bytes]``, with their checksums from the first read."""
         checks = np.fromiter((zlib.crc32(row) or 1 for row in rows.numpy()), dtype=np.uint32, count=len(rows))
         first = self._checks[tokens]
         if (others := tokens[(first != 0) & (first != checks)]).size:
             raise FileError(
-                f"{self._table.path} has changed since it was opened: {self._table.name} has another row "
-                f"{others[0]}. Put the file back, or load the model anew"
+                f"{self._table.path} has changed since it was opened: row {others[0]} of {self._table.name} is "
+                f"different. Put the file back, or load the model anew"
             )
         self._checks[tokens] = checks
 

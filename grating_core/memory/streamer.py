@@ -1,4 +1,4 @@
-"""Layers that pass through two buffers: while one computes, the next is read."""
+"""Streamed layers pass through two buffers: while one layer computes, the next is read."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from grating_core.memory.meter import Meter
 
 
 class Streamer:
-    """A streamer reads layers in their order, over and over, one ahead of the computing.
+    """A streamer reads layers in order, again and again, one layer ahead of computing.
 
-    After the last comes the first again, so that the next request finds it read. A thread does the reading: reads
-    leave Python's lock alone, and past the page cache they take hardly any processor time. One request at a time
-    may use it.
+    After the last layer it reads the first one again, for the next request. A thread does the reading, because
+    reads do not hold Python's lock, and past the page cache they take hardly any processor time. One request at a
+    time may use the streamer.
 
     Args:
-        groups: The streamed layers' weights by layer number; two or more.
-        device: The device where the weights are wanted.
+        groups: The weights of the streamed layers, by layer number; two layers or more.
+        device: The device of the weights.
         meter: The meter that counts bytes and waiting.
     """
 
@@ -39,26 +39,26 @@ class Streamer:
         self._slots = tuple(_Slot(size, staging, device) for _ in range(2))
         self._free = list(self._slots)
         self._ahead: dict[int, tuple[_Slot, Future[dict[str, Tensor]]]] = {}
-        # One thread: a read that nobody waits for any more is over before the next into its buffer begins.
+        # With a single thread, a read that was given up ends before the next read into its buffer begins.
         self._reader = Threads(1, "grating-weights", _leave_processors_alone)
         tell_of_forks(self)
 
     def after_fork(self) -> None:
-        """Forget what was being read: the thread that read it is not here."""
+        """Forget the reads under way, because the child does not have the thread that reads."""
         self._ahead = {}
         self._free = list(self._slots)
 
     def __contains__(self, number: int) -> bool:
-        """Tell whether this layer is streamed."""
+        """Tell whether a layer is streamed."""
         return number in self._groups
 
     @contextmanager
     def layer(self, number: int) -> Iterator[dict[str, Tensor]]:
-        """Yield the weights of a layer by name, to be used inside the ``with`` and not after it.
+        """Yield the weights of a layer by name. Use them only inside the ``with``.
 
         Raises:
             FileError: The weights cannot be read. The next call tries again.
-            RuntimeError: There is no thread to be had that would read. The next call tries again.
+            RuntimeError: No thread can be started to read. The next call tries again.
         """
         started = perf_counter()
         slot, weights = self._wait_for(number)
@@ -71,7 +71,7 @@ class Streamer:
         self._read_ahead(self._after(number))
 
     def rewind(self) -> None:
-        """Read ahead for the next request, wherever this one ended."""
+        """Read the first layers for the next request, wherever this request ended."""
         self._read_ahead(self._order[0])
 
     def close(self) -> None:
@@ -86,7 +86,7 @@ class Streamer:
         try:
             return slot, reading.result()
         except Exception:
-            # It was read ahead, perhaps long ago, and what was wrong then may be right by now.
+            # The layer was read ahead, perhaps long ago, and the cause of the error may be gone by now.
             self._aim()
         self._aim(number)
         slot, reading = self._ahead[number]
@@ -100,12 +100,12 @@ class Streamer:
         return self._order[(self._order.index(number) + 1) % len(self._order)]
 
     def _read_ahead(self, number: int) -> None:
-        """Have this layer and the one after it read, or being read, if there is a thread to be had."""
-        with suppress(RuntimeError):  # then they are read when they are wanted
+        """Start to read this layer and the next one, unless they are read already or no thread can be started."""
+        with suppress(RuntimeError):  # without a thread, a layer is read when it is needed
             self._aim(number, self._after(number))
 
     def _aim(self, *numbers: int) -> None:
-        """Have exactly these layers read or being read."""
+        """Keep or start the reads of exactly these layers."""
         for number in self._ahead.keys() - set(numbers):
             slot, reading = self._ahead.pop(number)
             reading.cancel()
@@ -117,16 +117,16 @@ class Streamer:
 
 
 def _leave_processors_alone() -> None:
-    """Have torch work with this thread alone, or converting and merging would take the others from the layers."""
-    torch.get_num_threads()  # the first question sets the number, so it comes before the limit
+    """Limit torch to this thread here, because converting and merging would take processors from the layers."""
+    torch.get_num_threads()  # the first call sets the number of threads, so it comes before the limit
     threadpool_limits(1, user_api="openmp")
 
 
 class _Slot:
-    """A slot is a buffer for one layer on the CPU, pinned and with a twin on the device if that is another."""
+    """A slot is a buffer for one layer on the CPU. If the device is another, it is pinned and has a twin there."""
 
     def __init__(self, size: int, staging: Tensor, device: torch.device) -> None:
-        self._staging = staging  # the slots take turns with it, as they do with the thread
+        self._staging = staging  # both slots share it, because one thread reads for both
         self._device = device
         self._host = aligned_buffer(size, pinned=device.type == "cuda")
         self._twin = self._host if device.type == "cpu" else self._host.to(device)
@@ -148,6 +148,6 @@ class _Slot:
         return group.views(self._twin)
 
     def release(self) -> None:
-        """Note that the computing with the weights has been set going; the next read must not overtake it."""
+        """Note that computing with the weights has started, so that the next read waits for its end."""
         if self._stream is not None:
             self._computed = torch.cuda.current_stream(self._device).record_event()
