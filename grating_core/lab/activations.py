@@ -1,4 +1,4 @@
-"""Activations of a real model's MLPs, token by token: recorded once, and used as often as a simulation wants."""
+"""This module records activations of a real model's MLPs, token by token, for any number of simulations."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from grating_core.models.identity import fingerprint
 
 Magnitudes = NDArray[np.float16]
 
-WINDOW = 512  # tokens that see each other
+WINDOW = 512  # tokens of a recorded sequence
 _FORMAT = "1"
 _LARGEST = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Magnitudes in the gated MLPs of a dense model, by layer and token.
+    """This class holds magnitudes in the gated MLPs of a dense model, by layer and token.
 
     Attributes:
-        inputs: |x| of each MLP's input, float16 ``[depth, tokens, D]``.
-        products: |h| of its gated product, float16 ``[depth, tokens, F]``.
+        inputs: Magnitudes of each MLP's input, float16 ``[depth, tokens, D]``.
+        products: Magnitudes of each MLP's gated product, float16 ``[depth, tokens, F]``.
     """
 
     inputs: Magnitudes
@@ -46,11 +46,11 @@ class Activations:
     def layer(self, number: int, sizes: ColumnSizes) -> tuple[Magnitudes, Magnitudes]:
         """Return the magnitudes of a layer of a model of these sizes: the recorded model, or another one.
 
-        For another model they are made up. Its layers take those of the recorded layers at the same relative
-        depth, and its channels are the recorded ones, each as often as any other, in random order. That assumes
-        that magnitudes of the larger model are as uneven, and change from token to token as much, as recorded.
-        Repeated channels are wanted together, so hit rates stay as they were recorded. Widths of other families,
-        and training that made another model sparser or denser, are not in it.
+        The magnitudes of another model are made up. Its layers copy the recorded layers at the same relative
+        depth. Its channels copy the recorded channels, each equally often, in random order. This assumes that
+        magnitudes of the larger model are as uneven, and change from token to token as much, as the recorded ones.
+        Copies of a channel are used together, so hit rates stay as recorded. The method does not know the widths
+        of other families, or models that training made sparser or denser.
 
         Args:
             number: Number of the layer, from 0.
@@ -78,17 +78,17 @@ def _widened(magnitudes: Magnitudes, width: int, chance: np.random.Generator) ->
 def record_activations(
     directory: Path, text: str, tokens: int, *, path: Path | None = None, show_progress: bool = False
 ) -> Activations:
-    """Return a model's activations on the beginning of a text, from an earlier call or recorded now.
+    """Return a model's activations on the beginning of a text. They are recorded unless an earlier call did so.
 
     Args:
-        directory: A decoder with gated MLPs, in Hugging Face layout.
-        text: Real text: in random text no channel matters more than others.
+        directory: Directory of a decoder with gated MLPs, in Hugging Face layout.
+        text: A real text. In random text no channel matters more than others.
         tokens: Number of tokens to record.
-        path: The file that holds the activations, or will; None for a place in grating's cache.
-        show_progress: Show progress bars on standard error.
+        path: The file of the activations, which may not exist yet; None for a place in grating's cache.
+        show_progress: Whether to show progress bars on standard error.
 
     Raises:
-        FileError: The file is damaged, or is of another model, text or number of tokens.
+        FileError: The file is damaged, or belongs to another model, text or number of tokens.
         StorageError: The file cannot be written.
         UnsupportedModelError: The model has no gated MLPs.
         ValueError: The text has too few tokens.
@@ -109,13 +109,13 @@ def record_activations(
     if tokens < 1:
         raise ValueError(f"tokens={tokens!r} must be 1 or more")
     with locked(path):
-        if is_there(path):  # another process has recorded them meanwhile
+        if is_there(path):  # another process has recorded the activations meanwhile
             return _load(path, about)
         widths = [sum(layer.mlp.gate_proj.weight.shape) for layer in decoder_layers(empty_decoder(directory))]
         require_room(path, tokens * sum(widths) * np.dtype(np.float16).itemsize)
         found = _record(directory, text, tokens, show_progress)
         data = save({"inputs": found.inputs, "products": found.products}, about)
-        with replacing(path, len(data), private=True) as file:  # it is derived from the text
+        with replacing(path, len(data), private=True) as file:  # the text shows in its activations
             file.write(data)
     return found
 
@@ -126,7 +126,7 @@ def _load(path: Path, about: dict[str, str]) -> Activations:
             found = file.metadata() or {}
             activations = Activations(file.get_tensor("inputs"), file.get_tensor("products"))
     except (SafetensorError, OSError) as error:
-        raise FileError(f"{path} holds no activations ({error}); delete it, and they are recorded anew") from error
+        raise FileError(f"{path} holds no activations ({error}); delete it and call again") from error
     if others := [name for name in about if found.get(name) != about[name]]:
         raise FileError(
             f"{path} has the activations of another {' and '.join(others)}; delete it, or name another file"

@@ -1,4 +1,4 @@
-"""Ways of generating are compared at several densities: how fast they are, and what they cost in perplexity."""
+"""This module compares ways of generating at several densities, by speed and by perplexity."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from grating_core.lab.simulator import CACHE_AWARE, DENSE, Estimate, Shape, simu
 
 @dataclass(frozen=True)
 class Point:
-    """One way of generating at one density.
+    """A point is one way of generating at one density.
 
     Attributes:
         estimate: Speed of this way.
         density: Share of the MLPs' weights that a token uses; 1 for dense streaming.
-        perplexity: Perplexity of the model that was recorded; None if it was not measured.
+        perplexity: Perplexity of the recorded model; None if it was not measured.
     """
 
     estimate: Estimate
@@ -50,24 +50,24 @@ def compare(
     """Compare dense streaming with DIP and cache-aware DIP at each density.
 
     Args:
-        directory: The decoder whose activations are recorded.
-        text: Text that it reads.
-        shape: Shape of the model that is simulated, the same or another.
-        machine: The machine that is simulated.
+        directory: Directory of the decoder whose activations are recorded.
+        text: The text that the decoder reads.
+        shape: Shape of the simulated model, which may be another than the recorded one.
+        machine: The simulated machine.
         memory: Bytes of memory for the weights.
-        densities: Shares of the MLPs' weights that a token uses, each above 0, 1 at most.
-        tokens: Number of tokens of the text.
-        preference: Preference of cache-aware DIP.
-        activations: The file that holds the activations, or will; None for a place in grating's cache.
-        perplexity: Measure it as well, on the same tokens. It takes about as long as recording, for each point.
-        show_progress: Show progress bars on standard error.
+        densities: Shares of the MLPs' weights that a token uses, each above 0 and at most 1.
+        tokens: Number of tokens of the text to use.
+        preference: Preference of cache-aware DIP for columns in memory.
+        activations: The file of the activations, which may not exist yet; None for a place in grating's cache.
+        perplexity: Whether to measure perplexity on the same tokens. Each point then takes as long as recording.
+        show_progress: Whether to show progress bars on standard error.
 
     Raises:
-        GratingError: The model or the file of activations cannot be used.
-        ValueError: An argument is bad, or the text too short.
+        GratingError: The model or the file of activations is not usable.
+        ValueError: An argument is not usable, or the text is too short.
     """
     if tokens < 2:
-        raise ValueError(f"tokens={tokens} is too small: a token to predict the next one from makes 2")
+        raise ValueError(f"tokens={tokens} is too small: use 2 or more, one to read and one to predict")
     for density in densities:
         check_density(density)
     caching = Caching(shape.share(memory), preference)
@@ -87,7 +87,7 @@ def compare(
                 model,
                 windows,
                 shares=None if way == DENSE else allocate(density, len(recorded.inputs)),
-                # What plain DIP chooses does not depend on its cache.
+                # The choices of plain DIP do not depend on its cache.
                 make=partial(CachedMlp, caching=caching) if way == CACHE_AWARE else MaskedMlp,
                 show_progress=show_progress,
             ).perplexity

@@ -1,4 +1,4 @@
-"""Language models with gated MLPs as transformers has them: whole in memory, or without weights."""
+"""This module makes transformers' own language models with gated MLPs, with or without weights."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from grating_core.models.directory import blaming_config
 def load_decoder(
     directory: Path, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[Any, Any]:
-    """Load a language model, all of it into memory, and its tokenizer.
+    """Load a whole language model into memory, and its tokenizer.
 
     Args:
         directory: A model in Hugging Face layout with safetensors weights.
         device: Device of the weights; None for the CPU.
-        dtype: Type of the weights.
+        dtype: Dtype of the weights.
 
     Raises:
-        ModelNotFoundError: The directory does not hold one, or it is damaged.
-        UnsupportedModelError: grating does not run it, or its MLPs are not gated.
+        ModelNotFoundError: The directory holds no model, or a damaged one.
+        UnsupportedModelError: grating does not run the model, or its MLPs are not gated.
     """
     stored = StoredCausalLM(directory, device=device or torch.device("cpu"), dtype=dtype, attention=None)
     with closed_on_error(stored):
-        decoder_layers(stored.module)  # what cannot be pruned is not loaded
+        decoder_layers(stored.module)  # a model that cannot be pruned is refused before it is loaded
         stored.load(None)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # whatever damaged files lead to
+    except Exception as error:  # damaged files may cause any error
         raise ModelNotFoundError(f"the tokenizer in {directory} cannot be read: {error}") from error
     return stored.module, tokenizer
 
@@ -44,8 +44,8 @@ def empty_decoder(directory: Path) -> Any:
     """Make a language model without weights, from ``config.json`` alone.
 
     Raises:
-        ModelNotFoundError: The configuration is missing or senseless.
-        UnsupportedModelError: It is no decoder with gated MLPs.
+        ModelNotFoundError: The configuration is missing or makes no sense.
+        UnsupportedModelError: The model is not a decoder with gated MLPs.
     """
     architecture: Any = AutoModelForCausalLM
     with blaming_config(directory / "config.json"), torch.device("meta"):
@@ -60,13 +60,13 @@ def decoder_layers(model: Any) -> Any:
     """Return the layers of a causal language model of transformers, all with gated MLPs.
 
     Raises:
-        UnsupportedModelError: It is no such model, or has other MLPs.
+        UnsupportedModelError: The model is not causal, or its MLPs are not gated.
     """
     layers = getattr(getattr(model, "model", None), "layers", None)
     if not layers:
         raise UnsupportedModelError(
-            f"mlp_density is for decoders with gated MLPs, such as Llama, Qwen or Gemma; {type(model).__name__} "
-            f"is none"
+            f"mlp_density is for decoders with gated MLPs, such as Llama, Qwen or Gemma, but this model is a "
+            f"{type(model).__name__}"
         )
     for layer in layers:
         find_gated_mlp(layer)

@@ -1,8 +1,8 @@
-"""LoRA recovery: an adapter with which a pruned model says what the dense one says (arXiv 2412.01380).
+"""LoRA recovery trains an adapter with which a pruned model predicts what the dense one does (arXiv 2412.01380).
 
-Teacher and student are one model in memory. Each layer has two MLPs over the same weights, the dense one and one
-that is pruned and has low-rank changes; which of them is in its place says who computes. Only the changes learn,
-on any text, from how far the student's next tokens are from the teacher's.
+Teacher and student are one model in memory. Each layer has two MLPs with the same weights: the teacher's is dense,
+and the student's is pruned and has low-rank changes. The one that is in place computes. Only the changes learn, on
+any text, from the distance between the student's and the teacher's next tokens.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from grating_core.models.hub import Hub
 from grating_core.models.identity import fingerprint
 from grating_core.models.placement import choose_device, choose_dtype
 
-_HELD_OUT = 0.05  # of the windows
-_MOST_HELD_OUT = 32  # windows
+_HELD_OUT = 0.05  # share of the windows that is held out
+_MOST_HELD_OUT = 32  # windows that are held out at most
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """An adapter and what it recovers.
+    """This class holds a trained adapter, and says how much it recovers.
 
     Attributes:
-        directory: Directory of the adapter, as PEFT saves one.
-        dense: Perplexity of the dense model on the text that is held out.
-        pruned: Loss of the pruned model before training.
-        recovered: Loss of the pruned model with the adapter.
-        trained: Tokens that it was trained on; those seen twice count twice.
-        held_out: Tokens that the figures above are for.
+        directory: Directory of the adapter, in PEFT's form.
+        dense: Perplexity of the dense model on the held-out text.
+        pruned: Loss of the pruned model before training, on the held-out text.
+        recovered: Loss of the pruned model with the adapter, on the held-out text.
+        trained: Number of tokens in training; a token that was seen twice counts twice.
+        held_out: Number of tokens of the held-out text.
     """
 
     directory: Path
@@ -79,43 +79,44 @@ def distill(
 ) -> Distilled:
     """Train an adapter that makes up for pruning.
 
-    All of the model is in memory, and pruned per token. What training has reached is written to ``output`` every
-    minute: after an interruption the same call goes on from there, to the same result.
+    The whole model is in memory, and each token is pruned on its own. Training saves its state to ``output`` every
+    minute. After an interruption the same call continues from that state, to the same result.
 
     Args:
-        model: A language model with gated MLPs: hub id or local directory, as safetensors.
-        texts: Any text, best of the kind that the model will read and write. No answers are needed.
-        output: Directory for the adapter, empty or not there yet, or with the state of the same call.
-        mlp_density: Share of the MLPs' weights that a token uses, as it will be given with the adapter.
-        rank: Rank of the changes. More recover more, of a long training.
+        model: A language model with gated MLPs: a hub id or a local directory, as safetensors.
+        texts: Any texts, best of the kind that the model will read and write. No answers are needed.
+        output: Directory of the adapter. It is empty, does not exist yet, or holds the state of the same call.
+        mlp_density: Share of the MLPs' weights that a token uses, above 0 and at most 1. Use the adapter with the
+            same density.
+        rank: Rank of the changes. A higher rank recovers more after a long training.
         learning_rate: Highest learning rate, after the warm-up.
         steps: Number of times that the adapter is changed.
-        tokens_per_step: Tokens that a change is computed from, rounded to whole windows.
-        window: Tokens that the model sees at once.
-        seed: Seed of what is held out, of the order of the text and of the first weights.
-        device: ``"cpu"``, ``"cuda"`` or ``"mps"``; None takes the best that is there.
+        tokens_per_step: Number of tokens of each step, rounded to whole windows.
+        window: Number of tokens that the model sees at once.
+        seed: Seed of the choice of held-out text, of the order of the text and of the first weights.
+        device: ``"cpu"``, ``"cuda"`` or ``"mps"``; None takes the best device of this machine.
         dtype: ``"auto"``, ``"bfloat16"`` or ``"float32"``. The adapter itself is float32.
-        revision: Branch, tag or commit of the model on the hub; None for the newest. This and the next three
-            are ignored for a local directory.
-        token: What proves to the hub who asks; None or True for the one of ``hf auth login`` or ``HF_TOKEN``,
-            False for none.
-        cache_dir: Where the hub's files are kept; None for the hub's own place.
-        local_files_only: Use what is kept there already, without asking the hub.
-        show_progress: Show progress bars on standard error.
+        revision: Branch, tag or commit of the model on the hub; None for the newest. A local directory ignores
+            this and the next three.
+        token: Access token for the hub; None or True for the one of ``hf auth login`` or ``HF_TOKEN``, False for
+            none.
+        cache_dir: Directory of the hub's files; None for the hub's own place.
+        local_files_only: Whether to use only files that are in this directory already.
+        show_progress: Whether to show progress bars on standard error.
 
     Raises:
-        ValueError: An argument makes no sense, the text is too short, or ``output`` holds something else.
-        ModelNotFoundError: The model is not there, or damaged.
-        UnsupportedModelError: It is no language model with gated MLPs.
+        ValueError: An argument is not usable, the text is too short, or ``output`` holds something else.
+        ModelNotFoundError: The model is missing or damaged.
+        UnsupportedModelError: The model is not a language model with gated MLPs.
         GratingError: Training diverged.
         StorageError: ``output`` cannot be written.
     """
     check_density(mlp_density)
     for name, number in (("rank", rank), ("steps", steps), ("tokens_per_step", tokens_per_step)):
         whole_number(name, number)
-    whole_number("window", window, least=2)  # a token, and the one that is predicted
+    whole_number("window", window, least=2)  # one token to read, and one to predict
     if not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning_rate={learning_rate} is not a number above 0")
+        raise ValueError(f"learning_rate={learning_rate} must be a number above 0")
     place = choose_device(device)
     chosen, _ = choose_dtype(dtype, place)
     if chosen == torch.float16:
@@ -161,7 +162,7 @@ def distill(
 
 
 def _windows(texts: Sequence[str], tokenizer: Any, window: int, batch: int) -> Tensor:
-    """Return all texts one after the other, an end of text behind each, cut into int64 ``[W, window]``."""
+    """Join all texts, with an end-of-text token after each, and cut them into windows, int64 ``[W, window]``."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = [
         token
@@ -171,13 +172,13 @@ def _windows(texts: Sequence[str], tokenizer: Any, window: int, batch: int) -> T
     if len(ids) < (needed := (batch + 1) * window):
         raise ValueError(
             f"the texts have {len(ids):,} tokens, and at least {needed:,} are needed: {batch * window:,} for a "
-            f"step, {window:,} that are held out. Give more text, or less for window and tokens_per_step"
+            f"step and {window:,} to hold out. Give more text, or a smaller window and tokens_per_step"
         )
     return torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
 
 
 def hold_out(windows: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Divide windows ``[W, T]`` by chance into those that are held out and those that are trained on."""
+    """Divide windows ``[W, T]`` at random into held-out windows and windows for training."""
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     count = min(_MOST_HELD_OUT, max(1, round(_HELD_OUT * len(windows))))
     return windows[order[:count]], windows[order[count:]]

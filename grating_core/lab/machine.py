@@ -1,4 +1,4 @@
-"""The speed of a machine's disk, memory and processor, for the simulator: known, described or measured."""
+"""The simulator needs the speed of a machine's disk, memory and processor: known, described or measured."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from grating_core.files.places import cache_directory, storing
 from grating_core.files.writing import reserve
 from grating_core.memory.checkpoint import SECTOR, aligned_buffer
 
-_LONG_READ = 4_000_000  # bytes; from there on a disk is as fast as it gets
-_FILE = 256 << 20  # bytes; more than most disks cache for themselves
-_SIZES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)  # of reads
+_LONG_READ = 4_000_000  # bytes; longer reads are not faster
+_FILE = 256 << 20  # bytes; more than the caches inside most disks
+_SIZES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)  # bytes of a read
 _LONG = (1 << 20, 4 << 20)
 _WEIGHTS = 128 << 20  # bytes; more than a processor's caches hold
 _ROWS = (4 << 10, 16 << 10, 64 << 10)  # bytes of a column
@@ -40,10 +40,10 @@ _ROUNDS = 5
 
 @dataclass(frozen=True)
 class Costs:
-    """A cost in seconds by size, interpolated between known sizes, and in proportion beyond the largest.
+    """This class gives costs in seconds by size, interpolated between known sizes, and in proportion beyond.
 
     Attributes:
-        points: Known sizes, rising, each with its seconds.
+        points: Pairs of a known size and its seconds, by rising size.
     """
 
     points: tuple[tuple[float, float], ...]
@@ -58,15 +58,15 @@ class Costs:
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine that generates text.
+    """This class holds the speeds of a machine that generates text.
 
     Attributes:
-        disk_bandwidth: Bytes a second of long reads, one after the other.
-        read: Seconds that each of many reads adds while others are under way, by its bytes.
-        latency: Seconds from asking for a single small read to having it.
-        memory_bandwidth: Bytes of weights a second that a dense product takes in.
-        column: Seconds that a product takes for one column, by its bytes.
-        choosing: Seconds that choosing columns takes for one token, by the number there is to choose from.
+        disk_bandwidth: Bytes a second of long reads, one after another.
+        read: Seconds that one of many parallel reads adds, by its bytes.
+        latency: Seconds that a single small read takes.
+        memory_bandwidth: Bytes of weights that a dense product reads in a second.
+        column: Seconds that a product takes for one column, by the column's bytes.
+        choosing: Seconds that choosing columns takes for one token, by the number of columns to choose from.
         layer: Seconds of a layer that do not depend on its size.
     """
 
@@ -79,20 +79,20 @@ class Machine:
     layer: float
 
     def reading(self, sizes: NDArray[np.int64]) -> float:
-        """Return the seconds that reads of these sizes in bytes take, all asked for at once."""
+        """Return the seconds that parallel reads of these sizes in bytes take together."""
         return max(self.latency, float(self.read(sizes).sum())) if len(sizes) else 0.0
 
 
 def describe_machine(
     disk_bandwidth: float, disk_reads: float, memory_bandwidth: float, *, latency: float = 0.0
 ) -> Machine:
-    """Describe a machine by a few numbers. Its processor takes no time but for reading memory.
+    """Describe a machine by a few numbers. Its processor takes time only to read memory.
 
     Args:
         disk_bandwidth: Bytes a second of long reads.
-        disk_reads: Number of random reads of 4,096 bytes a second, eight under way.
-        memory_bandwidth: Bytes a second that the processor reads.
-        latency: Seconds of a single small read.
+        disk_reads: Random reads of 4,096 bytes in a second, with eight at the same time.
+        memory_bandwidth: Bytes a second that the processor reads from memory.
+        latency: Seconds that a single small read takes.
 
     Raises:
         ValueError: A number is not above 0.
@@ -104,7 +104,7 @@ def describe_machine(
     small, long = 1 / disk_reads, _LONG_READ / disk_bandwidth
     return Machine(
         disk_bandwidth=disk_bandwidth,
-        # No disk is faster at small reads than at long ones, whatever two numbers say.
+        # No disk is faster at small reads than at long ones, even if the numbers say so.
         read=Costs(((SECTOR, max(small, SECTOR / disk_bandwidth)), (_LONG_READ, max(long, small)))),
         latency=latency,
         memory_bandwidth=memory_bandwidth,
@@ -122,7 +122,7 @@ def parse_rate(rate: str, name: str) -> float:
         name: Name of the argument in an error.
 
     Raises:
-        ValueError: It is no rate.
+        ValueError: The string is not a rate.
     """
     try:
         return float(convert_file_size_to_int(rate.strip().removesuffix("/s").upper()))
@@ -130,8 +130,8 @@ def parse_rate(rate: str, name: str) -> float:
         raise ValueError(f"{name}={rate!r} must be bytes a second, such as '500MB/s'") from None
 
 
-# Round numbers from data sheets and the widths of buses. Makers give random reads with 32 or more under way; with
-# eight, a disk gives at most 8 / (latency of one).
+# These are round numbers from data sheets and the widths of buses. Data sheets give random reads with 32 or more
+# at the same time. With eight, a disk reaches at most 8 / (latency of one read).
 MACHINES: Mapping[str, Machine] = {
     # UFS 3.1: two lanes of 11.6 Gb/s carry 2.3 GB/s, and data sheets have up to 2.1. One read takes about 0.15 ms,
     # so that eight give 53,000 a second at most. LPDDR5 at 64 bits has 51 GB/s, of which the cores get about half.
@@ -140,17 +140,17 @@ MACHINES: Mapping[str, Machine] = {
     # 100,000 a second at most, which data sheets have with 32. Two channels of DDR4-3200 have 51 GB/s.
     "sata-ssd": describe_machine(0.55e9, 60_000, 30e9, latency=80e-6),
     # PCIe 3.0 with four lanes carries 3.9 GB/s, and disks give 3.5. One read takes about 0.05 ms, so that eight
-    # give 160,000 a second at most. The same memory.
+    # give 160,000 a second at most. The memory is the same.
     "nvme": describe_machine(3.5e9, 140_000, 30e9, latency=50e-6),
 }
 
 
 def probe(directory: Path, dtype: torch.dtype) -> Machine:
-    """Measure disk, memory and processor. It takes about ten seconds; nothing else should run meanwhile.
+    """Measure disk, memory and processor for about ten seconds. Nothing else should run meanwhile.
 
     Args:
         directory: A directory on the disk to measure. 256 MB are written there and removed.
-        dtype: Type of the weights.
+        dtype: Dtype of the weights.
 
     Raises:
         StorageError: The disk has no room, or cannot be read past the page cache.
@@ -175,7 +175,7 @@ def find_machine(name: str, dtype: torch.dtype) -> Machine:
 
     Args:
         name: Name of the machine.
-        dtype: Type of the weights.
+        dtype: Dtype of the weights.
 
     Raises:
         ValueError: The name is unknown.
@@ -199,14 +199,14 @@ def _written(directory: Path) -> Iterator[int]:
                 descriptor = os.open(place, os.O_RDONLY | os.O_DIRECT)
             except (OSError, AttributeError) as error:
                 raise StorageError(
-                    f"the disk of {directory} cannot be measured, since it has no reads past the page cache "
+                    f"the disk of {directory} cannot be measured, because it cannot be read past the page cache "
                     f"({error}): name a machine, or describe one"
                 ) from error
             finally:
-                place.unlink()  # so that nothing is left of it whatever happens
+                place.unlink()  # a file without a name leaves nothing behind, even after a crash
             try:
                 reserve(file, directory, _FILE)
-                block = np.random.default_rng(0).bytes(_FILE // 16)  # not zeros, which some disks do not store
+                block = np.random.default_rng(0).bytes(_FILE // 16)  # some disks do not store zeros
                 for _ in range(16):
                     file.write(block)
                 file.flush()
@@ -217,7 +217,7 @@ def _written(directory: Path) -> Iterator[int]:
 
 
 def _seconds_of_read(file: int, size: int, threads: int) -> float:
-    """Measure the seconds that a read at a random place adds, with so many under way."""
+    """Measure the seconds that a read at a random place adds, with ``threads`` reads at the same time."""
     each = max(8, min(250, (64 << 20) // size // threads))
     chance = random.Random(size)
 
@@ -234,7 +234,7 @@ def _seconds_of_read(file: int, size: int, threads: int) -> float:
 
 
 def _bandwidth(file: int, size: int) -> float:
-    """Measure the bytes a second of reads one after the other."""
+    """Measure the bytes a second of reads, one after another."""
     view = memoryview(aligned_buffer(size).numpy())  # type: ignore[arg-type]
     started = perf_counter()
     for place in range(0, _FILE, size):
@@ -243,7 +243,7 @@ def _bandwidth(file: int, size: int) -> float:
 
 
 def _dense_bandwidth(dtype: torch.dtype) -> float:
-    """Measure the bytes of weights a second that products of single tokens take in."""
+    """Measure the bytes of weights that products of single tokens read in a second."""
     width = 2048
     matrices = torch.ones(_WEIGHTS // (width * width * dtype.itemsize), width, width, dtype=dtype)
     token = torch.ones(1, width, dtype=dtype)
@@ -251,7 +251,7 @@ def _dense_bandwidth(dtype: torch.dtype) -> float:
 
 
 def _seconds_of_column(size: int, dtype: torch.dtype) -> float:
-    """Measure the seconds of one of many columns that are multiplied together, as the engine does it."""
+    """Measure the seconds for one of many columns that are multiplied together, as in the engine."""
     table = torch.ones(_WEIGHTS // size, size // dtype.itemsize, dtype=dtype)
     slots = torch.randperm(len(table))[: len(table) // 2]
     values = torch.ones(len(slots), dtype=dtype)
@@ -262,7 +262,7 @@ def _seconds_of_column(size: int, dtype: torch.dtype) -> float:
 
 
 def _seconds_of_choice(count: int) -> float:
-    """Measure the seconds of choosing half of so many columns, of which half are in memory."""
+    """Measure the seconds of choosing half of ``count`` columns, half of which are in memory."""
     cache = ColumnCache(count, count // 2, preference=0.5)
     tokens = np.abs(np.random.default_rng(0).normal(size=(20, count))).astype(np.float32)
     return _median(lambda: [cache.choose(token, count // 2) for token in tokens]) / len(tokens)
@@ -270,7 +270,7 @@ def _seconds_of_choice(count: int) -> float:
 
 @torch.inference_mode()
 def _seconds_of_layer() -> float:
-    """Measure the seconds of a layer so small that its weights do not matter, for a token."""
+    """Measure the seconds for one token of a layer that is so small that its weights do not matter."""
     sizes: dict[str, Any] = {"vocab_size": 8, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
     shallow, deep = (LlamaModel(LlamaConfig(**sizes, num_hidden_layers=depth)) for depth in (1, 9))
     token = torch.zeros(1, 1, dtype=torch.int64)
@@ -278,7 +278,7 @@ def _seconds_of_layer() -> float:
 
 
 def _median(work: Callable[[], object]) -> float:
-    """Return the median seconds of some rounds after a warm-up."""
+    """Return the median seconds of several rounds after a warm-up."""
     seconds = []
     for _ in range(1 + _ROUNDS):
         started = perf_counter()

@@ -1,4 +1,4 @@
-"""One process at a time writes the directory of an adapter, which holds the state until the adapter is done."""
+"""One process at a time writes an adapter's directory, which holds the state of training until training ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from grating_core.files.places import is_there, storing
 from grating_core.files.writing import replace_file
 from grating_core.lab.student import PARTS
 
-STATE = "unfinished.safetensors"  # what training has reached, until the adapter is there
+STATE = "unfinished.safetensors"  # the state of training, until the adapter is there
 _WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
 
@@ -25,16 +25,16 @@ def check_output(output: Path) -> None:
     """Refuse a directory that holds anything but the state of unfinished training.
 
     Raises:
-        ValueError: It holds something else, or is a file.
+        ValueError: The directory holds something else, or is a file.
     """
     if not is_there(output):
         return
     if not output.is_dir():
         raise ValueError(f"output={str(output)!r} is a file; name a directory")
-    # What a process that was killed left half-written of our files is removed when they are written.
+    # Half-written files of a killed process do not count: they are removed when our files are written.
     with storing(output):
         there = {unfinished_of(path.name) or path.name for path in output.iterdir()}
-    # A process that ended while it wrote the adapter leaves all three.
+    # A process that was killed while it wrote the adapter leaves the state and both files of the adapter.
     if others := there - ({STATE, _WEIGHTS, _CONFIG} if STATE in there else set()):
         raise ValueError(
             f"output={str(output)!r} already holds {', '.join(sorted(others)[:3])}; name a new directory, "
@@ -44,7 +44,7 @@ def check_output(output: Path) -> None:
 
 @contextmanager
 def writing_alone(output: Path) -> Iterator[None]:
-    """Keep other processes from writing to the same directory, and leave none if nothing is in it.
+    """Keep other processes from writing to the same directory. Remove the directory if it stays empty.
 
     Raises:
         ValueError: Another process is writing there.
@@ -61,8 +61,8 @@ def writing_alone(output: Path) -> Iterator[None]:
             yield
     except StorageError as error:
         raise StorageError(
-            f"output={str(output)!r} cannot be written ({error}). What was reached before is kept: when there is "
-            f"room, the same call goes on from it"
+            f"output={str(output)!r} cannot be written ({error}). The last saved state is kept: the same call "
+            f"goes on from it when there is room"
         ) from error
     finally:
         if made:
@@ -71,16 +71,16 @@ def writing_alone(output: Path) -> Iterator[None]:
 
 
 def write_adapter(output: Path, model: str, mlp_density: float, rank: int, changes: Mapping[str, Tensor]) -> None:
-    """Put the adapter, as PEFT saves one, in the place of the state.
+    """Replace the state by the adapter, in PEFT's form.
 
-    Its description goes last, since without it there is no adapter.
+    The adapter's description is written last, because nothing counts as an adapter without it.
 
     Args:
         output: The directory.
-        model: Name of the model that it is for.
-        mlp_density: Share of the MLPs' weights for which it was trained.
+        model: Name of the base model.
+        mlp_density: The density that the adapter was trained for.
         rank: Rank of the changes.
-        changes: The weights, by PEFT's names.
+        changes: The adapter's weights, by PEFT's names.
     """
     tensors = {name: change.detach().contiguous() for name, change in changes.items()}
     data = format_tensors(tensors, {"format": "pt", "mlp_density": str(mlp_density)})

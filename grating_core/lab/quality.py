@@ -1,4 +1,4 @@
-"""The cost of pruning a language model is measured: perplexity, and how often a cache has the columns wanted."""
+"""This module measures what pruning a language model costs: perplexity, and the hit rate of a cache of columns."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from grating_core.lab.decoders import decoder_layers
 
 @dataclass(frozen=True)
 class Traffic:
-    """The columns wanted and found, over all tokens.
+    """Traffic counts the columns that all tokens used, and those that were in memory.
 
     Attributes:
         sizes: Sizes of the MLPs.
         tokens: Number of tokens.
         wanted: Number of columns that the tokens used, int64 ``[depth, 2]``, by layer and by kind.
-        hits: Number of those that were in memory, of the same shape.
+        hits: Number of used columns that were in memory, int64 ``[depth, 2]``.
     """
 
     sizes: ColumnSizes
@@ -36,25 +36,25 @@ class Traffic:
     hits: NDArray[np.int64]
 
     def hit_rate(self, kind: Kind | None = None) -> float:
-        """Return the share of the columns wanted, of one kind or of both, that were in memory."""
+        """Return the share of the used columns that were in memory, for one kind or for both (None)."""
         chosen = slice(None) if kind is None else KINDS.index(kind)
         return float(self.hits[:, chosen].sum() / self.wanted[:, chosen].sum())
 
     @property
     def bytes_per_token(self) -> float:
-        """Return the bytes of the companion file that are read for a token."""
+        """The bytes of the companion file that are read for a token."""
         rows = np.array([self.sizes.row_bytes(kind) for kind in KINDS])
         return float(((self.wanted - self.hits) * rows).sum() / self.tokens)
 
 
 @dataclass(frozen=True)
 class Quality:
-    """The quality of a pruned model on some text.
+    """This class holds the quality of a model on a text.
 
     Attributes:
-        perplexity: exp of the mean negative log-likelihood of a token.
+        perplexity: Perplexity: exp of the mean negative log-likelihood of a token.
         tokens: Number of tokens that were predicted.
-        traffic: Columns that went through the caches of :class:`CachedMlp`; None without them.
+        traffic: Traffic of the caches of :class:`CachedMlp`; None without caches.
     """
 
     perplexity: float
@@ -68,8 +68,8 @@ def cut_windows(tokenizer: Any, text: str, length: int, count: int | None = None
     Args:
         tokenizer: A tokenizer of transformers. A token that it puts before every text comes before every window.
         text: The text.
-        length: Tokens of a window.
-        count: Number of windows; None for as many as there are whole ones.
+        length: Number of tokens of a window.
+        count: Number of windows; None for all whole windows.
 
     Raises:
         ValueError: The text is too short.
@@ -102,15 +102,15 @@ def evaluate(
     """Measure the perplexity of a model whose MLPs are pruned.
 
     Args:
-        model: A causal language model of transformers, in memory. It is as it was afterwards.
-        windows: Token ids, see :func:`cut_windows`. Caches carry over from one window to the next.
-        shares: What each layer keeps; None for the dense model.
-        make: Makes of an MLP and its shares what stands in for it, such as a :class:`CachedMlp`.
-        show_progress: Show a progress bar on standard error.
+        model: A causal language model of transformers, in memory. This function leaves it unchanged.
+        windows: Token ids, see :func:`cut_windows`. Caches keep their columns from one window to the next.
+        shares: Shares that each layer keeps; None for the dense model.
+        make: Function that makes the pruned MLP from the dense MLP and its shares, such as :class:`CachedMlp`.
+        show_progress: Whether to show a progress bar on standard error.
 
     Raises:
         UnsupportedModelError: The model has no gated MLPs.
-        ValueError: The shares are not one for each layer.
+        ValueError: The number of shares is not the number of layers.
     """
     layers = decoder_layers(model)
     if shares is not None and len(shares) != len(layers):
@@ -135,15 +135,15 @@ def evaluate(
 
 
 class CachedMlp(nn.Module):
-    """A gated MLP that computes with the columns a cache makes it choose.
+    """A cached MLP computes with the columns that its caches choose.
 
-    Like :class:`MaskedMlp` it multiplies by all weights and saves nothing. What a token uses depends on the tokens
-    before it, so columns are chosen token after token. The products are computed for all tokens at once.
+    Like :class:`MaskedMlp` it multiplies by all weights and saves nothing. The choice for a token depends on the
+    tokens before it, so columns are chosen token by token. The products are computed for all tokens at once.
 
     Args:
         mlp: The dense MLP.
-        shares: What is kept.
-        caching: Sizes and preferences of the caches.
+        shares: Shares that are kept.
+        caching: Size and preference of the caches.
     """
 
     def __init__(self, mlp: Any, shares: Shares, caching: Caching) -> None:
@@ -156,7 +156,7 @@ class CachedMlp(nn.Module):
         self._kept = kept(counts[0], shares.inputs), kept(counts[1], shares.products)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the MLP's output ``[…, D]`` for its input of that shape, whose tokens come in their order."""
+        """Return the MLP's output ``[…, D]`` for an input of the same shape, whose tokens are in order."""
         mlp = self.mlp
         hidden = self._masked(0, hidden)
         product = mlp.act_fn(mlp.gate_proj(hidden)) * mlp.up_proj(hidden)

@@ -1,9 +1,9 @@
-"""The speed of a model larger than memory is simulated: activations and caches are real, time is not.
+"""This module simulates the speed of a model larger than memory: activations and caches are real, time is not.
 
-Three ways are compared, with the same bytes in memory. Dense streaming streams whole layers. DIP has caches of
-columns, of which those used least give way. Cache-aware DIP prefers columns that are in memory. Which columns are
-chosen, found and read comes from :class:`ColumnCache`, as in the engine; only seconds are estimated. Buffers for
-what is being read, and the keys and values of the context, come on top of that memory.
+It compares three ways with the same bytes in memory. Dense streaming streams whole layers. DIP has caches of
+columns, which evict the least used columns. Cache-aware DIP prefers columns that are in memory. As in the engine,
+a :class:`ColumnCache` says which columns are chosen, found and read; only seconds are estimated. Buffers for
+reading, and the keys and values of the context, come on top of the memory.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ DENSE, DIP, CACHE_AWARE = WAYS = ("dense streaming", "DIP", "cache-aware DIP")
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model.
+    """A shape holds the sizes of a model.
 
     Attributes:
-        columns: Sizes of its MLPs.
-        attention: Bytes of a layer's weights beside the MLP.
+        columns: Sizes of the MLPs.
+        attention: Bytes of a layer's weights outside the MLP.
         outside: Bytes of weights outside the layers, which are always in memory.
-        head: Bytes of those weights by which every token is multiplied.
+        head: Bytes of those outside weights that multiply every token.
     """
 
     columns: ColumnSizes
@@ -51,11 +51,11 @@ class Shape:
 
         Args:
             directory: Directory of the file.
-            dtype: Type of the weights.
+            dtype: Dtype of the weights.
 
         Raises:
-            ModelNotFoundError: The file is missing or senseless.
-            UnsupportedModelError: It is no decoder with gated MLPs.
+            ModelNotFoundError: The file is missing or makes no sense.
+            UnsupportedModelError: The model is not a decoder with gated MLPs.
         """
         model = empty_decoder(directory)
         layers = model.model.layers
@@ -72,23 +72,23 @@ class Shape:
 
     @property
     def layer(self) -> int:
-        """Return the bytes of all weights of a layer, as they are in the checkpoint."""
+        """The bytes of all weights of a layer, as stored in the checkpoint."""
         return self.attention + self.columns.layer_bytes
 
     @property
     def total(self) -> int:
-        """Return the bytes of all weights."""
+        """The bytes of all weights."""
         return self.outside + self.columns.depth * self.layer
 
     def memory(self, share: float) -> int:
-        """Return the bytes that this share of the MLPs' columns takes, and all else."""
+        """Return the bytes of all other weights and of this share of the MLPs' columns."""
         return self.outside + round(self.columns.depth * (self.attention + share * self.columns.layer_bytes))
 
     def parse_memory(self, memory: str) -> int:
         """Return the bytes of a size such as ``"2GB"``, or of a share of the MLPs' columns such as ``"50%"``.
 
         Raises:
-            ValueError: It is neither, or too small.
+            ValueError: The string has another form, or the size is too small.
         """
         try:
             if memory.endswith("%"):
@@ -104,10 +104,10 @@ class Shape:
         return size
 
     def share(self, memory: int) -> float:
-        """Return the share of the MLPs' columns that so many bytes hold, from 0 to 1.
+        """Return the share of the MLPs' columns, from 0 to 1, that fits into ``memory`` bytes.
 
         Raises:
-            ValueError: Not even what is always in memory fits.
+            ValueError: Even the weights that are always in memory do not fit.
         """
         if memory < (smallest := self.memory(0)):
             raise ValueError(
@@ -117,18 +117,18 @@ class Shape:
         return min(1.0, (memory - smallest) / (self.columns.depth * self.columns.layer_bytes))
 
     def resident(self, memory: int) -> int:
-        """Return how many whole layers so many bytes hold."""
+        """Return how many whole layers fit into ``memory`` bytes."""
         return max(0, min(self.columns.depth, (memory - self.outside) // self.layer))
 
 
 @dataclass(frozen=True)
 class Need:
-    """The columns of one kind that one layer needs, token by token.
+    """This class counts the columns of one kind that one layer needs, token by token.
 
     Attributes:
         kind: Kind of the columns.
         hits: Number of columns that are in memory, int64 ``[tokens]``.
-        runs: Lengths of the runs of neighbouring columns that have to be read, int64 ``[runs]`` for each token.
+        runs: Lengths of the runs of neighbouring columns to read, int64 ``[runs]`` for each token.
     """
 
     kind: Kind
@@ -137,19 +137,19 @@ class Need:
 
     @property
     def missing(self) -> NDArray[np.int64]:
-        """Return the number of columns that have to be read, int64 ``[tokens]``."""
+        """The number of columns to read, int64 ``[tokens]``."""
         return np.array([lengths.sum() for lengths in self.runs])
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The speed of one way of generating.
+    """This class holds the estimated speed of one way of generating.
 
     Attributes:
         way: One of ``WAYS``.
         tokens_per_second: Tokens a second.
-        bytes_per_token: Bytes that it reads from disk for a token.
-        hit_rate: Share of the columns wanted that are in memory; None for whole layers.
+        bytes_per_token: Bytes that are read from disk for a token.
+        hit_rate: Share of the used columns that are in memory; None for whole layers.
     """
 
     way: str
@@ -172,13 +172,13 @@ def simulate(
     Args:
         activations: Activations of the model, or of a smaller one, see :meth:`Activations.layer`.
         shape: Shape of the model.
-        machine: The machine it runs on.
+        machine: The machine that the model runs on.
         memory: Bytes of memory for weights, the same for each way.
-        shares: What each layer's MLP keeps.
-        preference: Preference of cache-aware DIP.
+        shares: Shares that each layer's MLP keeps.
+        preference: Preference of cache-aware DIP for columns in memory.
 
     Raises:
-        ValueError: The memory is too small, or the shares are not one for each layer.
+        ValueError: The memory is too small, or the number of shares is not the number of layers.
     """
     sizes = shape.columns
     if len(shares) != sizes.depth:
@@ -198,7 +198,7 @@ def simulate(
 def find_needs(
     activations: Activations, sizes: ColumnSizes, shares: Sequence[Shares], caching: Caching
 ) -> list[list[Need]]:
-    """Find what each layer needs, kind by kind, when activations go through its caches."""
+    """Send activations through each layer's caches, and return the needs by layer and kind."""
     return [
         [
             _need(magnitudes, own, caching, kind)
@@ -222,7 +222,7 @@ def _need(magnitudes: Magnitudes, shares: Shares, caching: Caching, kind: Kind) 
 
 
 def count_traffic(needs: Sequence[Sequence[Need]], sizes: ColumnSizes) -> Traffic:
-    """Add up what was needed."""
+    """Add up the needs of all layers."""
     hits = np.array([[need.hits.sum() for need in layer] for layer in needs])
     missing = np.array([[need.missing.sum() for need in layer] for layer in needs])
     return Traffic(sizes, len(needs[0][0].hits), hits + missing, hits)
@@ -231,9 +231,9 @@ def count_traffic(needs: Sequence[Sequence[Need]], sizes: ColumnSizes) -> Traffi
 def pruned_seconds(shape: Shape, machine: Machine, needs: Sequence[Sequence[Need]]) -> NDArray[np.float64]:
     """Estimate the seconds of each token with DIP, float64 ``[tokens]``.
 
-    For each kind, columns are chosen. Those that are missing are read while those in memory are multiplied. When
-    all have come they are multiplied, and copied to where they are kept. Nothing is read ahead, since a choice
-    depends on what was computed before it.
+    Columns of each kind are chosen. Missing columns are read while columns in memory are multiplied. When all have
+    come, they are multiplied, and copied into the cache. Nothing is read ahead, because a choice depends on what
+    was computed before it.
     """
     sizes = shape.columns
     seconds = np.full(len(needs[0][0].hits), shape.head / machine.memory_bandwidth)
@@ -242,7 +242,7 @@ def pruned_seconds(shape: Shape, machine: Machine, needs: Sequence[Sequence[Need
         for need in layer:
             used = sizes.used(need.kind) * sizes.dtype.itemsize
             multiplying = float(machine.column(used))
-            keeping = 2 * used / machine.memory_bandwidth  # read and written
+            keeping = 2 * used / machine.memory_bandwidth  # keeping a column reads and writes it
             reading = [machine.reading(lengths * sizes.row_bytes(need.kind)) for lengths in need.runs]
             seconds += float(machine.choosing(sizes.count(need.kind)))
             seconds += np.maximum(need.hits * multiplying, reading) + need.missing * (multiplying + keeping)
@@ -250,20 +250,20 @@ def pruned_seconds(shape: Shape, machine: Machine, needs: Sequence[Sequence[Need
 
 
 def streaming_seconds(shape: Shape, machine: Machine, resident: int) -> float:
-    """Estimate the seconds between two tokens when all layers but some are streamed, as :class:`Streamer` does it.
+    """Estimate the seconds between two tokens if all layers but ``resident`` are streamed; see :class:`Streamer`.
 
-    One layer after the other is read into two buffers, of which one is free again when its layer has been
-    computed. Streamed layers are spread evenly. Reading goes on from one token to the next.
+    Layers are read one after another into two buffers. A buffer is free again when its layer has been computed.
+    Streamed layers are spread evenly. Reading goes on from one token to the next.
     """
     depth = shape.columns.depth
     count = depth - resident
     streamed = {number * depth // count for number in range(count)}
     reading = shape.layer / machine.disk_bandwidth
     computing = machine.layer + shape.layer / machine.memory_bandwidth
-    clock = arrived = 0.0  # now, and when the last read ended
-    free = [0.0, 0.0]  # since when each buffer has been free
+    clock = arrived = 0.0  # the time now, and the time when the last read ended
+    free = [0.0, 0.0]  # the time when each buffer became free
     ends = []
-    for _ in range(8):  # four to settle, four to measure
+    for _ in range(8):  # four tokens settle the buffers, and four are measured
         for number in range(depth):
             if number in streamed:
                 arrived = max(arrived, free.pop(0)) + reading

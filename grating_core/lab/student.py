@@ -1,4 +1,4 @@
-"""A pruned model that learns to say what the dense one says: changes of low rank, and what they minimise."""
+"""A student is a pruned model that learns low-rank changes, to predict what the dense model predicts."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from grating_core.columns.allocation import allocate
 from grating_core.columns.masks import MaskedMlp, find_gated_mlp, kept
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
-_TOKENS = 1024  # that go through the model together: more take memory and were no faster
-_POSITIONS = 128  # whose logits are in memory together
+_TOKENS = 1024  # tokens that go through the model together: more take memory and were no faster
+_POSITIONS = 128  # positions whose logits are in memory together
 
 
 @dataclass(frozen=True)
 class Loss:
-    """The cost of pruning on some text.
+    """A loss says what pruning costs on a text.
 
     Attributes:
         perplexity: Perplexity of the pruned model.
-        divergence: KL of its next tokens from the dense model's, in nats a token.
+        divergence: KL divergence of the pruned model's next tokens from the dense model's, in nats a token.
     """
 
     perplexity: float
@@ -34,12 +34,12 @@ class Loss:
 
 
 class LowRankLinear(nn.Module):
-    """A linear layer to whose weight B A is added. A and B learn.
+    """This layer adds B A to the weight of a linear layer. A and B learn.
 
     Args:
-        base: The layer as it is. It is shared and never changed.
-        rank: Rank of the change, which is 0 at first.
-        chance: Source of the first A.
+        base: The linear layer, which is shared and never changed.
+        rank: Rank of A and B. Their product is 0 at first.
+        chance: Random generator for the first A.
     """
 
     def __init__(self, base: nn.Linear, rank: int, chance: torch.Generator) -> None:
@@ -58,12 +58,12 @@ class LowRankLinear(nn.Module):
 
 
 class LowRankMlp(nn.Module):
-    """Holds the matrices of a gated MLP with their changes, for a :class:`MaskedMlp` to compute with.
+    """This class holds the matrices of a gated MLP with their changes. A :class:`MaskedMlp` computes with them.
 
     Args:
-        dense: The MLP as it is.
+        dense: The dense MLP.
         rank: Rank of each change.
-        chance: Source of each first A.
+        chance: Random generator for the first A of each change.
     """
 
     def __init__(self, dense: Any, rank: int, chance: torch.Generator) -> None:
@@ -74,14 +74,14 @@ class LowRankMlp(nn.Module):
 
 
 class TrainedMlp(MaskedMlp):
-    """A :class:`MaskedMlp` whose masks are found several times faster.
+    """A trained MLP is a :class:`MaskedMlp` that finds its masks several times faster.
 
-    It keeps all entries that are as large as the last one kept. Gradients go through what is kept, not through the
-    choice.
+    It keeps all entries that are as large as the last one kept. Gradients go through the kept entries, and not
+    through the choice.
     """
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the MLP's output ``[…, D]`` for its input of that shape."""
+        """Return the MLP's output ``[…, D]`` for an input of the same shape."""
         mlp = self.mlp
         hidden = hidden * _largest(hidden.detach(), self.shares.inputs)
         product = mlp.act_fn(mlp.gate_proj(hidden)) * mlp.up_proj(hidden)
@@ -93,21 +93,21 @@ def _largest(values: Tensor, share: float) -> Tensor:
     size, count = values.abs(), kept(values.shape[-1], share)
     if values.device.type != "cpu":
         return size >= size.topk(count, sorted=False).values.amin(-1, keepdim=True)
-    # What is not negative has the order of its bits read as a number, and numpy knows no bfloat16.
+    # Numbers that are not negative have the same order as their bits, and numpy knows no bfloat16.
     bits = size.view(torch.int16 if size.itemsize == 2 else torch.int32)
     place = values.shape[-1] - count
     return bits >= torch.from_numpy(np.partition(bits.numpy(), place)[..., place, None])
 
 
 class Divergence:
-    """Measures how far a student's next tokens are from the teacher's: KL(teacher ‖ student).
+    """This class measures the divergence of a student's next tokens from the teacher's: KL(teacher ‖ student).
 
-    Logits take far more memory than anything else. So they are made for a few positions at a time, in memory that
-    is taken once: asking the system for it each time took longer than computing with it.
+    Logits take far more memory than anything else. So they are computed for a few positions at a time, in memory
+    that is taken only once, because taking it each time took longer than computing.
 
     Args:
         head: Function from hidden states ``[N, D]`` to logits ``[N, V]``.
-        vocabulary: V, the number of tokens there are.
+        vocabulary: V, the number of tokens of the vocabulary.
         device: Device of the logits.
     """
 
@@ -145,7 +145,7 @@ class Divergence:
 
 
 def _softmax(logits: Tensor, shifted: Tensor, probabilities: Tensor) -> Tensor:
-    """Fill the last two, and return the sums by which the exponentials were divided."""
+    """Fill ``shifted`` and ``probabilities``, and return the sums that the exponentials were divided by."""
     shifted.copy_(logits).sub_(shifted.amax(-1, keepdim=True))
     total = torch.exp(shifted, out=probabilities).sum(-1, keepdim=True)
     probabilities /= total
@@ -153,7 +153,7 @@ def _softmax(logits: Tensor, shifted: Tensor, probabilities: Tensor) -> Tensor:
 
 
 class Student:
-    """A model in memory that computes as its own teacher, the dense model, or pruned and changed.
+    """A student is a model in memory that computes either dense, as its own teacher, or pruned and changed.
 
     Args:
         module: A causal language model of transformers with gated MLPs.
@@ -174,7 +174,7 @@ class Student:
         self.divergence = Divergence(self.head, len(module.lm_head.weight), module.device)
 
     def changes(self) -> dict[str, nn.Parameter]:
-        """Return what learns, float32, by the names that PEFT has for it."""
+        """Return the weights that learn, float32, by PEFT's names."""
         return {
             f"base_model.model.model.layers.{number}.mlp.{part}.{name}.weight": getattr(mlp, part).get_parameter(
                 own
@@ -212,7 +212,7 @@ class Student:
 
     @torch.inference_mode()
     def measure(self, windows: Tensor) -> tuple[float, Loss]:
-        """Return the dense model's perplexity on token ids ``[W, T]``, and what pruning costs there."""
+        """Return the dense model's perplexity on token ids ``[W, T]``, and the loss of the pruned model."""
         dense = pruned = divergence = 0.0
         for ids in windows:
             pairs = (self.hidden(mlps, ids[None])[:-1] for mlps in (self.dense, self.exact))

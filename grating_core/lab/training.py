@@ -1,4 +1,4 @@
-"""A student's way to the teacher, written down so that it can be gone on with."""
+"""This module trains a student, and saves the state so that training can continue after an interruption."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from grating_core.files.writing import replacing, require_room
 from grating_core.lab.student import Loss, Student
 
 SECONDS_BETWEEN_STATES = 60.0
-_WARM_UP = 0.05  # of the steps
+_WARM_UP = 0.05  # share of the steps
 _BETAS = (0.9, 0.95)
 _LARGEST_GRADIENT = 1.0
 
 
 class Training:
-    """The training of a student. What is random depends on the seed and the number of the step alone.
+    """This class trains a student. Random numbers depend only on the seed and the number of the step.
 
     Args:
-        student: Who learns.
-        settings: All that the result depends on, as JSON has it. Training reads ``steps``, ``learning_rate`` and
-            ``seed``; a state of other settings is refused.
+        student: The student.
+        settings: Everything that the result depends on, as JSON values. Training reads ``steps``,
+            ``learning_rate`` and ``seed``; it refuses a state of other settings.
         state: File of the state.
 
     Attributes:
         step: Number of steps done.
-        before: The dense model's perplexity on the text that is held out, and what pruning costs there untrained.
+        before: The dense model's perplexity on the held-out text, and the untrained student's loss there.
     """
 
     def __init__(self, student: Student, settings: dict[str, Any], state: Path) -> None:
@@ -53,8 +53,8 @@ class Training:
 
         Args:
             windows: Token ids, int64 ``[W, T]``.
-            batch: Windows of a step.
-            bar: Progress bar, told of every step.
+            batch: Number of windows of a step.
+            bar: Progress bar, which is updated after every step.
 
         Raises:
             GratingError: Training diverged.
@@ -67,8 +67,8 @@ class Training:
             divergence = self._student.learn(windows[list(islice(order, batch))])
             if not math.isfinite(divergence):
                 raise GratingError(
-                    f"training diverged in step {self.step + 1} of {steps}: begin anew, in another output, with a "
-                    f"lower learning_rate than {self._settings['learning_rate']}"
+                    f"training diverged in step {self.step + 1} of {steps}: begin again, in another output, with "
+                    f"a lower learning_rate than {self._settings['learning_rate']}"
                 )
             self._change()
             now, seen = time.perf_counter(), seen + batch * windows.shape[1]
@@ -89,19 +89,19 @@ class Training:
         self.step += 1
 
     def require_room(self) -> None:
-        """Try whether there is room for the state, twice while it is written anew, before anything is computed.
+        """Check, before anything is computed, that the disk has room for two copies of the state.
 
         Raises:
-            StorageError: There is none.
+            StorageError: The disk does not have this room.
         """
-        most = 3 * sum(change.nbytes for change in self._changes.values())  # with AdamW's two moments
+        most = 3 * sum(change.nbytes for change in self._changes.values())  # each change has two moments of AdamW
         require_room(self._state, most if self._state.exists() else 2 * most)
 
     def save(self) -> None:
-        """Write all that :meth:`resume` needs. The caller keeps other processes away.
+        """Write the state for :meth:`resume`. The caller keeps other processes away.
 
         Raises:
-            StorageError: It cannot be written.
+            StorageError: The state cannot be written.
         """
         tensors = {name: change.detach() for name, change in self._changes.items()}
         for name, change in self._changes.items():
@@ -114,14 +114,14 @@ class Training:
             "before": json.dumps({"dense": dense, **asdict(pruned)}),
         }
         data = format_tensors(tensors, description)
-        with replacing(self._state, len(data), private=True) as file:  # it is derived from the text
+        with replacing(self._state, len(data), private=True) as file:  # the state depends on the text
             file.write(data)
 
     def resume(self) -> bool:
-        """Go on where another process stopped, and return whether one did.
+        """Continue from a saved state, and return whether there was one.
 
         Raises:
-            ValueError: The state is of other settings, or damaged.
+            ValueError: The state belongs to other settings, or is damaged.
         """
         if not self._state.is_file():
             return False
@@ -136,7 +136,7 @@ class Training:
             if not others:
                 self._take(tensors)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{self._state} cannot be read ({error!r}): delete it and begin anew") from error
+            raise ValueError(f"{self._state} cannot be read ({error!r}): delete it and begin again") from error
         if others:
             known = [f"{name}={settings.get(name)}" for name in others if name not in ("model", "text", "shares")]
             raise ValueError(
@@ -148,12 +148,12 @@ class Training:
 
     @torch.no_grad()
     def _take(self, tensors: dict[str, Tensor]) -> None:
-        """Take over changes and moments. A tensor of another shape raises a ``RuntimeError``."""
+        """Copy changes and moments from a state. A tensor of another shape raises a ``RuntimeError``."""
         for name, change in self._changes.items():
             change.copy_(tensors.pop(name))
         for name, tensor in tensors.items():
             change_name, moment = name.rsplit(".", 1)
-            # Its count of steps stays on the CPU, where AdamW looks for it.
+            # The count of steps stays on the CPU, where AdamW expects it.
             place = "cpu" if moment == "step" else self._student.module.device
             self._optimizer.state[self._changes[change_name]][moment] = tensor.to(place)
 
