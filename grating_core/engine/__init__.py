@@ -1,1 +1,1 @@
-"""The ragged batch, packed attention and the forward loop."""
+"""This room computes: the ragged batch, packed attention, the forward loop, decoding."""

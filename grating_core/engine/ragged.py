@@ -18,7 +18,7 @@ _WORTH_SHARING = 8  # tokens
 
 @dataclass(frozen=True)
 class RaggedBatch:
-    """This class joins the sequences of N candidates. A candidate has one sequence, or several windows.
+    """A ragged batch joins the sequences of N candidates. A candidate has one sequence, or several windows.
 
     All sequences can share the tokens that they begin with. This prefix then comes once, before them.
 

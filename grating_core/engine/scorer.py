@@ -1,4 +1,4 @@
-"""From texts to scores: encode, pack, forward, outcome."""
+"""A scorer goes from texts to scores: encode, pack, forward, outcome."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from grating_core.text.pairs import Template, TokenisedPair
 _CHUNK_TOKENS = {"cuda": 32768, "mps": 8192}  # on the CPU it depends on the size of the layers
 _GROUP = 256  # pairs that scores() holds in memory at a time
 Pause = Callable[[], bool]
-"""Says whether to give up; it is asked before each chunk."""
+"""A function that is called before each chunk, and returns whether to give up."""
 
 _UNPRUNED = Pruning(Off())
 
 
 class Scorer:
-    """Computes requests with one model.
+    """A scorer computes requests with one model.
 
-    Several threads may call it. They take turns where the model remembers something of a request, and under a
-    memory budget, which is for one request at a time.
+    Several threads may call it. They take turns if the model keeps a state of a request, and under a memory
+    budget, which is for one request at a time.
 
     Args:
-        model: The cross-encoder; closed with the scorer.
-        template: Makes token ids of queries and documents.
-        plan: What the memory budget is spent on; None without a budget.
+        model: The cross-encoder, which is closed with the scorer.
+        template: The template that makes token ids of queries and documents.
+        plan: The plan of the memory budget; None without a budget.
     """
 
     def __init__(self, model: CrossEncoder, template: Template, plan: MemoryPlan | None = None) -> None:
@@ -77,9 +77,12 @@ class Scorer:
         Args:
             query: The query; not empty.
             documents: N texts.
-            top_k: How many to find, 1 or more; N or more finds all.
+            top_k: Number of documents to find, 1 or more; N or more finds all.
             pruning: How candidates stop early.
-            pause: Asked before each chunk whether to give up; raises :class:`Interrupted` then.
+            pause: Function that says before each chunk whether to give up; None never gives up.
+
+        Raises:
+            Interrupted: ``pause`` said to give up.
         """
         started = perf_counter()
         if not documents:
@@ -114,7 +117,7 @@ class Scorer:
 
         Args:
             pairs: The pairs; queries may differ.
-            show_progress: Show a progress bar on standard error.
+            show_progress: Whether to show a progress bar on standard error.
         """
         found: list[float] = []
         with tqdm(total=len(pairs), unit="pair", disable=not show_progress) as bar:
@@ -136,12 +139,12 @@ class Scorer:
 
         Args:
             request: The query and the documents.
-            pause: Asked before each chunk whether to give up; raises :class:`Interrupted` then.
+            pause: Function that says before each chunk whether to give up, which raises :class:`Interrupted`.
         """
         device = self.model.device
 
         def caught_up() -> bool:
-            # What was given to another device is waited for: it could not be called back from there.
+            # Work that was given to another device cannot be taken back, so it is waited for.
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
             return pause()
@@ -155,10 +158,10 @@ class Scorer:
         Args:
             request: The query and N documents. A document's first window stands for the whole document, because
                 an estimate of a window is compared with the window's own score.
-            observer: Takes the place of a lens.
+            observer: The observer, in the place of a lens.
 
         Returns:
-            Final scores ``[N]``, and the tokens ``[N]`` of the candidates.
+            Final scores, float32 ``[N]``, and the numbers of the candidates' tokens, int64 ``[N]``.
         """
         candidates = [windows[:1] for windows in self.template.encode(request.query, request.documents)]
         batch = self._pack(candidates)
@@ -199,13 +202,13 @@ class Scorer:
 
     @contextmanager
     def _room(self, batch: RaggedBatch) -> Iterator[HiddenStates]:
-        """Have room for the hidden states of a batch: in memory, or on disk if the plan says so."""
+        """Provide room for the hidden states of a batch: in memory, or on disk if the plan says so."""
         model = self.model
         shape = (batch.tokens, model.width, model.dtype, model.device)
         if self.plan is None or not self.plan.spills(batch.tokens):
             yield HiddenInMemory(*shape)
             return
-        # Not the largest chunk of now: when candidates leave, others come together in larger ones.
+        # The largest chunk of the batch may be too small: when candidates leave, chunks can become larger.
         rows = filled(max(self.chunk_tokens, batch.longest))
         with HiddenOnDisk(*shape, rows=rows, directory=cache_directory(), meter=model.meter) as hidden:
             yield hidden

@@ -1,4 +1,4 @@
-"""What lies in grating's cache, and how it is cleared."""
+"""This module lists and clears grating's cache."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _FOLDERS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class Cached:
-    """This is one thing in the cache.
+    """This class describes one thing in the cache.
 
     Attributes:
-        kind: One of :data:`KINDS`.
-        path: Its file or directory.
-        size: Bytes, of all files in it together.
-        used: When it was last read or written, in seconds since the epoch, as :func:`time.time` counts. Many file
-            systems note reading once a day only, or never.
+        kind: Kind of the thing.
+        path: File or directory of the thing.
+        size: Bytes of all its files together.
+        used: Time when the thing was last read or written, in seconds since the epoch, as in :func:`time.time`.
+            Many file systems record reads only once a day, or never.
     """
 
     kind: Kind
@@ -50,11 +50,11 @@ class Cached:
 
 @dataclass(frozen=True)
 class Cleared:
-    """This is the outcome of clearing the cache.
+    """This class holds the outcome of clearing the cache.
 
     Attributes:
-        removed: The things that are gone.
-        kept: The things that were to go and are still there, and why, such as that a process is writing them.
+        removed: Things that were removed.
+        kept: Things that could not be removed, each with the reason, for example another process that writes it.
     """
 
     removed: list[Cached]
@@ -70,7 +70,7 @@ def contents(kinds: Collection[Kind] | None = None, older_than: float | None = N
 
     Raises:
         ValueError: A kind is unknown, or the age is no number of seconds.
-        StorageError: The cache cannot be read. One that is not there is empty.
+        StorageError: The cache cannot be read. A cache that does not exist is empty.
     """
     chosen = KINDS if kinds is None else kinds
     if older_than is not None and not older_than >= 0:
@@ -92,8 +92,9 @@ def contents(kinds: Collection[Kind] | None = None, older_than: float | None = N
 def clear(kinds: Collection[Kind] | None = None, older_than: float | None = None) -> Cleared:
     """Remove things from grating's cache: those that :func:`contents` lists for the same arguments.
 
-    What a process is writing now is kept. What a process reads goes: on Linux and macOS that process works on, and
-    on Windows the thing is kept. Nothing outside the cache is touched: of a symbolic link the link is removed.
+    Things that a process is writing now are kept. Things that a process reads are removed: on Linux and macOS that
+    process goes on, and on Windows the thing is kept. Nothing outside the cache is touched: if a thing is a
+    symbolic link, only the link is removed.
 
     Args:
         kinds: Some of :data:`KINDS`; None for all.
@@ -111,19 +112,19 @@ def clear(kinds: Collection[Kind] | None = None, older_than: float | None = None
 
 
 def _remove(one: Cached) -> str | None:
-    """Remove one thing, or return the reason why that cannot be."""
+    """Remove one thing, or return the reason why it cannot be removed."""
     path = one.path
     name = unfinished_of(path.name)
     target = path if name is None else path.with_name(name)
     if one.kind == "lenses":
-        target = path / "lens.json"  # which whoever saves a lens has locked
+        target = path / "lens.json"  # whoever saves a lens holds the lock of this file
     try:
         with locked(target, wait=False) as alone:
             if not alone:
                 return "another process is writing it"
-            if name is None:  # what is unfinished was removed with the locking
+            if name is None:  # unfinished things were removed with the locking
                 gone = unfinished(path)
-                path.rename(gone)  # nobody meets half of it
+                path.rename(gone)  # so nobody finds half of it
                 remove(gone)
     except OSError as error:
         return explained(error)

@@ -1,4 +1,4 @@
-"""The cache directory, and what the system says of files."""
+"""This module finds the cache directory, and explains errors of files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cache_directory() -> Path:
 
 
 def expanded(path: str | Path) -> Path:
-    """Return a path that a user gave with the home directory for ``~``, or as it is if nobody knows that."""
+    """Return a user's path with the home directory for ``~``; unchanged if there is no known home directory."""
     path = Path(path)
     try:
         return path.expanduser()

@@ -1,4 +1,4 @@
-"""Reading files that somebody else may have written."""
+"""This module reads files that somebody else may have written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are written as a whole or not at all, and room for them."""
+"""This module writes files as a whole or not at all, and takes room for them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Estimates of the final score: what they look at, how they are fitted, kept and kept true."""
+"""This room estimates final scores: it fits lenses, keeps them, and recalibrates them."""

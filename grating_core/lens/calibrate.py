@@ -54,19 +54,19 @@ def calibrate(
     """Fit a lens to a model, and save it.
 
     Args:
-        observe: Computes a request with the model, without pruning.
+        observe: Function that computes a request with the model, without pruning.
         shape: Shape of the model.
         identity: Identity of the model.
         documents: Texts, or corpora by name; see :meth:`grating_core.Reranker.calibrate`.
         queries: Questions, or those of the corpora by name; None makes them of the documents.
         effort: How much is computed.
         target: The promise for which the summary says what is saved and lost.
-        directory: Where the lens is saved.
-        show_progress: Show progress bars on standard error.
+        directory: Directory of the lens.
+        show_progress: Whether to show progress bars on standard error.
 
     Raises:
         ValueError: There is too little text. Raised before anything is computed.
-        StorageError: The lens cannot be saved, or there is no room for what is observed.
+        StorageError: The lens cannot be saved, or there is no room for the observations.
     """
     made = _requests_of(documents, queries, effort)
     require_room_for_lens(directory, shape)
@@ -85,7 +85,7 @@ def calibrate(
 def _requests_of(
     documents: Iterable[str] | Corpora, queries: Iterable[str] | Corpora | None, effort: Effort
 ) -> list[list[Request]]:
-    """Make as many requests of each corpus."""
+    """Make the same number of requests of each corpus."""
     corpora = documents if isinstance(documents, Mapping) else {"documents": documents}
     asked = queries if isinstance(queries, Mapping) else dict.fromkeys(corpora, queries)
     if unknown := asked.keys() - corpora.keys():

@@ -43,7 +43,7 @@ class Sequences(Protocol):
 
 
 Reader = Callable[[Tensor, Sequences], Tensor]
-"""Gives a score, float32 ``[N]``, to each sequence in hidden states ``[1, T, D]``."""
+"""A function that gives a score, float32 ``[N]``, to each sequence in hidden states ``[1, T, D]``."""
 
 
 class Provisional(Protocol):
@@ -72,7 +72,7 @@ class Features:
         self._similarities = compares_tokens(number, depth)
         self._prefix = prefix
         self._pooling = pooling
-        self._shared: Tensor | None = None  # the prefix's states
+        self._shared: Tensor | None = None  # states of the prefix
 
     def __call__(self, hidden: Tensor, sequences: Sequences) -> Tensor:
         """Compute the features of the sequences.
@@ -135,10 +135,10 @@ def _mean(states: Tensor) -> Tensor:
 
 
 def _compared(query: Tensor, document: Tensor) -> list[Tensor]:
-    """Return the mean product of query tokens with their most similar document tokens, and means of cosines."""
+    """Compare query and document tokens: mean product with the most similar token, and means of cosines."""
     if not len(query) or not len(document):
         return [query.new_zeros(query.shape[1] + _SIMILARITIES, dtype=torch.float32)]
-    # In float32: kernels for bfloat16 are made for the shape they meet and kept, and every pair here has its own.
+    # float32 is used because kernels for bfloat16 are made and kept for each shape, and every pair has its own.
     cosines = normalize(query.float(), dim=1) @ normalize(document.float(), dim=1).T
     best, match = cosines.max(1)
     product = (query.float() * document[match].float()).mean(0)

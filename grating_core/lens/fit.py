@@ -20,9 +20,9 @@ from grating_core.lens.store import CalibratedLens, Summary
 from grating_core.pruning import Margins
 from grating_core.pruning.conformal import Requests, calibrate_margins, replay_pruning
 
-_STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the ridge, for standardised features
-_FITTED = 0.6  # the part of the requests that the lens is fitted on
-_VALIDATED = 5  # one in so many of these says which strength is best
+_STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  # strengths of the ridge, for standardised features
+_FITTED = 0.6  # share of the requests that the lens is fitted on
+_VALIDATED = 5  # one in so many of these requests decides which strength is best
 
 
 def fit(
@@ -36,17 +36,17 @@ def fit(
 ) -> CalibratedLens:
     """Fit a lens and find its margins, on requests that it was not fitted on.
 
-    Of a single corpus some requests are left for the margins. Of several, each corpus is estimated by a lens that
-    was fitted on the others only: the margins are then those for a corpus that the lens has not seen. The lens
-    that is returned has seen them all.
+    With a single corpus, some requests are left for the margins. With several, a lens that was fitted on the
+    others estimates each corpus, so the margins are for a corpus that the lens has not seen. The returned lens has
+    seen all corpora.
 
     Args:
-        corpora: What was observed in the requests of each corpus.
+        corpora: Observations of the requests of each corpus.
         pooling: The token that the model's head reads.
         fingerprint: Identity of the model.
         top_k: K of the summary.
         target: Promise of the summary.
-        show_progress: Show progress bars on standard error.
+        show_progress: Whether to show progress bars on standard error.
     """
     depth = len(corpora[0].features)
     cut = round(_FITTED * len(corpora[0])) if len(corpora) == 1 else None
@@ -88,7 +88,7 @@ def _summarise(groups: Sequence[Requests], margins: Margins, *, fitted: int, top
     outcomes = [replay_pruning(requests, top_k, drop=np.array(policy.drop), select=None) for requests in groups]
     gammas = [
         [
-            np.nan_to_num(gamma(estimates, scores))  # a request whose scores are all equal has none
+            np.nan_to_num(gamma(estimates, scores))  # a request whose scores are all equal has no γ
             for requests in groups
             for estimates, scores in zip(requests.estimates[:, :, number], requests.scores, strict=True)
         ]
@@ -110,8 +110,8 @@ def choose_strength(features: Sequence[Floats], scores: Sequence[Floats]) -> tup
     """Find the strength of the ridge with the smallest error on requests that are left out, and that error.
 
     Args:
-        features: ``[R, N, F]`` of each corpus.
-        scores: ``[R, N]`` of each corpus.
+        features: Features of each corpus, ``[R, N, F]``.
+        scores: Final scores of each corpus, ``[R, N]``.
     """
     inputs, wanted, _ = _prepared(features, scores)
     left_out = np.concatenate([np.repeat(np.arange(len(one)) % _VALIDATED == 0, one.shape[1]) for one in scores])
@@ -124,7 +124,7 @@ def choose_strength(features: Sequence[Floats], scores: Sequence[Floats]) -> tup
 
 
 def fit_layer(features: Sequence[Floats], scores: Sequence[Floats], strength: float) -> LayerMap:
-    """Fit the map of one layer; arguments as for :func:`choose_strength`, and the strength it chose."""
+    """Fit the map of one layer. ``strength`` is the one that :func:`choose_strength` found for the same data."""
     inputs, wanted, scale = _prepared(features, scores)
     weight = _ridge(inputs, wanted, strength) / scale
     mean = np.mean([one.mean((0, 1)) for one in features], axis=0)
@@ -157,12 +157,12 @@ def gamma(estimates: NDArray[Any], scores: NDArray[Any], pairs: NDArray[np.bool_
     """Compute Goodman and Kruskal's γ between two readings of the same candidates.
 
     Args:
-        estimates: ``[N]``.
-        scores: ``[N]``.
-        pairs: bool ``[N, N]``, symmetric: the pairs that count; None for all.
+        estimates: One reading, ``[N]``.
+        scores: The other reading, ``[N]``.
+        pairs: The pairs that count, bool ``[N, N]``, symmetric; None for all.
 
     Returns:
-        (concordant − discordant) / (concordant + discordant) pairs; NaN if there are none.
+        (concordant − discordant) / (concordant + discordant) pairs; NaN without such pairs.
     """
     order = np.sign(estimates[:, None] - estimates) * np.sign(scores[:, None] - scores)
     if pairs is not None:

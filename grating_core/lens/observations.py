@@ -1,4 +1,4 @@
-"""What a lens looks at in requests that are computed to the end, kept in files until the lens is fitted."""
+"""Observers keep the features of requests that are computed to the end, in files until a lens is fitted."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ Floats = NDArray[np.float32]
 
 
 class Observer:
-    """Takes the place of a lens while a request is computed, and keeps what a lens would look at.
+    """An observer takes the place of a lens while a request is computed, and keeps the features.
 
     Args:
         depth: Number of layers of the model.
-        pooling: The token that its head reads.
+        pooling: The token that the model's head reads.
     """
 
     def __init__(self, depth: int, pooling: str) -> None:
         self._pooling = pooling
         self.features: list[list[Tensor]] = [[] for _ in range(depth)]
-        """For each layer from 0 float32 ``[N, F]``, in parts."""
+        """Parts of the features after each layer from 0, together float32 ``[N, F]``."""
 
     def reader(self, number: int, prefix: int) -> Reader:
         """See :meth:`Provisional.reader`; the scores are all zero."""
@@ -48,19 +48,19 @@ class Observer:
 
 
 Observe = Callable[[Request, Observer], tuple[Floats, NDArray[np.int64]]]
-"""Computes a request to the end; returns final scores ``[N]`` and tokens ``[N]``."""
+"""A function that computes a request to the end, and returns final scores and numbers of tokens, both ``[N]``."""
 
 
 @dataclass
 class Observations:
-    """What a lens would have looked at in some requests, and what came of them.
+    """This class keeps the features and final scores of requests.
 
     Attributes:
         scores: Final scores of each request, float32 ``[N]``.
-        tokens: Tokens of its candidates, int64 ``[N]``.
-        features: For each layer from 0 a file with float32 ``[R · N, F]``. The files have no names and are gone
-            with this object. What they hold is derived from the texts: only their owner may read them.
-        expected: How many requests there will be, so that room for them is taken with the first.
+        tokens: Numbers of tokens of each request's candidates, int64 ``[N]``.
+        features: A file for each layer from 0, with float32 ``[R · N, F]``. The files have no names and are gone
+            with this object. Only their owner may read them, because the features depend on the texts.
+        expected: Number of requests that there will be. Room for all is taken with the first.
     """
 
     scores: list[Floats] = field(default_factory=list)
@@ -72,10 +72,10 @@ class Observations:
         return len(self.scores)
 
     def add(self, observer: Observer, scores: Floats, tokens: NDArray[np.int64]) -> None:
-        """Keep one more request, with as many candidates as those before it; raises ``StorageError``."""
+        """Keep one more request, with as many candidates as the others; raise ``StorageError`` without room."""
         layers = [torch.cat(parts).numpy().tobytes() for parts in observer.features]
         sizes = [self.expected * len(layer) for layer in layers]
-        # Not where temporary files usually go: that may be memory.
+        # The usual place of temporary files may be in memory, so these go elsewhere.
         directory = cache_directory()
         with storing(directory / "calibration", sum(sizes)):
             if not self.features:
@@ -97,13 +97,13 @@ class Observations:
 def observe_all(
     observe: Observe, requests: Sequence[Request], shape: Shape, *, show_progress: bool = False
 ) -> Observations:
-    """Compute requests without pruning, and keep what a lens would look at.
+    """Compute requests without pruning, and keep their features.
 
     Args:
-        observe: Computes one request.
-        requests: All with the same number of candidates.
+        observe: Function that computes one request.
+        requests: Requests with the same number of candidates.
         shape: Shape of the model.
-        show_progress: Show a progress bar on standard error.
+        show_progress: Whether to show a progress bar on standard error.
 
     Raises:
         StorageError: There is no room in grating's cache.

@@ -1,4 +1,4 @@
-"""How a request is pruned: by the user's own policy, or by the margins of the model's lens."""
+"""A request is pruned by the user's own policy, or by the margins of the model's lens."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from grating_core.pruning import ClusterPolicy, MarginPolicy, Off, PruningPolicy
 
 @dataclass(frozen=True)
 class ByLens:
-    """Pruning by the lens of the model. Nothing is pruned as long as the model has none.
+    """This class prunes by the lens of the model. Without a lens it prunes nothing.
 
     Attributes:
-        target: What is kept, see :meth:`grating_core.Reranker.from_pretrained`.
-        guarantee: What the target counts, see there.
+        target: The share to keep, see :class:`grating_core.settings.RerankSettings`.
+        guarantee: What the target counts, see :class:`grating_core.settings.RerankSettings`.
         calibrated: The lens, on the model's device; None if there is none yet.
-        model: Name of the model; for messages.
+        model: Name of the model, for messages.
     """
 
     target: float
@@ -33,9 +33,9 @@ class Pruning:
     """This class says how one request is pruned.
 
     Attributes:
-        policy: Decides after each layer which candidates go on.
-        lens: Estimates the final scores after each layer but the last, and before the first. None reads them with
-            the model's own head, which says nothing before the first layer.
+        policy: The policy that decides after each layer which candidates go on.
+        lens: The lens that estimates final scores after each layer but the last, and before the first. None reads
+            scores with the model's own head, but not before the first layer.
         exact: Whether every winner is computed to the last layer, so that the policy only drops. Otherwise what
             the policy selects stops as well, and keeps its provisional score as an estimate.
     """
@@ -52,10 +52,10 @@ def plan_pruning(
 
     Args:
         by: The user's policy, or the lens of the model.
-        candidates: N of the request.
+        candidates: Number N of candidates of the request.
         top_k: K of the request.
         exact: Whether every winner is computed to the last layer.
-        factor: What recalibration multiplies margins and thresholds by.
+        factor: Recalibration's factor of margins and thresholds; 1 changes nothing.
     """
     if not isinstance(by, ByLens):
         return Pruning(scaled(by, factor), exact=exact)
@@ -68,13 +68,13 @@ def plan_pruning(
         )
         return Pruning(Off(), exact=exact)
     policy = by.calibrated.margins.policy(candidates, top_k, target=by.target, guarantee=by.guarantee, exact=exact)
-    if min(policy.drop) == math.inf:  # too few requests were calibrated on for this promise
+    if min(policy.drop) == math.inf:  # calibration had too few requests for this promise
         return Pruning(Off(), exact=exact)
     return Pruning(scaled(policy, factor), by.calibrated.lens, exact)
 
 
 def scaled(policy: PruningPolicy, factor: float) -> PruningPolicy:
-    """Return the policy with its margins, or its threshold, multiplied; above 1 it prunes less."""
+    """Return the policy with its margins or its threshold multiplied. A factor above 1 prunes less."""
     if isinstance(policy, ClusterPolicy):
         return replace(policy, dispersion_threshold=factor * policy.dispersion_threshold)
     if isinstance(policy, MarginPolicy):

@@ -28,10 +28,10 @@ from grating_core.lens.state import RECENT, Sampling, State, state_path
 from grating_core.pruning import ClusterPolicy, Margins, PruningPolicy
 
 IDLE = 1.0  # seconds without a caller before anything is computed again
-MOST_WAITING = 32  # requests that wait to be computed again; what older ones say of the factor is outdated
-_ENOUGH = 20  # requests that a warning rests on, at least
+MOST_WAITING = 32  # requests that wait to be computed again; older ones are outdated
+_ENOUGH = 20  # requests that a warning needs at least
 _PATIENCE = 5.0  # seconds that closing waits for the thread
-_ROUNDING = 1e-4  # of the range of scores: those of duplicates differ a little
+_ROUNDING = 1e-4  # share of the range of scores by which scores of duplicates may differ
 
 Owner = TypeVar("Owner")
 Watched = TypeVar("Watched", bound="Recalibrated")
@@ -44,7 +44,7 @@ _log = logging.getLogger("grating")
 
 @dataclass(frozen=True)
 class Logged(Request):
-    """A request to be computed again. It is never written to disk.
+    """This class holds a request that will be computed again. It is never written to disk.
 
     Attributes:
         found: Indices of the K documents that were returned.
@@ -53,24 +53,24 @@ class Logged(Request):
     found: tuple[int, ...]
 
     def kept(self, scores: Sequence[float]) -> float:
-        """Return the share of the K best of all N scores that was found; of equal scores each is as good."""
+        """Return the share of the K best scores that was found. Documents with equal scores count as equal."""
         bar = sorted(scores, reverse=True)[len(self.found) - 1] - _ROUNDING * (max(scores) - min(scores))
         return sum(scores[index] >= bar for index in self.found) / len(self.found)
 
 
 class Recalibration(Generic[Owner]):
-    """A thread that computes sampled requests again while nobody waits for an answer, and learns from them.
+    """This class computes sampled requests again while nobody waits for an answer, and learns from them.
 
-    The thread runs from the first sampled request until :meth:`close`, or until the scorer is gone.
+    Its thread runs from the first sampled request until :meth:`close`, or until the scorer is gone.
 
     Args:
         owner: The scorer, held weakly.
-        rerun: Method of the scorer that returns the full model's scores ``[N]`` of a request. It asks the function
-            that it is given, again and again, whether to give up, and raises
-            :class:`~grating_core.forking.Interrupted` then.
-        sampling: The goal, and how many requests are looked at.
-        path: The file that keeps what was learnt, and nothing of the requests; None if there is no place for it.
-            Of several processes that share the file, the last to write wins.
+        rerun: Method of the scorer that returns the full model's scores ``[N]`` of a request. It takes a function
+            that says whether to give up, calls it often, and then raises
+            :class:`~grating_core.forking.Interrupted`.
+        sampling: The goal, and the share of requests that are sampled.
+        path: The file of the state, which holds nothing of the requests; None if there is no place for it. If
+            several processes share the file, the last to write wins.
     """
 
     def __init__(
@@ -91,14 +91,14 @@ class Recalibration(Generic[Owner]):
         self._callers: set[object] = set()
         self._quiet_since = monotonic()
         self._closed = False
-        self.changed = Condition()  # reentrant: garbage collection may close inside it
-        """Whoever holds it keeps the thread from taking a request."""
+        self.changed = Condition()  # reentrant, because garbage collection may call close while it is held
+        """A condition that keeps the thread from taking a request while somebody holds it."""
         self._thread: Thread | None = None
         self._ended = weakref.finalize(owner, self.close)
         tell_of_forks(self)
 
     def after_fork(self) -> None:
-        """Begin anew with what was learnt. The parent computes the requests that wait."""
+        """Keep what was learnt, but not the waiting requests, which the parent computes."""
         self.changed = Condition()
         self._callers = set()
         self._queue.clear()
@@ -106,30 +106,30 @@ class Recalibration(Generic[Owner]):
 
     @property
     def factor(self) -> float:
-        """What the margins, or the threshold, are multiplied by; above 1 prunes less than at first."""
+        """The factor of the margins or the threshold. Above 1, less is pruned than at first."""
         return self._state.factor
 
     @property
     def requests(self) -> int:
-        """How many requests have been computed again, those before a restart included."""
+        """The number of requests that were computed again, including those before a restart."""
         return self._state.requests
 
     @property
     def agreement(self) -> float | None:
-        """The mean over the last 50 requests of what was kept of the full model's top K; None before the first.
+        """The mean share of the full model's top K that was kept in the last 50 requests; None before the first.
 
-        With ``guarantee="set"`` a request counts 1 if all was kept, else 0.
+        With ``guarantee="set"`` a request counts 1 if its whole top K was kept, else 0.
         """
         return self._state.agreement
 
     @property
     def waiting(self) -> int:
-        """How many requests wait to be computed again."""
+        """The number of requests that wait to be computed again."""
         return len(self._queue)
 
     @contextmanager
     def caller(self) -> Iterator[None]:
-        """Let nothing be computed again meanwhile, because somebody waits for an answer."""
+        """Pause recalibration inside the ``with``, because somebody waits for an answer."""
         one = object()
         with self.changed:
             self._callers.add(one)
@@ -137,12 +137,12 @@ class Recalibration(Generic[Owner]):
             yield
         finally:
             with self.changed:
-                self._callers.discard(one)  # of a call that was forked in its midst, the child knows nothing
+                self._callers.discard(one)  # a child that was forked during the call does not have it
                 self._quiet_since = monotonic()
                 self.changed.notify_all()
 
     def sample(self, request: Logged) -> None:
-        """Choose by chance whether the request is computed again. If too many wait, the oldest is forgotten."""
+        """Decide at random whether to compute the request again. If too many wait, the oldest is forgotten."""
         if self._random.random() >= self._sampling.share:
             return
         with self.changed:
@@ -152,7 +152,7 @@ class Recalibration(Generic[Owner]):
             self.changed.notify_all()
             if self._thread is None:
                 thread = Thread(target=self._work, name="grating-recalibration", daemon=True)
-                with suppress(RuntimeError):  # if there is no thread to be had, the next sample tries again
+                with suppress(RuntimeError):  # if no thread can be started, the next sample tries again
                     thread.start()
                     self._thread = thread
 
@@ -164,7 +164,7 @@ class Recalibration(Generic[Owner]):
             self._queue.clear()
             self.changed.notify_all()
             thread = self._thread
-        # The last reference to a scorer may be the thread's own.
+        # The thread itself may hold the last reference to a scorer.
         if thread is not None and thread is not current_thread():
             thread.join(_PATIENCE)
 
@@ -174,13 +174,13 @@ class Recalibration(Generic[Owner]):
                 self._compute(request)
             except Interrupted:
                 self._put_back(request)
-            except Exception as error:  # whatever it is, no caller has to do with it
+            except Exception as error:  # no caller may see an error of recalibration
                 if not self._closed:
                     _log.warning("recalibration goes on without a request, which failed: %r", error)
             del request
 
     def _next(self) -> Logged | None:
-        """Wait until nobody has called for a while, and return the oldest request; None when closed."""
+        """Wait until nobody has called for a while, and return the oldest request; None after closing."""
         with self.changed:
             while not self._closed:
                 left = self._quiet_since + IDLE - monotonic()
@@ -214,7 +214,7 @@ class Recalibration(Generic[Owner]):
         return bool(self._callers) or self._closed
 
     def _warn_of_drop(self, state: State) -> None:
-        """Warn once of a drop: not again before the target was reached, by requests that are all newer."""
+        """Warn once of a drop, and again only after newer requests have reached the target."""
         target = self._sampling.target
         agreement = state.agreement
         if agreement is None or len(state.recent) < _ENOUGH:
@@ -242,10 +242,10 @@ def start_recalibration(
 
     Args:
         owner: See :class:`Recalibration`.
-        rerun: See there.
+        rerun: See :class:`Recalibration`.
         pruning: How the owner's requests are pruned.
         identity: Identity of the model.
-        sampling: The goal, and how many requests are looked at; None for off.
+        sampling: The goal, and the share of requests that are sampled; None for off.
     """
     moved = pruning.calibrated and pruning.calibrated.margins if isinstance(pruning, ByLens) else pruning
     if sampling is None or not isinstance(moved, ClusterPolicy | Margins):
@@ -254,7 +254,7 @@ def start_recalibration(
 
 
 class Recalibrated(Protocol):
-    """Something that is recalibrated while nobody waits for it."""
+    """This protocol is for objects that are recalibrated while nobody waits for them."""
 
     recalibration: Recalibration[Any] | None
 

@@ -1,4 +1,4 @@
-"""Requests to learn from, made of the user's own texts."""
+"""This module makes requests for calibration from the user's own texts."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_QUERY_WORDS = (4, 24)  # of a query that is made of a text: the fewest, and the most
+_QUERY_WORDS = (4, 24)  # the fewest and the most words of a query that is made of a text
 FEWEST_REQUESTS = 20
 
 
 @dataclass(frozen=True)
 class Request:
-    """A query and the texts to rank for it."""
+    """A request is a query and the texts to rank for it."""
 
     query: str
     documents: Sequence[str]
@@ -36,10 +36,10 @@ def make_requests(
         documents: The texts.
         queries: Real queries. None takes the title or leading sentence of documents, which then are not among
             the candidates themselves.
-        candidates: How many documents each request gets.
+        candidates: Number of documents of each request.
         count: The most requests that are made.
         seed: Seed of the choice of queries.
-        fewest: How many queries there must be to choose from.
+        fewest: The fewest queries to choose from.
 
     Raises:
         ValueError: There are too few documents for that many candidates, or too few queries.
@@ -54,7 +54,7 @@ def make_requests(
         purpose = " to fit a lens" if fewest == FEWEST_REQUESTS else ""
         raise ValueError(
             f"there are {len(asked)} queries, which is too few{purpose}: pass {fewest} or more, or "
-            f"documents that begin with a title or sentence, of which they can be made"
+            f"documents that begin with a title or sentence, from which queries can be made"
         )
     index = TfidfVectorizer(sublinear_tf=True)
     known = index.fit_transform(texts)
@@ -69,7 +69,7 @@ def make_requests(
 
 
 def _leading_sentences(texts: Sequence[str]) -> list[tuple[str, int | None]]:
-    """Find the beginning of each text that has one which could be a query, and the number of that text."""
+    """Return each text's beginning that could be a query, with the number of the text."""
     fewest, most = _QUERY_WORDS
     found: list[tuple[str, int | None]] = []
     for number, text in enumerate(texts):

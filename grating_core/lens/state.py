@@ -1,4 +1,4 @@
-"""What recalibration has learnt, and the rule by which it learns.
+"""A state holds what recalibration has learnt; this module has the rule by which it learns.
 
 A *factor* multiplies the margins of a lens, or the threshold of :class:`~grating_core.ClusterPolicy`. After every
 request that was computed again, its logarithm moves by ``STEP`` × (lost - (1 - target)): adaptive conformal
@@ -23,10 +23,11 @@ from grating_core.files.reading import read_json
 from grating_core.files.writing import make_private, replace_file
 from grating_core.pruning import ClusterPolicy, Margins
 
-# A whole top 1 lost at a target of 0.98 widens by 22 %, one of 10 by 2 %; a request without loss narrows by 0.4 %.
+# At a target of 0.98, losing the whole top 1 widens margins by 22 %, and losing one of 10 by 2 %. A request
+# without loss narrows them by 0.4 %.
 STEP = 0.2
-BOUNDS = (1 / 8, 16.0)  # of the factor
-RECENT = 50  # requests whose mean the agreement is
+BOUNDS = (1 / 8, 16.0)  # the smallest and the largest factor
+RECENT = 50  # requests that the agreement is the mean of
 _FORMAT = 1
 
 _log = logging.getLogger("grating")
@@ -34,12 +35,12 @@ _log = logging.getLogger("grating")
 
 @dataclass(frozen=True)
 class Sampling:
-    """This class says which goal is kept, and how many requests are looked at for it.
+    """This class says which goal recalibration keeps, and how many requests it computes again.
 
     Attributes:
         share: Share of requests that are computed again, above 0 and at most 1.
-        target: The goal, see :meth:`grating_core.Reranker.from_pretrained`.
-        guarantee: What the target counts, see there.
+        target: The goal, see :class:`grating_core.settings.RerankSettings`.
+        guarantee: What the target counts, see :class:`grating_core.settings.RerankSettings`.
     """
 
     share: float
@@ -51,9 +52,9 @@ class Sampling:
         """Return the sampling of some settings; None if recalibration is off.
 
         Args:
-            share: See above; 0 for off.
-            target: See above.
-            guarantee: See above.
+            share: See :class:`Sampling`; 0 for off.
+            target: See :class:`Sampling`.
+            guarantee: See :class:`Sampling`.
             pruning: How requests are pruned: a name, or a policy object.
 
         Raises:
@@ -79,9 +80,9 @@ class State:
     """This class holds what has been learnt so far.
 
     Attributes:
-        factor: What margins, or the threshold, are multiplied by.
-        requests: How many requests were computed again.
-        recent: What was kept of the last of them, the latest last.
+        factor: Factor of the margins, or of the threshold.
+        requests: Number of requests that were computed again.
+        recent: Shares that were kept in the last requests, the latest last.
     """
 
     factor: float = 1.0
@@ -90,23 +91,23 @@ class State:
 
     @property
     def agreement(self) -> float | None:
-        """The mean of what was kept of the last requests; None before the first."""
+        """The mean share that was kept in the last requests; None before the first."""
         return sum(self.recent) / len(self.recent) if self.recent else None
 
     def after(self, kept: float, target: float) -> State:
-        """Return the state after one more request, of whose top K the share ``kept`` was returned."""
+        """Return the state after one more request, which returned the share ``kept`` of its top K."""
         logarithm = math.log(self.factor) + STEP * ((1 - kept) - (1 - target))
         factor = min(max(math.exp(logarithm), BOUNDS[0]), BOUNDS[1])
         return State(factor, self.requests + 1, (*self.recent, kept)[-RECENT:])
 
     def save(self, path: Path) -> None:
-        """Write the state, readable for its owner only; raises ``StorageError``."""
+        """Write the state, which only its owner may read; raise ``StorageError`` if that fails."""
         make_private(path.parent)
         replace_file(path, (json.dumps({"format": _FORMAT, **asdict(self)}) + "\n").encode(), private=True)
 
     @classmethod
     def load(cls, path: Path) -> State:
-        """Read what :meth:`save` wrote; a new state, with a warning, where that cannot be read."""
+        """Read a saved state; return a new one, with a warning, if the file cannot be read."""
         if not is_kept(path):
             return cls()
         try:
@@ -124,11 +125,11 @@ class State:
 
 
 def state_path(identity: str, pruning: ClusterPolicy | Margins, sampling: Sampling) -> Path | None:
-    """Return the file of what is learnt for one model with one pruning and one goal; None where there is no cache.
+    """Return the file of the state for one model, one pruning and one goal; None if there is no cache.
 
     Args:
         identity: Identity of the model.
-        pruning: What the factor multiplies. A factor that was learnt for something else would be wrong.
+        pruning: The policy or margins that the factor multiplies. Others have factors of their own.
         sampling: The goal.
     """
     if isinstance(pruning, ClusterPolicy):

@@ -1,4 +1,4 @@
-"""Lenses are kept on disk: what calibration found out about one model."""
+"""Lenses are kept on disk, each with its margins and a summary of its calibration."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from grating_core.pruning import Margins
 _TENSORS = "lens.safetensors"
 _DESCRIPTION = "lens.json"
 _FORMAT = 1
-_BESIDE_MAPS = 1 << 17  # bytes of margins, names and the description, at most
+_BESIDE_MAPS = 1 << 17  # the most bytes of margins, names and the description
 _WAY_OUT = "delete the directory, or calibrate again"
 _FIELDS = {"fingerprint": str, "sha256": str, "pooling": str, "layers": int, "summary": dict}
 _PACKAGED = Path(__file__).parent / "packaged"
@@ -67,10 +67,10 @@ class CalibratedLens:
     """A calibrated lens has margins, and belongs to one model.
 
     Attributes:
-        lens: Estimates the final score.
-        margins: How far the estimates can be trusted.
+        lens: The lens, which estimates the final score.
+        margins: The margins, which say how far the estimates can be trusted.
         fingerprint: Identity of the model, see :func:`grating_core.models.identity.fingerprint`.
-        summary: What calibration measured.
+        summary: The measurements of calibration.
     """
 
     lens: Lens
@@ -79,7 +79,7 @@ class CalibratedLens:
     summary: Summary
 
     def to(self, device: torch.device) -> CalibratedLens:
-        """Return the same with the lens on a device."""
+        """Return the same object with the lens on a device."""
         return replace(self, lens=self.lens.to(device))
 
     def save(self, directory: Path) -> None:
@@ -100,7 +100,7 @@ class CalibratedLens:
         text = (json.dumps(description, indent=2) + "\n").encode()
         tensors, last = directory / _TENSORS, directory / _DESCRIPTION
         with locked(last), locked(tensors):
-            # The description last: while the two do not belong together, the digest in it tells.
+            # The description is written last. Its digest shows if the two files do not belong together.
             for path, content in ((tensors, data), (last, text)):
                 with replacing(path, len(content)) as file:
                     file.write(content)
@@ -134,9 +134,9 @@ class CalibratedLens:
 
 
 def find_lens(fingerprint: str, shape: Shape) -> CalibratedLens | None:
-    """Find the lens of a model: calibrated here, or packaged with grating; None if there is none.
+    """Find the lens of a model, calibrated here or packaged with grating; None if there is none.
 
-    A lens that cannot be used is left out with one warning, because nobody has asked for it by name.
+    A lens that cannot be used is left out with one warning, because the user has not named it.
 
     Args:
         fingerprint: Identity of the model.
@@ -177,8 +177,8 @@ def open_lens(directory: Path, shape: Shape, fingerprint: str) -> CalibratedLens
     if found.fingerprint != fingerprint:
         raise FileError(
             f"lens={str(directory)!r} was calibrated for other weights, or with another adapter or template "
-            f"(fingerprint {found.fingerprint[:16]}…, this model has {fingerprint[:16]}…): calibrate one for "
-            f"this model with 'grating calibrate', or leave the lens out"
+            f"(its fingerprint is {found.fingerprint[:16]}…, and this model's is {fingerprint[:16]}…): calibrate "
+            f"a lens for this model with 'grating calibrate', or leave the lens out"
         )
     try:
         found.lens.check(shape)
@@ -197,7 +197,7 @@ def require_room_for_lens(directory: Path, shape: Shape) -> None:
     """Check, before anything is computed, that there is room for a lens.
 
     Args:
-        directory: Where the lens will be saved.
+        directory: Directory of the lens.
         shape: Shape of the model.
 
     Raises:
@@ -230,7 +230,7 @@ def _describe(directory: Path) -> dict[str, Any]:
         description: dict[str, Any] = read_json(path)
         if description["format"] != _FORMAT:
             raise FileError(
-                f"{path} has the format {description['format']!r}, this release reads {_FORMAT}: calibrate again"
+                f"{path} has format {description['format']!r}, but this release reads {_FORMAT}: calibrate again"
             )
         for name, kind in _FIELDS.items():
             if type(description[name]) is not kind:
@@ -247,9 +247,9 @@ def _read_summary(fields: dict[str, Any], layers: int) -> Summary:
     whole = [fields[name] for name in ("fitted", "measured", "candidates", "top_k")]
     shares = [fields[name] for name in ("target", "agreement", "compute_share")]
     if not all(type(number) is int and number > 0 for number in whole):
-        raise ValueError(f"the summary has {whole} where it counts requests, candidates and K")
+        raise ValueError(f"the summary has {whole} as numbers of requests, candidates and K")
     if len(gammas) != layers or not all(_is_number(number) for number in (*shares, *gammas)):
-        raise ValueError(f"the summary has {shares} for shares, and for the {layers} layers γ of {gammas}")
+        raise ValueError(f"the summary has the shares {shares}, and the γ {gammas} for {layers} layers")
     return Summary(**fields | {"gammas": tuple(gammas)})
 
 

@@ -32,7 +32,7 @@ class PruningPolicy(Protocol):
         Args:
             layer: Number of the layer just computed, from 1; 0 for the token embeddings, which only a lens reads.
             scores: Provisional scores of the N candidates that are still computed, float64 ``[N]``, all finite.
-            top_k: How many of these N are wanted, at least 1 and below N.
+            top_k: Number K of candidates to find among these N, at least 1 and below N.
 
         Returns:
             N routes in the order of ``scores``. At most ``top_k`` are selected, and selected and deferred
