@@ -1,4 +1,4 @@
-"""What callers may pass: texts and numbers in the forms in which other libraries hold them, nothing ambiguous."""
+"""These checks accept texts and numbers in the forms of other libraries, and refuse anything ambiguous."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any, Literal
 
 Guarantee = Literal["share", "set"]
-"""What a target counts: the mean share of the top K that is kept, or the requests whose whole top K is."""
+"""What a target counts: the mean share of the top K that is kept, or the requests whose whole top K is kept."""
 
 LongDocuments = Literal["truncate", "windows"]
 """What happens to a document that does not fit: its end is cut, or its best window gives its score."""
@@ -19,7 +19,7 @@ Scores = Literal["exact", "estimated"]
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:
-    """Return a whole number of any type, numpy's too, as an int.
+    """Return a whole number of any type, including numpy's, as an int.
 
     Raises:
         ValueError: The value is something else, or below ``least``.
@@ -34,7 +34,7 @@ def whole_number(name: str, value: Any, least: int = 1) -> int:
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether a value is a finite real number of any type, numpy's too."""
+    """Tell whether a value is a finite real number of any type, including numpy's."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return False
     return -math.inf < float(value) < math.inf
@@ -60,7 +60,7 @@ def texts(name: str, value: Iterable[str], wanted: str = "a list of strings") ->
         wanted: The words for what it must be.
 
     Raises:
-        ValueError: The argument is something else, whose parts are no texts or have no order; or one is no string.
+        ValueError: The argument is something else, has no order, or has an element that is not a string.
     """
     found = elements(name, value, wanted, values="{name}.values()")
     for index, text in enumerate(found):
@@ -88,8 +88,8 @@ def elements(name: str, value: Any, wanted: str, *, values: str) -> list[Any]:
     Args:
         name: The argument's name.
         value: The argument.
-        wanted: The words for what it must be.
-        values: The code for what of a mapping is meant, for the message.
+        wanted: What it must be, in words.
+        values: The code that takes the wanted part of a mapping, for the message.
 
     Raises:
         ValueError: The argument is a text, a mapping, a set, a data frame, or holds nothing.
@@ -108,7 +108,7 @@ def elements(name: str, value: Any, wanted: str, *, values: str) -> list[Any]:
         try:
             return list(value)
         except TypeError as error:
-            if hasattr(value, "__next__"):  # an iterator's own failure
+            if hasattr(value, "__next__"):  # the error comes from the caller's iterator
                 raise
             advice = f" ({error})" if hasattr(value, "__iter__") else ""
     raise ValueError(f"{name} must be {wanted}, not a {kind}{advice}")

@@ -1,4 +1,4 @@
-"""Long texts are cut down to what answers a query, within a budget of tokens."""
+"""This module cuts long texts down to the passages that answer a query, within a budget of tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from grating_core.text.tokenizer import encodable
 
 CountTokens = Callable[[str], int]
 
-_SHORTEST = 1000  # characters that a word is cut after, at least
+_SHORTEST = 1000  # characters; a word is cut only after more than these
 _MARKS = re.compile(r"[^\w\s](?=\w)|[,;]|[、。，；]")
 _FEW = 10_000  # tokens that are counted at no cost worth mentioning
 
@@ -28,13 +28,13 @@ class Passage:
     """A passage is a part of one of the caller's documents, or all of it.
 
     Attributes:
-        document: Index of the document in the caller's list; 0 if that was a single text.
-        start: Its first character in the document.
-        end: The character after its last: ``documents[document][start:end] == text``.
+        document: Index of the document in the caller's list; 0 for a single text.
+        start: Position of the passage's first character in the document.
+        end: Position after the last character: ``documents[document][start:end] == text``.
         text: The passage.
-        score: The model's relevance score of the best chunk in it: a raw logit, higher is more relevant. None if
-            everything fitted, and there was nothing to judge.
-        tokens: How many tokens it has.
+        score: The model's relevance score of the best chunk in the passage: a raw logit, higher is more relevant.
+            None if everything fitted, so that nothing was judged.
+        tokens: Number of tokens of the passage.
     """
 
     document: int
@@ -56,25 +56,24 @@ def select_context(
 ) -> list[Passage]:
     """Cut long texts down to the passages that answer a query best and fit into a prompt together.
 
-    The texts are divided into chunks where they divide naturally: between paragraphs, else between lines, between
-    sentences or between words. The reranker finds the best of them, as many as fill the budget if they are of
-    average length. These are kept one after the other; one for which there is no room is passed over. If all of it
-    fits, all of it is returned and nothing is computed.
+    The texts are divided into chunks: between paragraphs, else between lines, between sentences or between words.
+    The reranker finds the best chunks, as many as fill the budget at average length. The best are kept first, and
+    a chunk without room is left out. If all texts fit, all are returned and nothing is computed.
 
     Args:
-        query: The question; not empty. Of one longer than half of what the reranker reads the end is used, where a
-            conversation's last words are.
+        query: The question; not empty. If it is longer than half of the reranker's window, only its end is used,
+            which has the last words of a conversation.
         text_or_documents: A text, or several, whose order is kept.
-        reranker: What judges the chunks. All of them go through the model together: for texts of megabytes give it
-            a ``memory_budget``.
-        max_tokens: Most tokens of all that is returned, as :func:`join_passages` joins it.
-        chunk_tokens: About how many tokens a chunk has at most. A chunk is kept or left out as a whole.
-        count_tokens: Says how many tokens a text has. Take the tokenizer of the model that will read the prompt;
-            with tiktoken ``lambda text: len(encoding.encode_ordinary(text))``. None for the reranker's.
+        reranker: The reranker that judges the chunks. All chunks go through the model together, so texts of
+            megabytes need a reranker with a ``memory_budget``.
+        max_tokens: The most tokens of all passages, as :func:`join_passages` joins them.
+        chunk_tokens: The most tokens of a chunk, approximately. A chunk is kept or left out as a whole.
+        count_tokens: Function that counts the tokens of a text. Take the tokenizer of the model that will read the
+            prompt; with tiktoken ``lambda text: len(encoding.encode_ordinary(text))``. None for the reranker's.
 
     Returns:
-        Passages in the order of the texts, without overlap; chunks that adjoin are one passage. None at all if the
-        texts are blank, or if ``max_tokens`` is too few for any of their characters.
+        Passages in the order of the texts, without overlap. Neighbouring chunks are one passage. The list is empty
+        if the texts are blank, or if not one of their characters fits into ``max_tokens``.
 
     Raises:
         ValueError: An argument is not usable; the message names it. Raised before any computing.
@@ -92,7 +91,7 @@ def select_context(
 
 
 class Selector:
-    """Cuts long texts down to what fits into a prompt. The arguments are those of :func:`select_context`."""
+    """A selector cuts long texts down to fit into a prompt. Its arguments are those of :func:`select_context`."""
 
     def __init__(
         self, reranker: Reranker, max_tokens: int, chunk_tokens: int = 256, count_tokens: CountTokens | None = None
@@ -123,13 +122,13 @@ class Selector:
         asked = self._reranker.tail(query.strip())
         ranking = self._reranker.rerank(asked, [chunk.text for chunk in chunks], top_k).ranking
         kept = source.fill([replace(chunks[best.index], score=best.score) for best in ranking], self._max_tokens)
-        # A whole may have a few more tokens than its parts.
+        # A whole text may have a few more tokens than its parts together.
         while not source.fit(passages := source.merged(kept), self._max_tokens):
             kept.pop()
         return passages
 
     def leading(self, text_or_documents: str | Iterable[str]) -> list[Passage]:
-        """Return the beginning of the texts, as much as fits, without scores: nothing is asked."""
+        """Return as much of the beginning of the texts as fits. There are no scores, because there is no query."""
         source = Source(_checked_texts(text_or_documents), self._count)
         if (everything := source.everything(self._max_tokens)) is not None:
             return everything
@@ -145,10 +144,10 @@ class Selector:
 
 
 def join_passages(passages: Iterable[Passage]) -> str:
-    """Join passages to one text for a prompt; ``[…]`` stands where something is left out within a document.
+    """Join passages to one text for a prompt; ``[…]`` marks a part of a document that was left out.
 
     Args:
-        passages: What :func:`select_context` returned, in its order.
+        passages: Passages in the order in which :func:`select_context` returned them.
     """
     passages = list(passages)
     rest = [_separator(before, after) + after.text for before, after in pairwise(passages)]
@@ -156,9 +155,9 @@ def join_passages(passages: Iterable[Passage]) -> str:
 
 
 def _sections(text: str, size: int) -> Iterator[tuple[int, str]]:
-    """Cut a text within words of more than ``size`` characters, which a splitter would read for every chunk.
+    """Cut words of more than ``size`` characters, which a splitter would read again for every chunk.
 
-    Words are cut after punctuation where there is some, as in JSON without spaces.
+    Words are cut after punctuation if they have some, as JSON without spaces does.
     """
     start = 0
     for word in re.finditer(rf"\S{{{size},}}", text):
@@ -189,13 +188,13 @@ class Source:
     def __init__(self, texts: list[str], count: CountTokens) -> None:
         self._texts = texts
         self._count = count
-        nothing = count("")  # some count special tokens
+        nothing = count("")  # some functions count special tokens
         self._word_tokens = cache(lambda word: max(0, count(word) - nothing))
         self._gap_tokens = cache(count)
 
     def everything(self, max_tokens: int) -> list[Passage] | None:
         """Return all texts that are not blank, or None if they do not fit."""
-        # To count a book in one piece takes a hundred times its memory, so that is left to texts that may fit.
+        # Counting a book in one piece takes a hundred times its memory, so only texts that may fit are counted so.
         if sum(map(self._estimate, self._texts)) > 2 * max_tokens + _FEW:
             return None
         whole = [self._cut(index, 0, len(text)) for index, text in enumerate(self._texts) if text.strip()]
@@ -219,7 +218,7 @@ class Source:
                             yield passage
 
     def fill(self, ranked: Iterable[Passage], max_tokens: int) -> list[Passage]:
-        """Choose chunks, which come best first: each for which there is room beside the better ones."""
+        """Choose the chunks that have room beside all better ones; ``ranked`` begins with the best."""
         kept: list[Passage] = []
         in_order: list[Passage] = []
         used = 0

@@ -1,4 +1,4 @@
-"""Every CPython has real documents: the topics of the Python language reference, which are cut into passages."""
+"""The demo's documents come with every CPython: the topics of the language reference, cut into passages."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _passages(text: str) -> list[str]:
 
 
 def first_stage(query: str, passages: list[str], candidates: int) -> list[str]:
-    """Return the passages that BM25 thinks best, best first.
+    """Return the passages with the highest BM25 scores, best first.
 
     Raises:
         ModuleNotFoundError: bm25s is not installed; the message names the extra that installs it.

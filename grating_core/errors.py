@@ -1,4 +1,4 @@
-"""What can go wrong, beside a ``ValueError`` for a bad argument."""
+"""These are grating's errors, beside a ``ValueError`` for a bad argument."""
 
 from __future__ import annotations
 

@@ -20,18 +20,18 @@ Arguments = ParamSpec("Arguments")
 
 Returned = TypeVar("Returned")
 
-_CALLS = 8  # of run_in_thread at a time
+_CALLS = 8  # calls of run_in_thread at a time
 
 
 class Interrupted(Exception):
-    """A forward was given up, to make way for somebody else."""
+    """A forward pass was given up, so that something else can run."""
 
 
 class Forked(Protocol):
-    """This is an object that a forked child has to put right."""
+    """This protocol is for objects that a forked child has to repair."""
 
     def after_fork(self) -> None:
-        """Put the object right. This is called in the child, before anything else runs there."""
+        """Repair the object. This is called in the child, before anything else runs there."""
 
 
 _to_be_told: WeakSet[Forked] = WeakSet()
@@ -40,7 +40,7 @@ _came_through_fork: int | None = None  # the thread that this process began with
 
 
 def tell_of_forks(thing: Forked) -> None:
-    """Have ``thing.after_fork()`` called in every forked child, as long as the thing lives."""
+    """Call ``thing.after_fork()`` in every forked child, as long as the object exists."""
     _to_be_told.add(thing)
 
 
@@ -63,7 +63,7 @@ class Lock:
         tell_of_forks(self)
 
     def after_fork(self) -> None:
-        """Begin anew."""
+        """Take a new lock, which nobody holds."""
         self._lock = threading.Lock()
 
     def locked(self) -> bool:
@@ -76,18 +76,18 @@ class Lock:
         self._held = lock
 
     def __exit__(self, *_: object) -> None:
-        self._held.release()  # the one that was taken, also if there was a fork meanwhile
+        self._held.release()  # this is the lock that was taken, even after a fork
 
 
 class Threads:
-    """A pool of threads starts them when they are needed, in a forked child again.
+    """A pool starts threads when they are needed, and starts them again in a forked child.
 
-    They end when the pool is closed or nobody holds it.
+    The threads end when the pool is closed or nobody holds it.
 
     Args:
         count: The most threads.
-        name: The beginning of their names.
-        initializer: The call that each thread makes first; None for none.
+        name: Beginning of the threads' names.
+        initializer: The function that each thread calls first; None for none.
     """
 
     def __init__(self, count: int, name: str, initializer: Callable[[], None] | None = None) -> None:
@@ -98,14 +98,14 @@ class Threads:
         tell_of_forks(self)
 
     def after_fork(self) -> None:
-        """Forget the threads; what they were to do, they do in the parent."""
+        """Forget the threads. They do their work in the parent."""
         self._pool = None
 
     def submit(self, call: Callable[..., Returned], *args: Any) -> Future[Returned]:
-        """Have a thread make a call, and return what to wait for. A call cancelled before it began is never made.
+        """Let a thread make a call, and return its future. A call cancelled before it begins is never made.
 
         Raises:
-            RuntimeError: The pool is closed, or no thread can be had. The call is not made then.
+            RuntimeError: The pool is closed, or no thread can be started. The call is not made then.
         """
         with self._starting:
             if self._closed:
@@ -121,7 +121,7 @@ class Threads:
         return done
 
     async def run(self, call: Callable[..., Returned], *args: Any) -> Returned:
-        """Await a call that a thread makes, with the context variables of this one."""
+        """Await a call that a thread of the pool makes, with the caller's context variables."""
         import asyncio  # it takes long to import, and few programs need it
 
         return await asyncio.wrap_future(self.submit(copy_context().run, call, *args))
@@ -130,8 +130,8 @@ class Threads:
         """End the threads.
 
         Args:
-            wait: Whether to wait until they have ended, which they do after the calls that they are at; calls that
-                have not begun are never made. Otherwise all that was submitted is still done.
+            wait: Whether to wait for the end of the calls in progress, and to drop calls that have not begun.
+                Otherwise all submitted calls are still made.
         """
         with self._starting:
             self._closed = True
@@ -145,9 +145,9 @@ def _carry_out(done: Future[Returned], call: Callable[..., Returned], args: tupl
         return
     try:
         result = call(*args)
-    except BaseException as error:  # it belongs to whoever waits
+    except BaseException as error:  # whoever waits for the future gets it
         done.set_exception(error)
-        del done, call, args  # the error holds this frame, which would hold them
+        del done, call, args  # the error keeps this frame, and the frame would keep these
     else:
         done.set_result(result)
 
@@ -158,9 +158,9 @@ _beside_fork = Threads(1, "grating-forked")
 
 
 async def run_in_thread(call: Callable[..., Returned], *args: Any) -> Returned:
-    """Await a call that a thread of grating's own makes, so that no other user of the event loop's pool waits.
+    """Await a call that one of grating's own threads makes, which leaves the event loop's pool to others.
 
-    Context variables are those of the caller. The call may take long. If it is cancelled before it began, it is
+    The call has the caller's context variables, and may take long. A call that is cancelled before it begins is
     never made.
     """
     return await _calls.run(call, *args)
@@ -169,7 +169,7 @@ async def run_in_thread(call: Callable[..., Returned], *args: Any) -> Returned:
 def computed(
     call: Callable[Arguments, Returned], /, *args: Arguments.args, **kwargs: Arguments.kwargs
 ) -> Returned:
-    """Make a call that computes: here, or in a new thread if this one came through a fork."""
+    """Make a call that computes: in this thread, or in a new one if this thread came through a fork."""
     made = partial(call, *args, **kwargs)
     if threading.get_ident() != _came_through_fork:
         return made()

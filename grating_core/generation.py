@@ -1,4 +1,4 @@
-"""Generating text with a language model that need not fit into memory."""
+"""This module generates text with a language model that need not fit into memory."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _CHUNK_TOKENS = {"cuda": 8192, "mps": 4096}  # on the CPU it depends on the size
 
 
 class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
-    """A language model that generates text, with as much of it in memory as a budget says.
+    """A streamed language model generates text with as much of its weights in memory as a budget says.
 
-    Made by :meth:`from_pretrained`. May be called from several threads: calls of :meth:`generate` take turns, and
-    open streams go on token by token beside them. Each has keys and values of its own; a memory budget counts
-    them once. May be called from a forked child. Pickled or copied it is loaded again, from the same name with
-    the same settings; a ``token`` is never written, so the other process needs its own.
+    :meth:`from_pretrained` makes one. Several threads may call it, and a forked child. Calls of :meth:`generate`
+    take turns, and open streams go on token by token beside them. Each has keys and values of its own; a memory
+    budget counts them once. Pickling and copying keep only the settings, without a ``token``; the model is then
+    loaded again.
     """
 
     def __init__(
@@ -45,15 +45,15 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
         self._end_tokens = loaded.end_tokens
         usual = plan.chunk_tokens if plan else _CHUNK_TOKENS.get(model.device.type, LARGEST_WORK // model.work)
         self._chunk_tokens = chunk_tokens or usual
-        self._requests = Lock()  # so that keys and values are there once, as planned
+        self._requests = Lock()  # one request at a time has keys and values, as planned
         self._calls = Threads(1, "grating-generate")
-        self._turn = Lock()  # for one pass: with a lock for a whole stream, one left open would block all others
+        self._turn = Lock()  # held for one pass: held for a stream, an open stream would block all others
         self.plan = plan
-        """What the memory budget is spent on; None without a budget."""
+        """The plan of the memory budget; None without a budget."""
         self.model_path = model_path
         """The local directory that the weights were read from."""
         self.max_length = max_length
-        """Most tokens of a prompt together with what follows it."""
+        """The most tokens of a prompt together with its continuation."""
 
     @classmethod
     def from_pretrained(  # noqa: D417 - the settings describe the other arguments
@@ -79,7 +79,7 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
         Args:
             model: A hub id such as ``"HuggingFaceTB/SmolLM2-135M-Instruct"``, or a local directory in Hugging Face
                 layout with safetensors weights.
-            device: ``"cpu"``, ``"cuda"`` or ``"mps"``; None takes the best that is there.
+            device: ``"cpu"``, ``"cuda"`` or ``"mps"``; None takes the best device of this machine.
             dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: bfloat16 where the processor has
                 instructions for it, else float32.
             memory_budget: How much memory loading and generating may take, in bytes or as a size such as
@@ -89,12 +89,12 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
 
         Raises:
             ModelNotFoundError: The name leads to no usable weights.
-            UnsupportedModelError: The weights are of a kind that grating does not generate with.
+            UnsupportedModelError: grating does not generate with weights of this kind.
             BudgetError: The memory budget is too small; the message states the smallest that works. It is a
                 ``ValueError`` as well.
             FileError: The file with the columns of the MLPs is damaged, or belongs to other weights.
-            StorageError: That file cannot be written.
-            ValueError: An argument is not usable; the message names it. None is as if it were not given, for all.
+            StorageError: The file with the columns cannot be written.
+            ValueError: An argument is not usable; the message names it. None means that an argument is not given.
         """
         given = locals()
         del given["cls"]
@@ -107,8 +107,8 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
         It is freed when the last holder lets go of it. Do not close it: others may be using it.
 
         Args:
-            model: As in :meth:`from_pretrained`.
-            settings: As in :meth:`from_pretrained`.
+            model: See :meth:`from_pretrained`.
+            settings: See :meth:`from_pretrained`.
         """
         return cls.open_shared(GenerationSettings(model=model, **settings))
 
@@ -131,12 +131,12 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
         """Continue a text, or answer messages.
 
         Args:
-            prompt: A string, which is continued as it is: special tokens in it are tokens. Or a list of messages,
-                ``{"role": "user", "content": "…"}`` with the roles system, user and assistant, which go through
-                the model's chat template; special tokens in them are text, and reasoning is left out.
+            prompt: A string or a list of messages. A string is continued as it is, and special tokens in it are
+                tokens. Messages, ``{"role": "user", "content": "…"}`` with the roles system, user and assistant,
+                go through the model's chat template; special tokens in them are text, and reasoning is left out.
             max_new_tokens: The most tokens to generate.
             temperature: How freely tokens are picked; 0 always takes the likeliest.
-            top_p: The probability of the likeliest tokens that are picked from, together.
+            top_p: The total probability of the likeliest tokens to pick from, above 0 and at most 1.
             seed: The seed of the random numbers; None for another text every time.
             stop: Strings that end the text; they are not part of it.
 
@@ -155,9 +155,9 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
         return self._finish(stream, lambda: False)
 
     async def agenerate(self, prompt: str | Messages, **settings: Any) -> Generation:
-        """:meth:`generate` in a worker thread, so that the event loop goes on.
+        """Call :meth:`generate` in a worker thread, so that the event loop goes on.
 
-        When the task is cancelled, the computing stops after the token it is at.
+        When the task is cancelled, computing stops after the current token.
         """
         self._model()  # refuse at once
         abandoned = Event()
@@ -204,7 +204,7 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
         if len(prompt_ids) + how.max_new_tokens > self.max_length:
             raise ValueError(
                 f"prompt has {len(prompt_ids):,} tokens, which with max_new_tokens={how.max_new_tokens} is more "
-                f"than max_length={self.max_length}: shorten it, or ask for fewer"
+                f"than max_length={self.max_length}: shorten the prompt, or ask for fewer tokens"
             )
         sampler = Sampler(float(how.temperature), float(how.top_p), how.seed, model.device)
         return self._stream(prompt_ids, how.max_new_tokens, sampler, tuple(how.stop))
@@ -232,7 +232,7 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
             if token in self._end_tokens:
                 finish_reason = "stop"
                 break
-            del model  # a stream that is left open must not keep the weights of a model that is closed
+            del model  # an open stream must not keep the weights of a model that is closed
             if piece := text.add(token):
                 pieces.append(piece)
                 yield piece
@@ -277,14 +277,14 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
         return self.model.dtype
 
     def count_tokens(self, text: str) -> int:
-        """How many tokens the model's tokenizer makes of a text, special tokens not counted."""
+        """Return how many tokens the model's tokenizer makes of a text, special tokens not counted."""
         return self._tokenizer.count(text)
 
     def room(self, prompt: str | Messages) -> int:
-        """How many tokens may follow a prompt; 0 or less if it fills the window.
+        """Return how many tokens may follow a prompt; 0 or less if the prompt fills the window.
 
         Args:
-            prompt: As in :meth:`generate`.
+            prompt: See :meth:`generate`.
 
         Raises:
             ValueError: The prompt is not usable; the message says why.

@@ -1,4 +1,4 @@
-"""How long loaded models live: open, close, ``with``, share and pickle, once for all."""
+"""This module opens, closes, shares and pickles all loaded models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grating_core.forking import Lock, Threads, computed
 
 
 class Closeable(Protocol):
-    """Something that has files or threads."""
+    """This protocol is for objects that have files or threads to close."""
 
     def close(self) -> None:
         """Close the files, stop the threads."""
@@ -21,7 +21,7 @@ class Closeable(Protocol):
 
 @contextmanager
 def closed_on_error(thing: Closeable) -> Iterator[None]:
-    """Have something closed when what is done with it fails."""
+    """Close an object if the code inside the ``with`` fails."""
     try:
         yield
     except BaseException:
@@ -30,19 +30,19 @@ def closed_on_error(thing: Closeable) -> Iterator[None]:
 
 
 def closed_error(name: str) -> RuntimeError:
-    """Return the error of a call to something that has been closed.
+    """Return the error for a call to an object that has been closed.
 
     Args:
-        name: The name of its class.
+        name: Name of the object's class.
     """
     return RuntimeError(f"this {name} has been closed; make a new one with from_pretrained")
 
 
 class Settings(Protocol):
-    """The settings that a model is opened with; they can be compared, and hashed if all of them can."""
+    """This protocol is for settings that a model is opened with. They can be compared, and usually hashed."""
 
     def portable(self) -> Self:
-        """Return the settings with which another process finds the same model; they hold no secret."""
+        """Return settings without secrets, with which another process finds the same model."""
 
 
 AnyModel = TypeVar("AnyModel", bound=Closeable)
@@ -50,18 +50,18 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 class Loaded(Generic[AnyModel, AnySettings]):
-    """Something that holds a loaded model, until it is closed. Use it in a ``with`` block, or close it.
+    """This class holds a loaded model until it is closed. Use it in a ``with`` block, or close it.
 
-    It is pickled and copied as its settings: the model is loaded again, from the same name or directory, but for a
-    ``token``, which is never written.
+    Pickling and copying keep only the settings, without a ``token``. The model is then loaded again from the same
+    name or directory.
     """
 
     settings: AnySettings | None = None
-    """The settings that it was opened with; None if it was put together from parts."""
+    """The settings that the model was opened with; None if the object was put together from parts."""
 
     _loaded: AnyModel | None
-    _turn: AbstractContextManager[None]  # for whatever uses the model
-    _calls: Threads  # for what is awaited; as many as may compute at a time
+    _turn: AbstractContextManager[None]  # whatever uses the model holds it
+    _calls: Threads  # threads of awaited calls, as many as may compute at a time
     _is_shared = False
 
     @classmethod
@@ -71,7 +71,7 @@ class Loaded(Generic[AnyModel, AnySettings]):
 
     @classmethod
     def open(cls, settings: AnySettings) -> Self:
-        """Load the model of these settings; see ``from_pretrained`` for what it raises."""
+        """Load the model of these settings. The errors are those of ``from_pretrained``."""
         made = computed(cls._open, settings)
         made.settings = settings
         return made
@@ -81,14 +81,14 @@ class Loaded(Generic[AnyModel, AnySettings]):
         """Return the process's one model of these settings, loaded if nobody holds it yet or it was closed.
 
         Raises:
-            ValueError: A setting is not hashable; and as ``from_pretrained`` does.
+            ValueError: A setting is not hashable, or not usable. Other errors are those of ``from_pretrained``.
         """
         for name, value in vars(settings).items():
             if not isinstance(value, Hashable):
-                raise ValueError(f"{name}={value!r} is not hashable, so it cannot be told whether it is shared")
+                raise ValueError(f"{name}={value!r} is not hashable, so no model can be shared by it")
         found = _shared.get((cls, settings))
         if found is None or found.closed:
-            with _loading:  # or else it would be loaded twice
+            with _loading:  # without this lock two threads would load the model twice
                 found = _shared.get((cls, settings))
                 if found is None or found.closed:
                     found = _shared[cls, settings] = cls.open(settings)
@@ -106,7 +106,7 @@ class Loaded(Generic[AnyModel, AnySettings]):
 
     @property
     def closed(self) -> bool:
-        """Whether it has been closed."""
+        """Whether the model has been closed."""
         return self._loaded is None
 
     def _model(self) -> AnyModel:
@@ -127,8 +127,8 @@ class Loaded(Generic[AnyModel, AnySettings]):
         if self.settings is None:
             name = type(self).__name__
             raise TypeError(
-                f"this {name} cannot be pickled or copied, because it was put together from parts, and nothing "
-                f"says how to make it again: take one that {name}.from_pretrained made"
+                f"this {name} cannot be pickled or copied, because it was put together from parts and has no "
+                f"settings: take one that {name}.from_pretrained made"
             )
         return _again, (type(self), self.settings.portable(), self._is_shared)
 

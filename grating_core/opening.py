@@ -1,4 +1,4 @@
-"""From settings to everything but the weights: files, configuration, family, prompt, window, identity and plan.
+"""This module turns settings into everything but the weights: files, family, prompt, window, identity and plan.
 
 This is the only way in: reranking, generating, the command line and the benchmarks open models here.
 """
@@ -38,11 +38,11 @@ from grating_core.text.pairs import load_template
 from grating_core.text.prompts import Prompt, find_prompt, usual_length
 from grating_core.text.windows import find_window
 
-_USUAL_LENGTH = 4096  # tokens of a prompt and what follows it, if nobody says
+_USUAL_LENGTH = 4096  # tokens of a prompt and its continuation, if the user gives no limit
 
 
 class StoredReranker(Protocol):
-    """A reranker's files, whatever they are, whose configuration has been read but no weights."""
+    """A stored reranker has files of any kind. Its configuration has been read, but no weights."""
 
     directory: Path
     device: torch.device
@@ -59,10 +59,10 @@ class StoredReranker(Protocol):
 
     @property
     def shape(self) -> Shape:
-        """The numbers that a lens has to fit."""
+        """The shape that a lens must have."""
 
     def plan(self, window: int, budget: int) -> MemoryPlan:
-        """Spend a memory budget in bytes on a model that takes pairs of so many tokens."""
+        """Spend a memory budget in bytes on a model for pairs of up to ``window`` tokens."""
 
     def load(self, plan: MemoryPlan | None, answers: tuple[int, int | None] | None) -> CrossEncoder:
         """Read the weights."""
@@ -73,14 +73,14 @@ class StoredReranker(Protocol):
 
 @dataclass(frozen=True)
 class OpenReranker:
-    """A reranker of which everything is known but the weights.
+    """This class knows everything about a reranker but its weights.
 
     Attributes:
-        settings: The settings that it was opened with.
-        stored: Its files.
-        prompt: What it is asked; None if it is given the two texts as its tokenizer joins them.
+        settings: The settings that the reranker was opened with.
+        stored: The reranker's files.
+        prompt: The question to the model; None if the tokenizer joins the two texts without a question.
         window: The most tokens of a pair.
-        plan: What the memory budget is spent on; None without a budget.
+        plan: The plan of the memory budget; None without a budget.
     """
 
     settings: RerankSettings
@@ -96,15 +96,15 @@ class OpenReranker:
 
     @cached_property
     def identity(self) -> str:
-        """What tells this model, and how it is asked, from others."""
+        """The identity of the model and of its question, see :func:`grating_core.models.identity.fingerprint`."""
         asked = "" if self.prompt is None else self.prompt.asked
         return fingerprint(self.directory, self.stored.adapter, asked)
 
     def pruning(self) -> PruningPolicy | ByLens:
-        """Return how the settings say that candidates are dropped; with ``"auto"`` this reads the lens.
+        """Return the pruning of the settings. ``"auto"`` reads the lens.
 
         Raises:
-            FileError: The lens that is named is missing or damaged, or is for other weights.
+            FileError: The lens in the settings is missing or damaged, or is for other weights.
         """
         chosen = self.settings.pruning
         if not isinstance(chosen, str):
@@ -127,9 +127,9 @@ class OpenReranker:
         Raises:
             ModelNotFoundError: The files are damaged.
             UnsupportedModelError: The tokenizer has no Rust backend, or no token for an answer.
-            ValueError: Instruction or window do not go with the prompt.
+            ValueError: The instruction or the window does not fit the prompt.
         """
-        # The tokenizer first: what loading it takes for a moment is then free for the weights.
+        # The tokenizer is loaded first, so that memory that loading it takes for a moment is free for the weights.
         before = resident_memory()
         template = load_template(
             self.directory,
@@ -144,19 +144,19 @@ class OpenReranker:
         return Scorer(self.stored.load(plan, template.answers), template, plan)
 
     def close(self) -> None:
-        """Close the files. A model that was loaded from them can read no more then."""
+        """Close the files. A model that was loaded from them can then read no more weights."""
         self.stored.close()
 
 
 @dataclass(frozen=True)
 class LoadedLanguageModel:
-    """A loaded language model, and what tokenises for it.
+    """This class holds a loaded language model and its tokenizer.
 
     Attributes:
         model: The model.
-        tokenizer: What makes tokens of prompts and text of tokens.
+        tokenizer: The tokenizer, which makes tokens of prompts and text of tokens.
         end_tokens: The tokens that end a text.
-        plan: What the memory budget is spent on; None without a budget.
+        plan: The plan of the memory budget; None without a budget.
     """
 
     model: CausalLM
@@ -167,12 +167,12 @@ class LoadedLanguageModel:
 
 @dataclass(frozen=True)
 class OpenLanguageModel:
-    """A language model of which everything is known but the weights.
+    """This class knows everything about a language model but its weights.
 
     Attributes:
-        stored: Its files.
-        window: The most tokens of a prompt together with what follows it.
-        plan: What the memory budget is spent on; None without a budget.
+        stored: The model's files.
+        window: The most tokens of a prompt together with its continuation.
+        plan: The plan of the memory budget; None without a budget.
     """
 
     stored: StoredCausalLM
@@ -186,7 +186,7 @@ class OpenLanguageModel:
             ModelNotFoundError: The files are damaged.
             UnsupportedModelError: The tokenizer has no Rust backend.
             FileError: The file with the columns of the MLPs is damaged, or belongs to other weights.
-            StorageError: That file cannot be written.
+            StorageError: The file with the columns cannot be written.
         """
         before = resident_memory()
         tokenizer = PromptTokenizer(self.stored.directory, rows=self.stored.vocabulary)
@@ -195,7 +195,7 @@ class OpenLanguageModel:
         return LoadedLanguageModel(self.stored.load(plan), tokenizer, ends, plan)
 
     def close(self) -> None:
-        """Close the files. A model that was loaded from them can read no more then."""
+        """Close the files. A model that was loaded from them can then read no more weights."""
         self.stored.close()
 
 
@@ -203,13 +203,13 @@ def open_reranker(settings: RerankSettings) -> OpenReranker:
     """Find a reranker and read everything but its weights.
 
     Args:
-        settings: Its settings.
+        settings: The reranker's settings.
 
     Raises:
         ModelNotFoundError: The name leads to no usable weights.
-        UnsupportedModelError: The weights are of a kind that grating does not run, or not within a budget.
+        UnsupportedModelError: grating does not run weights of this kind, or not within a budget.
         BudgetError: The memory budget is too small; the message states the smallest that works.
-        ValueError: A setting does not go with this machine or this model.
+        ValueError: A setting does not fit this machine or this model.
     """
     device = choose_device(settings.device)
     dtype, _ = choose_dtype(settings.dtype, device)
@@ -238,21 +238,21 @@ def open_language_model(settings: GenerationSettings) -> OpenLanguageModel:
     """Find a language model and read everything but its weights.
 
     Args:
-        settings: Its settings.
+        settings: The model's settings.
 
     Raises:
         ModelNotFoundError: The name leads to no usable weights.
-        UnsupportedModelError: The weights are of a kind that grating does not generate with.
+        UnsupportedModelError: grating does not generate with weights of this kind.
         BudgetError: The memory budget is too small; the message states the smallest that works.
-        ValueError: A setting does not go with this machine or this model.
+        ValueError: A setting does not fit this machine or this model.
     """
     device = choose_device(settings.device)
     dtype, _ = choose_dtype(settings.dtype, device)
     directory, adapter = _find(settings)
     if is_gguf(directory):
         raise UnsupportedModelError(
-            f"model={settings.model!r} is a GGUF file, which would be unpacked as a whole; generating is for "
-            f"safetensors. Save it as such: AutoModelForCausalLM.from_pretrained({str(directory.parent)!r}, "
+            f"model={settings.model!r} is a GGUF file, but generating needs safetensors. Convert the file: "
+            f"AutoModelForCausalLM.from_pretrained({str(directory.parent)!r}, "
             f"gguf_file={directory.name!r}).save_pretrained(DIRECTORY), and the AutoTokenizer likewise"
         )
     stored = StoredCausalLM(
@@ -271,7 +271,7 @@ def open_language_model(settings: GenerationSettings) -> OpenLanguageModel:
 
 
 def _find(settings: ModelSettings) -> tuple[Path, Adapter | None]:
-    """Find the files of a model, and read the adapter."""
+    """Find the files of a model, and read its adapter if there is one."""
     hub = Hub(settings.revision, settings.token, settings.cache_dir, settings.local_files_only)
     directory = find_model(str(settings.model), hub=hub, show_progress=settings.show_progress)
     if settings.adapter is None:
@@ -280,5 +280,5 @@ def _find(settings: ModelSettings) -> tuple[Path, Adapter | None]:
 
 
 def _with_tokenizer(plan: MemoryPlan | None, before: int) -> MemoryPlan | None:
-    """Write into a plan how many bytes the process has taken since there were so many, for the tokenizer."""
+    """Write the tokenizer's bytes into a plan: the growth of the process above ``before`` bytes."""
     return plan and replace(plan, tokenizer=max(0, resident_memory() - before))

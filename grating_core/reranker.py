@@ -1,4 +1,4 @@
-"""The reranker: the one class that most people touch."""
+"""The reranker is the one class that most people use."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from grating_core.results import RerankResult
 from grating_core.settings import PruningName, RerankSettings
 from grating_core.text.prompts import Prompt
 
-_CALLS = 4  # of arerank at a time, where they need not take turns
+_CALLS = 4  # calls of arerank at a time, if they need not take turns
 
 
 class Reranker(Loaded[Scorer, RerankSettings]):
@@ -35,8 +35,7 @@ class Reranker(Loaded[Scorer, RerankSettings]):
 
     All documents go through the model together, layer by layer, packed without padding. Those that cannot reach
     the top K stop being computed. :meth:`from_pretrained` makes a reranker. Several threads may call it, and a
-    forked child. Pickled or copied it is loaded again with its settings, but for a ``token``, which is never
-    written.
+    forked child. Pickling and copying keep only the settings, without a ``token``; the model is then loaded again.
     """
 
     def __init__(
@@ -53,15 +52,15 @@ class Reranker(Loaded[Scorer, RerankSettings]):
         self._calls = Threads(1 if scorer.takes_turns else _CALLS, "grating-rerank")
         self._sampling = sampling
         self.plan = scorer.plan
-        """What the memory budget is spent on; None without a budget."""
+        """The plan of the memory budget; None without a budget."""
         self.model_path = model_path
         """The local directory that the weights were read from."""
         self.identity = identity
-        """What tells this model, and how it is asked, from others; a lens belongs to one identity."""
+        """The identity of the model and of its question. A lens belongs to one identity."""
         self.pruning = pruning
         """How candidates are dropped early."""
         self.recalibration = self._start_recalibration()
-        """What ``recalibrate`` has found out; None if it is off, or if there is no lens yet to move."""
+        """The recalibration and its results; None if it is off, or if there is no lens yet to recalibrate."""
 
     @classmethod
     def from_pretrained(  # noqa: D417 - the settings describe the other arguments
@@ -95,7 +94,7 @@ class Reranker(Loaded[Scorer, RerankSettings]):
             model: A hub id such as ``"cross-encoder/ms-marco-MiniLM-L12-v2"`` or ``"Qwen/Qwen3-Reranker-0.6B"``,
                 a local directory in Hugging Face layout with safetensors weights, a language model's GGUF file, or
                 ``"bundled:ms-marco-minilm-l12"``.
-            device: ``"cpu"``, ``"cuda"`` or ``"mps"``; None takes the best that is there.
+            device: ``"cpu"``, ``"cuda"`` or ``"mps"``; None takes the best device of this machine.
             dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: bfloat16 where the processor has
                 instructions for it, else float32.
             memory_budget: How much memory loading and reranking may take, in bytes or as a size such as
@@ -105,11 +104,11 @@ class Reranker(Loaded[Scorer, RerankSettings]):
 
         Raises:
             ModelNotFoundError: The name leads to no usable weights.
-            UnsupportedModelError: The weights are of a kind that grating does not run.
+            UnsupportedModelError: grating does not run weights of this kind.
             BudgetError: The memory budget is too small; the message states the smallest that works. It is a
                 ``ValueError`` as well.
             FileError: There is no lens in that directory, it is damaged, or it is for other weights.
-            ValueError: An argument is not usable; the message names it. None is as if it were not given, for all.
+            ValueError: An argument is not usable; the message names it. None means that an argument is not given.
         """
         given = locals()
         del given["cls"]
@@ -141,7 +140,7 @@ class Reranker(Loaded[Scorer, RerankSettings]):
             query: The question; not empty.
             documents: N texts in any form that has an order, such as a list or a generator; N may be 0. Texts that
                 are longer than the model's window are cut, and listed in the trace.
-            top_k: How many to return. N or more returns all N, and nothing is pruned then.
+            top_k: Number of documents to return. N or more returns all N, and nothing is pruned then.
             scores: ``"exact"`` computes what is returned through every layer, so its scores are the full model's.
                 ``"estimated"`` lets sure winners stop early as well, which is faster. Their scores are estimates
                 and marked so, and they rank before those that went on.
@@ -161,7 +160,7 @@ class Reranker(Loaded[Scorer, RerankSettings]):
     ) -> RerankResult:
         """Call :meth:`rerank` in a worker thread, so that the event loop goes on.
 
-        When the task is cancelled, the computing stops after the chunk it is at.
+        When the task is cancelled, computing stops after the current chunk.
         """
         self._model()
         abandoned = Event()
@@ -194,7 +193,7 @@ class Reranker(Loaded[Scorer, RerankSettings]):
 
         Args:
             pairs: Pairs ``(query, text)`` as a list, an array or a ``zip``. Queries may differ.
-            show_progress: Show a progress bar on standard error.
+            show_progress: Whether to show a progress bar on standard error.
 
         Returns:
             Scores in the order of the pairs.
@@ -207,11 +206,11 @@ class Reranker(Loaded[Scorer, RerankSettings]):
         return self.scorer.scores(arguments.pairs("pairs", pairs), show_progress=show_progress)
 
     def tail(self, text: str, tokens: int | None = None) -> str:
-        """Return the end of a text: its last tokens, or all of it if it has no more.
+        """Return the last tokens of a text, or the whole text if it has no more tokens.
 
         Args:
             text: A query that may be too long, such as a conversation, whose last words say what it is about.
-            tokens: How many tokens to keep, 1 or more; None for half of the window.
+            tokens: Number of tokens to keep, 1 or more; None for half of the window.
 
         Raises:
             ValueError: ``tokens`` is below 1.
@@ -221,7 +220,7 @@ class Reranker(Loaded[Scorer, RerankSettings]):
 
     @property
     def lens(self) -> CalibratedLens | None:
-        """The lens that this reranker prunes by, with its margins; None if there is none."""
+        """The lens that this reranker prunes by, with its margins; None without a lens."""
         return self.pruning.calibrated if isinstance(self.pruning, ByLens) else None
 
     @for_a_caller
@@ -239,30 +238,29 @@ class Reranker(Loaded[Scorer, RerankSettings]):
     ) -> CalibratedLens:
         """Fit a lens to this model on texts of your own, and find the margins that keep a promise.
 
-        This takes as long as that many requests without pruning, and some hundred MB for the fit beside any
-        ``memory_budget``. The lens then belongs to the model: every later ``pruning="auto"`` finds it, and so does
-        this reranker if it was made so.
+        This takes as long as ``requests`` requests without pruning, and some hundred MB for the fit on top of any
+        ``memory_budget``. Every later ``pruning="auto"`` with this model finds the lens. This reranker uses it at
+        once if its own pruning is ``"auto"``.
 
         Args:
             documents: Texts like those that will be reranked, more than ``candidates``. No judgements are needed.
-                Several corpora by name make the promise for corpora that the lens has not seen, as each of them is
-                to the others.
-            queries: Questions like those that will be asked, or those of the corpora by name. None makes them of
-                titles or leading sentences.
-            top_k: The K for which the summary says what is saved and lost; the lens is for any K.
-            candidates: How many documents a request has. For requests with more, less is saved.
-            requests: How many requests to compute; fewer if there are fewer queries. With n requests no promise
+                With several corpora by name, the promise holds for corpora that the lens has not seen.
+            queries: Questions like those that will be asked, or the questions of each corpus by name. None makes
+                queries of titles or leading sentences.
+            top_k: The K for which the summary says what is saved and lost. The lens works for any K.
+            candidates: Number of documents of a request. Larger requests save less.
+            requests: Number of requests to compute; fewer if there are fewer queries. With n requests no promise
                 above 1 - 2.5 / (n + 1) can be made.
-            output: The directory that the lens is written to; None for grating's cache.
+            output: Directory of the lens; None for grating's cache.
             seed: Seed of the choice of queries.
-            show_progress: Show progress bars on standard error.
+            show_progress: Whether to show progress bars on standard error.
 
         Returns:
-            The lens, whose ``summary`` says what it will save and lose.
+            The lens. Its ``summary`` says how much it saves and loses.
 
         Raises:
             ValueError: An argument is not usable, or there is too little text; the message names it.
-            StorageError: The output cannot be written, or grating's cache has no room for what is observed.
+            StorageError: The output cannot be written, or grating's cache has no room for the observations.
         """
         scorer = self.scorer
         place = lens_directory(self.identity) if output is None else expanded(output)
@@ -277,20 +275,20 @@ class Reranker(Loaded[Scorer, RerankSettings]):
                 self.settings = replace(self.settings, lens=place)
             self.pruning = replace(self.pruning, calibrated=calibrated.to(scorer.model.device))
             self._stop_recalibration()
-            self.recalibration = self._start_recalibration()  # what was learnt was about other margins
+            self.recalibration = self._start_recalibration()  # what the old one has learnt is for other margins
         return calibrated
 
     def close(self) -> None:
         """Free the weights, close the files, stop the threads.
 
-        Calls after this one raise ``RuntimeError``; calls in progress end normally.
+        Later calls raise ``RuntimeError``; calls in progress end normally.
         """
         self._stop_recalibration()
         super().close()
 
     @property
     def scorer(self) -> Scorer:
-        """What computes the requests. Raises ``RuntimeError`` when the reranker has been closed."""
+        """The scorer, which computes the requests. Raises ``RuntimeError`` when the reranker has been closed."""
         return self._model()
 
     @property

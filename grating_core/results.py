@@ -10,7 +10,7 @@ from grating_core.pruning import Route
 
 @dataclass(frozen=True)
 class RankedDocument:
-    """A document in its place of the ranking.
+    """A ranked document has a place in the ranking.
 
     Attributes:
         index: Position of the document in the caller's list.
@@ -29,13 +29,13 @@ class RankedDocument:
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """This is the record of one layer of a rerank.
+    """This class records one layer of a rerank.
 
     Attributes:
         layer: Number of the layer, from 1; 0 for the token embeddings, which only a lens reads.
         alive: Candidates that were computed, as indices of documents.
-        routes: What the policy decided afterwards for each candidate. With ``scores="exact"`` a selected candidate
-            is computed to the end all the same.
+        routes: The policy's decision for each candidate after the layer. With ``scores="exact"`` a selected
+            candidate is still computed to the end.
         scores: Provisional score of each candidate, by the head or by a lens; after the last layer, the score.
         tokens: Number of tokens computed; 0 for layer 0.
         seconds: Time of the layer, with reading scores and deciding.
@@ -122,7 +122,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class RerankResult:
-    """This is the result of :meth:`Reranker.rerank`.
+    """This class holds the result of :meth:`Reranker.rerank`.
 
     Attributes:
         ranking: The top ``min(top_k, N)`` documents, best first. Equal scores keep the caller's order.
@@ -138,7 +138,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Generation:
-    """A generated text, and what it took.
+    """This class holds a generated text, with the tokens, bytes and seconds that it took.
 
     Attributes:
         text: The text that follows the prompt, without special tokens and stop string.
@@ -146,10 +146,10 @@ class Generation:
             tokens as were allowed.
         prompt_tokens: The number of tokens of the prompt.
         new_tokens: The number of tokens generated, with the one that ended the text.
-        seconds_to_first: Seconds until the first of them.
-        seconds: Seconds until the last of them.
+        seconds_to_first: Seconds until the first new token.
+        seconds: Seconds until the last new token.
         bytes_read: The bytes of weights and embedding rows read from disk.
-        bytes_to_first: Those of them that were read for the prompt, until the first new token.
+        bytes_to_first: The bytes of them that were read for the prompt, until the first new token.
         seconds_waited: Seconds that computing stood still for reading.
         hit_rate: The share of the columns used by new tokens that were in memory; None without ``mlp_density``,
             and for a single token.

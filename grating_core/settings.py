@@ -1,7 +1,7 @@
-"""The settings of a model, of reranking and of generating: one list of names, types, defaults, texts and checks.
+"""This module lists all settings of models, reranking and generating: names, types, defaults, texts and checks.
 
-``from_pretrained``, the command line, the adapters and the tables of the documentation take theirs from here. This
-module imports neither torch nor transformers, so that ``grating --help`` need not wait for them.
+``from_pretrained``, the command line, the adapters and the tables of the documentation take their settings from
+here. This module imports neither torch nor transformers, so that ``grating --help`` need not wait for them.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ def _setting(default: Any, about: str, *, basic: bool = False, shown: bool = Tru
     """Describe a field.
 
     Args:
-        default: The value that None stands for as well.
+        default: The default. None means the same value.
         about: The text for the documentation, the command line and the adapters.
-        basic: Whether a beginner should see it.
-        shown: Whether it may be printed; a secret may not.
+        basic: Whether a beginner should see the setting.
+        shown: Whether the value may be printed. A secret may not.
     """
     return field(default=default, repr=shown, metadata={"about": about, "basic": basic})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """Settings of any model. A value of None means that the setting is not given.
+    """This class holds the settings of any model. None means that a setting is not given.
 
     Raises:
-        ValueError: A value is not usable; the message names it. What depends on the machine or on the model's
-            files, such as ``device``, is checked when the model is opened.
+        ValueError: A value is not usable; the message names it. Values that depend on the machine or on the
+            model's files, such as ``device``, are checked when the model is opened.
     """
 
     model: str | Path = field(
@@ -111,12 +111,12 @@ class ModelSettings:
         if self.max_length is not None:
             object.__setattr__(self, "max_length", whole_number("max_length", self.max_length))
         if self.memory_budget is not None:
-            assert self.budget  # what is no size is refused here
+            assert self.budget  # reading the property refuses a value that is no size
 
     @cached_property
     def budget(self) -> int | None:
         """The memory budget in bytes; None without one."""
-        from grating_core.memory.plan import parse_budget  # torch comes with it
+        from grating_core.memory.plan import parse_budget  # this imports torch
 
         return None if self.memory_budget is None else parse_budget(self.memory_budget)
 
@@ -127,7 +127,7 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RerankSettings(ModelSettings):
-    """Settings of a reranker."""
+    """This class holds the settings of a reranker."""
 
     pruning: PruningName | PruningPolicy = _setting(
         "auto",
@@ -196,7 +196,7 @@ class RerankSettings(ModelSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings(ModelSettings):
-    """Settings of a language model that generates text."""
+    """This class holds the settings of a language model that generates text."""
 
     max_length: int | None = _setting(
         None,
@@ -222,7 +222,7 @@ class GenerationSettings(ModelSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerSettings:
-    """Settings of one generated text.
+    """This class holds the settings of one generated text.
 
     Raises:
         ValueError: A value is not usable; the message names it.
@@ -257,11 +257,11 @@ class AnswerSettings:
             raise ValueError(f"stop={self.stop!r} must be a list of strings")
         for text in self.stop:
             if not isinstance(text, str) or not text:
-                raise ValueError(f"stop={self.stop!r} has {text!r} in it; each must be a string that is not empty")
+                raise ValueError(f"stop={self.stop!r} contains {text!r}; each must be a string that is not empty")
 
 
 def _absolute(place: Any) -> Any:
-    """Return a path that exists as one that means the same in any directory, and a hub id as it is."""
+    """Return a path that exists as an absolute path, and anything else, such as a hub id, unchanged."""
     if not place or not isinstance(place, str | Path):
         return place
     path = expanded(place)
