@@ -88,7 +88,7 @@ def elements(name: str, value: Any, wanted: str, *, values: str) -> list[Any]:
     Args:
         name: The argument's name.
         value: The argument.
-        wanted: What it must be, in words.
+        wanted: The words for what it must be.
         values: The code that takes the wanted part of a mapping, for the message.
 
     Raises:

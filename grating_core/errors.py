@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class GratingError(Exception):
-    """The base class of every error that is grating's own."""
+    """All of grating's own errors are of this class."""
 
 
 class ModelNotFoundError(GratingError):

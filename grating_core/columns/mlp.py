@@ -23,7 +23,7 @@ from grating_core.memory.meter import Meter
 
 
 class Half(NamedTuple):
-    """A half of the staging memory for one kind of columns: its rows, and all as a matrix ``[rows, length]``."""
+    """This class holds half of the staging memory, as places for rows and as a matrix ``[rows, length]``."""
 
     places: list[memoryview]
     matrix: Tensor

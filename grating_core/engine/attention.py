@@ -62,7 +62,7 @@ class Continuation:
 
     Attributes:
         cache: Keys and values of the tokens before; those of the next tokens are added.
-        tokens: How many of the layer's rows are tokens; the other rows are fill.
+        tokens: Number of the layer's rows that are tokens; the other rows are fill.
     """
 
     cache: KeyValueCache

@@ -1,4 +1,4 @@
-"""Generating is made of passes: the next tokens of a sequence go through all layers, to the logits behind them.
+"""Generating is made of passes: the next tokens of a sequence go through all layers, and give logits.
 
 A prompt is treated like a single token, only longer. The loop over layers is outside and the loop over chunks
 inside, so that a streamed layer is read once for all chunks.
@@ -42,7 +42,7 @@ def advance(
         cache: Keys and values of the tokens before, with room for those of the next tokens, which are added. After
             an error the cache is of no use any more.
         chunk_tokens: The most tokens computed at once.
-        peak: Looks at the memory after every layer of a prompt.
+        peak: The meter of peak memory, which looks after every layer of a prompt; None for none.
 
     Returns:
         The logits of what comes after the last token, float32 ``[V]``.

@@ -74,11 +74,11 @@ def forward(
         batch: N candidates, at least one, on the model's device.
         hidden: Room for the hidden states of the batch in chunks of this size. What is there is lost.
         pruning: How candidates stop early.
-        top_k: How many to find, from 1 to N.
+        top_k: Number of candidates to find, from 1 to N.
         chunk_tokens: The most tokens computed at once.
         first_number: The number by which the caller knows the first candidate; for messages.
-        peak: Looks at the memory after every layer.
-        pause: Says whether to give up. It is asked first, and before each chunk.
+        peak: The meter of peak memory, which looks after every layer; None for none.
+        pause: Function that says whether to give up. It is asked first and before each chunk. None never gives up.
 
     Raises:
         Interrupted: ``pause`` said to give up.
@@ -185,7 +185,7 @@ def _layer_scores(
 
 
 def _until(pause: Callable[[], bool] | None, chunks: Iterable[Item]) -> Iterator[Item]:
-    """Yield the chunks, as long as nobody says to give up."""
+    """Yield the chunks until ``pause`` says to give up."""
     for chunk in chunks:
         if pause is not None and pause():
             raise Interrupted

@@ -28,7 +28,7 @@ class RaggedBatch:
         prefix: Number P of tokens in the shared prefix; 0 without one.
         lengths: Number of tokens of each sequence without the prefix; P and these sum to T.
         windows: Number of sequences of each of the N candidates.
-        segments: Where query and document are in each sequence, counted from the prefix's first token.
+        segments: Places of query and document in each sequence, counted from the prefix's first token.
     """
 
     input_ids: Tensor
@@ -141,10 +141,10 @@ class Chunk:
     """A chunk is consecutive sequences that are computed together.
 
     Attributes:
-        tokens: Where the chunk is on the token axis.
-        prefix: How many of these tokens are the shared prefix, with which the first chunk begins.
+        tokens: Place of the chunk on the token axis.
+        prefix: Number of these tokens that belong to the shared prefix; 0 except in the first chunk.
         lengths: Number of tokens of each sequence.
-        segments: Where query and document are in each sequence, counted from the prefix's first token.
+        segments: Places of query and document in each sequence, counted from the prefix's first token.
     """
 
     tokens: slice

@@ -1,1 +1,1 @@
-"""The cache directory, locks, and files that are written as a whole or not at all."""
+"""This room has the cache directory, locks, and files that are written as a whole or not at all."""

@@ -35,7 +35,7 @@ class Cached:
     """This class describes one thing in the cache.
 
     Attributes:
-        kind: Kind of the thing.
+        kind: One of :data:`KINDS`.
         path: File or directory of the thing.
         size: Bytes of all its files together.
         used: Time when the thing was last read or written, in seconds since the epoch, as in :func:`time.time`.

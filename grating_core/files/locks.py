@@ -115,7 +115,7 @@ def _let_go(descriptor: int) -> None:
 
 
 class _Held:
-    """This keeps the locks of this process; a forked child lets go of them."""
+    """This class keeps the locks of this process. A forked child releases them."""
 
     def __init__(self) -> None:
         self.descriptors: set[int] = set()

@@ -61,7 +61,7 @@ def reserve(file: IO[bytes], directory: Path, size: int) -> None:
 
     Args:
         file: The file, open for writing and empty.
-        directory: Its directory.
+        directory: The file's directory.
         size: Bytes that it will have.
 
     Raises:

@@ -59,7 +59,7 @@ def calibrate(
         identity: Identity of the model.
         documents: Texts, or corpora by name; see :meth:`grating_core.Reranker.calibrate`.
         queries: Questions, or those of the corpora by name; None makes them of the documents.
-        effort: How much is computed.
+        effort: The amount of computing.
         target: The promise for which the summary says what is saved and lost.
         directory: Directory of the lens.
         show_progress: Whether to show progress bars on standard error.

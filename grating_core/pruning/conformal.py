@@ -1,4 +1,4 @@
-"""Margins from calibration requests: the pruning of all of them is replayed with every factor."""
+"""This module finds margins: it replays the pruning of all calibration requests with every factor."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def calibrate_margins(groups: Sequence[Requests], spread: Array, *, show_progres
         groups: Requests that the lens was not fitted on, in groups with the same number of candidates.
         spread: Typical error of the lens after each layer, the unit of margins, float64 ``[L]``. It must not come
             from these requests.
-        show_progress: Show a progress bar on standard error.
+        show_progress: Whether to show a progress bar on standard error.
     """
     most = max(requests.scores.shape[1] for requests in groups)
     sizes = sorted({number for number in _CANDIDATES if number < most} | {most})

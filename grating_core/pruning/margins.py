@@ -50,7 +50,7 @@ class MarginPolicy:
 
 @dataclass(frozen=True)
 class Margins:
-    """Margins are what calibration found out: errors by layer, and how much is lost with which factor.
+    """Margins hold the results of calibration: errors by layer, and the loss with each factor.
 
     Attributes:
         drop: Typical error of an estimate, the unit of margins for dropping: float64 ``[L]``, from layer 0.
@@ -106,7 +106,7 @@ class Margins:
             top_k: K, below N.
             target: The promise: the expected share of the full model's top K that is kept, or the probability that
                 all of it is kept.
-            guarantee: Which of the two the target is: ``"share"`` or ``"set"``.
+            guarantee: ``"share"`` if the target is the share, ``"set"`` if it is the probability.
             exact: Whether only hopeless candidates stop, and no sure winners.
         """
         factor = self.factor(candidates, top_k, target=target, guarantee=guarantee, exact=exact)

@@ -57,7 +57,7 @@ class Template(ABC):
     Args:
         tokenizer: The tokenizer of the texts.
         window: The most tokens that a pair may have.
-        long_documents: What happens to a document that does not fit.
+        long_documents: The treatment of a document that does not fit: its end is cut, or it becomes windows.
     """
 
     answers: tuple[int, int | None] | None = None
@@ -117,7 +117,7 @@ class PairTemplate(Template):
     Args:
         tokenizer: The tokenizer of the texts.
         window: The most tokens a pair may have.
-        long_documents: What happens to a document that does not fit.
+        long_documents: The treatment of a document that does not fit: its end is cut, or it becomes windows.
         has_types: Whether the model is told which text a token belongs to.
     """
 
@@ -164,7 +164,7 @@ class PromptTemplate(Template):
     Args:
         tokenizer: The tokenizer of the texts.
         window: The most tokens that a pair may have.
-        long_documents: What happens to a document that does not fit.
+        long_documents: The treatment of a document that does not fit: its end is cut, or it becomes windows.
         prompt: The question.
         instruction: The instruction to judge by; None for the prompt's own.
         asks: Whether the score is the answer's logit. A classifier's head needs no answers.
@@ -271,7 +271,7 @@ def load_template(
         prompt: The question to the model; None for a model that is not asked.
         instruction: The instruction to judge by; None for the prompt's own.
         asks: Whether the score is the logit of the prompt's answers.
-        long_documents: What happens to a document that does not fit: its end is cut, or it becomes windows.
+        long_documents: The treatment of a document that does not fit: its end is cut, or it becomes windows.
         rows: Number of rows of the embedding table. A token without a row is refused; None refuses no token.
 
     Raises:

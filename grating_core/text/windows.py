@@ -53,7 +53,7 @@ def divided(ids: list[int], room: int, long_documents: LongDocuments) -> Iterato
     Args:
         ids: The document's token ids.
         room: The most tokens of the document that fit into a pair.
-        long_documents: What happens to a document that does not fit.
+        long_documents: The treatment of a document that does not fit: its end is cut, or it becomes windows.
     """
     if long_documents == "truncate":
         yield ids[:room], len(ids) > room
