@@ -1,7 +1,8 @@
-"""This compares grating with other ways to rerank, on the user's own texts: time, memory, and agreement.
+"""This module compares grating with other systems on the user's texts: time, memory and agreement.
 
-Each system computes the same requests in a process of its own, one after the other, with as many threads. Others
-get what suits them: sentence-transformers the batch size that is quickest here, OpenVINO one pair at a time.
+Each system computes the same requests with the same number of threads, in a process of its own, one after another.
+Other systems get settings that suit them: sentence-transformers gets the quickest batch size, and OpenVINO gets
+one pair at a time.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from grating_core.settings import PruningName, RerankSettings
 
 Ranking = list[int]
 Rank = Callable[[str, list[str]], Ranking]
-Ways = Mapping[str, Rank]  # by what is said of them; the quickest counts
+Ways = Mapping[str, Rank]  # ways to use a system, by their description; the quickest counts
 
-_PATIENCE = 30  # seconds for a process that is done to end by itself
-_BATCH_SIZES = (1, 4, 32)  # of which the quickest is taken; 32 is what sentence-transformers takes by itself
+_PATIENCE = 30  # seconds that a finished process may take to end
+_BATCH_SIZES = (1, 4, 32)  # the quickest is taken; 32 is the default of sentence-transformers
 UNPRUNED, PRUNED = "grating, unpruned", "grating"
 SENTENCE_TRANSFORMERS, OPENVINO = "sentence-transformers", "OpenVINO"
 PEERS = {SENTENCE_TRANSFORMERS: "sentence_transformers", OPENVINO: "openvino"}
@@ -38,13 +39,13 @@ PEERS = {SENTENCE_TRANSFORMERS: "sentence_transformers", OPENVINO: "openvino"}
 
 @dataclass(frozen=True)
 class Job:
-    """This is what every system is given.
+    """A job says what every system computes.
 
     Attributes:
-        settings: The reranker's settings, but for the pruning.
-        directory: Where the model's files are.
+        settings: The reranker's settings, except the pruning.
+        directory: The directory of the model's files.
         requests: Queries with their documents.
-        top_k: How many documents are wanted.
+        top_k: Number of documents to find for each request.
         rounds: How often each request is timed.
         threads: The number of threads to compute with.
         max_length: The most tokens of a query and a document together.
@@ -61,16 +62,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Measured:
-    """This is what a system took.
+    """This class holds what was measured of one system.
 
     Attributes:
-        system: Its name.
-        setting: How it was used.
+        system: Name of the system.
+        setting: Description of how the system was used.
         load_seconds: Seconds of loading, after imports.
         seconds: Seconds of a request: the mean over requests of the median over rounds.
-        peak_memory: The most bytes that its process had in memory while it reranked, imports included.
+        peak_memory: The most bytes that the process had in memory while it reranked, imports included.
         rankings: The indices of the top K, best first, for each request.
-        error: Why there is nothing of all this; None if there is.
+        error: The reason why nothing was measured; None without an error.
     """
 
     system: str
@@ -83,7 +84,7 @@ class Measured:
 
 
 def installed(peer: str) -> bool:
-    """Return whether one of :data:`PEERS` is there."""
+    """Tell whether one of :data:`PEERS` is installed."""
     return find_spec(PEERS[peer]) is not None
 
 
@@ -94,15 +95,15 @@ def agreement(found: Measured, reference: Measured) -> float:
 
 
 def measure(job: Job, systems: Sequence[str], *, show_progress: bool = False) -> list[Measured]:
-    """Let systems compute, one after the other.
+    """Measure systems, one after another.
 
     Args:
-        job: What they compute.
-        systems: Some of :data:`UNPRUNED`, :data:`PRUNED` and :data:`PEERS`.
-        show_progress: Show a progress bar on standard error.
+        job: The job of every system.
+        systems: Names from :data:`UNPRUNED`, :data:`PRUNED` and :data:`PEERS`.
+        show_progress: Whether to show a progress bar on standard error.
 
     Returns:
-        What each took. One that fails has an ``error``, and the others go on.
+        The measurements of each system. A system that fails has an ``error``, and the others go on.
     """
     from tqdm import tqdm
 
@@ -140,7 +141,7 @@ def _in_a_process(job: Job, system: str, bar: Any) -> Measured:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Let processes that are started now leave an interrupt to this one."""
+    """Let processes that start inside the ``with`` ignore interrupts, so that only this process gets them."""
     alone = threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if alone else None
     try:
@@ -152,10 +153,10 @@ def _uninterrupted() -> Iterator[None]:
 
 def _work(job: Job, system: str, told: Connection) -> None:
     """Measure one system in this process."""
-    sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - for their progress bars and warnings
+    sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - hides progress bars and warnings
     try:
         told.send(_measured(job, system, lambda: told.send(None)))
-    except Exception as error:  # whatever a foreign system raises is told in its line of the table
+    except Exception as error:  # the table shows any error of another system in its line
         told.send(Measured(system, error=f"{type(error).__name__}: {error}".splitlines()[0]))
 
 
@@ -185,10 +186,10 @@ def _measured(job: Job, system: str, step: Callable[[], None]) -> Measured:
 
 
 def _quickest(ways: Mapping[str, Rank], query: str, documents: list[str]) -> tuple[str, Rank]:
-    """Return the way that takes least for a request, with its name. Nothing is tried if there is only one."""
+    """Return the quickest way for a request, with its description. A single way is not tried."""
     if len(ways) == 1:
         return next(iter(ways.items()))
-    next(iter(ways.values()))(query, documents)  # the first call of all is not like the others
+    next(iter(ways.values()))(query, documents)  # the first call is slower than all others
     taken = {name: _seconds(rank, query, documents) for name, rank in ways.items()}
     best = min(taken, key=taken.__getitem__)
     return best, ways[best]
@@ -201,7 +202,7 @@ def _seconds(rank: Rank, query: str, documents: list[str]) -> float:
 
 
 class _Memory:
-    """This finds the most memory of this process from now on: exact on Linux, elsewhere as seen at each look."""
+    """This class finds the most memory of this process from now on: exactly on Linux, elsewhere at each look."""
 
     def __init__(self) -> None:
         with suppress(OSError):

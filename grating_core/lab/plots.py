@@ -1,4 +1,4 @@
-"""This module draws the scores of a rerank layer by layer, and what a simulation found."""
+"""This module draws the scores of a rerank layer by layer, and the results of a simulation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from grating_core.lab.comparison import Point
 
-# Colour-blind readers tell these colours apart, and without colour the style of the line does.
+# Colour-blind readers can distinguish these colours, and the lines differ in style as well.
 _WINNER, _LOSER = "#009E73", "#999999"
 _WAYS = {"dense streaming": ("black", "*"), "DIP": ("#E69F00", "s"), "cache-aware DIP": ("#0072B2", "o")}
 
@@ -30,7 +30,7 @@ def plot_trajectories(result: RerankResult, path: Path) -> None:
 
     Args:
         result: A rerank of at least one document.
-        path: Where the picture goes; its ending gives the format.
+        path: File of the picture. The ending of its name gives the format.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed; the message names the extra that installs it.
@@ -63,14 +63,14 @@ def plot_trajectories(result: RerankResult, path: Path) -> None:
         f"with {trace.compute_share:.0%} of the computing"
     )
     axes.grid(alpha=0.3)
-    # Of each kind of line that is there one, the winners first.
+    # The legend has one line of each kind, the winners first.
     kinds = {line.get_label(): line for line in axes.lines}
     axes.legend(handles=sorted(kinds.values(), key=lambda line: -line.get_linewidth()), loc="best")
     _save(figure, path)
 
 
 def _line(*, won: bool, stopped: bool, winners: int) -> dict[str, Any]:
-    """Return how a candidate's line is drawn, and what the legend says of it."""
+    """Return the style of a candidate's line, and its text in the legend."""
     if won:
         label = f"top {winners}, with the rank" + (", by an estimate" if stopped else "")
         style, width = ("--" if stopped else "-"), 2.2
@@ -89,7 +89,7 @@ def _line(*, won: bool, stopped: bool, winners: int) -> dict[str, Any]:
 
 
 def _write_ranks(axes: Axes, ends: list[tuple[int, int, float]]) -> None:
-    """Write the rank of each winner behind its line. Ranks of lines that end together are moved apart."""
+    """Write each winner's rank at the end of its line. Ranks of lines that end close together are moved apart."""
     low, high = axes.get_ylim()
     gap = (high - low) / 28
     below: dict[int, float] = {}  # the lowest text so far, by the layer where lines end
@@ -103,7 +103,7 @@ def plot_simulation(points: Sequence[Point], path: Path) -> None:
 
     Args:
         points: Points to draw, all with perplexities.
-        path: File of the picture; its ending gives the format.
+        path: File of the picture. The ending of its name gives the format.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed; the message names the extra that installs it.

@@ -87,7 +87,7 @@ class Template(ABC):
         """Return the last tokens of a text as text, or the whole text if it has no more tokens."""
         kept = self._tokenizer.tail(text, tokens)
         if kept != text:
-            _log.info("only the last %d tokens of a text of %d characters are used", tokens, len(text))
+            _log.info("a text of %d characters is too long, so its last %d tokens are used", len(text), tokens)
         return kept
 
     def _most(self, room: int) -> int | None:
