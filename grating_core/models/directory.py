@@ -155,7 +155,7 @@ def weight_files(directory: Path) -> list[Path]:
     absent = [path.name for path in files if not os.path.isfile(path)]  # noqa: PTH113 - as in find_model
     if absent:
         raise ModelNotFoundError(
-            f"{directory} lacks {', '.join(absent)}. grating loads only safetensors, never pickled weights "
+            f"{directory} lacks {', '.join(absent)}. Only safetensors are loaded, never pickled weights "
             f"(pytorch_model.bin): convert pickled weights with save_pretrained first"
         )
     return files
