@@ -246,7 +246,7 @@ class TextTokenizer:
                 and both.ids[first:] == self._encode(right).ids
             ):
                 yield place
-            if number == 8:  # after eight failures the others would fail as well
+            if number == 8:  # if these nine places fail, the others would fail as well
                 return
 
     # Tokens that have a meaning
