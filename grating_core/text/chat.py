@@ -146,9 +146,7 @@ class PromptTokenizer:
         else:
             ids = self._texts.ids(self._texts.written(self._chat(checked_messages(prompt))))
         if not ids:
-            raise ValueError(
-                f"prompt={prompt!r} has no tokens: give a text to continue, or messages to answer"
-            )
+            raise ValueError(f"prompt={prompt!r} has no tokens: give a text to continue, or messages to answer")
         return ids
 
     def count(self, text: str) -> int:
