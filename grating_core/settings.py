@@ -257,7 +257,7 @@ class AnswerSettings:
             raise ValueError(f"stop={self.stop!r} must be a list of strings")
         for text in self.stop:
             if not isinstance(text, str) or not text:
-                raise ValueError(f"stop={self.stop!r} contains {text!r}; each must be a string that is not empty")
+                raise ValueError(f"stop={self.stop!r} has {text!r} in it; each must be a string that is not empty")
 
 
 def _absolute(place: Any) -> Any:
