@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from grating_core.errors import FileError, GratingError, ModelNotFoundError, UnsupportedModelError
-from grating_core.files.places import expanded
+from grating_core.files.places import expanded, is_there
 from grating_core.files.reading import read_json, read_json_or
 from grating_core.memory.checkpoint import Checkpoint
 from grating_core.memory.header import StoredTensor
@@ -45,12 +45,16 @@ def find_model(name: str, *, hub: Hub | None = None, show_progress: bool = False
     if name and os.path.isdir(directory):  # noqa: PTH112 - Path.is_dir raises for names that are too long
         _check_files(directory)
         return directory
+    if name and is_there(directory):
+        raise ModelNotFoundError(
+            f"model={name!r} is no directory: name the directory that holds the model's files"
+        )
     if (sentence := known_elsewhere(name)) is not None:
         raise ModelNotFoundError(sentence)
     if not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", name) or name.startswith("."):
+        looked = f"there is no directory {directory.absolute()}, and " if name else ""
         raise ModelNotFoundError(
-            f"model={name!r}: there is no directory {directory.absolute()}, and this is not a hub id "
-            f"(owner/name) nor a bundled name ({BUNDLED_PREFIX}…)"
+            f"model={name!r}: {looked}this is not a hub id (owner/name) nor a bundled name ({BUNDLED_PREFIX}…)"
         )
     return (hub or Hub()).fetch(name, _is_whole)
 

@@ -46,6 +46,9 @@ _OWNERS = (
 )
 """Patterns of names on the hub that lack their owner, and the owner."""
 
+_ADDRESS = re.compile(r"(?:https?://)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
+"""An address that a browser shows, with the hub id in it."""
+
 
 def hub_name(name: str) -> str:
     """Return the hub id for FlashRank's name of the same weights. Other names and directories stay the same."""
@@ -65,6 +68,8 @@ def known_elsewhere(name: str) -> str | None:
         return f"model={name!r} is FlashRank's name of {_SAME_WEIGHTS[name]!r}: write that"
     if name in _FLASHRANK:
         return f"model={name!r} is FlashRank's name of a file that is not on the hub: take {_FLASHRANK[name]!r}"
+    if found := _ADDRESS.match(name):
+        return f"model={name!r} is the address of a model on the hub: write {found[1]!r}"
     for pattern, owner, instead in _SERVICES:
         if re.fullmatch(pattern, name, re.IGNORECASE):
             return (

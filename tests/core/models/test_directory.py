@@ -145,6 +145,16 @@ def test_names_that_lead_nowhere(name: str) -> None:
         Reranker.from_pretrained(name)
 
 
+def test_an_empty_name_is_not_called_a_directory() -> None:
+    with pytest.raises(ModelNotFoundError, match=r"^model='': this is not a hub id"):
+        Reranker.from_pretrained("")
+
+
+def test_a_file_of_weights_leads_to_its_directory(directory: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match="is no directory: name the directory that holds"):
+        Reranker.from_pretrained(directory / "model.safetensors")
+
+
 def test_the_home_of_nobody_is_an_error_of_gratings_own_wherever_a_place_is_named(
     tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,8 @@ from grating_core.models.elsewhere import hub_name
         ("gpt-4o-mini", "a language-model service's", "Qwen/Qwen3-Reranker-0.6B"),
         ("ms-marco-MiniLM-L6-v2", "lacks its owner", "cross-encoder/ms-marco-MiniLM-L6-v2"),
         ("bge-reranker-base", "lacks its owner", "BAAI/bge-reranker-base"),
+        ("https://huggingface.co/BAAI/bge-reranker-base/tree/main", "address", "'BAAI/bge-reranker-base'"),
+        ("huggingface.co/BAAI/bge-reranker-base", "address", "'BAAI/bge-reranker-base'"),
     ],
 )
 def test_one_sentence_says_whose_name_it_is_and_what_to_take(name, whose, instead):
