@@ -107,7 +107,7 @@ class ModelSettings:
             if value is None:
                 object.__setattr__(self, one.name, one.default)
             elif one.name in _PATHS:
-                object.__setattr__(self, one.name, _absolute(value))
+                object.__setattr__(self, one.name, _absolute(one.name, value))
         if self.max_length is not None:
             object.__setattr__(self, "max_length", whole_number("max_length", self.max_length))
         if self.memory_budget is not None:
@@ -182,8 +182,8 @@ class RerankSettings(ModelSettings):
             raise ValueError(
                 f"recalibrate={self.recalibrate!r} must be a share of requests: a number from 0 (off) to 1"
             )
-        named = isinstance(self.pruning, str)
-        if self.pruning not in get_args(PruningName) if named else not hasattr(self.pruning, "route"):
+        is_policy = hasattr(self.pruning, "route") and not isinstance(self.pruning, type)
+        if not is_policy and self.pruning not in get_args(PruningName):
             raise ValueError(
                 f"pruning={self.pruning!r} is unknown; use 'auto', 'cluster', 'off', or an object with a route "
                 f"method"
@@ -260,9 +260,9 @@ class AnswerSettings:
                 raise ValueError(f"stop={self.stop!r} has {text!r} in it; each must be a string that is not empty")
 
 
-def _absolute(place: Any) -> Any:
+def _absolute(name: str, place: Any) -> str:
     """Return a path that exists as an absolute path, and anything else, such as a hub id, unchanged."""
-    if not place or not isinstance(place, str | Path):
-        return place
+    if not isinstance(place, str | Path) or not (place or name == "model"):
+        raise ValueError(f"{name}={place!r} must be a directory{' or hub id' * (name == 'adapter')}, or None")
     path = expanded(place)
-    return str(path.absolute()) if is_there(path) else str(place)
+    return str(path.absolute()) if place and is_there(path) else str(place)

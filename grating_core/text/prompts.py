@@ -176,7 +176,7 @@ def find_prompt(template: Prompt | str | None, model: str, directory: Path, fami
     if isinstance(template, Prompt):
         return template
     if template is not None:
-        if template in PROMPTS:
+        if isinstance(template, str) and template in PROMPTS:
             return PROMPTS[template]
         raise ValueError(
             f"template={template!r} is not known; use one of {', '.join(PROMPTS)}, or a Prompt of your own"

@@ -69,6 +69,18 @@ def test_a_token_is_not_shown_and_does_not_travel() -> None:
     assert settings.portable() == ModelSettings(model="a/b")
 
 
+@pytest.mark.parametrize("name", ["lens", "adapter", "cache_dir"])
+@pytest.mark.parametrize("value", ["", 3, ["a"]])
+def test_a_place_is_a_name(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}=.* must be a directory"):
+        RerankSettings(model="a/b", **{name: value})
+
+
+def test_a_policy_is_an_object_and_not_its_class() -> None:
+    with pytest.raises(ValueError, match=r"^pruning=.* is unknown; use 'auto'"):
+        RerankSettings(model="a/b", pruning=ClusterPolicy)
+
+
 @pytest.mark.parametrize("model", [None, 3, ["a"]])
 def test_a_model_is_a_name(model: object) -> None:
     with pytest.raises(ValueError, match="model="):
