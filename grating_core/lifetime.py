@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar, runtime_checkable
 from weakref import WeakValueDictionary
 
 from grating_core.forking import Lock, Threads, computed
@@ -38,6 +38,7 @@ def closed_error(name: str) -> RuntimeError:
     return RuntimeError(f"this {name} has been closed; make a new one with from_pretrained")
 
 
+@runtime_checkable
 class Settings(Protocol):
     """This protocol is for settings that a model is opened with. They can be compared, and usually hashed."""
 
@@ -72,6 +73,7 @@ class Loaded(Generic[AnyModel, AnySettings]):
     @classmethod
     def open(cls, settings: AnySettings) -> Self:
         """Load the model of these settings. The errors are those of ``from_pretrained``."""
+        _check(settings)
         made = computed(cls._open, settings)
         made.settings = settings
         return made
@@ -83,6 +85,7 @@ class Loaded(Generic[AnyModel, AnySettings]):
         Raises:
             ValueError: A setting is not hashable, or not usable. Other errors are those of ``from_pretrained``.
         """
+        _check(settings)
         for name, value in vars(settings).items():
             if not isinstance(value, Hashable):
                 raise ValueError(f"{name}={value!r} is not hashable, so no model can be shared by it")
@@ -131,6 +134,14 @@ class Loaded(Generic[AnyModel, AnySettings]):
                 f"settings: take one that {name}.from_pretrained made"
             )
         return _again, (type(self), self.settings.portable(), self._is_shared)
+
+
+def _check(settings: Any) -> None:
+    if not isinstance(settings, Settings):
+        raise ValueError(
+            f"settings must be an object such as RerankSettings(model=…), not a {type(settings).__name__}; "
+            f"from_pretrained takes the name of a model"
+        )
 
 
 def _again(cls: type[Loaded[Any, Any]], settings: Any, is_shared: bool) -> Any:

@@ -520,6 +520,14 @@ def test_what_is_shared_is_shared_in_the_other_process_too(tiny_bert: Path) -> N
     assert one is other is Reranker.shared(tiny_bert, dtype="float32")
 
 
+@pytest.mark.parametrize("opens", [Reranker.open, Reranker.open_shared, StreamedCausalLM.open])
+@pytest.mark.parametrize("settings", ["owner/name", {"model": "owner/name", "token": "hf_secret"}, None])
+def test_what_opens_takes_settings(opens: Callable[[object], object], settings: object) -> None:
+    with pytest.raises(ValueError, match=r"^settings must be an object such as .*from_pretrained") as refusal:
+        opens(settings)
+    assert "hf_secret" not in str(refusal.value)
+
+
 def test_a_token_is_never_written(tiny_bert: Path) -> None:
     with load(tiny_bert, token="hf_secret") as reranker:
         assert b"hf_secret" not in pickle.dumps(reranker)
