@@ -39,7 +39,8 @@ class LanguageModelFields(_Fields):  # type: ignore[misc]
     _held: StreamedCausalLM | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
-    def _check_answer(self) -> Self:
+    def _check_settings(self) -> Self:
+        self._settings(GenerationSettings)
         self._answer({})
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import PurePath
 from typing import Any, get_args
@@ -58,6 +59,9 @@ _ADVICE = {
 """These arguments have no place here; the texts say what to do instead."""
 
 
+_ALIKE = 0.85  # of their letters, by which a misspelt name is told from one that means something else
+
+
 def as_settings(
     owner: str, given: Mapping[str, Any], fields: Mapping[str, Any], *, ignored: tuple[str, ...] = ()
 ) -> dict[str, Any]:
@@ -73,7 +77,8 @@ def as_settings(
         ignored: Names of arguments that mean nothing here, whatever they say.
 
     Returns:
-        The settings. One that is no field, nor known from elsewhere, is among them for the class to refuse.
+        The settings. One that is no field, nor like one, nor known from elsewhere, is among them for the class
+        to refuse.
 
     Raises:
         ValueError: An argument has no place here; the message says what to do instead, and never its value, which
@@ -86,6 +91,8 @@ def as_settings(
         if name not in fields and (name in _ADVICE or name not in given):
             advice = _ADVICE.get(name, "leave it out")
             raise ValueError(f"{name} has no place in {owner}: {advice}")
+        if name not in fields and (meant := get_close_matches(name, fields, 1, _ALIKE)):
+            raise ValueError(f"{name} is not known to {owner}: did you mean {meant[0]}?")
         settings[name] = _plain(value)
     if "model" in settings:
         settings["model"] = _model_name(owner, settings["model"])

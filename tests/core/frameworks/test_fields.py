@@ -70,3 +70,22 @@ def test_what_json_cannot_hold_is_text_and_a_token_is_a_secret(cls):
         "token": SecretStr | bool | None,
     }
     assert [name for name, field in cls.model_fields.items() if field.exclude and name in types] == ["token"]
+
+
+@pytest.mark.parametrize(
+    ("cls", "given", "meant"),
+    [
+        (GratingRerank, "memory_bugdet", "memory_budget"),
+        (LlamaIndexRerank, "prunning", "pruning"),
+        (ChatGrating, "tempreature", "temperature"),
+    ],
+)
+def test_a_misspelt_field_leads_to_the_right_one(cls, given, meant):
+    with pytest.raises(ValueError, match=f"{given} is not known to {cls.__name__}: did you mean {meant}?"):
+        cls(model="owner/name", **{given: 1})
+
+
+@pytest.mark.parametrize("cls", [ChatGrating, GratingLLM])
+def test_a_language_model_refuses_settings_before_it_is_loaded(cls):
+    with pytest.raises(ValueError, match=r"mlp_density=3\.0 must be a number above 0"):
+        cls(model="owner/name", mlp_density=3)
