@@ -48,7 +48,10 @@ def make_requests(
 
     texts = list(documents)
     if len(texts) <= candidates:
-        raise ValueError(f"documents has {len(texts)} texts, which is too few for requests of {candidates}")
+        raise ValueError(
+            f"documents has {len(texts)} texts, which is too few for requests of {candidates}: give "
+            f"more than {candidates} texts, or make candidates smaller"
+        )
     asked = _leading_sentences(texts) if queries is None else [(query, None) for query in queries if query.strip()]
     if len(asked) < fewest:
         purpose = " to fit a lens" if fewest == FEWEST_REQUESTS else ""

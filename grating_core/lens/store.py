@@ -236,7 +236,10 @@ def _describe(directory: Path) -> dict[str, Any]:
             if type(description[name]) is not kind:
                 raise TypeError(f"{name}={description[name]!r} is not of the type {kind.__name__}")
     except FileNotFoundError as error:
-        raise FileError(f"there is no lens in {directory}: it has no {_DESCRIPTION}") from error
+        raise FileError(
+            f"there is no lens in {directory}, because it has no {_DESCRIPTION}: name another directory as lens, "
+            f"or make one with 'grating calibrate'"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileError(f"{path} cannot be read as the description of a lens ({error!r}): {_WAY_OUT}") from error
     return description
