@@ -216,7 +216,14 @@ def open_reranker(settings: RerankSettings) -> OpenReranker:
     directory, adapter = _find(settings)
     stored: StoredReranker
     if is_gguf(directory):
-        stored = GgufModel(directory, device=device, dtype=dtype, attention=PACKED_ATTENTION, adapter=adapter)
+        stored = GgufModel(
+            directory,
+            device=device,
+            dtype=dtype,
+            attention=PACKED_ATTENTION,
+            adapter=adapter,
+            show_progress=settings.show_progress,
+        )
     else:
         stored = StoredCrossEncoder(
             directory,
