@@ -216,14 +216,7 @@ def open_reranker(settings: RerankSettings) -> OpenReranker:
     directory, adapter = _find(settings)
     stored: StoredReranker
     if is_gguf(directory):
-        stored = GgufModel(
-            directory,
-            device=device,
-            dtype=dtype,
-            attention=PACKED_ATTENTION,
-            adapter=adapter,
-            show_progress=settings.show_progress,
-        )
+        stored = GgufModel(directory, device=device, dtype=dtype, attention=PACKED_ATTENTION, adapter=adapter)
     else:
         stored = StoredCrossEncoder(
             directory,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
 from grating_core.forking import Lock
@@ -43,7 +40,6 @@ class GgufModel:
         dtype: The compute dtype of embeddings and layers; the head is kept in float32.
         attention: The name of the attention function, as registered with transformers.
         adapter: A change that is merged into the weights.
-        show_progress: Whether to show progress bars on standard error.
 
     Raises:
         ModelNotFoundError: The file is damaged, or the package that reads it is missing.
@@ -51,21 +47,13 @@ class GgufModel:
     """
 
     def __init__(
-        self,
-        path: Path,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        attention: str,
-        adapter: Adapter | None,
-        show_progress: bool = False,
+        self, path: Path, *, device: torch.device, dtype: torch.dtype, attention: str, adapter: Adapter | None
     ) -> None:
         self.directory = path
         self.adapter = adapter
         self.device = device
         self.dtype = dtype
         self._attention = attention
-        self._show_progress = show_progress
         self._config = _reading(path, AutoConfig)
         with without_weights():
             module: Any = AutoModelForCausalLM.from_config(self._config)  # type: ignore[no-untyped-call]
@@ -116,10 +104,9 @@ class GgufModel:
         """
         assert plan is None
         assert answers is not None
-        with _bars(self._show_progress):
-            module = _reading(
-                self.directory, AutoModelForCausalLM, dtype=self.dtype, attn_implementation=self._attention
-            )
+        module = _reading(
+            self.directory, AutoModelForCausalLM, dtype=self.dtype, attn_implementation=self._attention
+        )
         module.eval().requires_grad_(False)
         if self.adapter is not None:
             weights = module.state_dict()
@@ -169,19 +156,6 @@ def _tokenizer(path: Path, changed: int) -> tuple[Tokenizer, dict[str, Any]]:
         raise ModelNotFoundError(f"the tokenizer in {path} cannot be read: {error}") from error
     names = ("chat_template", "bos_token", "eos_token")
     return tokenizer.backend_tokenizer, {name: getattr(tokenizer, name) for name in names}
-
-
-@contextmanager
-def _bars(shown: bool) -> Iterator[None]:
-    """Hide transformers' progress bars for a while, unless they are to be shown."""
-    hidden = not shown and logging.is_progress_bar_enabled()
-    if hidden:
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if hidden:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 # transformers sets torch's default dtype for all threads while it unpacks, so two at once would leave a wrong one.
