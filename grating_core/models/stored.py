@@ -66,7 +66,9 @@ class StoredModel(ABC):
         self._check_family()
         with blaming_config(directory / "config.json"):
             check_stored(directory / "config.json", self._config, self.family, read_headers(directory))
-        self._config._attn_implementation = attention  # the attribute that transformers documents for it
+        # The attribute that transformers documents for it. Some releases prefer a way that ignores Gemma 2's caps.
+        capped = getattr(self._config, "attn_logit_softcapping", None) is not None
+        self._config._attn_implementation = attention or ("eager" if capped else None)
         with blaming_config(directory / "config.json"), without_weights():
             self._module = self._build()
         self._module.eval().requires_grad_(False)

@@ -59,7 +59,10 @@ def replace_mlps(model: nn.Module) -> None:
 @torch.inference_mode()
 def masked_text(directory: Path, new_tokens: int, model: nn.Module | None = None) -> str:
     """transformers' model: the prompt dense, then one token at a time with masks."""
-    model = model or AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    if model is None:  # eagerly: transformers had another way for Gemma 2 at times, which ignored its caps
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
     ids = tokenizer(TEXT)["input_ids"]
     step = going_on(model)
