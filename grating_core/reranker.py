@@ -271,8 +271,8 @@ class Reranker(Loaded[Scorer, RerankSettings]):
             target=target, directory=place, show_progress=show_progress,
         )  # fmt: skip
         if isinstance(self.pruning, ByLens):
-            if output is not None and self.settings is not None:
-                self.settings = replace(self.settings, lens=place)
+            if self.settings is not None:
+                self.settings = replace(self.settings, lens=None if output is None else place)
             self.pruning = replace(self.pruning, calibrated=calibrated.to(scorer.model.device))
             self._stop_recalibration()
             self.recalibration = self._start_recalibration()  # what the old one has learnt is for other margins

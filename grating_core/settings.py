@@ -7,6 +7,7 @@ here. This module imports neither torch nor transformers, so that ``grating --he
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -108,10 +109,13 @@ class ModelSettings:
                 object.__setattr__(self, one.name, one.default)
             elif one.name in _PATHS:
                 object.__setattr__(self, one.name, _absolute(one.name, value))
+            elif one.name in ("device", "dtype") and type(value).__module__ == "torch":
+                # The name is kept, because models are shared by equal settings.
+                object.__setattr__(self, one.name, str(value).removeprefix("torch."))
         if self.max_length is not None:
             object.__setattr__(self, "max_length", whole_number("max_length", self.max_length))
-        if self.memory_budget is not None:
-            assert self.budget  # reading the property refuses a value that is no size
+        # Reading the property refuses a value that is no size.
+        object.__setattr__(self, "memory_budget", self.budget)
 
     @cached_property
     def budget(self) -> int | None:
@@ -172,9 +176,9 @@ class RerankSettings(ModelSettings):
         super().__post_init__()
         if not is_number(self.target) or not 0 < self.target < 1:
             raise ValueError(f"target={self.target!r} must be a number between 0 and 1, such as 0.98")
-        if self.guarantee not in get_args(Guarantee):
+        if not _is_one_of(Guarantee, self.guarantee):
             raise ValueError(f"guarantee={self.guarantee!r} must be 'share' or 'set'")
-        if self.long_documents not in get_args(LongDocuments):
+        if not _is_one_of(LongDocuments, self.long_documents):
             raise ValueError(f"long_documents={self.long_documents!r} must be 'truncate' or 'windows'")
         if self.instruction is not None and not isinstance(self.instruction, str):
             raise ValueError(f"instruction={self.instruction!r} must be a string or None")
@@ -183,7 +187,7 @@ class RerankSettings(ModelSettings):
                 f"recalibrate={self.recalibrate!r} must be a share of requests: a number from 0 (off) to 1"
             )
         is_policy = hasattr(self.pruning, "route") and not isinstance(self.pruning, type)
-        if not is_policy and self.pruning not in get_args(PruningName):
+        if not is_policy and not _is_one_of(PruningName, self.pruning):
             raise ValueError(
                 f"pruning={self.pruning!r} is unknown; use 'auto', 'cluster', 'off', or an object with a route "
                 f"method"
@@ -260,9 +264,19 @@ class AnswerSettings:
                 raise ValueError(f"stop={self.stop!r} has {text!r} in it; each must be a string that is not empty")
 
 
+def _is_one_of(names: Any, value: Any) -> bool:
+    """Tell whether a value, of any type, is one of the names that a ``Literal`` allows."""
+    return isinstance(value, str) and value in get_args(names)
+
+
 def _absolute(name: str, place: Any) -> str:
     """Return a path that exists as an absolute path, and anything else, such as a hub id, unchanged."""
     if not isinstance(place, str | Path) or not (place or name == "model"):
         raise ValueError(f"{name}={place!r} must be a directory{' or hub id' * (name == 'adapter')}, or None")
     path = expanded(place)
-    return str(path.absolute()) if place and is_there(path) else str(place)
+    # A cache directory may be made later, and is never a hub id. A "~" that is left names no user.
+    made_later = name == "cache_dir" and not str(path).startswith("~")
+    with suppress(OSError):  # there may be no working directory any more
+        if place and (made_later or is_there(path)):
+            return str(path.absolute())
+    return str(place)

@@ -21,7 +21,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         return torch.device(next(name for name in ("cuda", "mps", "cpu") if available[name]))
     try:
         chosen = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         chosen = None
     if chosen is None or chosen.type not in available:
         raise ValueError(f"device={device!r} is unknown; use 'cpu', 'cuda', 'cuda:N', 'mps' or None")
@@ -39,12 +39,12 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> tuple[torch.
     Raises:
         ValueError: The dtype is not one that grating computes in.
     """
-    if dtype == "auto":
+    if isinstance(dtype, str) and dtype == "auto":
         if _has_bfloat16(device):
             return torch.bfloat16, f"the {device.type} processor has bfloat16 instructions"
         return torch.float32, f"no bfloat16 instructions found on the {device.type} processor"
     chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen is None or chosen not in _DTYPES.values():
+    if not isinstance(chosen, torch.dtype) or chosen not in _DTYPES.values():
         raise ValueError(f"dtype={dtype!r} is unknown; use 'auto', {', '.join(map(repr, _DTYPES))}")
     return chosen, "asked for"
 

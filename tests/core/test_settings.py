@@ -5,7 +5,9 @@ import pickle
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from grating_core import ClusterPolicy, Prompt, Reranker, StreamedCausalLM
 from grating_core.settings import AnswerSettings, GenerationSettings, ModelSettings, RerankSettings
@@ -58,7 +60,8 @@ def test_paths_mean_the_same_in_another_directory(tmp_path: Path, monkeypatch: p
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path)
     assert ModelSettings(model="model", cache_dir=Path("cache")).model == str(tmp_path / "model")
-    assert ModelSettings(model="model", cache_dir=Path("cache")).cache_dir == "cache"
+    # The hub's files go there later, and another process has to find them.
+    assert ModelSettings(model="model", cache_dir=Path("cache")).cache_dir == str(tmp_path / "cache")
     assert ModelSettings(model="owner/name").model == "owner/name"
     assert ModelSettings(model="").model == ""
 
@@ -85,3 +88,27 @@ def test_a_policy_is_an_object_and_not_its_class() -> None:
 def test_a_model_is_a_name(model: object) -> None:
     with pytest.raises(ValueError, match="model="):
         RerankSettings(model=model)
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "other"),
+    [
+        ("dtype", "bfloat16", torch.bfloat16),
+        ("device", "cuda:1", torch.device("cuda", 1)),
+        ("memory_budget", "300MB", 300_000_000),
+        ("memory_budget", "300MB", " 0.3 GB"),
+    ],
+)
+def test_one_setting_in_two_spellings_is_one(name: str, one: object, other: object) -> None:
+    first, second = (RerankSettings(model="a/b", **{name: value}) for value in (one, other))
+    assert first == second
+    assert hash(first) == hash(second)
+
+
+@pytest.mark.parametrize("value", [np.array([1, 2]), torch.tensor([1, 2]), b"x", 0.5, ["x"], ClusterPolicy])
+@pytest.mark.parametrize(
+    "name", ["device", "dtype", "lens", "adapter", "cache_dir", "guarantee", "long_documents", "pruning"]
+)
+def test_a_value_of_a_wrong_type_is_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"^{name}="):
+        Reranker.from_pretrained("bundled:ms-marco-minilm-l12", **{name: value})

@@ -1,5 +1,6 @@
 """From texts to a lens, on the real model and on tiny ones."""
 
+import copy
 import random
 from pathlib import Path
 
@@ -85,6 +86,20 @@ def test_a_lens_sees_what_the_head_does_not(bundled: Reranker, tmp_path: Path, s
             assert ranked.score == pytest.approx(expected.get(ranked.index, ranked.score), abs=1e-4)
     assert np.mean(shares) < 0.9
     assert np.mean(kept) > 0.65
+
+
+def test_the_newest_lens_is_that_of_a_copy(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRATING_CACHE", str(tmp_path / "cache"))
+    effort = {"candidates": 4, "top_k": 1, "requests": 20}
+    with load(tiny_bert, pruning="auto") as first:
+        first.calibrate(TEXTS, **effort, output=tmp_path / "lens")
+        with copy.copy(first) as second:
+            assert second.settings.lens == str(tmp_path / "lens")
+            newest = second.calibrate(TEXTS, **effort, seed=1)
+            with copy.copy(second) as third:
+                assert third.lens.summary == newest.summary != first.lens.summary
 
 
 def test_bad_input_is_refused_before_work_starts(tiny_bert: Path) -> None:
