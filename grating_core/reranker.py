@@ -98,7 +98,7 @@ class Reranker(Loaded[Scorer, RerankSettings]):
             dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: bfloat16 where the processor has
                 instructions for it, else float32.
             memory_budget: How much memory loading and reranking may take, in bytes or as a size such as
-                ``"300MB"``; scores stay the same. None keeps everything in memory.
+                ``"300MB"``; scores stay the same, but for rounding. None keeps everything in memory.
             pruning: ``"auto"``, ``"cluster"``, ``"off"`` or a policy object.
             target: The share of the full model's top K that pruning is to keep, on average.
 

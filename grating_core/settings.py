@@ -67,8 +67,8 @@ class ModelSettings:
     memory_budget: str | int | None = _setting(
         None,
         "How much memory the model may take, in bytes or as a size such as '300MB', beyond what importing the "
-        "packages and the tokenizer takes. grating reads from disk what does not fit; results stay the same. "
-        "None keeps everything in memory.",
+        "packages and the tokenizer takes. grating reads from disk what does not fit; results stay the same, but "
+        "for rounding. None keeps everything in memory.",
         basic=True,
     )
     max_length: int | None = _setting(
