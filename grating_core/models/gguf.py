@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -21,6 +22,12 @@ from grating_core.models.families import find_family
 from grating_core.models.layered import Parts, bind, without_weights
 from grating_core.models.stored import OUTPUT
 
+# Newer releases of transformers leave weights packed if the package kernels is installed. grating unpacks them.
+_UNPACKED: dict[str, Any] = (
+    {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    if hasattr(transformers, "GgufConfig")
+    else {}
+)
 _INSTALL = "reading GGUF files needs the package gguf: pip install gguf"
 
 
@@ -105,7 +112,11 @@ class GgufModel:
         assert plan is None
         assert answers is not None
         module = _reading(
-            self.directory, AutoModelForCausalLM, dtype=self.dtype, attn_implementation=self._attention
+            self.directory,
+            AutoModelForCausalLM,
+            dtype=self.dtype,
+            attn_implementation=self._attention,
+            **_UNPACKED,
         )
         module.eval().requires_grad_(False)
         if self.adapter is not None:

@@ -1,5 +1,6 @@
 """A real decoder: SmolLM2-135M-Instruct from a GGUF file, and an adapter that makes it a reranker."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,16 @@ def test_the_instruct_model_alone_is_asked_in_its_chat_format(gguf: Path, base: 
     scores = [load(directory).score([(QUERY, text) for text in DOCUMENTS]) for directory in (gguf, base)]
     assert scores[0] == pytest.approx(scores[1], abs=TOLERANCE)
     assert max(scores[0]) - min(scores[0]) > 0.1
+
+
+def test_a_gguf_file_is_unpacked_and_nothing_warns_of_it(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    reader = logging.getLogger("transformers.quantizers.quantizer_gguf")
+    monkeypatch.setattr(reader, "handle", lambda record: said.append(record.getMessage()))
+    with Reranker.from_pretrained(gguf, device="cpu", dtype="bfloat16") as reranker:
+        kinds = {weight.dtype for weight in reranker.scorer.model.module.parameters()}
+    assert kinds <= {torch.bfloat16, torch.float32}
+    assert said == []
 
 
 def test_a_gguf_file_takes_no_budget(gguf: Path) -> None:
