@@ -45,6 +45,20 @@ def given(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
+def check_density(mlp_density: Any) -> float:
+    """Return the density, if it is one.
+
+    Raises:
+        ValueError: The density is not a number above 0 and at most 1.
+    """
+    if not is_number(mlp_density) or not 0 < mlp_density <= 1:
+        raise ValueError(
+            f"mlp_density={mlp_density!r} must be a number above 0, 1 at most: the share of the MLPs' weights "
+            f"that a token uses; None for all"
+        )
+    return float(mlp_density)
+
+
 def check_query(query: str) -> None:
     """Raise ``ValueError`` for a query that is not a string, or blank."""
     if not isinstance(query, str) or not query.strip():

@@ -211,9 +211,7 @@ def open_reranker(settings: RerankSettings) -> OpenReranker:
         BudgetError: The memory budget is too small; the message states the smallest that works.
         ValueError: A setting does not fit this machine or this model.
     """
-    device = choose_device(settings.device)
-    dtype, _ = choose_dtype(settings.dtype, device)
-    directory, adapter = _find(settings)
+    device, dtype, directory, adapter = _find(settings)
     stored: StoredReranker
     if is_gguf(directory):
         stored = GgufModel(directory, device=device, dtype=dtype, attention=PACKED_ATTENTION, adapter=adapter)
@@ -246,9 +244,7 @@ def open_language_model(settings: GenerationSettings) -> OpenLanguageModel:
         BudgetError: The memory budget is too small; the message states the smallest that works.
         ValueError: A setting does not fit this machine or this model.
     """
-    device = choose_device(settings.device)
-    dtype, _ = choose_dtype(settings.dtype, device)
-    directory, adapter = _find(settings)
+    device, dtype, directory, adapter = _find(settings)
     if is_gguf(directory):
         raise UnsupportedModelError(
             f"model={settings.model!r} is a GGUF file, but generating needs safetensors. Convert the file: "
@@ -270,13 +266,16 @@ def open_language_model(settings: GenerationSettings) -> OpenLanguageModel:
         return OpenLanguageModel(stored, window, plan)
 
 
-def _find(settings: ModelSettings) -> tuple[Path, Adapter | None]:
-    """Find the files of a model, and read its adapter if there is one."""
+def _find(settings: ModelSettings) -> tuple[torch.device, torch.dtype, Path, Adapter | None]:
+    """Choose device and dtype, find the files of a model, and read its adapter if there is one."""
+    device = choose_device(settings.device)
+    dtype, _ = choose_dtype(settings.dtype, device)
     hub = Hub(settings.revision, settings.token, settings.cache_dir, settings.local_files_only)
     directory = find_model(str(settings.model), hub=hub, show_progress=settings.show_progress)
-    if settings.adapter is None:
-        return directory, None
-    return directory, find_adapter(str(settings.adapter), hub=hub, show_progress=settings.show_progress)
+    adapter = None
+    if settings.adapter is not None:
+        adapter = find_adapter(str(settings.adapter), hub=hub, show_progress=settings.show_progress)
+    return device, dtype, directory, adapter
 
 
 def _with_tokenizer(plan: MemoryPlan | None, before: int) -> MemoryPlan | None:

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
-from grating_core.arguments import Guarantee, LongDocuments, is_number, whole_number
+from grating_core.arguments import Guarantee, LongDocuments, check_density, is_number, whole_number
 from grating_core.files.places import expanded, is_there
 
 if TYPE_CHECKING:
@@ -217,11 +217,8 @@ class GenerationSettings(ModelSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mlp_density is not None and (not is_number(self.mlp_density) or not 0 < self.mlp_density <= 1):
-            raise ValueError(
-                f"mlp_density={self.mlp_density!r} must be a number above 0, 1 at most: the share of the MLPs' "
-                f"weights that a token uses; None for all"
-            )
+        if self.mlp_density is not None:
+            check_density(self.mlp_density)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from grating_core.arguments import is_number
 from grating_core.columns.masks import Shares
 
 INPUTS_ODDS = 1.3
 FIRST_LAYER = 1.35
 _SPARE = 1.15  # room for products, divided by the room that one token's products take
-
-
-def check_density(mlp_density: Any) -> float:
-    """Return the density, if it is one.
-
-    Raises:
-        ValueError: The density is not a number above 0 and at most 1.
-    """
-    if not is_number(mlp_density) or not 0 < mlp_density <= 1:
-        raise ValueError(
-            f"mlp_density={mlp_density!r} must be a number above 0, 1 at most: the share of the MLPs' weights "
-            f"that a token uses; None for all"
-        )
-    return float(mlp_density)
 
 
 def allocate(

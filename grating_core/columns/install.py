@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from grating_core.columns.allocation import allocate, check_density
+from grating_core.arguments import check_density
+from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import Caching, Preference
 from grating_core.columns.companion import KINDS, ColumnFile, ColumnSizes, write_columns
 from grating_core.columns.masks import find_gated_mlp

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from grating_core.columns.allocation import allocate, check_density
+from grating_core.arguments import check_density
+from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import Caching, Preference
 from grating_core.columns.install import PREFERENCE
 from grating_core.columns.masks import MaskedMlp

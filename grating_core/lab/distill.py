@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from grating_core.arguments import whole_number
-from grating_core.columns.allocation import check_density
+from grating_core.arguments import check_density, whole_number
 from grating_core.errors import UnsupportedModelError
 from grating_core.files.places import expanded
 from grating_core.lab.decoders import load_decoder

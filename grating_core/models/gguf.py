@@ -22,12 +22,6 @@ from grating_core.models.families import find_family
 from grating_core.models.layered import Parts, bind, without_weights
 from grating_core.models.stored import OUTPUT
 
-# Newer releases of transformers leave weights packed if the package kernels is installed. grating unpacks them.
-_UNPACKED: dict[str, Any] = (
-    {"quantization_config": transformers.GgufConfig(dequantize=True)}
-    if hasattr(transformers, "GgufConfig")
-    else {}
-)
 _INSTALL = "reading GGUF files needs the package gguf: pip install gguf"
 
 
@@ -62,7 +56,7 @@ class GgufModel:
         self.dtype = dtype
         self._attention = attention
         self._config = _reading(path, AutoConfig)
-        with without_weights():
+        with _one_at_a_time, without_weights():
             module: Any = AutoModelForCausalLM.from_config(self._config)  # type: ignore[no-untyped-call]
         self.family = find_family([type(module).__name__])
         if not self.family.asks:
@@ -116,7 +110,7 @@ class GgufModel:
             AutoModelForCausalLM,
             dtype=self.dtype,
             attn_implementation=self._attention,
-            **_UNPACKED,
+            **_unpacking(),
         )
         module.eval().requires_grad_(False)
         if self.adapter is not None:
@@ -169,14 +163,23 @@ def _tokenizer(path: Path, changed: int) -> tuple[Tokenizer, dict[str, Any]]:
     return tokenizer.backend_tokenizer, {name: getattr(tokenizer, name) for name in names}
 
 
-# transformers sets torch's default dtype for all threads while it unpacks, so two at once would leave a wrong one.
-_unpacking = Lock()
+# While transformers makes a model, it sets torch's default dtype for all threads. Two at once would mix it up.
+_one_at_a_time = Lock()
+
+
+def _unpacking() -> dict[str, Any]:
+    """Return the argument by which transformers unpacks weights, as far as its release knows one.
+
+    Newer releases leave weights packed if the package kernels is installed.
+    """
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 def _reading(path: Path, kind: Any, **how: Any) -> Any:
     """Read the file with one of transformers' Auto classes."""
     try:
-        with _unpacking:
+        with _one_at_a_time:
             return kind.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False, **how)
     except ImportError as error:
         raise ModelNotFoundError(_INSTALL) from error

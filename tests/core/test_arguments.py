@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from grating_core import Reranker, StreamedCausalLM, select_context
+from grating_core.arguments import check_density
 from grating_core.memory.plan import parse_budget
 from tests.core.models.test_decoders import save_decoder
 from tests.core.parity import load
@@ -167,3 +168,8 @@ def test_the_same_for_generating(tmp_path: Path) -> None:
             found.text
             == model.generate("w1 w2", max_new_tokens=3, temperature=1, top_p=float(np.float32(0.9)), seed=1).text
         )
+
+
+@pytest.mark.parametrize("density", [0.2, 1, 1.0])
+def test_a_density_is_given_back(density: float) -> None:
+    assert check_density(density) == density

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grating_core.columns.allocation import allocate, check_density, divide_room
+from grating_core.columns.allocation import allocate, divide_room
 from grating_core.columns.masks import Shares
 
 
@@ -33,11 +33,6 @@ def test_inputs_and_the_first_layer_get_more() -> None:
     first, *others = allocate(0.5, 12)
     assert first.density > others[0].density
     assert all(layer.inputs > layer.products for layer in (first, *others))
-
-
-@pytest.mark.parametrize("density", [0.2, 1, 1.0])
-def test_a_density_is_given_back(density: float) -> None:
-    assert check_density(density) == density
 
 
 @given(share=st.floats(0, 1), inputs=st.floats(0.05, 1), products=st.floats(0.05, 1))
