@@ -1,0 +1,73 @@
+"""A layer runs in steps: queries, keys and values of some tokens; attention; then output, norms and MLP of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from grating_core.layers.activations import ACTIVATIONS
+from grating_core.layers.linear import Weights, linear, normed
+from grating_core.layers.rotary import Angles, rotated
+from grating_core.layers.spec import LayerSpec
+
+Mlp = Callable[[Tensor], Tensor]
+"""A function of states ``[T, D]`` that takes the place of a layer's own MLP."""
+
+
+def prepared(spec: LayerSpec, weights: Weights, hidden: Tensor) -> Tensor:
+    """Return what queries, keys and values are made of: the normed hidden states ``[T, D]``."""
+    return normed(hidden, weights, "input_norm", spec.norm)
+
+
+def queries(spec: LayerSpec, weights: Weights, states: Tensor, angles: Angles | None) -> Tensor:
+    """Return the queries of prepared states ``[T, D]``, ``[heads, T, head size]``."""
+    return _heads(spec, weights, states, angles, "query", spec.heads)
+
+
+def keys_and_values(
+    spec: LayerSpec, weights: Weights, states: Tensor, angles: Angles | None
+) -> tuple[Tensor, Tensor]:
+    """Return keys and values of prepared states ``[T, D]``, ``[key heads, T, head size]`` each."""
+    key = _heads(spec, weights, states, angles, "key", spec.key_heads)
+    return key, _heads(spec, weights, states, None, "value", spec.key_heads)
+
+
+def _heads(
+    spec: LayerSpec, weights: Weights, states: Tensor, angles: Angles | None, role: str, heads: int
+) -> Tensor:
+    found = linear(states, weights, role).view(len(states), heads, spec.head_size).transpose(0, 1)
+    found = normed(found, weights, f"{role}_norm", spec.norm)
+    return found if angles is None else rotated(found, angles)
+
+
+def finished(
+    spec: LayerSpec, weights: Weights, hidden: Tensor, attended: Tensor, mlp: Mlp | None = None
+) -> Tensor:
+    """Return the hidden states after the layer.
+
+    Args:
+        spec: The layer's spec.
+        weights: The layer's weights.
+        hidden: Hidden states before the layer, ``[T, D]``.
+        attended: What attention gave to the same tokens, ``[T, heads, head size]``.
+        mlp: The function in the place of the layer's own MLP; None for its own.
+    """
+    output = linear(attended.flatten(1), weights, "output")
+    if spec.norm_behind:
+        hidden = normed(output.add_(hidden), weights, "attention_norm", spec.norm)
+        output = _mlp(spec, weights, hidden) if mlp is None else mlp(hidden)
+        return normed(output.add_(hidden), weights, "output_norm", spec.norm)
+    output = normed(output, weights, "attention_norm", spec.norm)
+    hidden = hidden.add(output, alpha=spec.residual)
+    states = normed(hidden, weights, "mlp_norm", spec.norm)
+    output = _mlp(spec, weights, states) if mlp is None else mlp(states)
+    return hidden.add_(normed(output, weights, "output_norm", spec.norm), alpha=spec.residual)
+
+
+def _mlp(spec: LayerSpec, weights: Weights, states: Tensor) -> Tensor:
+    act = ACTIVATIONS[spec.activation]
+    if not spec.gated:
+        return linear(act(linear(states, weights, "up")), weights, "down")
+    gate = act(linear(states, weights, "gate"))
+    return linear(gate.mul_(linear(states, weights, "up")), weights, "down")

@@ -1,0 +1,96 @@
+"""A family says what the tensors of an architecture are for, and reads its configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from grating_core.layers.linear import Weights
+from grating_core.layers.spec import LayerSpec, Norm, Role
+
+Fields = Mapping[str, Any]
+"""The fields of a ``config.json``, completed by the family's defaults."""
+
+Pooling = Literal["first", "last", "mean"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model spec describes a whole model.
+
+    Attributes:
+        width: D, the width of the hidden states.
+        vocabulary: Number of rows of the embedding table.
+        window: The most tokens of a pair.
+        layers: The spec of each layer.
+        norm: How the norms around the layers compute.
+        pooling: The token that the head reads: ``"first"``, ``"last"``, or ``"mean"`` of all.
+        types: Number of token types; 0 if the model has none.
+        positions: Number of rows of the table of positions; 0 if the model has none.
+        first_position: The row of a sequence's first token in the table of positions.
+        scale: The factor of embeddings (Gemma and MiniCPM have one), rounded to the compute dtype.
+        biased: The roles around the layers that have a bias.
+        activation: Name of the head's activation, if the head has one.
+        softcap: Bound of the logits, by a hyperbolic tangent; None for no bound.
+        first_head: The first layer with a head of its own, for a model with several heads.
+    """
+
+    width: int
+    vocabulary: int
+    window: int
+    layers: tuple[LayerSpec, ...]
+    norm: Norm
+    pooling: Pooling
+    types: int = 0
+    positions: int = 0
+    first_position: int = 0
+    scale: float = 1.0
+    biased: frozenset[Role] = frozenset()
+    activation: str = "tanh"
+    softcap: float | None = None
+    first_head: int = 1
+
+    @property
+    def depth(self) -> int:
+        """The number of layers."""
+        return len(self.layers)
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees only the tokens before it."""
+        return self.layers[0].causal
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family describes one architecture. Its parts are functions and mappings, without any state.
+
+    Attributes:
+        architecture: The architecture's name in a checkpoint's ``config.json``.
+        defaults: The fields that a ``config.json`` may leave out, with the values that transformers gives them.
+        spec: ``fields -> ModelSpec``.
+        layers: Prefix of the names of the layers' tensors, before their number.
+        layer: Roles of a layer's linear maps and norms, by their names behind the number. Where a tensor holds
+            several roles, rows of one after the other, the roles are a tuple.
+        outside: Roles of the tables and norms around the layers, by their names: ``"table"``, ``"positions"``,
+            ``"types"``, ``"embedding_norm"``, ``"final_norm"``.
+        head: Roles of the head's linear maps and norms, by their names. They are kept in float32.
+        score: ``(spec, weights of the head, states, number) -> scores``, from float32 ``[N, D]`` after layer
+            ``number`` to ``[N]``. The states have been through the final norm.
+        asks: Whether the score is the logit of an answer, so that a tokenizer must tell its rows.
+        prompt: Name of the official prompt of all models of this architecture; None if they have none.
+    """
+
+    architecture: str
+    defaults: Fields
+    spec: Callable[[Fields], ModelSpec]
+    layers: str
+    layer: Mapping[str, Role | tuple[Role, ...]]
+    outside: Mapping[str, Role]
+    head: Mapping[str, Role]
+    score: Callable[[ModelSpec, Weights, Tensor, int], Tensor]
+    asks: bool = False
+    prompt: str | None = None
