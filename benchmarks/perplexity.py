@@ -30,8 +30,9 @@ from benchmarks.worker import progress
 from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import NO_PREFERENCE, Caching, Preference
 from grating_core.columns.install import PREFERENCE
-from grating_core.columns.masks import MaskedMlp, Shares, keep_largest
+from grating_core.columns.masks import Shares, keep_largest
 from grating_core.lab.decoders import load_decoder
+from grating_core.lab.masked import MaskedMlp
 from grating_core.lab.quality import CachedMlp, cut_windows, evaluate
 
 DENSITIES = (0.83, 0.67, 0.57, 0.50)

@@ -1,4 +1,4 @@
-"""This module puts MLPs that compute from columns into a model, as a density asks for."""
+"""This module makes the MLPs of a model that compute from columns, as a density asks for."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from grating_core.arguments import check_density
 from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import Caching, Preference
 from grating_core.columns.companion import KINDS, ColumnFile, ColumnSizes, write_columns
-from grating_core.columns.masks import find_gated_mlp
 from grating_core.columns.mlp import ColumnMlp, ColumnTable, make_staging
+from grating_core.errors import UnsupportedModelError
 from grating_core.files.places import is_there
+from grating_core.layers.layer import Mlp
+from grating_core.layers.spec import LayerSpec
 from grating_core.memory.meter import Meter
 
 # Among preferences that find 10 % more columns in memory, this one costs SmolLM2-135M-Instruct least: see
@@ -23,7 +26,7 @@ PREFERENCE = Preference(inputs=0.9, products=0.3)
 _STAGING = 32_000_000  # bytes; larger was no faster
 _FEWEST_STAGED = 2  # columns of the larger kind that each half holds at least
 
-Weights = Iterator[tuple[Tensor, Tensor, Tensor]]
+Matrices = Iterator[tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,25 @@ def mlp_pruning(mlp_density: float | None, *, show_progress: bool) -> MlpPruning
     return MlpPruning(mlp_density, show_progress=show_progress)
 
 
+def column_sizes(specs: Sequence[LayerSpec], dtype: torch.dtype) -> ColumnSizes:
+    """Return the sizes of the MLPs of a model with these layers.
+
+    Args:
+        specs: The specs of all layers.
+        dtype: Type of the weights.
+
+    Raises:
+        UnsupportedModelError: A layer has no gated MLP.
+    """
+    for number, spec in enumerate(specs, 1):
+        if not spec.gated:
+            raise UnsupportedModelError(
+                f"mlp_density is for models with gated MLPs, such as Llama, Qwen or Gemma; layer {number} of this "
+                f"model has none. Leave mlp_density out"
+            )
+    return ColumnSizes(len(specs), specs[0].width, specs[0].inner, dtype)
+
+
 def staging_bytes(sizes: ColumnSizes) -> int:
     """Return the bytes of the memory that columns are read into."""
     largest = max(sizes.row_bytes(kind) for kind in KINDS)
@@ -60,7 +82,7 @@ def staging_bytes(sizes: ColumnSizes) -> int:
 
 
 def open_columns(
-    directory: Path, sizes: ColumnSizes, fingerprint: str, weights: Callable[[], Weights], *, show_progress: bool
+    directory: Path, sizes: ColumnSizes, fingerprint: str, weights: Callable[[], Matrices], *, show_progress: bool
 ) -> ColumnFile:
     """Open the companion file of a model, after writing it if there is none.
 
@@ -82,12 +104,12 @@ def open_columns(
 
 
 def install(
-    layers: Sequence[nn.Module], file: ColumnFile, pruning: MlpPruning, share: float, meter: Meter
-) -> None:
-    """Replace the MLPs of a model by MLPs that compute from columns.
+    specs: Sequence[LayerSpec], file: ColumnFile, pruning: MlpPruning, share: float, meter: Meter
+) -> list[Mlp]:
+    """Return an MLP for each layer that computes from columns.
 
     Args:
-        layers: Layers of the model.
+        specs: The specs of all layers; see :func:`column_sizes`.
         file: Companion file of the model.
         pruning: How the MLPs are pruned.
         share: Share of each layer's MLP that fits into memory, from 0 to 1. This call reads that share.
@@ -99,13 +121,15 @@ def install(
     sizes = file.sizes
     staging = make_staging(staging_bytes(sizes), sizes)
     caching = Caching(share, pruning.preference)
-    for number, (layer, shares) in enumerate(zip(layers, allocate(pruning.density, len(layers)), strict=True), 1):
+    mlps: list[Mlp] = []
+    for number, (spec, shares) in enumerate(zip(specs, allocate(pruning.density, len(specs)), strict=True), 1):
         inputs, products = (
             ColumnTable(file, number, kind, caching.cache(sizes.count(kind), kind, shares), staging, meter)
             for kind in KINDS
         )
         inputs.fill()
         products.fill()
-        layer.mlp = ColumnMlp(find_gated_mlp(layer), inputs, products, shares)
+        mlps.append(ColumnMlp(spec, inputs, products, shares))
     meter.columns_read = meter.bytes_read = 0  # the meter counts requests, and not loading
     meter.seconds_waited = 0.0
+    return mlps

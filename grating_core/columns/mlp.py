@@ -11,13 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from grating_core.columns.cache import ColumnCache
 from grating_core.columns.companion import KINDS, ColumnFile, ColumnSizes, Kind
 from grating_core.columns.masks import Shares, kept
 from grating_core.forking import tell_of_forks
+from grating_core.layers.activations import ACTIVATIONS
+from grating_core.layers.linear import Weights
+from grating_core.layers.spec import LayerSpec, Role
 from grating_core.memory.checkpoint import aligned_buffer
 from grating_core.memory.meter import Meter
 
@@ -193,47 +196,50 @@ class ColumnTable:
         self._meter.seconds_waited += perf_counter() - started
 
 
-class ColumnMlp(nn.Module):
-    """A column MLP takes the place of a gated MLP, and computes with the columns that a token needs.
+class ColumnMlp:
+    """A column MLP computes a gated MLP with the columns that a token needs. It is a :data:`layers.layer.Mlp`.
 
     A single token is computed with its own columns. Many tokens, as in a prompt, are computed with all columns,
     because together they need nearly all.
 
     Args:
-        mlp: The MLP to replace. Its activation and biases are used, but not its weights.
+        spec: The layer's spec.
         inputs: The columns of W_u and W_g.
         products: The columns of W_d.
         shares: Shares that a single token uses.
     """
 
-    def __init__(self, mlp: Any, inputs: ColumnTable, products: ColumnTable, shares: Shares) -> None:
-        super().__init__()
-        self._act = mlp.act_fn
-        # The modules keep their places, so that biases are bound by name.
-        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    def __init__(self, spec: LayerSpec, inputs: ColumnTable, products: ColumnTable, shares: Shares) -> None:
+        self._act = ACTIVATIONS[spec.activation]
         self._inputs, self._products = inputs, products
-        self._inputs_kept = kept(mlp.down_proj.out_features, shares.inputs)
-        self._products_kept = kept(mlp.down_proj.in_features, shares.products)
+        self._inputs_kept = kept(spec.width, shares.inputs)
+        self._products_kept = kept(spec.inner, shares.products)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return the MLP's output ``[1, T, D]`` for an input of the same shape."""
-        rows = hidden[0]
-        if len(rows) == 1:
-            product = self._gated(self._inputs.multiply(rows[0], self._inputs_kept)[None], rows.dtype)
+    def __call__(self, states: Tensor, weights: Weights) -> Tensor:
+        """Return the MLP's output ``[T, D]`` for states of the same shape.
+
+        Args:
+            states: The MLP's input, in the dtype of the columns.
+            weights: The layer's weights. The biases of gate, up and down are used, where the layer has them.
+        """
+        if len(states) == 1:
+            product = self._gated(self._inputs.multiply(states[0], self._inputs_kept)[None], states.dtype, weights)
             output = self._products.multiply(product[0], self._products_kept)[None]
         else:
-            output = self._products.multiply_all(self._gated(self._inputs.multiply_all(rows), rows.dtype))
-        if self.down_proj.bias is not None:
-            output = output + self.down_proj.bias
-        return output.to(rows.dtype)[None]
+            product = self._gated(self._inputs.multiply_all(states), states.dtype, weights)
+            output = self._products.multiply_all(product)
+        return _plus(output, weights, "down").to(states.dtype)
 
-    def _gated(self, both: Tensor, dtype: torch.dtype) -> Tensor:
+    def _gated(self, both: Tensor, dtype: torch.dtype, weights: Weights) -> Tensor:
         """Return the gated product ``[T, F]``; ``both`` is ``[T, 2 F]``, first W_u's products and then W_g's."""
         up, gate = both.to(dtype).chunk(2, dim=1)
-        if self.up_proj.bias is not None:
-            up, gate = up + self.up_proj.bias, gate + self.gate_proj.bias
-        product: Tensor = self._act(gate) * up
-        return product
+        return self._act(_plus(gate, weights, "gate")) * _plus(up, weights, "up")
+
+
+def _plus(states: Tensor, weights: Weights, role: Role) -> Tensor:
+    """Add the bias of a role to states, in place, if the layer has one."""
+    bias = weights.get(f"{role}.bias")
+    return states if bias is None else states.add_(bias)
 
 
 def _weighted_sum(table: Tensor, slots: Tensor, weights: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ from grating_core.arguments import check_density
 from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import Caching, Preference
 from grating_core.columns.install import PREFERENCE
-from grating_core.columns.masks import MaskedMlp
 from grating_core.lab.activations import WINDOW, record_activations
 from grating_core.lab.decoders import load_decoder
 from grating_core.lab.machine import Machine
+from grating_core.lab.masked import MaskedMlp
 from grating_core.lab.quality import CachedMlp, cut_windows, evaluate
 from grating_core.lab.simulator import CACHE_AWARE, DENSE, Estimate, Shape, simulate
 

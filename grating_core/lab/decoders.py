@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
-from grating_core.columns.masks import find_gated_mlp
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
-from grating_core.lifetime import closed_on_error
+from grating_core.lab.masked import find_gated_mlp
 from grating_core.models.causal_lm import StoredCausalLM
 from grating_core.models.directory import blaming_config
 
@@ -29,15 +32,50 @@ def load_decoder(
         ModelNotFoundError: The directory holds no model, or a damaged one.
         UnsupportedModelError: grating does not run the model, or its MLPs are not gated.
     """
-    stored = StoredCausalLM(directory, device=device or torch.device("cpu"), dtype=dtype, attention=None)
-    with closed_on_error(stored):
-        decoder_layers(stored.module)  # a model that cannot be pruned is refused before it is loaded
-        stored.load(None)
+    architecture = _architecture(directory)
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        # Some releases prefer a way to compute attention that ignores Gemma 2's caps.
+        capped = getattr(config, "attn_logit_softcapping", None) is not None
+        with _without_bars():
+            model = architecture.from_pretrained(
+                directory,
+                dtype=dtype,
+                attn_implementation="eager" if capped else None,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+    except Exception as error:  # damaged files may cause any error
+        raise ModelNotFoundError(f"the model in {directory} cannot be read: {error}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # damaged files may cause any error
+    except Exception as error:
         raise ModelNotFoundError(f"the tokenizer in {directory} cannot be read: {error}") from error
-    return stored.module, tokenizer
+    return model.to(device or torch.device("cpu")).eval().requires_grad_(False), tokenizer
+
+
+def _architecture(directory: Path) -> Any:
+    """Return a model's class in transformers, if grating runs the model and its files are whole.
+
+    transformers itself makes up weights that are missing.
+    """
+    with closing(
+        StoredCausalLM(directory, device=torch.device("cpu"), dtype=torch.float32, attention=None)
+    ) as model:
+        return getattr(transformers, model.family.architecture)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hide transformers' progress bars."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def empty_decoder(directory: Path) -> Any:

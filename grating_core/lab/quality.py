@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from grating_core.columns.cache import Caching
 from grating_core.columns.companion import KINDS, ColumnSizes, Kind
-from grating_core.columns.masks import MaskedMlp, Shares, kept
+from grating_core.columns.masks import Shares, kept
 from grating_core.lab.decoders import decoder_layers
+from grating_core.lab.masked import MaskedMlp
 
 
 @dataclass(frozen=True)

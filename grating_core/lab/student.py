@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from grating_core.columns.allocation import allocate
-from grating_core.columns.masks import MaskedMlp, find_gated_mlp, kept
+from grating_core.columns.masks import kept
+from grating_core.lab.masked import MaskedMlp, find_gated_mlp
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 _TOKENS = 1024  # tokens that go through the model together: more take memory and were no faster

@@ -1,4 +1,4 @@
-"""A layer runs in steps: queries, keys and values of some tokens; attention; then output, norms and MLP of tokens."""
+"""A layer runs in steps: queries, keys and values; attention; then output, norms and MLP of a range of tokens."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from grating_core.layers.linear import Weights, linear, normed
 from grating_core.layers.rotary import Angles, rotated
 from grating_core.layers.spec import LayerSpec
 
-Mlp = Callable[[Tensor], Tensor]
-"""A function of states ``[T, D]`` that takes the place of a layer's own MLP."""
+Mlp = Callable[[Tensor, Weights], Tensor]
+"""A function of states ``[T, D]`` and the layer's weights that takes the place of a layer's own MLP."""
 
 
 def prepared(spec: LayerSpec, weights: Weights, hidden: Tensor) -> Tensor:
@@ -56,12 +56,12 @@ def finished(
     output = linear(attended.flatten(1), weights, "output")
     if spec.norm_behind:
         hidden = normed(output.add_(hidden), weights, "attention_norm", spec.norm)
-        output = _mlp(spec, weights, hidden) if mlp is None else mlp(hidden)
+        output = _mlp(spec, weights, hidden) if mlp is None else mlp(hidden, weights)
         return normed(output.add_(hidden), weights, "output_norm", spec.norm)
     output = normed(output, weights, "attention_norm", spec.norm)
     hidden = hidden.add(output, alpha=spec.residual)
     states = normed(hidden, weights, "mlp_norm", spec.norm)
-    output = _mlp(spec, weights, states) if mlp is None else mlp(states)
+    output = _mlp(spec, weights, states) if mlp is None else mlp(states, weights)
     return hidden.add_(normed(output, weights, "output_norm", spec.norm), alpha=spec.residual)
 
 

@@ -26,5 +26,7 @@ def normed(states: Tensor, weights: Weights, role: Role, norm: Norm) -> Tensor:
     if norm.kind == "layer":
         return functional.layer_norm(states, weight.shape, weight, weights.get(f"{role}.bias"), norm.eps)
     if norm.offset:
-        return functional.rms_norm(states.float(), weight.shape, weight.float() + norm.offset, norm.eps).to(states.dtype)
+        return functional.rms_norm(states.float(), weight.shape, weight.float() + norm.offset, norm.eps).to(
+            states.dtype
+        )
     return functional.rms_norm(states, weight.shape, weight, norm.eps)

@@ -11,7 +11,7 @@ Role = str
 A linear map or norm of a role has a tensor ``role.weight`` and perhaps ``role.bias``. A layer has these roles:
 
 * ``input_norm``: the norm before attention;
-* ``query``, ``key``, ``value``: linear maps of the normed states, with ``query_norm`` and ``key_norm`` for each head;
+* ``query``, ``key``, ``value``: linear maps of the normed states; ``query_norm`` and ``key_norm``, for each head;
 * ``output``: the linear map of what attention gives;
 * ``attention_norm``: the norm of that output, or behind the first residual sum;
 * ``mlp_norm``: the norm before the MLP;

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from grating_core.columns.companion import ColumnFile, ColumnSizes
-from grating_core.columns.install import MlpPruning, install, open_columns, staging_bytes
-from grating_core.columns.masks import find_gated_mlp
+from grating_core.columns.companion import ColumnFile
+from grating_core.columns.install import MlpPruning, column_sizes, install, open_columns, staging_bytes
 from grating_core.errors import FileError, ModelNotFoundError, UnsupportedModelError
 from grating_core.files.places import cache_directory
+from grating_core.layers.layer import Mlp
+from grating_core.layers.spec import LayerSpec, Norm
 from grating_core.lifetime import closed_on_error
 from grating_core.memory.checkpoint import aligned_buffer
 from grating_core.memory.group import PIECE
@@ -55,6 +56,19 @@ class CausalLM(LayeredModel):
 def _keys_of(layer: Any) -> tuple[int, int]:
     attention = layer.self_attn
     return attention.k_proj.out_features // attention.head_dim, attention.head_dim
+
+
+class _Pruned(nn.Module):
+    """This module keeps a dense MLP's biases, where they are bound by name, and computes with a pruned MLP."""
+
+    def __init__(self, dense: Any, mlp: Mlp) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = dense.gate_proj, dense.up_proj, dense.down_proj
+        self._mlp = mlp
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        biases = {f"{role}.bias": getattr(self, f"{role}_proj").bias for role in ("gate", "up", "down")}
+        return self._mlp(hidden[0], {name: bias for name, bias in biases.items() if bias is not None})[None]
 
 
 class StoredCausalLM(StoredModel):
@@ -147,10 +161,21 @@ class StoredCausalLM(StoredModel):
                 parts = replace(self._load(plan), columns=columns)
             with closed_on_error(parts):
                 share = 1.0 if plan is None else plan.column_share
-                install(list(self._decoder_layers), columns, self._pruning, share, parts.meter)
+                mlps = install(self._specs, columns, self._pruning, share, parts.meter)
+                for layer, mlp in zip(self._decoder_layers, mlps, strict=True):
+                    layer.mlp = _Pruned(layer.mlp, mlp)
         if self._tied:
             bind(self._module, {OUTPUT: self._module.get_parameter(self._table)})
         return CausalLM(parts)
+
+    @property
+    def _specs(self) -> list[LayerSpec]:
+        config = self._config
+        activation = getattr(config, "hidden_activation", None) or config.hidden_act
+        spec = LayerSpec(
+            config.hidden_size, 1, 1, 1, config.intermediate_size, Norm("rms", 1e-6), activation, gated=True
+        )
+        return [spec] * len(self._decoder_layers)
 
     @property
     def _decoder_layers(self) -> Any:
@@ -198,9 +223,7 @@ class StoredCausalLM(StoredModel):
                     f"mlp_density works on the CPU only, but this model computes on {self.device}: use "
                     f"device='cpu', or leave mlp_density out"
                 )
-            layers = self._decoder_layers
-            down = find_gated_mlp(layers[0]).down_proj
-            self._columns = ColumnSizes(len(layers), down.out_features, down.in_features, self.dtype)
+            self._columns = column_sizes(self._specs, self.dtype)
         super()._sort()
 
     def _open_columns(self, pruning: MlpPruning) -> ColumnFile:

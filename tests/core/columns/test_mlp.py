@@ -9,13 +9,19 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from grating_core.columns.cache import ColumnCache
 from grating_core.columns.companion import KINDS, ColumnFile, ColumnSizes, write_columns
-from grating_core.columns.masks import MaskedMlp, Shares
+from grating_core.columns.masks import Shares
 from grating_core.columns.mlp import ColumnMlp, ColumnTable, make_staging
 from grating_core.errors import FileError
+from grating_core.lab.masked import MaskedMlp
+from grating_core.layers.spec import LayerSpec, Norm
 from grating_core.memory.meter import Meter
 
 WIDTH, PRODUCTS = 48, 80
 SIZES = ColumnSizes(depth=1, width=WIDTH, products=PRODUCTS, dtype=torch.float32)
+SPEC = LayerSpec(
+    width=WIDTH, heads=4, key_heads=4, head_size=12, inner=PRODUCTS, norm=Norm("rms", 1e-6), activation="silu",
+    gated=True,
+)  # fmt: skip
 STAGING = 8 * 2 * 4096  # so little that columns arrive in several blocks
 
 
@@ -47,12 +53,19 @@ class Case:
         ]
         for table in tables:
             table.fill()
-        self.mlp = ColumnMlp(self.dense, *tables, shares)
+        self.biases = {
+            name.replace("_proj", ""): weight for name, weight in self.dense.named_parameters() if "bias" in name
+        }
+        self.pruned = ColumnMlp(SPEC, *tables, shares)
         self.masked = MaskedMlp(self.dense, shares)
+
+    def mlp(self, states: Tensor) -> Tensor:
+        """What the columns give for states ``[T, D]``."""
+        return self.pruned(states, self.biases)
 
 
 def hidden_states(tokens: int, seed: int = 1) -> Tensor:
-    return torch.randn(1, tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
@@ -62,7 +75,7 @@ def test_single_tokens_are_computed_as_the_masks_say(
     tmp_path: Path, share: float, shares: Shares, bias: bool
 ) -> None:
     case = Case(tmp_path, share, shares, bias=bias)
-    for token in hidden_states(30).split(1, dim=1):
+    for token in hidden_states(30).split(1):
         torch.testing.assert_close(case.mlp(token), case.masked(token), atol=1e-5, rtol=1e-5)
     if share == 1:
         assert case.meter.columns_read == WIDTH + PRODUCTS  # when it was filled
@@ -88,7 +101,7 @@ def test_columns_in_memory_are_preferred_and_less_is_read(tmp_path: Path) -> Non
         (tmp_path / str(preference)).mkdir()
         case = Case(tmp_path / str(preference), 0.5, Shares(0.5, 0.5), preference=preference)
         before = case.meter.columns_read
-        for token in hidden_states(60).split(1, dim=1):
+        for token in hidden_states(60).split(1):
             assert case.mlp(token).isfinite().all()
         read[preference] = case.meter.columns_read - before
         assert case.meter.columns_wanted == 60 * (WIDTH + PRODUCTS) / 2
@@ -98,28 +111,28 @@ def test_columns_in_memory_are_preferred_and_less_is_read(tmp_path: Path) -> Non
 
 def test_after_a_failed_read_it_still_computes_right(tmp_path: Path) -> None:
     case = Case(tmp_path, 0.4, Shares(0.5, 0.5))
-    tokens = hidden_states(20).split(1, dim=1)
+    tokens = hidden_states(20).split(1)
     whole = case.path.read_bytes()
     for number, token in enumerate(tokens):
         if number % 4 == 1:
             case.path.write_bytes(whole[: len(whole) // 2])
             with pytest.raises(FileError):
-                compute_all(case.mlp, hidden_states(40, seed=number))
+                compute_all(case, hidden_states(40, seed=number))
             case.path.write_bytes(whole)
         torch.testing.assert_close(case.mlp(token), case.masked(token), atol=1e-5, rtol=1e-5)
     case.file.close()
 
 
-def compute_all(mlp: ColumnMlp, hidden: Tensor) -> None:
-    for token in hidden.split(1, dim=1):
-        mlp(token)
+def compute_all(case: Case, hidden: Tensor) -> None:
+    for token in hidden.split(1):
+        case.mlp(token)
 
 
 def test_memory_is_no_more_than_the_share_says(tmp_path: Path) -> None:
     case = Case(tmp_path, 0.25, Shares(0.9, 0.9))
     held = [cache.held()[0] for cache in case.caches]
     assert [len(columns) for columns in held] == [WIDTH // 4, PRODUCTS // 4]
-    for token in hidden_states(10).split(1, dim=1):
+    for token in hidden_states(10).split(1):
         case.mlp(token)
     assert all(len(cache.held()[0]) <= cache.capacity for cache in case.caches)
     assert not np.array_equal(case.caches[0].held()[0], held[0])

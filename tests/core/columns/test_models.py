@@ -14,8 +14,8 @@ from grating_core import BudgetError, StreamedCausalLM
 from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import NO_PREFERENCE
 from grating_core.columns.install import MlpPruning
-from grating_core.columns.masks import MaskedMlp
 from grating_core.errors import FileError, StorageError
+from grating_core.lab.masked import MaskedMlp
 from tests.core.conftest import WORDS
 from tests.core.models.test_decoders import (
     CAUSAL,

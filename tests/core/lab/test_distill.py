@@ -19,13 +19,14 @@ from typer.testing import CliRunner
 from grating_core import GratingError, ModelNotFoundError, UnsupportedModelError
 from grating_core.cli.commands import app
 from grating_core.columns.allocation import allocate
-from grating_core.columns.masks import MaskedMlp, Shares
+from grating_core.columns.masks import Shares
 from grating_core.errors import StorageError
 from grating_core.files.locks import locked
 from grating_core.lab import distill as distilling
 from grating_core.lab import training
 from grating_core.lab.decoders import load_decoder
 from grating_core.lab.distill import Distilled, distill, hold_out
+from grating_core.lab.masked import MaskedMlp
 from grating_core.lab.student import Divergence, LowRankMlp, Student, TrainedMlp
 from grating_core.lab.training import Training
 from grating_core.models.adapter import Adapter

@@ -15,8 +15,9 @@ from benchmarks.perplexity import baseline_shares, make_mlp
 from grating_core import UnsupportedModelError
 from grating_core.columns.cache import Caching, Preference
 from grating_core.columns.companion import KINDS
-from grating_core.columns.masks import MaskedMlp, Shares, find_gated_mlp, kept
+from grating_core.columns.masks import Shares, kept
 from grating_core.lab.decoders import decoder_layers
+from grating_core.lab.masked import MaskedMlp, find_gated_mlp
 from grating_core.lab.quality import CachedMlp, cut_windows, evaluate
 from tests.core.columns.conftest import TEXT
 
