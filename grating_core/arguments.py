@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Mapping, Set
+from contextlib import suppress
 from numbers import Real
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ LongDocuments = Literal["truncate", "windows"]
 
 Scores = Literal["exact", "estimated"]
 """Whether what is returned went through every layer, or sure winners stop early with an estimate."""
+
+_UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:
@@ -30,6 +33,45 @@ def whole_number(name: str, value: Any, least: int = 1) -> int:
         found = None
     if found is None or found < least:
         raise ValueError(f"{name}={value!r} must be a whole number, {least} or more")
+    return found
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size with a unit, such as ``"300MB"`` or ``"1.5 GiB"``, in large or small letters.
+
+    Raises:
+        ValueError: The text is something else, or below 0.
+    """
+    size = text.strip().upper()
+    with suppress(ValueError, OverflowError):  # infinity is no whole number
+        for unit, factor in _UNITS.items():
+            number = size.removesuffix(unit)
+            if number != size and (found := int(float(number) * factor)) >= 0:
+                return found
+    raise ValueError(f"{text!r} is not a size such as '300MB' or '1.5GiB'")
+
+
+def parse_budget(memory_budget: str | int) -> int:
+    """Return the bytes of a memory budget: a number of bytes, or a string such as ``"300MB"`` or ``"1.5GiB"``.
+
+    Raises:
+        ValueError: The budget has another form, or is not above 0.
+    """
+    try:
+        if isinstance(memory_budget, bool):
+            raise ValueError
+        if isinstance(memory_budget, str):
+            size = memory_budget.strip()
+            found = int(size) if size.isdigit() else parse_size(size)
+        else:
+            found = operator.index(memory_budget)  # this takes numpy's numbers as well
+        if found < 1:
+            raise ValueError
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"memory_budget={memory_budget!r} must be a number of bytes above 0, a size such as '300MB' or "
+            f"'1.5GiB', or None, which keeps everything in memory"
+        ) from None
     return found
 
 

@@ -13,7 +13,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
-from grating_core.arguments import Guarantee, LongDocuments, check_density, is_number, whole_number
+from grating_core.arguments import (
+    Guarantee,
+    LongDocuments,
+    check_density,
+    is_number,
+    parse_budget,
+    whole_number,
+)
 from grating_core.files.places import expanded, is_there
 
 if TYPE_CHECKING:
@@ -120,8 +127,6 @@ class ModelSettings:
     @cached_property
     def budget(self) -> int | None:
         """The memory budget in bytes; None without one."""
-        from grating_core.memory.plan import parse_budget  # this imports torch
-
         return None if self.memory_budget is None else parse_budget(self.memory_budget)
 
     def portable(self) -> Self:

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import convert_file_size_to_int
 from numpy.typing import ArrayLike, NDArray
 from torch.nn.functional import embedding_bag, linear
 from transformers import LlamaConfig, LlamaModel
 
+from grating_core.arguments import parse_size
 from grating_core.columns.cache import ColumnCache
 from grating_core.columns.companion import READERS
 from grating_core.errors import StorageError
@@ -125,7 +125,7 @@ def parse_rate(rate: str, name: str) -> float:
         ValueError: The string is not a rate.
     """
     try:
-        return float(convert_file_size_to_int(rate.strip().removesuffix("/s").upper()))
+        return float(parse_size(rate.strip().removesuffix("/s")))
     except ValueError:
         raise ValueError(f"{name}={rate!r} must be bytes a second, such as '500MB/s'") from None
 

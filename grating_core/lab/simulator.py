@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import convert_file_size_to_int
 from numpy.typing import NDArray
 
+from grating_core.arguments import parse_size
 from grating_core.columns.cache import Caching, Preference
 from grating_core.columns.companion import KINDS, ColumnSizes, Kind
 from grating_core.columns.install import PREFERENCE
@@ -95,7 +95,7 @@ class Shape:
                 if not 0 <= (share := float(memory[:-1]) / 100) <= 1:
                     raise ValueError
                 return self.memory(share)
-            size = int(convert_file_size_to_int(memory.strip().upper()))
+            size = parse_size(memory)
         except ValueError:
             raise ValueError(
                 f"memory={memory!r} must be a size such as '2GB', or a share of the MLPs from '0%' to '100%'"

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, replace
-
-from accelerate.utils import convert_file_size_to_int
 
 from grating_core.errors import BudgetError
 from grating_core.memory.group import PIECE
@@ -122,31 +119,6 @@ class MemoryPlan:
     def bytes_spilled(self, tokens: int) -> int:
         """Return the bytes of hidden states that one request without pruning writes to disk, and reads back."""
         return (len(self.sizes.layers) - 1) * tokens * self.sizes.hidden if self.spills(tokens) else 0
-
-
-def parse_budget(memory_budget: str | int) -> int:
-    """Return the bytes of a memory budget: a number of bytes, or a string such as ``"300MB"`` or ``"1.5GiB"``.
-
-    Raises:
-        ValueError: The budget has another form, or is not above 0.
-    """
-    try:
-        if isinstance(memory_budget, bool):
-            raise ValueError
-        # The size is read in capitals, because "mb" would count bits.
-        if isinstance(memory_budget, str):
-            size = memory_budget.strip().upper()
-            found = int(size) if size.isdigit() else convert_file_size_to_int(size)
-        else:
-            found = operator.index(memory_budget)  # this takes numpy's numbers as well
-        if found < 1:
-            raise ValueError
-    except (ValueError, TypeError, AttributeError):
-        raise ValueError(
-            f"memory_budget={memory_budget!r} must be a number of bytes above 0, a size such as '300MB' or "
-            f"'1.5GiB', or None, which keeps everything in memory"
-        ) from None
-    return int(found)
 
 
 def make_plan(sizes: ModelSizes, budget: int) -> MemoryPlan:

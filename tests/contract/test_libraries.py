@@ -11,7 +11,6 @@ import pytest
 import torch
 import typer
 from accelerate import init_empty_weights
-from accelerate.utils import convert_file_size_to_int
 from huggingface_hub import HfApi, constants, scan_cache_dir, snapshot_download
 from huggingface_hub.errors import CacheNotFound, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from platformdirs import user_cache_dir
@@ -52,8 +51,6 @@ def test_accelerate_builds_models_without_weights() -> None:
     with init_empty_weights(include_buffers=False):
         layer = torch.nn.Linear(2, 2)
     assert layer.weight.is_meta
-    assert convert_file_size_to_int("300MB") == 300_000_000
-    assert convert_file_size_to_int("2GIB") == 2 * 2**30
 
 
 def test_the_hub_is_asked_by_these_words(tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from accelerate.utils import convert_file_size_to_int
+from hypothesis import given
+from hypothesis import strategies as st
 
 from grating_core import Reranker, StreamedCausalLM, select_context
-from grating_core.arguments import check_density
-from grating_core.memory.plan import parse_budget
+from grating_core.arguments import check_density, parse_budget, parse_size
 from tests.core.models.test_decoders import save_decoder
 from tests.core.parity import load
 
@@ -130,6 +132,39 @@ def test_pairs_are_taken_in_any_form_that_has_an_order(reranker: Reranker) -> No
 def test_what_is_no_list_of_pairs_is_refused(reranker: Reranker, pairs: Any, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         reranker.score(pairs)
+
+
+@pytest.mark.parametrize(
+    ("given", "bytes"),
+    [("300MB", 300_000_000), ("300mb", 300_000_000), (" 1.5GiB ", 3 * 2**29), ("0.3 GB", 300_000_000),
+     (123, 123), ("123", 123)],
+)  # fmt: skip
+def test_sizes_are_understood(given: str | int, bytes: int) -> None:
+    assert parse_budget(given) == bytes
+
+
+@pytest.mark.parametrize("given", ["", "much", "-1MB", "0MB", 0, -5, 1.5, True, None, "MB", [300]])
+def test_senseless_sizes_are_refused(given: object) -> None:
+    with pytest.raises(ValueError, match=r"memory_budget=.*such as '300MB'"):
+        parse_budget(given)
+
+
+UNITS = ["", "KB", "MB", "GB", "KiB", "mib", "giB", "TB", "B", "kbit"]
+NUMBERS = st.one_of(
+    st.integers(-3, 2**70).map(str), st.floats().map(repr), st.sampled_from(["1_000", "1e3", "x", ""])
+)
+
+
+@given(NUMBERS, st.sampled_from(["", " "]), st.sampled_from(UNITS))
+def test_sizes_are_those_of_accelerate(number: str, space: str, unit: str) -> None:
+    size = f"{number}{space}{unit}"
+    try:
+        expected = convert_file_size_to_int(size.upper())  # small letters would count bits
+    except (ValueError, OverflowError):
+        with pytest.raises(ValueError, match="not a size such as '300MB'"):
+            parse_size(size)
+    else:
+        assert parse_size(size) == expected
 
 
 def test_numbers_are_taken_of_any_type(reranker: Reranker, tiny_bert: Path) -> None:

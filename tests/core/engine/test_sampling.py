@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from grating_core.engine.sampling import Sampler
 
@@ -33,3 +36,19 @@ def test_top_p_leaves_out_what_is_unlikely() -> None:
 def test_a_seed_gives_the_same_again() -> None:
     assert picks(1.0, seed=7, count=50) == picks(1.0, seed=7, count=50)
     assert len({tuple(picks(1.0, seed=seed, count=50)) for seed in (7, 8, None, None)}) == 4
+
+
+@given(
+    st.integers(0, 2**31), st.integers(1, 3000), st.sampled_from([0.01, 0.3, 1.0, 2.0, 30.0]),
+    st.sampled_from([0.01, 0.5, 0.9, 0.999, 1.0]),
+)  # fmt: skip
+def test_picks_are_those_of_transformers(seed: int, vocabulary: int, temperature: float, top_p: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 4 * torch.randn(vocabulary, generator=generator).round(decimals=1)  # some are equal
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    expected = warpers(None, logits[None]).softmax(-1)
+    sampler, random = Sampler(temperature, top_p, seed, CPU), torch.Generator().manual_seed(seed)
+    for _ in range(5):
+        assert sampler.pick(logits) == int(torch.multinomial(expected, 1, generator=random))

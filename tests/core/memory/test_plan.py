@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from grating_core import Reranker
 from grating_core.errors import BudgetError
-from grating_core.memory.plan import ModelSizes, make_generation_plan, make_plan, parse_budget
+from grating_core.memory.plan import ModelSizes, make_generation_plan, make_plan
 from tests.core.conftest import BUNDLED
 
 M3 = ModelSizes(
@@ -75,21 +75,6 @@ def test_streamed_layers_are_spread() -> None:
     gaps = {after - before for before, after in pairwise(streamed)}
     assert streamed[0] == 1
     assert max(gaps) - min(gaps) <= 1
-
-
-@pytest.mark.parametrize(
-    ("given", "bytes"),
-    [("300MB", 300_000_000), ("300mb", 300_000_000), (" 1.5GiB ", 3 * 2**29), ("0.3 GB", 300_000_000),
-     (123, 123), ("123", 123)],
-)  # fmt: skip
-def test_sizes_are_understood(given: str | int, bytes: int) -> None:
-    assert parse_budget(given) == bytes
-
-
-@pytest.mark.parametrize("given", ["", "much", "-1MB", "0MB", 0, -5, 1.5, True, None, "MB", [300]])
-def test_senseless_sizes_are_refused(given: object) -> None:
-    with pytest.raises(ValueError, match=r"memory_budget=.*such as '300MB'"):
-        parse_budget(given)
 
 
 def test_too_small_a_budget_is_told_what_would_do() -> None:
