@@ -56,7 +56,9 @@ def find_model(name: str, *, hub: Hub | None = None, show_progress: bool = False
         raise ModelNotFoundError(
             f"model={name!r}: {looked}this is not a hub id (owner/name) nor a bundled name ({BUNDLED_PREFIX}…)"
         )
-    return (hub or Hub()).fetch(name, _is_whole)
+    from grating_core.models.fetching import fetch  # slow to import
+
+    return fetch(hub or Hub(), name, _is_whole)
 
 
 def _is_whole(directory: Path) -> bool:

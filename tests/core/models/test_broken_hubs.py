@@ -21,7 +21,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from grating_core import ModelNotFoundError, Reranker
-from grating_core.models import hub as hubs
+from grating_core.models import fetching
 from tests.core.models.test_hub import FIRST, NAME, PAIRS, SECOND, TOKEN, cached
 from tests.core.parity import load
 
@@ -118,7 +118,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hubs, "PATIENCE", 0.3)
+    monkeypatch.setattr(fetching, "PATIENCE", 0.3)
 
 
 @pytest.fixture
