@@ -11,7 +11,12 @@ from grating_core.layers.spec import Rotary
 
 
 class Angles(NamedTuple):
-    """This class holds the cosines and sines of the angles of T tokens, ``[T, head size / 2]`` each."""
+    """This class holds the angles of T tokens.
+
+    Attributes:
+        cosine: Cosines of the angles for each entry of a head, so each twice, ``[T, head size]``.
+        sine: Sines of the angles for each pair of entries, ``[T, head size / 2]``.
+    """
 
     cosine: Tensor
     sine: Tensor
@@ -25,7 +30,8 @@ def angles(rotary: Rotary, positions: Tensor, dtype: torch.dtype) -> Angles:
     """Return the angles at positions, int64 ``[T]``, in the dtype of the states that they turn."""
     frequencies = torch.tensor(rotary.frequencies, dtype=torch.float32, device=positions.device)
     turned = positions[:, None].float() * frequencies
-    return Angles((turned.cos() * rotary.scale).to(dtype), (turned.sin() * rotary.scale).to(dtype))
+    cosine = (turned.cos() * rotary.scale).to(dtype)
+    return Angles(torch.cat((cosine, cosine), -1), (turned.sin() * rotary.scale).to(dtype))
 
 
 def rotated(states: Tensor, by: Angles) -> Tensor:
@@ -33,9 +39,8 @@ def rotated(states: Tensor, by: Angles) -> Tensor:
 
     Entry i of the first half of a head and entry i of its second half are a pair.
     """
-    first, second = states.chunk(2, dim=-1)
-    output = torch.empty_like(states)
-    half = first.shape[-1]
-    torch.mul(first, by.cosine, out=output[..., :half]).addcmul_(second, by.sine, value=-1)
-    torch.mul(second, by.cosine, out=output[..., half:]).addcmul_(first, by.sine)
+    half = by.sine.shape[-1]
+    output = states * by.cosine
+    output[..., :half].addcmul_(states[..., half:], by.sine, value=-1)
+    output[..., half:].addcmul_(states[..., :half], by.sine)
     return output
