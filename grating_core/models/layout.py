@@ -57,3 +57,28 @@ def outside_names(family: Family, spec: ModelSpec) -> dict[str, Shape]:
         if role in spec.biased:
             found[f"{name}.bias"] = (spec.width,)
     return found
+
+
+def head_names(family: Family, spec: ModelSpec) -> dict[str, Shape]:
+    """Return the names of the tensors of the head on disk, and their shapes."""
+    return {f"{name}.{kind}": shape for name, _, kind, shape in _head_parts(family, spec)}
+
+
+def head_by_role(family: Family, spec: ModelSpec, stored: Mapping[str, Tensor]) -> Weights:
+    """Return the tensors of the head by role instead of by name, as far as they are in ``stored``."""
+    return {
+        f"{role}.{kind}": stored[f"{name}.{kind}"]
+        for name, role, kind, _ in _head_parts(family, spec)
+        if f"{name}.{kind}" in stored
+    }
+
+
+def _head_parts(family: Family, spec: ModelSpec) -> Iterator[tuple[str, Role, str, Shape]]:
+    """Yield name, role, kind and shape of each tensor of the head."""
+    rows = {"dense": spec.width, "vocabulary": spec.vocabulary}
+    for pattern, role in family.head.items():
+        shape = (spec.width,) if role == "norm" else (rows.get(role, 1), spec.width)
+        for number in range(spec.depth - spec.first_head + 1 if "{}" in pattern else 1):
+            yield pattern.format(number), role.format(number), "weight", shape
+            if role in spec.biased:
+                yield pattern.format(number), role.format(number), "bias", shape[:1]
