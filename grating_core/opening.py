@@ -26,7 +26,7 @@ from grating_core.models.adapter import Adapter, find_adapter
 from grating_core.models.causal_lm import CausalLM, StoredCausalLM
 from grating_core.models.cross_encoder import CrossEncoder, Shape, StoredCrossEncoder
 from grating_core.models.directory import find_model
-from grating_core.models.families import Family
+from grating_core.models.family import Family
 from grating_core.models.gguf import GgufModel, is_gguf
 from grating_core.models.hub import Hub
 from grating_core.models.identity import fingerprint

@@ -58,6 +58,10 @@ _ROWS: dict[Any, str] = {
 }  # fmt: skip
 _HEADS: dict[Any, str] = {"query": "num_attention_heads", "key": "num_key_value_heads"}
 
+# These fields must have this value, if a configuration has them.
+_CAUSAL = {"is_causal": True, "use_bidirectional_attention": False}
+_BOTH_WAYS = {"is_decoder": False, "add_cross_attention": False}
+
 # These fields change the mathematics, except with None, False, 0 and the values here. A family that does not know
 # such a field would compute other scores.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -141,7 +145,7 @@ def check_implemented(path: Path, stated: Fields, fields: Fields, family: Family
         off = name == "sliding_window" and stated.get("use_sliding_window") is False
         if name not in family.defaults and not off and value not in (None, False, 0, *neutral):
             raise _unsupported(path, name, value)
-    for name, only in family.fixed.items():
+    for name, only in {**(_CAUSAL if family.causal else _BOTH_WAYS), **family.fixed}.items():
         if (value := stated.get(name)) not in (None, only):
             raise _unsupported(path, name, value)
     for name in _ACTIVATIONS & fields.keys():

@@ -173,7 +173,6 @@ _GEMMA2 = {
 }  # fmt: skip
 
 _LABELS = {"num_labels": 2, "id2label": None}
-_CAUSAL = {"is_causal": True, "use_bidirectional_attention": False}
 
 _ASKED = Family(
     architecture="LlamaForCausalLM",
@@ -184,7 +183,7 @@ _ASKED = Family(
     outside={"model.embed_tokens": "table", "model.norm": "final_norm"},
     head={"lm_head": "vocabulary"},
     score=score_answer,
-    fixed=_CAUSAL,
+    causal=True,
     asks=True,
 )
 
@@ -214,7 +213,7 @@ DECODERS: tuple[Family, ...] = (
         spec=_minicpm_spec,
         head={"lm_head.{}.linear_head": "heads.{}"},
         score=score_layerwise,
-        fixed={**_CAUSAL, "head_type": "simple", "head_multi": True},
+        fixed={"head_type": "simple", "head_multi": True},
         asks=False,
         prompt="bge-reranker-v2-minicpm-layerwise",
     ),

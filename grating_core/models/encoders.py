@@ -98,7 +98,6 @@ _LAYER = {
     "output.dense": "down",
     "output.LayerNorm": "output_norm",
 }
-_NEVER = {"is_decoder": False, "add_cross_attention": False}
 
 _BERT = Family(
     architecture="BertForSequenceClassification",
@@ -118,7 +117,6 @@ _BERT = Family(
     },
     head={"bert.pooler.dense": "dense", "classifier": "classifier"},
     score=score_dense,
-    fixed=_NEVER,
 )  # fmt: skip
 _ROBERTA = replace(
     _BERT,
@@ -161,7 +159,6 @@ _MODERNBERT = Family(
     },
     head={"head.dense": "dense", "head.norm": "norm", "classifier": "classifier"},
     score=score_dense,
-    fixed=_NEVER,
 )  # fmt: skip
 
 ENCODERS = (_BERT, _ROBERTA, _XLM_ROBERTA, _MODERNBERT)

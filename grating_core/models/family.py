@@ -87,6 +87,7 @@ class Family:
             numbered from 0.
         score: ``(spec, weights of the head, states, number) -> scores``, from float32 ``[N, D]`` after layer
             ``number`` to ``[N]``. The states have been through the final norm.
+        causal: Whether a token sees only the tokens before it.
         fixed: Fields that must have this value, if a ``config.json`` has them.
         asks: Whether the score is the logit of an answer, so that a tokenizer must tell its rows.
         prompt: Name of the official prompt of all models of this architecture; None if they have none.
@@ -100,6 +101,7 @@ class Family:
     outside: Mapping[str, Role]
     head: Mapping[str, Role]
     score: Callable[[ModelSpec, Weights, Tensor, int], Tensor]
+    causal: bool = False
     fixed: Fields = field(default_factory=dict)
     asks: bool = False
     prompt: str | None = None
