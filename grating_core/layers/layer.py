@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from grating_core.layers.activations import ACTIVATIONS
+from grating_core.layers.epilogues import activated, multiplied
 from grating_core.layers.linear import Weights, add_linear, linear, normed
 from grating_core.layers.rotary import Angles, rotated
 from grating_core.layers.spec import LayerSpec
@@ -78,7 +78,6 @@ def _add_mlp(spec: LayerSpec, weights: Weights, states: Tensor, total: Tensor, m
 
 def _inner(spec: LayerSpec, weights: Weights, states: Tensor) -> Tensor:
     """Return what the MLP has inside, ``[T, F]``."""
-    act = ACTIVATIONS[spec.activation]
     if not spec.gated:
-        return act(linear(states, weights, "up"))
-    return act(linear(states, weights, "gate")).mul_(linear(states, weights, "up"))
+        return activated(states, weights, "up", spec.activation)
+    return multiplied(states, weights, "up", activated(states, weights, "gate", spec.activation))
