@@ -18,13 +18,14 @@ from grating_core.files.places import cache_directory
 from grating_core.forking import Lock
 from grating_core.lens.features import Provisional
 from grating_core.lens.pruning import Pruning
-from grating_core.lens.requests import Request
+from grating_core.lens.recalibrate import Logged
 from grating_core.lifetime import closed_error
 from grating_core.memory.hidden import HiddenInMemory, HiddenOnDisk, HiddenStates
 from grating_core.memory.meter import PeakMemory
 from grating_core.memory.plan import LARGEST_WORK, MemoryPlan
 from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.pruning import Off
+from grating_core.requests import Request
 from grating_core.results import RankedDocument, RerankResult, Trace
 from grating_core.text.pairs import Template, TokenisedPair
 
@@ -134,7 +135,7 @@ class Scorer:
                 bar.update(len(group))
         return found
 
-    def full_scores(self, request: Request, pause: Pause) -> tuple[float, ...]:
+    def full_scores(self, request: Logged, pause: Pause) -> tuple[float, ...]:
         """Compute the full model's score of each document of a request.
 
         Args:

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from grating_core.files.places import cache_directory, storing
 from grating_core.files.writing import temporary_file
 from grating_core.lens.features import Features, Reader, Sequences
-from grating_core.lens.requests import Request
 from grating_core.models.cross_encoder import Shape
+from grating_core.requests import Request
 
 Floats = NDArray[np.float32]
 

@@ -79,6 +79,10 @@ class Template(ABC):
             ValueError: The query alone fills the window.
         """
 
+    def check_length(self, query: str) -> None:
+        """Raise ``ValueError`` for a query that leaves no room for a document in the window."""
+        self.encode(query, [""])
+
     def count_tokens(self, text: str) -> int:
         """Return how many tokens a text has, special tokens not counted."""
         return self._tokenizer.count(text)
