@@ -5,7 +5,7 @@ This is monolithic forwarding with progressive pruning, as in GRATING (arXiv 251
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -21,13 +21,14 @@ from grating_core.engine.attention import KeysKept, Packing, SharedKeys
 from grating_core.engine.ragged import Chunk, RaggedBatch, filled
 from grating_core.errors import ScoreError
 from grating_core.forking import Interrupted
-from grating_core.lens.features import Provisional, Reader, Sequences
+from grating_core.lens.features import Part, Provisional, Reader
 from grating_core.lens.pruning import Pruning
 from grating_core.memory.hidden import HiddenStates
 from grating_core.memory.meter import Meter, PeakMemory
 from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.pruning import PruningPolicy, Route
 from grating_core.results import LayerTrace
+from grating_core.text.pairs import Segments
 
 Item = TypeVar("Item")
 
@@ -146,16 +147,19 @@ def _run_layer(
 ) -> NDArray[np.float64]:
     """Put the hidden states through a layer and read every candidate's score after it; layer 0 only embeds."""
     last = number == model.depth
-    read = _head(model, number) if last or lens is None else lens.reader(number, batch.prefix)
+    read = _Head(model, number) if last or lens is None else lens.reader(number)
     chunks = list(batch.chunks(chunk_tokens))
     if not number:
         # Embedded again by the first layer, for those that are left: that costs less than keeping the states.
         positions = batch.positions()
-        scores = [read(_embed(model, batch, chunk, positions), chunk) for chunk in _until(pause, chunks)]
+        for chunk in _until(pause, chunks):
+            read.see(_embed(model, batch, chunk, positions)[0], _parts(batch.prefix, chunk))
+        scores = read.scores()
     else:
         with model.layer(number):
-            scores = list(_layer_scores(model, number, batch, hidden, chunks, read, pause))
-    return _best_windows(torch.cat(scores).cpu().double().numpy(), batch.windows)
+            found = list(_layer_scores(model, number, batch, hidden, chunks, read, pause))
+        scores = torch.cat(found) if found else read.scores()
+    return _best_windows(scores.cpu().double().numpy(), batch.windows)
 
 
 def _layer_scores(
@@ -167,7 +171,7 @@ def _layer_scores(
     read: Reader,
     pause: Callable[[], bool] | None,
 ) -> Iterator[Tensor]:
-    """Put one chunk after another through the layer, and yield the scores of each."""
+    """Put one chunk after another through the layer, and yield the scores of each if nobody else reads them."""
     first, last = number == 1, number == model.depth
     positions = batch.positions()
     shared = SharedKeys()
@@ -181,7 +185,7 @@ def _layer_scores(
             yield _last_layer_scores(model, part, places, packing)
             continue
         part[:, :tokens] = model.run_layer(number, part, places, attention=packing)[:, :tokens]
-        yield read(part, chunk)
+        read.see(part[0], _parts(batch.prefix, chunk))
 
 
 def _until(pause: Callable[[], bool] | None, chunks: Iterable[Item]) -> Iterator[Item]:
@@ -201,13 +205,48 @@ def _embed(model: CrossEncoder, batch: RaggedBatch, chunk: Chunk, positions: Ten
     )
 
 
-def _head(model: CrossEncoder, number: int) -> Reader:
-    """Return a reader of the scores after a layer, by the model's own head."""
+@dataclass(frozen=True)
+class _Piece:
+    length: int
+    before: int = 0
+    segments: Segments | None = None
 
-    def read(states: Tensor, sequences: Sequences) -> Tensor:
-        return model.read_scores(number, states[:, sequences.prefix :], sequences.lengths)
 
-    return read
+@dataclass(frozen=True)
+class _Part:
+    piece: _Piece
+    rows: slice
+    start: int = 0
+
+
+def _parts(prefix: int, chunk: Chunk) -> list[_Part]:
+    """Return what a chunk has of the request."""
+    parts = [_Part(_Piece(chunk.prefix), slice(0, chunk.prefix))] if chunk.prefix else []
+    done = chunk.prefix
+    for length, segments in zip(chunk.lengths, chunk.segments, strict=True):
+        parts.append(_Part(_Piece(length, prefix, segments), slice(done, done + length)))
+        done += length
+    return parts
+
+
+class _Head:
+    """This class reads the scores after a layer, by the model's own head."""
+
+    def __init__(self, model: CrossEncoder, number: int) -> None:
+        self._model = model
+        self._number = number
+        self._found: list[Tensor] = []
+
+    def see(self, states: Tensor, parts: Sequence[Part]) -> None:
+        """See :class:`Reader`."""
+        own = [part for part in parts if part.piece.segments is not None]
+        if own:
+            lengths = [part.piece.length for part in own]
+            self._found.append(self._model.read_scores(self._number, states[None, own[0].rows.start :], lengths))
+
+    def scores(self) -> Tensor:
+        """See :class:`Reader`."""
+        return torch.cat(self._found)
 
 
 def _last_layer_scores(model: CrossEncoder, hidden: Tensor, positions: Tensor, packing: Packing) -> Tensor:
