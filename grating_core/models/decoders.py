@@ -143,7 +143,7 @@ _LLAMA = {
 _MINICPM = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": None, "hidden_act": "silu", "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6, "attention_bias": False, "scale_emb": 1, "scale_depth": 1, "start_layer": 8, **_ROPE,
+    "rms_norm_eps": 1e-6, "attention_bias": False, "scale_emb": 1.0, "scale_depth": 1.0, "start_layer": 8, **_ROPE,
 }  # fmt: skip
 _MISTRAL = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
