@@ -49,6 +49,17 @@ def multiplied(states: Tensor, weights: Weights, role: Role, factors: Tensor) ->
     return product
 
 
+def added(states: Tensor, weights: Weights, role: Role, total: Tensor, factor: float = 1.0) -> Tensor:
+    """Return a total ``[T, out]`` plus the linear map of a role, times a factor, of states ``[T, in]``."""
+    weight, bias = weights[f"{role}.weight"], weights.get(f"{role}.bias")
+    if bias is None:
+        return torch.addmm(total, states, weight.t(), alpha=factor)
+    if factor == 1 and _fuses(states):
+        output: Tensor = torch.ops.mkldnn._linear_pointwise.binary(states, total, weight, bias, "add")
+        return output
+    return total.add(bias, alpha=factor).addmm_(states, weight.t(), alpha=factor)
+
+
 def _fuses(states: Tensor) -> bool:
     return states.device.type == "cpu" and _has_products(states.dtype)
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from grating_core.layers.epilogues import activated, multiplied
-from grating_core.layers.linear import Weights, add_linear, linear, normed
+from grating_core.layers.epilogues import activated, added, multiplied
+from grating_core.layers.linear import Weights, linear, normed
 from grating_core.layers.rotary import Angles, rotated
 from grating_core.layers.spec import LayerSpec
 
@@ -53,27 +53,27 @@ def finished(
         attended: What attention gave to the same tokens, ``[T, heads, head size]``.
         mlp: The function in the place of the layer's own MLP; None for its own.
     """
-    total, attended = hidden.clone(), attended.flatten(1)
+    attended = attended.flatten(1)
     if spec.norm_behind:
-        total = normed(add_linear(attended, weights, "output", total), weights, "attention_norm", spec.norm)
-        return normed(_add_mlp(spec, weights, total, total, mlp), weights, "output_norm", spec.norm)
+        states = normed(added(attended, weights, "output", hidden), weights, "attention_norm", spec.norm)
+        return normed(_with_mlp(spec, weights, states, states, mlp), weights, "output_norm", spec.norm)
     if "attention_norm.weight" in weights:
         output = normed(linear(attended, weights, "output"), weights, "attention_norm", spec.norm)
-        total.add_(output, alpha=spec.residual)
+        hidden = hidden.add(output, alpha=spec.residual)
     else:
-        add_linear(attended, weights, "output", total, spec.residual)
-    return _add_mlp(spec, weights, normed(total, weights, "mlp_norm", spec.norm), total, mlp)
+        hidden = added(attended, weights, "output", hidden, spec.residual)
+    return _with_mlp(spec, weights, normed(hidden, weights, "mlp_norm", spec.norm), hidden, mlp)
 
 
-def _add_mlp(spec: LayerSpec, weights: Weights, states: Tensor, total: Tensor, mlp: Mlp | None) -> Tensor:
-    """Add the MLP's output for states to a total in place, and return the total. Both may be one tensor."""
+def _with_mlp(spec: LayerSpec, weights: Weights, states: Tensor, hidden: Tensor, mlp: Mlp | None) -> Tensor:
+    """Return hidden states plus the MLP's output for states."""
     normed_first = not spec.norm_behind and "output_norm.weight" in weights
     if mlp is None and not normed_first:
-        return add_linear(_inner(spec, weights, states), weights, "down", total, spec.residual)
+        return added(_inner(spec, weights, states), weights, "down", hidden, spec.residual)
     output = linear(_inner(spec, weights, states), weights, "down") if mlp is None else mlp(states, weights)
     if normed_first:
         output = normed(output, weights, "output_norm", spec.norm)
-    return total.add_(output, alpha=spec.residual)
+    return hidden.add(output, alpha=spec.residual)
 
 
 def _inner(spec: LayerSpec, weights: Weights, states: Tensor) -> Tensor:

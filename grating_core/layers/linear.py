@@ -19,22 +19,6 @@ def linear(states: Tensor, weights: Weights, role: Role) -> Tensor:
     return functional.linear(states, weights[f"{role}.weight"], weights.get(f"{role}.bias"))
 
 
-def add_linear(states: Tensor, weights: Weights, role: Role, total: Tensor, factor: float = 1.0) -> Tensor:
-    """Add the linear map of a role, times a factor, to a total ``[T, out]`` in place, and return the total.
-
-    Args:
-        states: States ``[T, in]``.
-        weights: Weights with those of the role.
-        role: The role.
-        total: What is added to. The library that multiplies adds on the way, which spares a walk over memory.
-        factor: The factor.
-    """
-    bias = weights.get(f"{role}.bias")
-    if bias is not None:
-        total.add_(bias, alpha=factor)
-    return total.addmm_(states, weights[f"{role}.weight"].t(), alpha=factor)
-
-
 def normed(states: Tensor, weights: Weights, role: Role, norm: Norm) -> Tensor:
     """Return the norm of a role of states ``[…, D]``; the states themselves if there is no weight for it."""
     weight = weights.get(f"{role}.weight")
