@@ -178,8 +178,8 @@ def test_estimates_do_not_depend_on_chunks_and_company(family: str, tmp_path: Pa
     directory = save_model(tmp_path, family)
     expected = read_layers(load(directory), DOCUMENTS)
     assert expected.shape == (DEPTH, len(DOCUMENTS))
-    for chunk_tokens in (1, 40):
-        found = read_layers(load(directory, chunk_tokens=chunk_tokens), DOCUMENTS)
+    for slice_tokens in (1, 40):
+        found = read_layers(load(directory, slice_tokens=slice_tokens), DOCUMENTS)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
     found = read_layers(load(directory), DOCUMENTS[::-2])
     np.testing.assert_allclose(found, expected[:, ::-2], rtol=1e-4, atol=1e-3)
