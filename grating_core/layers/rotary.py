@@ -64,10 +64,11 @@ def linear(size: int, theta: float, *, factor: float) -> Rotary:
     return _made(frequencies(size, theta) / factor)
 
 
-def dynamic(size: int, theta: float, *, factor: float) -> Rotary:
-    """Return rotary positions whose frequencies change beyond the model's window; grating never goes beyond."""
-    # Within the window the base of the power is 1, up to what floating point makes of it.
-    return _made(frequencies(size, theta * (factor - (factor - 1)) ** (size / (size - 2))))
+def dynamic(size: int, theta: float, *, factor: float, window: int) -> Rotary:
+    """Return rotary positions whose frequencies change beyond a window of tokens; grating never goes beyond."""
+    # Within the window the theta grows by a power of 1, or of what floating point makes of it.
+    one = factor * window / window - (factor - 1)
+    return _made(frequencies(size, theta * one ** (size / (size - 2))))
 
 
 def llama3(size: int, theta: float, *, factor: float, low: float, high: float, window: int) -> Rotary:

@@ -60,10 +60,12 @@ def read_ropes(fields: Fields) -> dict[str, dict[str, Any]]:
     found = {}
     for kind, own_theta in _THETAS.items():
         if own_theta in fields:
-            rope = {"rope_theta": fields[own_theta], **(parameters.get(kind) or {}), **scaling}
+            own = parameters.get(kind) or {"rope_type": "default"}
+            rope = {"rope_theta": fields[own_theta], **own, **scaling}
         else:
             rope = {"rope_theta": fields["rope_theta"], **(scaling or parameters)}
         rope.setdefault("rope_type", rope.get("type", "default"))
+        rope["max_position_embeddings"] = fields["max_position_embeddings"]
         rope.setdefault(_FIRST_WINDOW, fields["max_position_embeddings"])
         if fields.get(_FIRST_WINDOW) is not None:  # this one wins where it is given
             rope[_FIRST_WINDOW] = fields[_FIRST_WINDOW]
@@ -90,7 +92,7 @@ def make_rotary(rope: Mapping[str, Any], size: int) -> Rotary:
     if kind == "linear":
         return rotary.linear(size, theta, factor=factor)
     if kind == "dynamic":
-        return rotary.dynamic(size, theta, factor=factor)
+        return rotary.dynamic(size, theta, factor=factor, window=rope["max_position_embeddings"])
     if kind == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         return rotary.llama3(size, theta, factor=factor, low=low, high=high, window=window)
