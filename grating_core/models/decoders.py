@@ -202,6 +202,7 @@ def _both(name: str, described: Family) -> tuple[Family, Family]:
 
 DECODERS: tuple[Family, ...] = (
     *_both("Llama", _ASKED),
+    *_both("Mistral", replace(_ASKED, defaults=_MISTRAL, spec=_mistral_spec)),
     *_both("Qwen2", replace(_ASKED, defaults=_QWEN2, spec=_qwen2_spec)),
     *_both("Qwen3", replace(_ASKED, defaults=_QWEN3, spec=_qwen3_spec, layer=_QWEN3_LAYER)),
     *_both("Gemma", replace(_ASKED, defaults=_GEMMA, spec=_gemma_spec)),

@@ -18,6 +18,8 @@ from transformers import (
     GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -40,6 +42,7 @@ PROMPT = Prompt(
 CAUSAL = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **DECODER)),
     "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **DECODER, tie_word_embeddings=True)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, **DECODER, sliding_window=16)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, **DECODER)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, **DECODER, tie_word_embeddings=True)),
     "qwen3-sliding": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, **DECODER, **SLIDING)),

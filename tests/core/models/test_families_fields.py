@@ -70,8 +70,9 @@ VALUES: dict[str, list[Any]] = {
 
 
 def values(name: str, field: str) -> list[Any]:
-    if name.startswith("Gemma") and field in ("num_key_value_heads", "sliding_window"):
-        return [value for value in VALUES[field] if value is not None]  # transformers refuses it
+    refuses_null = {"num_key_value_heads": ("Gemma", "Mistral"), "sliding_window": ("Gemma",)}
+    if name.startswith(refuses_null.get(field, ("no",))):
+        return [value for value in VALUES[field] if value is not None]
     if field in ("rope_parameters", "rope_scaling"):
         nested = name.startswith("ModernBert") and field == "rope_parameters"
         return BY_TYPE if nested else ROPES
