@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from grating_core.context import join_passages, select_context
     from grating_core.generation import StreamedCausalLM
     from grating_core.pruning import ClusterPolicy, PruningPolicy, Route
-    from grating_core.requests import Request
     from grating_core.reranker import Reranker
     from grating_core.results import RerankResult, Trace
     from grating_core.text.prompts import Prompt
@@ -23,7 +22,6 @@ __all__ = [
     "ModelNotFoundError",
     "Prompt",
     "PruningPolicy",
-    "Request",
     "RerankResult",
     "Reranker",
     "Route",
@@ -39,7 +37,6 @@ _LATE = {
     "ClusterPolicy": "pruning",
     "Prompt": "text.prompts",
     "PruningPolicy": "pruning",
-    "Request": "requests",
     "RerankResult": "results",
     "Reranker": "reranker",
     "Route": "pruning",

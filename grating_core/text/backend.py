@@ -8,39 +8,28 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE, Unigram
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
 from grating_core.files.reading import parse_json, read_json_or
 from grating_core.models.directory import has_tokenizer
 from grating_core.models.gguf import gguf_tokenizer, is_gguf
+from grating_core.text.settled import OPTIONS, TYPES, added_tokens, settled, with_steps
 
-_TYPES = "token_type_ids"
 _PROBE = "Aa é 漢 🎉 1 [SEP]"  # something for every step of a tokenizer, and a character that few know
-# The options that models of the tokenizers library have beside their vocabularies.
-_OPTIONS: dict[type, tuple[str, ...]] = {
-    WordPiece: ("unk_token", "max_input_chars_per_word", "continuing_subword_prefix"),
-    BPE: (
-        "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
-        "ignore_merges",
-    ),
-    WordLevel: ("unk_token",),
-    Unigram: (),
-}  # fmt: skip
 # These settings name code or files elsewhere, which a tokenizer of a few tokens does not need.
+_CLASSES_NAMED = ("model_type", "tokenizer_class")
 _NOT_SETTINGS = ("auto_map", "chat_template", "name_or_path")
 
 
 def load_backend(directory: Path, rows: int | None = None) -> tuple[Tokenizer, bool]:
     """Load the tokenizer of a model, and tell whether the model is to know which text a token belongs to.
 
-    Token ids are those of transformers' tokenizer for the directory. transformers takes the steps around the
-    vocabulary from ``tokenizer_config.json``: lower case, accents, prefix spaces, special tokens. So transformers
-    makes a tokenizer with the same files and a vocabulary of a few tokens, and this function uses its steps with
-    the whole vocabulary. transformers' own wrapper keeps copies of the vocabulary, which take another 130 MB for
-    250,000 entries.
+    Token ids are those of transformers' tokenizer for the directory. :mod:`grating_core.text.settled` makes the
+    usual tokenizers. For others, transformers makes a tokenizer with the same files and a vocabulary of a few
+    tokens, and this function uses its steps with the whole vocabulary. transformers' own wrapper keeps copies of
+    the vocabulary, which take another 130 MB for 250,000 entries.
 
     Args:
         directory: The tokenizer's directory, or a GGUF file.
@@ -72,9 +61,9 @@ def _from_files(directory: Path) -> tuple[Tokenizer, bool]:
     settings = read_settings(directory)
     try:
         if (directory / "tokenizer.json").is_file():
-            backend, inputs = _with_settings(directory, settings)
+            backend, has_types = _with_settings(directory, settings)
         else:
-            backend, inputs = _reference(directory)
+            backend, has_types = _reference(directory)
         if backend is not None and not backend.encode(_PROBE, _PROBE).ids:
             raise ValueError("it makes no tokens from a text")
     except ModelNotFoundError:
@@ -89,7 +78,7 @@ def _from_files(directory: Path) -> tuple[Tokenizer, bool]:
         ) from error
     if backend is None:
         raise UnsupportedModelError(f"{directory} has a tokenizer without tokenizer.json; convert it to that form")
-    return backend, _TYPES in inputs
+    return backend, has_types
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
@@ -113,59 +102,56 @@ def _read_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def _reference(directory: Path) -> tuple[Any, list[str]]:
+def _reference(directory: Path) -> tuple[Any, bool]:
+    from transformers import AutoTokenizer  # slow to import
+
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    return getattr(tokenizer, "backend_tokenizer", None), list(tokenizer.model_input_names)
+    return getattr(tokenizer, "backend_tokenizer", None), TYPES in tokenizer.model_input_names
 
 
-def _with_settings(directory: Path, settings: dict[str, Any]) -> tuple[Any, list[str]]:
+def _with_settings(directory: Path, settings: dict[str, Any]) -> tuple[Any, bool]:
     """Return the tokenizer of ``tokenizer.json``, with the steps that transformers makes from the settings."""
     whole = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    files = {name: _read_object(directory / name) for name in ("special_tokens_map.json", "added_tokens.json")}
+    names = ("config.json", "special_tokens_map.json", "added_tokens.json")
+    files = {"tokenizer_config.json": settings} | {name: _read_object(directory / name) for name in names}
+    if found := settled(whole, files):
+        return found
     try:
         with TemporaryDirectory(prefix="grating-") as folder:
-            _write_small(Path(folder), directory, whole, settings, files)
-            own, inputs = _reference(Path(folder))
+            _write_small(Path(folder), whole, files)
+            own, has_types = _reference(Path(folder))
     except OSError:  # the disk has no room for a few kilobytes, so the wrapper takes its memory for a moment
         return _reference(directory)
     if own is None or type(own.model) is not type(whole.model):
-        return whole, inputs  # transformers' class is made for other files
-    return _join(whole, own), inputs
+        return whole, has_types  # transformers' class is made for other files
+    return _join(whole, own), has_types
 
 
-def _write_small(
-    folder: Path,
-    directory: Path,
-    whole: Tokenizer,
-    settings: dict[str, Any],
-    files: dict[str, dict[str, Any]],
-) -> None:
+def _write_small(folder: Path, whole: Tokenizer, files: dict[str, dict[str, Any]]) -> None:
     """Write a model directory with a vocabulary of nothing but special tokens."""
-    config = _read_object(directory / "config.json")
     kept = {
-        name: value for name, value in settings.items() if name not in _NOT_SETTINGS and not name.endswith("_file")
+        name: value
+        for name, value in files["tokenizer_config.json"].items()
+        if name not in _NOT_SETTINGS and not name.endswith("_file")
     }
     for name, value in kept.items():
         if name.endswith("_token") and isinstance(value, dict) and "content" in value:
             kept[name] = value | {"__type": "AddedToken"}  # some releases left this out
-    named = {name: config[name] for name in ("model_type", "tokenizer_class") if name in config}
-    for name, fields in {**files, "config.json": named, "tokenizer_config.json": kept}.items():
+    config = {name: files["config.json"][name] for name in _CLASSES_NAMED if name in files["config.json"]}
+    written = files | {"config.json": config, "tokenizer_config.json": kept}
+    for name, fields in written.items():
         if fields:
             (folder / name).write_text(json.dumps(fields))
-    small = Tokenizer(_small_model(whole, _special_tokens(whole, [*kept.values(), *files.values()])))
+    small = Tokenizer(_small_model(whole, _special_tokens(whole, list(written.values()))))
     for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         setattr(small, step, getattr(whole, step))
-    small.add_tokens(_added_tokens(whole))
+    small.add_tokens(added_tokens(whole))
     small.save(str(folder / "tokenizer.json"))
-
-
-def _added_tokens(tokenizer: Tokenizer) -> list[AddedToken]:
-    return [token for _, token in sorted(tokenizer.get_added_tokens_decoder().items(), key=itemgetter(0))]
 
 
 def _special_tokens(whole: Tokenizer, stated: list[Any]) -> list[str]:
     """Return the strings in the settings and the usual special tokens, as far as the vocabulary has them."""
-    found = [token.content for token in _added_tokens(whole)]
+    found = [token.content for token in added_tokens(whole)]
     found += ["[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]", "<s>", "</s>", "<unk>", "<pad>", "<mask>", "<bos>"]
     found += ["<eos>", "<|endoftext|>"]
     while stated:
@@ -181,22 +167,14 @@ def _small_model(whole: Tokenizer, tokens: list[str]) -> Any:
     kind: Any = type(whole.model)
     if kind is Unigram:
         return Unigram([(token, 0.0) for token in tokens or ["<unk>"]], unk_id=0)
-    options = {name: value for name in _OPTIONS[kind] if (value := getattr(whole.model, name)) is not None}
+    options = {name: value for name in OPTIONS[kind] if (value := getattr(whole.model, name)) is not None}
     vocabulary = {token: number for number, token in enumerate(tokens)}
     return kind(vocabulary, [], **options) if kind is BPE else kind(vocabulary, **options)
 
 
 def _join(whole: Tokenizer, own: Tokenizer) -> Tokenizer:
     """Return the vocabulary of one tokenizer with the steps of another."""
-    model: Any = whole.model
-    for name in _OPTIONS[type(model)]:
-        if getattr(model, name) != getattr(own.model, name):
-            setattr(model, name, getattr(own.model, name))
-    joined = Tokenizer(model)
-    for step in ("normalizer", "pre_tokenizer", "decoder"):
-        setattr(joined, step, getattr(own, step))
-    joined.add_tokens(_added_tokens(own))
-    joined.encode_special_tokens = own.encode_special_tokens
+    joined = with_steps(whole, own)
     state = parse_json(own.to_str())
     if state["post_processor"] is not None:
         _renumber(state["post_processor"], joined)

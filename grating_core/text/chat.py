@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from grating_core.errors import ModelNotFoundError
 from grating_core.files.reading import read_json
@@ -69,6 +68,8 @@ class ChatFormat:
         """
         if self._template is None:
             return None
+        from transformers.utils.chat_template_utils import render_jinja_template  # slow to import
+
         specials: dict[str, Any] = self.special_tokens
         rendered: Any = render_jinja_template(
             [[dict(message) for message in messages]],
