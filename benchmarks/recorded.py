@@ -15,9 +15,9 @@ from benchmarks.worker import progress
 from grating_core import Reranker
 from grating_core.lens.features import Reader, Sequences
 from grating_core.lens.observations import Observations, Observer
-from grating_core.lens.requests import Request as Asked
 from grating_core.lens.store import CalibratedLens
 from grating_core.models.cross_encoder import CrossEncoder
+from grating_core.requests import Request as Asked
 
 Array = NDArray[np.float64]
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from grating_core.context import join_passages, select_context
     from grating_core.generation import StreamedCausalLM
     from grating_core.pruning import ClusterPolicy, PruningPolicy, Route
+    from grating_core.requests import Request
     from grating_core.reranker import Reranker
     from grating_core.results import RerankResult, Trace
     from grating_core.text.prompts import Prompt
@@ -22,6 +23,7 @@ __all__ = [
     "ModelNotFoundError",
     "Prompt",
     "PruningPolicy",
+    "Request",
     "RerankResult",
     "Reranker",
     "Route",
@@ -37,6 +39,7 @@ _LATE = {
     "ClusterPolicy": "pruning",
     "Prompt": "text.prompts",
     "PruningPolicy": "pruning",
+    "Request": "requests",
     "RerankResult": "results",
     "Reranker": "reranker",
     "Route": "pruning",

@@ -70,6 +70,14 @@ class Lock:
         """Tell whether somebody holds the lock."""
         return self._lock.locked()
 
+    def take(self) -> bool:
+        """Take the lock if it is free, and tell whether it was. Leave it with :meth:`__exit__`."""
+        lock = self._lock
+        if not lock.acquire(blocking=False):
+            return False
+        self._held = lock
+        return True
+
     def __enter__(self) -> None:
         lock = self._lock
         lock.acquire()

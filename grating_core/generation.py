@@ -11,20 +11,19 @@ from typing import Any
 
 import torch
 
-from grating_core.engine.decode import advance, new_cache
-from grating_core.engine.kv_cache import KeyValueCache
+from grating_core.engine.decode import Cache, advance, new_cache
 from grating_core.engine.sampling import Sampler
 from grating_core.forking import Interrupted, Lock, Threads, computed
 from grating_core.lifetime import Loaded, closed_on_error
 from grating_core.memory.meter import Meter, PeakMemory
-from grating_core.memory.plan import LARGEST_WORK
+from grating_core.memory.plan import largest_slice
 from grating_core.models.causal_lm import CausalLM
 from grating_core.opening import LoadedLanguageModel, open_language_model
 from grating_core.results import FinishReason, Generation
 from grating_core.settings import AnswerSettings, GenerationSettings
 from grating_core.text.messages import Messages
 
-_CHUNK_TOKENS = {"cuda": 8192, "mps": 4096}  # on the CPU it depends on the size of the layers
+_SLICE_TOKENS = {"cuda": 8192, "mps": 4096}  # on the CPU it depends on the size of the layers
 
 
 class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
@@ -37,14 +36,14 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
     """
 
     def __init__(
-        self, loaded: LoadedLanguageModel, *, model_path: Path, max_length: int, chunk_tokens: int | None = None
+        self, loaded: LoadedLanguageModel, *, model_path: Path, max_length: int, slice_tokens: int | None = None
     ) -> None:
         model, plan = loaded.model, loaded.plan
         self._loaded: CausalLM | None = model
         self._tokenizer = loaded.tokenizer
         self._end_tokens = loaded.end_tokens
-        usual = plan.chunk_tokens if plan else _CHUNK_TOKENS.get(model.device.type, LARGEST_WORK // model.work)
-        self._chunk_tokens = chunk_tokens or usual
+        usual = plan.slice_tokens if plan else _SLICE_TOKENS.get(model.device.type, largest_slice(model.work))
+        self._slice_tokens = slice_tokens or usual
         self._requests = Lock()  # one request at a time has keys and values, as planned
         self._calls = Threads(1, "grating-generate")
         self._turn = Lock()  # held for one pass: held for a stream, an open stream would block all others
@@ -257,9 +256,9 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
         )
 
     def _next_token(
-        self, model: CausalLM, ids: list[int], cache: KeyValueCache, sampler: Sampler, peak: PeakMemory | None
+        self, model: CausalLM, ids: list[int], cache: Cache, sampler: Sampler, peak: PeakMemory | None
     ) -> int:
-        return sampler.pick(advance(model, ids, cache, chunk_tokens=self._chunk_tokens, peak=peak))
+        return sampler.pick(advance(model, ids, cache, slice_tokens=self._slice_tokens, peak=peak))
 
     @property
     def model(self) -> CausalLM:

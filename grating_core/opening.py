@@ -13,7 +13,6 @@ from typing import Protocol
 import torch
 
 from grating_core.columns.install import mlp_pruning
-from grating_core.engine.attention import CACHED_ATTENTION, PACKED_ATTENTION
 from grating_core.engine.scorer import Scorer
 from grating_core.errors import UnsupportedModelError
 from grating_core.files.places import expanded
@@ -26,7 +25,7 @@ from grating_core.models.adapter import Adapter, find_adapter
 from grating_core.models.causal_lm import CausalLM, StoredCausalLM
 from grating_core.models.cross_encoder import CrossEncoder, Shape, StoredCrossEncoder
 from grating_core.models.directory import find_model
-from grating_core.models.families import Family
+from grating_core.models.family import Family
 from grating_core.models.gguf import GgufModel, is_gguf
 from grating_core.models.hub import Hub
 from grating_core.models.identity import fingerprint
@@ -214,13 +213,12 @@ def open_reranker(settings: RerankSettings) -> OpenReranker:
     device, dtype, directory, adapter = _find(settings)
     stored: StoredReranker
     if is_gguf(directory):
-        stored = GgufModel(directory, device=device, dtype=dtype, attention=PACKED_ATTENTION, adapter=adapter)
+        stored = GgufModel(directory, device=device, dtype=dtype, adapter=adapter)
     else:
         stored = StoredCrossEncoder(
             directory,
             device=device,
             dtype=dtype,
-            attention=PACKED_ATTENTION,
             adapter=adapter,
             lasting=settings.budget is not None,
         )
@@ -255,7 +253,6 @@ def open_language_model(settings: GenerationSettings) -> OpenLanguageModel:
         directory,
         device=device,
         dtype=dtype,
-        attention=CACHED_ATTENTION,
         adapter=adapter,
         lasting=settings.budget is not None,
         pruning=mlp_pruning(settings.mlp_density, show_progress=settings.show_progress),

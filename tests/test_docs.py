@@ -138,6 +138,16 @@ def test_the_picture_of_the_rooms_is_in_the_order_of_imports() -> None:
     ]
 
 
+def test_the_family_that_is_the_example_is_in_the_code() -> None:
+    root = DOCS.parent
+    text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Adding a model family")[1]
+    shown = re.findall(r"^```(?:python|text)\n(.*?)^```", text.split("\n## ")[0], re.MULTILINE | re.DOTALL)
+    files = ("grating_core/models/decoders.py", "tests/core/conftest.py")
+    code = "".join((root / file).read_text(encoding="utf-8") for file in files)
+    assert len(shown) == 4
+    assert [block for block in shown if block not in code] == []
+
+
 @pytest.mark.parametrize(
     ("page", "names"),
     [

@@ -61,7 +61,7 @@ def bench(
         made = make_requests(documents, asked, candidates=candidates, count=requests, seed=seed, fewest=1)
         with Reranker.open(settings) as reranker:
             directory, window = reranker.model_path, reranker.max_length
-        _, family = read_config(directory)
+        family = read_config(directory).family
         job = Job(
             directory=str(directory),
             requests=[(request.query, list(request.documents)) for request in made],

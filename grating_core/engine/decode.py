@@ -1,7 +1,7 @@
 """Generating is made of passes: the next tokens of a sequence go through all layers, and give logits.
 
-A prompt is treated like a single token, only longer. The loop over layers is outside and the loop over chunks
-inside, so that a streamed layer is read once for all chunks.
+A prompt is treated like a single token, only longer. The loop over layers is outside and the loop over slices
+inside, so that a streamed layer is read once for all slices.
 """
 
 from __future__ import annotations
@@ -12,27 +12,28 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from grating_core.engine.attention import Continuation
-from grating_core.engine.kv_cache import KeyValueCache
 from grating_core.engine.ragged import filled
 from grating_core.errors import ScoreError
+from grating_core.layers.attention import Span, ragged_attention
+from grating_core.layers.keys_values import KeysValues
+from grating_core.layers.layer import finished, keys_and_values, prepared, queries
+from grating_core.layers.rotary import Angles
 from grating_core.memory.meter import PeakMemory
 from grating_core.models.causal_lm import CausalLM
+from grating_core.models.layered import Layer
+
+Cache = list[KeysValues]
+"""Keys and values of the tokens so far, of each layer."""
 
 
-def new_cache(model: CausalLM, tokens: int) -> KeyValueCache:
+def new_cache(model: CausalLM, tokens: int) -> Cache:
     """Make room for the keys and values of a sequence of so many tokens."""
-    return KeyValueCache(model.depth, *model.keys, tokens, dtype=model.dtype, device=model.device)
+    return [KeysValues(spec, tokens, dtype=model.dtype, device=model.device) for spec in model.spec.layers]
 
 
 @torch.inference_mode()
 def advance(
-    model: CausalLM,
-    input_ids: list[int],
-    cache: KeyValueCache,
-    *,
-    chunk_tokens: int,
-    peak: PeakMemory | None = None,
+    model: CausalLM, input_ids: list[int], cache: Cache, *, slice_tokens: int, peak: PeakMemory | None = None
 ) -> Tensor:
     """Put the next tokens of a sequence through the model.
 
@@ -41,7 +42,7 @@ def advance(
         input_ids: Token ids, at least one.
         cache: Keys and values of the tokens before, with room for those of the next tokens, which are added. After
             an error the cache is of no use any more.
-        chunk_tokens: The most tokens computed at once.
+        slice_tokens: The most tokens computed at once.
         peak: The meter of peak memory, which looks after every layer of a prompt; None for none.
 
     Returns:
@@ -51,17 +52,19 @@ def advance(
         FileError: Weights cannot be read.
         ScoreError: The logits are not all finite.
     """
-    count = len(input_ids)
+    count, before = len(input_ids), cache[0].tokens
     ids = torch.tensor(input_ids, device=model.device)
-    positions = torch.arange(cache.tokens, cache.tokens + count, device=model.device)[None]
-    chunks = _chunks(count, chunk_tokens)
+    positions = torch.arange(before, before + count, device=model.device)
+    angles = model.angles(positions)
+    slices = _slices(count, slice_tokens)
     try:
         model.prepare(ids)
-        hidden = model.embed(ids[None], torch.zeros_like(ids)[None], positions)
-        for number in range(1, model.depth + 1):
-            with model.layer(number):
-                for chunk in chunks:
-                    hidden[:, chunk] = _run_layer(model, number, hidden[:, chunk], positions[:, chunk], cache)
+        hidden = model.embed(ids, torch.zeros_like(ids), positions)
+        for number, kept in enumerate(cache, 1):
+            with model.layer(number) as layer:
+                turned = None if layer.spec.rotary is None else angles[layer.spec.rotary]
+                for part in slices:
+                    hidden[part] = _step(layer, hidden[part], None if turned is None else turned.at(part), kept)
             if peak is not None and count > 1:
                 peak.look()
     finally:
@@ -75,20 +78,23 @@ def advance(
     return logits
 
 
-def _chunks(count: int, most: int) -> list[slice]:
-    """Divide tokens into even parts, because a part of a single token would be pruned."""
+def _slices(count: int, most: int) -> list[slice]:
+    """Divide tokens into even slices, because a slice of a single token would be pruned."""
     parts = -(-count // most)
     edges = [count * part // parts for part in range(parts + 1)]
     return [slice(start, end) for start, end in pairwise(edges)]
 
 
-def _run_layer(model: CausalLM, number: int, hidden: Tensor, positions: Tensor, cache: KeyValueCache) -> Tensor:
-    tokens = hidden.shape[1]
-    fill = filled(tokens) - tokens if tokens > 1 else 0
-    output = model.run_layer(
-        number,
-        pad(hidden, (0, 0, 0, fill)),
-        pad(positions, (0, fill)),
-        attention=Continuation(cache, tokens),
-    )
-    return output[:, :tokens]
+def _step(layer: Layer, hidden: Tensor, angles: Angles | None, kept: KeysValues) -> Tensor:
+    """Take the next tokens through a layer: hidden states ``[T, D]`` to hidden states of the same shape."""
+    spec, weights, mlp = layer
+    tokens, first = len(hidden), kept.tokens
+    if fill := filled(tokens) - tokens if tokens > 1 else 0:
+        hidden = pad(hidden, (0, 0, 0, fill))
+        angles = angles and Angles(*(pad(part, (0, 0, 0, fill)) for part in angles))
+    states = prepared(spec, weights, hidden)
+    key, value = keys_and_values(spec, weights, states, angles)
+    kept.extend(key[:, :tokens], value[:, :tokens])
+    query = queries(spec, weights, states, angles)
+    attended = ragged_attention(spec, query, [Span(slice(0, tokens), kept.key, kept.value, first)])
+    return finished(spec, weights, hidden, attended, mlp)[:tokens]

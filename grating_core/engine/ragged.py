@@ -1,131 +1,250 @@
-"""A ragged batch packs all pairs along one token axis, without padding."""
+"""A ragged batch packs the pairs of all requests of a pass along one token axis, without padding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from grating_core.memory.hidden import FILL
+from grating_core.models.family import Pooling
 from grating_core.text.pairs import Segments, TokenisedPair
 
 _WORTH_SHARING = 8  # tokens
 
+Encoded = Sequence[Sequence[TokenisedPair]]
+"""The windows of each candidate of a request; every window has tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A piece is consecutive tokens of the token axis that belong to one sequence.
+
+    Attributes:
+        request: Number of the request.
+        candidate: Number of the candidate in its request; None for the tokens that a request's sequences share.
+        length: Number of the piece's tokens.
+        before: Number of shared tokens of the request that come before it; 0 without any.
+        segments: Places of query and document, counted from the first shared token; None for the shared tokens.
+    """
+
+    request: int
+    candidate: int | None
+    length: int
+    before: int = 0
+    segments: Segments | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part is what a slice has of a piece.
+
+    Attributes:
+        piece: The piece.
+        rows: Place of the tokens in the slice.
+        start: Number of the first of them in the piece.
+    """
+
+    piece: Piece
+    rows: slice
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """The number of the token after the last, in the piece."""
+        return self.start + int(self.rows.stop - self.rows.start)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the slice has the whole piece."""
+        return self.stop - self.start == self.piece.length
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A slice is consecutive tokens that go through a step of a layer together.
+
+    Attributes:
+        tokens: Place on the token axis.
+        parts: What the slice has of each piece, in order.
+        keys: Whether the slice's keys and values are computed in this step.
+        queries: Whether the slice's queries and output are computed in this step.
+        changed: Whether the hidden states that this step leaves are needed.
+    """
+
+    tokens: slice
+    parts: tuple[Part, ...]
+    keys: bool = True
+    queries: bool = True
+    changed: bool = True
+
+    @property
+    def rows(self) -> int:
+        """The number of rows that are computed, fill included."""
+        return filled(self.tokens.stop - self.tokens.start)
+
+    def asked(self, only: Pooling) -> list[tuple[Part, Part]]:
+        """Return each part whose output is asked for, and what of it is asked for.
+
+        Args:
+            only: ``"first"`` or ``"last"`` if only the output of that token of each sequence is needed, whose rows
+                are then counted from 0 without gaps; ``"mean"`` for the output of all tokens.
+        """
+        if only == "mean":
+            return [(part, part) for part in self.parts]
+        found = list[tuple[Part, Part]]()
+        for part in self.parts:
+            place = 0 if only == "first" else part.piece.length - 1
+            if part.piece.candidate is not None and part.start <= place < part.stop:
+                row = len(found)
+                found.append((part, Part(part.piece, slice(row, row + 1), place)))
+        return found
+
 
 @dataclass(frozen=True)
 class RaggedBatch:
-    """A ragged batch joins the sequences of N candidates. A candidate has one sequence, or several windows.
+    """A ragged batch joins the sequences of all candidates. A candidate has one sequence, or several windows.
 
-    All sequences can share the tokens that they begin with. This prefix then comes once, before them.
+    The sequences of a request can share the tokens that they begin with. These tokens then come once, before them.
 
     Attributes:
-        input_ids: Token ids, int64 ``[T]``: the shared prefix, and then all sequences one after the other.
+        input_ids: Token ids, int64 ``[T]``.
         token_type_ids: Types of the tokens, int64 ``[T]``.
-        prefix: Number P of tokens in the shared prefix; 0 without one.
-        lengths: Number of tokens of each sequence without the prefix; P and these sum to T.
-        windows: Number of sequences of each of the N candidates.
-        segments: Places of query and document in each sequence, counted from the prefix's first token.
+        pieces: The pieces along the token axis.
     """
 
     input_ids: Tensor
     token_type_ids: Tensor
-    prefix: int
-    lengths: tuple[int, ...]
-    windows: tuple[int, ...]
-    segments: tuple[Segments, ...]
+    pieces: tuple[Piece, ...]
 
     @classmethod
-    def pack(
-        cls, candidates: Sequence[Sequence[TokenisedPair]], device: torch.device, *, share_prefix: bool
-    ) -> RaggedBatch:
-        """Join the sequences of all candidates.
+    def pack(cls, requests: Sequence[Encoded], device: torch.device, *, share_prefix: bool) -> RaggedBatch:
+        """Join the sequences of all requests.
 
         Args:
-            candidates: The windows of each candidate; every window has tokens.
+            requests: The requests, each with a candidate or more.
             device: Device that the batch goes to.
-            share_prefix: Whether to take once what all sequences begin with. This is only right for models whose
-                tokens do not see what comes after them.
+            share_prefix: Whether to take once what all sequences of a request begin with. This is only right for
+                models whose tokens do not see what comes after them.
         """
-        pairs = [pair for windows in candidates for pair in windows]
-        prefix = _common_prefix([pair.input_ids for pair in pairs]) if share_prefix else 0
-        ids, types = pairs[0].input_ids[:prefix], pairs[0].token_type_ids[:prefix]
-        for pair in pairs:
-            ids += pair.input_ids[prefix:]
-            types += pair.token_type_ids[prefix:]
-        return cls(
-            torch.tensor(ids, device=device),
-            torch.tensor(types, device=device),
-            prefix,
-            tuple(len(pair.input_ids) - prefix for pair in pairs),
-            tuple(map(len, candidates)),
-            tuple(pair.segments for pair in pairs),
-        )
-
-    def __len__(self) -> int:
-        return len(self.windows)
+        ids: list[int] = []
+        types: list[int] = []
+        pieces: list[Piece] = []
+        for request, candidates in enumerate(requests):
+            sequences = [(number, pair) for number, windows in enumerate(candidates) for pair in windows]
+            prefix = common_prefix([pair.input_ids for _, pair in sequences]) if share_prefix else 0
+            if prefix:
+                ids += sequences[0][1].input_ids[:prefix]
+                types += sequences[0][1].token_type_ids[:prefix]
+                pieces.append(Piece(request, None, prefix))
+            for number, pair in sequences:
+                ids += pair.input_ids[prefix:]
+                types += pair.token_type_ids[prefix:]
+                pieces.append(Piece(request, number, len(pair.input_ids) - prefix, prefix, pair.segments))
+        return cls(torch.tensor(ids, device=device), torch.tensor(types, device=device), tuple(pieces))
 
     @property
     def tokens(self) -> int:
-        """The number T of all tokens together."""
-        return self.prefix + sum(self.lengths)
+        """The number T of all tokens."""
+        return len(self.input_ids)
 
     @property
     def longest(self) -> int:
-        """The number of tokens of the longest piece that is never divided: a sequence, or the prefix."""
-        return max(self.prefix, *self.lengths)
+        """The number of tokens of the longest sequence, what it shares included."""
+        return max(piece.before + piece.length for piece in self.pieces)
+
+    @property
+    def tokens_by_request(self) -> Counter[int]:
+        """The number of tokens of each request."""
+        found = Counter[int]()
+        for piece in self.pieces:
+            found[piece.request] += piece.length
+        return found
 
     def positions(self) -> Tensor:
-        """Return each token's position within its sequence, the prefix included, from 0: int64 ``[T]``."""
-        device = self.input_ids.device
-        lengths = torch.tensor(self.lengths, device=device)
-        origins = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-        return torch.arange(self.tokens, device=device) - pad(origins, (self.prefix, 0))
-
-    def chunks(self, max_tokens: int) -> Iterator[Chunk]:
-        """Divide the batch into chunks of at most ``max_tokens`` tokens; a longer sequence is a chunk by itself.
-
-        The first chunk begins with the prefix, and has nothing else if the first sequence does not fit beside it.
-        """
-        first, start, tokens, prefix = 0, 0, self.prefix, self.prefix
-        for index, length in enumerate(self.lengths):
-            if tokens and tokens + length > max_tokens:
-                yield self._chunk(slice(start, start + tokens), prefix, slice(first, index))
-                first, start, tokens, prefix = index, start + tokens, 0, 0
-            tokens += length
-        yield self._chunk(slice(start, start + tokens), prefix, slice(first, None))
-
-    def _chunk(self, tokens: slice, prefix: int, sequences: slice) -> Chunk:
-        return Chunk(tokens, prefix, self.lengths[sequences], self.segments[sequences])
-
-    def token_index(self, keep: Sequence[int]) -> Tensor:
-        """Return where the prefix's and the kept candidates' tokens are on the token axis, int64."""
-        device = self.input_ids.device
-        kept = torch.zeros(len(self), dtype=torch.bool, device=device)
-        kept[torch.tensor(keep, dtype=torch.int64, device=device)] = True
-        kept = kept.repeat_interleave(torch.tensor(self.windows, device=device))
-        kept = kept.repeat_interleave(torch.tensor(self.lengths, device=device))
-        return pad(kept, (self.prefix, 0), value=True).nonzero()[:, 0]
-
-    def select(self, keep: Sequence[int]) -> RaggedBatch:
-        """Return the batch of the kept candidates only; ``keep`` is ascending."""
-        index = self.token_index(keep)
-        ends = list(accumulate(self.windows))
-        sequences = [i for kept in keep for i in range(ends[kept] - self.windows[kept], ends[kept])]
-        return RaggedBatch(
-            self.input_ids[index],
-            self.token_type_ids[index],
-            self.prefix,
-            tuple(self.lengths[i] for i in sequences),
-            tuple(self.windows[i] for i in keep),
-            tuple(self.segments[i] for i in sequences),
+        """Return the positions of all tokens, int64 ``[T]``, counted from 0 within each sequence."""
+        origins = (
+            self._lengths.cumsum(0) - self._lengths - self._of_pieces([piece.before for piece in self.pieces])
         )
+        return torch.arange(self.tokens, device=self.input_ids.device) - origins.repeat_interleave(self._lengths)
+
+    @property
+    def _lengths(self) -> Tensor:
+        return self._of_pieces([piece.length for piece in self.pieces])
+
+    def _of_pieces(self, numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=self.input_ids.device)
+
+    def slices(self, most: int, *, changed: bool = True, only: Pooling = "mean") -> list[Slice]:
+        """Divide the batch into slices of at most ``most`` tokens, in the order in which they go through a layer.
+
+        A piece that is longer goes through the layer twice: first its keys and values, then the rest.
+
+        Args:
+            most: The most tokens of a slice.
+            changed: Whether hidden states after the layer are needed.
+            only: See :meth:`Slice.asked`.
+        """
+        found: list[Slice] = []
+        start, waiting = 0, list[Piece]()
+
+        def flush() -> None:
+            nonlocal start
+            if waiting:
+                ends = list(accumulate((piece.length for piece in waiting), initial=0))
+                parts = (Part(p, slice(a, b), 0) for p, (a, b) in zip(waiting, pairwise(ends), strict=True))
+                found.append(Slice(slice(start, start + ends[-1]), tuple(parts), changed=changed))
+                start += ends[-1]
+                waiting.clear()
+
+        room = most
+        for piece in self.pieces:
+            if piece.length > room:
+                flush()
+                room = most
+            if piece.length > most:
+                found += _twice(piece, start, most, changed, only)
+                start += piece.length
+            else:
+                waiting.append(piece)
+                room -= piece.length
+        flush()
+        return found
+
+    def select(self, keep: Mapping[int, Collection[int]]) -> tuple[RaggedBatch, Tensor]:
+        """Return the batch of some candidates only, and where its tokens were, int64 and ascending.
+
+        Args:
+            keep: Numbers of the candidates to keep, by request. Without any, a request leaves as a whole.
+        """
+        kept = [
+            bool(keep.get(piece.request)) and (piece.candidate is None or piece.candidate in keep[piece.request])
+            for piece in self.pieces
+        ]
+        marks = torch.tensor(kept, dtype=torch.bool, device=self.input_ids.device)
+        index = marks.repeat_interleave(self._lengths).nonzero()[:, 0]
+        pieces = tuple(piece for piece, stays in zip(self.pieces, kept, strict=True) if stays)
+        return RaggedBatch(self.input_ids[index], self.token_type_ids[index], pieces), index
 
 
-def _common_prefix(sequences: Sequence[list[int]]) -> int:
+def _twice(piece: Piece, start: int, most: int, changed: bool, only: Pooling) -> Iterator[Slice]:
+    """Yield the slices of a long piece that begins at ``start``: first for keys and values, then for the rest."""
+    count = -(-piece.length // most)
+    edges = [piece.length * number // count for number in range(count + 1)]
+    places = [(slice(start + a, start + b), (Part(piece, slice(0, b - a), a),)) for a, b in pairwise(edges)]
+    for tokens, parts in places:
+        yield Slice(tokens, parts, queries=False, changed=False)
+    for tokens, parts in places:
+        rest = Slice(tokens, parts, keys=False, changed=changed)
+        if rest.asked(only):
+            yield rest
+
+
+def common_prefix(sequences: Sequence[list[int]]) -> int:
     """Count the tokens that all sequences begin with, but for the last of each; 0 where sharing does not pay."""
     if len(sequences) < 2:
         return 0
@@ -136,34 +255,12 @@ def _common_prefix(sequences: Sequence[list[int]]) -> int:
     return length if length >= _WORTH_SHARING else 0
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """A chunk is consecutive sequences that are computed together.
-
-    Attributes:
-        tokens: Place of the chunk on the token axis.
-        prefix: Number of these tokens that belong to the shared prefix; 0 except in the first chunk.
-        lengths: Number of tokens of each sequence.
-        segments: Places of query and document in each sequence, counted from the prefix's first token.
-    """
-
-    tokens: slice
-    prefix: int
-    lengths: tuple[int, ...]
-    segments: tuple[Segments, ...]
-
-    @property
-    def rows(self) -> int:
-        """The number of rows that are computed for the chunk, fill included."""
-        return filled(self.tokens.stop - self.tokens.start)
-
-
 def filled(rows: int) -> int:
     """Round a number of rows up to one of few numbers.
 
-    A matrix kernel is made for each number of rows, and kept. Every new chunk would bring an odd number, which
+    A matrix kernel is made for each number of rows, and kept. Every new slice would bring an odd number, which
     costs some MB; multiples of 16 to 64 share their kernels. Above 128 rows at most one row in nine is fill, and
-    one in a hundred at the usual chunk.
+    one in a hundred at the usual slice.
     """
     step = min(FILL, max(16, 1 << max(0, (rows - 1).bit_length() - 4)))
     return -(-rows // step) * step

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import groupby
 from time import perf_counter
 
@@ -12,23 +13,21 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from grating_core.engine.forward import Outcome, forward
-from grating_core.engine.ragged import RaggedBatch, filled
-from grating_core.files.places import cache_directory
+from grating_core.engine.job import Job
+from grating_core.engine.one_pass import Outcome, run_pass
 from grating_core.forking import Lock
 from grating_core.lens.features import Provisional
 from grating_core.lens.pruning import Pruning
-from grating_core.lens.requests import Request
+from grating_core.lens.recalibrate import Logged
 from grating_core.lifetime import closed_error
-from grating_core.memory.hidden import HiddenInMemory, HiddenOnDisk, HiddenStates
-from grating_core.memory.meter import PeakMemory
-from grating_core.memory.plan import LARGEST_WORK, MemoryPlan
+from grating_core.memory.plan import MemoryPlan, largest_slice
 from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.pruning import Off
-from grating_core.results import RankedDocument, RerankResult, Trace
+from grating_core.requests import Request
+from grating_core.results import RerankResult, Trace
 from grating_core.text.pairs import Template, TokenisedPair
 
-_CHUNK_TOKENS = {"cuda": 32768, "mps": 8192}  # on the CPU it depends on the size of the layers
+_SLICE_TOKENS = {"cuda": 32768, "mps": 8192}  # on the CPU it depends on the size of the layers
 _GROUP = 256  # pairs that scores() holds in memory at a time
 Pause = Callable[[], bool]
 """A function that is called before each chunk, and returns whether to give up."""
@@ -52,9 +51,9 @@ class Scorer:
         self.model = model
         self.template = template
         self.plan = plan
-        usual = _CHUNK_TOKENS.get(model.device.type, LARGEST_WORK // model.work)
-        self.chunk_tokens = plan.chunk_tokens if plan else usual
-        """The most tokens that are computed at once. A sequence is never divided."""
+        usual = _SLICE_TOKENS.get(model.device.type, largest_slice(model.work))
+        self.slice_tokens = plan.slice_tokens if plan else usual
+        """The most tokens that are computed at once. A longer sequence is divided."""
         self.takes_turns = plan is not None or model.remembers
         self.turn: AbstractContextManager[None] = Lock() if self.takes_turns else nullcontext()
         self._closed = False
@@ -88,29 +87,8 @@ class Scorer:
         if not documents:
             return RerankResult([], Trace((), self.model.depth, (), (), perf_counter() - started))
         candidates = self.template.encode(query, documents)
-        batch = self._pack(candidates)
-        peak = None if self.plan is None else PeakMemory(self.model.device)
-        outcome = self._forward(batch, pruning, top_k=min(top_k, len(batch)), peak=peak, pause=pause)
-        ranking = [
-            RankedDocument(winner.index, winner.score, documents[winner.index], winner.estimated)
-            for winner in outcome.winners
-        ]
-        usage = outcome.usage
-        trace = Trace(
-            layers=tuple(outcome.layers),
-            depth=self.model.depth,
-            lengths=tuple(sum(len(pair.input_ids) for pair in windows) for windows in candidates),
-            truncated=tuple(index for index, windows in enumerate(candidates) if windows[0].truncated),
-            windows=batch.windows,
-            shared_prefix=batch.prefix,
-            seconds=perf_counter() - started,
-            seconds_waited=usage.seconds_waited,
-            bytes_read=usage.bytes_read,
-            bytes_spilled=usage.bytes_spilled,
-            embedding_hit_rate=usage.hit_rate,
-            peak_memory=None if peak is None else peak.bytes,
-        )
-        return RerankResult(ranking, trace)
+        job = Job[Outcome](lambda: candidates, top_k=min(top_k, len(documents)), pruning=pruning, pause=pause)
+        return self._run(job).result(documents)
 
     def scores(self, pairs: Sequence[tuple[str, str]], *, show_progress: bool = False) -> list[float]:
         """Compute the full model's score of each pair of query and text.
@@ -123,18 +101,17 @@ class Scorer:
         with tqdm(total=len(pairs), unit="pair", disable=not show_progress) as bar:
             for start in range(0, len(pairs), _GROUP):
                 group = pairs[start : start + _GROUP]
-                batch = self._pack(
-                    [
-                        windows
-                        for query, same in groupby(group, key=lambda pair: pair[0])
-                        for windows in self.template.encode(query, [text for _, text in same])
-                    ]
-                )
-                found += self._forward(batch, _UNPRUNED, first_number=start).layers[-1].scores
+                candidates = [
+                    windows
+                    for query, same in groupby(group, key=lambda pair: pair[0])
+                    for windows in self.template.encode(query, [text for _, text in same])
+                ]
+                job = Job[Outcome](partial(_same, candidates), first_number=start)
+                found += self._run(job).trace.layers[-1].scores
                 bar.update(len(group))
         return found
 
-    def full_scores(self, request: Request, pause: Pause) -> tuple[float, ...]:
+    def full_scores(self, request: Logged, pause: Pause) -> tuple[float, ...]:
         """Compute the full model's score of each document of a request.
 
         Args:
@@ -149,8 +126,8 @@ class Scorer:
                 torch.accelerator.synchronize(device)
             return pause()
 
-        batch = self._pack(self.template.encode(request.query, request.documents))
-        return self._forward(batch, _UNPRUNED, pause=caught_up).layers[-1].scores
+        candidates = self.template.encode(request.query, request.documents)
+        return self._run(Job[Outcome](lambda: candidates, pause=caught_up)).trace.layers[-1].scores
 
     def observe(self, request: Request, observer: Provisional) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Compute a request to the end while an observer reads the hidden states after each layer.
@@ -164,51 +141,16 @@ class Scorer:
             Final scores, float32 ``[N]``, and the numbers of the candidates' tokens, int64 ``[N]``.
         """
         candidates = [windows[:1] for windows in self.template.encode(request.query, request.documents)]
-        batch = self._pack(candidates)
-        outcome = self._forward(batch, Pruning(Off(), observer))
-        return np.array(outcome.layers[-1].scores, dtype=np.float32), np.array(batch.lengths)
+        trace = self._run(Job[Outcome](lambda: candidates, pruning=Pruning(Off(), observer))).trace
+        return np.array(trace.layers[-1].scores, dtype=np.float32), np.array(trace.lengths)
 
-    def _pack(self, candidates: Sequence[Sequence[TokenisedPair]]) -> RaggedBatch:
-        return RaggedBatch.pack(candidates, self.model.device, share_prefix=self.model.causal)
-
-    def _forward(
-        self,
-        batch: RaggedBatch,
-        pruning: Pruning,
-        *,
-        top_k: int = 1,
-        first_number: int = 0,
-        peak: PeakMemory | None = None,
-        pause: Pause | None = None,
-    ) -> Outcome:
+    def _run(self, job: Job[Outcome]) -> Outcome:
         with self.turn:
             if self._closed and self.model.remembers:  # while this call waited
                 raise closed_error("Reranker")
-            try:
-                with self._room(batch) as hidden:
-                    return forward(
-                        self.model,
-                        batch,
-                        hidden,
-                        pruning,
-                        top_k=top_k,
-                        chunk_tokens=self.chunk_tokens,
-                        first_number=first_number,
-                        peak=peak,
-                        pause=pause,
-                    )
-            finally:
-                self.model.rewind()
+            run_pass(self.model, [job], slice_tokens=self.slice_tokens, plan=self.plan)
+        return job.future.result()
 
-    @contextmanager
-    def _room(self, batch: RaggedBatch) -> Iterator[HiddenStates]:
-        """Provide room for the hidden states of a batch: in memory, or on disk if the plan says so."""
-        model = self.model
-        shape = (batch.tokens, model.width, model.dtype, model.device)
-        if self.plan is None or not self.plan.spills(batch.tokens):
-            yield HiddenInMemory(*shape)
-            return
-        # The largest chunk of the batch may be too small: when candidates leave, chunks can become larger.
-        rows = filled(max(self.chunk_tokens, batch.longest))
-        with HiddenOnDisk(*shape, rows=rows, directory=cache_directory(), meter=model.meter) as hidden:
-            yield hidden
+
+def _same(candidates: list[list[TokenisedPair]]) -> list[list[TokenisedPair]]:
+    return candidates

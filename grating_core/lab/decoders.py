@@ -60,9 +60,7 @@ def _architecture(directory: Path) -> Any:
 
     transformers itself makes up weights that are missing.
     """
-    with closing(
-        StoredCausalLM(directory, device=torch.device("cpu"), dtype=torch.float32, attention=None)
-    ) as model:
+    with closing(StoredCausalLM(directory, device=torch.device("cpu"), dtype=torch.float32)) as model:
         return getattr(transformers, model.family.architecture)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from grating_core.layers.activations import ACTIVATIONS
+from grating_core.layers.epilogues import activated, added, multiplied
 from grating_core.layers.linear import Weights, linear, normed
 from grating_core.layers.rotary import Angles, rotated
 from grating_core.layers.spec import LayerSpec
@@ -53,21 +53,31 @@ def finished(
         attended: What attention gave to the same tokens, ``[T, heads, head size]``.
         mlp: The function in the place of the layer's own MLP; None for its own.
     """
-    output = linear(attended.flatten(1), weights, "output")
+    attended = attended.flatten(1)
     if spec.norm_behind:
-        hidden = normed(output.add_(hidden), weights, "attention_norm", spec.norm)
-        output = _mlp(spec, weights, hidden) if mlp is None else mlp(hidden, weights)
-        return normed(output.add_(hidden), weights, "output_norm", spec.norm)
-    output = normed(output, weights, "attention_norm", spec.norm)
-    hidden = hidden.add(output, alpha=spec.residual)
-    states = normed(hidden, weights, "mlp_norm", spec.norm)
-    output = _mlp(spec, weights, states) if mlp is None else mlp(states, weights)
-    return hidden.add_(normed(output, weights, "output_norm", spec.norm), alpha=spec.residual)
+        states = normed(added(attended, weights, "output", hidden), weights, "attention_norm", spec.norm)
+        return normed(_with_mlp(spec, weights, states, states, mlp), weights, "output_norm", spec.norm)
+    if "attention_norm.weight" in weights:
+        output = normed(linear(attended, weights, "output"), weights, "attention_norm", spec.norm)
+        hidden = hidden.add(output, alpha=spec.residual)
+    else:
+        hidden = added(attended, weights, "output", hidden, spec.residual)
+    return _with_mlp(spec, weights, normed(hidden, weights, "mlp_norm", spec.norm), hidden, mlp)
 
 
-def _mlp(spec: LayerSpec, weights: Weights, states: Tensor) -> Tensor:
-    act = ACTIVATIONS[spec.activation]
+def _with_mlp(spec: LayerSpec, weights: Weights, states: Tensor, hidden: Tensor, mlp: Mlp | None) -> Tensor:
+    """Return hidden states plus the MLP's output for states."""
+    normed_first = not spec.norm_behind and "output_norm.weight" in weights
+    if mlp is None and not normed_first:
+        return added(_inner(spec, weights, states), weights, "down", hidden, spec.residual)
+    output = linear(_inner(spec, weights, states), weights, "down") if mlp is None else mlp(states, weights)
+    if normed_first:
+        output = normed(output, weights, "output_norm", spec.norm)
+    return hidden.add(output, alpha=spec.residual)
+
+
+def _inner(spec: LayerSpec, weights: Weights, states: Tensor) -> Tensor:
+    """Return what the MLP has inside, ``[T, F]``."""
     if not spec.gated:
-        return linear(act(linear(states, weights, "up")), weights, "down")
-    gate = act(linear(states, weights, "gate"))
-    return linear(gate.mul_(linear(states, weights, "up")), weights, "down")
+        return activated(states, weights, "up", spec.activation)
+    return multiplied(states, weights, "up", activated(states, weights, "gate", spec.activation))

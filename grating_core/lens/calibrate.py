@@ -10,9 +10,10 @@ from grating_core import arguments
 from grating_core.arguments import whole_number
 from grating_core.lens.fit import fit
 from grating_core.lens.observations import Observe, observe_all
-from grating_core.lens.requests import FEWEST_REQUESTS, Request, make_requests
+from grating_core.lens.requests import FEWEST_REQUESTS, make_requests
 from grating_core.lens.store import CalibratedLens, require_room_for_lens
 from grating_core.models.cross_encoder import Shape
+from grating_core.requests import Request
 
 Corpora = Mapping[str, Iterable[str]]
 

@@ -8,115 +8,166 @@ layers how similar the tokens of the query are to those of the document (as in S
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from itertools import groupby
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
+from grating_core.lens.partwise import PartwiseFeatures
+from grating_core.lens.whole import SIMILARITIES, whole_features
 from grating_core.models.cross_encoder import Shape
-
-if TYPE_CHECKING:
-    from grating_core.text.pairs import Segments
+from grating_core.text.pairs import Segments, Span
 
 # Beyond this part of the layers, token similarities add nothing to what the states themselves say.
 _SIMILARITY_PART = 6
-_SIMILARITIES = 5
+_TOGETHER = 4096  # query tokens, or tokens of a prefix, up to which whole sequences are looked at together
 
 
-class Sequences(Protocol):
-    """Sequences follow each other on the token axis; see :class:`grating_core.engine.ragged.Chunk`."""
-
-    @property
-    def prefix(self) -> int:
-        """The number of tokens of the shared prefix before the first sequence here."""
+class Piece(Protocol):
+    """A piece is one sequence of a pass: a document's window, or the prefix that a request's sequences share."""
 
     @property
-    def lengths(self) -> tuple[int, ...]:
-        """The number of tokens of each sequence without the prefix."""
+    def length(self) -> int:
+        """The number of its own tokens."""
 
     @property
-    def segments(self) -> tuple[Segments, ...]:
-        """Where query and document are in each sequence, counted from the prefix's first token."""
+    def before(self) -> int:
+        """The number of tokens of the request's prefix before them; 0 without one, and for the prefix itself."""
+
+    @property
+    def segments(self) -> Segments | None:
+        """The places of query and document, counted from the prefix's first token; None for a prefix."""
 
 
-Reader = Callable[[Tensor, Sequences], Tensor]
-"""A function that gives a score, float32 ``[N]``, to each sequence in hidden states ``[1, T, D]``."""
+class Part(Protocol):
+    """A part is what a slice has of a piece; see :class:`grating_core.engine.ragged.Part`."""
+
+    @property
+    def piece(self) -> Piece:
+        """The piece."""
+
+    @property
+    def rows(self) -> slice:
+        """The place of the part's tokens in the slice."""
+
+    @property
+    def start(self) -> int:
+        """The number of the part's first token in the piece."""
+
+
+class Reader(Protocol):
+    """A reader gives a score to each sequence of one request, by the hidden states after one layer."""
+
+    def see(self, states: Tensor, parts: Sequence[Part]) -> None:
+        """Take what a slice has of the request. The slices come in order.
+
+        Args:
+            states: Hidden states of the slice, ``[T, D]``; they may change after the call.
+            parts: The request's parts in the slice, one directly behind the other. The prefix comes first. A piece
+                that is cut comes to its end before the next begins.
+        """
+
+    def scores(self) -> Tensor:
+        """Return the scores after the last slice, float32 ``[N]``: one for each piece but the prefix, in order."""
 
 
 class Provisional(Protocol):
     """This protocol reads provisional scores after each layer, and before the first."""
 
-    def reader(self, number: int, prefix: int) -> Reader:
-        """Return a reader of the scores of one request after a layer.
-
-        Args:
-            number: The layer; 0 stands for the token embeddings.
-            prefix: Number of tokens that all sequences share. The reader must be called for their chunk first.
-        """
+    def reader(self, number: int) -> Reader:
+        """Return a fresh reader for one request after a layer; layer 0 stands for the token embeddings."""
 
 
 class Features:
-    """This class computes the features of a lens after one layer, chunk after chunk of a request.
+    """This class computes the features of a lens for the sequences of one request, after one layer.
+
+    The features of a sequence are
+
+    * the state that the head reads, ``[D]``;
+    * the mean over query tokens, the mean over document tokens, and the product of the two, ``[D]`` each;
+    * in the first layers the mean product of each query token and the document token most similar to it, ``[D]``,
+      and five numbers: the mean and the least of each query token's best cosine, the mean of all cosines, the mean
+      of each document token's best cosine, and the logarithm of the document's length.
+
+    Where a text has no tokens, its mean and all similarities are zero.
 
     Args:
         number: The layer; 0 stands for the token embeddings.
         depth: Number of layers of the model.
-        prefix: Number P of tokens that all sequences share. The first chunk must have them.
-        pooling: The token that the head reads: ``"first"``, ``"last"``, or ``"mean"`` of all.
+        pooling: The token that the head reads: ``"first"``, ``"last"``, or ``"mean"`` of all but the prefix.
     """
 
-    def __init__(self, number: int, depth: int, prefix: int, pooling: str) -> None:
+    def __init__(self, number: int, depth: int, pooling: str) -> None:
         self._similarities = compares_tokens(number, depth)
-        self._prefix = prefix
         self._pooling = pooling
-        self._shared: Tensor | None = None  # states of the prefix
+        self._prefix: Tensor | None = None
+        self._partwise: PartwiseFeatures | None = None  # of a sequence that has not come to its end
 
-    def __call__(self, hidden: Tensor, sequences: Sequences) -> Tensor:
-        """Compute the features of the sequences.
-
-        Args:
-            hidden: Hidden states, ``[1, T, D]`` or longer: the prefix, if the chunk has it, then the sequences.
-            sequences: The division of the token axis.
+    def see(self, states: Tensor, parts: Sequence[Part]) -> Tensor:
+        """Take what a slice has of the request, see :meth:`Reader.see`.
 
         Returns:
-            The features, float32 ``[N, F]`` with F of :func:`feature_count`.
+            The features of the sequences that end here, float32 ``[N, F]`` with F of :func:`feature_count`.
         """
-        if sequences.prefix:
-            self._shared = hidden[0, : sequences.prefix].clone()
-        own = hidden[0, sequences.prefix :]
-        if not sequences.lengths:  # the prefix alone
-            return own.new_empty(0, feature_count(own.shape[1], self._similarities), dtype=torch.float32)
-        found = []
-        start = 0
-        for length, segments in zip(sequences.lengths, sequences.segments, strict=True):
-            found.append(self._of_one(own[start : start + length], segments))
-            start += length
-        return torch.stack(found)
+        if self._prefix is None:
+            self._prefix = states[:0]
+        found = [states.new_empty(0, feature_count(states.shape[1], self._similarities), dtype=torch.float32)]
+        for asked, some in groupby(parts, _query_length):
+            if asked is None:
+                for part in some:
+                    found += self._of_part(self._prefix, states[part.rows], part)
+            else:
+                found += self._of_whole(self._prefix, states, list(some), _TOGETHER // max(1, asked))
+        return torch.cat(found)
 
-    def _of_one(self, states: Tensor, segments: Segments) -> Tensor:
-        query, document = self._part(states, segments.query), self._part(states, segments.document)
-        read = self._read(states).float()
-        asked, told = _mean(query), _mean(document)
-        features = [read, asked, told, asked * told]
-        if self._similarities:
-            features += _compared(query, document)
-        return torch.cat(features)
+    def _of_whole(self, prefix: Tensor, states: Tensor, parts: list[Part], most: int) -> list[Tensor]:
+        sequences = [states[part.rows] for part in parts]
+        queries, documents = [], []
+        for part, own in zip(parts, sequences, strict=True):
+            segments = part.piece.segments or Segments()
+            queries.append(_text(prefix, own, part.piece.before, segments.query))
+            documents.append(_text(prefix, own, part.piece.before, segments.document))
+        some = [slice(first, first + most) for first in range(0, len(parts), most)]
+        return [
+            whole_features(
+                sequences[few], queries[few], documents[few], self._pooling, similarities=self._similarities
+            )
+            for few in some
+        ]
 
-    def _read(self, states: Tensor) -> Tensor:
-        if self._pooling == "mean":
-            return _mean(states)
-        return states[-1 if self._pooling == "last" else 0]
+    def _of_part(self, prefix: Tensor, states: Tensor, part: Part) -> list[Tensor]:
+        piece = part.piece
+        if piece.segments is None:
+            self._prefix = torch.cat((prefix, states))
+            return []
+        if part.start == 0:
+            self._partwise = PartwiseFeatures(
+                piece.segments, prefix, piece.length, self._pooling, similarities=self._similarities
+            )
+        assert self._partwise is not None, "a piece came without its beginning"
+        self._partwise.see(states)
+        if part.start + len(states) < piece.length:
+            return []
+        values, self._partwise = self._partwise.values(), None
+        return [values[None]]
 
-    def _part(self, states: Tensor, span: tuple[int, int]) -> Tensor:
-        """Return the states of a span, which may begin in the prefix."""
-        start, stop = span
-        own = states[max(0, start - self._prefix) : max(0, stop - self._prefix)]
-        if start >= self._prefix or self._shared is None:
-            return own
-        return torch.cat((self._shared[start : min(stop, self._prefix)], own))
+
+def _query_length(part: Part) -> int | None:
+    """Return the number of query tokens of a sequence that is whole; None for what comes part by part."""
+    piece = part.piece
+    if piece.segments is None or part.rows.stop - part.rows.start < piece.length or piece.before > _TOGETHER:
+        return None
+    return min(_TOGETHER, piece.segments.query[1] - piece.segments.query[0])
+
+
+def _text(prefix: Tensor, own: Tensor, before: int, span: Span) -> Tensor:
+    """Return the states of a text, which may begin in the prefix."""
+    start, stop = span
+    states = own[max(0, start - before) : max(0, stop - before)]
+    return states if start >= before else torch.cat((prefix[start : min(stop, before)], states))
 
 
 def compares_tokens(number: int, depth: int) -> bool:
@@ -126,27 +177,7 @@ def compares_tokens(number: int, depth: int) -> bool:
 
 def feature_count(width: int, similarities: bool) -> int:
     """Return the number F of features of a model of this width."""
-    return 5 * width + _SIMILARITIES if similarities else 4 * width
-
-
-def _mean(states: Tensor) -> Tensor:
-    """Return the mean of states, float32 ``[D]``; zero where there are no tokens."""
-    return states.sum(0, dtype=torch.float32) / max(1, len(states))
-
-
-def _compared(query: Tensor, document: Tensor) -> list[Tensor]:
-    """Compare query and document tokens: mean product with the most similar token, and means of cosines."""
-    if not len(query) or not len(document):
-        return [query.new_zeros(query.shape[1] + _SIMILARITIES, dtype=torch.float32)]
-    # float32 is used because kernels for bfloat16 are made and kept for each shape, and every pair has its own.
-    cosines = normalize(query.float(), dim=1) @ normalize(document.float(), dim=1).T
-    best, match = cosines.max(1)
-    product = (query.float() * document[match].float()).mean(0)
-    length = torch.tensor(float(len(document)), device=query.device).log()
-    return [
-        product,
-        torch.stack((best.mean(), best.min(), cosines.mean(), cosines.max(0).values.mean(), length)),
-    ]
+    return 5 * width + SIMILARITIES if similarities else 4 * width
 
 
 @dataclass(frozen=True)
@@ -201,12 +232,28 @@ class Lens:
         maps = [LayerMap(one.weight.to(device), one.bias.to(device)) for one in self.maps]
         return Lens(maps, self.pooling)
 
-    def reader(self, number: int, prefix: int) -> Reader:
+    def reader(self, number: int) -> Estimates:
         """See :meth:`Provisional.reader`."""
-        features = Features(number, len(self.maps), prefix, self.pooling)
-        layer = self.maps[number]
+        return Estimates(Features(number, len(self.maps), self.pooling), self.maps[number])
 
-        def estimate(hidden: Tensor, sequences: Sequences) -> Tensor:
-            return features(hidden, sequences) @ layer.weight + layer.bias
 
-        return estimate
+class Estimates:
+    """Estimates are what a lens reads after one layer; see :class:`Reader`.
+
+    Args:
+        features: The features of the request.
+        layer: The layer's map.
+    """
+
+    def __init__(self, features: Features, layer: LayerMap) -> None:
+        self._features = features
+        self._layer = layer
+        self._found: list[Tensor] = []
+
+    def see(self, states: Tensor, parts: Sequence[Part]) -> None:
+        """See :meth:`Reader.see`."""
+        self._found.append(self._features.see(states, parts) @ self._layer.weight + self._layer.bias)
+
+    def scores(self) -> Tensor:
+        """See :meth:`Reader.scores`."""
+        return torch.cat(self._found)

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from grating_core.files.places import cache_directory, storing
 from grating_core.files.writing import temporary_file
-from grating_core.lens.features import Features, Reader, Sequences
-from grating_core.lens.requests import Request
+from grating_core.lens.features import Features, Part
 from grating_core.models.cross_encoder import Shape
+from grating_core.requests import Request
 
 Floats = NDArray[np.float32]
 
@@ -35,16 +35,30 @@ class Observer:
         self.features: list[list[Tensor]] = [[] for _ in range(depth)]
         """Parts of the features after each layer from 0, together float32 ``[N, F]``."""
 
-    def reader(self, number: int, prefix: int) -> Reader:
+    def reader(self, number: int) -> Observed:
         """See :meth:`Provisional.reader`; the scores are all zero."""
-        features = Features(number, len(self.features), prefix, self._pooling)
+        return Observed(Features(number, len(self.features), self._pooling), self.features[number])
 
-        def observe(hidden: Tensor, sequences: Sequences) -> Tensor:
-            found = features(hidden, sequences)
-            self.features[number].append(found.cpu())
-            return found.new_zeros(len(found))
 
-        return observe
+class Observed:
+    """This class keeps what a lens would look at after one layer; see :class:`~grating_core.lens.features.Reader`.
+
+    Args:
+        features: The features of the request.
+        found: The list that parts of the features go to, float32 ``[N, F]`` together.
+    """
+
+    def __init__(self, features: Features, found: list[Tensor]) -> None:
+        self._features = features
+        self._found = found
+
+    def see(self, states: Tensor, parts: Sequence[Part]) -> None:
+        """See :meth:`Reader.see`."""
+        self._found.append(self._features.see(states, parts).cpu())
+
+    def scores(self) -> Tensor:
+        """Return zeros, float32 ``[N]``."""
+        return torch.zeros(sum(map(len, self._found)))
 
 
 Observe = Callable[[Request, Observer], tuple[Floats, NDArray[np.int64]]]

@@ -9,6 +9,7 @@ from grating_core.arguments import Guarantee
 from grating_core.lens.features import Provisional
 from grating_core.lens.store import CalibratedLens, warn_once
 from grating_core.pruning import ClusterPolicy, MarginPolicy, Off, PruningPolicy
+from grating_core.requests import Request
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,20 @@ class Pruning:
     policy: PruningPolicy
     lens: Provisional | None = None
     exact: bool = True
+
+
+def pruning_of(request: Request, by: PruningPolicy | ByLens, factor: float) -> Pruning:
+    """Decide how a request is pruned: by its own policy, or as the reranker prunes.
+
+    Args:
+        request: The request.
+        by: The reranker's policy, or the lens of the model.
+        factor: Recalibration's factor of the reranker's margins and thresholds.
+    """
+    if request.pruning is not None:
+        by, factor = request.pruning, 1.0
+    exact = request.scores == "exact"
+    return plan_pruning(by, len(request.documents), request.top_k, exact=exact, factor=factor)
 
 
 def plan_pruning(

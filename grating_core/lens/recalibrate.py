@@ -11,7 +11,7 @@ import random
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -23,9 +23,9 @@ from grating_core.errors import StorageError
 from grating_core.files.places import go_on_without_cache
 from grating_core.forking import Interrupted, computed, tell_of_forks
 from grating_core.lens.pruning import ByLens
-from grating_core.lens.requests import Request
 from grating_core.lens.state import RECENT, Sampling, State, state_path
 from grating_core.pruning import ClusterPolicy, Margins, PruningPolicy
+from grating_core.requests import Request
 
 IDLE = 1.0  # seconds without a caller before anything is computed again
 MOST_WAITING = 32  # requests that wait to be computed again; older ones are outdated
@@ -43,13 +43,17 @@ _log = logging.getLogger("grating")
 
 
 @dataclass(frozen=True)
-class Logged(Request):
+class Logged:
     """This class holds a request that will be computed again. It is never written to disk.
 
     Attributes:
+        query: The query.
+        documents: The N documents.
         found: Indices of the K documents that were returned.
     """
 
+    query: str
+    documents: Sequence[str]
     found: tuple[int, ...]
 
     def kept(self, scores: Sequence[float]) -> float:
@@ -140,6 +144,16 @@ class Recalibration(Generic[Owner]):
                 self._callers.discard(one)  # a child that was forked during the call does not have it
                 self._quiet_since = monotonic()
                 self.changed.notify_all()
+
+    def saw(self, request: Request, found: Sequence[int]) -> None:
+        """Sample an answered request, unless it was not pruned by what is recalibrated.
+
+        Args:
+            request: The request.
+            found: Indices of the documents that were returned.
+        """
+        if request.pruning is None and request.top_k < len(request.documents):
+            self.sample(Logged(request.query, request.documents, tuple(found)))
 
     def sample(self, request: Logged) -> None:
         """Decide at random whether to compute the request again. If too many wait, the oldest is forgotten."""
@@ -259,6 +273,12 @@ class Recalibrated(Protocol):
     recalibration: Recalibration[Any] | None
 
 
+def calling(watched: Recalibrated) -> AbstractContextManager[None]:
+    """Return a context in which somebody waits for an answer, so that nothing is computed for recalibration."""
+    recalibration = watched.recalibration
+    return nullcontext() if recalibration is None else recalibration.caller()
+
+
 def for_a_caller(
     method: Callable[Concatenate[Watched, Arguments], Returned],
 ) -> Callable[Concatenate[Watched, Arguments], Returned]:
@@ -266,8 +286,7 @@ def for_a_caller(
 
     @wraps(method)
     def call(self: Watched, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
-        recalibration = self.recalibration
-        with nullcontext() if recalibration is None else recalibration.caller():
+        with calling(self):
             return computed(method, self, *args, **kwargs)
 
     return call

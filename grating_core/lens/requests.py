@@ -5,20 +5,13 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from grating_core.requests import Request
+
 _QUERY_WORDS = (4, 24)  # the fewest and the most words of a query that is made of a text
 FEWEST_REQUESTS = 20
-
-
-@dataclass(frozen=True)
-class Request:
-    """A request is a query and the texts to rank for it."""
-
-    query: str
-    documents: Sequence[str]
 
 
 def make_requests(

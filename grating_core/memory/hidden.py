@@ -40,6 +40,10 @@ class Span(Protocol):
     def rows(self) -> int:
         """The number of rows that are computed for the span, fill included."""
 
+    @property
+    def changed(self) -> bool:
+        """Whether the states that the caller leaves are needed later."""
+
 
 AnySpan = TypeVar("AnySpan", bound=Span)
 
@@ -55,7 +59,7 @@ class HiddenInMemory:
     """
 
     def __init__(self, tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (1, tokens + FILL, width)
+        shape = (tokens + FILL, width)
         if device.type == "cpu":
             # This memory goes back to the system at the end. The allocator might keep parts of it.
             private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
@@ -64,29 +68,26 @@ class HiddenInMemory:
         else:
             self._states = torch.zeros(shape, dtype=dtype, device=device)
 
-    def visit(
-        self, spans: Sequence[AnySpan], *, read: bool = True, write: bool = True
-    ) -> Iterator[tuple[AnySpan, Tensor]]:
+    def visit(self, spans: Sequence[AnySpan], *, read: bool = True) -> Iterator[tuple[AnySpan, Tensor]]:
         """Go through the spans in their order.
 
         Args:
-            spans: The spans, which divide the token axis without gaps.
+            spans: The spans. Those that are changed do not overlap.
             read: Whether the caller needs the states from before.
-            write: Whether the states that the caller writes are needed later.
 
         Returns:
-            Each span with its states ``[1, rows, D]``: first the span's tokens, then fill with arbitrary values.
-            The tokens' rows are kept as they are when the caller asks for the next span.
+            Each span with its states ``[rows, D]``: first the span's tokens, then fill with arbitrary values. If
+            the span is changed, the tokens' rows are kept as they are when the caller asks for the next span.
         """
         for span in spans:  # the fill of a span is the beginning of the next span
-            yield span, self._states[:, span.tokens.start : span.tokens.start + span.rows]
+            yield span, self._states[span.tokens.start : span.tokens.start + span.rows]
 
     def keep(self, index: Tensor) -> None:
         """Keep only the tokens at ``index`` on the token axis, int64 and ascending."""
         # Tokens only move forward, so moving them piece by piece never overwrites a token that has to move later.
         for start in range(0, len(index), _GATHERED):
             part = index[start : start + _GATHERED]
-            self._states[:, start : start + len(part)] = self._states[:, part]
+            self._states[start : start + len(part)] = self._states[part]
 
 
 class HiddenOnDisk:
@@ -123,7 +124,7 @@ class HiddenOnDisk:
         self._row_bytes = width * dtype.itemsize
         self._device = device
         self._where = torch.arange(tokens)  # row in the file of each token alive
-        self._buffers = [torch.zeros(1, rows, width, dtype=dtype) for _ in range(3)]
+        self._buffers = [torch.zeros(rows, width, dtype=dtype) for _ in range(3)]
         try:
             # The room is taken before computing begins, so that a full disk is noticed at once.
             self._file: FileIO = temporary_file(directory, tokens * self._row_bytes, buffering=0)
@@ -139,16 +140,14 @@ class HiddenOnDisk:
         self._mover.close()
         self._file.close()
 
-    def visit(
-        self, spans: Sequence[AnySpan], *, read: bool = True, write: bool = True
-    ) -> Iterator[tuple[AnySpan, Tensor]]:
+    def visit(self, spans: Sequence[AnySpan], *, read: bool = True) -> Iterator[tuple[AnySpan, Tensor]]:
         """See :meth:`HiddenInMemory.visit`; raises :class:`StorageError` when the disk fails."""
         moves: list[Future[None]] = []
         busy: list[Future[None] | None] = [None] * len(self._buffers)  # the last move of each buffer
 
         def move(what: Callable[[Tensor, Tensor], None], number: int) -> None:
             place = number % len(self._buffers)
-            states = self._buffers[place][0, : _length(spans[number].tokens)]
+            states = self._buffers[place][: _length(spans[number].tokens)]
             moves.append(self._mover.submit(what, self._where[spans[number].tokens], states))
             busy[place] = moves[-1]
 
@@ -159,10 +158,10 @@ class HiddenOnDisk:
             self._wait(busy[place])
             if read and number + 1 < len(spans):
                 move(self._read, number + 1)
-            states = self._buffers[place][:, : span.rows]
+            states = self._buffers[place][: span.rows]
             part = states.to(self._device)
             yield span, part
-            if write:
+            if span.changed:
                 if part is not states:
                     states.copy_(part)
                 move(self._write, number)

@@ -42,6 +42,10 @@ class Meter:
         """Return the difference between these totals and an earlier copy of them."""
         return Meter(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
 
+    def __add__(self, other: Meter) -> Meter:
+        """Return the sum of two meters."""
+        return Meter(*(own + further for own, further in zip(astuple(self), astuple(other), strict=True)))
+
     @property
     def column_hit_rate(self) -> float | None:
         """The share of the wanted columns that were in memory; None if no column was wanted."""

@@ -11,8 +11,12 @@ from grating_core.memory.hidden import FILL
 # The first rerank loads code, threads and kernels, and a request has lists: 40 to 75 MB were measured.
 RUNTIME = 76_000_000
 _FEWEST_ROWS = 1024
+_SMALLEST_SLICE = 256  # tokens; with fewer, reading a layer's weights from memory is not worth it
+_USUAL_SLICE = 512
+_SMALLEST_PROMPT = 128  # tokens of a prompt that are computed at once
+_PASS = 16 * 1024  # tokens; with these, computing a layer takes far longer than reading its weights
 _USUAL_HIDDEN = 64 * 512  # tokens whose hidden states get memory before resident weights do
-LARGEST_WORK = 32_000_000  # bytes of intermediate results; larger chunks were no faster
+LARGEST_WORK = 32_000_000  # bytes of intermediate results; larger slices were no faster
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,8 @@ class ModelSizes:
         converted: Whether weights are converted while they are read, which takes a buffer.
         hidden: Hidden states of one token.
         work: The most bytes of intermediate results for one token.
-        window: Number of tokens of the longest piece that is never divided; for a reranker, the longest pair.
-        keys: Keys and values of the longest generated text, its prompt included; 0 for a reranker.
+        window: Number of tokens of the longest pair, or of the longest prompt with its continuation.
+        keys: Keys and values of so many tokens: of one layer, or of all layers of a model that generates.
         table_needed: Whether the whole embedding table is always needed, because it is the output embedding too.
         columns: All columns of the MLPs, if those are pruned; ``layers`` then lacks these weights.
         staging: The buffer that columns are read into.
@@ -44,7 +48,7 @@ class ModelSizes:
     hidden: int
     work: int
     window: int
-    keys: int = 0
+    keys: int
     table_needed: bool = False
     columns: int = 0
     staging: int = 0
@@ -58,7 +62,7 @@ class MemoryPlan:
         budget: The budget, in bytes.
         sizes: Sizes of the model's parts.
         resident: Numbers of the layers that stay in memory, from 1; the others are streamed.
-        chunk_tokens: The most tokens that are computed at once. A longer candidate is computed alone.
+        slice_tokens: The most tokens that are computed at once. A longer sequence is divided.
         embedding_rows: Number of rows of the embedding table in memory; all rows if the table is resident.
         hidden_tokens: The most tokens of a request whose hidden states stay in memory. Larger ones are spilled.
         column_share: The share of each layer's MLP that stays in memory, if the MLPs are pruned.
@@ -68,7 +72,7 @@ class MemoryPlan:
     budget: int
     sizes: ModelSizes
     resident: tuple[int, ...]
-    chunk_tokens: int
+    slice_tokens: int
     embedding_rows: int
     hidden_tokens: int
     column_share: float = 0.0
@@ -85,6 +89,11 @@ class MemoryPlan:
         return self.embedding_rows == self.sizes.vocabulary
 
     @property
+    def pass_tokens(self) -> int:
+        """The most tokens of several requests that go through the layers together; a larger request goes alone."""
+        return max(self.hidden_tokens - FILL, _PASS)
+
+    @property
     def parts(self) -> dict[str, int]:
         """The bytes of each part of the plan, by purpose."""
         sizes = self.sizes
@@ -96,12 +105,13 @@ class MemoryPlan:
             "two layer buffers": 2 * max(streamed, default=0),
             "conversion buffer": PIECE if sizes.converted else 0,
             "embedding rows": self.embedding_rows * sizes.row + 8 * sizes.vocabulary,
-            "intermediate results": max(self.chunk_tokens, sizes.window) * sizes.work,
+            "intermediate results": self.slice_tokens * sizes.work,
+            "keys and values": sizes.keys,
             "hidden states": self.hidden_tokens * sizes.hidden,
         }
         if sizes.columns:
             parts |= {"columns": int(self.column_share * sizes.columns), "arriving columns": sizes.staging}
-        return parts | ({"keys and values": sizes.keys} if sizes.keys else {})
+        return parts
 
     @property
     def total(self) -> int:
@@ -126,7 +136,7 @@ def make_plan(sizes: ModelSizes, budget: int) -> MemoryPlan:
 
     The parts that the model cannot run without come first. The others follow in the order of the reading and
     writing that a byte of memory saves: hidden states of a usual request, embedding rows, resident layers. Larger
-    chunks, the whole embedding table and more hidden states come last; larger chunks gain only a percent or two.
+    slices, the whole embedding table and more hidden states come last; larger slices gain only a percent or two.
 
     Args:
         sizes: Sizes of the model's parts.
@@ -135,29 +145,35 @@ def make_plan(sizes: ModelSizes, budget: int) -> MemoryPlan:
     Raises:
         BudgetError: The budget is too small; the error states the smallest that works.
     """
-    largest_chunk = max(sizes.window, LARGEST_WORK // sizes.work)
-    smallest = _smallest(sizes, budget, hidden_tokens=_three_spans(sizes.window))
-    usual = max(_USUAL_HIDDEN, _three_spans(largest_chunk))
-    resident = replace(_everything(smallest, largest_chunk), hidden_tokens=usual)
+    largest = largest_slice(sizes.work)
+    smallest = _smallest(sizes, budget, _SMALLEST_SLICE, hidden_tokens=_three_spans(_SMALLEST_SLICE))
+    usual = max(_USUAL_HIDDEN, _three_spans(largest))
+    resident = replace(_everything(smallest, largest), hidden_tokens=usual)
     _check(smallest, resident, f"documents of up to {sizes.window:,} tokens")
     plan = _more_rows(smallest, 4 * _FEWEST_ROWS)
+    plan = _larger_slice(plan, _USUAL_SLICE)
     plan = _more_hidden(plan, _USUAL_HIDDEN)
     plan = _more_rows(plan, sizes.vocabulary // 10)
     plan = _more_layers(plan)
     if sizes.columns and not plan.streamed:
-        plan = _more_columns(_larger_chunk(plan, largest_chunk))  # each chunk reads columns of its own
+        plan = _more_columns(_larger_slice(plan, largest))  # each slice reads columns of its own
     elif not plan.streamed:
-        plan = _larger_chunk(plan, largest_chunk)
+        plan = _larger_slice(plan, largest)
         table = replace(plan, embedding_rows=sizes.vocabulary)
         plan = table if table.total <= budget else plan
     return _more_hidden(plan, budget)
+
+
+def largest_slice(work: int) -> int:
+    """Return the most tokens that are worth computing at once, if each has ``work`` bytes of results."""
+    return max(_SMALLEST_SLICE, LARGEST_WORK // work)
 
 
 def make_generation_plan(sizes: ModelSizes, budget: int, max_length: int) -> MemoryPlan:
     """Spend a budget on a language model that generates.
 
     The parts that the model cannot run without come first, including keys and values of the longest text. Resident
-    layers follow, because every other layer is read for each token. Larger chunks and the whole embedding table
+    layers follow, because every other layer is read for each token. Larger slices and the whole embedding table
     come last.
 
     Args:
@@ -168,36 +184,37 @@ def make_generation_plan(sizes: ModelSizes, budget: int, max_length: int) -> Mem
     Raises:
         BudgetError: The budget is too small; the error states the smallest that works.
     """
-    # Larger chunks of a prompt read the columns of pruned MLPs less often, but leave less memory for columns.
+    # Larger slices of a prompt read the columns of pruned MLPs less often, but leave less memory for columns.
     work = budget // 50 if sizes.columns else LARGEST_WORK
-    largest_chunk = max(sizes.window, min(max_length, work // sizes.work))
-    smallest = _smallest(sizes, budget, hidden_tokens=max_length)
-    everything = _everything(smallest, largest_chunk)
+    fewest = min(_SMALLEST_PROMPT, max_length)
+    largest = max(fewest, min(max_length, work // sizes.work))
+    smallest = _smallest(sizes, budget, fewest, hidden_tokens=max_length)
+    everything = _everything(smallest, largest)
     _check(smallest, everything, f"prompts with continuations of up to {max_length:,} tokens")
     plan = _more_layers(smallest)
-    larger = replace(plan, chunk_tokens=largest_chunk)
+    larger = replace(plan, slice_tokens=largest)
     plan = _more_columns(larger if larger.total <= budget else plan)
     return everything if everything.total <= budget else plan
 
 
-def _smallest(sizes: ModelSizes, budget: int, hidden_tokens: int) -> MemoryPlan:
+def _smallest(sizes: ModelSizes, budget: int, slice_tokens: int, hidden_tokens: int) -> MemoryPlan:
     depth = len(sizes.layers)
     return MemoryPlan(
         budget=budget,
         sizes=sizes,
         # Two buffers would take as much as one or two layers.
         resident=_all_but(depth, depth if depth > 2 else 0),
-        chunk_tokens=sizes.window,
+        slice_tokens=slice_tokens,
         embedding_rows=sizes.vocabulary if sizes.table_needed else min(_FEWEST_ROWS, sizes.vocabulary),
         hidden_tokens=hidden_tokens,
     )
 
 
-def _everything(smallest: MemoryPlan, chunk_tokens: int) -> MemoryPlan:
+def _everything(smallest: MemoryPlan, slice_tokens: int) -> MemoryPlan:
     return replace(
         smallest,
         resident=_all_but(len(smallest.sizes.layers), 0),
-        chunk_tokens=chunk_tokens,
+        slice_tokens=slice_tokens,
         embedding_rows=smallest.sizes.vocabulary,
         column_share=1.0,
     )
@@ -228,9 +245,9 @@ def _more_hidden(plan: MemoryPlan, wanted: int) -> MemoryPlan:
     return replace(plan, hidden_tokens=max(plan.hidden_tokens, possible))
 
 
-def _larger_chunk(plan: MemoryPlan, wanted: int) -> MemoryPlan:
-    larger = replace(plan, chunk_tokens=wanted, hidden_tokens=max(plan.hidden_tokens, _three_spans(wanted)))
-    return larger if plan.chunk_tokens < wanted and larger.total <= plan.budget else plan
+def _larger_slice(plan: MemoryPlan, wanted: int) -> MemoryPlan:
+    larger = replace(plan, slice_tokens=wanted, hidden_tokens=max(plan.hidden_tokens, _three_spans(wanted)))
+    return larger if plan.slice_tokens < wanted and larger.total <= plan.budget else plan
 
 
 def _more_layers(plan: MemoryPlan) -> MemoryPlan:

@@ -8,7 +8,7 @@ from time import perf_counter
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from grating_core.errors import FileError
 from grating_core.memory.checkpoint import Checkpoint
@@ -19,8 +19,8 @@ _GAP = 8 * 1024  # bytes; rows that are closer than this are read together
 _BATCH = 256  # rows that are read before they are copied into the cache
 
 
-class RowCache(nn.Module):
-    """A row cache replaces an ``nn.Embedding`` and keeps the rows that were used last; others are on disk.
+class RowCache:
+    """A row cache stands for an embedding table. It keeps the rows that were used last; others are on disk.
 
     One request at a time may use the cache.
 
@@ -31,7 +31,6 @@ class RowCache(nn.Module):
         dtype: The dtype that rows are converted to.
         device: The device of the rows.
         meter: The meter that counts bytes, hits and misses.
-        scale: The factor of rows that are looked up; None for 1.
     """
 
     def __init__(
@@ -43,14 +42,11 @@ class RowCache(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         meter: Meter,
-        scale: Tensor | None = None,
     ) -> None:
-        super().__init__()
         self._checkpoint = checkpoint
         self._table = table
         self._capacity = capacity
         self._meter = meter
-        self._scale = None if scale is None else scale.to(device, dtype)
         vocabulary, width = table.shape
         self._row_bytes = width * FLOATS[table.kind].itemsize
         self._rows = torch.empty(capacity, width, dtype=dtype, device=device)
@@ -70,8 +66,8 @@ class RowCache(nn.Module):
         self._meter.rows_wanted += len(wanted)
         self._hold(wanted[: self._capacity])
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Return the rows of tokens, ``[…, D]``, as ``nn.Embedding`` does."""
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """Return the rows of tokens, ``[…, D]``, for int64 ``[…]``."""
         tokens = input_ids.cpu().numpy().reshape(-1)
         found = torch.empty(len(tokens), self._rows.shape[1], dtype=self._rows.dtype, device=self._rows.device)
         # One lookup takes no more tokens than there are places, so that it never evicts its own rows.
@@ -80,8 +76,7 @@ class RowCache(nn.Module):
             self._hold(np.unique(part))
             places = torch.from_numpy(self._place[part].astype(np.int64)).to(self._rows.device)
             torch.index_select(self._rows, 0, places, out=found[start : start + len(part)])
-        rows = found.view(*input_ids.shape, -1)
-        return rows if self._scale is None else rows.mul_(self._scale)
+        return found.view(*input_ids.shape, -1)
 
     def _hold(self, tokens: NDArray[np.int64]) -> None:
         """Read the rows that are not in memory. The tokens are ascending, and no more than there are places."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
+from grating_core.layers.activations import ACTIVATIONS
+from grating_core.layers.spec import Role
 from grating_core.memory.header import StoredTensor
-from grating_core.models.families import Config, Family
+from grating_core.models.family import Configuration, Family, Fields
+from grating_core.models.layout import layer_names, outside_names
+from grating_core.models.rope import FULL, NEEDS, SLIDING, read_ropes
 
 _LARGEST = 2**31
 _MOST_LAYERS = 10_000
@@ -25,11 +29,41 @@ _REAL = {
     "embedding_multiplier", "residual_multiplier", "attention_multiplier",
 }  # fmt: skip
 _ROPE = ("rope_parameters", "rope_scaling")
-_FULL = "full_attention"
-_LAYER_TYPES = {_FULL, "sliding_attention"}
+_ACTIVATIONS = {"hidden_act", "hidden_activation", "classifier_activation"}
 
-# These fields change the mathematics, except with None, False, 0 and the values here. A transformers class that
-# does not know a field ignores it, and computes other scores.
+# What a field must be, by its name or by the type of its default.
+_KINDS: dict[str, tuple[Any, str]] = {
+    "head_dim": (int, "a whole number"),
+    "num_key_value_heads": (int, "a whole number"),
+    "original_max_position_embeddings": (int, "a whole number"),
+    "eos_token_id": (int | list, "a token's number, or a list of them"),
+    "layer_types": (list, "a list of texts"),
+    **dict.fromkeys(("id2label", *_ROPE), (dict, "an object")),
+}
+_KINDS_OF_DEFAULTS: dict[type, tuple[Any, str]] = {
+    bool: (bool, "true or false"),
+    str: (str, "a text"),
+    int: (int, "a whole number"),
+    float: (int | float, "a number"),
+}
+# With null these have a meaning of their own; the other fields may be null only if that is their default.
+_NULL = {
+    "num_key_value_heads", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "eos_token_id",
+}  # fmt: skip
+
+# The fields that say how many rows the weight of a role has, or how many heads.
+_ROWS: dict[Any, str] = {
+    "table": "vocab_size", "positions": "max_position_embeddings", "types": "type_vocab_size",
+    "gate": "intermediate_size", "up": "intermediate_size",
+}  # fmt: skip
+_HEADS: dict[Any, str] = {"query": "num_attention_heads", "key": "num_key_value_heads"}
+
+# These fields must have this value, if a configuration has them.
+_CAUSAL = {"is_causal": True, "use_bidirectional_attention": False}
+_BOTH_WAYS = {"is_decoder": False, "add_cross_attention": False}
+
+# These fields change the mathematics, except with None, False, 0 and the values here. A family that does not know
+# such a field would compute other scores.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("absolute",),
     "pruned_heads": ({},),
@@ -59,21 +93,27 @@ _QUANTISED = re.compile(
 )
 
 
-def check_numbers(path: Path, fields: Mapping[str, Any]) -> None:
-    """Refuse numbers of a ``config.json`` that no model has.
+def check_values(path: Path, stated: Fields, family: Family) -> None:
+    """Refuse values of a ``config.json`` that no model has.
 
     Raises:
-        ModelNotFoundError: There is such a number; the message names file, field and value.
+        ModelNotFoundError: There is such a value; the message names file, field and value.
     """
-    for name, value in _numbers(fields):
+    for name, value in _numbers(stated):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         largest = _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST
         if name in _WHOLE and not (number and isinstance(value, int) and 1 <= value <= largest):
-            raise ModelNotFoundError(f"{path} has {name}={_shown(value)}, which must be a whole number, 1 or more")
+            raise _senseless(path, name, value, "a whole number, 1 or more")
         if name in _REAL and not (number and 0 < value < math.inf):
-            raise ModelNotFoundError(f"{path} has {name}={_shown(value)}, which must be a number above 0")
+            raise _senseless(path, name, value, "a number above 0")
         if isinstance(value, float) and not math.isfinite(value):
             raise ModelNotFoundError(f"{path} has {name}={value}, which is no number")
+    for name, default in family.defaults.items():
+        value = stated.get(name, default)
+        kind, wanted = _KINDS.get(name) or _KINDS_OF_DEFAULTS[type(default)]
+        null = value is None and (default is None or name in _NULL)
+        if not null and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+            raise _senseless(path, name, value, wanted)
 
 
 def _numbers(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -87,60 +127,79 @@ def _numbers(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def check_implemented(path: Path, fields: Mapping[str, Any], config: Config, family: Family) -> None:
+def check_implemented(path: Path, stated: Fields, fields: Fields, family: Family) -> None:
     """Refuse a model whose mathematics grating does not implement.
 
+    Args:
+        path: The ``config.json``.
+        stated: What it says.
+        fields: The fields that the family knows, completed by its defaults.
+        family: The model's family.
+
     Raises:
+        ModelNotFoundError: The types of layers are not those of the layers.
         UnsupportedModelError: The model is such a one; the message names file, field and value.
     """
-    known = family.module_class.config_class()
     for name, neutral in _NEUTRAL.items():
-        value = fields.get(name)
-        ignored = not hasattr(known, name) and not (family.read_config and name.startswith("scale_"))
-        off = name == "sliding_window" and fields.get("use_sliding_window") is False
-        if ignored and not off and value not in (None, False, 0, *neutral):
+        value = stated.get(name)
+        off = name == "sliding_window" and stated.get("use_sliding_window") is False
+        if name not in family.defaults and not off and value not in (None, False, 0, *neutral):
             raise _unsupported(path, name, value)
-    if not family.causal:
-        for name in ("is_decoder", "add_cross_attention"):
-            if getattr(config, name, False):
-                raise _unsupported(path, name, True)
-    else:
-        if getattr(config, "use_bidirectional_attention", False):
-            raise _unsupported(path, "use_bidirectional_attention", True, "only causal decoders are supported")
-        if fields.get("is_causal") is False:
-            raise _unsupported(path, "is_causal", False, "only causal decoders are supported")
-    _check_layer_types(path, fields, config)
-    for name in _ROPE:
-        rope = fields.get(name)
-        parts = [rope, *rope.values()] if isinstance(rope, dict) else []
-        if any(
-            isinstance(part, dict) and "longrope" in (part.get("rope_type"), part.get("type")) for part in parts
-        ):
-            raise _unsupported(path, "rope_type", "longrope", "with it a score depends on the other documents")
-    if (pooling := getattr(config, "classifier_pooling", "cls")) not in ("cls", "mean"):
+    for name, only in {**(_CAUSAL if family.causal else _BOTH_WAYS), **family.fixed}.items():
+        if (value := stated.get(name)) not in (None, only):
+            raise _unsupported(path, name, value)
+    for name in _ACTIVATIONS & fields.keys():
+        if fields[name] not in ACTIVATIONS:
+            raise _unsupported(path, name, fields[name])
+    _check_layer_types(path, stated, fields)
+    if "rope_parameters" in fields:
+        _check_ropes(path, fields)
+    if (pooling := fields.get("classifier_pooling", "cls")) not in ("cls", "mean"):
         raise _unsupported(path, "classifier_pooling", pooling)
-    if family.head_module is None and config.num_labels != 1:
+    if "num_labels" in fields and (labels := _labels(fields)) != 1:
         raise UnsupportedModelError(
-            f"{path} describes {config.num_labels} labels; a reranker has one relevance score. "
+            f"{path} describes {labels} labels; a reranker has one relevance score. "
             f"Classifiers with several labels cannot rank"
         )
 
 
-def _check_layer_types(path: Path, fields: Mapping[str, Any], config: Config) -> None:
-    stated, known = fields.get("layer_types"), getattr(config, "layer_types", None)
-    if stated and known is None and set(map(str, stated)) != {_FULL}:
-        raise _unsupported(path, "layer_types", stated)
-    if known is None:
+def _labels(fields: Fields) -> int:
+    named = fields["id2label"]
+    return int(fields["num_labels"]) if named is None else len({int(number) for number in named})
+
+
+def _check_layer_types(path: Path, stated: Fields, fields: Fields) -> None:
+    types = stated.get("layer_types")
+    if types is None:
         return
-    if others := set(known) - _LAYER_TYPES:
-        raise _unsupported(path, "layer_types", sorted(map(str, others)))
-    if len(known) != config.num_hidden_layers:
+    if others := set(map(str, types)) - ({FULL, SLIDING} if "layer_types" in fields else {FULL}):
+        raise _unsupported(path, "layer_types", sorted(others))
+    if len(types) != fields["num_hidden_layers"]:
         raise ModelNotFoundError(
-            f"{path} has layer_types of {len(known)} layers, and num_hidden_layers={config.num_hidden_layers}"
+            f"{path} has layer_types of {len(types)} layers, and num_hidden_layers={fields['num_hidden_layers']}"
         )
-    window = getattr(config, "sliding_window", 1)
-    if set(known) != {_FULL} and not (isinstance(window, int) and window >= 1):
-        raise ModelNotFoundError(f"{path} has sliding_window={window!r}, which must be a whole number, 1 or more")
+
+
+def _check_ropes(path: Path, fields: Fields) -> None:
+    stated = fields["rope_parameters"] or {}
+    by_type = "rope_theta" not in fields
+    if by_type and stated and not {FULL, SLIDING} & stated.keys():
+        raise _unsupported(path, "rope_parameters", stated)
+    for rope in read_ropes(fields).values():
+        kind = rope["rope_type"]
+        if not isinstance(kind, str) or kind not in NEEDS:
+            why = "with it a score depends on the other documents" if kind == "longrope" else ""
+            raise _unsupported(path, "rope_type", kind, why)
+        if lacks := [name for name in NEEDS[kind] if name not in rope]:
+            raise ModelNotFoundError(f"{path} has rope_type={kind!r} without {lacks[0]}")
+        if (share := rope.get("partial_rotary_factor")) not in (None, 1):
+            raise _unsupported(path, "partial_rotary_factor", share)
+        if any(isinstance(value, dict) for value in rope.values()):
+            raise _unsupported(path, "rope_parameters", stated)
+
+
+def _senseless(path: Path, name: str, value: object, wanted: str) -> ModelNotFoundError:
+    return ModelNotFoundError(f"{path} has {name}={_shown(value)}, which must be {wanted}")
 
 
 def _unsupported(path: Path, name: str, value: object, why: str = "") -> UnsupportedModelError:
@@ -148,13 +207,12 @@ def _unsupported(path: Path, name: str, value: object, why: str = "") -> Unsuppo
     return UnsupportedModelError(f"{path} has {name}={_shown(value)}: {reason}")
 
 
-def check_stored(path: Path, config: Config, family: Family, tensors: Mapping[str, StoredTensor]) -> None:
+def check_stored(path: Path, configuration: Configuration, tensors: Mapping[str, StoredTensor]) -> None:
     """Refuse a configuration that belongs to another model than the weights.
 
     Args:
         path: The ``config.json``.
-        config: The configuration.
-        family: The model's family.
+        configuration: What it says.
         tensors: The stored tensors, by name.
 
     Raises:
@@ -167,47 +225,42 @@ def check_stored(path: Path, config: Config, family: Family, tensors: Mapping[st
                 f"{tensor.path} stores {name}: its weights are quantised (AWQ, GPTQ, bitsandbytes or similar), "
                 f"which is not supported. Take the checkpoint it was made from, in float32, float16 or bfloat16"
             )
+    fields, spec, family = configuration
     layer = re.compile(rf"{re.escape(family.layers)}\.(\d{{1,9}})\.")
     numbers = [int(found[1]) for name in tensors if (found := layer.match(name))]
-    if numbers and max(numbers) + 1 != config.num_hidden_layers:
+    if numbers and max(numbers) + 1 != spec.depth:
         raise ModelNotFoundError(
-            f"{path} has num_hidden_layers={config.num_hidden_layers}, but its weights in {path.parent} have "
+            f"{path} has num_hidden_layers={spec.depth}, but its weights in {path.parent} have "
             f"{max(numbers) + 1:,} layers"
         )
-    for name, axis, fields, wanted in _sizes(config, family):
-        if name in tensors and tensors[name].shape[axis : axis + 1] != (wanted,):
-            raise ModelNotFoundError(
-                f"{path} has {fields}, which does not fit its weights: {tensors[name].path.name} stores {name} as "
-                f"{list(tensors[name].shape)}"
-            )
-    window = family.window(config)
-    if window < 8:
+    names = {f"{name}.weight": role for name, role in family.outside.items()} | {
+        f"{family.layers}.0.{name}.weight": role for name, role in family.layer.items()
+    }
+    for name, wanted in (outside_names(family, spec) | layer_names(family, spec.layers[0], 1)).items():
+        for axis, size in enumerate(wanted):
+            said = _said(configuration, names.get(name), axis)
+            if said and name in tensors and tensors[name].shape[axis : axis + 1] != (size,):
+                raise ModelNotFoundError(
+                    f"{path} has {said}, which does not fit its weights: {tensors[name].path.name} stores {name} "
+                    f"as {list(tensors[name].shape)}"
+                )
+    if spec.window < 8:
         raise ModelNotFoundError(
-            f"{path} has max_position_embeddings={config.max_position_embeddings}, which leaves no room for a pair"
+            f"{path} has max_position_embeddings={fields['max_position_embeddings']}, which leaves no room for a "
+            f"pair"
         )
 
 
-def _sizes(config: Config, family: Family) -> Iterator[tuple[str, int, str, int]]:
-    """Yield tensors whose sizes the configuration states: name, axis, the fields, and the size."""
-    embeddings = family.embedding.rpartition(".")[0]
-    first = f"{family.layers}.0"
-    for name, axis, field in (
-        (f"{family.embedding}.weight", 0, "vocab_size"),
-        (f"{family.embedding}.weight", 1, "hidden_size"),
-        (f"{embeddings}.position_embeddings.weight", 0, "max_position_embeddings"),
-        (f"{embeddings}.token_type_embeddings.weight", 0, "type_vocab_size"),
-        (f"{first}.intermediate.dense.weight", 0, "intermediate_size"),
-        (f"{first}.mlp.gate_proj.weight", 0, "intermediate_size"),
-    ):
-        if (value := getattr(config, field, None)) is not None:
-            yield name, axis, f"{field}={value}", value
-    for matrix, field in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
-        if (heads := getattr(config, field, None)) is not None:
-            length = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            yield f"{first}.self_attn.{matrix}.weight", 0, f"{field}={heads} of head_dim={length}", heads * length
+def _said(configuration: Configuration, role: Role | tuple[Role, ...] | None, axis: int) -> str:
+    """Return the fields that say the size of an axis of a role's weight, with their values; empty if none do."""
+    fields, spec, _ = configuration
+    if axis == 0 and role in _HEADS and _HEADS[role] in fields:
+        return f"{_HEADS[role]}={fields[_HEADS[role]]} of head_dim={spec.layers[0].head_size}"
+    name = (_ROWS.get(role, "") if axis == 0 else "hidden_size") if role in _ROWS or role in _HEADS else ""
+    return f"{name}={fields[name]}" if name else ""
 
 
-def check_taken(family: Family, stored: Mapping[str, StoredTensor], wanted: Mapping[str, Any]) -> None:
+def check_taken(family: Family, stored: Mapping[str, StoredTensor], wanted: Container[str]) -> None:
     """Refuse weights of a layer that grating would not use, such as the norms of a variant of the model.
 
     Raises:

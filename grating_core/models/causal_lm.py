@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grating_core.columns.companion import ColumnFile
 from grating_core.columns.install import MlpPruning, column_sizes, install, open_columns, staging_bytes
 from grating_core.errors import FileError, ModelNotFoundError, UnsupportedModelError
 from grating_core.files.places import cache_directory
-from grating_core.layers.layer import Mlp
-from grating_core.layers.spec import LayerSpec, Norm
+from grating_core.layers.linear import linear
 from grating_core.lifetime import closed_on_error
 from grating_core.memory.checkpoint import aligned_buffer
 from grating_core.memory.group import PIECE
@@ -23,52 +21,28 @@ from grating_core.memory.plan import MemoryPlan, ModelSizes, make_generation_pla
 from grating_core.models.adapter import Adapter
 from grating_core.models.directory import end_tokens
 from grating_core.models.families import FAMILIES
+from grating_core.models.heads import softcapped
 from grating_core.models.identity import fingerprint
-from grating_core.models.layered import LayeredModel, bind
+from grating_core.models.layered import LayeredModel
 from grating_core.models.stored import OUTPUT, StoredModel
 
-_MATRICES = ("up_proj", "gate_proj", "down_proj")  # of a gated MLP: W_u, W_g and W_d
-_SMALLEST_CHUNK = 128  # tokens; with fewer, reading a layer's weights from memory is not worth it
+_MATRICES = ("up", "gate", "down")  # of a gated MLP: W_u, W_g and W_d
 
 
 class CausalLM(LayeredModel):
     """A language model has the final norm and the whole output embedding of a decoder, in the compute dtype."""
 
-    @property
-    def keys(self) -> tuple[int, int]:
-        """The number of heads whose keys and values a layer keeps, and the length of one key."""
-        return _keys_of(self.layers[0])
-
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of the next token.
 
         Args:
-            hidden: Hidden states after the last layer, ``[1, T, D]``.
+            hidden: Hidden states after the last layer, ``[T, D]``.
 
         Returns:
             The logits, float32 ``[V]``.
         """
-        logits: Tensor = self.module.lm_head(self._norm(hidden[0, -1:]))[0].float()
-        cap: float | None = getattr(self.module.config, "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def _keys_of(layer: Any) -> tuple[int, int]:
-    attention = layer.self_attn
-    return attention.k_proj.out_features // attention.head_dim, attention.head_dim
-
-
-class _Pruned(nn.Module):
-    """This module keeps a dense MLP's biases, where they are bound by name, and computes with a pruned MLP."""
-
-    def __init__(self, dense: Any, mlp: Mlp) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = dense.gate_proj, dense.up_proj, dense.down_proj
-        self._mlp = mlp
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        biases = {f"{role}.bias": getattr(self, f"{role}_proj").bias for role in ("gate", "up", "down")}
-        return self._mlp(hidden[0], {name: bias for name, bias in biases.items() if bias is not None})[None]
+        states = self.normed(hidden[-1:])
+        return softcapped(linear(states, self.head, "vocabulary")[0].float(), self.spec.softcap)
 
 
 class StoredCausalLM(StoredModel):
@@ -78,7 +52,6 @@ class StoredCausalLM(StoredModel):
         directory: See :class:`StoredModel`.
         device: See :class:`StoredModel`.
         dtype: See :class:`StoredModel`.
-        attention: See :class:`StoredModel`.
         lasting: See :class:`StoredModel`.
         adapter: See :class:`StoredModel`.
         pruning: How the MLPs are pruned; None for dense MLPs.
@@ -94,25 +67,17 @@ class StoredCausalLM(StoredModel):
         *,
         device: torch.device,
         dtype: torch.dtype,
-        attention: str | None,
         lasting: bool = False,
         adapter: Adapter | None = None,
         pruning: MlpPruning | None = None,
     ) -> None:
         self._pruning = pruning
-        super().__init__(
-            directory, device=device, dtype=dtype, attention=attention, lasting=lasting, adapter=adapter
-        )
-
-    @property
-    def module(self) -> Any:
-        """The transformers model, which has its weights only after :meth:`load`."""
-        return self._module
+        super().__init__(directory, device=device, dtype=dtype, lasting=lasting, adapter=adapter)
 
     @property
     def end_tokens(self) -> frozenset[int]:
         """The tokens that end a text."""
-        return end_tokens(self.directory, self._config)
+        return end_tokens(self.directory, self.config.fields)
 
     def sizes(self, window: int) -> ModelSizes:
         """Return what the parts of the model take in memory, keys and values included.
@@ -120,10 +85,8 @@ class StoredCausalLM(StoredModel):
         Args:
             window: The number of tokens of the longest prompt together with its continuation.
         """
-        heads, size = _keys_of(self._decoder_layers[0])
-        of_a_token = 2 * heads * size * self.dtype.itemsize * len(self._layers)
-        sizes = super().sizes(min(window, _SMALLEST_CHUNK))
-        sizes = replace(sizes, keys=window * of_a_token, table_needed=self._tied)
+        sizes = super().sizes(window)
+        sizes = replace(sizes, keys=self.spec.depth * sizes.keys, table_needed=self._is_tied)
         if self._pruning is None:
             return sizes
         columns = self._columns
@@ -161,25 +124,11 @@ class StoredCausalLM(StoredModel):
                 parts = replace(self._load(plan), columns=columns)
             with closed_on_error(parts):
                 share = 1.0 if plan is None else plan.column_share
-                mlps = install(self._specs, columns, self._pruning, share, parts.meter)
-                for layer, mlp in zip(self._decoder_layers, mlps, strict=True):
-                    layer.mlp = _Pruned(layer.mlp, mlp)
-        if self._tied:
-            bind(self._module, {OUTPUT: self._module.get_parameter(self._table)})
+                mlps = install(self.spec.layers, columns, self._pruning, share, parts.meter)
+                parts = replace(parts, mlps=mlps)
+        if self._is_tied:
+            parts = replace(parts, head={"vocabulary.weight": parts.outside["table.weight"]})
         return CausalLM(parts)
-
-    @property
-    def _specs(self) -> list[LayerSpec]:
-        config = self._config
-        activation = getattr(config, "hidden_activation", None) or config.hidden_act
-        spec = LayerSpec(
-            config.hidden_size, 1, 1, 1, config.intermediate_size, Norm("rms", 1e-6), activation, gated=True
-        )
-        return [spec] * len(self._decoder_layers)
-
-    @property
-    def _decoder_layers(self) -> Any:
-        return self._module.get_submodule(self.family.layers)
 
     def _check_family(self) -> None:
         if not self.family.asks:
@@ -189,21 +138,18 @@ class StoredCausalLM(StoredModel):
                 f"supported are {able}"
             )
 
-    def _build(self) -> Any:
-        return self.family.module_class(self._config)
-
     @property
     def _head_dtype(self) -> torch.dtype:
         return self.dtype
 
     @property
-    def _tied(self) -> bool:
+    def _is_tied(self) -> bool:
         """Whether the embedding table is the output embedding as well."""
         changed = self.adapter is not None and {*self.adapter.changes, *self.adapter.weights}
         return self._tensors[OUTPUT] == self._tensors[self._table] and not (changed and OUTPUT in changed)
 
-    def _head_read(self) -> list[str]:
-        return [name for name in self._head if not (name == OUTPUT and self._tied)]
+    def _not_read(self) -> Collection[str]:
+        return (OUTPUT,) if self._is_tied else ()
 
     def _apart(self) -> Collection[str]:
         return {name for names in self._mlps for name in names}
@@ -213,18 +159,19 @@ class StoredCausalLM(StoredModel):
         """The names of W_u, W_g and W_d of each layer, if they are pruned."""
         if self._pruning is None:
             return []
-        depth = range(len(self._decoder_layers))
-        return [[f"{self.family.layers}.{i}.mlp.{name}.weight" for name in _MATRICES] for i in depth]
+        names = {role: name for name, role in self.family.layer.items()}
+        layers = [f"{self.family.layers}.{index}" for index in range(self.spec.depth)]
+        return [[f"{layer}.{names[role]}.weight" for role in _MATRICES] for layer in layers]
 
-    def _sort(self) -> None:
+    def _sort(self, in_layers: list[list[str]], outside: list[str], head: list[str]) -> None:
         if self._pruning is not None:
             if self.device.type != "cpu":
                 raise UnsupportedModelError(
                     f"mlp_density works on the CPU only, but this model computes on {self.device}: use "
                     f"device='cpu', or leave mlp_density out"
                 )
-            self._columns = column_sizes(self._specs, self.dtype)
-        super()._sort()
+            self._columns = column_sizes(self.spec.layers, self.dtype)
+        super()._sort(in_layers, outside, head)
 
     def _open_columns(self, pruning: MlpPruning) -> ColumnFile:
         """Open the companion file, after writing it if there is none."""

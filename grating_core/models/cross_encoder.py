@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
+from grating_core.layers.linear import Weights
 from grating_core.memory.group import TensorGroup
 from grating_core.memory.header import FLOATS, StoredTensor
 from grating_core.memory.plan import MemoryPlan, make_plan
+from grating_core.models.family import ModelSpec, Pooling
 from grating_core.models.layered import LayeredModel
+from grating_core.models.layout import Shape as TensorShape
 from grating_core.models.stored import OUTPUT, StoredModel
+
+_ANSWERS = ("yes.weight", "no.weight")
 
 
 class Shape(NamedTuple):
@@ -27,51 +32,33 @@ class Shape(NamedTuple):
 
     depth: int
     width: int
-    pooling: str
+    pooling: Pooling
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> Shape:
+        """Return the shape of a model."""
+        return cls(spec.depth, spec.width, spec.pooling)
 
 
 class CrossEncoder(LayeredModel):
     """A cross-encoder has the head of a reranker, which is float32 whatever the compute dtype."""
 
     @property
-    def pooling(self) -> str:
-        """The token that the head reads: ``"first"`` or ``"last"``, or ``"mean"`` for the mean of all."""
-        return self._family.pooling(self.module.config)
-
-    @property
-    def reads_one_token(self) -> bool:
-        """Whether the head reads a single token of a sequence."""
-        return self.pooling != "mean"
-
-    @property
     def shape(self) -> Shape:
         """The shape that a lens must have."""
-        return Shape(self.depth, self.width, self.pooling)
+        return Shape.of(self.spec)
 
-    def scoring_positions(self, lengths: Sequence[int]) -> Tensor:
-        """Return the position on the token axis that the head reads for each of N sequences, int64 ``[N]``."""
-        tokens = torch.tensor(lengths, dtype=torch.int64, device=self.device)
-        ends = tokens.cumsum(0)
-        return ends - 1 if self.pooling == "last" else ends - tokens
-
-    def read_scores(self, number: int, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Read relevance scores with the model's own head, in float32 whatever the compute dtype.
+    def score(self, states: Tensor, number: int) -> Tensor:
+        """Read relevance scores with the model's own head.
 
         Args:
-            number: The number of the layer that the states come from.
-            hidden: Hidden states, ``[1, T, D]`` or longer; rows behind the sequences are ignored.
-            lengths: Number of tokens of each of the N sequences; T is their sum. With :attr:`reads_one_token` a
-                sequence may have its scoring position only.
+            states: The states that the head reads, float32 ``[N, D]``, after the norm before the head.
+            number: The number of the layer that they come from.
 
         Returns:
             The scores, float32 ``[N]``.
         """
-        if self.reads_one_token:
-            states = self._norm(hidden[0, self.scoring_positions(lengths)].float())
-        else:
-            tokens = self._norm(hidden[0, : sum(lengths)].float())
-            states = torch.stack([part.mean(0) for part in tokens.split(list(lengths))])
-        return self._family.classify(self.module, states, number)[:, 0]
+        return self._parts.family.score(self.spec, self.head, states, number)
 
 
 class StoredCrossEncoder(StoredModel):
@@ -82,7 +69,7 @@ class StoredCrossEncoder(StoredModel):
     @property
     def shape(self) -> Shape:
         """The shape that a lens must have."""
-        return Shape(len(self._layers), self._tensors[self._table].shape[1], self.family.pooling(self._config))
+        return Shape.of(self.spec)
 
     def plan(self, window: int, budget: int) -> MemoryPlan:
         """Spend a memory budget.
@@ -109,23 +96,25 @@ class StoredCrossEncoder(StoredModel):
         if not self.family.asks:
             return CrossEncoder(self._load(plan))
         assert answers is not None
-        if answers[1] is None:
-            self._module.lm_head.no = None
         return CrossEncoder(self._load(plan, [self._answer_rows(answers)]))
 
-    def _build(self) -> Any:
-        return self.family.build(self._config)
+    def _head_shapes(self) -> dict[str, TensorShape]:
+        # Which rows are the answers' is known only when the tokenizer has been read.
+        return {} if self.family.asks else super()._head_shapes()
 
-    def _match(self, stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
+    def _head_by_role(self, named: Mapping[str, Tensor]) -> Weights:
+        return {name: named[name] for name in _ANSWERS if name in named} or super()._head_by_role(named)
+
+    def _match(
+        self, stored: Mapping[str, StoredTensor], wanted: Mapping[str, TensorShape]
+    ) -> dict[str, StoredTensor]:
         if self.family.asks:
-            # Which rows are the answers' is known only when the tokenizer has been read.
-            wanted = {name: parameter for name, parameter in wanted.items() if not name.startswith("lm_head.")}
             if (output := stored.get(OUTPUT)) is None:
                 raise ModelNotFoundError(f"the weights in {self.directory} lack {OUTPUT}, which gives the score")
-            if output.kind not in FLOATS or output.shape[1:] != (self._config.hidden_size,):
+            if output.kind not in FLOATS or output.shape[1:] != (self.spec.width,):
                 raise UnsupportedModelError(
                     f"{output.path} stores {output.name} as {output.kind} {list(output.shape)}; it should be "
-                    f"floats [tokens, {self._config.hidden_size}]"
+                    f"floats [tokens, {self.spec.width}]"
                 )
             self._output = output
         return super()._match(stored, wanted)
@@ -140,11 +129,7 @@ class StoredCrossEncoder(StoredModel):
                 f"the tokenizer in {self.directory} has a token {last}, but the model's output embedding has only "
                 f"{self._output.shape[0]} rows: the two belong to different models"
             )
-        numbers = {
-            f"lm_head.{name}": token
-            for name, token in zip(("yes", "no"), answers, strict=True)
-            if token is not None
-        }
+        numbers = {name: token for name, token in zip(_ANSWERS, answers, strict=True) if token is not None}
         if self.adapter is not None:
             self.adapter = self.adapter.pick_rows(OUTPUT, numbers)
         rows = {name: self._output.row(number) for name, number in numbers.items()}

@@ -14,10 +14,11 @@ from grating_core.files.places import expanded, is_there
 from grating_core.files.reading import read_json, read_json_or
 from grating_core.memory.checkpoint import Checkpoint
 from grating_core.memory.header import StoredTensor
-from grating_core.models.agreement import check_implemented, check_numbers
+from grating_core.models.agreement import check_implemented, check_values
 from grating_core.models.bundled import BUNDLED_PREFIX, bundled_model
 from grating_core.models.elsewhere import known_elsewhere
-from grating_core.models.families import Config, Family, find_family
+from grating_core.models.families import find_family
+from grating_core.models.family import Configuration, Family, Fields
 from grating_core.models.hub import MODEL_FILES, Hub
 
 _WEIGHTS = "model.safetensors"
@@ -83,8 +84,8 @@ def _check_files(directory: Path) -> None:
             raise ModelNotFoundError(f"{path} is not a regular file")
 
 
-def read_config(directory: Path) -> tuple[Config, Family]:
-    """Read the configuration of a model directory, and find the family it belongs to.
+def read_config(directory: Path) -> Configuration:
+    """Read the configuration of a model directory.
 
     Raises:
         ModelNotFoundError: There is no readable ``config.json``, or its content makes no sense.
@@ -93,33 +94,49 @@ def read_config(directory: Path) -> tuple[Config, Family]:
     """
     path = directory / "config.json"
     try:
-        fields = read_json(path)
-        architectures = list(fields.get("architectures") or [])
+        stated = read_json(path)
+        architectures = list(stated.get("architectures") or [])
     except FileNotFoundError as error:
         raise ModelNotFoundError(f"{directory} is not a model directory: it has no config.json") from error
     except (ValueError, OSError, AttributeError, TypeError) as error:
         raise ModelNotFoundError(f"{path} cannot be read as a configuration: {error}") from error
-    family = find_family(architectures)
-    check_numbers(path, fields)
-    # The family chooses the class, so code in the checkpoint is never run.
-    with blaming_config(path):
-        config = family.config(fields)
-        check_implemented(path, fields, config, family)
+    configuration = describe(path, stated, find_family(architectures))
     check_modules(directory)
-    config.chunk_size_feed_forward = 0  # grating does the chunking, along the packed axis
-    return config, family
+    return configuration
 
 
-def end_tokens(directory: Path, config: Config) -> frozenset[int]:
+def describe(path: Path, stated: Fields, family: Family) -> Configuration:
+    """Return the configuration of a model, after refusing what no model has and what grating does not implement.
+
+    Args:
+        path: The file that errors name.
+        stated: The fields that the file has.
+        family: The model's family.
+
+    Raises:
+        ModelNotFoundError: A value makes no sense.
+        UnsupportedModelError: grating does not implement a value, or the model does not have exactly one label.
+    """
+    with blaming_config(path):
+        check_values(path, stated, family)
+        fields = {name: stated.get(name, default) for name, default in family.defaults.items()}
+        check_implemented(path, stated, fields, family)
+        return Configuration(fields, family.spec(fields), family)
+
+
+def end_tokens(directory: Path, fields: Fields) -> frozenset[int]:
     """Return the tokens that end a text: those of ``generation_config.json`` and of the configuration.
+
+    Args:
+        directory: The model directory.
+        fields: The fields of its configuration.
 
     Raises:
         ModelNotFoundError: ``generation_config.json`` is damaged.
     """
     path = directory / "generation_config.json"
     try:
-        fields = read_json_or(path, {})
-        found = [fields.get("eos_token_id"), getattr(config, "eos_token_id", None)]
+        found = [read_json_or(path, {}).get("eos_token_id"), fields.get("eos_token_id")]
         return frozenset(
             int(token) for one in found for token in (one if isinstance(one, list) else [one]) if token is not None
         )
@@ -227,9 +244,9 @@ def check_answers(directory: Path) -> None:
 
 def describe_weights(directory: Path) -> dict[str, Any]:
     """Return the architecture, depth and size in bytes of a model directory, without loading it."""
-    config, family = read_config(directory)
+    _, spec, family = read_config(directory)
     return {
         "architecture": family.architecture,
-        "layers": config.num_hidden_layers,
+        "layers": spec.depth,
         "bytes": sum(path.stat().st_size for path in weight_files(directory)),
     }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -36,6 +36,8 @@ class ModelSpec:
         activation: Name of the head's activation, if the head has one.
         softcap: Bound of the logits, by a hyperbolic tangent; None for no bound.
         first_head: The first layer with a head of its own, for a model with several heads.
+        typed: Whether a pair's document has the second token type; if not, all tokens have the first.
+        tied: Whether the embedding table is the output embedding as well, where none is stored.
     """
 
     width: int
@@ -52,6 +54,8 @@ class ModelSpec:
     activation: str = "tanh"
     softcap: float | None = None
     first_head: int = 1
+    typed: bool = False
+    tied: bool = False
 
     @property
     def depth(self) -> int:
@@ -70,16 +74,21 @@ class Family:
 
     Attributes:
         architecture: The architecture's name in a checkpoint's ``config.json``.
-        defaults: The fields that a ``config.json`` may leave out, with the values that transformers gives them.
+        defaults: The fields that the spec depends on, with the values that transformers gives to those that a
+            ``config.json`` leaves out.
         spec: ``fields -> ModelSpec``.
         layers: Prefix of the names of the layers' tensors, before their number.
         layer: Roles of a layer's linear maps and norms, by their names behind the number. Where a tensor holds
             several roles, rows of one after the other, the roles are a tuple.
         outside: Roles of the tables and norms around the layers, by their names: ``"table"``, ``"positions"``,
             ``"types"``, ``"embedding_norm"``, ``"final_norm"``.
-        head: Roles of the head's linear maps and norms, by their names. They are kept in float32.
+        head: Roles of the head's linear maps and norms, by their names: ``"dense"``, ``"norm"``, ``"classifier"``,
+            or ``"vocabulary"`` for an output embedding. A name and role with ``{}`` are those of several heads,
+            numbered from 0.
         score: ``(spec, weights of the head, states, number) -> scores``, from float32 ``[N, D]`` after layer
             ``number`` to ``[N]``. The states have been through the final norm.
+        causal: Whether a token sees only the tokens before it.
+        fixed: Fields that must have this value, if a ``config.json`` has them.
         asks: Whether the score is the logit of an answer, so that a tokenizer must tell its rows.
         prompt: Name of the official prompt of all models of this architecture; None if they have none.
     """
@@ -92,5 +101,21 @@ class Family:
     outside: Mapping[str, Role]
     head: Mapping[str, Role]
     score: Callable[[ModelSpec, Weights, Tensor, int], Tensor]
+    causal: bool = False
+    fixed: Fields = field(default_factory=dict)
     asks: bool = False
     prompt: str | None = None
+
+
+class Configuration(NamedTuple):
+    """A configuration is what a ``config.json`` says about a model.
+
+    Attributes:
+        fields: The fields that the family knows, completed by its defaults.
+        spec: The model's spec.
+        family: The model's family.
+    """
+
+    fields: Fields
+    spec: ModelSpec
+    family: Family

@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
 from grating_core.forking import Lock
+from grating_core.layers.linear import Weights
 from grating_core.memory.meter import Meter
 from grating_core.memory.plan import MemoryPlan
 from grating_core.models.adapter import Adapter
 from grating_core.models.cross_encoder import CrossEncoder, Shape
+from grating_core.models.directory import describe
 from grating_core.models.families import find_family
-from grating_core.models.layered import Parts, bind, without_weights
+from grating_core.models.layered import Parts
+from grating_core.models.layout import head_names, layer_by_role, layer_names, outside_by_role, outside_names
 from grating_core.models.stored import OUTPUT
 
 _INSTALL = "reading GGUF files needs the package gguf: pip install gguf"
@@ -39,7 +41,6 @@ class GgufModel:
         path: The file.
         device: The device that the weights will go to.
         dtype: The compute dtype of embeddings and layers; the head is kept in float32.
-        attention: The name of the attention function, as registered with transformers.
         adapter: A change that is merged into the weights.
 
     Raises:
@@ -47,37 +48,40 @@ class GgufModel:
         UnsupportedModelError: grating does not run this architecture, or the adapter is for another model.
     """
 
-    def __init__(
-        self, path: Path, *, device: torch.device, dtype: torch.dtype, attention: str, adapter: Adapter | None
-    ) -> None:
+    def __init__(self, path: Path, *, device: torch.device, dtype: torch.dtype, adapter: Adapter | None) -> None:
         self.directory = path
         self.adapter = adapter
         self.device = device
         self.dtype = dtype
-        self._attention = attention
-        self._config = _reading(path, AutoConfig)
-        with _one_at_a_time, without_weights():
-            module: Any = AutoModelForCausalLM.from_config(self._config)  # type: ignore[no-untyped-call]
-        self.family = find_family([type(module).__name__])
+        config = _reading(path, "AutoConfig")
+        self.family = find_family(_architectures(config))
         if not self.family.asks:
             raise UnsupportedModelError(
-                f"{path} holds a {type(module).__name__}, which cannot answer a question, so it cannot rerank"
+                f"{path} holds a {self.family.architecture}, which cannot answer a question, so it cannot rerank"
             )
-        self.vocabulary: int = module.get_input_embeddings().weight.shape[0]
+        self.spec = describe(path, config.to_dict(), self.family).spec
         if adapter is not None:
-            shapes = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
-            head = [name for name in shapes if name.startswith(tuple(f"{part}." for part in self.family.head))]
-            adapter.check(shapes, head, f"{self.family.embedding}.weight")
+            family, spec = self.family, self.spec
+            in_layers = [layer_names(family, layer, number) for number, layer in enumerate(spec.layers, 1)]
+            outside, head = outside_names(family, spec), head_names(family, spec)
+            shapes = {name: shape for names in (*in_layers, outside, head) for name, shape in names.items()}
+            roles = {role: f"{name}.weight" for name, role in family.outside.items()}
+            adapter.check(shapes, [*head, roles["final_norm"]], roles["table"])
 
     @property
     def window(self) -> int:
         """The most tokens that the model can take."""
-        return self.family.window(self._config)
+        return self.spec.window
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of rows of the embedding table."""
+        return self.spec.vocabulary
 
     @property
     def shape(self) -> Shape:
         """The shape that a lens must have."""
-        return Shape(self._config.num_hidden_layers, self._config.hidden_size, self.family.pooling(self._config))
+        return Shape.of(self.spec)
 
     def close(self) -> None:
         """Do nothing, because no file is open."""
@@ -105,41 +109,54 @@ class GgufModel:
         """
         assert plan is None
         assert answers is not None
-        module = _reading(
-            self.directory,
-            AutoModelForCausalLM,
-            dtype=self.dtype,
-            attn_implementation=self._attention,
-            **_unpacking(),
-        )
-        module.eval().requires_grad_(False)
+        module = _reading(self.directory, "AutoModelForCausalLM", dtype=self.dtype, **_unpacking())
+        # Tied weights are there under both names.
+        named: dict[str, Tensor] = {name: weight.detach() for name, weight in module.state_dict().items()}
+        head = self._answers(named.pop(OUTPUT), answers)
         if self.adapter is not None:
-            weights = module.state_dict()
             # The output embedding may also be the embedding table, so the adapter changes only the kept rows.
             for name in self.adapter.weights.keys() - {OUTPUT}:
-                weights[name].copy_(self.adapter.weights[name])
+                named[name].copy_(self.adapter.weights[name])
             for name in self.adapter.changes.keys() - {OUTPUT}:
-                self.adapter.changes[name].add_to(weights[name])
-        self._keep_answers(module, answers)
-        module.get_submodule(str(self.family.norm)).float()
-        return CrossEncoder(Parts(module.to(self.device), self.family, self.device, self.dtype, Meter()))
+                self.adapter.changes[name].add_to(named[name])
+        family, spec = self.family, self.spec
+        outside = dict(outside_by_role(family, spec, named))
+        outside["final_norm.weight"] = outside["final_norm.weight"].float()
+        layers = {
+            number: self._placed(layer_by_role(family, layer, number, named))
+            for number, layer in enumerate(spec.layers, 1)
+        }
+        return CrossEncoder(
+            Parts(
+                family=family,
+                spec=spec,
+                device=self.device,
+                dtype=self.dtype,
+                meter=Meter(),
+                outside=self._placed(outside),
+                head=self._placed(head),
+                layers=layers,
+            )
+        )
 
-    def _keep_answers(self, module: Any, answers: tuple[int, int | None]) -> None:
-        """Put the answers' rows into the place of the output embedding."""
-        rows = module.get_output_embeddings().weight
-        assert self.family.head_module is not None
-        with without_weights():
-            module.lm_head = self.family.head_module(module.config).requires_grad_(False)
-        module.lm_head.no = None
+    def _placed(self, weights: Weights) -> dict[str, Tensor]:
+        return {role: weight.to(self.device) for role, weight in weights.items()}
+
+    def _answers(self, output: Tensor, answers: tuple[int, int | None]) -> dict[str, Tensor]:
+        """Return the answers' rows of the output embedding, float32, by role."""
+        tokens = {
+            f"{name}.weight": token
+            for name, token in zip(("yes", "no"), answers, strict=True)
+            if token is not None
+        }
         # The rows are copied, because views would keep the whole table in memory.
-        tokens = {name: token for name, token in zip(("yes", "no"), answers, strict=True) if token is not None}
-        kept = {name: rows[token, None].to(torch.float32, copy=True) for name, token in tokens.items()}
+        kept = {name: output[token, None].to(torch.float32, copy=True) for name, token in tokens.items()}
         if self.adapter is not None:
             adapter = self.adapter.pick_rows(OUTPUT, tokens)
             for name in kept.keys() & adapter.changes.keys():
                 adapter.changes[name].add_to(kept[name])
             kept |= {name: adapter.weights[name] for name in kept.keys() & adapter.weights.keys()}
-        bind(module.lm_head, kept)
+        return kept
 
 
 def gguf_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
@@ -154,6 +171,8 @@ def gguf_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
 @lru_cache(maxsize=1)  # loading a model needs the tokenizer twice, and reading it is slow
 def _tokenizer(path: Path, changed: int) -> tuple[Tokenizer, dict[str, Any]]:
     try:
+        from transformers import AutoTokenizer  # importing transformers takes long
+
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except ImportError as error:
         raise ModelNotFoundError(_INSTALL) from error
@@ -172,15 +191,28 @@ def _unpacking() -> dict[str, Any]:
 
     Newer releases leave weights packed if the package kernels is installed.
     """
+    import transformers
+
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
-def _reading(path: Path, kind: Any, **how: Any) -> Any:
+def _architectures(config: Any) -> list[str]:
+    """Return the name of the class that transformers has for a language model with this configuration."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
+    return [found] if isinstance(found, str) else list(found)
+
+
+def _reading(path: Path, kind: str, **how: Any) -> Any:
     """Read the file with one of transformers' Auto classes."""
     try:
+        import transformers
+
         with _one_at_a_time:
-            return kind.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False, **how)
+            auto = getattr(transformers, kind)
+            return auto.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False, **how)
     except ImportError as error:
         raise ModelNotFoundError(_INSTALL) from error
     except Exception as error:  # a damaged file may cause any error

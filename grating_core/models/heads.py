@@ -1,65 +1,44 @@
-"""Heads of decoder rerankers take the place of the projection to the whole vocabulary."""
+"""Heads read relevance scores from float32 states: the functions that a family's ``score`` is one of."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from grating_core.layers.activations import ACTIVATIONS
+from grating_core.layers.linear import Weights, linear, normed
+from grating_core.models.family import ModelSpec
+
+# All of these take (spec, weights, states, number): float32 states [N, D] after layer number, to scores [N].
 
 
-class AnswerHead(nn.Module):
-    """The score of an answer head is the logit of yes less the logit of no.
+def score_dense(spec: ModelSpec, weights: Weights, states: Tensor, number: int) -> Tensor:
+    """Return the scores of a classifier with a dense layer, an activation and perhaps a norm before it."""
+    dense = ACTIVATIONS[spec.activation](linear(states, weights, "dense"))
+    return linear(normed(dense, weights, "norm", spec.norm), weights, "classifier")[:, 0]
 
-    The parameters ``yes`` and ``no`` are rows ``[1, D]`` of the output embedding. Some models have no ``no``:
-    their score is the logit of yes alone.
 
-    Args:
-        width: Width D of a state.
-        softcap: The bound of the logits (Gemma 2 has one); None for no bound.
+def score_linear(spec: ModelSpec, weights: Weights, states: Tensor, number: int) -> Tensor:
+    """Return the scores of a linear classifier."""
+    return linear(states, weights, "classifier")[:, 0]
+
+
+def score_answer(spec: ModelSpec, weights: Weights, states: Tensor, number: int) -> Tensor:
+    """Return the logit of yes less the logit of no; that of yes alone if there is no weight for no.
+
+    The weights of ``yes`` and ``no`` are rows ``[1, D]`` of the output embedding.
     """
-
-    def __init__(self, width: int, *, softcap: float | None) -> None:
-        super().__init__()
-        self.yes = nn.Parameter(torch.empty(1, width))
-        self.no: nn.Parameter | None = nn.Parameter(torch.empty(1, width))
-        self._softcap = softcap
-
-    def forward(self, states: Tensor) -> Tensor:
-        """Return the scores ``[N, 1]`` of float32 states ``[N, D]``."""
-        if self.no is None:
-            return self._logit(states, self.yes)
-        return self._logit(states, self.yes) - self._logit(states, self.no)
-
-    def _logit(self, states: Tensor, row: Tensor) -> Tensor:
-        logits = states @ row.T
-        return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
+    yes = softcapped(linear(states, weights, "yes"), spec.softcap)[:, 0]
+    if "no.weight" not in weights:
+        return yes
+    return yes - softcapped(linear(states, weights, "no"), spec.softcap)[:, 0]
 
 
-class LayerwiseHeads(nn.ModuleList):
-    """This class holds a trained head for each of the later layers (bge-reranker-v2-minicpm-layerwise).
-
-    Args:
-        width: Width D of a state.
-        first: Number of the first layer that has a head. Earlier layers are read with this head.
-        last: Number of the last layer.
-    """
-
-    def __init__(self, width: int, first: int, last: int) -> None:
-        super().__init__(_LinearHead(width) for _ in range(first, last + 1))
-        self._first = first
-
-    def forward(self, states: Tensor, number: int) -> Tensor:
-        """Return the scores ``[N, 1]`` of float32 states ``[N, D]`` after a layer."""
-        scores: Tensor = self[max(0, number - self._first)](states)
-        return scores
+def score_layerwise(spec: ModelSpec, weights: Weights, states: Tensor, number: int) -> Tensor:
+    """Return the scores of the layer's own head; layers before the first head are read with the first."""
+    return linear(states, weights, f"heads.{max(0, number - spec.first_head)}")[:, 0]
 
 
-class _LinearHead(nn.Module):
-    """This class gives a linear map the name that checkpoints use."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear_head = nn.Linear(width, 1, bias=False)
-
-    def forward(self, states: Tensor) -> Tensor:
-        scores: Tensor = self.linear_head(states)
-        return scores
+def softcapped(logits: Tensor, bound: float | None) -> Tensor:
+    """Return logits that stay within a bound (Gemma 2 has one); the logits themselves if it is None."""
+    return logits if bound is None else bound * torch.tanh(logits / bound)

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
+from torch.nn.functional import embedding
 
 from grating_core.columns.companion import ColumnFile
+from grating_core.layers.layer import Mlp
+from grating_core.layers.linear import Weights, normed
+from grating_core.layers.rotary import Angles, angles
+from grating_core.layers.spec import LayerSpec, Rotary
 from grating_core.memory.checkpoint import Checkpoint
 from grating_core.memory.meter import Meter
 from grating_core.memory.rows import RowCache
 from grating_core.memory.streamer import Streamer
-from grating_core.models.families import Family
+from grating_core.models.family import Family, ModelSpec
+from grating_core.models.layout import layer_by_role
+
+
+class Layer(NamedTuple):
+    """This class holds what computing a layer takes.
+
+    Attributes:
+        spec: The layer's spec.
+        weights: The layer's weights, by role.
+        mlp: The function in the place of the layer's own MLP; None for its own.
+    """
+
+    spec: LayerSpec
+    weights: Weights
+    mlp: Mlp | None = None
 
 
 @dataclass(frozen=True)
@@ -24,25 +43,33 @@ class Parts:
     """This class holds the parts of a layered model.
 
     Attributes:
-        module: The transformers model in evaluation mode. Its weights are bound, except those of streamed layers.
         family: The description of the model's family.
+        spec: The description of the model.
         device: The device that holds the weights and computes.
         dtype: The compute dtype of the layers.
         meter: The counter of streamer, row cache and columns.
+        outside: Weights around the layers by role, without the embedding table if there is a row cache.
+        head: Weights of the head, by role.
+        layers: Weights of the resident layers by role, by number from 1.
         streamer: Reader of the streamed layers' weights; None if no layer is streamed.
         rows: The row cache in the place of the embedding table; None if the table is resident.
         columns: The companion file with the columns of pruned MLPs; None if the MLPs are dense.
+        mlps: The functions in the place of the layers' MLPs; empty if the MLPs are dense.
         checkpoint: The files that streamer and row cache read; None without streamer and row cache.
     """
 
-    module: Any
     family: Family
+    spec: ModelSpec
     device: torch.device
     dtype: torch.dtype
     meter: Meter
+    outside: Weights
+    head: Weights
+    layers: Mapping[int, Weights]
     streamer: Streamer | None = None
     rows: RowCache | None = None
     columns: ColumnFile | None = None
+    mlps: Sequence[Mlp] = ()
     checkpoint: Checkpoint | None = None
 
     def close(self) -> None:
@@ -53,11 +80,11 @@ class Parts:
 
 
 class LayeredModel:
-    """This class drives a transformers model one layer at a time.
+    """A layered model has embeddings, layers and a head.
 
-    Everything runs on a packed token axis without padding: hidden states are ``[1, T, D]`` in the compute
-    dtype, where T counts the tokens of all sequences together. With all weights resident the object holds no
-    state of a request, so several threads may use it at once; otherwise (:attr:`remembers`) only one may.
+    Everything runs on a packed token axis without padding: hidden states are ``[T, D]`` in the compute dtype.
+    T counts the tokens of all sequences together. With all weights resident the object holds no state of a
+    request, so several threads may use it at once; otherwise (:attr:`remembers`) only one may.
 
     Args:
         parts: The parts; :meth:`close` closes them.
@@ -65,23 +92,25 @@ class LayeredModel:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self.module = parts.module
-        """The transformers model."""
-        self._family = parts.family
-        self._norm = self.module.get_submodule(parts.family.norm) if parts.family.norm else nn.Identity()
-        self.layers: list[Any] = list(self.module.get_submodule(parts.family.layers))
-        """The transformers layers, from the first to the last."""
+        self.spec = parts.spec
+        self.outside = parts.outside
+        """The weights around the layers, by role."""
+        self.head = parts.head
+        """The weights of the head, by role."""
         self.meter = parts.meter
-        self.causal = parts.family.causal
-        self.width: int = self.module.config.hidden_size
         self.device = parts.device
         self.dtype = parts.dtype
-        self.work = work_per_token(self.layers[0], self.width, self.dtype, pruned=parts.columns is not None)
+        self.work = work_per_token(parts.spec, parts.dtype, pruned=parts.columns is not None)
 
     @property
     def depth(self) -> int:
         """The number of layers."""
-        return len(self.layers)
+        return self.spec.depth
+
+    @property
+    def width(self) -> int:
+        """D, the width of the hidden states."""
+        return self.spec.width
 
     @property
     def remembers(self) -> bool:
@@ -95,18 +124,19 @@ class LayeredModel:
             self._parts.rows.fetch(input_ids)
 
     @contextmanager
-    def layer(self, number: int) -> Iterator[None]:
-        """Provide the weights of a layer inside the ``with``. Ask for layers in rising order.
+    def layer(self, number: int) -> Iterator[Layer]:
+        """Provide a layer, from 1 to :attr:`depth`, inside the ``with``. Ask for layers in rising order.
 
         Raises:
             FileError: The weights cannot be read from disk.
         """
-        if self._parts.streamer is None or number not in self._parts.streamer:
-            yield
+        parts, spec = self._parts, self.spec.layers[number - 1]
+        mlp = parts.mlps[number - 1] if parts.mlps else None
+        if parts.streamer is None or number not in parts.streamer:
+            yield Layer(spec, parts.layers[number], mlp)
             return
-        with self._parts.streamer.layer(number) as weights:
-            bind(self.module, weights)
-            yield
+        with parts.streamer.layer(number) as stored:
+            yield Layer(spec, layer_by_role(parts.family, spec, number, stored), mlp)
 
     def rewind(self) -> None:
         """End a request, so that the first layers of the next request are read in advance."""
@@ -118,77 +148,46 @@ class LayeredModel:
         self._parts.close()
 
     def embed(self, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor) -> Tensor:
-        """Return the hidden states before the first layer, ``[1, T, D]``, from int64 tensors ``[1, T]``."""
-        return self._family.embed(self.module, input_ids, token_type_ids, positions)
+        """Return the hidden states before the first layer, ``[T, D]``, from int64 tensors ``[T]``.
 
-    def run_layer(self, number: int, hidden: Tensor, positions: Tensor, *, attention: object) -> Tensor:
-        """Put hidden states through one layer.
-
-        Args:
-            number: Layer number, from 1 to :attr:`depth`. Call this inside :meth:`layer`, which has its weights.
-            hidden: Hidden states, ``[1, T, D]``.
-            positions: Positions, int64 ``[1, T]``, counted from 0 within each sequence.
-            attention: Argument of the model's attention function, such as the division of the token axis.
-
-        Returns:
-            Hidden states of the same shape.
+        Positions count from 0 within each sequence.
         """
-        layer = self.layers[number - 1]
-        arguments = self._family.layer_arguments(self.module, layer, hidden, positions)
-        # The argument has a name of our own. transformers passes unknown names on and uses known ones itself: a
-        # release that began to know "cache" broke everything that generates.
-        output: Tensor = layer(hidden, attention_mask=None, grating=attention, **arguments)
-        return output
+        outside, spec = self.outside, self.spec
+        rows = self._parts.rows
+        hidden = rows(input_ids) if rows is not None else embedding(input_ids, outside["table.weight"])
+        if spec.scale != 1:
+            hidden = hidden * torch.tensor(spec.scale, dtype=self.dtype, device=self.device)
+        if spec.types:
+            types = token_type_ids if spec.typed else torch.zeros_like(token_type_ids)
+            hidden = hidden + embedding(types, outside["types.weight"])
+        if spec.positions:
+            hidden = hidden + embedding(positions + spec.first_position, outside["positions.weight"])
+        return normed(hidden, outside, "embedding_norm", spec.norm)
+
+    def angles(self, positions: Tensor) -> dict[Rotary, Angles]:
+        """Return the angles at positions, int64 ``[T]``, for each kind of rotary positions that layers have."""
+        kinds = {layer.rotary for layer in self.spec.layers if layer.rotary is not None}
+        return {rotary: angles(rotary, positions, self.dtype) for rotary in kinds}
+
+    def normed(self, states: Tensor) -> Tensor:
+        """Return states ``[…, D]`` after the norm between the last layer and the head, in the head's dtype."""
+        weight = self.outside.get("final_norm.weight")
+        states = states if weight is None else states.to(weight.dtype)
+        return normed(states, self.outside, "final_norm", self.spec.norm)
 
 
-@contextmanager
-def without_weights() -> Iterator[None]:
-    """Give modules that this thread makes inside the ``with`` no memory for weights. Buffers have their values."""
-    with torch.device("meta"), _RealBuffers():
-        yield
-
-
-class _RealBuffers(TorchFunctionMode):
-    """This mode makes tensors that have values at once on the CPU. Weights stay empty, and are filled later."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        # transformers calls torch.tensor([]) to ask whether to fill weights. The answer is no.
-        asks = func is torch.tensor and bool(args) and isinstance(args[0], list) and not args[0]
-        if func in _WITH_VALUES and not asks:
-            kwargs.setdefault("device", "cpu")
-        return func(*args, **kwargs)
-
-
-_WITH_VALUES = {torch.arange, torch.full, torch.linspace, torch.ones, torch.tensor, torch.zeros}
-
-
-def work_per_token(layer: nn.Module, width: int, dtype: torch.dtype, *, pruned: bool = False) -> int:
+def work_per_token(spec: ModelSpec, dtype: torch.dtype, *, pruned: bool = False) -> int:
     """Return the most bytes of intermediate results that a layer has for one token.
 
     Args:
-        layer: Any layer of the model.
-        width: D, the width of the hidden states.
+        spec: The description of the model.
         dtype: Dtype of the results.
-        pruned: Whether the layer's MLP computes from columns, which sums parts of the products in float32.
+        pruned: Whether the layers' MLPs compute from columns, which sums parts of the products in float32.
     """
-    widest = max(part.out_features for part in layer.modules() if isinstance(part, nn.Linear))
-    # Gated layers hold two products of that width and the gated product; others hold one before and one after.
-    gated = any(name.endswith("gate_proj") for name, _ in layer.named_modules())
-    # Hidden states, queries, keys and values come on top.
+    layer = spec.layers[0]
+    widest = max(layer.inner, layer.heads * layer.head_size)
     if pruned:
-        return (5 * widest + 8 * width) * dtype.itemsize + 4 * 4 * widest
-    return ((3 if gated else 2) * widest + 8 * width) * dtype.itemsize
-
-
-# The function is taken at import, because accelerate replaces it while another thread makes a model.
-_register = nn.Module.register_parameter
-
-
-def bind(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Make tensors the parameters of a module, by their dotted names, without a copy."""
-    for name, weight in weights.items():
-        owner, _, leaf = name.rpartition(".")
-        _register(module.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
+        return (5 * widest + 8 * spec.width) * dtype.itemsize + 4 * 4 * widest
+    # A gated MLP has two products of the inner width. Hidden states, queries, keys, values and what attention gave
+    # come on top.
+    return ((2 if layer.gated else 1) * widest + 8 * spec.width) * dtype.itemsize

@@ -7,7 +7,6 @@ from itertools import accumulate, pairwise
 
 from torch import Tensor
 
-from grating_core.layers.linear import Weights
 from grating_core.layers.spec import LayerSpec, Role
 from grating_core.models.family import Family, ModelSpec
 
@@ -26,7 +25,7 @@ def layer_names(family: Family, spec: LayerSpec, number: int) -> dict[str, Shape
     return found
 
 
-def by_role(family: Family, spec: LayerSpec, number: int, stored: Mapping[str, Tensor]) -> Weights:
+def layer_by_role(family: Family, spec: LayerSpec, number: int, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a layer, from 1, by role instead of by name. Nothing is copied.
 
     Tensors that are not in ``stored``, such as those of a pruned MLP, are left out.
@@ -57,3 +56,37 @@ def outside_names(family: Family, spec: ModelSpec) -> dict[str, Shape]:
         if role in spec.biased:
             found[f"{name}.bias"] = (spec.width,)
     return found
+
+
+def outside_by_role(family: Family, spec: ModelSpec, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors around the layers by role instead of by name, as far as they are in ``stored``."""
+    found: dict[str, Tensor] = {}
+    for name in outside_names(family, spec).keys() & stored.keys():
+        module, _, kind = name.rpartition(".")
+        found[f"{family.outside[module]}.{kind}"] = stored[name]
+    return found
+
+
+def head_names(family: Family, spec: ModelSpec) -> dict[str, Shape]:
+    """Return the names of the tensors of the head on disk, and their shapes."""
+    return {f"{name}.{kind}": shape for name, _, kind, shape in _head_parts(family, spec)}
+
+
+def head_by_role(family: Family, spec: ModelSpec, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of the head by role instead of by name, as far as they are in ``stored``."""
+    return {
+        f"{role}.{kind}": stored[f"{name}.{kind}"]
+        for name, role, kind, _ in _head_parts(family, spec)
+        if f"{name}.{kind}" in stored
+    }
+
+
+def _head_parts(family: Family, spec: ModelSpec) -> Iterator[tuple[str, Role, str, Shape]]:
+    """Yield name, role, kind and shape of each tensor of the head."""
+    rows = {"dense": spec.width, "vocabulary": spec.vocabulary}
+    for pattern, role in family.head.items():
+        shape = (spec.width,) if role == "norm" else (rows.get(role, 1), spec.width)
+        for number in range(spec.depth - spec.first_head + 1 if "{}" in pattern else 1):
+            yield pattern.format(number), role.format(number), "weight", shape
+            if role in spec.biased:
+                yield pattern.format(number), role.format(number), "bias", shape[:1]

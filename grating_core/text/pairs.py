@@ -23,7 +23,7 @@ _log = logging.getLogger("grating")
 
 @dataclass(frozen=True)
 class Segments:
-    """Segments say where the two texts are in a sequence.
+    """Segments say where the two texts are in a sequence. The two have no token in common.
 
     Attributes:
         query: The span of the query's tokens.
@@ -78,6 +78,10 @@ class Template(ABC):
         Raises:
             ValueError: The query alone fills the window.
         """
+
+    def check_length(self, query: str) -> None:
+        """Raise ``ValueError`` for a query that leaves no room for a document in the window."""
+        self.encode(query, [""])
 
     def count_tokens(self, text: str) -> int:
         """Return how many tokens a text has, special tokens not counted."""
@@ -215,7 +219,10 @@ class PromptTemplate(Template):
             pairs.append([])
             for part, cut in divided(found.ids, room, self._long_documents):
                 ids, end = fixed + part + after, len(fixed) + len(part)
-                asked = ahead if any(ahead) else (end + behind[0], end + behind[1])
+                # A token that the query's last characters share with the document belongs to the document.
+                asked = min(ahead[0], len(fixed)), min(ahead[1], len(fixed))
+                if not any(ahead):
+                    asked = end + behind[0], end + behind[1]
                 pairs[-1].append(TokenisedPair(ids, [0] * len(ids), Segments(asked, (len(fixed), end)), cut))
         return pairs
 

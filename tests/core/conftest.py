@@ -15,6 +15,8 @@ from transformers import (
     GemmaForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForSequenceClassification,
     ModernBertConfig,
     ModernBertForSequenceClassification,
     PreTrainedModel,
@@ -65,6 +67,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         )
     ),
     "llama": lambda: LlamaForSequenceClassification(LlamaConfig(**SIZES, **DECODER, attention_bias=True)),
+    "mistral": lambda: MistralForSequenceClassification(MistralConfig(**SIZES, **DECODER, sliding_window=16)),
     "qwen2": lambda: Qwen2ForSequenceClassification(Qwen2Config(**SIZES, **DECODER, **SLIDING)),
     "qwen3": lambda: Qwen3ForSequenceClassification(Qwen3Config(**SIZES, **DECODER)),
     "gemma": lambda: GemmaForSequenceClassification(GemmaConfig(**SIZES, **DECODER)),

@@ -46,12 +46,12 @@ def random_text(words: int, source: random.Random, vocabulary: list[str]) -> str
     return " ".join(source.choices(vocabulary, k=words))
 
 
-def load(directory: Path, *, chunk_tokens: int | None = None, **settings: object) -> Reranker:
+def load(directory: Path, *, slice_tokens: int | None = None, **settings: object) -> Reranker:
     """Unpruned and in float32, unless told otherwise."""
     reranker = Reranker.from_pretrained(
         directory, **{"pruning": "off", "dtype": "float32", "device": "cpu", **settings}
     )
-    reranker.scorer.chunk_tokens = chunk_tokens or reranker.scorer.chunk_tokens
+    reranker.scorer.slice_tokens = slice_tokens or reranker.scorer.slice_tokens
     return reranker
 
 

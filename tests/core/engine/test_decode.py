@@ -35,23 +35,23 @@ def load(directory: Path, **changes: object) -> CausalLM:
     return stored.load(plan)
 
 
-def one_by_one(model: CausalLM, prompt: int, until: int, chunk_tokens: int = 64) -> Tensor:
+def one_by_one(model: CausalLM, prompt: int, until: int, slice_tokens: int = 64) -> Tensor:
     """The logits after a prompt of so many tokens, and after every token behind it."""
     cache = new_cache(model, until)
-    found = [advance(model, IDS[:prompt], cache, chunk_tokens=chunk_tokens)]
-    found += [advance(model, [token], cache, chunk_tokens=chunk_tokens) for token in IDS[prompt:until]]
-    assert cache.tokens == until
+    found = [advance(model, IDS[:prompt], cache, slice_tokens=slice_tokens)]
+    found += [advance(model, [token], cache, slice_tokens=slice_tokens) for token in IDS[prompt:until]]
+    assert [kept.tokens for kept in cache] == [until] * model.depth
     return torch.stack(found)
 
 
 @pytest.mark.parametrize(
-    ("prompt", "until", "chunk_tokens"),
+    ("prompt", "until", "slice_tokens"),
     [(1, 60, 64), (40, 44, 64), (40, 44, 7), (40, 44, 1), (WINDOW - 1, WINDOW, 50), (WINDOW, WINDOW, 10**6)],
 )
 def test_logits_equal_transformers(
-    decoder: Path, reference: PreTrainedModel, prompt: int, until: int, chunk_tokens: int
+    decoder: Path, reference: PreTrainedModel, prompt: int, until: int, slice_tokens: int
 ) -> None:
-    found = one_by_one(load(decoder), prompt, until, chunk_tokens)
+    found = one_by_one(load(decoder), prompt, until, slice_tokens)
     # In the same steps: the logits of these models go up to 9, and transformers' own rounding differs by more than
     # the tolerance between one pass over all tokens and a pass for each.
     step = going_on(reference)
@@ -81,18 +81,24 @@ def test_embedding_rows_give_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_tied_embeddings_are_there_once(tmp_path: Path) -> None:
-    module = load(save_decoder(tmp_path, "llama-tied")).module
-    assert module.lm_head.weight.data_ptr() == module.model.embed_tokens.weight.data_ptr()
+    stored, plan = planned_lm(save_decoder(tmp_path, "llama-tied"))
+    untied, larger = planned_lm(save_decoder(tmp_path / "untied", "llama"))
+    table = stored.vocabulary * stored.spec.width * 4
+    assert larger.sizes.rest - plan.sizes.rest == pytest.approx(table, abs=8192)
+    stored.close()
+    untied.close()
 
 
 def test_keys_and_values_take_what_was_planned(tmp_path: Path) -> None:
     stored, plan = planned_lm(save_decoder(tmp_path, "llama"))
     cache = new_cache(stored.load(plan), WINDOW)
-    assert sum(part.nbytes for part in (*cache.keys, *cache.values)) == plan.sizes.keys
+    for kept in cache:
+        kept.tokens = WINDOW
+    assert sum(kept.key.nbytes + kept.value.nbytes for kept in cache) == plan.sizes.keys
 
 
 def test_logits_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     model = load(save_decoder(tmp_path, "llama"))
-    model.module.model.norm.weight[3] = torch.nan
+    model.outside["final_norm.weight"][3] = torch.nan
     with pytest.raises(ScoreError, match="logits are not all finite"):
         one_by_one(model, 3, 3)

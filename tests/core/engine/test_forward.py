@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from torch.overrides import TorchFunctionMode
 
 from grating_core import ClusterPolicy, Reranker, Route
 from grating_core.engine.ragged import filled
@@ -175,16 +175,27 @@ def test_a_score_that_is_no_number_names_its_document(tmp_path: Path, value: flo
 
 def test_the_last_layer_computes_scoring_positions_only(tiny: Path) -> None:
     reranker = load(tiny)
-    rows = []
-    layers = reranker.scorer.model.layers
-    for layer in layers:
-        mlp = layer.get_submodule("mlp" if hasattr(layer, "mlp") else "intermediate")
-        mlp.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape[-2]))
-    trace = reranker.rerank(QUERY, DOCUMENTS).trace
-    mean_pooling = getattr(AutoConfig.from_pretrained(tiny), "classifier_pooling", "cls") == "mean"
-    all_tokens = filled(sum(trace.lengths))
-    assert rows[:-1] == [all_tokens] * (len(layers) - 1)
-    assert rows[-1] == (all_tokens if mean_pooling else filled(len(DOCUMENTS)))
+    spec = reranker.scorer.model.spec
+    with Products() as products:
+        trace = reranker.rerank(QUERY, DOCUMENTS).trace
+    # The last matrix of each MLP, and only that, has this shape.
+    rows = [rows for rows, shape in products.seen if shape == (spec.width, spec.layers[0].inner)]
+    all_tokens = filled(sum(trace.lengths) - (len(DOCUMENTS) - 1) * trace.shared_prefix)
+    assert rows[:-1] == [all_tokens] * (spec.depth - 1)
+    assert rows[-1] == (all_tokens if spec.pooling == "mean" else filled(len(DOCUMENTS)))
+
+
+class Products(TorchFunctionMode):
+    """Notes the number of rows, and the shape of the matrix, of each product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, tuple[int, ...]]] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.linear:
+            self.seen.append((len(args[0]), tuple(args[1].shape)))
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -1,4 +1,4 @@
-"""Packing, chunking and selecting, for any lengths, windows and shared prefixes."""
+"""Packing, slicing and selecting, for any requests, lengths, windows and shared tokens."""
 
 from itertools import accumulate, pairwise
 
@@ -7,60 +7,76 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grating_core.engine.ragged import RaggedBatch
+from grating_core.engine.ragged import Piece, RaggedBatch, common_prefix, filled
 from grating_core.text.pairs import TokenisedPair
 
 CPU = torch.device("cpu")
-# The windows of each candidate, by their lengths.
-CANDIDATES = st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=3), min_size=1, max_size=15)
+Sequences = list[list[list[int]]]  # of one request: the token ids of each window of each candidate
+# The windows of each candidate of each request, by their lengths.
+REQUESTS = st.lists(
+    st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=3), min_size=1, max_size=8), min_size=1, max_size=4
+)
 PREFIXES = st.sampled_from([0, 1, 8, 20, 60])
 
 
-def sequences_of(candidates: list[list[int]], prefix: int = 0) -> list[list[list[int]]]:
+def sequences_of(requests: list[list[list[int]]], prefix: int = 0) -> list[Sequences]:
     """Token ids that are all different, so that none can be mistaken for another; but for a prefix of 1000s."""
-    lengths = [length for windows in candidates for length in windows]
+    lengths = [length for candidates in requests for windows in candidates for length in windows]
     starts = iter(accumulate(lengths, initial=0))
     shared = list(range(1000, 1000 + prefix))
     return [
-        [[*shared, *range(start := next(starts), start + length)] for length in windows] for windows in candidates
+        [
+            [[*shared, *range(start := next(starts), start + length)] for length in windows]
+            for windows in candidates
+        ]
+        for candidates in requests
     ]
 
 
-def pack(candidates: list[list[list[int]]], share_prefix: bool = False) -> RaggedBatch:
-    pairs = [[TokenisedPair(ids, [-token for token in ids]) for ids in windows] for windows in candidates]
+def pack(requests: list[Sequences], share_prefix: bool = False) -> RaggedBatch:
+    pairs = [
+        [[TokenisedPair(ids, [-token for token in ids]) for ids in windows] for windows in candidates]
+        for candidates in requests
+    ]
     return RaggedBatch.pack(pairs, CPU, share_prefix=share_prefix)
 
 
-@given(CANDIDATES)
-def test_packing_joins_the_sequences(candidates: list[list[int]]) -> None:
-    batch = pack(sequences_of(candidates))
-    lengths = [length for windows in candidates for length in windows]
-    assert len(batch) == len(candidates)
-    assert batch.prefix == 0
-    assert batch.lengths == tuple(lengths)
-    assert batch.windows == tuple(map(len, candidates))
-    assert batch.input_ids.tolist() == list(range(batch.tokens)) == [-t for t in batch.token_type_ids.tolist()]
-    assert batch.positions().tolist() == [place for length in lengths for place in range(length)]
+def unpacked(batch: RaggedBatch) -> list[tuple[int, int, list[int], list[int]]]:
+    """Request, candidate, token ids and positions of each sequence, shared tokens included."""
+    found, shared = [], ([], [])
+    lengths = [piece.length for piece in batch.pieces]
+    parts = zip(batch.input_ids.split(lengths), batch.positions().split(lengths), strict=True)
+    for piece, (ids, places) in zip(batch.pieces, parts, strict=True):
+        if piece.candidate is None:
+            shared = ids.tolist(), places.tolist()
+            continue
+        before = shared if piece.before else ([], [])
+        assert len(before[0]) == piece.before
+        found.append((piece.request, piece.candidate, before[0] + ids.tolist(), before[1] + places.tolist()))
+    return found
+
+
+def expected(requests: list[Sequences]) -> list[tuple[int, int, list[int], list[int]]]:
+    return [
+        (request, candidate, ids, list(range(len(ids))))
+        for request, candidates in enumerate(requests)
+        for candidate, windows in enumerate(candidates)
+        for ids in windows
+    ]
+
+
+@given(REQUESTS, PREFIXES, st.booleans())
+def test_packing_keeps_every_sequence(requests: list[list[list[int]]], prefix: int, share: bool) -> None:
+    sequences = sequences_of(requests, prefix)
+    batch = pack(sequences, share)
+    assert unpacked(batch) == expected(sequences)
+    assert batch.token_type_ids.tolist() == [-token for token in batch.input_ids.tolist()]
+    assert batch.tokens == sum(piece.length for piece in batch.pieces) == batch.tokens_by_request.total()
+    assert batch.longest == max(len(ids) for _, _, ids, _ in unpacked(batch))
     assert batch.input_ids.dtype == batch.token_type_ids.dtype == batch.positions().dtype == torch.int64
-
-
-@given(CANDIDATES, st.integers(8, 60))
-def test_a_shared_prefix_comes_once(candidates: list[list[int]], prefix: int) -> None:
-    sequences = sequences_of(candidates, prefix)
-    batch, repeated = pack(sequences, share_prefix=True), pack(sequences)
-    count = len(repeated.lengths)
-    if count == 1:
-        assert batch.prefix == 0
-        return
-    assert batch.prefix == prefix
-    assert batch.tokens == repeated.tokens - (count - 1) * prefix
-    assert batch.longest == max(prefix, *batch.lengths)
-    # Prefix and own tokens together are the sequence, ids and positions alike.
-    for values, expected in ((batch.input_ids, repeated.input_ids), (batch.positions(), repeated.positions())):
-        shared, *own = values.split([prefix, *batch.lengths])
-        assert [[*shared.tolist(), *part.tolist()] for part in own] == [
-            part.tolist() for part in expected.split(list(repeated.lengths))
-        ]
+    shared = [piece.request for piece in batch.pieces if piece.candidate is None]
+    several = [number for number, request in enumerate(requests) if sum(map(len, request)) > 1]
+    assert shared == (several if share and prefix >= 8 else [])
 
 
 @pytest.mark.parametrize(
@@ -76,41 +92,96 @@ def test_a_shared_prefix_comes_once(candidates: list[list[int]], prefix: int) ->
     ],
 )
 def test_what_counts_as_a_prefix(sequences: list[list[int]], prefix: int) -> None:
-    assert pack([[ids] for ids in sequences], share_prefix=True).prefix == prefix
+    assert common_prefix(sequences) == prefix
 
 
-@given(CANDIDATES, PREFIXES, st.integers(1, 100))
-def test_chunks_divide_the_batch_in_order(candidates: list[list[int]], prefix: int, max_tokens: int) -> None:
-    batch = pack(sequences_of(candidates, prefix), share_prefix=True)
-    chunks = list(batch.chunks(max_tokens))
+@given(REQUESTS, PREFIXES, st.integers(1, 100))
+def test_slices_take_every_token_once_through_each_step(
+    requests: list[list[list[int]]], prefix: int, most: int
+) -> None:
+    batch = pack(sequences_of(requests, prefix), share_prefix=True)
+    slices = batch.slices(most)
     everything = list(range(batch.tokens))
-    assert tuple(length for chunk in chunks for length in chunk.lengths) == batch.lengths
-    assert [token for chunk in chunks for token in everything[chunk.tokens]] == everything
-    assert [chunk.prefix for chunk in chunks] == [batch.prefix] + [0] * (len(chunks) - 1)
-    for chunk in chunks:
-        assert chunk.prefix + sum(chunk.lengths) == len(everything[chunk.tokens])
-        assert len(everything[chunk.tokens]) <= max_tokens or len(chunk.lengths) + (chunk.prefix > 0) == 1
-    # As few as this order allows: the first sequence of a chunk did not fit into the one before.
-    for chunk, following in pairwise(chunks):
-        assert chunk.prefix + sum(chunk.lengths) + following.lengths[0] > max_tokens
+    for step in ("keys", "queries"):
+        assert [token for part in slices if getattr(part, step) for token in everything[part.tokens]] == everything
+    ends = list(accumulate(piece.length for piece in batch.pieces))
+    pieces = {end - piece.length: piece for piece, end in zip(batch.pieces, ends, strict=True)}
+    there = dict.fromkeys(pieces, 0)  # keys that are there, of each piece by its first token
+    for part in slices:
+        assert len(everything[part.tokens]) <= min(most, part.rows)
+        assert part.changed == part.queries
+        assert part.parts[-1].rows.stop == len(everything[part.tokens])
+        for one in part.parts:
+            first = part.tokens.start + one.rows.start - one.start
+            assert pieces[first] == one.piece
+            if part.keys:
+                assert there[first] == one.start
+                there[first] = one.stop
+            if part.queries:  # nobody attends to keys that are not there yet
+                assert there[first] == one.piece.length
+    # A slice holds as many whole pieces as this order allows.
+    for part, following in pairwise(slices):
+        if all(one.whole for one in (*part.parts, *following.parts)):
+            assert len(everything[part.tokens]) + following.parts[0].piece.length > most
 
 
-@given(CANDIDATES, PREFIXES, st.data())
-def test_selecting_is_packing_only_the_kept(candidates: list[list[int]], prefix: int, data: st.DataObject) -> None:
-    keep = sorted(data.draw(st.sets(st.integers(0, len(candidates) - 1), min_size=1)))
-    sequences = sequences_of(candidates, prefix)
-    whole = pack(sequences, share_prefix=True)
-    selected, expected = whole.select(keep), pack([sequences[i] for i in keep])
-    assert selected.windows == expected.windows
-    assert tuple(length + selected.prefix for length in selected.lengths) == expected.lengths
-    assert torch.equal(selected.input_ids, whole.input_ids[whole.token_index(keep)])
-    assert torch.equal(selected.token_type_ids, -selected.input_ids)
-    shared, *own = selected.input_ids.split([selected.prefix, *selected.lengths])
-    parts = [torch.cat((shared, part)) for part in own]
-    assert torch.equal(torch.cat(parts), expected.input_ids)
+@given(REQUESTS, PREFIXES, st.integers(1, 100), st.sampled_from(["first", "last"]))
+def test_only_the_tokens_that_the_head_reads_are_asked_for_at_the_end(
+    requests: list[list[list[int]]], prefix: int, most: int, only: str
+) -> None:
+    batch = pack(sequences_of(requests, prefix), share_prefix=True)
+    found = []
+    for part in batch.slices(most, changed=False, only=only):
+        assert not part.changed
+        asked = part.asked(only) if part.queries else []
+        assert [wanted.rows for _, wanted in asked] == [slice(row, row + 1) for row in range(len(asked))]
+        found += [
+            (one.piece, int(batch.input_ids[part.tokens.start + one.rows.start + wanted.start - one.start]))
+            for one, wanted in asked
+        ]
+    ends = zip(batch.pieces, accumulate(piece.length for piece in batch.pieces), strict=True)
+    places = [(p, end - (p.length if only == "first" else 1)) for p, end in ends if p.candidate is not None]
+    assert found == [(piece, int(batch.input_ids[place])) for piece, place in places]
 
 
-@pytest.mark.parametrize(("max_tokens", "expected"), [(1, [1, 1, 1]), (5, [2, 1]), (6, [2, 1]), (9, [3])])
-def test_chunks_of_an_example(max_tokens: int, expected: list[int]) -> None:
-    batch = pack(sequences_of([[2], [3], [4]]))
-    assert [len(chunk.lengths) for chunk in batch.chunks(max_tokens)] == expected
+@given(REQUESTS, PREFIXES, st.data())
+def test_selecting_is_packing_only_the_kept(
+    requests: list[list[list[int]]], prefix: int, data: st.DataObject
+) -> None:
+    keep = {
+        number: sorted(data.draw(st.sets(st.integers(0, len(candidates) - 1))))
+        for number, candidates in enumerate(requests)
+    }
+    whole = pack(sequences_of(requests, prefix), share_prefix=True)
+    selected, index = whole.select(keep)
+    assert unpacked(selected) == [one for one in unpacked(whole) if one[1] in keep[one[0]]]
+    assert torch.equal(selected.input_ids, whole.input_ids[index])
+    assert torch.equal(selected.token_type_ids, whole.token_type_ids[index])
+    assert {piece.request for piece in selected.pieces} == {number for number, kept in keep.items() if kept}
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"),
+    [
+        (1, ["k", "k", "q", "q", "k", "k", "k", "q", "q", "q", "kq"]),
+        (2, ["kq", "k", "k", "q", "q", "kq"]),
+        (3, ["kq", "kq", "kq"]),
+        (5, ["kq", "kq"]),
+        (6, ["kq"]),
+    ],
+)
+def test_slices_of_an_example(most: int, expected: list[str]) -> None:
+    batch = pack(sequences_of([[[2]], [[3], [1]]]))
+    assert ["k" * part.keys + "q" * part.queries for part in batch.slices(most)] == expected
+
+
+def test_parts_of_a_long_piece_are_even() -> None:
+    batch = RaggedBatch(torch.zeros(10), torch.zeros(10), (Piece(0, 0, 10),))
+    assert [part.tokens for part in batch.slices(4) if part.keys] == [slice(0, 3), slice(3, 6), slice(6, 10)]
+
+
+@given(st.integers(1, 5000))
+def test_rows_are_filled_to_few_numbers(rows: int) -> None:
+    assert rows <= filled(rows) <= rows + 63
+    assert filled(rows) % 16 == 0
+    assert filled(filled(rows)) == filled(rows)

@@ -1,12 +1,18 @@
 """What a lens looks at: the same however requests are packed, chunked and shared."""
 
 import random
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from grating_core import Prompt, Reranker
@@ -26,10 +32,65 @@ BEFORE = Prompt(pieces=("w9 w8 w7 w6 {query} w5 w4", "w3 {document} w2 w1"))
 BEHIND = Prompt(pieces=("w9 w8", "w3 {document} w2 w1", "w7 {query} w6"))
 
 
-class Sequences:
-    prefix = 0
-    lengths = (9, 5)
-    segments = (Segments((1, 3), (4, 8)), Segments((1, 3), (4, 4)))
+@dataclass(frozen=True)
+class Piece:
+    length: int
+    before: int = 0
+    segments: Segments | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    piece: Piece
+    rows: slice
+    start: int = 0
+
+
+# A document without tokens has nothing to say.
+PIECES = [Piece(9, 0, Segments((1, 3), (4, 8))), Piece(5, 0, Segments((1, 3), (4, 4)))]
+
+
+def sliced(pieces: Sequence[Piece], cuts: Collection[int]) -> list[tuple[slice, list[Part]]]:
+    """Cut the token axis at some places: where each slice is, and what it has of each piece."""
+    found: list[tuple[slice, list[Part]]] = []
+    ends = list(accumulate(piece.length for piece in pieces))
+    for first, last in pairwise(sorted({0, ends[-1], *cuts})):
+        parts = []
+        for piece, end in zip(pieces, ends, strict=True):
+            start = end - piece.length
+            if max(first, start) < min(last, end):
+                rows = slice(max(first, start) - first, min(last, end) - first)
+                parts.append(Part(piece, rows, max(first, start) - start))
+        found.append((slice(first, last), parts))
+    return found
+
+
+def seen(
+    states: Tensor, pieces: Sequence[Piece], pooling: str, cuts: Collection[int] = (), number: int = 0
+) -> Tensor:
+    """The features after a layer, of states that are overwritten as soon as they have been seen."""
+    features = Features(number, DEPTH, pooling)
+    found = []
+    for tokens, parts in sliced(pieces, cuts):
+        part = torch.cat((states[tokens], torch.full((3, states.shape[1]), torch.nan)))  # with fill behind
+        found.append(features.see(part, parts))
+        part.fill_(torch.nan)
+    return torch.cat(found)
+
+
+def expected_features(own: Tensor, query: Tensor, document: Tensor, pooling: str) -> Tensor:
+    """The features of one sequence in the first layers, in float64."""
+    own, query, document = own.double(), query.double(), document.double()
+    expected = [own.mean(0) if pooling == "mean" else own[-1 if pooling == "last" else 0]]
+    expected += [text.sum(0) / max(1, len(text)) for text in (query, document)]
+    expected.append(expected[1] * expected[2])
+    if not len(query) or not len(document):
+        return torch.cat([*expected, expected[0].new_zeros(own.shape[1] + 5)])
+    cosines = torch.stack([cosine_similarity(token, document) for token in query])
+    best = cosines.max(1)
+    expected.append((query * document[best.indices]).mean(0))
+    similarities = [best.values.mean(), best.values.min(), cosines.mean(), cosines.max(0).values.mean()]
+    return torch.cat([*expected, torch.stack([*similarities, torch.tensor(len(document)).double().log()])])
 
 
 def random_lens(width: int, pooling: str) -> Lens:
@@ -38,35 +99,70 @@ def random_lens(width: int, pooling: str) -> Lens:
     return Lens([LayerMap(torch.randn(count, generator=chance), torch.tensor(0.5)) for count in counts], pooling)
 
 
-@pytest.mark.parametrize(("pooling", "place"), [("first", 0), ("last", 8), ("mean", None)])
-def test_features_by_hand(pooling: str, place: int | None) -> None:
-    hidden = torch.randn(1, 20, 6)
-    found = Features(0, DEPTH, 0, pooling)(hidden, Sequences())
+@pytest.mark.parametrize("pooling", ["first", "last", "mean"])
+def test_features_by_hand(pooling: str) -> None:
+    states = torch.randn(14, 6)
+    found = seen(states, PIECES, pooling)
     assert found.shape == (2, feature_count(6, True))
-    states = hidden[0, :9]
-    query, document = states[1:3], states[4:8]
-    expected = [states.mean(0) if place is None else states[place], query.mean(0), document.mean(0)]
-    expected.append(expected[1] * expected[2])
-    cosines = torch.stack([cosine_similarity(token, document) for token in query])
-    best = cosines.max(1)
-    expected.append((query * document[best.indices]).mean(0))
-    similarities = [best.values.mean(), best.values.min(), cosines.mean(), cosines.max(0).values.mean()]
-    expected.append(torch.stack([*similarities, torch.tensor(4.0).log()]))
-    torch.testing.assert_close(found[0], torch.cat(expected))
-    # A document without tokens has nothing to say.
+    expected = expected_features(states[:9], states[1:3], states[4:8], pooling).float()
+    torch.testing.assert_close(found[0], expected)
     assert found[1, 12:].tolist() == [0.0] * (len(found[1]) - 12)
-    assert Features(4, DEPTH, 0, pooling)(hidden, Sequences()).shape == (2, feature_count(6, False))
+    after = seen(states, PIECES, pooling, number=4)
+    assert after.shape == (2, feature_count(6, False))
+    torch.testing.assert_close(after, found[:, : after.shape[1]])
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> tuple[list[Piece], set[int]]:
+    """The pieces of a request, and where they are cut. Texts may be empty, and begin in the shared prefix."""
+    prefix = draw(st.integers(0, 12))
+    pieces = [Piece(prefix)] if prefix else []
+    for _ in range(draw(st.integers(1, 4))):
+        length = draw(st.one_of(st.integers(1, 30), st.sampled_from([513, 1200])))
+        edges = sorted(draw(st.lists(st.integers(0, prefix + length), min_size=4, max_size=4)))
+        texts = draw(st.permutations([(edges[0], edges[1]), (edges[2], edges[3])]))
+        pieces.append(Piece(length, prefix, Segments(*texts)))
+    tokens = sum(piece.length for piece in pieces)
+    return pieces, draw(st.sets(st.integers(1, tokens), max_size=8))
+
+
+@settings(max_examples=150)
+@given(requests(), st.sampled_from(["first", "last", "mean"]), st.integers(0, 2**31))
+def test_features_do_not_depend_on_where_a_request_is_cut(
+    request: tuple[list[Piece], set[int]], pooling: str, seed: int
+) -> None:
+    pieces, cuts = request
+    states = torch.randn(sum(piece.length for piece in pieces), 8, generator=torch.Generator().manual_seed(seed))
+    prefix = states[: pieces[-1].before]
+    expected, end = [], 0
+    for piece in pieces:
+        start, end = end, end + piece.length
+        if piece.segments is not None:
+            own = states[start:end]
+            texts = [
+                torch.cat((prefix, own))[slice(*span)] for span in (piece.segments.query, piece.segments.document)
+            ]
+            expected.append(expected_features(own, *texts, pooling))
+    for some in ((), cuts):
+        torch.testing.assert_close(
+            seen(states, pieces, pooling, some).double(), torch.stack(expected), rtol=1e-4, atol=1e-5
+        )
+        layers = seen(states, pieces, pooling, some, number=4).double()
+        torch.testing.assert_close(layers, torch.stack(expected)[:, : layers.shape[1]], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["first", "last", "mean"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_features_of_large_states_are_computed_in_float32(pooling: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("cuts", [(), (2, 6)])
+def test_features_of_large_states_are_computed_in_float32(
+    pooling: str, dtype: torch.dtype, cuts: Collection[int]
+) -> None:
     """Products of states above 256 are infinite in float16."""
-    hidden = (3000 * torch.randn(1, 20, 6, generator=torch.Generator().manual_seed(2))).to(dtype)
-    found = Features(0, DEPTH, 0, pooling)(hidden, Sequences())
+    states = (3000 * torch.randn(14, 6, generator=torch.Generator().manual_seed(2))).to(dtype)
+    found = seen(states, PIECES, pooling, cuts)
     assert found.dtype == torch.float32
     assert found.isfinite().all()
-    torch.testing.assert_close(found, Features(0, DEPTH, 0, pooling)(hidden.float(), Sequences()))
+    torch.testing.assert_close(found, seen(states.float(), PIECES, pooling))
 
 
 def read_layers(reranker: Reranker, documents: list[str]) -> np.ndarray:
@@ -82,8 +178,8 @@ def test_estimates_do_not_depend_on_chunks_and_company(family: str, tmp_path: Pa
     directory = save_model(tmp_path, family)
     expected = read_layers(load(directory), DOCUMENTS)
     assert expected.shape == (DEPTH, len(DOCUMENTS))
-    for chunk_tokens in (1, 40):
-        found = read_layers(load(directory, chunk_tokens=chunk_tokens), DOCUMENTS)
+    for slice_tokens in (1, 40):
+        found = read_layers(load(directory, slice_tokens=slice_tokens), DOCUMENTS)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
     found = read_layers(load(directory), DOCUMENTS[::-2])
     np.testing.assert_allclose(found, expected[:, ::-2], rtol=1e-4, atol=1e-3)

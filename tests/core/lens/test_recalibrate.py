@@ -299,7 +299,7 @@ def test_the_thread_ends_with_its_owner(tmp_path: Path) -> None:
 
 def test_a_forward_can_be_given_up_before_any_chunk(tiny_bert: Path, spill_directory: Path) -> None:
     everything = {"resident": (), "hidden_tokens": 0, "embedding_rows": 7}
-    with load_planned(tiny_bert, **everything) as planned, load(tiny_bert, chunk_tokens=64) as resident:
+    with load_planned(tiny_bert, **everything) as planned, load(tiny_bert, slice_tokens=64) as resident:
         for reranker in (planned, resident):
             expected = reranker.score([(REQUEST.query, text) for text in REQUEST.documents])
             chunks = 0

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from grating_core import Prompt, Reranker, StreamedCausalLM
-from grating_core.engine.attention import CACHED_ATTENTION, PACKED_ATTENTION
 from grating_core.engine.scorer import Scorer
 from grating_core.memory.plan import MemoryPlan
 from grating_core.models.adapter import Adapter
@@ -36,7 +35,7 @@ def load_planned(
     *,
     dtype: torch.dtype = torch.float32,
     pruning: PruningPolicy | None = None,
-    chunk_tokens: int = 64,
+    slice_tokens: int = 64,
     template: Prompt | None = None,
     adapter: Path | None = None,
     window: int = WINDOW,
@@ -47,11 +46,10 @@ def load_planned(
         directory,
         device=torch.device("cpu"),
         dtype=dtype,
-        attention=PACKED_ATTENTION,
         lasting=True,
         adapter=None if adapter is None else Adapter(adapter),
     )
-    plan = planned(stored, window, chunk_tokens, **changes)
+    plan = planned(stored, window, slice_tokens, **changes)
     encoder = load_template(directory, window, prompt=template, asks=stored.family.asks)
     return Reranker(
         Scorer(stored.load(plan, encoder.answers), encoder, plan),
@@ -72,27 +70,26 @@ def load_planned_lm(directory: Path, **settings: object) -> StreamedCausalLM:
 
 
 def planned_lm(
-    directory: Path, *, chunk_tokens: int = 64, adapter: Path | None = None, **changes: object
+    directory: Path, *, slice_tokens: int = 64, adapter: Path | None = None, **changes: object
 ) -> tuple[StoredCausalLM, MemoryPlan]:
     """A language model that is not loaded yet, and a plan that keeps everything, but for the changes."""
     stored = StoredCausalLM(
         directory,
         device=torch.device("cpu"),
         dtype=torch.float32,
-        attention=CACHED_ATTENTION,
         lasting=True,
         adapter=None if adapter is None else Adapter(adapter),
     )
-    return stored, planned(stored, WINDOW, chunk_tokens, **changes)
+    return stored, planned(stored, WINDOW, slice_tokens, **changes)
 
 
-def planned(stored: StoredModel, window: int, chunk_tokens: int, **changes: object) -> MemoryPlan:
+def planned(stored: StoredModel, window: int, slice_tokens: int, **changes: object) -> MemoryPlan:
     sizes = stored.sizes(window)
     everything = MemoryPlan(
         budget=10**9,
         sizes=sizes,
         resident=tuple(range(1, len(sizes.layers) + 1)),
-        chunk_tokens=chunk_tokens,
+        slice_tokens=slice_tokens,
         embedding_rows=sizes.vocabulary,
         hidden_tokens=10**9,
     )

@@ -18,10 +18,10 @@ WIDTH = 6
 
 @dataclass
 class Life:
-    """Lengths of sequences, the most tokens of a chunk, and who goes on after each layer."""
+    """Lengths of sequences, the most tokens of a slice, and who goes on after each layer."""
 
     lengths: list[int]
-    chunk_tokens: int
+    slice_tokens: int
     kept: list[list[bool]]
 
 
@@ -35,26 +35,31 @@ def lives(draw) -> Life:
 @given(lives(), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_disk_and_memory_keep_the_same(tmp_path_factory, life: Life, dtype: torch.dtype) -> None:
     pairs = [[TokenisedPair([0] * n, [0] * n)] for n in life.lengths]
-    batch = RaggedBatch.pack(pairs, torch.device("cpu"), share_prefix=False)
+    batch = RaggedBatch.pack([pairs], torch.device("cpu"), share_prefix=False)
     expected = torch.randn(batch.tokens, WIDTH).to(dtype)
     shape = (batch.tokens, WIDTH, dtype, torch.device("cpu"))
-    rows = filled(max(life.chunk_tokens, *life.lengths))
+    rows = filled(life.slice_tokens)
     directory: Path = tmp_path_factory.mktemp("spill")
     with ExitStack() as stack:
         disk = stack.enter_context(HiddenOnDisk(*shape, rows=rows, directory=directory, meter=Meter()))
         states = [HiddenInMemory(*shape), disk]
         for hidden in states:
-            for chunk, part in hidden.visit(list(batch.chunks(life.chunk_tokens)), read=False):
-                assert part.shape == (1, chunk.rows, WIDTH)
-                part[0, : sum(chunk.lengths)] = expected[chunk.tokens]
+            for part, found in hidden.visit(batch.slices(life.slice_tokens), read=False):
+                assert found.shape == (part.rows, WIDTH)
+                found[: part.tokens.stop - part.tokens.start] = expected[part.tokens]
         for marks in life.kept:
-            going_on = [i for i in range(len(batch)) if marks[i]] or [0]
-            index = batch.token_index(going_on)
-            expected, batch = expected[index] + 1, batch.select(going_on)
+            alive = [piece.candidate for piece in batch.pieces]
+            going_on = [candidate for candidate in alive if marks[candidate]] or alive[:1]
+            batch, index = batch.select({0: going_on})
+            before = expected[index]
+            expected = before + 1
             for hidden in states:
                 hidden.keep(index)
-                for chunk, part in hidden.visit(list(batch.chunks(life.chunk_tokens))):
-                    tokens = sum(chunk.lengths)
-                    part[0, :tokens] += 1
-                    assert torch.equal(part[0, :tokens], expected[chunk.tokens])
+                for part, found in hidden.visit(batch.slices(life.slice_tokens)):
+                    tokens = part.tokens.stop - part.tokens.start
+                    if part.changed:
+                        found[:tokens] += 1
+                        assert torch.equal(found[:tokens], expected[part.tokens])
+                    else:
+                        assert torch.equal(found[:tokens], before[part.tokens])
     assert list(directory.iterdir()) == []

@@ -84,8 +84,8 @@ def test_a_forward_that_ends_early_leaves_nothing_for_the_next_to_trip_over(tiny
 def test_other_chunks_change_scores_by_rounding_only(tiny: Path) -> None:
     pairs = [(QUERY, text) for text in texts(4)]
     expected = load_planned(tiny).score(pairs)
-    for chunk_tokens in (1, 16, 100, 10_000):
-        scores = load_planned(tiny, chunk_tokens=chunk_tokens, resident=()).score(pairs)
+    for slice_tokens in (1, 16, 100, 10_000):
+        scores = load_planned(tiny, slice_tokens=slice_tokens, resident=()).score(pairs)
         assert scores == pytest.approx(expected, abs=1e-5)
 
 

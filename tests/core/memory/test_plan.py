@@ -8,19 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grating_core import Reranker
+from grating_core.engine.ragged import filled
 from grating_core.errors import BudgetError
 from grating_core.memory.plan import ModelSizes, make_generation_plan, make_plan
 from tests.core.conftest import BUNDLED
 
 M3 = ModelSizes(
     layers=(25_200_000,) * 24, bytes_read=(25_200_000,) * 24, vocabulary=250_002, row=2048, rest=21_000_000,
-    converted=False, hidden=2048, work=24_576, window=512,
+    converted=False, hidden=2048, work=24_576, window=8192, keys=8192 * 4096,
 )  # fmt: skip
 
 sizes = st.builds(
     lambda depth, layer, vocabulary, row, window, converted: ModelSizes(
         layers=(layer,) * depth, bytes_read=(layer,) * depth, vocabulary=vocabulary, row=row, rest=layer,
-        converted=converted, hidden=row, work=12 * row, window=window,
+        converted=converted, hidden=row, work=12 * row, window=window, keys=2 * window * row,
     ),
     st.integers(1, 40), st.integers(1, 10**8), st.integers(1, 300_000), st.integers(2, 10_000),
     st.integers(8, 8192), st.booleans(),
@@ -36,7 +37,8 @@ def test_a_plan_keeps_to_its_budget(model: ModelSizes, more: int) -> None:
     assert sorted([*plan.resident, *plan.streamed]) == list(range(1, len(model.layers) + 1))
     assert len(plan.streamed) not in (1, 2)
     assert 1 <= plan.embedding_rows <= model.vocabulary
-    assert plan.hidden_tokens >= 3 * max(plan.chunk_tokens, model.window)
+    assert plan.hidden_tokens >= 3 * filled(plan.slice_tokens)
+    assert plan.pass_tokens >= plan.slice_tokens
     with pytest.raises(BudgetError):
         make_plan(model, told.value.smallest - 1)
     assert make_plan(model, max(told.value.resident, told.value.smallest)).streamed == ()
@@ -66,7 +68,7 @@ def test_a_plan_for_generating_keeps_to_its_budget(
 def test_more_budget_keeps_more(megabytes: int, more: int) -> None:
     less, richer = make_plan(M3, megabytes * 10**6), make_plan(M3, (megabytes + more) * 10**6)
     assert len(richer.resident) >= len(less.resident)
-    assert richer.chunk_tokens >= less.chunk_tokens
+    assert richer.slice_tokens >= less.slice_tokens
     assert richer.bytes_read() <= less.bytes_read()
 
 

@@ -18,6 +18,8 @@ from transformers import (
     GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -40,6 +42,7 @@ PROMPT = Prompt(
 CAUSAL = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **DECODER)),
     "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **DECODER, tie_word_embeddings=True)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, **DECODER, sliding_window=16)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, **DECODER)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, **DECODER, tie_word_embeddings=True)),
     "qwen3-sliding": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, **DECODER, **SLIDING)),
@@ -111,8 +114,8 @@ def reference(
     return (scores if no is None else scores - logits[:, token_ids(directory, no)[0]]).tolist()
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 50, 130, 10**6])
-def test_scores_are_the_difference_of_the_answers_logits(decoder: Path, chunk_tokens: int) -> None:
+@pytest.mark.parametrize("slice_tokens", [1, 50, 130, 10**6])
+def test_scores_are_the_difference_of_the_answers_logits(decoder: Path, slice_tokens: int) -> None:
     seed = random.randrange(10**6)
     print("seed", seed)  # shown when the test fails
     source = random.Random(seed)
@@ -120,7 +123,7 @@ def test_scores_are_the_difference_of_the_answers_logits(decoder: Path, chunk_to
     documents = [random_text(length, source, WORDS) for length in (1, 0, 5, 17, 2, 90, 40, 300, 33, 1)]
     expected = reference(decoder, [spelled_out(decoder, query, document) for document in documents])
     assert max(expected) - min(expected) > 100 * TOLERANCE
-    result = load(decoder, template=PROMPT, chunk_tokens=chunk_tokens).rerank(query, documents, len(documents))
+    result = load(decoder, template=PROMPT, slice_tokens=slice_tokens).rerank(query, documents, len(documents))
     scores = {ranked.index: ranked.score for ranked in result.ranking}
     assert scores == pytest.approx(dict(enumerate(expected)), abs=TOLERANCE)
     assert result.trace.shared_prefix >= 12
@@ -138,7 +141,7 @@ def test_every_plan_gives_the_same_bits(decoder: Path, plan: str, spill_director
 
 def test_sharing_the_prefix_changes_nothing(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [(QUERY, document) for document in DOCUMENTS]
-    reranker = load(decoder, template=PROMPT, chunk_tokens=70)
+    reranker = load(decoder, template=PROMPT, slice_tokens=70)
     shared, layers = reranker.score(pairs), reranker.rerank(QUERY, DOCUMENTS).trace.layers
     model = reranker.scorer.model
     monkeypatch.setattr(model, "causal", False)
@@ -220,9 +223,9 @@ def test_the_whole_output_embedding_is_never_read(tmp_path: Path) -> None:
     save_file(tensors, path, {"format": "pt"})
     reranker = load(directory, template=PROMPT)
     assert reranker.score([(QUERY, "w50 w51")]) == expected
-    assert (
-        sum(weight.numel() for weight in reranker.scorer.model.module.lm_head.parameters())
-        == 2 * SIZES["hidden_size"]
+    head = reranker.scorer.model.head
+    assert {name: weight.shape for name, weight in head.items()} == dict.fromkeys(
+        ("yes.weight", "no.weight"), (1, SIZES["hidden_size"])
     )
 
 
@@ -291,7 +294,7 @@ def long_scores(long_decoder: Path) -> list[float]:
 def test_a_long_document_beside_short_ones(
     long_decoder: Path, long_scores: list[float], plan: str, spill_directory: Path
 ) -> None:
-    reranker = load_planned(long_decoder, template=PROMPT, window=LONG, chunk_tokens=1000, **PLANS[plan])
+    reranker = load_planned(long_decoder, template=PROMPT, window=LONG, slice_tokens=1000, **PLANS[plan])
     trace = reranker.rerank(QUERY, LONG_DOCUMENTS).trace
     assert trace.layers[-1].scores == pytest.approx(long_scores, abs=TOLERANCE)
     assert (trace.lengths[1], trace.truncated) == (LONG, (1,))

@@ -16,8 +16,8 @@ from tests.core.parity import TOLERANCE, load, padded_scores, random_text, saved
 LENGTHS = [1, 0, 5, 17, 2, 90, 40, 300, 33, 1]
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 50, 130, 10**6])
-def test_scores_equal_transformers_whatever_the_chunks_and_the_order(tiny: Path, chunk_tokens: int) -> None:
+@pytest.mark.parametrize("slice_tokens", [1, 50, 130, 10**6])
+def test_scores_equal_transformers_whatever_the_chunks_and_the_order(tiny: Path, slice_tokens: int) -> None:
     seed = random.randrange(10**6)
     print("seed", seed)  # shown when the test fails
     source = random.Random(seed)
@@ -26,7 +26,7 @@ def test_scores_equal_transformers_whatever_the_chunks_and_the_order(tiny: Path,
     expected = padded_scores(tiny, [(query, document) for document in documents])
     assert max(expected) - min(expected) > 100 * TOLERANCE
 
-    reranker = load(tiny, chunk_tokens=chunk_tokens)
+    reranker = load(tiny, slice_tokens=slice_tokens)
     order = source.sample(range(len(documents)), len(documents))
     ranking = reranker.rerank(query, [documents[i] for i in order], top_k=len(documents)).ranking
     assert {order[r.index]: r.score for r in ranking} == pytest.approx(dict(enumerate(expected)), abs=TOLERANCE)

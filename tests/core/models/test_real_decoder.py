@@ -109,7 +109,11 @@ def test_a_gguf_file_is_unpacked_and_nothing_warns_of_it(gguf: Path, monkeypatch
     reader = logging.getLogger("transformers.quantizers.quantizer_gguf")
     monkeypatch.setattr(reader, "handle", lambda record: said.append(record.getMessage()))
     with Reranker.from_pretrained(gguf, device="cpu", dtype="bfloat16") as reranker:
-        kinds = {weight.dtype for weight in reranker.scorer.model.module.parameters()}
+        model = reranker.scorer.model
+        with model.layer(1) as layer:
+            kinds = {
+                weight.dtype for part in (layer.weights, model.outside, model.head) for weight in part.values()
+            }
     assert kinds <= {torch.bfloat16, torch.float32}
     assert said == []
 

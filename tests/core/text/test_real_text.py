@@ -29,9 +29,9 @@ def test_every_family_has_a_tiny_model() -> None:
     assert tiny | {"LayerWiseMiniCPMForCausalLM"} == set(FAMILIES)
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 500, 10**6])
-def test_the_real_model_on_real_passages(bundled: Reranker, expected: list[float], chunk_tokens: int) -> None:
-    found = load(bundled.model_path, chunk_tokens=chunk_tokens).score(PAIRS)
+@pytest.mark.parametrize("slice_tokens", [1, 500, 10**6])
+def test_the_real_model_on_real_passages(bundled: Reranker, expected: list[float], slice_tokens: int) -> None:
+    found = load(bundled.model_path, slice_tokens=slice_tokens).score(PAIRS)
     assert found == pytest.approx(expected, abs=TOLERANCE)
 
 

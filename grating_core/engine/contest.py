@@ -1,0 +1,158 @@
+"""In a contest the candidates of one request compete for the top K."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grating_core.errors import ScoreError
+from grating_core.forking import Interrupted
+from grating_core.lens.pruning import Pruning
+from grating_core.memory.meter import Meter
+from grating_core.pruning import PruningPolicy, Route
+from grating_core.results import LayerTrace
+
+Scores = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Winner:
+    """A winner is a candidate of the top K: its index in the request, its score, and whether that is estimated."""
+
+    index: int
+    score: float
+    estimated: bool
+
+
+class Contest:
+    """A contest follows one request through the layers.
+
+    Args:
+        windows: Number of sequences of each of the N candidates.
+        pruning: How candidates stop early.
+        top_k: Number of candidates to find, from 1 to N.
+        depth: Number of layers of the model.
+        first_number: The number by which the caller knows the first candidate; for messages.
+        abandoned: Function that says whether nobody waits for the result any more.
+    """
+
+    def __init__(
+        self,
+        windows: tuple[int, ...],
+        pruning: Pruning,
+        top_k: int,
+        depth: int,
+        *,
+        first_number: int = 0,
+        abandoned: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.pruning = pruning
+        self.winners: list[Winner] = []
+        """The top K so far, best first. Candidates that stopped early rank before those that went on, whatever
+        their scores: scores of different layers do not compare."""
+        self.layers: list[LayerTrace] = []
+        """The record of each layer."""
+        self.alive = list(range(len(windows)))
+        """The candidates that go on, ascending; empty when the contest is over."""
+        self.error: Exception | None = None
+        """Why the contest ended without a result; None if it did not."""
+        self.usage = Meter()
+        """What the pass has used so far."""
+        self.abandoned = abandoned
+        self.depth = depth
+        self._windows = windows
+        self._top_k = top_k
+        self._first_number = first_number
+
+    def after(self, number: int, scores: Scores, tokens: int, seconds: float, usage: Meter) -> None:
+        """Decide who goes on after a layer. What goes wrong ends this contest with an :attr:`error`.
+
+        Args:
+            number: The layer; 0 stands for the token embeddings.
+            scores: Scores of the sequences of all that are alive.
+            tokens: Number of the request's tokens that were computed.
+            seconds: Seconds that the layer took, of the whole pass.
+            usage: What the pass used since the layer before.
+        """
+        self.usage += usage
+        try:
+            if self.abandoned():
+                raise Interrupted
+            self._decide(number, scores, tokens, seconds, usage)
+        except Exception as error:  # a policy is the user's code; its failure is not the other requests'
+            self.error, self.alive = error, []
+
+    def _decide(self, number: int, scores: Scores, tokens: int, seconds: float, usage: Meter) -> None:
+        alive, last = self.alive, number == self.depth
+        best = _best_windows(scores, [self._windows[candidate] for candidate in alive])
+        self._refuse_broken(best)
+        wanted = self._top_k - len(self.winners)
+        undecided = not last and wanted < len(alive)
+        routes = _routes(self.pruning.policy, number, best, wanted) if undecided else [Route.DEFERRED] * len(alive)
+        self.layers.append(
+            LayerTrace(
+                layer=number,
+                alive=tuple(alive),
+                routes=tuple(routes),
+                scores=_plain(best),
+                tokens=tokens,
+                seconds=seconds,
+                seconds_waited=usage.seconds_waited,
+                bytes_read=usage.bytes_read,
+            )
+        )
+        stop = () if self.pruning.exact else (Route.SELECTED,)
+        stopped = [i for i, route in enumerate(routes) if route in stop]
+        going_on = [i for i, route in enumerate(routes) if route not in (Route.DROPPED, *stop)]
+        self.winners += self._best(best, stopped, estimated=True)
+        places = self._top_k - len(self.winners)
+        decided = undecided and not self.pruning.exact and places in (0, len(going_on))
+        if decided or last:
+            self.winners += self._best(best, going_on, estimated=decided)[:places]
+            going_on = []
+        self.alive = [alive[i] for i in going_on]
+
+    def _refuse_broken(self, scores: Scores) -> None:
+        broken = np.flatnonzero(~np.isfinite(scores))
+        if len(broken):
+            raise ScoreError(
+                f"the model's score for document {self.alive[broken[0]] + self._first_number} is not a finite "
+                f"number ({len(broken)} such documents); the weights are damaged, or overflow in this dtype: try "
+                f"dtype='float32'"
+            )
+
+    def _best(self, scores: Scores, chosen: list[int], *, estimated: bool) -> list[Winner]:
+        """Return the chosen candidates by falling score; equal scores keep their order."""
+        order = sorted(chosen, key=lambda i: -scores[i])
+        return [Winner(self.alive[i], float(scores[i]), estimated) for i in order]
+
+
+def _best_windows(scores: Scores, windows: list[int]) -> Scores:
+    """Return the score of each candidate's best window; NaN if a window of it has one that is not finite."""
+    starts = np.cumsum((0, *windows[:-1]))
+    best: Scores = np.maximum.reduceat(scores, starts)
+    finite = np.logical_and.reduceat(np.isfinite(scores), starts)
+    return np.where(finite, best, np.nan)
+
+
+def _routes(policy: PruningPolicy, number: int, scores: Scores, wanted: int) -> list[Route]:
+    """Return the policy's routes, after a check that they leave ``wanted`` candidates."""
+    try:
+        routes = [Route(route) for route in policy.route(number, scores, wanted)]
+    except ValueError as error:
+        raise ValueError(f"{policy!r} after layer {number} gave something that is no route: {error}") from error
+    selected, dropped = routes.count(Route.SELECTED), routes.count(Route.DROPPED)
+    if len(routes) != len(scores) or selected > wanted or len(routes) - dropped < wanted:
+        raise ValueError(
+            f"{policy!r} after layer {number} gave {len(routes)} routes for {len(scores)} candidates, {selected} "
+            f"selected and {dropped} dropped, where {wanted} are wanted"
+        )
+    return routes
+
+
+def _plain(array: NDArray[Any]) -> tuple[Any, ...]:
+    return tuple(array.tolist())

@@ -1,0 +1,112 @@
+"""One pass takes jobs through the layers together, and ends each with its own outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+
+from grating_core.engine.contest import Contest, Winner
+from grating_core.engine.forward import forward
+from grating_core.engine.job import Job
+from grating_core.engine.ragged import Encoded, RaggedBatch, filled
+from grating_core.files.places import cache_directory
+from grating_core.memory.hidden import HiddenInMemory, HiddenOnDisk, HiddenStates
+from grating_core.memory.meter import PeakMemory
+from grating_core.memory.plan import MemoryPlan
+from grating_core.models.cross_encoder import CrossEncoder
+from grating_core.results import RankedDocument, RerankResult, Trace
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An outcome has the top K candidates of a job, best first, and the trace of how they were found."""
+
+    winners: list[Winner]
+    trace: Trace
+
+    def result(self, documents: Sequence[str]) -> RerankResult:
+        """Return the result for a caller with these documents."""
+        ranking = [
+            RankedDocument(winner.index, winner.score, documents[winner.index], winner.estimated)
+            for winner in self.winners
+        ]
+        return RerankResult(ranking, self.trace)
+
+
+def run_pass(
+    model: CrossEncoder, jobs: Sequence[Job[Outcome]], *, slice_tokens: int, plan: MemoryPlan | None = None
+) -> None:
+    """Take jobs through the layers together. Each ends as soon as it is decided, with an outcome or its own error.
+
+    Args:
+        model: The cross-encoder. Only one pass at a time may use a model that remembers.
+        jobs: The jobs, at least one.
+        slice_tokens: The most tokens that are computed at once.
+        plan: The plan of the memory budget; None without a budget.
+
+    Raises:
+        Interrupted: Nobody waits for any of the jobs any more.
+        FileError: Weights cannot be read. The jobs that have not ended stay so.
+        StorageError: There is no room for hidden states. The jobs that have not ended stay so.
+    """
+    requests = [job.encoded for job in jobs]
+    contests = [
+        Contest(
+            tuple(map(len, job.encoded)),
+            job.pruning,
+            job.top_k,
+            model.depth,
+            first_number=job.first_number,
+            abandoned=job.given_up,
+        )
+        for job in jobs
+    ]
+    batch = RaggedBatch.pack(requests, model.device, share_prefix=model.spec.causal)
+    shared = {piece.request: piece.length for piece in batch.pieces if piece.candidate is None}
+    peak = None if plan is None else PeakMemory(model.device)
+    try:
+        with _room(model, batch, slice_tokens, plan) as hidden:
+            for number in forward(model, batch, hidden, contests, slice_tokens=slice_tokens, peak=peak):
+                job, contest = jobs[number], contests[number]
+                if contest.error is not None:
+                    job.fail(contest.error)
+                    continue
+                memory = None if peak is None else peak.bytes
+                trace = _trace(contest, requests[number], shared.get(number, 0), job.started, memory)
+                job.finish(Outcome(contest.winners, trace))
+    finally:
+        model.rewind()
+
+
+def _trace(contest: Contest, candidates: Encoded, shared: int, started: float, peak: int | None) -> Trace:
+    usage = contest.usage
+    return Trace(
+        layers=tuple(contest.layers),
+        depth=contest.depth,
+        lengths=tuple(sum(len(pair.input_ids) for pair in windows) for windows in candidates),
+        truncated=tuple(index for index, windows in enumerate(candidates) if windows[0].truncated),
+        windows=tuple(map(len, candidates)),
+        shared_prefix=shared,
+        seconds=perf_counter() - started,
+        seconds_waited=usage.seconds_waited,
+        bytes_read=usage.bytes_read,
+        bytes_spilled=usage.bytes_spilled,
+        embedding_hit_rate=usage.hit_rate,
+        peak_memory=peak,
+    )
+
+
+@contextmanager
+def _room(
+    model: CrossEncoder, batch: RaggedBatch, slice_tokens: int, plan: MemoryPlan | None
+) -> Iterator[HiddenStates]:
+    """Provide room for the hidden states of a batch: in memory, or on disk if the plan says so."""
+    shape = (batch.tokens, model.width, model.dtype, model.device)
+    if plan is None or not plan.spills(batch.tokens):
+        yield HiddenInMemory(*shape)
+        return
+    rows = filled(slice_tokens)
+    with HiddenOnDisk(*shape, rows=rows, directory=cache_directory(), meter=model.meter) as hidden:
+        yield hidden

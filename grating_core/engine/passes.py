@@ -1,0 +1,195 @@
+"""Callers who wait while a pass runs go into the next one together."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
+from typing import Any, Generic, TypeVar
+
+from grating_core.engine.job import Job
+from grating_core.forking import Interrupted, Lock, Threads, tell_of_forks
+from grating_core.lifetime import closed_error
+
+Found = TypeVar("Found")
+
+
+class Passes(Generic[Found]):
+    """This class gives every caller a place in a pass, in the order in which they come.
+
+    A caller whom nobody is before computes in its own thread, and nobody else's jobs. Who comes meanwhile waits. A
+    single thread then takes the waiting jobs through the layers together, as many at a time as fit into a pass. So
+    no caller computes for others, and whatever interrupts a caller is none of theirs. Callers with several jobs
+    take turns, job by job.
+
+    Args:
+        run: Function that computes jobs in one pass and ends each as soon as it can. A job that it leaves
+            unfinished was given up. Whoever calls it holds the turn.
+        turn: The lock of the model.
+        thread: The one thread, which is closed elsewhere.
+        most_tokens: The most tokens of a pass. A job with more is a pass by itself.
+    """
+
+    def __init__(
+        self, run: Callable[[Sequence[Job[Found]]], None], turn: Lock, thread: Threads, most_tokens: int
+    ) -> None:
+        self._run = run
+        self._turn = turn
+        self._most_tokens = most_tokens
+        self._thread = thread
+        self._closed = False
+        self.after_fork()
+        tell_of_forks(self)
+
+    def after_fork(self) -> None:
+        """Forget who waits. They wait in the parent."""
+        self._changing = threading.Lock()
+        self._waiting: deque[deque[Job[Found]]] = deque()  # each caller's jobs
+        self._led = False  # whether the thread is at work; it is if anybody waits
+        self._open: set[Future[Found]] = set()  # what was promised
+
+    def compute(self, jobs: Sequence[Job[Found]], *, show_progress: bool = False) -> list[Found]:
+        """Compute jobs, in this thread if nobody else is there.
+
+        Args:
+            jobs: The jobs.
+            show_progress: Whether to show a progress bar on standard error.
+
+        Raises:
+            RuntimeError: :meth:`close` was called, or no thread can be started.
+            Exception: The error of the first job that failed.
+        """
+        self._admit(jobs)
+        if not jobs:
+            return []
+        if show_progress:
+            _show_progress(jobs)
+        own, found = deque([deque(jobs)]), []
+        try:
+            for job in jobs:
+                while own and not job.over and self._take_turn():
+                    try:
+                        self._pass(own)
+                    finally:
+                        self._turn.__exit__()
+                if own and not job.over:
+                    self._wait_with(own.popleft())
+                found.append(job.future.result())
+            return found
+        finally:
+            for job in jobs:
+                job.future.cancel()
+            del jobs, job, own  # an error keeps this frame, and the frame would keep these
+
+    async def awaited(self, job: Job[Found]) -> Found:
+        """Await a job, which holds no thread. When the task is cancelled, the job is given up.
+
+        Raises:
+            RuntimeError: :meth:`close` was called, or no thread can be started.
+            Exception: The error of the job.
+        """
+        import asyncio  # it takes long to import, and few programs need it
+
+        self._admit([job])
+        try:
+            self._wait_with(deque([job]))
+            return await asyncio.wrap_future(job.future)
+        finally:
+            job.future.cancel()
+
+    def close(self) -> None:
+        """Refuse new jobs, and wait for the end of all that were admitted."""
+        with self._changing:
+            self._closed = True
+        for future in list(self._open):
+            with suppress(CancelledError):
+                future.exception()
+
+    def _admit(self, jobs: Sequence[Job[Found]]) -> None:
+        with self._changing:
+            if self._closed:
+                raise closed_error("Reranker")
+            for job in jobs:
+                self._open.add(job.future)
+        for job in jobs:
+            job.future.add_done_callback(self._open.discard)
+
+    def _take_turn(self) -> bool:
+        """Take the turn if nobody has it, and nobody waits for it."""
+        with self._changing:
+            return not self._waiting and self._turn.take()
+
+    def _wait_with(self, jobs: deque[Job[Found]]) -> None:
+        """Let jobs wait for the thread."""
+        with self._changing:
+            self._waiting.append(jobs)
+            if self._led:
+                return
+            try:
+                self._thread.submit(self._lead)
+                self._led = True
+            except RuntimeError:
+                self._waiting.clear()  # nobody else waited, or the thread would be at work
+                raise
+
+    def _lead(self) -> None:
+        """Run passes as long as anybody waits."""
+        while True:
+            with self._changing:
+                if not self._waiting:
+                    self._led = False
+                    return
+            with self._turn, suppress(KeyboardInterrupt):
+                self._pass(self._waiting)
+
+    def _pass(self, waiting: deque[deque[Job[Found]]]) -> None:
+        """Take the next jobs out of those that wait, and compute them."""
+        if jobs := self._next(waiting):
+            self._carry_out(jobs)
+
+    def _next(self, waiting: deque[deque[Job[Found]]]) -> list[Job[Found]]:
+        """Take a job of each caller in turn, as long as they fit into a pass."""
+        found: list[Job[Found]] = []
+        room = self._most_tokens
+        while waiting:
+            job = waiting[0][0]
+            if not job.over:
+                try:
+                    room -= job.tokens
+                except Exception as error:
+                    job.fail(error)
+                else:
+                    if found and room < 0:
+                        break
+                    found.append(job)
+            jobs = waiting.popleft()
+            jobs.popleft()
+            if jobs:
+                waiting.append(jobs)
+        return found
+
+    def _carry_out(self, jobs: Sequence[Job[Found]]) -> None:
+        """Compute jobs in one pass. If the pass fails, each is computed alone, so that only its cause fails."""
+        try:
+            self._run(jobs)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            if len(jobs) == 1:
+                jobs[0].fail(error)
+            else:
+                for job in jobs:
+                    if not job.over:
+                        self._carry_out([job])
+        for job in jobs:
+            job.fail(Interrupted())  # unless it has ended
+
+
+def _show_progress(jobs: Sequence[Job[Any]]) -> None:
+    from tqdm import tqdm
+
+    bar = tqdm(total=len(jobs), unit="group")
+    for job in jobs:
+        job.future.add_done_callback(lambda _: bar.update())

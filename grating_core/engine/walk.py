@@ -1,0 +1,112 @@
+"""A walk takes the slices of a pass through one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from grating_core.engine.ragged import Part, Slice, filled
+from grating_core.layers.attention import Span, ragged_attention
+from grating_core.layers.keys_values import KeysValues
+from grating_core.layers.layer import finished, keys_and_values, prepared, queries
+from grating_core.layers.rotary import Angles
+from grating_core.models.family import Pooling
+from grating_core.models.layered import Layer
+
+Asked = list[tuple[Part, Part]]
+"""Parts of a slice whose output is asked for, each with what of it is asked for."""
+
+
+class Walk:
+    """A walk keeps the keys and values of one layer as long as tokens of a later slice attend to them.
+
+    Args:
+        layer: The layer.
+        angles: Angles at the positions from 0 on; None if the layer has no rotary positions.
+        only: Which tokens' output is needed, see :meth:`Slice.asked`.
+    """
+
+    def __init__(self, layer: Layer, angles: Angles | None, only: Pooling = "mean") -> None:
+        self._layer = layer
+        self._angles = angles
+        self._only = only
+        self._shared: KeysValues | None = None  # of the tokens that the sequences of one request share
+        self._long: KeysValues | None = None  # of a sequence that does not fit into a slice
+
+    def step(self, part: Slice, hidden: Tensor, positions: Tensor) -> tuple[Tensor, list[Part]]:
+        """Take a slice through the layer, as far as its step goes. The slices come in order.
+
+        Args:
+            part: The slice.
+            hidden: Hidden states before the layer, ``[rows, D]``; fill behind the slice's tokens has any values.
+            positions: Positions of the tokens, int64 ``[rows]``, counted from 0 within each sequence.
+
+        Returns:
+            Hidden states after the layer, ``[rows, D]``, of the tokens that are asked for, perhaps with fill
+            behind them; and which tokens they are.
+        """
+        spec, weights, mlp = self._layer
+        asked = part.asked(self._only) if part.queries else []
+        states = prepared(spec, weights, hidden)
+        turned = None if self._angles is None else self._angles.at(positions)
+        key = value = states
+        if part.keys:
+            key, value = keys_and_values(spec, weights, states, turned)
+            self._keep(part, key, value)
+        if not asked:
+            return hidden[:0], []
+        if self._only != "mean":
+            rows = _rows(asked, hidden.device)
+            hidden, states, turned = hidden[rows], states[rows], turned and turned.at(rows)
+        query = queries(spec, weights, states, turned)
+        attended = ragged_attention(spec, query, self._spans(asked, key, value))
+        return finished(spec, weights, hidden, attended, mlp), [wanted for _, wanted in asked]
+
+    def _keep(self, part: Slice, key: Tensor, value: Tensor) -> None:
+        """Keep the keys and values that later slices need."""
+        for one in part.parts:
+            piece, rows = one.piece, (slice(None), one.rows)
+            if piece.candidate is None:
+                if one.start == 0:
+                    self._shared = self._room(piece.length, key)
+                _there(self._shared).extend(key[rows], value[rows])
+            elif not one.whole:
+                if one.start == 0:
+                    self._long = self._room(piece.before + piece.length, key)
+                    if piece.before:
+                        shared = _there(self._shared)
+                        self._long.extend(shared.key, shared.value)
+                _there(self._long).extend(key[rows], value[rows])
+
+    def _room(self, tokens: int, like: Tensor) -> KeysValues:
+        return KeysValues(self._layer.spec, tokens, dtype=like.dtype, device=like.device)
+
+    def _spans(self, asked: Asked, key: Tensor, value: Tensor) -> Iterator[Span]:
+        """Yield what the queries of each part attend to."""
+        for part, wanted in asked:
+            yield Span(wanted.rows, *self._seen(part, key, value), part.piece.before + wanted.start)
+
+    def _seen(self, part: Part, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the sequence that a part belongs to."""
+        if part.piece.candidate is None or not part.whole:
+            kept = _there(self._shared if part.piece.candidate is None else self._long)
+            return kept.key, kept.value
+        key, value = key[:, part.rows], value[:, part.rows]
+        if not part.piece.before:
+            return key, value
+        shared = _there(self._shared)
+        return torch.cat((shared.key, key), dim=1), torch.cat((shared.value, value), dim=1)
+
+
+def _there(kept: KeysValues | None) -> KeysValues:
+    assert kept is not None, "the slices came out of order"
+    return kept
+
+
+def _rows(asked: Iterable[tuple[Part, Part]], device: torch.device) -> Tensor:
+    """Return the rows of single tokens that are asked for, and fill, int64."""
+    rows = [part.rows.start + wanted.start - part.start for part, wanted in asked]
+    return pad(torch.tensor(rows, device=device), (0, filled(len(rows)) - len(rows)))

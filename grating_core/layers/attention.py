@@ -1,0 +1,122 @@
+"""Attention of the tokens of one slice, each to the sequence that it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from grating_core.layers.spec import LayerSpec
+
+_BLOCK = 256  # queries a step where a mask is needed; under a window one step then looks at few keys
+_PRODUCTS = 1 << 22  # the most products of queries and keys that are in memory where they are bounded
+
+
+class Span(NamedTuple):
+    """A span is consecutive queries of one sequence, with the keys and values that they may see.
+
+    Attributes:
+        rows: Place of the queries among those of the slice.
+        key: Keys, ``[key heads, M, head size]``.
+        value: Values of the same shape.
+        first: Position of the first query among the keys.
+    """
+
+    rows: slice
+    key: Tensor
+    value: Tensor
+    first: int
+
+
+def ragged_attention(spec: LayerSpec, query: Tensor, spans: Iterable[Span]) -> Tensor:
+    """Attend within each span.
+
+    Args:
+        spec: The layer's spec.
+        query: Queries of a slice, ``[heads, T, head size]``.
+        spans: Spans in rising order of their rows. Rows that are in no span are fill.
+
+    Returns:
+        The attention's output, ``[T, heads, head size]``; zero for the fill.
+    """
+    output = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
+    end = 0
+    for rows, key, value, first in spans:
+        output[end : rows.start] = 0
+        output[rows] = attend(spec, query[:, rows], key, value, first).transpose(0, 1)
+        end = rows.stop
+    output[end:] = 0
+    return output
+
+
+def attend(spec: LayerSpec, query: Tensor, key: Tensor, value: Tensor, first: int) -> Tensor:
+    """Attend with consecutive queries of one sequence.
+
+    Args:
+        spec: The layer's spec.
+        query: Queries, ``[heads, N, head size]``.
+        key: Keys of the tokens that may be seen, ``[key heads, M, head size]``.
+        value: Values of the same shape.
+        first: Position of the first query among the keys.
+
+    Returns:
+        The attention's output, ``[heads, N, head size]``.
+    """
+    queries, keys = query.shape[1], key.shape[1]
+    if spec.softcap is None and (spec.window is None or keys <= spec.window):
+        if not spec.causal or (queries == 1 and first == keys - 1):
+            return _fused(spec, query, key, value)
+        if queries == keys:
+            return _fused(spec, query, key, value, is_causal=True)
+    step = _BLOCK if spec.softcap is None else max(1, min(_BLOCK, _PRODUCTS // (keys * spec.heads)))
+    blocks = []
+    for start in range(0, queries, step):
+        places = range(first + start, first + min(start + step, queries))
+        seen = _seen(spec, places, keys)
+        mask = _mask(spec, places, seen, query.device)
+        attend_block = _fused if spec.softcap is None else _capped
+        part = slice(start, start + len(places)), slice(seen.start, seen.stop)
+        blocks.append(attend_block(spec, query[:, part[0]], key[:, part[1]], value[:, part[1]], attn_mask=mask))
+    return torch.cat(blocks, dim=1)
+
+
+def _seen(spec: LayerSpec, queries: range, keys: int) -> range:
+    """Return the positions of the keys that any of the queries sees."""
+    reach = keys if spec.window is None else spec.window - 1
+    stop = queries.stop if spec.causal else min(keys, queries.stop + reach)
+    return range(max(0, queries.start - reach), stop)
+
+
+def _mask(spec: LayerSpec, queries: range, keys: range, device: torch.device) -> Tensor:
+    """Return which query sees which key, by their positions: bool ``[queries, keys]``."""
+    distance = (
+        torch.arange(queries.start, queries.stop, device=device)[:, None]
+        - torch.arange(keys.start, keys.stop, device=device)[None]
+    )
+    near = distance.abs() < (spec.window or len(keys) + len(queries))
+    return near & (distance >= 0) if spec.causal else near
+
+
+def _fused(spec: LayerSpec, query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
+    grouped = spec.heads != spec.key_heads
+    if grouped and query.shape[1] == 1:
+        # The queries of a group pass as several tokens. Otherwise keys and values were copied for each query.
+        folded = query.reshape(1, spec.key_heads, -1, spec.head_size)
+        attended = scaled_dot_product_attention(folded, key[None], value[None], scale=spec.scaling, **how)
+        return attended.reshape(query.shape)
+    return scaled_dot_product_attention(
+        query[None], key[None], value[None], scale=spec.scaling, enable_gqa=grouped, **how
+    )[0]
+
+
+def _capped(spec: LayerSpec, query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor) -> Tensor:
+    """Attend with bounded products, which no fused kernel has."""
+    assert spec.softcap is not None
+    grouped = query.reshape(spec.key_heads, spec.heads // spec.key_heads, *query.shape[1:])
+    scores = (grouped @ key[:, None].transpose(-1, -2)).float() * (spec.scaling / spec.softcap)
+    scores = (scores.tanh_() * spec.softcap).masked_fill_(~attn_mask, -torch.inf)
+    attended: Tensor = (scores.softmax(-1).to(value.dtype) @ value[:, None]).flatten(0, 1)
+    return attended
