@@ -45,8 +45,14 @@ class TokenizerClass:
     has_types: bool = False
 
 
+def _unknown(tokens: Mapping[str, str], file: Tokenizer) -> str:
+    if file.model.token_to_id(tokens["unk_token"]) is None:
+        raise ValueError("the vocabulary has no token for what it does not know")
+    return tokens["unk_token"]
+
+
 def _bert(settings: Settings, tokens: Mapping[str, str], file: Tokenizer) -> Tokenizer:
-    made = Tokenizer(WordPiece({}, unk_token=tokens["unk_token"]))
+    made = Tokenizer(WordPiece({}, unk_token=_unknown(tokens, file)))
     made.normalizer = normalizers.BertNormalizer(
         handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
         strip_accents=settings.get("strip_accents"),
@@ -128,7 +134,7 @@ def _qwen2(settings: Settings, tokens: Mapping[str, str], file: Tokenizer) -> To
 
 
 def _gemma(settings: Settings, tokens: Mapping[str, str], file: Tokenizer) -> Tokenizer:
-    made = Tokenizer(BPE({}, [], fuse_unk=True, byte_fallback=True, unk_token=tokens["unk_token"]))
+    made = Tokenizer(BPE({}, [], fuse_unk=True, byte_fallback=True, unk_token=_unknown(tokens, file)))
     made.normalizer = normalizers.Replace(" ", "▁")
     made.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
