@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import torch
 
 from grating_core import arguments
-from grating_core.arguments import Guarantee, LongDocuments, Scores, check_query, whole_number
-from grating_core.engine.scorer import Pause, Scorer
+from grating_core.arguments import Guarantee, LongDocuments, Scores, whole_number
+from grating_core.engine.job import Job
+from grating_core.engine.one_pass import Outcome
+from grating_core.engine.passes import Passes
+from grating_core.engine.scorer import Scorer
 from grating_core.files.places import expanded
 from grating_core.forking import Threads
 from grating_core.lens.calibrate import Effort, calibrate
-from grating_core.lens.pruning import ByLens, plan_pruning
-from grating_core.lens.recalibrate import Logged, Recalibration, for_a_caller, start_recalibration
+from grating_core.lens.pruning import ByLens, pruning_of
+from grating_core.lens.recalibrate import Recalibration, calling, for_a_caller, start_recalibration
 from grating_core.lens.state import Sampling
 from grating_core.lens.store import CalibratedLens, lens_directory
 from grating_core.lifetime import Loaded, closed_on_error
 from grating_core.opening import open_reranker
 from grating_core.pruning import PruningPolicy
+from grating_core.requests import Request, checked_requests
 from grating_core.results import RerankResult
 from grating_core.settings import PruningName, RerankSettings
 from grating_core.text.prompts import Prompt
-
-_CALLS = 4  # calls of arerank at a time, if they need not take turns
 
 
 class Reranker(Loaded[Scorer, RerankSettings]):
@@ -49,7 +50,8 @@ class Reranker(Loaded[Scorer, RerankSettings]):
         self._loaded: Scorer | None = scorer
         self._template = scorer.template
         self._turn = scorer.turn
-        self._calls = Threads(1 if scorer.takes_turns else _CALLS, "grating-rerank")
+        self._calls = Threads(1, "grating-rerank")
+        self._passes = Passes(scorer.run, scorer.turn, self._calls, scorer.pass_tokens)
         self._sampling = sampling
         self.plan = scorer.plan
         """The plan of the memory budget; None without a budget."""
@@ -105,8 +107,7 @@ class Reranker(Loaded[Scorer, RerankSettings]):
         Raises:
             ModelNotFoundError: The name leads to no usable weights.
             UnsupportedModelError: grating does not run weights of this kind.
-            BudgetError: The memory budget is too small; the message states the smallest that works. It is a
-                ``ValueError`` as well.
+            BudgetError: The memory budget is too small (a ``ValueError``); the message states the smallest.
             FileError: There is no lens in that directory, it is damaged, or it is for other weights.
             ValueError: An argument is not usable; the message names it. None means that an argument is not given.
         """
@@ -153,39 +154,44 @@ class Reranker(Loaded[Scorer, RerankSettings]):
             ScoreError: The model gave a score that is not a finite number.
             RuntimeError: The reranker has been closed.
         """
-        return self._rerank(query, documents, top_k, scores)
+        return self._rerank([Request.of(query, documents, top_k, scores)])[0]
 
     async def arerank(
         self, query: str, documents: Iterable[str], top_k: int = 10, *, scores: Scores = "exact"
     ) -> RerankResult:
-        """Call :meth:`rerank` in a worker thread, so that the event loop goes on.
+        """Await what :meth:`rerank` returns. Waiting holds no thread; cancelling the task ends its computing."""
+        request = Request.of(query, documents, top_k, scores)
+        with calling(self):
+            return self._result(request, await self._passes.awaited(self._job(request)))
 
-        When the task is cancelled, computing stops after the current chunk.
+    def rerank_many(self, requests: Iterable[Request]) -> list[RerankResult]:
+        """Rank the documents of several requests, which go through the layers together.
+
+        Each result is the one that its request would have alone. Together they take less time where requests are
+        small, and under a memory budget, because weights are read once for many. The errors are those of
+        :meth:`rerank`; the message of a ``ValueError`` names the request's index.
+
+        Args:
+            requests: The requests, in any form that has an order. Those that fit go into a pass, the rest follows.
+
+        Returns:
+            The results in the order of the requests.
         """
-        self._model()
-        abandoned = Event()
-        try:
-            return await self._calls.run(self._rerank, query, documents, top_k, scores, abandoned.is_set)
-        finally:
-            abandoned.set()
+        return self._rerank(checked_requests(requests, self._template.check_length))
 
     @for_a_caller
-    def _rerank(
-        self, query: str, documents: Iterable[str], top_k: int, scores: Scores, pause: Pause | None = None
-    ) -> RerankResult:
-        self._model()
-        documents = arguments.texts("documents", documents)
-        check_query(query)
-        top_k = whole_number("top_k", top_k)
-        if scores not in ("exact", "estimated"):
-            raise ValueError(f"scores={scores!r} must be 'exact' or 'estimated'")
-        recalibration = self.recalibration
-        factor = 1.0 if recalibration is None else recalibration.factor
-        pruning = plan_pruning(self.pruning, len(documents), top_k, exact=scores == "exact", factor=factor)
-        result = self.scorer.rank(query, documents, top_k, pruning, pause)
-        if recalibration is not None and top_k < len(documents):
-            recalibration.sample(Logged(query, documents, tuple(ranked.index for ranked in result.ranking)))
-        return result
+    def _rerank(self, requests: Sequence[Request]) -> list[RerankResult]:
+        found = self._passes.compute([self._job(request) for request in requests])
+        return [self._result(request, outcome) for request, outcome in zip(requests, found, strict=True)]
+
+    def _job(self, request: Request) -> Job[Outcome]:
+        factor = 1.0 if self.recalibration is None else self.recalibration.factor
+        return self.scorer.job(request, pruning_of(request, self.pruning, factor))
+
+    def _result(self, request: Request, outcome: Outcome) -> RerankResult:
+        if self.recalibration is not None:
+            self.recalibration.saw(request, [winner.index for winner in outcome.winners])
+        return outcome.result(request.documents)
 
     @for_a_caller
     def score(self, pairs: Iterable[tuple[str, str]], *, show_progress: bool = False) -> list[float]:
@@ -200,10 +206,11 @@ class Reranker(Loaded[Scorer, RerankSettings]):
 
         Raises:
             ValueError: A pair is not two strings, or its query is empty; the message names its index.
-            ScoreError: The model gave a score that is not a finite number.
-            RuntimeError: The reranker has been closed.
+            ScoreError, RuntimeError: See :meth:`rerank`.
         """
-        return self.scorer.scores(arguments.pairs("pairs", pairs), show_progress=show_progress)
+        jobs = self.scorer.jobs_of_pairs(arguments.pairs("pairs", pairs))
+        found = self._passes.compute(jobs, show_progress=show_progress)
+        return [score for outcome in found for score in outcome.trace.layers[-1].scores]
 
     def tail(self, text: str, tokens: int | None = None) -> str:
         """Return the last tokens of a text, or the whole text if it has no more tokens.
@@ -238,9 +245,8 @@ class Reranker(Loaded[Scorer, RerankSettings]):
     ) -> CalibratedLens:
         """Fit a lens to this model on texts of your own, and find the margins that keep a promise.
 
-        This takes as long as ``requests`` requests without pruning, and some hundred MB for the fit on top of any
-        ``memory_budget``. Every later ``pruning="auto"`` with this model finds the lens. This reranker uses it at
-        once if its own pruning is ``"auto"``.
+        This takes as long as ``requests`` requests without pruning, and some hundred MB for it beside a budget.
+        Every later ``pruning="auto"`` with this model finds the lens, and that of this reranker uses it at once.
 
         Args:
             documents: Texts like those that will be reranked, more than ``candidates``. No judgements are needed.
@@ -274,16 +280,16 @@ class Reranker(Loaded[Scorer, RerankSettings]):
             if self.settings is not None:
                 self.settings = replace(self.settings, lens=None if output is None else place)
             self.pruning = replace(self.pruning, calibrated=calibrated.to(scorer.model.device))
-            self._stop_recalibration()
-            self.recalibration = self._start_recalibration()  # what the old one has learnt is for other margins
+            if self.recalibration is not None:
+                self.recalibration.close()  # what it has learnt is for other margins
+            self.recalibration = self._start_recalibration()
         return calibrated
 
     def close(self) -> None:
-        """Free the weights, close the files, stop the threads.
-
-        Later calls raise ``RuntimeError``; calls in progress end normally.
-        """
-        self._stop_recalibration()
+        """Free weights, files and threads. Later calls raise ``RuntimeError``; calls in progress end normally."""
+        if self.recalibration is not None:
+            self.recalibration.close()
+        self._passes.close()
         super().close()
 
     @property
@@ -312,7 +318,3 @@ class Reranker(Loaded[Scorer, RerankSettings]):
 
     def _start_recalibration(self) -> Recalibration[Scorer] | None:
         return start_recalibration(self.scorer, Scorer.full_scores, self.pruning, self.identity, self._sampling)
-
-    def _stop_recalibration(self) -> None:
-        if self.recalibration is not None:
-            self.recalibration.close()

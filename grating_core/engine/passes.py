@@ -50,6 +50,11 @@ class Passes(Generic[Found]):
         self._led = False  # whether the thread is at work; it is if anybody waits
         self._open: set[Future[Found]] = set()  # what was promised
 
+    @property
+    def waiting(self) -> int:
+        """The number of callers who wait for a pass."""
+        return len(self._waiting)
+
     def compute(self, jobs: Sequence[Job[Found]], *, show_progress: bool = False) -> list[Found]:
         """Compute jobs, in this thread if nobody else is there.
 

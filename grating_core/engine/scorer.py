@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import groupby
 from time import perf_counter
@@ -11,7 +10,6 @@ from time import perf_counter
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from grating_core.engine.job import Job
 from grating_core.engine.one_pass import Outcome, run_pass
@@ -24,22 +22,16 @@ from grating_core.memory.plan import MemoryPlan, largest_slice
 from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.pruning import Off
 from grating_core.requests import Request
-from grating_core.results import RerankResult, Trace
+from grating_core.results import Trace
 from grating_core.text.pairs import Template, TokenisedPair
 
 _SLICE_TOKENS = {"cuda": 32768, "mps": 8192}  # on the CPU it depends on the size of the layers
-_GROUP = 256  # pairs that scores() holds in memory at a time
-Pause = Callable[[], bool]
-"""A function that is called before each chunk, and returns whether to give up."""
-
-_UNPRUNED = Pruning(Off())
+_PASS_TOKENS = 16384  # without a budget
+_GROUP = 256  # pairs whose scores are one job
 
 
 class Scorer:
-    """A scorer computes requests with one model.
-
-    Several threads may call it. They take turns if the model keeps a state of a request, and under a memory
-    budget, which is for one request at a time.
+    """A scorer computes requests with one model. One thread at a time has the turn to compute.
 
     Args:
         model: The cross-encoder, which is closed with the scorer.
@@ -54,8 +46,10 @@ class Scorer:
         usual = _SLICE_TOKENS.get(model.device.type, largest_slice(model.work))
         self.slice_tokens = plan.slice_tokens if plan else usual
         """The most tokens that are computed at once. A longer sequence is divided."""
-        self.takes_turns = plan is not None or model.remembers
-        self.turn: AbstractContextManager[None] = Lock() if self.takes_turns else nullcontext()
+        self.pass_tokens = plan.pass_tokens if plan else _PASS_TOKENS
+        """The most tokens of several jobs that go through the layers together."""
+        self.turn = Lock()
+        """The lock that is held by whoever computes."""
         self._closed = False
 
     def close(self) -> None:
@@ -63,55 +57,55 @@ class Scorer:
         self._closed = True
         self.model.close()
 
-    def rank(
-        self,
-        query: str,
-        documents: Sequence[str],
-        top_k: int,
-        pruning: Pruning,
-        pause: Pause | None = None,
-    ) -> RerankResult:
-        """Find the ``top_k`` documents that answer the query best.
+    def job(self, request: Request, pruning: Pruning) -> Job[Outcome]:
+        """Return the job of finding the top K of a request. Without documents the job has ended.
 
         Args:
-            query: The query; not empty.
-            documents: N texts.
-            top_k: Number of documents to find, 1 or more; N or more finds all.
+            request: The request, checked.
             pruning: How candidates stop early.
-            pause: Function that says before each chunk whether to give up; None never gives up.
-
-        Raises:
-            Interrupted: ``pause`` said to give up.
         """
-        started = perf_counter()
+        query, documents = request.query, request.documents
+        encode = partial(self.template.encode, query, documents)
+        job: Job[Outcome] = Job(encode, top_k=min(request.top_k, len(documents)), pruning=pruning)
         if not documents:
-            return RerankResult([], Trace((), self.model.depth, (), (), perf_counter() - started))
-        candidates = self.template.encode(query, documents)
-        job = Job[Outcome](lambda: candidates, top_k=min(top_k, len(documents)), pruning=pruning, pause=pause)
-        return self._run(job).result(documents)
+            job.finish(Outcome([], Trace((), self.model.depth, (), (), perf_counter() - job.started)))
+        return job
 
-    def scores(self, pairs: Sequence[tuple[str, str]], *, show_progress: bool = False) -> list[float]:
-        """Compute the full model's score of each pair of query and text.
+    def jobs_of_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Job[Outcome]]:
+        """Return the jobs of computing the full model's score of each pair of query and text.
 
         Args:
             pairs: The pairs; queries may differ.
-            show_progress: Whether to show a progress bar on standard error.
         """
-        found: list[float] = []
-        with tqdm(total=len(pairs), unit="pair", disable=not show_progress) as bar:
-            for start in range(0, len(pairs), _GROUP):
-                group = pairs[start : start + _GROUP]
-                candidates = [
-                    windows
-                    for query, same in groupby(group, key=lambda pair: pair[0])
-                    for windows in self.template.encode(query, [text for _, text in same])
-                ]
-                job = Job[Outcome](partial(_same, candidates), first_number=start)
-                found += self._run(job).trace.layers[-1].scores
-                bar.update(len(group))
-        return found
+        return [
+            Job(partial(self._encode_pairs, pairs[first : first + _GROUP]), first_number=first)
+            for first in range(0, len(pairs), _GROUP)
+        ]
 
-    def full_scores(self, request: Logged, pause: Pause) -> tuple[float, ...]:
+    def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[list[TokenisedPair]]:
+        return [
+            windows
+            for query, same in groupby(pairs, key=lambda pair: pair[0])
+            for windows in self.template.encode(query, [text for _, text in same])
+        ]
+
+    def run(self, jobs: Sequence[Job[Outcome]]) -> None:
+        """Take jobs through the layers together, see :func:`run_pass`. The caller holds the turn."""
+        if self._closed:  # while the caller waited
+            raise closed_error("Reranker")
+        run_pass(self.model, jobs, slice_tokens=self.slice_tokens, plan=self.plan)
+
+    def alone(self, job: Job[Outcome]) -> Outcome:
+        """Compute one job in this thread.
+
+        Raises:
+            Interrupted: The job's ``pause`` said to give up.
+        """
+        with self.turn:
+            self.run([job])
+        return job.future.result()
+
+    def full_scores(self, request: Logged, pause: Callable[[], bool]) -> tuple[float, ...]:
         """Compute the full model's score of each document of a request.
 
         Args:
@@ -126,8 +120,8 @@ class Scorer:
                 torch.accelerator.synchronize(device)
             return pause()
 
-        candidates = self.template.encode(request.query, request.documents)
-        return self._run(Job[Outcome](lambda: candidates, pause=caught_up)).trace.layers[-1].scores
+        encode = partial(self.template.encode, request.query, request.documents)
+        return self.alone(Job(encode, pause=caught_up)).trace.layers[-1].scores
 
     def observe(self, request: Request, observer: Provisional) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Compute a request to the end while an observer reads the hidden states after each layer.
@@ -141,16 +135,5 @@ class Scorer:
             Final scores, float32 ``[N]``, and the numbers of the candidates' tokens, int64 ``[N]``.
         """
         candidates = [windows[:1] for windows in self.template.encode(request.query, request.documents)]
-        trace = self._run(Job[Outcome](lambda: candidates, pruning=Pruning(Off(), observer))).trace
+        trace = self.alone(Job(lambda: candidates, pruning=Pruning(Off(), observer))).trace
         return np.array(trace.layers[-1].scores, dtype=np.float32), np.array(trace.lengths)
-
-    def _run(self, job: Job[Outcome]) -> Outcome:
-        with self.turn:
-            if self._closed and self.model.remembers:  # while this call waited
-                raise closed_error("Reranker")
-            run_pass(self.model, [job], slice_tokens=self.slice_tokens, plan=self.plan)
-        return job.future.result()
-
-
-def _same(candidates: list[list[TokenisedPair]]) -> list[list[TokenisedPair]]:
-    return candidates

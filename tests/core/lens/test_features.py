@@ -20,6 +20,7 @@ from grating_core.engine.ragged import RaggedBatch
 from grating_core.lens.features import Features, LayerMap, Lens, compares_tokens, feature_count
 from grating_core.lens.pruning import Pruning
 from grating_core.pruning import Off
+from grating_core.requests import Request
 from grating_core.text.pairs import Segments
 from tests.core.conftest import FAMILIES, WORDS, save_model
 from tests.core.parity import load, random_text
@@ -169,7 +170,7 @@ def read_layers(reranker: Reranker, documents: list[str]) -> np.ndarray:
     """The estimates of all layers but the last, ``[L, N]``."""
     scorer = reranker.scorer
     lens = random_lens(scorer.model.width, scorer.model.pooling)
-    trace = scorer.rank(QUERY, documents, 1, Pruning(Off(), lens)).trace
+    trace = scorer.alone(scorer.job(Request(QUERY, documents, 1), Pruning(Off(), lens))).trace
     return np.array([layer.scores for layer in trace.layers[:-1]])
 
 
