@@ -40,6 +40,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "layer_types": (list, "a list of texts"),
     **dict.fromkeys(("id2label", *_ROPE), (dict, "an object")),
 }
+_ITEMS: dict[str, type] = {"eos_token_id": int, "layer_types": str}  # of lists
 _KINDS_OF_DEFAULTS: dict[type, tuple[Any, str]] = {
     bool: (bool, "true or false"),
     str: (str, "a text"),
@@ -112,6 +113,9 @@ def check_values(path: Path, stated: Fields, family: Family) -> None:
         value = stated.get(name, default)
         kind, wanted = _KINDS.get(name) or _KINDS_OF_DEFAULTS[type(default)]
         null = value is None and (default is None or name in _NULL)
+        for one in value if isinstance(value, list) and name in _ITEMS else ():
+            if not isinstance(one, _ITEMS[name]) or isinstance(one, bool):
+                raise _senseless(path, name, value, wanted)
         if not null and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
             raise _senseless(path, name, value, wanted)
 
