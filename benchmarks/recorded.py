@@ -66,7 +66,7 @@ class HeadObserver(Observer):
     """Records what a lens would look at, and reads every layer with the model's own head as well."""
 
     def __init__(self, model: CrossEncoder) -> None:
-        super().__init__(model.depth, model.pooling)
+        super().__init__(model.depth, model.spec.pooling)
         self._model = model
         self.scores: list[list[Tensor]] = [[] for _ in range(1, model.depth)]
         """For each layer from 1 to the last but one float32 ``[N]``, in parts."""

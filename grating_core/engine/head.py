@@ -29,7 +29,7 @@ class HeadReader:
         own = [part for part in parts if part.piece.segments is not None]
         if self._model.spec.pooling == "mean":
             for part in own:
-                self._add(self._model.normed(states[part.rows]).sum(0) / part.piece.length, part)
+                self._add(self._model.normed(states[part.rows].float()).sum(0) / part.piece.length, part)
             return
         rows = []
         for part in own:
@@ -37,7 +37,7 @@ class HeadReader:
             if 0 <= place - part.start < part.rows.stop - part.rows.start:
                 rows.append(part.rows.start + place - part.start)
         if rows:
-            self._states.append(self._model.normed(states[torch.tensor(rows, device=states.device)]))
+            self._states.append(self._model.normed(states[torch.tensor(rows, device=states.device)].float()))
 
     def _add(self, share: Tensor, part: Part) -> None:
         """Add a part's share of the mean of a sequence."""

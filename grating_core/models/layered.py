@@ -170,9 +170,7 @@ class LayeredModel:
         return {rotary: angles(rotary, positions, self.dtype) for rotary in kinds}
 
     def normed(self, states: Tensor) -> Tensor:
-        """Return states ``[…, D]`` after the norm between the last layer and the head, in the head's dtype."""
-        weight = self.outside.get("final_norm.weight")
-        states = states if weight is None else states.to(weight.dtype)
+        """Return states ``[…, D]`` in the head's dtype after the norm between the last layer and the head."""
         return normed(states, self.outside, "final_norm", self.spec.norm)
 
 

@@ -12,11 +12,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from grating_core import ClusterPolicy, Reranker, Route
+from grating_core.engine import walk
 from grating_core.engine.ragged import filled
 from grating_core.errors import ScoreError
+from grating_core.layers.layer import finished
+from grating_core.layers.linear import Weights
+from grating_core.layers.spec import LayerSpec
 from grating_core.pruning import Off
 from tests.core.conftest import WORDS, save_model
 from tests.core.parity import load, random_text
@@ -173,29 +177,20 @@ def test_a_score_that_is_no_number_names_its_document(tmp_path: Path, value: flo
     assert len(reranker.rerank("w1", ["w2", "w3 w4"], 2).ranking) == 2
 
 
-def test_the_last_layer_computes_scoring_positions_only(tiny: Path) -> None:
+def test_the_last_layer_computes_scoring_positions_only(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reranker = load(tiny)
     spec = reranker.scorer.model.spec
-    with Products() as products:
-        trace = reranker.rerank(QUERY, DOCUMENTS).trace
-    # The last matrix of each MLP, and only that, has this shape.
-    rows = [rows for rows, shape in products.seen if shape == (spec.width, spec.layers[0].inner)]
+    rows = []
+
+    def counted(layer: LayerSpec, weights: Weights, hidden: Tensor, *others: object) -> Tensor:
+        rows.append(len(hidden))
+        return finished(layer, weights, hidden, *others)
+
+    monkeypatch.setattr(walk, "finished", counted)
+    trace = reranker.rerank(QUERY, DOCUMENTS).trace
     all_tokens = filled(sum(trace.lengths) - (len(DOCUMENTS) - 1) * trace.shared_prefix)
     assert rows[:-1] == [all_tokens] * (spec.depth - 1)
     assert rows[-1] == (all_tokens if spec.pooling == "mean" else filled(len(DOCUMENTS)))
-
-
-class Products(TorchFunctionMode):
-    """Notes the number of rows, and the shape of the matrix, of each product."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[int, tuple[int, ...]]] = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.nn.functional.linear:
-            self.seen.append((len(args[0]), tuple(args[1].shape)))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -169,7 +169,7 @@ def test_features_of_large_states_are_computed_in_float32(
 def read_layers(reranker: Reranker, documents: list[str]) -> np.ndarray:
     """The estimates of all layers but the last, ``[L, N]``."""
     scorer = reranker.scorer
-    lens = random_lens(scorer.model.width, scorer.model.pooling)
+    lens = random_lens(scorer.model.width, scorer.model.spec.pooling)
     trace = scorer.alone(scorer.job(Request(QUERY, documents, 1), Pruning(Off(), lens))).trace
     return np.array([layer.scores for layer in trace.layers[:-1]])
 

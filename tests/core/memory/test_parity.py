@@ -81,12 +81,13 @@ def test_a_forward_that_ends_early_leaves_nothing_for_the_next_to_trip_over(tiny
             assert len(found.trace.layers) == len(expected.trace.layers)
 
 
-def test_other_chunks_change_scores_by_rounding_only(tiny: Path) -> None:
+def test_other_slices_change_scores_by_rounding_only(tiny: Path) -> None:
     pairs = [(QUERY, text) for text in texts(4)]
     expected = load_planned(tiny).score(pairs)
-    for slice_tokens in (1, 16, 100, 10_000):
+    for slice_tokens, relative in ((1, 1e-5), (3, 1e-5), (16, 0), (100, 0), (10_000, 0)):
         scores = load_planned(tiny, slice_tokens=slice_tokens, resident=()).score(pairs)
-        assert scores == pytest.approx(expected, abs=1e-5)
+        # Matrices are multiplied by other kernels for a few tokens.
+        assert scores == pytest.approx(expected, abs=1e-5, rel=relative)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])

@@ -64,7 +64,7 @@ def test_a_plan_for_generating_keeps_to_its_budget(
     assert richest.table_resident
 
 
-@given(st.integers(180, 3000), st.integers(0, 500))
+@given(st.integers(195, 3000), st.integers(0, 500))
 def test_more_budget_keeps_more(megabytes: int, more: int) -> None:
     less, richer = make_plan(M3, megabytes * 10**6), make_plan(M3, (megabytes + more) * 10**6)
     assert len(richer.resident) >= len(less.resident)

@@ -139,20 +139,15 @@ def test_every_plan_gives_the_same_bits(decoder: Path, plan: str, spill_director
         assert planned.score(pairs) == whole.score(pairs)
 
 
-def test_sharing_the_prefix_changes_nothing(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs = [(QUERY, document) for document in DOCUMENTS]
+def test_sharing_the_prefix_changes_nothing(decoder: Path) -> None:
     reranker = load(decoder, template=PROMPT, slice_tokens=70)
-    shared, layers = reranker.score(pairs), reranker.rerank(QUERY, DOCUMENTS).trace.layers
-    model = reranker.scorer.model
-    monkeypatch.setattr(model, "causal", False)
-    alone = reranker.rerank(QUERY, DOCUMENTS, len(DOCUMENTS))
-    assert alone.trace.shared_prefix == 0
-    assert [ranked.score for ranked in sorted(alone.ranking, key=lambda r: r.index)] == pytest.approx(
-        shared, abs=TOLERANCE
-    )
-    for layer, unshared in zip(layers, alone.trace.layers, strict=True):
-        assert layer.scores == pytest.approx(unshared.scores, abs=TOLERANCE)
-        assert layer.tokens < unshared.tokens
+    together = reranker.rerank(QUERY, DOCUMENTS).trace
+    assert together.shared_prefix > 0
+    alone = [reranker.rerank(QUERY, [document]).trace for document in DOCUMENTS]
+    assert {trace.shared_prefix for trace in alone} == {0}
+    for number, layer in enumerate(together.layers):
+        assert layer.scores == pytest.approx([trace.layers[number].scores[0] for trace in alone], abs=TOLERANCE)
+        assert layer.tokens < sum(trace.layers[number].tokens for trace in alone)
 
 
 def test_queries_that_differ_share_what_they_can(qwen3: Path) -> None:
