@@ -23,7 +23,7 @@ from grating_core.text.pairs import Segments, Span
 
 # Beyond this part of the layers, token similarities add nothing to what the states themselves say.
 _SIMILARITY_PART = 6
-_TOGETHER = 4096  # query tokens, or tokens of a prefix, up to which whole sequences are looked at together
+_TOGETHER = 512  # tokens that are copied, at most, to look at whole sequences together
 
 
 class Piece(Protocol):
@@ -120,10 +120,11 @@ class Features:
                 for part in some:
                     found += self._of_part(self._prefix, states[part.rows], part)
             else:
-                found += self._of_whole(self._prefix, states, list(some), _TOGETHER // max(1, asked))
+                found += self._of_whole(self._prefix, states, list(some))
         return torch.cat(found)
 
-    def _of_whole(self, prefix: Tensor, states: Tensor, parts: list[Part], most: int) -> list[Tensor]:
+    def _of_whole(self, prefix: Tensor, states: Tensor, parts: Sequence[Part]) -> list[Tensor]:
+        most = _TOGETHER // max(1, *map(_copied, parts))
         sequences = [states[part.rows] for part in parts]
         queries, documents = [], []
         for part, own in zip(parts, sequences, strict=True):
@@ -156,11 +157,20 @@ class Features:
 
 
 def _query_length(part: Part) -> int | None:
-    """Return the number of query tokens of a sequence that is whole; None for what comes part by part."""
+    """Return the number of query tokens of a sequence that is whole; None for what is looked at part by part."""
     piece = part.piece
-    if piece.segments is None or part.rows.stop - part.rows.start < piece.length or piece.before > _TOGETHER:
+    if piece.segments is None or part.rows.stop - part.rows.start < piece.length or _copied(part) > _TOGETHER:
         return None
-    return min(_TOGETHER, piece.segments.query[1] - piece.segments.query[0])
+    start, stop = piece.segments.query
+    return stop - start
+
+
+def _copied(part: Part) -> int:
+    """Return how many tokens are copied for a sequence: the query's, and those of the document in the prefix."""
+    piece = part.piece
+    segments = piece.segments or Segments()
+    (asked, end), (told, last) = segments.query, segments.document
+    return end - asked + max(0, min(last, piece.before) - told)
 
 
 def _text(prefix: Tensor, own: Tensor, before: int, span: Span) -> Tensor:

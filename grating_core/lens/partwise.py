@@ -10,7 +10,7 @@ from torch import Tensor
 from grating_core.lens.whole import SIMILARITIES, SMALLEST
 from grating_core.text.pairs import Segments, Span
 
-_BLOCK = 512  # tokens that are looked at together; float32 copies are no longer than this
+_BLOCK = 256  # tokens that are looked at together; float32 copies are no longer than this
 
 
 class PartwiseFeatures:

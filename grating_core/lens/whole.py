@@ -41,12 +41,13 @@ def whole_features(
     asking = torch.stack(list(queries)).float()
     asked, told = asking.sum(1) / max(1, asking.shape[1]), _means(documents)
     features = [_read(sequences, pooling), asked, told, asked * told]
-    if similarities:
-        there = [number for number, document in enumerate(documents) if len(document)]
-        found = asking.new_zeros(len(documents), asking.shape[2] + SIMILARITIES)
-        if there and asking.shape[1]:
-            found[there] = _compared(asking[there], [documents[number] for number in there])
-        features.append(found)
+    if similarities and asking.shape[1]:
+        # To a state of zeros nothing is similar.
+        features.append(
+            _compared(asking, [one if len(one) else one.new_zeros(1, one.shape[1]) for one in documents])
+        )
+    elif similarities:
+        features.append(asked.new_zeros(len(asked), asked.shape[1] + SIMILARITIES))
     return torch.cat(features, dim=1)
 
 
@@ -65,23 +66,27 @@ def _means(groups: Sequence[Tensor]) -> Tensor:
 
 def _compared(queries: Tensor, documents: Sequence[Tensor]) -> Tensor:
     """Compare the tokens of each query, float32 ``[N, Q, D]``, with those of its document, ``[L, D]``."""
-    device, lengths = queries.device, [len(document) for document in documents]
-    cosines = torch.empty(sum(lengths), queries.shape[1], device=device)
-    norms = torch.empty(sum(lengths), device=device)
+    lengths = [len(document) for document in documents]
+    cosines = queries.new_empty(sum(lengths), queries.shape[1])
+    norms = queries.new_empty(len(cosines))
+    room = queries.new_empty(max(lengths), queries.shape[2])
     parts = torch.split(cosines, lengths)
     directions = normalize(queries, dim=2).transpose(1, 2)
-    for query, document, products, sizes in zip(
+    for query, document, products, own in zip(
         directions, documents, parts, torch.split(norms, lengths), strict=True
     ):
         # Kernels for bfloat16 are made and kept for each shape, and every pair has its own: so this is float32.
-        states = document.float()
+        states = room[: len(document)].copy_(document)
         torch.mm(states, query, out=products)
-        torch.linalg.vector_norm(states, dim=1, out=sizes)
+        torch.linalg.vector_norm(states, dim=1, out=own)
     cosines.div_(norms.clamp_min_(SMALLEST)[:, None])
-    of_query = [part.max(0) for part in parts]
-    best = torch.stack([values for values, _ in of_query])
-    nearest = torch.stack([document[match] for document, (_, match) in zip(documents, of_query, strict=True)])
-    of_document = _means(torch.split(torch.stack((cosines.mean(1), cosines.amax(1)), dim=1), lengths))
-    logarithms = torch.tensor(lengths, dtype=torch.float32, device=device).log()
-    numbers = (best.mean(1), best.amin(1), *of_document.unbind(1), logarithms)
-    return torch.cat(((queries * nearest).mean(1), torch.stack(numbers, dim=1)), dim=1)
+    best, match = zip(*(part.max(0) for part in parts), strict=True)
+    nearest = torch.stack(
+        [document.index_select(0, rows) for document, rows in zip(documents, match, strict=True)]
+    )
+    of_query = torch.stack(best)
+    of_document = torch.stack((cosines.mean(1), cosines.amax(1)), dim=1)
+    mean, best_of_document = _means(torch.split(of_document, lengths)).unbind(1)
+    length = torch.tensor(lengths, dtype=torch.float32, device=queries.device).log()
+    numbers = torch.stack((of_query.mean(1), of_query.amin(1), mean, best_of_document, length), dim=1)
+    return torch.cat(((queries * nearest).mean(1), numbers), dim=1)
