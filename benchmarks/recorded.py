@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich.progress import track
 from torch import Tensor
@@ -13,7 +13,8 @@ from torch import Tensor
 from benchmarks.collections import Request
 from benchmarks.worker import progress
 from grating_core import Reranker
-from grating_core.lens.features import Reader, Sequences
+from grating_core.engine.head import HeadReader
+from grating_core.lens.features import Part, Reader
 from grating_core.lens.observations import Observations, Observer
 from grating_core.lens.store import CalibratedLens
 from grating_core.models.cross_encoder import CrossEncoder
@@ -68,24 +69,35 @@ class HeadObserver(Observer):
     def __init__(self, model: CrossEncoder) -> None:
         super().__init__(model.depth, model.spec.pooling)
         self._model = model
-        self.scores: list[list[Tensor]] = [[] for _ in range(1, model.depth)]
-        """For each layer from 1 to the last but one float32 ``[N]``, in parts."""
+        self.scores: list[Tensor] = []
+        """For each layer from 1 to the last but one float32 ``[N]``."""
         self.prefix = 0
         """Tokens that all candidates share."""
 
-    def reader(self, number: int, prefix: int) -> Reader:
-        """See :meth:`Observer.reader`; the scores are those of the head."""
-        record, self.prefix = super().reader(number, prefix), prefix
+    def reader(self, number: int) -> Reader:
+        """See :meth:`Observer.reader`; the scores are those of the head, which is blind before the first layer."""
+        observed = super().reader(number)
+        return _Both(self, observed, HeadReader(self._model, number)) if number else observed
 
-        def observe(hidden: Tensor, sequences: Sequences) -> Tensor:
-            nothing = record(hidden, sequences)
-            if not number:
-                return nothing
-            found = self._model.read_scores(number, hidden[:, sequences.prefix :], sequences.lengths)
-            self.scores[number - 1].append(found.float().cpu())
-            return found
 
-        return observe
+class _Both:
+    """Lets an observer and the head see the same."""
+
+    def __init__(self, observer: HeadObserver, observed: Reader, head: Reader) -> None:
+        self._observer = observer
+        self._observed = observed
+        self._head = head
+
+    def see(self, states: Tensor, parts: Sequence[Part]) -> None:
+        """See :meth:`Reader.see`."""
+        self._observer.prefix = parts[-1].piece.before
+        self._observed.see(states, parts)
+        self._head.see(states, parts)
+
+    def scores(self) -> Tensor:
+        """See :meth:`Reader.scores`."""
+        self._observer.scores.append(self._head.scores().float().cpu())
+        return self._observer.scores[-1]
 
 
 def record_corpus(reranker: Reranker, name: str, requests: list[Request], candidates: int) -> Recorded:
@@ -104,7 +116,7 @@ def record_corpus(reranker: Reranker, name: str, requests: list[Request], candid
         observer = HeadObserver(scorer.model)
         scores, tokens = scorer.observe(Asked(request.query, request.documents), observer)
         recording.add(observer, scores, tokens)
-        between = [torch.cat(parts).numpy() for parts in observer.scores]
+        between = [found.numpy() for found in observer.scores]
         prefixes.append(observer.prefix)
         heads.append(np.stack([np.zeros_like(scores), *between, scores], axis=1))
     return Recorded(name, full, recording, np.stack(heads).astype(np.float64), np.array(prefixes))

@@ -132,8 +132,9 @@ class Scorer:
             observer: The observer, in the place of a lens.
 
         Returns:
-            Final scores, float32 ``[N]``, and the numbers of the candidates' tokens, int64 ``[N]``.
+            Final scores, float32 ``[N]``, and the numbers of the candidates' own tokens, int64 ``[N]``. The tokens
+            that all candidates share do not count.
         """
         candidates = [windows[:1] for windows in self.template.encode(request.query, request.documents)]
         trace = self.alone(Job(lambda: candidates, pruning=Pruning(Off(), observer))).trace
-        return np.array(trace.layers[-1].scores, dtype=np.float32), np.array(trace.lengths)
+        return np.array(trace.layers[-1].scores, dtype=np.float32), np.array(trace.lengths) - trace.shared_prefix

@@ -23,7 +23,8 @@ from grating_core.text.pairs import Segments, Span
 
 # Beyond this part of the layers, token similarities add nothing to what the states themselves say.
 _SIMILARITY_PART = 6
-_TOGETHER = 512  # tokens that are copied, at most, to look at whole sequences together
+_TOGETHER = 256  # tokens that are copied at once, at most, to look at several whole sequences together
+_ALONE = 1024  # tokens that are copied at once, at most, to look at one whole sequence
 
 
 class Piece(Protocol):
@@ -112,9 +113,10 @@ class Features:
         Returns:
             The features of the sequences that end here, float32 ``[N, F]`` with F of :func:`feature_count`.
         """
+        width = states.shape[1]
         if self._prefix is None:
-            self._prefix = states[:0]
-        found = [states.new_empty(0, feature_count(states.shape[1], self._similarities), dtype=torch.float32)]
+            self._prefix = states.new_empty(0, width)
+        found = [states.new_empty(0, feature_count(width, self._similarities), dtype=torch.float32)]
         for asked, some in groupby(parts, _query_length):
             if asked is None:
                 for part in some:
@@ -124,7 +126,7 @@ class Features:
         return torch.cat(found)
 
     def _of_whole(self, prefix: Tensor, states: Tensor, parts: Sequence[Part]) -> list[Tensor]:
-        most = _TOGETHER // max(1, *map(_copied, parts))
+        most = max(1, _TOGETHER // max(1, *map(_copied, parts)))
         sequences = [states[part.rows] for part in parts]
         queries, documents = [], []
         for part, own in zip(parts, sequences, strict=True):
@@ -159,7 +161,7 @@ class Features:
 def _query_length(part: Part) -> int | None:
     """Return the number of query tokens of a sequence that is whole; None for what is looked at part by part."""
     piece = part.piece
-    if piece.segments is None or part.rows.stop - part.rows.start < piece.length or _copied(part) > _TOGETHER:
+    if piece.segments is None or part.rows.stop - part.rows.start < piece.length or _copied(part) > _ALONE:
         return None
     start, stop = piece.segments.query
     return stop - start
@@ -176,8 +178,10 @@ def _copied(part: Part) -> int:
 def _text(prefix: Tensor, own: Tensor, before: int, span: Span) -> Tensor:
     """Return the states of a text, which may begin in the prefix."""
     start, stop = span
-    states = own[max(0, start - before) : max(0, stop - before)]
-    return states if start >= before else torch.cat((prefix[start : min(stop, before)], states))
+    if stop <= before:
+        return prefix[start:stop]
+    states = own[max(0, start - before) : stop - before]
+    return states if start >= before else torch.cat((prefix[start:before], states))
 
 
 def compares_tokens(number: int, depth: int) -> bool:
@@ -242,12 +246,12 @@ class Lens:
         maps = [LayerMap(one.weight.to(device), one.bias.to(device)) for one in self.maps]
         return Lens(maps, self.pooling)
 
-    def reader(self, number: int) -> Estimates:
+    def reader(self, number: int) -> Reader:
         """See :meth:`Provisional.reader`."""
-        return Estimates(Features(number, len(self.maps), self.pooling), self.maps[number])
+        return _Estimates(Features(number, len(self.maps), self.pooling), self.maps[number])
 
 
-class Estimates:
+class _Estimates:
     """Estimates are what a lens reads after one layer; see :class:`Reader`.
 
     Args:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from grating_core.files.places import cache_directory, storing
 from grating_core.files.writing import temporary_file
-from grating_core.lens.features import Features, Part
+from grating_core.lens.features import Features, Part, Reader
 from grating_core.models.cross_encoder import Shape
 from grating_core.requests import Request
 
@@ -35,12 +35,12 @@ class Observer:
         self.features: list[list[Tensor]] = [[] for _ in range(depth)]
         """Parts of the features after each layer from 0, together float32 ``[N, F]``."""
 
-    def reader(self, number: int) -> Observed:
+    def reader(self, number: int) -> Reader:
         """See :meth:`Provisional.reader`; the scores are all zero."""
-        return Observed(Features(number, len(self.features), self._pooling), self.features[number])
+        return _Observed(Features(number, len(self.features), self._pooling), self.features[number])
 
 
-class Observed:
+class _Observed:
     """This class keeps what a lens would look at after one layer; see :class:`~grating_core.lens.features.Reader`.
 
     Args:
@@ -62,7 +62,7 @@ class Observed:
 
 
 Observe = Callable[[Request, Observer], tuple[Floats, NDArray[np.int64]]]
-"""A function that computes a request to the end, and returns final scores and numbers of tokens, both ``[N]``."""
+"""A function that computes a request to the end; see :meth:`grating_core.engine.scorer.Scorer.observe`."""
 
 
 @dataclass

@@ -38,14 +38,12 @@ def whole_features(
     Returns:
         The features, float32 ``[N, F]``, see :class:`grating_core.lens.features.Features`.
     """
-    asking = torch.stack(list(queries)).float()
-    asked, told = asking.sum(1) / max(1, asking.shape[1]), _means(documents)
+    asked, told = _means(queries), _means(documents)
     features = [_read(sequences, pooling), asked, told, asked * told]
-    if similarities and asking.shape[1]:
+    if similarities and len(queries[0]):
         # To a state of zeros nothing is similar.
-        features.append(
-            _compared(asking, [one if len(one) else one.new_zeros(1, one.shape[1]) for one in documents])
-        )
+        some = [one if len(one) else one.new_zeros(1, one.shape[1]) for one in documents]
+        features.append(_compared(torch.stack(list(queries)).float(), some))
     elif similarities:
         features.append(asked.new_zeros(len(asked), asked.shape[1] + SIMILARITIES))
     return torch.cat(features, dim=1)

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -16,8 +15,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from grating_core import Prompt, Reranker
-from grating_core.engine.ragged import RaggedBatch
+from grating_core.engine.ragged import Part, Piece, RaggedBatch
 from grating_core.lens.features import Features, LayerMap, Lens, compares_tokens, feature_count
+from grating_core.lens.observations import Observer
 from grating_core.lens.pruning import Pruning
 from grating_core.pruning import Off
 from grating_core.requests import Request
@@ -33,22 +33,8 @@ BEFORE = Prompt(pieces=("w9 w8 w7 w6 {query} w5 w4", "w3 {document} w2 w1"))
 BEHIND = Prompt(pieces=("w9 w8", "w3 {document} w2 w1", "w7 {query} w6"))
 
 
-@dataclass(frozen=True)
-class Piece:
-    length: int
-    before: int = 0
-    segments: Segments | None = None
-
-
-@dataclass(frozen=True)
-class Part:
-    piece: Piece
-    rows: slice
-    start: int = 0
-
-
 # A document without tokens has nothing to say.
-PIECES = [Piece(9, 0, Segments((1, 3), (4, 8))), Piece(5, 0, Segments((1, 3), (4, 4)))]
+PIECES = [Piece(0, 0, 9, 0, Segments((1, 3), (4, 8))), Piece(0, 1, 5, 0, Segments((1, 3), (4, 4)))]
 
 
 def sliced(pieces: Sequence[Piece], cuts: Collection[int]) -> list[tuple[slice, list[Part]]]:
@@ -116,18 +102,18 @@ def test_features_by_hand(pooling: str) -> None:
 @st.composite
 def requests(draw: st.DrawFn) -> tuple[list[Piece], set[int]]:
     """The pieces of a request, and where they are cut. Texts may be empty, and begin in the shared prefix."""
-    prefix = draw(st.integers(0, 12))
-    pieces = [Piece(prefix)] if prefix else []
-    for _ in range(draw(st.integers(1, 4))):
+    prefix = draw(st.one_of(st.integers(0, 12), st.sampled_from([300, 1300])))
+    pieces = [Piece(0, None, prefix)] if prefix else []
+    for number in range(draw(st.integers(1, 4))):
         length = draw(st.one_of(st.integers(1, 30), st.sampled_from([513, 1200])))
         edges = sorted(draw(st.lists(st.integers(0, prefix + length), min_size=4, max_size=4)))
         texts = draw(st.permutations([(edges[0], edges[1]), (edges[2], edges[3])]))
-        pieces.append(Piece(length, prefix, Segments(*texts)))
+        pieces.append(Piece(0, number, length, prefix, Segments(*texts)))
     tokens = sum(piece.length for piece in pieces)
     return pieces, draw(st.sets(st.integers(1, tokens), max_size=8))
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(requests(), st.sampled_from(["first", "last", "mean"]), st.integers(0, 2**31))
 def test_features_do_not_depend_on_where_a_request_is_cut(
     request: tuple[list[Piece], set[int]], pooling: str, seed: int
@@ -175,7 +161,7 @@ def read_layers(reranker: Reranker, documents: list[str]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_estimates_do_not_depend_on_chunks_and_company(family: str, tmp_path: Path) -> None:
+def test_estimates_do_not_depend_on_slices_and_company(family: str, tmp_path: Path) -> None:
     directory = save_model(tmp_path, family)
     expected = read_layers(load(directory), DOCUMENTS)
     assert expected.shape == (DEPTH, len(DOCUMENTS))
@@ -196,13 +182,30 @@ def test_estimates_do_not_depend_on_the_shared_prefix(
     pack = RaggedBatch.pack
     prefixes = []
 
-    def pack_apart(candidates: object, device: object, *, share_prefix: bool) -> RaggedBatch:
-        prefixes.append(pack(candidates, device, share_prefix=share_prefix).prefix)
-        return pack(candidates, device, share_prefix=False)
+    def pack_apart(requests: object, device: object, *, share_prefix: bool) -> RaggedBatch:
+        prefixes.append(pack(requests, device, share_prefix=share_prefix).pieces[-1].before)
+        return pack(requests, device, share_prefix=False)
 
     monkeypatch.setattr(RaggedBatch, "pack", pack_apart)
     np.testing.assert_allclose(shared, read_layers(reranker, DOCUMENTS), rtol=1e-4, atol=1e-3)
     assert min(prefixes) >= 8
+
+
+def test_an_observer_sees_what_a_lens_would_see(tmp_path: Path) -> None:
+    reranker = load(save_model(tmp_path, "llama"), template=BEFORE, slice_tokens=40)
+    scorer = reranker.scorer
+    observer = Observer(DEPTH, scorer.model.spec.pooling)
+    scores, tokens = scorer.observe(Request(QUERY, DOCUMENTS), observer)
+    assert scores == pytest.approx(reranker.score([(QUERY, document) for document in DOCUMENTS]), abs=1e-4)
+    lens = random_lens(scorer.model.width, scorer.model.spec.pooling)
+    found = [
+        torch.cat(parts) @ layer.weight + layer.bias
+        for parts, layer in zip(observer.features, lens.maps, strict=True)
+    ]
+    np.testing.assert_allclose(torch.stack(found), read_layers(reranker, DOCUMENTS), rtol=1e-4, atol=1e-3)
+    trace = scorer.alone(scorer.job(Request(QUERY, DOCUMENTS, 1), Pruning(Off()))).trace
+    assert trace.shared_prefix
+    assert [own + trace.shared_prefix for own in tokens] == list(trace.lengths)
 
 
 def test_segments_are_the_tokens_of_the_two_texts(tmp_path: Path) -> None:
