@@ -4,10 +4,10 @@
     .venv/bin/python -m benchmarks.before --before ../before
 
 Both load the same models, each in a process of its own, and take turns on the same questions, so that a noisy
-machine is noisy for both. A ratio is the median, over the rounds, of this checkout's seconds divided by those of the
-other in the same round; below 1 this checkout is faster. "Fastest" is the ratio of the fastest rounds, which means
-most where other programs run. The bundled model and SmolLM2-135M-Instruct are real; ``m3`` has the shape of
-bge-reranker-v2-m3 and random weights. It takes about five minutes on two cores.
+machine is noisy for both. A ratio is the median, over the rounds, of the seconds of this checkout divided by
+those of the other in the same round; below 1 this checkout is faster. "Fastest" is the ratio of the fastest
+rounds, which means most where other programs run. The bundled model and SmolLM2-135M-Instruct are real; ``m3``
+has the shape of bge-reranker-v2-m3 and random weights. It takes about five minutes on two cores.
 """
 
 # A process that measures imports this file, and must not have imported grating_core before it knows which one. So

@@ -25,7 +25,7 @@ from grating_core.layers.rotary import Angles, angles
 from grating_core.layers.spec import LayerSpec
 from grating_core.models.directory import describe
 from grating_core.models.families import find_family
-from grating_core.models.layout import by_role
+from grating_core.models.layout import layer_by_role
 from tests.core.conftest import DECODER, FAMILIES, SIZES, WINDOW, randomise
 
 MINICPM = {"scale_depth": 1.4, "scale_emb": 3, "start_layer": 2}
@@ -115,7 +115,7 @@ def layers_of(kind: str, tokens: int, dtype: torch.dtype = torch.float32) -> lis
     model(input_ids=torch.randint(3, SIZES["vocab_size"], (1, tokens)))
     stored = model.state_dict()
     return [
-        Layer(layer, by_role(family, layer, number, stored), *passed)
+        Layer(layer, layer_by_role(family, layer, number, stored), *passed)
         for number, (layer, passed) in enumerate(zip(spec.layers, seen, strict=True), 1)
     ]
 
