@@ -31,11 +31,8 @@ _REAL = {
 _ROPE = ("rope_parameters", "rope_scaling")
 _ACTIVATIONS = {"hidden_act", "hidden_activation", "classifier_activation"}
 
-# What a field must be, by its name or by the type of its default.
+# What a field must be, by its name, or else by the type of its default.
 _KINDS: dict[str, tuple[Any, str]] = {
-    "head_dim": (int, "a whole number"),
-    "num_key_value_heads": (int, "a whole number"),
-    "original_max_position_embeddings": (int, "a whole number"),
     "eos_token_id": (int | list, "a token's number, or a list of them"),
     "layer_types": (list, "a list of texts"),
     **dict.fromkeys(("id2label", *_ROPE), (dict, "an object")),
@@ -46,6 +43,7 @@ _KINDS_OF_DEFAULTS: dict[type, tuple[Any, str]] = {
     str: (str, "a text"),
     int: (int, "a whole number"),
     float: (int | float, "a number"),
+    type(None): (int, "a whole number"),
 }
 # With null these have a meaning of their own; the other fields may be null only if that is their default.
 _NULL = {
@@ -113,11 +111,13 @@ def check_values(path: Path, stated: Fields, family: Family) -> None:
         value = stated.get(name, default)
         kind, wanted = _KINDS.get(name) or _KINDS_OF_DEFAULTS[type(default)]
         null = value is None and (default is None or name in _NULL)
-        for one in value if isinstance(value, list) and name in _ITEMS else ():
-            if not isinstance(one, _ITEMS[name]) or isinstance(one, bool):
-                raise _senseless(path, name, value, wanted)
-        if not null and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+        items = value if isinstance(value, list) else ()
+        if not (null or _is(value, kind)) or not all(_is(item, _ITEMS[name]) for item in items):
             raise _senseless(path, name, value, wanted)
+
+
+def _is(value: object, kind: Any) -> bool:
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _numbers(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
