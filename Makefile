@@ -89,6 +89,7 @@ bench-deps: $(READY)
 benchmarks: bench-deps
 	$(BIN)/python -m benchmarks.speed --data $(DATA)
 	$(BIN)/python -m benchmarks.speed --data $(DATA) --model smollm2-135m --per-collection 1 --rounds 2
+	$(BIN)/python -m benchmarks.cold
 	$(BIN)/python -m benchmarks.pruning --data $(DATA)
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.memory --model bundled:ms-marco-minilm-l12
