@@ -3,8 +3,12 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from tests.core.conftest import BUNDLED, save_model
+from tests.core.models.test_decoders import save_decoder
 
 _SEEN = """
 import json, sys
@@ -34,16 +38,26 @@ def test_what_is_not_there_is_an_error(package):
         module.GratingShop  # noqa: B018
 
 
-_RERANKS = """
+_RANKS = """
 import sys
-from grating_core.reranker import Reranker
-for settings in ({"pruning": "off"}, {"pruning": "auto"}):
-    with Reranker.from_pretrained("bundled:ms-marco-minilm-l12", **settings) as reranker:
-        reranker.rerank("Who?", ["Nobody.", "Somebody.", "Everybody."], top_k=1)
-print("sklearn" in sys.modules)
+from grating_core import Prompt, Reranker
+model, family, *slow = sys.argv[1:]
+template = Prompt(("{query} {document}",), yes="w1", no="w2") if family == "asked" else None
+for settings in ({"pruning": "off"}, {"pruning": "auto"}, {"memory_budget": "200MB"}):
+    with Reranker.from_pretrained(model, template=template, device="cpu", **settings) as reranker:
+        reranker.rerank("w1 w2", ["w3.", "w4 w5.", "w1 w2 w3."], top_k=1)
+print(*sorted({name.split(".")[0] for name in sys.modules} & set(slow)))
 """
 
+# transformers and its train take seconds and 150 MB. Calibration and the cluster policy need scikit-learn.
+SLOW = ("accelerate", "huggingface_hub", "jinja2", "onnx", "pandas", "scipy", "sklearn", "sympy", "transformers")
 
-def test_only_calibration_and_the_cluster_policy_need_scikit_learn():
-    done = subprocess.run([sys.executable, "-c", _RERANKS], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+
+@pytest.mark.parametrize("family", ["bundled", "xlm-roberta", "asked"])
+def test_a_first_ranking_imports_nothing_slow(family: str, tmp_path: Path):
+    if family == "bundled":
+        model = BUNDLED
+    else:
+        model = save_decoder(tmp_path, "llama") if family == "asked" else save_model(tmp_path, family)
+    code = [sys.executable, "-c", _RANKS, str(model), family, *SLOW]
+    assert subprocess.run(code, capture_output=True, text=True, check=True).stdout == "\n"

@@ -187,7 +187,8 @@ NO_CLASS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 OF_MODELS = {
     "bert": "BertTokenizer", "roberta": "RobertaTokenizer", "xlm-roberta": "XLMRobertaTokenizer",
-    "modernbert": "TokenizersBackend", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer",
-    "gemma": "GemmaTokenizer", "gemma2": "GemmaTokenizer", "llama": None, "minicpm": None,
+    "modernbert": "TokenizersBackend", "mistral": "TokenizersBackend", "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer", "gemma": "GemmaTokenizer", "gemma2": "GemmaTokenizer",
+    "llama": None, "minicpm": None,
 }  # fmt: skip
 """The class that transformers has for a model, by its ``model_type``; None if the settings have to say."""

@@ -7,6 +7,7 @@ the rest to transformers.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from operator import itemgetter
 from typing import Any
 
@@ -111,11 +112,14 @@ def added_tokens(tokenizer: Tokenizer) -> list[AddedToken]:
 
 def _class_of(settings: Settings, config: Settings) -> str:
     """Return the name of the class that transformers takes."""
-    usual = OF_MODELS[config["model_type"]]
-    declared: Any = settings.get("tokenizer_class") or config.get("tokenizer_class") or usual
+    model = config["model_type"]
+    usual = OF_MODELS[model]
+    declared: Any = settings.get("tokenizer_class", usual)
     name: str = declared if declared in NO_CLASS else declared.removesuffix("Fast")
-    if config["model_type"] == "qwen2" and name != usual:
-        raise ValueError("releases of transformers differ in what they take for this model")
+    if (model == "qwen2" and name != usual) or ("tokenizer_class" in config and "tokenizer_class" not in settings):
+        raise ValueError("releases of transformers differ in what they take")
+    if model == "mistral" and find_spec("mistral_common"):
+        raise ValueError("transformers may take the tokenizer of that package")
     return usual if usual in NO_CLASS else name
 
 

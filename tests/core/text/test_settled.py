@@ -182,13 +182,15 @@ def test_what_transformers_writes_needs_no_transformers(kind: str, directories: 
     specials=st.none() | st.dictionaries(st.sampled_from(["sep_token", "unk_token"]), MAPPED, max_size=1),
     decoder=st.sampled_from(["none", "same", "none", "same", "other flags", "one less", "one more"]),
     listed=st.sampled_from([{}, {}, {"<new>": None}, {"<new>": 7}, {"<s>": 0}]),
-    model=st.sampled_from([*[None] * 9, *(MODELS.get(kind, kind) for kind in MADE), "mistral"]),
+    model=st.sampled_from([*[None] * 9, *(MODELS.get(kind, kind) for kind in MADE), "mistral", "distilbert"]),
     steps=st.sampled_from([{}, {"normalizer": {"type": "Lowercase"}}, {"post_processor": None}]),
+    declared=st.sampled_from([{}, {}, {"tokenizer_class": "RobertaTokenizer"}]),
     pair=st.tuples(TEXT, TEXT),
 )  # fmt: skip
 def test_with_any_settings_it_is_what_transformers_makes(
     kind: str, directories: dict[str, Path], changes: dict[str, Any], specials: dict[str, Any] | None,
-    decoder: str, listed: dict[str, int | None], model: str | None, steps: dict[str, Any], pair: tuple[str, str],
+    decoder: str, listed: dict[str, int | None], model: str | None, steps: dict[str, Any],
+    declared: dict[str, str], pair: tuple[str, str],
 ) -> None:  # fmt: skip
     with TemporaryDirectory() as folder:
         directory = Path(folder)
@@ -208,7 +210,7 @@ def test_with_any_settings_it_is_what_transformers_makes(
         write(directory, "special_tokens_map.json", specials or {})
         write(directory, "added_tokens.json", {token: new if id is None else id for token, id in listed.items()})
         if model is not None:
-            write(directory, "config.json", {"model_type": model})
+            write(directory, "config.json", {"model_type": model} | declared)
         found = made(directory)
         if found is not None:
             compare(found, directory, [pair])
