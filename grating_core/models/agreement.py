@@ -248,6 +248,10 @@ def check_stored(path: Path, configuration: Configuration, tensors: Mapping[str,
                     f"{path} has {said}, which does not fit its weights: {tensors[name].path.name} stores {name} "
                     f"as {list(tensors[name].shape)}"
                 )
+    if spec.first_head > spec.depth:
+        raise ModelNotFoundError(
+            f"{path} has start_layer={spec.first_head}, but num_hidden_layers={spec.depth}: no layer has a head"
+        )
     if spec.window < 8:
         raise ModelNotFoundError(
             f"{path} has max_position_embeddings={fields['max_position_embeddings']}, which leaves no room for a "

@@ -102,11 +102,8 @@ def _gemma2_spec(fields: Fields) -> ModelSpec:
 
 
 def _minicpm_spec(fields: Fields) -> ModelSpec:
-    depth, first = fields["num_hidden_layers"], fields["start_layer"]
-    if first > depth:
-        raise ValueError(f"start_layer={first} is behind the last of num_hidden_layers={depth}")
-    spec = _spec(fields, scale=fields["scale_emb"], residual=fields["scale_depth"] / depth**0.5)
-    return replace(spec, first_head=first)
+    residual = fields["scale_depth"] / fields["num_hidden_layers"] ** 0.5
+    return replace(_spec(fields, scale=fields["scale_emb"], residual=residual), first_head=fields["start_layer"])
 
 
 _LAYER = {

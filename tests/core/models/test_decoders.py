@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -400,6 +401,13 @@ def test_minicpm_is_asked_as_it_was_trained(minicpm: Path) -> None:
     ids = token_ids(minicpm, "<s>", "A: w1 w2", "B: w3", instruction)
     assert trace.lengths == (len(ids),)
     assert trace.layers[-1].scores == pytest.approx([minicpm_scores(ids)[-1]], abs=TOLERANCE)
+
+
+def test_a_minicpm_without_any_head_is_refused(minicpm: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(minicpm, tmp_path / "model"))
+    (directory / "config.json").write_text(json.dumps(MINICPM | {"start_layer": 6}))
+    with pytest.raises(ModelNotFoundError, match=r"config\.json has start_layer=6"):
+        load(directory)
 
 
 def test_other_heads_of_minicpm_are_refused(minicpm: Path, tmp_path: Path) -> None:
