@@ -34,7 +34,7 @@ __all__ = [
     "select_context",
 ]
 
-# These are imported on first use, because they bring in torch and transformers, which take seconds.
+# These are imported on first use, because they bring in torch, which takes a second or two.
 _LATE = {
     "ClusterPolicy": "pruning",
     "Prompt": "text.prompts",
