@@ -93,6 +93,8 @@ benchmarks: bench-deps
 	$(BIN)/python -m benchmarks.pruning --data $(DATA)
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.memory --model bundled:ms-marco-minilm-l12
+	$(BIN)/python -m benchmarks.passes --model bundled:ms-marco-minilm-l12
+	$(BIN)/python -m benchmarks.passes
 	$(BIN)/python -m benchmarks.applications --data $(DATA)
 	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.perplexity --data $(DATA)

@@ -19,9 +19,7 @@ Asked = tuple[str, list[str]]
 """A query with its candidates."""
 
 
-def load_grating(
-    ready: Ready, *, directory: Path, source: Path, max_length: int, memory_budget: int | None = None
-) -> Ask:
+def load_grating(ready: Ready, *, directory: Path, source: Path, max_length: int, smallest: bool) -> Ask:
     """Load the grating of a source tree.
 
     Args:
@@ -29,18 +27,18 @@ def load_grating(
         directory: Directory of the model.
         source: The root of the source tree.
         max_length: Most tokens of a pair.
-        memory_budget: The budget in bytes; None for none.
+        smallest: Whether there is the smallest memory budget, or none.
     """
     grating = import_from(source)
+    settings = {"device": "cpu", "dtype": "bfloat16", "pruning": "off", "max_length": max_length}
+    budget = None
+    if smallest:
+        try:
+            grating.Reranker.from_pretrained(directory, memory_budget=1, **settings)
+        except grating.BudgetError as error:
+            budget = error.smallest
     ready()
-    reranker = grating.Reranker.from_pretrained(
-        directory,
-        device="cpu",
-        dtype="bfloat16",
-        pruning="off",
-        max_length=max_length,
-        memory_budget=memory_budget,
-    )
+    reranker = grating.Reranker.from_pretrained(directory, memory_budget=budget, **settings)
 
     def rank(request: Asked) -> None:
         reranker.rerank(*request, TOP_K)
@@ -66,8 +64,8 @@ def load_grating(
     def ask(question: tuple[str, list[Asked]]) -> Facts:
         way, requests = question
         if way == "together" and not hasattr(reranker, "rerank_many"):
-            return {"seconds": []}  # an older commit does not have it
-        return {"seconds": ways[way](requests)}
+            return {"budget": budget, "latencies": []}  # an older commit does not have it
+        return {"budget": budget, "latencies": ways[way](requests)}
 
     return ask
 

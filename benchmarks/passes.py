@@ -21,7 +21,6 @@ from benchmarks.recipes import is_decoder
 from benchmarks.report import RESULTS, ROOT, Output, Row, write_result
 from benchmarks.shapes import find_or_write, random_texts
 from benchmarks.worker import Answer, System, loaded, take_turns
-from grating_core import BudgetError, Reranker
 
 QUERY_TOKENS = 10
 WAYS = ("one after another", "together", "in threads")
@@ -29,21 +28,15 @@ WAYS = ("one after another", "together", "in threads")
 
 def find_systems(directory: Path, max_length: int, before: Path | None) -> list[System]:
     """Name what is compared: this commit and perhaps another one, without a budget and with the smallest."""
-    try:
-        Reranker.from_pretrained(
-            directory, memory_budget=1, device="cpu", dtype="bfloat16", pruning="off", max_length=max_length
-        )
-    except BudgetError as error:
-        smallest = error.smallest
     sources = {"this commit": ROOT} | ({} if before is None else {"the commit before": before.resolve()})
     return [
         System(
-            f"{name}, {'no budget' if budget is None else 'smallest budget'}",
+            f"{name}, {'smallest budget' if smallest else 'no budget'}",
             load_grating,
-            {"directory": directory, "source": source, "max_length": max_length, "memory_budget": budget},
+            {"directory": directory, "source": source, "max_length": max_length, "smallest": smallest},
         )
         for name, source in sources.items()
-        for budget in (None, smallest)
+        for smallest in (False, True)
     ]
 
 
@@ -57,8 +50,8 @@ def row(system: System, way: str, requests: int, answers: list[Answer], alone: l
         answers: The answers, one of each round.
         alone: The same requests one after another, for comparison.
     """
-    seconds = [second for answer in answers for second in answer.facts["seconds"]]
-    budget = system.settings["memory_budget"]
+    latencies = [seconds for answer in answers for seconds in answer.facts["latencies"]]
+    budget = answers[0].facts["budget"]
     median = float(np.median([answer.seconds for answer in answers]))
     return {
         "system": system.name,
@@ -66,8 +59,8 @@ def row(system: System, way: str, requests: int, answers: list[Answer], alone: l
         "budget_mb": budget and budget / 1e6,
         "requests_per_second": requests / median,
         "times": float(np.median([answer.seconds for answer in alone])) / median,
-        "median_seconds": float(np.median(seconds)),
-        "p95_seconds": float(np.percentile(seconds, 95)),
+        "median_seconds": float(np.median(latencies)),
+        "p95_seconds": float(np.percentile(latencies, 95)),
     }
 
 
@@ -95,7 +88,7 @@ def main(
         row(system, way, requests, found, answers[system.name][0])
         for system in systems
         for way, found in zip(WAYS, answers[system.name], strict=True)
-        if found[0].facts["seconds"]
+        if found[0].facts["latencies"]
     ]
     setting = {
         "model": model,
