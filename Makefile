@@ -8,9 +8,11 @@ MANIFESTS := pyproject.toml $(ADAPTERS:%=%/pyproject.toml)
 EDITABLE := -e . $(ADAPTERS:%=-e %)
 TYPED := grating_core integrations/langchain/langchain_grating integrations/llamaindex/llama_index \
 	integrations/llamaindex-llms/llama_index benchmarks
-# What depends on the neighbours most: the contract with them, scores and texts equal to theirs, both adapters.
-CONTRACT := tests/contract tests/core/models/test_families.py tests/core/models/test_decoders.py tests/core/engine \
-	tests/core/memory/test_parity.py tests/core/test_generation.py tests/langchain tests/llamaindex tests/llamaindex_llms
+# What depends on the neighbours most: the contract with them, layers made of torch's functions, scores, tokens and texts equal to
+# transformers', GGUF files, the lab's models, both adapters.
+CONTRACT := tests/contract tests/core/layers tests/core/engine tests/core/memory/test_parity.py tests/core/lab \
+	tests/core/models/test_families.py tests/core/models/test_decoders.py tests/core/models/test_real_decoder.py \
+	tests/core/text/test_settled.py tests/core/test_generation.py tests/langchain tests/llamaindex tests/llamaindex_llms
 # A worker for each processor with one thread each: threads of several processes on the same processors spin.
 WORKERS := -n auto --dist worksteal
 ALONE := OMP_NUM_THREADS=1

@@ -23,7 +23,7 @@ FEWER_LINES = {"generation.py": 300, "reranker.py": 320}
 
 # Names with an underscore that are not private: their libraries have them for whoever extends or ends something.
 FOREIGN = {
-    "_exit", "_attn_implementation", "_replace", "_generate", "_stream", "_postprocess_nodes",
+    "_exit", "_replace", "_generate", "_stream", "_postprocess_nodes",
     "_identifying_params", "_get_ls_params", "_linear_pointwise", "_is_mkldnn_bf16_supported",
     "_is_mkldnn_fp16_supported",
 }  # fmt: skip

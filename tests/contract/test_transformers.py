@@ -1,13 +1,14 @@
 """What we rely on in transformers and the libraries below it, each named once.
 
-The tests of our own code would fail as well where one of these is gone, but in many places, and without saying
-whose doing it is. ``make test-oldest`` and ``make test-newest`` run this folder with the ends of every range.
+No layer of transformers computes a request. It reads GGUF files, renders chat templates and makes unusual
+tokenizers, and the lab trains its models. The tests of our own code would fail as well where one of these is gone,
+but in many places, and without saying whose doing it is. ``make test-oldest`` and ``make test-newest`` run this
+folder with the ends of every range.
 """
 
-import inspect
 from pathlib import Path
-from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -15,88 +16,83 @@ import transformers
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import nn
-from transformers import AttentionInterface, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from grating_core.models.families import FAMILIES as DESCRIBED
-from tests.core.conftest import DECODER, FAMILIES, SIZES, save_model
+from tests.core.conftest import DECODER, SIZES, save_model
 
-OURS = "grating_contract"
-
-
-class Reached(Exception):
-    """The attention function was called with what a layer was given."""
+WIDTH, INNER, ROWS = 32, 64, 40
 
 
-def attention(module: nn.Module, query: Any, key: Any, value: Any, mask: None, **keywords: Any) -> None:
-    raise Reached(module, query.shape, key.shape, mask, keywords)
+@pytest.fixture
+def packed(tmp_path: Path) -> tuple[Path, np.ndarray]:
+    """A GGUF file of one Llama layer, and its matrix W_u, which is stored in 8 bits."""
+    chance = np.random.default_rng(0)
+    path = tmp_path / "tiny.gguf"
+    file = gguf.GGUFWriter(path, "llama")
+    file.add_block_count(1)
+    file.add_context_length(64)
+    file.add_embedding_length(WIDTH)
+    file.add_feed_forward_length(INNER)
+    file.add_head_count(4)
+    file.add_layer_norm_rms_eps(1e-5)
+    file.add_vocab_size(ROWS)
+    square = {f"blk.0.attn_{part}": (WIDTH, WIDTH) for part in ("q", "k", "v", "output")}
+    norms = dict.fromkeys(("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"), (WIDTH,))
+    tables = dict.fromkeys(("token_embd", "output"), (ROWS, WIDTH))
+    shapes = {**square, **norms, **tables, "blk.0.ffn_gate": (INNER, WIDTH), "blk.0.ffn_down": (WIDTH, INNER)}
+    for name, shape in shapes.items():
+        file.add_tensor(f"{name}.weight", chance.normal(size=shape).astype(np.float32))
+    up = chance.normal(size=(INNER, WIDTH)).astype(np.float32)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    file.add_tensor("blk.0.ffn_up.weight", gguf.quants.quantize(up, kind), raw_dtype=kind)
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+    return path, up
 
 
-AttentionInterface.register(OURS, attention)
+def test_a_gguf_file_is_unpacked_into_weights_with_the_names_of_a_checkpoint(
+    packed: tuple[Path, np.ndarray],
+) -> None:
+    path, up = packed
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type] == "LlamaForCausalLM"
+    assert config.to_dict()["intermediate_size"] == INNER
+    # Releases that know this class may leave weights packed.
+    known = getattr(transformers, "GgufConfig", None)
+    how = {} if known is None else {"quantization_config": known(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, trust_remote_code=False, dtype=torch.float32, **how
+    )
+    weights = model.state_dict()
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} <= weights.keys()
+    np.testing.assert_allclose(weights["model.layers.0.mlp.up_proj.weight"].numpy(), up, atol=0.02)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_layer_hands_our_keyword_to_our_attention(name: str) -> None:
-    """Whatever a layer does not know travels through it; the name ``grating`` is nobody else's."""
-    module = FAMILIES[name]().eval()
-    module.set_attn_implementation(OURS)
-    family = DESCRIBED[type(module).__name__]
-    layer = module.get_submodule(family.layers)[0]
-    hidden = torch.zeros(1, 7, module.config.hidden_size)
-    token = object()
-    arguments = family.layer_arguments(module, layer, hidden, torch.arange(7)[None])
-    with pytest.raises(Reached) as reached:
-        layer(hidden, attention_mask=None, grating=token, **arguments)
-    called_by, query, key, mask, keywords = reached.value.args
-    assert keywords["grating"] is token
-    assert mask is None
-    assert query[:1] + query[2:3] == key[:1] + key[2:3] == (1, 7)
-    assert "scaling" in keywords
-    assert getattr(called_by, "is_causal", False) is family.causal
-
-
-@pytest.mark.parametrize("name", sorted(DESCRIBED))
-def test_a_family_has_its_parts_where_we_look(name: str) -> None:
-    family = DESCRIBED[name]
-    sizes: dict[str, Any] = {**SIZES, "max_position_embeddings": 32}
-    if family.causal:
-        sizes |= DECODER
-    with torch.device("meta"):
-        module = family.module_class(family.module_class.config_class(**sizes))
-    layers = module.get_submodule(family.layers)
-    assert isinstance(layers, nn.ModuleList)
-    assert len(layers) == SIZES["num_hidden_layers"]
-    assert isinstance(module.get_submodule(family.embedding), nn.Embedding)
-    assert "hidden_states" in inspect.signature(layers[0].forward).parameters
-    for part in (*family.head, family.norm):
-        assert part is None or module.get_submodule(part) is not None
-
-
-def test_gemmas_embedding_scales_by_itself() -> None:
-    """Before transformers 5.4 the model did, around the layers that we drive."""
-    for name in ("gemma", "gemma2"):
-        module = FAMILIES[name]()
-        table = module.model.embed_tokens
-        plain = nn.functional.embedding(torch.tensor([[5]]), table.weight)
-        torch.testing.assert_close(table(torch.tensor([[5]])), plain * SIZES["hidden_size"] ** 0.5)
-
-
-def test_a_language_model_is_built_from_a_configuration_alone() -> None:
+def test_a_language_model_to_train_is_built_from_a_configuration_alone() -> None:
     config = LlamaConfig.from_dict({**SIZES, **DECODER, "architectures": ["LlamaForCausalLM"]})
     with torch.device("meta"):
-        module = LlamaForCausalLM(config)
-    names = set(dict(module.named_parameters()))
-    assert {"model.embed_tokens.weight", "model.norm.weight"} <= names
-    assert {f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up", "down")} <= names
-    assert module.config.hidden_size == SIZES["hidden_size"]
+        model = LlamaForCausalLM(config)
+    layers = model.model.layers
+    assert len(layers) == SIZES["num_hidden_layers"]
+    assert all(isinstance(getattr(layers[0].mlp, f"{part}_proj"), nn.Linear) for part in ("gate", "up", "down"))
+    assert callable(layers[0].mlp.act_fn)
+    assert model.config.hidden_size == SIZES["hidden_size"]
 
 
-def test_generation_processors_take_ids_and_scores() -> None:
-    chain = transformers.LogitsProcessorList(
-        [transformers.TemperatureLogitsWarper(0.5), transformers.TopPLogitsWarper(0.5)]
-    )
-    scores = chain(torch.tensor([[1]]), torch.tensor([[4.0, 0.0, 1.0]]))
-    assert scores.tolist() == [[8.0, -torch.inf, -torch.inf]]
+def test_progress_bars_can_be_asked_for_and_hidden() -> None:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    assert not logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    assert logging.is_progress_bar_enabled()
+    if not shown:
+        logging.disable_progress_bar()
 
 
 def test_a_chat_template_is_rendered_without_a_tokenizer() -> None:
@@ -110,8 +106,11 @@ def test_a_chat_template_is_rendered_without_a_tokenizer() -> None:
 
 
 def test_tokenizers_are_fast_ones_with_a_backend(tmp_path: Path) -> None:
-    wrapped = AutoTokenizer.from_pretrained(save_model(tmp_path, "bert"), trust_remote_code=False)
+    wrapped = AutoTokenizer.from_pretrained(
+        save_model(tmp_path, "bert"), trust_remote_code=False, local_files_only=True
+    )
     assert wrapped.is_fast
+    assert "token_type_ids" in wrapped.model_input_names
     backend = wrapped.backend_tokenizer
     assert isinstance(backend, Tokenizer)
     backend.no_truncation()
