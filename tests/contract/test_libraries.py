@@ -10,7 +10,6 @@ import psutil
 import pytest
 import torch
 import typer
-from accelerate import init_empty_weights
 from huggingface_hub import HfApi, constants, scan_cache_dir, snapshot_download
 from huggingface_hub.errors import CacheNotFound, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from platformdirs import user_cache_dir
@@ -45,12 +44,6 @@ def test_safetensors_are_laid_out_as_we_read_them(tmp_path: Path) -> None:
         assert file.metadata() == {"format": "pt"}
     with pytest.raises(SafetensorError):
         load(data[:-1])
-
-
-def test_accelerate_builds_models_without_weights() -> None:
-    with init_empty_weights(include_buffers=False):
-        layer = torch.nn.Linear(2, 2)
-    assert layer.weight.is_meta
 
 
 def test_the_hub_is_asked_by_these_words(tmp_path: Path) -> None:
