@@ -126,7 +126,7 @@ async def test_agenerate_leaves_the_event_loop_free(directory: Path) -> None:
 async def test_a_cancelled_task_stops_computing(directory: Path) -> None:
     """Else the next request, which has to wait for it, would come much too late."""
     with StreamedCausalLM.from_pretrained(directory) as model:
-        tasks = [asyncio.create_task(model.agenerate("w1", max_new_tokens=4000)) for _ in range(3)]
+        tasks = [asyncio.create_task(model.agenerate("w2", max_new_tokens=4000)) for _ in range(3)]
         await asyncio.sleep(0.2)
         for task in tasks:
             task.cancel()
@@ -169,6 +169,35 @@ def test_a_fork_in_the_midst_of_another_threads_request(tiny_bert: Path, spill_d
         policy.go.set()
         assert under_way.result().ranking == found
     assert [(r.index, r.score) for r in found] == [(r.index, pytest.approx(r.score, abs=1e-5)) for r in expected]
+
+
+@forks
+def test_callers_share_passes_in_a_forked_child(tiny_bert: Path) -> None:
+    policy = StandsStill()
+    with load_planned(tiny_bert, resident=(), pruning=policy) as planned, ThreadPoolExecutor(4) as others:
+
+        async def together() -> list:
+            return await asyncio.gather(*(planned.arerank(QUERY, DOCUMENTS) for _ in range(5)))
+
+        def work() -> list:
+            with ThreadPoolExecutor(4) as threads:
+                found = [
+                    *threads.map(lambda _: planned.rerank(QUERY, DOCUMENTS), range(8)),
+                    *asyncio.run(together()),
+                ]
+            return [result.ranking for result in found]
+
+        under_way = [others.submit(planned.rerank, QUERY, DOCUMENTS) for _ in range(4)]
+        assert policy.reached.wait(30)
+        found = in_fork(work)
+        policy.go.set()
+        for call in under_way:
+            assert [(r.index, r.score) for r in call.result().ranking] == [
+                (r.index, pytest.approx(r.score, abs=1e-5)) for r in found[0]
+            ]
+    assert len(found) == 13
+    for one in found:
+        assert [(r.index, r.score) for r in one] == [(r.index, pytest.approx(r.score, abs=1e-5)) for r in found[0]]
 
 
 @forks
@@ -458,17 +487,22 @@ async def test_calls_that_wait_for_their_turn_hold_up_nobody_else(tiny_bert: Pat
         assert policy.queries == 11  # what was cancelled before its turn was never computed
 
 
-async def test_a_closed_model_says_so_to_what_waits_and_what_comes(tiny_bert: Path) -> None:
+async def test_closing_lets_those_who_wait_finish_and_refuses_what_comes(tiny_bert: Path) -> None:
     policy = StandsStill()
     planned = load_planned(tiny_bert, resident=(), pruning=policy)
     calls = [asyncio.create_task(planned.arerank(QUERY, DOCUMENTS, 1)) for _ in range(3)]
     while not policy.reached.is_set():
         await asyncio.sleep(0.001)
     closing = asyncio.create_task(asyncio.to_thread(planned.close))
+    await asyncio.sleep(0.02)
+    with pytest.raises(RuntimeError, match="closed"):
+        await planned.arerank(QUERY, DOCUMENTS)
     policy.go.set()
     await closing
-    answers = await asyncio.gather(*calls, return_exceptions=True)
-    assert all("closed" in str(answer) for answer in answers if isinstance(answer, BaseException))
+    assert planned.closed
+    assert len({answer.ranking[0] for answer in await asyncio.gather(*calls)}) == 1
+    with pytest.raises(RuntimeError, match="closed"):
+        planned.rerank(QUERY, DOCUMENTS)
     with pytest.raises(RuntimeError, match="closed"):
         await planned.arerank(QUERY, DOCUMENTS)
 

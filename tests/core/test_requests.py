@@ -2,10 +2,12 @@
 
 import asyncio
 import random
+import signal
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import sleep
 
 import numpy as np
 import pytest
@@ -258,6 +260,36 @@ async def test_a_cancelled_task_stops_computing_and_the_others_of_its_pass_go_on
         assert_same([await tasks[0], await tasks[2]], [expected] * 2)
     assert second.layers == [1]
     assert first.layers == third.layers == [1, 2, 3, 4]
+
+
+class Interrupted(Off):
+    """Somebody presses Ctrl-C while the main thread computes and others come."""
+
+    computing = threading.Event()
+
+    def route(self, layer: int, scores: np.ndarray, top_k: int) -> Sequence[Route]:
+        if threading.current_thread() is threading.main_thread():
+            self.computing.set()
+            sleep(0.05)
+            signal.raise_signal(signal.SIGINT)
+        return super().route(layer, scores, top_k)
+
+
+def test_ctrl_c_in_the_main_thread_leaves_the_others_their_results(tiny_bert: Path) -> None:
+    policy = Interrupted()
+    with load(tiny_bert, pruning=policy) as reranker, ThreadPoolExecutor(3) as pool:
+
+        def come() -> RerankResult:
+            assert policy.computing.wait(30)
+            return reranker.rerank("w1", DOCUMENTS, 2)
+
+        others = [pool.submit(come) for _ in range(3)]
+        with pytest.raises(KeyboardInterrupt):
+            reranker.rerank_many([Request("w1", DOCUMENTS, 2)] * 3)
+        assert_same(
+            [other.result(30) for other in others],
+            reranker.rerank_many([Request("w1", DOCUMENTS, 2, pruning=Off())] * 3),
+        )
 
 
 def test_requests_with_a_policy_of_their_own_are_not_recalibrated(
