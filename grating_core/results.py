@@ -31,6 +31,8 @@ class RankedDocument:
 class LayerTrace:
     """This class records one layer of a rerank.
 
+    Several requests may share a pass. Seconds and bytes are then those of the whole pass.
+
     Attributes:
         layer: Number of the layer, from 1; 0 for the token embeddings, which only a lens reads.
         alive: Candidates that were computed, as indices of documents.
@@ -38,8 +40,8 @@ class LayerTrace:
             candidate is still computed to the end.
         scores: Provisional score of each candidate, by the head or by a lens; after the last layer, the score.
         tokens: Number of tokens computed; 0 for layer 0.
-        seconds: Time of the layer, with reading scores and deciding.
-        seconds_waited: Part of that time in which computing stood still for the disk.
+        seconds: Seconds of the layer, with reading scores and deciding.
+        seconds_waited: Those of them in which computing stood still for the disk.
         bytes_read: Bytes of weights and embedding rows that were read from disk for the layer.
     """
 
@@ -57,6 +59,9 @@ class LayerTrace:
 class Trace:
     """A trace is the record of one rerank.
 
+    Several requests may share a pass. What was read, spilled and waited for is then that of the whole pass, as
+    long as the request was in it.
+
     Attributes:
         layers: One record for each layer that was computed.
         depth: Number of layers of the model.
@@ -64,16 +69,16 @@ class Trace:
         truncated: Indices of the documents whose end did not fit into the window.
         windows: Number of windows of each candidate: 1, or more with ``long_documents="windows"``.
         shared_prefix: Number of tokens that all windows begin with, which were computed only once.
-        seconds: Time of the whole rerank, with tokenising.
-        seconds_waited: Part of that time in which computing stood still for the disk.
+        seconds: Seconds from the call to the result, with tokenising and waiting for a pass.
+        seconds_waited: Seconds in which computing stood still for the disk.
         bytes_read: Bytes of weights and embedding rows that were read from disk.
         bytes_spilled: Bytes of hidden states that were written to disk.
-        embedding_hit_rate: Share of the request's different tokens whose embedding was in memory before; None if
-            the whole table is in memory.
-        peak_memory: The most bytes of this process that were in memory during the request. The number is exact if
-            it was the most since the process began; otherwise it is the most that was seen after a layer. On CUDA
-            it is the most that torch had allocated on the device since the process began. None without a memory
-            budget.
+        embedding_hit_rate: Share of the pass's different tokens whose embedding was in memory before; None if the
+            whole table is in memory.
+        peak_memory: The most bytes of this process that were in memory while the request was in its pass. The
+            number is exact if it was the most since the process began; otherwise it is the most that was seen
+            after a layer. On CUDA it is the most that torch had allocated on the device since the process began.
+            None without a memory budget.
     """
 
     layers: tuple[LayerTrace, ...]

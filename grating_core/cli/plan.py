@@ -68,6 +68,7 @@ def _print(planned: MemoryPlan, window: int, tokenizer: int, candidates: int, re
         "resident layers": f"{len(planned.resident)} of {len(planned.sizes.layers)}",
         "embedding rows": f"{planned.embedding_rows:,} of {planned.sizes.vocabulary:,}",
         "intermediate results": f"slices of {planned.slice_tokens:,} tokens",
+        "keys and values": f"of up to {window:,} tokens",
         "hidden states": f"of up to {planned.hidden_tokens:,} tokens",
     }
     table = plain_table("what", "MB", "")
