@@ -150,6 +150,14 @@ def test_requests_of_a_decoder_share_no_prefix_with_each_other(family: str, tmp_
         assert_same(reranker.rerank_many(requests), [reranker.rerank_many([request])[0] for request in requests])
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_prefixes_of_one_length_in_one_slice_stay_apart(family: str, tmp_path: Path) -> None:
+    directory = save_decoder(tmp_path, family)
+    requests = [Request(f"w{number} w{number + 1}", DOCUMENTS[:5]) for number in range(5)]
+    with load(directory, template=PROMPT, slice_tokens=2000) as reranker:
+        assert_same(reranker.rerank_many(requests), [reranker.rerank_many([request])[0] for request in requests])
+
+
 def test_requests_with_a_lens_of_the_real_model(bundled: Reranker) -> None:
     topics = ["Berlin has 3.7 million inhabitants.", "Museums of Berlin.", "Bread needs yeast.", "Cats sleep.",
               "The population of Paris.", "Rivers of Germany.", "Chess openings.", "Rain in Spain."]  # fmt: skip
