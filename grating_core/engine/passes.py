@@ -49,6 +49,7 @@ class Passes(Generic[Found]):
         self._waiting: deque[deque[Job[Found]]] = deque()  # each caller's jobs
         self._led = False  # whether the thread is at work; it is if anybody waits
         self._open: set[Future[Found]] = set()  # what was promised
+        self._computing: int | None = None  # the thread that computes a pass
 
     @property
     def waiting(self) -> int:
@@ -113,6 +114,8 @@ class Passes(Generic[Found]):
                 future.exception()
 
     def _admit(self, jobs: Sequence[Job[Found]]) -> None:
+        if self._computing == threading.get_ident():
+            raise RuntimeError("a pruning policy called the reranker that waits for its routes")
         with self._changing:
             if self._closed:
                 raise closed_error("Reranker")
@@ -150,9 +153,13 @@ class Passes(Generic[Found]):
                 self._pass(self._waiting)
 
     def _pass(self, waiting: deque[deque[Job[Found]]]) -> None:
-        """Take the next jobs out of those that wait, and compute them."""
-        if jobs := self._next(waiting):
-            self._carry_out(jobs)
+        """Take the next jobs out of those that wait, and compute them. The caller has the turn."""
+        self._computing = threading.get_ident()
+        try:
+            if jobs := self._next(waiting):
+                self._carry_out(jobs)
+        finally:
+            self._computing = None
 
     def _next(self, waiting: deque[deque[Job[Found]]]) -> list[Job[Found]]:
         """Take a job of each caller in turn, as long as they fit into a pass."""

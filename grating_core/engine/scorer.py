@@ -46,7 +46,7 @@ class Scorer:
         usual = _SLICE_TOKENS.get(model.device.type, largest_slice(model.work))
         self.slice_tokens = plan.slice_tokens if plan else usual
         """The most tokens that are computed at once. A longer sequence is divided."""
-        self.pass_tokens = plan.pass_tokens if plan else _PASS_TOKENS
+        self.pass_tokens = plan.pass_tokens if plan else max(_PASS_TOKENS, self.slice_tokens)
         """The most tokens of several jobs that go through the layers together."""
         self.turn = Lock()
         """The lock that is held by whoever computes."""

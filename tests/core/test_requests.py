@@ -225,6 +225,24 @@ async def test_a_policy_that_breaks_its_contract_fails_its_own_request(tiny_bert
         assert_same([await good], [expected])
 
 
+@pytest.mark.parametrize("called", ["rerank", "score", "rerank_many"])
+def test_a_policy_that_calls_its_own_reranker_is_told_so(tiny_bert: Path, called: str) -> None:
+    class Asks(Off):
+        def route(self, layer: int, scores: np.ndarray, top_k: int) -> Sequence[Route]:
+            arguments = {
+                "rerank": ("w1", ["w2"]),
+                "score": ([("w1", "w2")],),
+                "rerank_many": ([Request("w1", ["w2"])],),
+            }
+            getattr(reranker, called)(*arguments[called])
+            return super().route(layer, scores, top_k)
+
+    with load(tiny_bert, pruning=Asks()) as reranker:
+        with pytest.raises(RuntimeError, match="a pruning policy called the reranker"):
+            reranker.rerank("w1", DOCUMENTS, 2)
+        assert len(reranker.rerank("w1", DOCUMENTS, 99).ranking) == len(DOCUMENTS)
+
+
 async def test_a_score_that_is_no_number_fails_its_own_request(tmp_path: Path) -> None:
     directory = save_model(tmp_path, "bert")
     path = directory / "model.safetensors"
