@@ -16,7 +16,7 @@ from grating_core.engine.sampling import Sampler
 from grating_core.forking import Interrupted, Lock, Threads, computed
 from grating_core.lifetime import Loaded, closed_on_error
 from grating_core.memory.meter import Meter, PeakMemory
-from grating_core.memory.plan import largest_slice
+from grating_core.memory.plan import tokens_of_slice
 from grating_core.models.causal_lm import CausalLM
 from grating_core.opening import LoadedLanguageModel, open_language_model
 from grating_core.results import FinishReason, Generation
@@ -42,7 +42,7 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
         self._loaded: CausalLM | None = model
         self._tokenizer = loaded.tokenizer
         self._end_tokens = loaded.end_tokens
-        usual = plan.slice_tokens if plan else _SLICE_TOKENS.get(model.device.type, largest_slice(model.work))
+        usual = plan.slice_tokens if plan else _SLICE_TOKENS.get(model.device.type, tokens_of_slice(model.work))
         self._slice_tokens = slice_tokens or usual
         self._requests = Lock()  # one request at a time has keys and values, as planned
         self._calls = Threads(1, "grating-generate")

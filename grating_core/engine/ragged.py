@@ -182,7 +182,8 @@ class RaggedBatch:
     def slices(self, most: int, *, changed: bool = True, only: Pooling = "mean") -> list[Slice]:
         """Divide the batch into slices of at most ``most`` tokens, in the order in which they go through a layer.
 
-        A piece that is longer goes through the layer twice: first its keys and values, then the rest.
+        A piece that is longer goes through the layer twice: first its keys and values, then the rest. A slice
+        belongs to one request, so that a request is computed bit by bit as it would be alone.
 
         Args:
             most: The most tokens of a slice.
@@ -203,7 +204,7 @@ class RaggedBatch:
 
         room = most
         for piece in self.pieces:
-            if piece.length > room:
+            if piece.length > room or (waiting and piece.request != waiting[0].request):
                 flush()
                 room = most
             if piece.length > most:

@@ -18,7 +18,7 @@ from grating_core.lens.features import Provisional
 from grating_core.lens.pruning import Pruning
 from grating_core.lens.recalibrate import Logged
 from grating_core.lifetime import closed_error
-from grating_core.memory.plan import MemoryPlan, largest_slice
+from grating_core.memory.plan import MemoryPlan, tokens_of_slice
 from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.pruning import Off
 from grating_core.requests import Request
@@ -43,7 +43,7 @@ class Scorer:
         self.model = model
         self.template = template
         self.plan = plan
-        usual = _SLICE_TOKENS.get(model.device.type, largest_slice(model.work))
+        usual = _SLICE_TOKENS.get(model.device.type, tokens_of_slice(model.work))
         self.slice_tokens = plan.slice_tokens if plan else usual
         """The most tokens that are computed at once. A longer sequence is divided."""
         self.pass_tokens = plan.pass_tokens if plan else max(_PASS_TOKENS, self.slice_tokens)

@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from grating_core.layers.spec import LayerSpec
 
+_TOGETHER = 8_000_000  # bytes of keys and values that are given to torch at once, as it makes a copy of them
 _BLOCK = 256  # queries a step where a mask is needed; under a window one step then looks at few keys
 _PRODUCTS = 1 << 22  # the most products of queries and keys that are in memory where they are bounded
 
@@ -92,19 +93,27 @@ def _seen(spec: LayerSpec, queries: range, keys: int) -> range:
 
 def _mask(spec: LayerSpec, queries: range, keys: range, device: torch.device) -> Tensor:
     """Return which query sees which key, by their positions: bool ``[queries, keys]``."""
-    distance = (
-        torch.arange(queries.start, queries.stop, device=device)[:, None]
-        - torch.arange(keys.start, keys.stop, device=device)[None]
-    )
-    near = distance.abs() < (spec.window or len(keys) + len(queries))
-    return near & (distance >= 0) if spec.causal else near
+    asks = torch.arange(queries.start, queries.stop, device=device)[:, None]
+    told = torch.arange(keys.start, keys.stop, device=device)[None]
+    reach = spec.window or len(keys) + len(queries)
+    return (told > asks - reach) & (told < asks + (1 if spec.causal else reach))
 
 
 def _fused(spec: LayerSpec, query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
+    heads = max(1, len(key) * _TOGETHER // (key.nbytes + value.nbytes))
+    if heads >= len(key):
+        return _of_heads(spec, query, key, value, **how)
+    each = spec.heads // spec.key_heads
+    parts = zip(query.split(each * heads), key.split(heads), value.split(heads), strict=True)
+    return torch.cat([_of_heads(spec, *part, **how) for part in parts])
+
+
+def _of_heads(spec: LayerSpec, query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
+    """Attend with some heads of keys and values, and the heads of the query that belong to them."""
     grouped = spec.heads != spec.key_heads
     if grouped and query.shape[1] == 1:
         # The queries of a group pass as several tokens. Otherwise keys and values were copied for each query.
-        folded = query.reshape(1, spec.key_heads, -1, spec.head_size)
+        folded = query.reshape(1, len(key), -1, spec.head_size)
         attended = scaled_dot_product_attention(folded, key[None], value[None], scale=spec.scaling, **how)
         return attended.reshape(query.shape)
     return scaled_dot_product_attention(

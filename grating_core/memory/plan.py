@@ -9,14 +9,13 @@ from grating_core.memory.group import PIECE
 from grating_core.memory.hidden import FILL
 
 # The first rerank loads code, threads and kernels, and a request has lists: 40 to 75 MB were measured.
-RUNTIME = 76_000_000
+RUNTIME = 44_000_000
 _FEWEST_ROWS = 1024
 _SMALLEST_SLICE = 256  # tokens; with fewer, reading a layer's weights from memory is not worth it
-_USUAL_SLICE = 512
 _SMALLEST_PROMPT = 128  # tokens of a prompt that are computed at once
 _PASS = 16 * 1024  # tokens; with these, computing a layer takes far longer than reading its weights
 _USUAL_HIDDEN = 64 * 512  # tokens whose hidden states get memory before resident weights do
-LARGEST_WORK = 32_000_000  # bytes of intermediate results; larger slices were no faster
+LARGEST_WORK = 16_000_000  # bytes of intermediate results; larger slices were slower
 
 
 @dataclass(frozen=True)
@@ -135,8 +134,8 @@ def make_plan(sizes: ModelSizes, budget: int) -> MemoryPlan:
     """Spend a budget on a model.
 
     The parts that the model cannot run without come first. The others follow in the order of the reading and
-    writing that a byte of memory saves: hidden states of a usual request, embedding rows, resident layers. Larger
-    slices, the whole embedding table and more hidden states come last; larger slices gain only a percent or two.
+    writing that a byte of memory saves: hidden states of a usual request, embedding rows, resident layers. The whole
+    embedding table and more hidden states come last.
 
     Args:
         sizes: Sizes of the model's parts.
@@ -145,27 +144,25 @@ def make_plan(sizes: ModelSizes, budget: int) -> MemoryPlan:
     Raises:
         BudgetError: The budget is too small; the error states the smallest that works.
     """
-    largest = largest_slice(sizes.work)
-    smallest = _smallest(sizes, budget, _SMALLEST_SLICE, hidden_tokens=_three_spans(_SMALLEST_SLICE))
-    usual = max(_USUAL_HIDDEN, _three_spans(largest))
-    resident = replace(_everything(smallest, largest), hidden_tokens=usual)
+    tokens = tokens_of_slice(sizes.work)
+    smallest = _smallest(sizes, budget, tokens, hidden_tokens=_three_spans(tokens))
+    resident = replace(_everything(smallest, tokens), hidden_tokens=max(_USUAL_HIDDEN, _three_spans(tokens)))
     _check(smallest, resident, f"documents of up to {sizes.window:,} tokens")
     plan = _more_rows(smallest, 4 * _FEWEST_ROWS)
-    plan = _larger_slice(plan, _USUAL_SLICE)
     plan = _more_hidden(plan, _USUAL_HIDDEN)
     plan = _more_rows(plan, sizes.vocabulary // 10)
     plan = _more_layers(plan)
-    if sizes.columns and not plan.streamed:
-        plan = _more_columns(_larger_slice(plan, largest))  # each slice reads columns of its own
-    elif not plan.streamed:
-        plan = _larger_slice(plan, largest)
+    if not plan.streamed:
         table = replace(plan, embedding_rows=sizes.vocabulary)
         plan = table if table.total <= budget else plan
     return _more_hidden(plan, budget)
 
 
-def largest_slice(work: int) -> int:
-    """Return the most tokens that are worth computing at once, if each has ``work`` bytes of results."""
+def tokens_of_slice(work: int) -> int:
+    """Return the tokens of a slice, if each token has ``work`` bytes of intermediate results.
+
+    Budgets do not change this number, so that the same products are computed with any budget.
+    """
     return max(_SMALLEST_SLICE, LARGEST_WORK // work)
 
 
@@ -243,11 +240,6 @@ def _more_rows(plan: MemoryPlan, wanted: int) -> MemoryPlan:
 def _more_hidden(plan: MemoryPlan, wanted: int) -> MemoryPlan:
     possible = min(wanted, plan.hidden_tokens + _room(plan, plan.sizes.hidden))
     return replace(plan, hidden_tokens=max(plan.hidden_tokens, possible))
-
-
-def _larger_slice(plan: MemoryPlan, wanted: int) -> MemoryPlan:
-    larger = replace(plan, slice_tokens=wanted, hidden_tokens=max(plan.hidden_tokens, _three_spans(wanted)))
-    return larger if plan.slice_tokens < wanted and larger.total <= plan.budget else plan
 
 
 def _more_layers(plan: MemoryPlan) -> MemoryPlan:

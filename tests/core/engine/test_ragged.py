@@ -119,9 +119,11 @@ def test_slices_take_every_token_once_through_each_step(
                 there[first] = one.stop
             if part.queries:  # nobody attends to keys that are not there yet
                 assert there[first] == one.piece.length
-    # A slice holds as many whole pieces as this order allows.
+        assert len({one.piece.request for one in part.parts}) == 1
+    # A slice holds as many whole pieces of a request as this order allows.
     for part, following in pairwise(slices):
-        if all(one.whole for one in (*part.parts, *following.parts)):
+        whole = all(one.whole for one in (*part.parts, *following.parts))
+        if whole and part.parts[0].piece.request == following.parts[0].piece.request:
             assert len(everything[part.tokens]) + following.parts[0].piece.length > most
 
 
@@ -171,7 +173,7 @@ def test_selecting_is_packing_only_the_kept(
     ],
 )
 def test_slices_of_an_example(most: int, expected: list[str]) -> None:
-    batch = pack(sequences_of([[[2]], [[3], [1]]]))
+    batch = pack(sequences_of([[[2], [3], [1]]]))
     assert ["k" * part.keys + "q" * part.queries for part in batch.slices(most)] == expected
 
 
