@@ -33,7 +33,7 @@ class Walk:
         self._layer = layer
         self._angles = angles
         self._only = only
-        self._shared: dict[int, KeysValues] = {}  # of the tokens that a request's sequences share, by request
+        self._shared: KeysValues | None = None  # of the tokens that the sequences of one request share
         self._long: KeysValues | None = None  # of a sequence that does not fit into a slice
 
     def step(self, part: Slice, hidden: Tensor, positions: Tensor) -> tuple[Tensor, list[Part]]:
@@ -67,19 +67,17 @@ class Walk:
 
     def _keep(self, part: Slice, key: Tensor, value: Tensor) -> None:
         """Keep the keys and values that later slices need."""
-        first = part.parts[0].piece.request  # the requests before it are through
-        self._shared = {request: kept for request, kept in self._shared.items() if request >= first}
         for one in part.parts:
             piece, rows = one.piece, (slice(None), one.rows)
             if piece.candidate is None:
                 if one.start == 0:
-                    self._shared[piece.request] = self._room(piece.length, key)
-                self._shared[piece.request].extend(key[rows], value[rows])
+                    self._shared = self._room(piece.length, key)
+                _there(self._shared).extend(key[rows], value[rows])
             elif not one.whole:
                 if one.start == 0:
                     self._long = self._room(piece.before + piece.length, key)
                     if piece.before:
-                        shared = self._shared[piece.request]
+                        shared = _there(self._shared)
                         self._long.extend(shared.key, shared.value)
                 _there(self._long).extend(key[rows], value[rows])
 
@@ -94,12 +92,12 @@ class Walk:
     def _seen(self, part: Part, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of the sequence that a part belongs to."""
         if part.piece.candidate is None or not part.whole:
-            kept = self._shared[part.piece.request] if part.piece.candidate is None else _there(self._long)
+            kept = _there(self._shared if part.piece.candidate is None else self._long)
             return kept.key, kept.value
         key, value = key[:, part.rows], value[:, part.rows]
         if not part.piece.before:
             return key, value
-        shared = self._shared[part.piece.request]
+        shared = _there(self._shared)
         return torch.cat((shared.key, key), dim=1), torch.cat((shared.value, value), dim=1)
 
 
