@@ -101,7 +101,7 @@ def _mask(spec: LayerSpec, queries: range, keys: range, device: torch.device) ->
 
 def _fused(spec: LayerSpec, query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
     heads = max(1, len(key) * _TOGETHER // (key.nbytes + value.nbytes))
-    if heads >= len(key):
+    if spec.causal or heads >= len(key):  # with masks, several calls took more memory than one
         return _of_heads(spec, query, key, value, **how)
     each = spec.heads // spec.key_heads
     parts = zip(query.split(each * heads), key.split(heads), value.split(heads), strict=True)

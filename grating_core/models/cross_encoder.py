@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from grating_core.errors import ModelNotFoundError, UnsupportedModelError
 from grating_core.layers.linear import Weights
 from grating_core.memory.group import TensorGroup
 from grating_core.memory.header import FLOATS, StoredTensor
-from grating_core.memory.plan import MemoryPlan, make_plan
+from grating_core.memory.plan import MemoryPlan, ModelSizes, make_plan
 from grating_core.models.family import ModelSpec, Pooling
 from grating_core.models.layered import LayeredModel
 from grating_core.models.layout import Shape as TensorShape
@@ -70,6 +71,12 @@ class StoredCrossEncoder(StoredModel):
     def shape(self) -> Shape:
         """The shape that a lens must have."""
         return Shape.of(self.spec)
+
+    def sizes(self, window: int) -> ModelSizes:
+        """See :meth:`StoredModel.sizes`."""
+        sizes = super().sizes(window)
+        # torch copies the keys and values of a decoder's longest sequence; see the attention of an encoder.
+        return replace(sizes, keys=2 * sizes.keys) if self.spec.causal else sizes
 
     def plan(self, window: int, budget: int) -> MemoryPlan:
         """Spend a memory budget.
