@@ -104,7 +104,7 @@ def _fused(spec: LayerSpec, query: Tensor, key: Tensor, value: Tensor, **how: An
     if spec.causal or heads >= len(key):  # with masks, several calls took more memory than one
         return _of_heads(spec, query, key, value, **how)
     each = spec.heads // spec.key_heads
-    parts = zip(query.split(each * heads), key.split(heads), value.split(heads), strict=True)
+    parts = zip(torch.split(query, each * heads), torch.split(key, heads), torch.split(value, heads), strict=True)
     return torch.cat([_of_heads(spec, *part, **how) for part in parts])
 
 

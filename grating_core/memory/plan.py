@@ -134,8 +134,8 @@ def make_plan(sizes: ModelSizes, budget: int) -> MemoryPlan:
     """Spend a budget on a model.
 
     The parts that the model cannot run without come first. The others follow in the order of the reading and
-    writing that a byte of memory saves: hidden states of a usual request, embedding rows, resident layers. The whole
-    embedding table and more hidden states come last.
+    writing that a byte of memory saves: hidden states of a usual request, embedding rows, resident layers. The
+    whole embedding table and more hidden states come last.
 
     Args:
         sizes: Sizes of the model's parts.
