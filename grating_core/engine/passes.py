@@ -149,7 +149,7 @@ class Passes(Generic[Found]):
                 if not self._waiting:
                     self._led = False
                     return
-            with self._turn, suppress(KeyboardInterrupt):
+            with self._turn:
                 self._pass(self._waiting)
 
     def _pass(self, waiting: deque[deque[Job[Found]]]) -> None:
@@ -157,7 +157,7 @@ class Passes(Generic[Found]):
         self._computing = threading.get_ident()
         try:
             if jobs := self._next(waiting):
-                self._carry_out(jobs)
+                self._carry_out(jobs, own=waiting is not self._waiting)
         finally:
             self._computing = None
 
@@ -182,19 +182,24 @@ class Passes(Generic[Found]):
                 waiting.append(jobs)
         return found
 
-    def _carry_out(self, jobs: Sequence[Job[Found]]) -> None:
-        """Compute jobs in one pass. If the pass fails, each is computed alone, so that only its cause fails."""
+    def _carry_out(self, jobs: Sequence[Job[Found]], *, own: bool) -> None:
+        """Compute jobs in one pass. If the pass fails, each is computed alone, so that only its cause fails.
+
+        Args:
+            jobs: The jobs.
+            own: Whether all are jobs of the caller whose thread this is, which Ctrl-C then stops.
+        """
         try:
             self._run(jobs)
-        except KeyboardInterrupt:
-            raise
         except BaseException as error:
+            if own and isinstance(error, KeyboardInterrupt):
+                raise
             if len(jobs) == 1:
                 jobs[0].fail(error)
             else:
                 for job in jobs:
                     if not job.over:
-                        self._carry_out([job])
+                        self._carry_out([job], own=own)
         for job in jobs:
             job.fail(Interrupted())  # unless it has ended
 

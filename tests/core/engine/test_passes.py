@@ -209,6 +209,18 @@ def test_a_caller_that_is_interrupted_leaves_the_others_alone() -> None:
     assert not engine.turn.locked()
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), GeneratorExit()])
+def test_a_job_that_interrupts_its_pass_ends_nobody_elses(error: BaseException) -> None:
+    engine = Engine()
+    with ThreadPoolExecutor(9) as pool:
+        with engine.busy():
+            answers = [engine.come(pool, [Asked("a")]), engine.come(pool, [Asked("b", error=error)])]
+        assert answers[0].result(30) == ["A"]
+        assert answers[1].exception(30) is error
+    assert engine.passes_of == [["first"], ["a", "b"], ["a"], ["b"]]
+    assert engine.passes.compute([Asked("c")]) == ["C"]
+
+
 def test_a_caller_that_is_interrupted_while_it_waits_is_forgotten() -> None:
     class Interrupting(Asked):
         """The caller is interrupted when it begins to wait for the answer."""
