@@ -287,9 +287,9 @@ class Reranker(Loaded[Scorer, RerankSettings]):
 
     def close(self) -> None:
         """Free weights, files and threads. Later calls raise ``RuntimeError``; calls in progress end normally."""
+        self._passes.close()
         if self.recalibration is not None:
             self.recalibration.close()
-        self._passes.close()
         super().close()
 
     @property

@@ -106,16 +106,25 @@ class Passes(Generic[Found]):
             job.future.cancel()
 
     def close(self) -> None:
-        """Refuse new jobs, and wait for the end of all that were admitted."""
+        """Refuse new jobs, and wait for the end of all that were admitted.
+
+        Raises:
+            RuntimeError: The thread computes one of these jobs itself.
+        """
+        self._refuse_nested()
         with self._changing:
             self._closed = True
         for future in list(self._open):
             with suppress(CancelledError):
                 future.exception()
 
-    def _admit(self, jobs: Sequence[Job[Found]]) -> None:
+    def _refuse_nested(self) -> None:
+        """Refuse to wait for the pass that this thread computes, which would be for ever."""
         if self._computing == threading.get_ident():
             raise RuntimeError("a pruning policy called the reranker that waits for its routes")
+
+    def _admit(self, jobs: Sequence[Job[Found]]) -> None:
+        self._refuse_nested()
         with self._changing:
             if self._closed:
                 raise closed_error("Reranker")

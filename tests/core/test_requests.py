@@ -225,7 +225,7 @@ async def test_a_policy_that_breaks_its_contract_fails_its_own_request(tiny_bert
         assert_same([await good], [expected])
 
 
-@pytest.mark.parametrize("called", ["rerank", "score", "rerank_many"])
+@pytest.mark.parametrize("called", ["rerank", "score", "rerank_many", "close"])
 def test_a_policy_that_calls_its_own_reranker_is_told_so(tiny_bert: Path, called: str) -> None:
     class Asks(Off):
         def route(self, layer: int, scores: np.ndarray, top_k: int) -> Sequence[Route]:
@@ -233,6 +233,7 @@ def test_a_policy_that_calls_its_own_reranker_is_told_so(tiny_bert: Path, called
                 "rerank": ("w1", ["w2"]),
                 "score": ([("w1", "w2")],),
                 "rerank_many": ([Request("w1", ["w2"])],),
+                "close": (),
             }
             getattr(reranker, called)(*arguments[called])
             return super().route(layer, scores, top_k)
