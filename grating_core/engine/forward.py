@@ -54,7 +54,7 @@ def forward(
         Interrupted: Nobody waits for any of the requests any more.
         FileError: Weights cannot be read.
     """
-    before = replace(model.meter)
+    before = [replace(model.meter)] * len(contests)  # when each request was last asked about
     model.prepare(batch.input_ids)
     angles = model.angles(torch.arange(batch.longest, device=model.device))
     for number in range(model.depth + 1):
@@ -75,16 +75,17 @@ def forward(
                     readers[request].see(states, list(own))
 
         _run_layer(model, number, batch, hidden, angles, slice_tokens, see)
+        if peak is not None:
+            peak.look()
         scores = {request: reader.scores().cpu().double().numpy() for request, reader in readers.items()}
         tokens = batch.tokens_by_request
-        usage, before = model.meter.since(before), replace(model.meter)
+        now = replace(model.meter)
         for request, found in scores.items():
             contest = contests[request]
+            usage, before[request] = now.since(before[request]), now
             contest.after(number, found, tokens[request] if number else 0, perf_counter() - started, usage)
             if not contest.alive:
                 yield request
-        if peak is not None:
-            peak.look()
         if not any(contest.alive for contest in contests):
             return
         smaller, index = batch.select({request: contest.alive for request, contest in enumerate(contests)})

@@ -19,11 +19,12 @@ from grating_core import ClusterPolicy, Request, Reranker, RerankResult, Route
 from grating_core.errors import ScoreError
 from grating_core.lens import recalibrate as recalibration
 from grating_core.pruning import Off
-from tests.core.conftest import WORDS, save_model
+from tests.core.conftest import BUNDLED, WORDS, save_model
 from tests.core.memory.conftest import PLANS, load_planned
 from tests.core.memory.test_parity import DropHalf
 from tests.core.models.test_decoders import PROMPT, save_decoder
 from tests.core.parity import load, random_text
+from tests.core.policies import StandsStill
 
 SOURCE = random.Random(5)
 DOCUMENTS = [random_text(length, SOURCE, WORDS) for length in (4, 30, 1, 0, 60, 7, 7, 25, 200, 12)]
@@ -34,19 +35,6 @@ class Breaks:
 
     def route(self, layer: int, scores: np.ndarray, top_k: int) -> list[Route]:
         return [Route.DEFERRED] * (len(scores) - (layer == 2))
-
-
-class StandsStill:
-    """After the first layer it waits to be let go."""
-
-    def __init__(self) -> None:
-        self.reached, self.go, self.layers = threading.Event(), threading.Event(), []
-
-    def route(self, layer: int, scores: np.ndarray, top_k: int) -> list[Route]:
-        self.layers.append(layer)
-        self.reached.set()
-        assert self.go.wait(30)
-        return [Route.DEFERRED] * len(scores)
 
 
 def random_requests(count: int, source: random.Random) -> list[Request]:
@@ -156,6 +144,18 @@ def test_prefixes_of_one_length_in_one_slice_stay_apart(family: str, tmp_path: P
     requests = [Request(f"w{number} w{number + 1}", DOCUMENTS[:5]) for number in range(5)]
     with load(directory, template=PROMPT, slice_tokens=2000) as reranker:
         assert_same(reranker.rerank_many(requests), [reranker.rerank_many([request])[0] for request in requests])
+
+
+def test_what_a_pass_reads_is_in_the_trace_of_each_of_its_requests() -> None:
+    """Only the first is read by the lens before the first layer."""
+    requests = [Request("w1", ["w2", "w3"], 1), Request("w1", ["w2", "w3"], 2)]
+    with load(BUNDLED, memory_budget="105MB", pruning="auto") as reranker:
+        traces = [result.trace for result in reranker.rerank_many(requests)]
+    assert [trace.layers[0].layer for trace in traces] == [0, 1]
+    assert {trace.embedding_hit_rate for trace in traces} == {0.0}
+    assert len({trace.bytes_read for trace in traces}) == 1
+    for trace in traces:
+        assert trace.bytes_read == sum(layer.bytes_read for layer in trace.layers) > 0
 
 
 def test_requests_with_a_lens_of_the_real_model(bundled: Reranker) -> None:

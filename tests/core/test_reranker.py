@@ -8,12 +8,12 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from grating_core import ClusterPolicy, Reranker, Route
+from grating_core import ClusterPolicy, Reranker
 from tests.core.conftest import BUNDLED
 from tests.core.parity import load
+from tests.core.policies import StandsStill
 
 QUERY = "How many people live in Berlin?"
 DOCUMENTS = [
@@ -156,19 +156,6 @@ async def test_arerank_leaves_the_event_loop_free(bundled: Reranker) -> None:
     await bundled.arerank(QUERY, [" ".join(DOCUMENTS) * 5] * 20)
     heart.cancel()
     assert beats > 5
-
-
-class StandsStill:
-    """After the first layer it waits to be let go."""
-
-    def __init__(self) -> None:
-        self.reached, self.go, self.layers = threading.Event(), threading.Event(), []
-
-    def route(self, layer: int, scores: np.ndarray, top_k: int) -> list[Route]:
-        self.layers.append(layer)
-        self.reached.set()
-        assert self.go.wait(30)
-        return [Route.DEFERRED] * len(scores)
 
 
 async def test_a_cancelled_arerank_stops_computing(tiny_bert: Path) -> None:
