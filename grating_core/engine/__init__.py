@@ -1,1 +1,1 @@
-"""This room computes: the ragged batch, packed attention, the forward loop, decoding."""
+"""This room computes: ragged batches, passes of several requests, the forward loop, decoding."""

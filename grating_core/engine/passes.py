@@ -19,10 +19,10 @@ Found = TypeVar("Found")
 class Passes(Generic[Found]):
     """This class gives every caller a place in a pass, in the order in which they come.
 
-    A caller whom nobody is before computes in its own thread, and nobody else's jobs. Who comes meanwhile waits. A
+    A caller who finds nobody else computes its own jobs in its own thread. Callers who come meanwhile wait. A
     single thread then takes the waiting jobs through the layers together, as many at a time as fit into a pass. So
-    no caller computes for others, and whatever interrupts a caller is none of theirs. Callers with several jobs
-    take turns, job by job.
+    no caller computes for others, and whatever interrupts a caller does not touch others. Callers with several
+    jobs take turns, job by job.
 
     Args:
         run: Function that computes jobs in one pass and ends each as soon as it can. A job that it leaves
@@ -47,8 +47,8 @@ class Passes(Generic[Found]):
         """Forget who waits. They wait in the parent."""
         self._changing = threading.Lock()
         self._waiting: deque[deque[Job[Found]]] = deque()  # each caller's jobs
-        self._led = False  # whether the thread is at work; it is if anybody waits
-        self._open: set[Future[Found]] = set()  # what was promised
+        self._led = False  # whether the thread is at work, as it is whenever somebody waits
+        self._open: set[Future[Found]] = set()  # the futures of jobs that have not ended
         self._computing: int | None = None  # the thread that computes a pass
 
     @property

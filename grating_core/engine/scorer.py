@@ -18,7 +18,7 @@ from grating_core.lens.features import Provisional
 from grating_core.lens.pruning import Pruning
 from grating_core.lens.recalibrate import Logged
 from grating_core.lifetime import closed_error
-from grating_core.memory.plan import MemoryPlan, tokens_of_slice
+from grating_core.memory.plan import PASS_TOKENS, MemoryPlan, tokens_of_slice
 from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.pruning import Off
 from grating_core.requests import Request
@@ -26,7 +26,6 @@ from grating_core.results import Trace
 from grating_core.text.pairs import Template, TokenisedPair
 
 _SLICE_TOKENS = {"cuda": 32768, "mps": 8192}  # on the CPU it depends on the size of the layers
-_PASS_TOKENS = 16384  # without a budget
 _GROUP = 256  # pairs whose scores are one job
 
 
@@ -46,7 +45,7 @@ class Scorer:
         usual = _SLICE_TOKENS.get(model.device.type, tokens_of_slice(model.work))
         self.slice_tokens = plan.slice_tokens if plan else usual
         """The most tokens that are computed at once. A longer sequence is divided."""
-        self.pass_tokens = plan.pass_tokens if plan else max(_PASS_TOKENS, self.slice_tokens)
+        self.pass_tokens = plan.pass_tokens if plan else max(PASS_TOKENS, self.slice_tokens)
         """The most tokens of several jobs that go through the layers together."""
         self.turn = Lock()
         """The lock that is held by whoever computes."""
@@ -110,7 +109,7 @@ class Scorer:
 
         Args:
             request: The query and the documents.
-            pause: Function that says before each chunk whether to give up, which raises :class:`Interrupted`.
+            pause: Function that says after each slice whether to give up, which raises :class:`Interrupted`.
         """
         device = self.model.device
 

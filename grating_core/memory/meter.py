@@ -1,4 +1,4 @@
-"""This module measures bytes, waiting, hits and the memory of the process while a request runs."""
+"""This module measures bytes, waiting, hits and the memory of the process while a pass runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Meter:
         bytes_read: Bytes of weights and embedding rows taken from the checkpoint.
         bytes_spilled: Bytes of hidden states written to disk.
         seconds_waited: Time that computing stood still for reading and writing.
-        rows_wanted: Embedding rows looked up, each counted once a request.
+        rows_wanted: Embedding rows looked up, each counted once a pass.
         rows_read: Looked-up rows that were not in memory.
         columns_wanted: Columns of MLPs that tokens used.
         columns_read: Used columns that were not in memory.

@@ -13,7 +13,7 @@ RUNTIME = 44_000_000
 _FEWEST_ROWS = 1024
 _SMALLEST_SLICE = 256  # tokens; with fewer, reading a layer's weights from memory is not worth it
 _SMALLEST_PROMPT = 128  # tokens of a prompt that are computed at once
-_PASS = 16 * 1024  # tokens; with these, computing a layer takes far longer than reading its weights
+PASS_TOKENS = 16 * 1024  # with these, computing a layer takes far longer than reading its weights
 _USUAL_HIDDEN = 64 * 512  # tokens whose hidden states get memory before resident weights do
 LARGEST_WORK = 16_000_000  # bytes of intermediate results; larger slices were slower
 
@@ -63,7 +63,7 @@ class MemoryPlan:
         resident: Numbers of the layers that stay in memory, from 1; the others are streamed.
         slice_tokens: The most tokens that are computed at once. A longer sequence is divided.
         embedding_rows: Number of rows of the embedding table in memory; all rows if the table is resident.
-        hidden_tokens: The most tokens of a request whose hidden states stay in memory. Larger ones are spilled.
+        hidden_tokens: The most tokens of a pass whose hidden states stay in memory. Larger ones are spilled.
         column_share: The share of each layer's MLP that stays in memory, if the MLPs are pruned.
         tokenizer: Bytes that the tokenizer took on top of the budget; None if it has not been loaded.
     """
@@ -79,7 +79,7 @@ class MemoryPlan:
 
     @property
     def streamed(self) -> tuple[int, ...]:
-        """The numbers of the layers that are read for every request."""
+        """The numbers of the layers that are read for every pass."""
         return tuple(n for n in range(1, len(self.sizes.layers) + 1) if n not in self.resident)
 
     @property
@@ -90,7 +90,7 @@ class MemoryPlan:
     @property
     def pass_tokens(self) -> int:
         """The most tokens of several requests that go through the layers together; a larger request goes alone."""
-        return max(self.hidden_tokens - FILL, _PASS)
+        return max(self.hidden_tokens - FILL, PASS_TOKENS)
 
     @property
     def parts(self) -> dict[str, int]:
@@ -118,15 +118,15 @@ class MemoryPlan:
         return sum(self.parts.values())
 
     def spills(self, tokens: int) -> bool:
-        """Tell whether the hidden states of a request with ``tokens`` tokens are kept on disk."""
+        """Tell whether the hidden states of a pass with ``tokens`` tokens are kept on disk."""
         return tokens + FILL > self.hidden_tokens
 
     def bytes_read(self) -> int:
-        """Return the bytes of weights that one request reads from disk, without embedding rows."""
+        """Return the bytes of weights that one pass reads from disk, without embedding rows."""
         return sum(self.sizes.bytes_read[number - 1] for number in self.streamed)
 
     def bytes_spilled(self, tokens: int) -> int:
-        """Return the bytes of hidden states that one request without pruning writes to disk, and reads back."""
+        """Return the bytes of hidden states that one pass without pruning writes to disk, and reads back."""
         return (len(self.sizes.layers) - 1) * tokens * self.sizes.hidden if self.spills(tokens) else 0
 
 

@@ -22,7 +22,7 @@ _BATCH = 256  # rows that are read before they are copied into the cache
 class RowCache:
     """A row cache stands for an embedding table. It keeps the rows that were used last; others are on disk.
 
-    One request at a time may use the cache.
+    One pass at a time may use the cache.
 
     Args:
         checkpoint: The files with the table.
@@ -57,7 +57,7 @@ class RowCache:
         self._now = 0
 
     def fetch(self, input_ids: Tensor) -> None:
-        """Read the rows of tokens, int64 of any shape, before a request begins, as far as the rows fit.
+        """Read the rows of tokens, int64 of any shape, before a pass begins, as far as the rows fit.
 
         Raises:
             FileError: The rows cannot be read. Rows that were in memory before stay there.

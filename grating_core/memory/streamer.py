@@ -20,8 +20,8 @@ from grating_core.memory.meter import Meter
 class Streamer:
     """A streamer reads layers in order, again and again, one layer ahead of computing.
 
-    After the last layer it reads the first one again, for the next request. A thread does the reading, because
-    reads do not hold Python's lock, and past the page cache they take hardly any processor time. One request at a
+    After the last layer it reads the first one again, for the next pass. A thread does the reading, because
+    reads do not hold Python's lock, and past the page cache they take hardly any processor time. One pass at a
     time may use the streamer.
 
     Args:
@@ -71,7 +71,7 @@ class Streamer:
         self._read_ahead(self._after(number))
 
     def rewind(self) -> None:
-        """Read the first layers for the next request, wherever this request ended."""
+        """Read the first layers for the next pass, wherever this pass ended."""
         self._read_ahead(self._order[0])
 
     def close(self) -> None:

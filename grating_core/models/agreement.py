@@ -1,4 +1,4 @@
-"""These checks compare a configuration with what grating implements and what is stored, before building."""
+"""These checks compare a configuration with what is implemented and what is stored, before weights are read."""
 
 from __future__ import annotations
 

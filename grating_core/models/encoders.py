@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from grating_core.layers.spec import LayerSpec, Norm
 from grating_core.models.family import Family, Fields, ModelSpec
@@ -10,28 +11,27 @@ from grating_core.models.heads import score_dense
 from grating_core.models.rope import FULL, SLIDING, stack
 
 
-def _head_size(fields: Fields) -> int:
+def _layer(fields: Fields, norm: Norm, **own: Any) -> LayerSpec:
+    """Return the spec of a layer, with what all encoders have in common."""
     width, heads = fields["hidden_size"], fields["num_attention_heads"]
     if width % heads:
         raise ValueError(f"hidden_size={width} is not a multiple of num_attention_heads={heads}")
-    return int(width // heads)
-
-
-def _bert_spec(fields: Fields) -> ModelSpec:
-    norm, size = Norm("layer", fields["layer_norm_eps"]), _head_size(fields)
-    layer = LayerSpec(
-        width=fields["hidden_size"],
-        heads=fields["num_attention_heads"],
-        key_heads=fields["num_attention_heads"],
+    size = width // heads
+    return LayerSpec(
+        width=width,
+        heads=heads,
+        key_heads=heads,
         head_size=size,
         inner=fields["intermediate_size"],
         norm=norm,
-        activation=fields["hidden_act"],
-        gated=False,
-        norm_behind=True,
         scaling=size**-0.5,
-        biased=frozenset(_LAYER.values()),
+        **own,
     )
+
+
+def _bert_spec(fields: Fields) -> ModelSpec:
+    norm, biased = Norm("layer", fields["layer_norm_eps"]), frozenset(_LAYER.values())
+    layer = _layer(fields, norm, activation=fields["hidden_act"], gated=False, norm_behind=True, biased=biased)
     return ModelSpec(
         width=layer.width,
         vocabulary=fields["vocab_size"],
@@ -53,7 +53,7 @@ def _roberta_spec(fields: Fields) -> ModelSpec:
 
 
 def _modernbert_spec(fields: Fields) -> ModelSpec:
-    norm, size = Norm("layer", fields["norm_eps"]), _head_size(fields)
+    norm = Norm("layer", fields["norm_eps"])
     biased = {
         "norm_bias": {"input_norm", "mlp_norm", "embedding_norm", "final_norm", "norm"},
         "attention_bias": {"query", "key", "value", "output"},
@@ -61,18 +61,7 @@ def _modernbert_spec(fields: Fields) -> ModelSpec:
         "classifier_bias": {"dense"},
     }
     roles = frozenset({"classifier"}).union(*(roles for name, roles in biased.items() if fields[name]))
-    layer = LayerSpec(
-        width=fields["hidden_size"],
-        heads=fields["num_attention_heads"],
-        key_heads=fields["num_attention_heads"],
-        head_size=size,
-        inner=fields["intermediate_size"],
-        norm=norm,
-        activation=fields["hidden_activation"],
-        gated=True,
-        scaling=size**-0.5,
-        biased=roles,
-    )
+    layer = _layer(fields, norm, activation=fields["hidden_activation"], gated=True, biased=roles)
     every, depth = fields["global_attn_every_n_layers"], fields["num_hidden_layers"]
     types = fields["layer_types"] or [SLIDING if number % every else FULL for number in range(depth)]
     first, *others = stack(layer, fields, types, fields["local_attention"] // 2 + 1)

@@ -83,8 +83,8 @@ class LayeredModel:
     """A layered model has embeddings, layers and a head.
 
     Everything runs on a packed token axis without padding: hidden states are ``[T, D]`` in the compute dtype.
-    T counts the tokens of all sequences together. With all weights resident the object holds no state of a
-    request, so several threads may use it at once; otherwise (:attr:`remembers`) only one may.
+    T counts the tokens of all sequences together. Only one pass at a time may use the object,
+    because a pass changes what is in memory for the next.
 
     Args:
         parts: The parts; :meth:`close` closes them.
@@ -112,14 +112,8 @@ class LayeredModel:
         """D, the width of the hidden states."""
         return self.spec.width
 
-    @property
-    def remembers(self) -> bool:
-        """Whether one request changes what is in memory for the next, so that only one may run at a time."""
-        parts = self._parts
-        return any(part is not None for part in (parts.streamer, parts.rows, parts.columns))
-
     def prepare(self, input_ids: Tensor) -> None:
-        """Read the embedding rows of a request's tokens, int64 ``[T]``, as far as there is room for them."""
+        """Read the embedding rows of a pass's tokens, int64 ``[T]``, as far as there is room for them."""
         if self._parts.rows is not None:
             self._parts.rows.fetch(input_ids)
 
@@ -139,7 +133,7 @@ class LayeredModel:
             yield Layer(spec, layer_by_role(parts.family, spec, number, stored), mlp)
 
     def rewind(self) -> None:
-        """End a request, so that the first layers of the next request are read in advance."""
+        """End a pass, so that the first layers of the next pass are read in advance."""
         if self._parts.streamer is not None:
             self._parts.streamer.rewind()
 
