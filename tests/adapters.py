@@ -74,13 +74,6 @@ def reranker() -> Iterator[Reranker]:
 
 
 @pytest.fixture(scope="session")
-def exact() -> Iterator[Reranker]:
-    """In float32 a score changes by less than 1e-5 when other requests are computed beside it."""
-    with Reranker.from_pretrained(MODEL, dtype="float32") as reranker:
-        yield reranker
-
-
-@pytest.fixture(scope="session")
 def smollm2() -> str:
     try:
         return str(find_or_write("smollm2-135m"))

@@ -5,7 +5,7 @@ from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.vectorstores import InMemoryVectorStore
 
-from tests.adapters import TEXTS, exact, hashed_words, model, reranker, smollm2  # noqa: F401 - fixtures
+from tests.adapters import TEXTS, hashed_words, model, reranker, smollm2  # noqa: F401 - fixtures
 
 
 class HashedWords(Embeddings):

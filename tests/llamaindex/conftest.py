@@ -9,7 +9,7 @@ from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRan
 from llama_index.core.instrumentation.span_handlers import SimpleSpanHandler
 from llama_index.core.schema import NodeWithScore, TextNode
 
-from tests.adapters import TEXTS, exact, hashed_words, model, reranker, smollm2  # noqa: F401 - fixtures
+from tests.adapters import TEXTS, hashed_words, model, reranker, smollm2  # noqa: F401 - fixtures
 
 
 class HashedWords(BaseEmbedding):

@@ -132,16 +132,9 @@ async def test_other_users_of_the_loops_threads_do_not_wait(reranker, nodes, tmp
     assert watched.given == []
 
 
-def near(found):
-    """What a ranking equals that differs from this one by rounding at most."""
-    return [node.model_copy(update={"score": pytest.approx(node.score, abs=1e-5)}) for node in found]
-
-
-async def test_many_at_once(exact, nodes, events):
-    postprocessor = GratingRerank(reranker=exact)
+async def test_many_at_once(reranker, postprocessor, nodes, events):
     alone = [postprocessor.postprocess_nodes(nodes, query_str=query) for query in QUERIES]
     assert len({found[0].node_id for found in alone}) == len(QUERIES)
-    alone = [near(found) for found in alone]
     events.clear()
     together = await asyncio.gather(
         *(postprocessor.apostprocess_nodes(nodes, query_str=query) for query in QUERIES * 2)
@@ -168,10 +161,10 @@ async def test_a_cancelled_task_ends_its_span(model, nodes, events, spans):
     assert not spans.open_spans
 
 
-def test_in_threads(exact, nodes):
+def test_in_threads(model, nodes):
     """Query engines may be asked from several threads."""
-    postprocessor = GratingRerank(reranker=exact)
-    alone = [near(postprocessor.postprocess_nodes(nodes, query_str=query)) for query in QUERIES]
+    postprocessor = GratingRerank(model=model)
+    alone = [postprocessor.postprocess_nodes(nodes, query_str=query) for query in QUERIES]
     found = {}
 
     def ask(number):
