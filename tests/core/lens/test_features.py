@@ -1,4 +1,4 @@
-"""What a lens looks at: the same however requests are packed, chunked and shared."""
+"""What a lens looks at: the same however requests are packed, sliced and shared."""
 
 import random
 from collections.abc import Collection, Sequence

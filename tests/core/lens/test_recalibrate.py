@@ -297,12 +297,12 @@ def test_the_thread_ends_with_its_owner(tmp_path: Path) -> None:
 # On models
 
 
-def test_a_forward_can_be_given_up_before_any_chunk(tiny_bert: Path, spill_directory: Path) -> None:
+def test_a_forward_can_be_given_up_after_any_slice(tiny_bert: Path, spill_directory: Path) -> None:
     everything = {"resident": (), "hidden_tokens": 0, "embedding_rows": 7}
     with load_planned(tiny_bert, **everything) as planned, load(tiny_bert, slice_tokens=64) as resident:
         for reranker in (planned, resident):
             expected = reranker.score([(REQUEST.query, text) for text in REQUEST.documents])
-            chunks = 0
+            slices = 0
             answered = False
             while not answered:
                 asked = 0
@@ -310,16 +310,16 @@ def test_a_forward_can_be_given_up_before_any_chunk(tiny_bert: Path, spill_direc
                 def pause() -> bool:
                     nonlocal asked
                     asked += 1
-                    return asked > chunks  # noqa: B023
+                    return asked > slices  # noqa: B023
 
                 try:
                     found = reranker.scorer.full_scores(REQUEST, pause)
                     answered = True
                 except Interrupted:
-                    chunks += 1
+                    slices += 1
                 assert reranker.rerank(REQUEST.query, REQUEST.documents[:3]).ranking
             assert found == pytest.approx(expected, abs=1e-5)
-            assert chunks > 2 * 5  # several in each layer
+            assert slices > 2 * 5  # several in each layer
         assert not list(spill_directory.iterdir())
 
 
@@ -329,13 +329,13 @@ def test_a_caller_takes_the_turn_of_a_budget(tiny_bert: Path, spill_directory: P
     computing = threading.Event()
 
     def rerun(scorer: Scorer, logged: Logged, pause: Callable[[], bool]) -> Sequence[float]:
-        def in_a_chunk() -> bool:
+        def in_a_slice() -> bool:
             if scorer.turn.locked() and not computing.is_set():
                 computing.set()
                 until(pause)
             return pause()
 
-        return scorer.full_scores(logged, in_a_chunk)
+        return scorer.full_scores(logged, in_a_slice)
 
     planned.recalibration = Recalibration(planned.scorer, rerun, SAMPLING, spill_directory / "state.json")
     planned.recalibration.sample(REQUEST)
