@@ -24,7 +24,7 @@ from grating_core.models.layered import Parts
 from grating_core.models.layout import head_names, layer_by_role, layer_names, outside_by_role, outside_names
 from grating_core.models.stored import OUTPUT
 
-_INSTALL = "reading GGUF files needs the packages gguf and accelerate: pip install gguf accelerate"
+_INSTALL = "reading GGUF files needs the package gguf: pip install gguf"
 
 
 def is_gguf(path: Path) -> bool:
