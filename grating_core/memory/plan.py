@@ -9,7 +9,7 @@ from grating_core.memory.group import PIECE
 from grating_core.memory.hidden import FILL
 
 # The first rerank loads code, threads and kernels, and a request has lists.
-RUNTIME = 44_000_000
+RUNTIME = 56_000_000
 _FEWEST_ROWS = 1024
 _SMALLEST_SLICE = 256  # tokens; with fewer, reading a layer's weights from memory is not worth it
 _SMALLEST_PROMPT = 128  # tokens of a prompt that are computed at once

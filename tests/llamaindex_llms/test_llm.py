@@ -150,7 +150,7 @@ async def test_more_requests_than_worker_threads(llm):
 
 async def test_what_is_cancelled_stops_computing(llm):
     """Else the next request, which has to wait for it, would come much too late."""
-    task = asyncio.create_task(llm.acomplete("w1", max_tokens=4000))
+    task = asyncio.create_task(llm.acomplete("w2", max_tokens=4000))
     await asyncio.sleep(0.2)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
