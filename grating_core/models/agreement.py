@@ -29,6 +29,10 @@ _REAL = {
     "embedding_multiplier", "residual_multiplier", "attention_multiplier",
 }  # fmt: skip
 _ROPE = ("rope_parameters", "rope_scaling")
+_ROPE_NUMBERS = {
+    "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "low_freq_factor",
+    "high_freq_factor", "original_max_position_embeddings",
+}  # fmt: skip
 _ACTIVATIONS = {"hidden_act", "hidden_activation", "classifier_activation"}
 
 # What a field must be, by its name, or else by the type of its default.
@@ -105,6 +109,8 @@ def check_values(path: Path, stated: Fields, family: Family) -> None:
             raise _senseless(path, name, value, "a whole number, 1 or more")
         if name in _REAL and not (number and 0 < value < math.inf):
             raise _senseless(path, name, value, "a number above 0")
+        if name in _ROPE_NUMBERS and not number:
+            raise _senseless(path, name, value, "a number")
         if isinstance(value, float) and not math.isfinite(value):
             raise ModelNotFoundError(f"{path} has {name}={value}, which is no number")
     for name, default in family.defaults.items():

@@ -109,6 +109,16 @@ def test_factors_of_the_rotation_are_checked(copy: Callable[[str], Path]) -> Non
         shutil.rmtree(directory)
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+
+
+@pytest.mark.parametrize("field", ["attention_factor", "mscale", "beta_fast", "original_max_position_embeddings"])
+def test_an_optional_number_of_the_rotation_must_be_a_number(copy: Callable[[str], Path], field: str) -> None:
+    change(directory := copy("qwen3"), rope_parameters={**YARN, field: "4"})
+    with pytest.raises(ModelNotFoundError, match=rf"config\.json has {field}='4', which must be a number"):
+        load(directory)
+
+
 FACTORS = {"rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
 NONSENSE = [
     -1, 0, 1, 3, 7, 10**6, 10**9, 10**18, 10**400, -(10**30), 0.5, 1e308, float("nan"), float("inf"), True, False,
