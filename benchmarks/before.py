@@ -149,12 +149,14 @@ def difference(one: Facts, other: Facts) -> float:
 
 
 def main(
-    before: Annotated[Path, typer.Option(help="The checkout of the other commit.", exists=True, file_okay=False)],
+    before: Annotated[Path, typer.Option(help="The checkout of the other commit.")],
     only: Annotated[str, typer.Option(help="Only cases with this in their name or dtype.")] = "",
     rounds: Annotated[int, typer.Option(help="How often the slowest case is timed.", min=2)] = 7,
     output: Annotated[Path | None, typer.Option(help="The directory that before.json goes to, if any.")] = None,
 ) -> None:
     """Measure, print a table, and write before.json if there is a directory for it."""
+    if not (before / "grating_core").is_dir():
+        raise typer.BadParameter(f"{before} is no checkout of grating. Make one: git worktree add {before} COMMIT")
     table = Table("case", "dtype", "before, ms", "now, ms", "ratio", "middle half", "fastest", "difference")
     rows = []
     for case in CASES:
