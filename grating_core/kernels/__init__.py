@@ -1,0 +1,1 @@
+"""Products with what follows them, attention, norms and rotary positions: compiled, and in torch."""

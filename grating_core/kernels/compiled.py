@@ -1,0 +1,275 @@
+"""The compiled kernels of the distribution grating-kernels, called through their C interface.
+
+The kernels run in torch's own pool of threads, which they reach through torch's stable C interface. So one build
+serves every release of torch that has this interface, and every release of Python.
+:func:`~grating_core.kernels.loading.start` comes first. :mod:`grating_core.kernels.reference` has a function in
+torch of the same signature for each.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from grating_core.kernels.loading import DTYPES, started
+from grating_core.kernels.operands import Finished, Norm, Rows, Span, Then, Weight
+from grating_core.kernels.structs import (
+    AttentionStruct,
+    LinearStruct,
+    NormStruct,
+    RowsStruct,
+    SpanStruct,
+    WeightStruct,
+)
+
+_ACTIVATIONS = {
+    None: 0,
+    "gelu": 1,
+    "gelu_new": 2,
+    "gelu_pytorch_tanh": 2,
+    "silu": 3,
+    "swish": 3,
+    "relu": 4,
+    "tanh": 5,
+}
+_NORMS = {"layer": 1, "rms": 2}
+
+
+_NO_NORM = NormStruct()
+_NO_WEIGHT = WeightStruct()
+_NO_ROWS = RowsStruct()
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Bring a matrix ``[columns, inner]`` of int8, bfloat16 or float32 into the order that products read.
+
+    Columns come in blocks of 16. In a block lie, for each four bytes of the inner entries in turn, those of the 16
+    columns. Columns are padded with zeros to a multiple of 32, inner entries to a multiple of 64 bytes.
+
+    Returns:
+        Bytes, int8 ``[padded columns * padded bytes of a row]``.
+    """
+    lib, dtype = started(), c_int32(DTYPES[weight.dtype])
+    columns, inner = weight.shape
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    packed = torch.empty(packed_bytes(weight.dtype, columns, inner), dtype=torch.int8)
+    _check(
+        lib.gk_pack(
+            dtype,
+            c_void_p(weight.data_ptr()),
+            c_int64(weight.stride(0)),
+            c_int64(columns),
+            c_int64(inner),
+            c_void_p(packed.data_ptr()),
+        )
+    )
+    return packed
+
+
+def packed_bytes(dtype: torch.dtype, columns: int, inner: int) -> int:
+    """Return how many bytes :func:`pack` makes of a matrix."""
+    each = 64 // dtype.itemsize
+    return -(-columns // 32) * 32 * -(-inner // each) * 64
+
+
+def linear(
+    x: Rows, weight: Weight, then: Then, *, gate: Weight | None = None, residual: Tensor | None = None
+) -> Finished:
+    """Compute ``norm(residual + factor * first_norm(activation(x @ weight + bias)))`` for each row.
+
+    With a gate, the activation is that of ``x @ gate``, and multiplies ``x @ weight``. No row depends on another.
+
+    Args:
+        x: Rows in the dtype of the weight.
+        weight: The weight.
+        then: What follows the product.
+        gate: The gate's weight, of the same shape; None for none.
+        residual: States ``[T, columns]``; None for none.
+
+    Returns:
+        What ``then`` asks for. A row of x that is not finite gives rows that are not finite.
+    """
+    count = len(x.data)
+    total = _new(then.total, count, weight.columns, then.states)
+    output = _new(then.output, count, weight.columns, then.states)
+    rows = new_rows(count, weight.columns) if then.quantized else None
+    call = LinearStruct(
+        DTYPES[weight.dtype],
+        DTYPES[then.states],
+        _ACTIVATIONS[then.activation],
+        then.factor,
+        count,
+        _rows(x.data, x.scale),
+        _weight(weight),
+        _NO_WEIGHT if gate is None else _weight(gate),
+        _norm(then.first_norm),
+        _norm(then.norm),
+        _rows(residual),
+        _rows(total),
+        _rows(output),
+        _NO_ROWS if rows is None else _rows(rows.data, rows.scale),
+    )
+    lib = started()
+    _check(lib.gk_run_linear(ctypes.byref(call)))
+    return Finished(total, output, rows)
+
+
+def normed_rows(
+    states: Tensor, norm: Norm | None, *, output: bool, quantized: bool
+) -> tuple[Tensor | None, Rows | None]:
+    """Return the norm of states ``[T, width]``, as states and as int8 rows, each if it is asked for."""
+    found = torch.empty_like(states) if output else None
+    rows = new_rows(*states.shape) if quantized else None
+    lib = started()
+    _check(
+        lib.gk_run_rows(
+            c_int32(DTYPES[states.dtype]),
+            c_int64(states.shape[0]),
+            c_int64(states.shape[1]),
+            ctypes.byref(_rows(states)),
+            ctypes.byref(_norm(norm)),
+            ctypes.byref(_rows(found)),
+            ctypes.byref(_NO_ROWS if rows is None else _rows(rows.data, rows.scale)),
+        )
+    )
+    return found, rows
+
+
+def turn_heads(states: Tensor, heads: int, norm: Norm | None, cosine: Tensor | None, sine: Tensor | None) -> None:
+    """Norm each head of states ``[T, heads * head size]``, and turn it by the angles of its token, in place.
+
+    Args:
+        states: The states; rows may have any stride.
+        heads: Number of heads.
+        norm: The norm of each head; None for none.
+        cosine: Cosines, float32 ``[T, head size / 2]``; None if nothing is turned.
+        sine: Sines of the same shape.
+    """
+    lib = started()
+    _check(
+        lib.gk_run_heads(
+            c_int32(DTYPES[states.dtype]),
+            c_int64(states.shape[0]),
+            c_int64(heads),
+            c_int64(states.shape[1] // heads),
+            ctypes.byref(_rows(states)),
+            ctypes.byref(_norm(norm)),
+            c_void_p(_at(cosine)),
+            c_void_p(_at(sine)),
+        )
+    )
+
+
+def attention(
+    query: Tensor,
+    spans: Sequence[Span],
+    *,
+    heads: int,
+    key_heads: int,
+    causal: bool,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attend within each span.
+
+    Args:
+        query: Queries, ``[T, heads * head size]``; rows may have any stride.
+        spans: The spans, in rising order of their rows.
+        heads: Number of heads of the query.
+        key_heads: Number of heads of keys and values.
+        causal: Whether a token sees only those before it.
+        scaling: The factor of the products of queries and keys.
+        window: Distance in tokens below which a token sees another; None for any distance.
+        softcap: Bound of the scaled products, by a hyperbolic tangent; None for no bound.
+
+    Returns:
+        The attention's output, ``[T, heads * head size]``; zero for rows that are in no span.
+    """
+    output = torch.empty(query.shape, dtype=query.dtype)
+    end = 0
+    for span in spans:
+        output[end : span.rows.start] = 0
+        end = span.rows.stop
+    output[end:] = 0
+    array = (SpanStruct * len(spans))(*map(_span, spans))
+    call = AttentionStruct(
+        DTYPES[query.dtype],
+        causal,
+        heads,
+        key_heads,
+        query.shape[1] // heads,
+        window or 0,
+        scaling,
+        softcap or 0.0,
+        query.data_ptr(),
+        query.stride(0),
+        output.data_ptr(),
+        output.stride(0),
+        array,
+        len(spans),
+    )
+    lib = started()
+    _check(lib.gk_run_attention(ctypes.byref(call)))
+    return output
+
+
+def new_rows(count: int, width: int) -> Rows:
+    """Return int8 rows to write to."""
+    return Rows(
+        torch.empty(count, -(-width // 64) * 64, dtype=torch.int8), torch.empty(count, dtype=torch.float32)
+    )
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise MemoryError("The kernels got no memory for intermediate results.")
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _new(wanted: bool, count: int, width: int, dtype: torch.dtype) -> Tensor | None:
+    return torch.empty(count, width, dtype=dtype) if wanted else None
+
+
+def _rows(data: Tensor | None, scale: Tensor | None = None) -> RowsStruct:
+    return _NO_ROWS if data is None else RowsStruct(data.data_ptr(), data.stride(0), _at(scale))
+
+
+def _weight(weight: Weight) -> WeightStruct:
+    return WeightStruct(
+        weight.packed.data_ptr(), _at(weight.scale), _at(weight.bias), weight.columns, weight.inner
+    )
+
+
+def _norm(norm: Norm | None) -> NormStruct:
+    return (
+        _NO_NORM
+        if norm is None
+        else NormStruct(_NORMS[norm.kind], norm.eps, norm.offset, norm.weight.data_ptr(), _at(norm.bias))
+    )
+
+
+def _span(span: Span) -> SpanStruct:
+    shared = span.shared_key, span.shared_value
+    return SpanStruct(
+        span.rows.start,
+        span.rows.stop - span.rows.start,
+        span.first,
+        len(span.key) + (0 if shared[0] is None else len(shared[0])),
+        span.key.data_ptr(),
+        span.key.stride(0),
+        span.value.data_ptr(),
+        span.value.stride(0),
+        _at(shared[0]),
+        _at(shared[1]),
+        0 if shared[0] is None else shared[0].stride(0),
+        0 if shared[1] is None else shared[1].stride(0),
+        0 if shared[0] is None else len(shared[0]),
+    )

@@ -1,0 +1,110 @@
+"""What kernels take and give."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Weight(NamedTuple):
+    """A weight is a packed matrix with what belongs to its columns.
+
+    Attributes:
+        packed: The matrix in the order that products read, see :mod:`grating_core.kernels.packing`.
+        dtype: The dtype of its entries: int8, bfloat16 or float32.
+        columns: Number of columns, which are entries of the output.
+        inner: Number of entries of a row of the input.
+        scale: Scales of the columns of an int8 matrix, float32 ``[columns padded to 32]``; else None.
+        bias: What is added to the columns, float32 ``[columns padded to 32]``; None for nothing.
+    """
+
+    packed: Tensor
+    dtype: torch.dtype
+    columns: int
+    inner: int
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class Norm(NamedTuple):
+    """A norm divides a row by its size.
+
+    Attributes:
+        kind: ``"layer"`` for LayerNorm, ``"rms"`` for RMSNorm.
+        eps: The number that is added to the variance.
+        offset: The number that is added to the weight.
+        weight: The weight, float32 ``[width]``.
+        bias: The bias, float32 ``[width]``; None for none.
+    """
+
+    kind: str
+    eps: float
+    offset: float
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+class Rows(NamedTuple):
+    """Rows are what a product takes.
+
+    Attributes:
+        data: States ``[T, width]``, or int8 ``[T, width padded with zeros to 64]``.
+        scale: Scales of int8 rows, float32 ``[T]``; else None.
+    """
+
+    data: Tensor
+    scale: Tensor | None = None
+
+
+class Then(NamedTuple):
+    """This class says what follows a product, in this order.
+
+    Attributes:
+        states: The dtype of states: bfloat16 or float32.
+        activation: The name of the activation of the product, or of the gate's; None for none.
+        first_norm: The norm of the result, before the residual; None for none.
+        factor: The factor of the result in the sum with the residual.
+        norm: The norm of the sum; None for none.
+        total: Whether the sum is asked for, as states.
+        output: Whether what the norm gives is asked for, as states.
+        quantized: Whether what the norm gives is asked for, as int8 rows.
+    """
+
+    states: torch.dtype
+    activation: str | None = None
+    first_norm: Norm | None = None
+    factor: float = 1.0
+    norm: Norm | None = None
+    total: bool = False
+    output: bool = True
+    quantized: bool = False
+
+
+class Finished(NamedTuple):
+    """This class holds what was asked for: the sum, what the norm gave, and its int8 rows."""
+
+    total: Tensor | None
+    output: Tensor | None
+    rows: Rows | None
+
+
+class Span(NamedTuple):
+    """A span is consecutive queries of one sequence, with the keys and values that they may see.
+
+    Attributes:
+        rows: Place of the queries among those of the call.
+        key: Keys, ``[M, key heads, head size]``; the last two dimensions are contiguous.
+        value: Values of the same shape.
+        first: Position of the first query among all keys.
+        shared_key: Keys that stand before ``key`` and lie elsewhere; None for none.
+        shared_value: Values of the same shape.
+    """
+
+    rows: slice
+    key: Tensor
+    value: Tensor
+    first: int
+    shared_key: Tensor | None = None
+    shared_value: Tensor | None = None

@@ -1,0 +1,89 @@
+"""The structs of the compiled kernels' C interface, as kernels/src/kernels.h declares them."""
+
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+
+
+class NormStruct(Structure):
+    """This class mirrors ``gk_norm``."""
+
+    _fields_ = [("kind", c_int32), ("eps", c_float), ("offset", c_float), ("weight", c_void_p), ("bias", c_void_p)]
+
+
+class WeightStruct(Structure):
+    """This class mirrors ``gk_weight``."""
+
+    _fields_ = [
+        ("packed", c_void_p),
+        ("scale", c_void_p),
+        ("bias", c_void_p),
+        ("columns", c_int64),
+        ("inner", c_int64),
+    ]
+
+
+class RowsStruct(Structure):
+    """This class mirrors ``gk_rows``."""
+
+    _fields_ = [("data", c_void_p), ("stride", c_int64), ("scale", c_void_p)]
+
+
+class LinearStruct(Structure):
+    """This class mirrors ``gk_linear``."""
+
+    _fields_ = [
+        ("dtype", c_int32),
+        ("states", c_int32),
+        ("activation", c_int32),
+        ("factor", c_float),
+        ("rows", c_int64),
+        ("x", RowsStruct),
+        ("weight", WeightStruct),
+        ("gate", WeightStruct),
+        ("first_norm", NormStruct),
+        ("norm", NormStruct),
+        ("residual", RowsStruct),
+        ("total", RowsStruct),
+        ("output", RowsStruct),
+        ("quantised", RowsStruct),
+    ]
+
+
+class SpanStruct(Structure):
+    """This class mirrors ``gk_span``."""
+
+    _fields_ = [
+        ("start", c_int64),
+        ("length", c_int64),
+        ("first", c_int64),
+        ("keys", c_int64),
+        ("key", c_void_p),
+        ("key_stride", c_int64),
+        ("value", c_void_p),
+        ("value_stride", c_int64),
+        ("shared_key", c_void_p),
+        ("shared_value", c_void_p),
+        ("shared_key_stride", c_int64),
+        ("shared_value_stride", c_int64),
+        ("shared", c_int64),
+    ]
+
+
+class AttentionStruct(Structure):
+    """This class mirrors ``gk_attention``."""
+
+    _fields_ = [
+        ("states", c_int32),
+        ("causal", c_int32),
+        ("heads", c_int64),
+        ("key_heads", c_int64),
+        ("head_size", c_int64),
+        ("window", c_int64),
+        ("scaling", c_float),
+        ("softcap", c_float),
+        ("query", c_void_p),
+        ("query_stride", c_int64),
+        ("output", c_void_p),
+        ("output_stride", c_int64),
+        ("spans", POINTER(SpanStruct)),
+        ("count", c_int64),
+    ]

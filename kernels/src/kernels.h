@@ -1,0 +1,122 @@
+// The C interface of grating-kernels. Python reads it with ctypes: grating_kernels/__init__.py mirrors each struct.
+// Strides count elements. All functions but the first three return 0, or GK_NO_MEMORY.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define GK_API extern "C" __declspec(dllexport)
+#else
+#define GK_API extern "C" __attribute__((visibility("default")))
+#endif
+
+// Raised whenever a struct or the meaning of a function changes: a module of another version is refused.
+#define GK_VERSION 1
+#define GK_NO_MEMORY 1
+
+enum gk_dtype { GK_INT8 = 0, GK_BF16 = 1, GK_F32 = 2 };
+enum gk_activation { GK_NONE = 0, GK_GELU = 1, GK_GELU_TANH = 2, GK_SILU = 3, GK_RELU = 4, GK_TANH = 5 };
+enum gk_norm_kind { GK_NO_NORM = 0, GK_LAYER_NORM = 1, GK_RMS_NORM = 2 };
+
+// A norm. weight and bias (null for none) are float32 [width].
+struct gk_norm {
+    int32_t kind;
+    float eps;
+    float offset;  // added to the weight
+    const float* weight;
+    const float* bias;
+};
+
+// A packed weight [columns, inner]. scale (of int8) and bias (null for none) are float32 [columns padded to 32].
+struct gk_weight {
+    const void* packed;
+    const float* scale;
+    const float* bias;
+    int64_t columns;
+    int64_t inner;
+};
+
+// Rows of states, or of quantised states with a scale each.
+struct gk_rows {
+    void* data;
+    int64_t stride;
+    float* scale;
+};
+
+// output = norm(residual + factor * first_norm(activation(x @ weight + bias)))
+// With a gate, the activation is of x @ gate, and multiplies x @ weight. Every part may be absent.
+struct gk_linear {
+    int32_t dtype;       // of x and the weights
+    int32_t states;      // dtype of residual, total and output: GK_BF16 or GK_F32
+    int32_t activation;
+    float factor;
+    int64_t rows;
+    gk_rows x;
+    gk_weight weight;
+    gk_weight gate;      // packed is null for none
+    gk_norm first_norm;
+    gk_norm norm;
+    gk_rows residual;    // data is null for none
+    gk_rows total;       // the sum before the norm; data is null if it is not asked for
+    gk_rows output;      // data is null if it is not asked for
+    gk_rows quantised;   // int8 rows of the output, padded with zeros to a multiple of 64; data is null for none
+};
+
+// Queries of consecutive tokens of one sequence, and the keys and values that they may see.
+struct gk_span {
+    int64_t start;        // place of the first query among the rows
+    int64_t length;       // number of queries
+    int64_t first;        // position of the first query among the keys
+    int64_t keys;         // number of keys and values
+    const void* key;      // [keys, key_heads, head_size], with a stride for each token
+    int64_t key_stride;
+    const void* value;
+    int64_t value_stride;
+    const void* shared_key;    // the first `shared` keys and values lie elsewhere; null for none
+    const void* shared_value;
+    int64_t shared_key_stride;
+    int64_t shared_value_stride;
+    int64_t shared;
+};
+
+struct gk_attention {
+    int32_t states;       // dtype: GK_BF16 or GK_F32
+    int32_t causal;
+    int64_t heads;
+    int64_t key_heads;
+    int64_t head_size;
+    int64_t window;       // 0 for none: a token sees those at a distance below it
+    float scaling;
+    float softcap;        // 0 for none
+    const void* query;    // [rows, heads, head_size]
+    int64_t query_stride;
+    void* output;         // [rows, heads, head_size]
+    int64_t output_stride;
+    const gk_span* spans;
+    int64_t count;
+};
+
+// The pool of the host: what torch_parallel_for of torch's C interface is.
+typedef int32_t (*gk_parallel)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
+
+GK_API int32_t gk_version();
+// Chooses the best level that this processor has, or the one that is named; returns its name, or null if there is none.
+GK_API const char* gk_start(gk_parallel parallel, int32_t threads, const char* level);
+// Writes the names of the levels that this processor has, the best first, with spaces between; at most `size` bytes.
+GK_API void gk_levels(char* names, int32_t size);
+// Whether products of this dtype are compiled for the level that was chosen.
+GK_API int32_t gk_has(int32_t dtype);
+GK_API void gk_threads(int32_t threads);
+
+GK_API int64_t gk_packed_size(int32_t dtype, int64_t columns, int64_t inner);  // in bytes
+GK_API int32_t gk_pack(int32_t dtype, const void* weight, int64_t stride, int64_t columns, int64_t inner, void* packed);
+GK_API int32_t gk_run_linear(const gk_linear*);
+GK_API int32_t gk_run_attention(const gk_attention*);
+// The rows of `norm(x)`, states of the dtype `states` [rows, width]: as states, or quantised, or both.
+GK_API int32_t gk_run_rows(
+    int32_t states, int64_t rows, int64_t width, const gk_rows* x, const gk_norm* norm, const gk_rows* output,
+    const gk_rows* quantised);
+// Norm (of each head) and rotation in place of states [rows, heads, size]; cosine and sine are float32 [rows, size / 2].
+GK_API int32_t gk_run_heads(
+    int32_t states, int64_t rows, int64_t heads, int64_t size, const gk_rows* x, const gk_norm* norm,
+    const float* cosine, const float* sine);

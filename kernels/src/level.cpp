@@ -1,0 +1,124 @@
+// Everything that is compiled once for each level, with the level's instructions. All names are local to the level, so that
+// the linker cannot take a function of a higher level for a lower one.
+#include "level.h"
+
+#include "activations.h"
+#include "attention.h"
+#include "linear.h"
+#include "pack.h"
+#include "rows.h"
+
+#define GK_JOIN(a, b) a##b
+#define GK_NAME(a, b) GK_JOIN(a, b)
+
+namespace {
+
+struct Task {
+    void (*run)(const void* job, int64_t begin, int64_t end, int32_t* failed);
+    const void* job;
+    int32_t failed;
+};
+void run_task(int64_t begin, int64_t end, void* at) {
+    Task* task = (Task*)at;
+    task->run(task->job, begin, end, &task->failed);
+}
+// Splits [0, count) among the host's threads.
+int32_t spread(const Host& host, int64_t count, void (*run)(const void*, int64_t, int64_t, int32_t*), const void* job) {
+    Task task{run, job, 0};
+    if (count <= 1 || host.threads <= 1 || !host.parallel) run_task(0, count, &task);
+    else if (host.parallel(0, count, 1, run_task, &task)) return GK_NO_MEMORY;
+    return task.failed;
+}
+
+struct LinearJob {
+    const gk_linear* l;
+    float* results;  // of a product by columns
+};
+
+template <class S> void linear_rows(const void* at, int64_t begin, int64_t end, int32_t* failed) {
+    const gk_linear& l = *((const LinearJob*)at)->l;
+    const int64_t last = smaller(end * ROWS, l.rows);
+    const int64_t panels = up(l.weight.columns, COLUMNS) / COLUMNS;
+    if (only_output(l) ? straight<S>(l, begin * ROWS, last, 0, panels) : by_blocks<S>(l, begin * ROWS, last)) *failed = GK_NO_MEMORY;
+}
+template <class S> void linear_columns(const void* at, int64_t begin, int64_t end, int32_t* failed) {
+    const gk_linear& l = *((const LinearJob*)at)->l;
+    if (straight<S>(l, 0, l.rows, begin, end)) *failed = GK_NO_MEMORY;
+}
+template <class S> void linear_ends(const void* at, int64_t begin, int64_t end, int32_t*) {
+    const LinearJob& job = *(const LinearJob*)at;
+    for (int64_t row = begin; row < end; row++) finish_row<S>(*job.l, row, job.results + row * up(job.l->weight.columns, COLUMNS));
+}
+
+template <class S> int32_t run_linear_of(const Host& host, const gk_linear& l) {
+    const int64_t strips = up(l.rows, ROWS) / ROWS, width = up(l.weight.columns, COLUMNS);
+    LinearJob job{&l, nullptr};
+    if (strips >= host.threads) return spread(host, strips, linear_rows<S>, &job);
+    // Few rows: the threads share the columns, and then the rows.
+    if (only_output(l)) return spread(host, width / COLUMNS, linear_columns<S>, &job);
+    Room results(l.rows * width * 4);
+    if (!results.at) return GK_NO_MEMORY;
+    gk_linear part = l;
+    part.first_norm.kind = part.norm.kind = GK_NO_NORM;
+    part.residual.data = part.total.data = part.quantised.data = nullptr;
+    part.output = {results.at, width, nullptr};
+    LinearJob columns{&part, nullptr};
+    if (int32_t failed = spread(host, width / COLUMNS, linear_columns<float>, &columns)) return failed;
+    job.results = results.of<float>();
+    return spread(host, l.rows, linear_ends<S>, &job);
+}
+
+int32_t linear(const Host& host, const gk_linear* l) {
+    return l->states == GK_BF16 ? run_linear_of<bf16>(host, *l) : run_linear_of<float>(host, *l);
+}
+
+struct RowsJob {
+    int32_t states;
+    int64_t width, heads;
+    const gk_rows *x, *output, *quantised;
+    const gk_norm* norm;
+    const float *cosine, *sine;
+};
+void rows_task(const void* at, int64_t begin, int64_t end, int32_t* failed) {
+    const RowsJob& j = *(const RowsJob*)at;
+    auto run = j.states == GK_BF16 ? run_rows<bf16> : run_rows<float>;
+    if (run(begin, end, j.width, *j.x, *j.norm, *j.output, *j.quantised)) *failed = GK_NO_MEMORY;
+}
+void heads_task(const void* at, int64_t begin, int64_t end, int32_t* failed) {
+    const RowsJob& j = *(const RowsJob*)at;
+    auto run = j.states == GK_BF16 ? run_heads<bf16> : run_heads<float>;
+    if (run(begin, end, j.heads, j.width, *j.x, *j.norm, j.cosine, j.sine)) *failed = GK_NO_MEMORY;
+}
+int32_t rows(const Host& host, int32_t states, int64_t count, int64_t width, const gk_rows* x, const gk_norm* norm,
+             const gk_rows* output, const gk_rows* quantised) {
+    RowsJob job{states, width, 0, x, output, quantised, norm, nullptr, nullptr};
+    return spread(host, count, rows_task, &job);
+}
+int32_t heads(const Host& host, int32_t states, int64_t count, int64_t number, int64_t size, const gk_rows* x,
+              const gk_norm* norm, const float* cosine, const float* sine) {
+    RowsJob job{states, size, number, x, nullptr, nullptr, norm, cosine, sine};
+    return spread(host, count, heads_task, &job);
+}
+
+void attention_task(const void* at, int64_t begin, int64_t end, int32_t* failed) {
+    const AttentionJob& job = *(const AttentionJob*)at;
+    if (run_attention(job, begin, end)) *failed = GK_NO_MEMORY;
+}
+int32_t attention(const Host& host, const gk_attention* a) {
+    AttentionJob job(*a);
+    if (!job.ready()) return GK_NO_MEMORY;
+    return spread(host, job.tasks(), attention_task, &job);
+}
+
+void pack_task(const void* at, int64_t begin, int64_t end, int32_t*) { pack_blocks(*(const PackJob*)at, begin, end); }
+int32_t pack(const Host& host, int32_t dtype, const void* weight, int64_t stride, int64_t columns, int64_t inner, void* packed) {
+    PackJob job{dtype, (const char*)weight, stride, columns, inner, (char*)packed};
+    return spread(host, up(columns, COLUMNS) / 16, pack_task, &job);
+}
+
+void start() { start_activations(); }
+
+}  // namespace
+
+extern const Level GK_NAME(gk_level_, GK_LEVEL);
+const Level GK_NAME(gk_level_, GK_LEVEL) = {HAS_BF16, start, linear, attention, rows, heads, pack};

@@ -1,0 +1,297 @@
+// Products of up to 32 rows with 32 columns of a packed weight, by the instructions of the level.
+//
+// A packed weight has its columns in blocks of 16. In a block lie, for each group of inner entries in turn, the
+// group's entries of the 16 columns: 4 int8, 2 bf16 or 1 float32 a column, so 64 bytes. Columns are padded with zeros to
+// a multiple of 32 and the inner entries to a multiple of 64 bytes.
+#pragma once
+
+#include "kernels.h"
+#include "vector.h"
+
+namespace {
+
+constexpr int ROWS = 32, COLUMNS = 32;
+
+inline int64_t item(int32_t dtype) { return dtype == GK_INT8 ? 1 : dtype == GK_BF16 ? 2 : 4; }
+inline int64_t group(int32_t dtype) { return 4 / item(dtype); }
+inline int64_t padded_inner(int32_t dtype, int64_t inner) { return up(inner, 64 / item(dtype)); }
+// Bytes of a block of 16 columns.
+inline int64_t block_bytes(int32_t dtype, int64_t inner) { return padded_inner(dtype, inner) * item(dtype) * 16; }
+
+// x: rows padded to 64 bytes, `stride` in bytes. w: two blocks, the second `block` bytes behind the first. groups: of four
+// bytes a column, a multiple of 16. y: int32 or float32 [rows, 32] with a stride of `ldy`. Rows up to a multiple of 16 may be
+// read and written if TILES.
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
+constexpr bool TILES = true;
+
+struct alignas(64) Tiles {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Each task loads the shapes of the tiles, and gives the tiles back: oneDNN uses them too.
+struct Session {
+    Session() {
+        Tiles tiles;
+        _tile_loadconfig(&tiles);
+    }
+    ~Session() { _tile_release(); }
+};
+
+#define GK_TILE_PRODUCT(dot)                                                       \
+    _tile_zero(0);                                                                 \
+    _tile_zero(1);                                                                 \
+    if (rows > 16) {                                                               \
+        _tile_zero(2);                                                             \
+        _tile_zero(3);                                                             \
+        for (int64_t k = 0; k < groups * 4; k += 64) {                             \
+            _tile_loadd(6, w + k * 16, 64);                                        \
+            _tile_loadd(4, x + k, stride);                                         \
+            _tile_loadd(7, w + block + k * 16, 64);                                \
+            dot(0, 4, 6);                                                          \
+            _tile_loadd(5, x + 16 * stride + k, stride);                           \
+            dot(1, 4, 7);                                                          \
+            dot(2, 5, 6);                                                          \
+            dot(3, 5, 7);                                                          \
+        }                                                                          \
+        _tile_stored(2, y + 16 * ldy, ldy * 4);                                    \
+        _tile_stored(3, y + 16 * ldy + 16, ldy * 4);                               \
+    } else {                                                                       \
+        for (int64_t k = 0; k < groups * 4; k += 64) {                             \
+            _tile_loadd(6, w + k * 16, 64);                                        \
+            _tile_loadd(4, x + k, stride);                                         \
+            _tile_loadd(7, w + block + k * 16, 64);                                \
+            dot(0, 4, 6);                                                          \
+            dot(1, 4, 7);                                                          \
+        }                                                                          \
+    }                                                                              \
+    _tile_stored(0, y, ldy * 4);                                                   \
+    _tile_stored(1, y + 16, ldy * 4);
+
+inline void product(int8_t, const char* x, int64_t stride, int64_t rows, const char* w, int64_t block, int64_t groups,
+                    int32_t* y, int64_t ldy) {
+    GK_TILE_PRODUCT(_tile_dpbssd)
+}
+inline void product(bf16, const char* x, int64_t stride, int64_t rows, const char* w, int64_t block, int64_t groups,
+                    float* y, int64_t ldy) {
+    GK_TILE_PRODUCT(_tile_dpbf16ps)
+}
+#else
+constexpr bool TILES = false;
+struct Session {};
+#endif
+
+inline int32_t word(const char* p) { int32_t x; memcpy(&x, p, 4); return x; }
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;  // columns of an accumulator
+typedef __m512i Lanes;
+#define GK_LOAD(p) _mm512_loadu_si512(p)
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+typedef __m256i Lanes;
+#define GK_LOAD(p) _mm256_loadu_si256((const __m256i*)(p))
+#endif
+
+// R rows with V accumulators of LANES columns each, for the columns from `lane` on. Dot adds one group of inner entries of one row.
+template <class Dot, int R, int V>
+inline void strip(const char* x, int64_t stride, const char* w, int64_t block, int64_t groups,
+                  typename Dot::Value* y, int64_t ldy, int lane) {
+    typename Dot::Sum acc[R][V];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) acc[r][v] = Dot::zero();
+    for (int64_t k = 0; k < groups; k++) {
+        typename Dot::Weights b[V];
+        for (int v = 0; v < V; v++) {
+            int column = lane + v * Dot::LANES;
+            b[v] = Dot::weights(w + (column / 16) * block + k * 64 + (column % 16) * 4);
+        }
+        for (int r = 0; r < R; r++) {
+            auto a = Dot::entries(x + r * stride + k * 4);
+            for (int v = 0; v < V; v++) acc[r][v] = Dot::add(acc[r][v], a, b[v]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) Dot::keep(y + r * ldy + lane + v * Dot::LANES, acc[r][v]);
+}
+
+template <class Dot, int R>
+inline void strips(const char* x, int64_t stride, const char* w, int64_t block, int64_t groups,
+                   typename Dot::Value* y, int64_t ldy) {
+    for (int lane = 0; lane < COLUMNS; lane += Dot::VECTORS * Dot::LANES)
+        strip<Dot, R, Dot::VECTORS>(x, stride, w, block, groups, y, ldy, lane);
+}
+
+template <class Dot>
+inline void by_strips(const char* x, int64_t stride, int64_t rows, const char* w, int64_t block, int64_t groups,
+                      typename Dot::Value* y, int64_t ldy) {
+    int64_t r = 0;
+    for (; r + Dot::ROWS <= rows; r += Dot::ROWS) strips<Dot, Dot::ROWS>(x + r * stride, stride, w, block, groups, y + r * ldy, ldy);
+    for (; r + 4 <= rows; r += 4) strips<Dot, 4>(x + r * stride, stride, w, block, groups, y + r * ldy, ldy);
+    for (; r < rows; r++) strips<Dot, 1>(x + r * stride, stride, w, block, groups, y + r * ldy, ldy);
+}
+
+// ---- float32 -----------------------------------------------------------------------------------------------------
+
+struct DotF32 {
+    typedef float Value;
+    typedef vf Sum;
+    typedef vf Weights;
+    static constexpr int LANES = W, VECTORS = W == 16 ? 2 : W == 8 ? 2 : 4, ROWS = W == 16 ? 12 : W == 8 ? 6 : 4;
+    static Sum zero() { return vf{}; }
+    static Weights weights(const char* p) { return load((const float*)p); }
+    static vf entries(const char* p) { return all(*(const float*)p); }
+    static Sum add(Sum s, vf a, vf b) { return s + a * b; }
+    static void keep(float* y, Sum s) { store(y, s); }
+};
+inline void product(float, const char* x, int64_t stride, int64_t rows, const char* w, int64_t block, int64_t groups,
+                    float* y, int64_t ldy) {
+    by_strips<DotF32>(x, stride, rows, w, block, groups, y, ldy);
+}
+
+// ---- bf16 --------------------------------------------------------------------------------------------------------
+
+#if defined(__AVX512BF16__)
+constexpr bool HAS_BF16 = true;
+#if !defined(__AMX_BF16__)
+struct DotBf16 {
+    typedef float Value;
+    typedef __m512 Sum;
+    typedef __m512i Weights;
+    static constexpr int LANES = 16, VECTORS = 2, ROWS = 12;
+    static Sum zero() { return _mm512_setzero_ps(); }
+    static Weights weights(const char* p) { return _mm512_loadu_si512(p); }
+    static __m512i entries(const char* p) { return _mm512_set1_epi32(word(p)); }
+    static Sum add(Sum s, __m512i a, __m512i b) { return _mm512_dpbf16_ps(s, (__m512bh)a, (__m512bh)b); }
+    static void keep(float* y, Sum s) { _mm512_storeu_ps(y, s); }
+};
+#endif
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+constexpr bool HAS_BF16 = true;
+struct DotBf16 {
+    typedef float Value;
+    typedef float32x4_t Sum;
+    typedef bfloat16x8_t Weights;
+    static constexpr int LANES = 4, VECTORS = 4, ROWS = 4;
+    static Sum zero() { return vdupq_n_f32(0); }
+    static Weights weights(const char* p) { return vld1q_bf16((const bfloat16_t*)p); }
+    static bfloat16x8_t entries(const char* p) { return vreinterpretq_bf16_s32(vdupq_n_s32(word(p))); }
+    static Sum add(Sum s, bfloat16x8_t a, bfloat16x8_t b) { return vbfdotq_f32(s, b, a); }
+    static void keep(float* y, Sum s) { vst1q_f32(y, s); }
+};
+#else
+constexpr bool HAS_BF16 = false;
+inline void product(bf16, const char*, int64_t, int64_t, const char*, int64_t, int64_t, float*, int64_t) {}
+#endif
+#if (defined(__AVX512BF16__) && !defined(__AMX_BF16__)) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+inline void product(bf16, const char* x, int64_t stride, int64_t rows, const char* w, int64_t block, int64_t groups,
+                    float* y, int64_t ldy) {
+    by_strips<DotBf16>(x, stride, rows, w, block, groups, y, ldy);
+}
+#endif
+
+// ---- int8 --------------------------------------------------------------------------------------------------------
+
+#if !(defined(__AMX_INT8__) && defined(__AMX_BF16__))
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+// vpdpbusd multiplies unsigned by signed: the weights get 128 added, and 128 times the sum of the row's entries comes off.
+struct DotInt8 {
+    typedef int32_t Value;
+    typedef Lanes Sum;
+    typedef Lanes Weights;
+    static constexpr int LANES = ::LANES, VECTORS = 2, ROWS = LANES == 16 ? 12 : 6;
+#if defined(__AVX512VNNI__)
+    static Sum zero() { return _mm512_setzero_si512(); }
+    static Weights weights(const char* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
+    static Lanes entries(const char* p) { return _mm512_set1_epi32(word(p)); }
+    static Sum add(Sum s, Lanes a, Lanes b) { return _mm512_dpbusd_epi32(s, b, a); }
+    static void keep(int32_t* y, Sum s) { _mm512_storeu_si512(y, s); }
+#else
+    static Sum zero() { return _mm256_setzero_si256(); }
+    static Weights weights(const char* p) { return _mm256_xor_si256(GK_LOAD(p), _mm256_set1_epi8(-128)); }
+    static Lanes entries(const char* p) { return _mm256_set1_epi32(word(p)); }
+    static Sum add(Sum s, Lanes a, Lanes b) { return _mm256_dpbusd_avx_epi32(s, b, a); }
+    static void keep(int32_t* y, Sum s) { _mm256_storeu_si256((__m256i*)y, s); }
+#endif
+};
+constexpr bool LIFTED = true;  // the weights
+#elif defined(__AVX2__)
+// Four columns at a time as int16: maddubs would saturate.
+struct DotInt8 {
+    typedef int32_t Value;
+    typedef __m256i Sum;
+    typedef __m256i Weights;
+    static constexpr int LANES = 4, VECTORS = 2, ROWS = 4;
+    static Sum zero() { return _mm256_setzero_si256(); }
+    static Weights weights(const char* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
+    static __m256i entries(const char* p) { return _mm256_cvtepi8_epi16(_mm_set1_epi32(word(p))); }
+    static Sum add(Sum s, __m256i a, __m256i b) { return _mm256_add_epi32(s, _mm256_madd_epi16(a, b)); }
+    static void keep(int32_t* y, Sum s) {
+        __m128i low = _mm256_castsi256_si128(s), high = _mm256_extracti128_si256(s, 1);
+        _mm_storeu_si128((__m128i*)y, _mm_hadd_epi32(low, high));
+    }
+};
+constexpr bool LIFTED = false;
+#elif defined(__ARM_FEATURE_DOTPROD)
+struct DotInt8 {
+    typedef int32_t Value;
+    typedef int32x4_t Sum;
+    typedef int8x16_t Weights;
+    static constexpr int LANES = 4, VECTORS = 4, ROWS = 4;
+    static Sum zero() { return vdupq_n_s32(0); }
+    static Weights weights(const char* p) { return vld1q_s8((const int8_t*)p); }
+    static int8x16_t entries(const char* p) { return vreinterpretq_s8_s32(vdupq_n_s32(word(p))); }
+    static Sum add(Sum s, int8x16_t a, int8x16_t b) { return vdotq_s32(s, b, a); }
+    static void keep(int32_t* y, Sum s) { vst1q_s32(y, s); }
+};
+constexpr bool LIFTED = false;
+#elif defined(__ARM_NEON)
+struct DotInt8 {
+    typedef int32_t Value;
+    typedef int32x4_t Sum;
+    typedef int8x16_t Weights;
+    static constexpr int LANES = 4, VECTORS = 4, ROWS = 4;
+    static Sum zero() { return vdupq_n_s32(0); }
+    static Weights weights(const char* p) { return vld1q_s8((const int8_t*)p); }
+    static int8x8_t entries(const char* p) { return vreinterpret_s8_s32(vdup_n_s32(word(p))); }
+    static Sum add(Sum s, int8x8_t a, int8x16_t b) {
+        int16x8_t low = vmull_s8(vget_low_s8(b), a), high = vmull_s8(vget_high_s8(b), a);
+        return vaddq_s32(s, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+    }
+    static void keep(int32_t* y, Sum s) { vst1q_s32(y, s); }
+};
+constexpr bool LIFTED = false;
+#else
+struct DotInt8 {
+    typedef int32_t Value;
+    typedef int32_t Sum;
+    typedef const int8_t* Weights;
+    static constexpr int LANES = 1, VECTORS = 8, ROWS = 2;
+    static Sum zero() { return 0; }
+    static Weights weights(const char* p) { return (const int8_t*)p; }
+    static const int8_t* entries(const char* p) { return (const int8_t*)p; }
+    static Sum add(Sum s, const int8_t* a, const int8_t* b) {
+        return s + a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3];
+    }
+    static void keep(int32_t* y, Sum s) { *y = s; }
+};
+constexpr bool LIFTED = false;
+#endif
+
+inline int32_t row_sum(const char* x, int64_t bytes) {
+    int32_t s = 0;
+    for (int64_t i = 0; i < bytes; i++) s += (int8_t)x[i];
+    return s;
+}
+
+inline void product(int8_t, const char* x, int64_t stride, int64_t rows, const char* w, int64_t block, int64_t groups,
+                    int32_t* y, int64_t ldy) {
+    by_strips<DotInt8>(x, stride, rows, w, block, groups, y, ldy);
+}
+#else
+constexpr bool LIFTED = false;
+inline int32_t row_sum(const char*, int64_t) { return 0; }
+#endif
+
+}  // namespace

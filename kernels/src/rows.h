@@ -1,0 +1,131 @@
+// What is computed row by row: norms, quantising, and turning heads by angles.
+#pragma once
+
+#include <math.h>
+
+#include "kernels.h"
+#include "vector.h"
+
+namespace {
+
+// A row whose largest entry is below this is a row of zeros: 127 divided by it would not be finite.
+constexpr float least = 1e-30f;
+
+// The largest magnitude of a row, or NaN if an entry is not finite.
+struct Peak {
+    vf most = {}, poison = {};
+    void add(vf x) {
+        most = maximum(most, absolute(x));
+        poison += x * 0.0f;
+    }
+    float value() const { return top(most) + sum(poison); }
+};
+
+// Quantises a row of n floats by its largest magnitude, and fills with zeros to a multiple of 64. Of a row that is not
+// finite the scale is NaN, so that whatever is computed from the row is NaN.
+inline void quantise(const float* y, int64_t n, float peak, int8_t* q, float* scale) {
+    const bool zero = peak < least;
+    const vf by = all(zero ? 0.0f : 127.0f / peak);
+    *scale = zero ? 0.0f : peak * (1.0f / 127.0f);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(q + i, rounded(load(y + i) * by));
+    if (i < n) {
+        int8_t rest[W];
+        store(rest, rounded(load_some(y + i, n - i) * by));
+        memcpy(q + i, rest, n - i);
+    }
+    memset(q + n, 0, up(n, 64) - n);
+}
+
+// The factor and the shift by which a norm changes a row of n floats, from the row's sum (layer) or sum of squares (RMS).
+struct Normed {
+    float mean = 0, factor = 1;
+};
+inline Normed measure(const float* y, int64_t n, const gk_norm& norm) {
+    Normed found;
+    if (norm.kind == GK_LAYER_NORM) {
+        vf s = {};
+        for (int64_t i = 0; i < n; i += W) s += load_at(y, i, n);
+        found.mean = sum(s) / n;
+    }
+    vf squares = {};
+    for (int64_t i = 0; i < n; i += W) {
+        vf d = first(load_at(y, i, n) - found.mean, n - i);
+        squares += d * d;
+    }
+    found.factor = 1.0f / sqrtf(sum(squares) / n + norm.eps);
+    return found;
+}
+inline vf apply(const gk_norm& norm, const Normed& found, vf x, int64_t i, int64_t n) {
+    vf y = (x - found.mean) * found.factor * (load_at(norm.weight, i, n) + norm.offset);
+    return norm.bias ? y + load_at(norm.bias, i, n) : y;
+}
+inline void normalise(float* y, int64_t n, const gk_norm& norm) {
+    const Normed found = measure(y, n, norm);
+    for (int64_t i = 0; i < n; i += W) store_at(y, i, n, apply(norm, found, load_at(y, i, n), i, n));
+}
+
+template <class S> inline S* row_of(const gk_rows& rows, int64_t row) { return (S*)rows.data + row * rows.stride; }
+
+// The end of every row: norm, output and quantised output of n floats, which are overwritten.
+template <class S>
+inline void end_row(float* y, int64_t n, const gk_norm& norm, const gk_rows& output, const gk_rows& quantised, int64_t row) {
+    Peak peak;
+    Normed found;
+    if (norm.kind) found = measure(y, n, norm);
+    S* out = output.data ? row_of<S>(output, row) : nullptr;
+    for (int64_t i = 0; i < n; i += W) {
+        vf x = load_at(y, i, n);
+        if (norm.kind) {
+            x = apply(norm, found, x, i, n);
+            store_at(y, i, n, x);
+        }
+        if (out) store_at(out, i, n, x);
+        if (quantised.data) peak.add(first(x, n - i));
+    }
+    if (quantised.data)
+        quantise(y, n, peak.value(), row_of<int8_t>(quantised, row), quantised.scale + row);
+}
+
+template <class S>
+int32_t run_rows(int64_t begin, int64_t end, int64_t width, const gk_rows& x, const gk_norm& norm, const gk_rows& output,
+                 const gk_rows& quantised) {
+    Room room(up(width, 64) * 4);
+    float* y = room.of<float>();
+    if (!y) return GK_NO_MEMORY;
+    for (int64_t row = begin; row < end; row++) {
+        const S* from = row_of<S>(x, row);
+        for (int64_t i = 0; i < width; i += W) store_at(y, i, width, load_at(from, i, width));
+        end_row<S>(y, width, norm, output, quantised, row);
+    }
+    return 0;
+}
+
+// Entry i of the first half of a head and entry i of its second half are a pair that turns by the angle i of the row.
+template <class S>
+int32_t run_heads(int64_t begin, int64_t end, int64_t heads, int64_t size, const gk_rows& x, const gk_norm& norm,
+                  const float* cosine, const float* sine) {
+    Room room(up(size, 64) * 4);
+    float* y = room.of<float>();
+    if (!y) return GK_NO_MEMORY;
+    const int64_t half = size / 2;
+    for (int64_t row = begin; row < end; row++)
+        for (int64_t head = 0; head < heads; head++) {
+            S* at = row_of<S>(x, row) + head * size;
+            for (int64_t i = 0; i < size; i += W) store_at(y, i, size, load_at(at, i, size));
+            if (norm.kind) normalise(y, size, norm);
+            if (!cosine) {
+                for (int64_t i = 0; i < size; i += W) store_at(at, i, size, load_at(y, i, size));
+                continue;
+            }
+            for (int64_t i = 0; i < half; i += W) {
+                vf a = load_at(y, i, half), b = load_at(y + half, i, half);
+                vf c = load_at(cosine + row * half, i, half), s = load_at(sine + row * half, i, half);
+                store_at(at, i, half, a * c - b * s);
+                store_at(at + half, i, half, b * c + a * s);
+            }
+        }
+    return 0;
+}
+
+}  // namespace

@@ -1,0 +1,191 @@
+// Vectors of float32 in the width of the level, in the compiler's own notation, so that one source serves every level.
+#pragma once
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
+typedef int8_t vb __attribute__((vector_size(W)));
+typedef uint16_t bf16;
+
+template <class T> inline T smaller(T a, T b) { return a < b ? a : b; }
+template <class T> inline T larger(T a, T b) { return a > b ? a : b; }
+inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+template <class To, class From> inline To bits(From from) {
+    static_assert(sizeof(To) == sizeof(From), "bits of another size");
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+inline vf all(float x) { return vf{} + x; }
+inline vf load(const float* p) { vf x; memcpy(&x, p, sizeof x); return x; }
+inline void store(float* p, vf x) { memcpy(p, &x, sizeof x); }
+inline vi load(const int32_t* p) { vi x; memcpy(&x, p, sizeof x); return x; }
+inline vf load(const bf16* p) {
+    vh x;
+    memcpy(&x, p, sizeof x);
+    return bits<vf>(__builtin_convertvector(x, vu) << 16);
+}
+inline void store(bf16* p, vf x) {
+#if defined(__AVX512BF16__)
+    __m256bh y = _mm512_cvtneps_pbh((__m512)x);
+    memcpy(p, &y, sizeof y);
+#else
+    vu u = bits<vu>(x);
+    vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    vu nan = bits<vu>(vi(x != x));
+    vh y = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), vh);
+    memcpy(p, &y, sizeof y);
+#endif
+}
+
+// The first n < W entries; the others are zero.
+template <class T> inline vf load_some(const T* p, int64_t n) {
+    T x[W] = {};
+    memcpy(x, p, n * sizeof(T));
+    return load(x);
+}
+template <class T> inline void store_some(T* p, vf x, int64_t n) {
+    T y[W];
+    store(y, x);
+    memcpy(p, y, n * sizeof(T));
+}
+template <class T> inline vf load_at(const T* p, int64_t i, int64_t n) {
+    return n - i >= W ? load(p + i) : load_some(p + i, n - i);
+}
+template <class T> inline void store_at(T* p, int64_t i, int64_t n, vf x) {
+    if (n - i >= W) store(p + i, x);
+    else store_some(p + i, x, n - i);
+}
+
+// Of a NaN in b, both functions return the NaN.
+inline vf maximum(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__ARM_NEON)
+    return (vf)vmaxq_f32((float32x4_t)a, (float32x4_t)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+inline vf minimum(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+    return -maximum(-a, -b);
+#endif
+}
+inline vf absolute(vf x) { return bits<vf>(bits<vu>(x) & 0x7fffffffu); }
+inline vf where(vi mask, vf yes, vf no) { return bits<vf>((mask & bits<vi>(yes)) | (~mask & bits<vi>(no))); }
+inline vi counting() {
+    vi x;
+    for (int i = 0; i < W; i++) x[i] = i;
+    return x;
+}
+// Zero from entry n on.
+inline vf first(vf x, int64_t n) { return n >= W ? x : bits<vf>(bits<vi>(x) & vi(counting() < vi{} + int32_t(n))); }
+
+inline float sum(vf x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    float s[W];
+    store(s, x);
+    for (int n = W / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) s[i] += s[i + n];
+    return s[0];
+#endif
+}
+inline float top(vf x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float s[W];
+    store(s, x);
+    float m = s[0];
+    for (int i = 1; i < W; i++) m = s[i] > m ? s[i] : m;
+    return m;
+#endif
+}
+
+// To the nearest whole number, ties to even; |x| < 2^22.
+inline vi rounded(vf x) { return bits<vi>(x + 12582912.0f) - 0x4b400000; }
+inline void store(int8_t* p, vi x) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)x));
+#else
+    vb y = __builtin_convertvector(x, vb);
+    memcpy(p, &y, sizeof y);
+#endif
+}
+
+inline vf reciprocal(vf x) {
+#if defined(__AVX512F__)
+    vf r = (vf)_mm512_rcp14_ps((__m512)x);
+    return r * (2.0f - x * r);
+#else
+    return 1.0f / x;
+#endif
+}
+
+// e^x, at least e^-87. The polynomial of 2^f, |f| <= 1/2, has a relative error of 8e-8.
+inline vf exponential(vf x) {
+    vf y = minimum(all(127.0f), maximum(all(-126.0f), x * 1.44269504089f));
+    vf n = (y + 12582912.0f) - 12582912.0f;
+    vf f = y - n;
+    vf p = all(1.32764718e-3f);
+    p = p * f + 9.67554133e-3f;
+    p = p * f + 5.55071327e-2f;
+    p = p * f + 2.40221197e-1f;
+    p = p * f + 6.93146967e-1f;
+    p = p * f + 1.0f;
+    return bits<vf>(bits<vi>(p) + (rounded(n) << 23));
+}
+
+// Memory of one task, aligned to a cache line.
+struct Room {
+    void* at = nullptr;
+    explicit Room(int64_t bytes) {
+#if defined(_WIN32)
+        at = _aligned_malloc(up(bytes, 64) + 64, 64);
+#else
+        if (posix_memalign(&at, 64, up(bytes, 64) + 64)) at = nullptr;
+#endif
+    }
+    ~Room() {
+#if defined(_WIN32)
+        _aligned_free(at);
+#else
+        free(at);
+#endif
+    }
+    Room(const Room&) = delete;
+    Room& operator=(const Room&) = delete;
+    template <class T> T* of() const { return static_cast<T*>(at); }
+};
+
+}  // namespace
