@@ -14,10 +14,11 @@ from torch.nn.functional import pad
 
 from grating_core.engine.ragged import filled
 from grating_core.errors import ScoreError
-from grating_core.layers.attention import Span, ragged_attention
+from grating_core.layers.attention import ragged_attention
 from grating_core.layers.keys_values import KeysValues
 from grating_core.layers.layer import finished, keys_and_values, prepared, queries
 from grating_core.layers.rotary import Angles
+from grating_core.layers.spans import Span
 from grating_core.memory.meter import PeakMemory
 from grating_core.models.causal_lm import CausalLM
 from grating_core.models.layered import Layer

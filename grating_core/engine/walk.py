@@ -9,10 +9,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from grating_core.engine.ragged import Part, Slice, filled
-from grating_core.layers.attention import Span, ragged_attention
+from grating_core.layers.attention import ragged_attention
 from grating_core.layers.keys_values import KeysValues
 from grating_core.layers.layer import finished, keys_and_values, prepared, queries
 from grating_core.layers.rotary import Angles
+from grating_core.layers.sending import sent
+from grating_core.layers.spans import Span
+from grating_core.layers.varlen import gathered, serves
 from grating_core.models.family import Pooling
 from grating_core.models.layered import Layer
 
@@ -86,8 +89,12 @@ class Walk:
 
     def _spans(self, asked: Asked, key: Tensor, value: Tensor) -> Iterator[Span]:
         """Yield what the queries of each part attend to."""
-        for part, wanted in asked:
-            yield Span(wanted.rows, *self._seen(part, key, value), part.piece.before + wanted.start)
+        seen: Iterator[tuple[Tensor, Tensor]] = (self._seen(part, key, value) for part, _ in asked)
+        if self._shared is not None and serves(self._layer.spec, key) and all(part.whole for part, _ in asked):
+            own = [slice(0, 0) if part.piece.candidate is None else part.rows for part, _ in asked]
+            seen = gathered(self._shared, key, value, own)
+        for (part, wanted), those in zip(asked, seen, strict=True):
+            yield Span(wanted.rows, *those, part.piece.before + wanted.start)
 
     def _seen(self, part: Part, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of the sequence that a part belongs to."""
@@ -109,4 +116,4 @@ def _there(kept: KeysValues | None) -> KeysValues:
 def _rows(asked: Iterable[tuple[Part, Part]], device: torch.device) -> Tensor:
     """Return the rows of single tokens that are asked for, and fill, int64."""
     rows = [part.rows.start + wanted.start - part.start for part, wanted in asked]
-    return pad(torch.tensor(rows, device=device), (0, filled(len(rows)) - len(rows)))
+    return sent(pad(torch.tensor(rows), (0, filled(len(rows)) - len(rows))), device)

@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from grating_core.layers.spans import Span
 from grating_core.layers.spec import LayerSpec
+from grating_core.layers.varlen import pack, serves, varlen_attention
 
 _TOGETHER = 8_000_000  # bytes of keys and values that are given to torch at once, as it makes a copy of them
 _BLOCK = 256  # queries a step where a mask is needed; under a window one step then looks at few keys
 _PRODUCTS = 1 << 22  # the most products of queries and keys that are in memory where they are bounded
-
-
-class Span(NamedTuple):
-    """A span is consecutive queries of one sequence, with the keys and values that they may see.
-
-    Attributes:
-        rows: Place of the queries among those of the slice.
-        key: Keys, ``[key heads, M, head size]``.
-        value: Values of the same shape.
-        first: Position of the first query among the keys.
-    """
-
-    rows: slice
-    key: Tensor
-    value: Tensor
-    first: int
 
 
 def ragged_attention(spec: LayerSpec, query: Tensor, spans: Iterable[Span]) -> Tensor:
@@ -43,6 +29,10 @@ def ragged_attention(spec: LayerSpec, query: Tensor, spans: Iterable[Span]) -> T
     Returns:
         The attention's output, ``[T, heads, head size]``; zero for the fill.
     """
+    if query.shape[1] > 1 and serves(spec, query):
+        spans = list(spans)
+        if (packing := pack(spec, spans)) is not None:
+            return varlen_attention(spec, query, spans, packing)
     output = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
     end = 0
     for rows, key, value, first in spans:

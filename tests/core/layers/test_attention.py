@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grating_core.layers.attention import Span, attend, ragged_attention
+from grating_core.layers.attention import attend, ragged_attention
 from grating_core.layers.keys_values import KeysValues
+from grating_core.layers.spans import Span
 from grating_core.layers.spec import LayerSpec, Norm
 
 HEADS, SIZE = 2, 8
