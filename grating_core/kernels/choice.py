@@ -1,0 +1,58 @@
+"""Which kernels compute on this processor: the compiled ones, or those in torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from grating_core.kernels import compiled, reference
+from grating_core.kernels.loading import KernelsError, has, start
+from grating_core.kernels.operands import Finished, Rows
+
+VARIABLE = "GRATING_KERNELS"
+"""The environment variable that names the level to use, or is ``torch`` for none."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """This class holds the kernels that compute.
+
+    Attributes:
+        level: The name of the instructions that the compiled kernels use; None if torch computes.
+        reason: Why torch computes, in one sentence; empty if it does not.
+        linear: See :func:`grating_core.kernels.reference.linear`.
+        normed_rows: See :func:`grating_core.kernels.reference.normed_rows`.
+        turn_heads: See :func:`grating_core.kernels.reference.turn_heads`.
+    """
+
+    level: str | None
+    reason: str
+    linear: Callable[..., Finished]
+    normed_rows: Callable[..., tuple[Tensor | None, Rows | None]]
+    turn_heads: Callable[..., None]
+
+    def has(self, dtype: torch.dtype) -> bool:
+        """Tell whether there are compiled products of this dtype."""
+        return self.level is not None and has(dtype)
+
+
+@cache
+def kernels() -> Kernels:
+    """Return the kernels of this process, which are chosen once."""
+    wanted = os.environ.get(VARIABLE) or None
+    if wanted == "torch":
+        return _of_torch(f"The environment variable {VARIABLE} is 'torch'.")
+    try:
+        level = start(wanted)
+    except KernelsError as error:
+        return _of_torch(str(error))
+    return Kernels(level, "", compiled.linear, compiled.normed_rows, compiled.turn_heads)
+
+
+def _of_torch(reason: str) -> Kernels:
+    return Kernels(None, reason, reference.linear, reference.normed_rows, reference.turn_heads)

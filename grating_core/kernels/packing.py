@@ -1,0 +1,89 @@
+"""Packing brings a matrix into the order that products read, and quantising makes int8 of it.
+
+A matrix ``[columns, inner]`` has its columns in blocks of 16. In a block lie, for each four bytes of the inner entries
+in turn, those of the 16 columns. Columns are padded with zeros to a multiple of 32, inner entries to a multiple of 64
+bytes.
+Every instruction set reads this order, so that a packed file serves every machine.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from grating_core.kernels.operands import Weight
+
+_COLUMNS = 32
+_LINE = 64  # bytes
+LEAST = 1e-30
+"""A row whose largest magnitude is below this is quantised to zeros: 127 divided by it would not be finite."""
+
+
+def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise each row by its largest magnitude.
+
+    Args:
+        rows: Rows ``[T, width]``.
+
+    Returns:
+        The entries, int8 ``[T, width]``, and the scales that give the rows back, float32 ``[T]``. The scale of a row
+        that is not finite is NaN, so that whatever is computed from the row is NaN.
+    """
+    wide = rows.float()
+    peak = wide.abs().amax(-1) if wide.shape[-1] else wide.new_zeros(len(wide))
+    peak = torch.where(peak.isfinite(), peak, torch.nan)
+    zero = peak < LEAST
+    by = torch.where(zero, 0.0, 127 / peak)
+    entries = (wide * by[:, None]).nan_to_num_(0, 0, 0).round_().to(torch.int8)
+    return entries, torch.where(zero, 0.0, peak * (1 / 127))
+
+
+def pack(matrix: Tensor) -> Tensor:
+    """Return a matrix ``[columns, inner]`` of int8, bfloat16 or float32 in that order, as int8 ``[bytes]``."""
+    columns, inner = matrix.shape
+    each = _LINE // matrix.dtype.itemsize
+    padded = pad(matrix, (0, -inner % each, 0, -columns % _COLUMNS)).contiguous()
+    words = padded.view(torch.int32)
+    return words.view(-1, 16, words.shape[1]).transpose(1, 2).contiguous().view(torch.int8).flatten()
+
+
+def unpacked(weight: Weight) -> Tensor:
+    """Return the matrix ``[columns, inner]`` that a packed weight holds."""
+    each = _LINE // weight.dtype.itemsize
+    words = -(-weight.inner // each) * _LINE // 4
+    matrix = weight.packed.view(torch.int32).view(-1, words, 16).transpose(1, 2).contiguous().view(weight.dtype)
+    return matrix.flatten(0, 1)[: weight.columns, : weight.inner]
+
+
+def packed_bytes(dtype: torch.dtype, columns: int, inner: int) -> int:
+    """Return how many bytes :func:`pack` makes of a matrix ``[columns, inner]``."""
+    each = _LINE // dtype.itemsize
+    return padded_columns(columns) * -(-inner // each) * _LINE
+
+
+def padded_columns(columns: int) -> int:
+    """Return the number of columns with their padding, which scales and biases have too."""
+    return -(-columns // _COLUMNS) * _COLUMNS
+
+
+def packed_weight(matrix: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Weight:
+    """Pack a matrix, and quantise it by column if the dtype is int8.
+
+    Args:
+        matrix: The matrix ``[columns, inner]``.
+        bias: What is added to the columns, ``[columns]``; None for nothing.
+        dtype: The dtype of the packed entries: int8, bfloat16 or float32.
+    """
+    columns, inner = matrix.shape
+    scale = None
+    if dtype == torch.int8:
+        matrix, scale = quantized(matrix)
+        scale = _padded(scale)
+    return Weight(
+        pack(matrix.to(dtype)), dtype, columns, inner, scale, None if bias is None else _padded(bias.float())
+    )
+
+
+def _padded(values: Tensor) -> Tensor:
+    return pad(values, (0, padded_columns(len(values)) - len(values))).contiguous()

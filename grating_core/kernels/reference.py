@@ -1,0 +1,115 @@
+"""The kernels in torch: what the compiled ones are tested against, and what computes where there are none."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.functional import pad
+
+from grating_core.kernels.operands import Finished, Norm, Rows, Then, Weight
+from grating_core.kernels.packing import quantized, unpacked
+
+ACTIVATIONS = {
+    "gelu": functional.gelu,
+    "gelu_new": lambda states: functional.gelu(states, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda states: functional.gelu(states, approximate="tanh"),
+    "relu": torch.relu,
+    "silu": functional.silu,
+    "swish": functional.silu,
+    "tanh": torch.tanh,
+}
+"""The activations that the kernels have, by the names that configurations have for them."""
+
+
+def linear(
+    x: Rows, weight: Weight, then: Then, *, gate: Weight | None = None, residual: Tensor | None = None
+) -> Finished:
+    """Compute ``norm(residual + factor * first_norm(activation(x @ weight + bias)))`` for each row.
+
+    With a gate, the activation is that of ``x @ gate``, and multiplies ``x @ weight``. No row depends on another.
+
+    Args:
+        x: Rows in the dtype of the weight.
+        weight: The weight.
+        then: What follows the product.
+        gate: The gate's weight, of the same shape; None for none.
+        residual: States ``[T, columns]``; None for none.
+
+    Returns:
+        What ``then`` asks for. A row of x that is not finite gives rows that are not finite.
+    """
+    states = _product(x, weight)
+    if gate is not None:
+        states = states * _activated(_product(x, gate), then.activation)
+    else:
+        states = _activated(states, then.activation)
+    if then.first_norm is not None:
+        states = normed(states, then.first_norm)
+    if residual is not None:
+        states = residual.float() + then.factor * states
+    total = states.to(then.states) if then.total else None
+    if then.norm is not None:
+        states = normed(states, then.norm)
+    return Finished(
+        total, states.to(then.states) if then.output else None, _rows(states) if then.quantized else None
+    )
+
+
+def normed_rows(
+    states: Tensor, norm: Norm | None, *, output: bool, quantized: bool
+) -> tuple[Tensor | None, Rows | None]:
+    """Return the norm of states ``[T, width]``, as states and as int8 rows, each if it is asked for."""
+    found = states.float() if norm is None else normed(states.float(), norm)
+    return found.to(states.dtype) if output else None, _rows(found) if quantized else None
+
+
+def turn_heads(states: Tensor, heads: int, norm: Norm | None, cosine: Tensor | None, sine: Tensor | None) -> None:
+    """Norm each head of states ``[T, heads * head size]``, and turn it by the angles of its token, in place.
+
+    Args:
+        states: The states; rows may have any stride.
+        heads: Number of heads.
+        norm: The norm of each head; None for none.
+        cosine: Cosines, float32 ``[T, head size / 2]``; None if nothing is turned.
+        sine: Sines of the same shape.
+    """
+    found = states.float().reshape(len(states), heads, -1)
+    if norm is not None:
+        found = normed(found, norm)
+    if cosine is not None and sine is not None:
+        first, second = found.chunk(2, -1)
+        cosine, sine = cosine[:, None], sine[:, None]
+        found = torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1)
+    states.copy_(found.flatten(1))
+
+
+def normed(states: Tensor, norm: Norm) -> Tensor:
+    """Return the norm of float32 states ``[…, width]``."""
+    if norm.kind == "layer":
+        return functional.layer_norm(states, norm.weight.shape, norm.weight, norm.bias, norm.eps)
+    scale = torch.rsqrt(states.square().mean(-1, keepdim=True) + norm.eps)
+    return states * scale * (norm.weight + norm.offset)
+
+
+def _product(x: Rows, weight: Weight) -> Tensor:
+    """Return the product with its bias, float32 ``[T, columns]``."""
+    matrix = unpacked(weight)
+    if x.scale is None:
+        found = x.data.float() @ matrix.float().t()
+    else:
+        assert weight.scale is not None
+        # The product of int8 needs more than 16 rows in some releases of torch, and gives exact sums.
+        entries = pad(x.data[:, : weight.inner], (0, 0, 0, max(0, 17 - len(x.data))))
+        sums = torch._int_mm(entries.contiguous(), matrix.t().contiguous())[: len(x.data)]
+        found = sums.float() * (weight.scale[: weight.columns] * x.scale[:, None])
+    return found if weight.bias is None else found + weight.bias[: weight.columns]
+
+
+def _activated(states: Tensor, name: str | None) -> Tensor:
+    return states if name is None else ACTIVATIONS[name](states)
+
+
+def _rows(states: Tensor) -> Rows:
+    entries, scale = quantized(states)
+    return Rows(pad(entries, (0, -entries.shape[1] % 64)), scale)
