@@ -1,9 +1,8 @@
 """Packing brings a matrix into the order that products read, and quantising makes int8 of it.
 
-A matrix ``[columns, inner]`` has its columns in blocks of 16. In a block lie, for each four bytes of the inner entries
-in turn, those of the 16 columns. Columns are padded with zeros to a multiple of 32, inner entries to a multiple of 64
-bytes.
-Every instruction set reads this order, so that a packed file serves every machine.
+A matrix ``[columns, inner]`` has its columns in blocks of 16. In a block lie, for each four bytes of the inner
+entries in turn, those of the 16 columns. Columns are padded with zeros to a multiple of 32, inner entries to a
+multiple of 64 bytes. Every instruction set reads this order, so that a packed file serves every machine.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
         rows: Rows ``[T, width]``.
 
     Returns:
-        The entries, int8 ``[T, width]``, and the scales that give the rows back, float32 ``[T]``. The scale of a row
-        that is not finite is NaN, so that whatever is computed from the row is NaN.
+        The entries, int8 ``[T, width]``, and the scales that give the rows back, float32 ``[T]``. The scale of a
+        row that is not finite is NaN, so that whatever is computed from the row is NaN.
     """
     wide = rows.float()
     peak = wide.abs().amax(-1) if wide.shape[-1] else wide.new_zeros(len(wide))

@@ -18,7 +18,7 @@ ATTENDING = ("query", "key", "value")
 _NORMS = ("input_norm", "query_norm", "key_norm", "attention_norm", "mlp_norm", "output_norm")
 
 Product = str
-"""The name of a product of a layer: ``"attention"``, or the role ``"output"``, ``"gate"``, ``"up"``, ``"down"``."""
+"""The name of a product of a layer: ``"attention"``, ``"output"``, ``"gate"``, ``"up"`` or ``"down"``."""
 
 
 class PackedLayer(NamedTuple):
