@@ -40,7 +40,8 @@ class LayerTrace:
             candidate is still computed to the end.
         scores: Provisional score of each candidate, by the head or by a lens; after the last layer, the score.
         tokens: Number of tokens computed; 0 for layer 0.
-        seconds: Seconds of the layer, with reading scores and deciding.
+        seconds: Seconds of the layer, with reading scores and deciding. Where nothing has to be decided, a GPU
+            may still compute when they are over.
         seconds_waited: Those of them in which computing stood still for the disk.
         bytes_read: Bytes of weights and embedding rows that were read from disk for the layer.
     """

@@ -13,7 +13,7 @@ from grating_core.errors import ScoreError
 from grating_core.forking import Interrupted
 from grating_core.lens.pruning import Pruning
 from grating_core.memory.meter import Meter
-from grating_core.pruning import PruningPolicy, Route
+from grating_core.pruning import Off, PruningPolicy, Route
 from grating_core.results import LayerTrace
 
 Scores = NDArray[np.float64]
@@ -67,6 +67,12 @@ class Contest:
         self._windows = windows
         self._top_k = top_k
         self._first_number = first_number
+
+    def decides(self, number: int) -> bool:
+        """Tell whether the scores after a layer are needed at once. Otherwise they can be read later."""
+        if number == self.depth or self.abandoned():
+            return True
+        return self._top_k - len(self.winners) < len(self.alive) and not isinstance(self.pruning.policy, Off)
 
     def after(self, number: int, scores: Scores, tokens: int, seconds: float, usage: Meter) -> None:
         """Decide who goes on after a layer. What goes wrong ends this contest with an :attr:`error`.

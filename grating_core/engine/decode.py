@@ -18,6 +18,7 @@ from grating_core.layers.attention import ragged_attention
 from grating_core.layers.keys_values import KeysValues
 from grating_core.layers.layer import finished, keys_and_values, prepared, queries
 from grating_core.layers.rotary import Angles
+from grating_core.layers.sending import sent
 from grating_core.layers.spans import Span
 from grating_core.memory.meter import PeakMemory
 from grating_core.models.causal_lm import CausalLM
@@ -54,9 +55,8 @@ def advance(
         ScoreError: The logits are not all finite.
     """
     count, before = len(input_ids), cache[0].tokens
-    ids = torch.tensor(input_ids, device=model.device)
-    positions = torch.arange(before, before + count, device=model.device)
-    angles = model.angles(positions)
+    ids, positions = torch.tensor(input_ids), torch.arange(before, before + count)
+    angles = model.angles(sent(positions, model.device))
     slices = _slices(count, slice_tokens)
     try:
         model.prepare(ids)

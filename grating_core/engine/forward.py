@@ -9,21 +9,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from grating_core.engine.contest import Contest
+from grating_core.engine.contest import Contest, Scores
 from grating_core.engine.head import HeadReader
 from grating_core.engine.ragged import Part, RaggedBatch, Slice
 from grating_core.engine.walk import Walk
 from grating_core.forking import Interrupted
 from grating_core.layers.rotary import Angles
+from grating_core.layers.sending import sent
 from grating_core.layers.spec import Rotary
 from grating_core.lens.features import Provisional, Reader
 from grating_core.memory.hidden import HiddenStates
-from grating_core.memory.meter import PeakMemory
+from grating_core.memory.meter import Meter, PeakMemory
 from grating_core.models.cross_encoder import CrossEncoder
 
 See = Callable[[Tensor, list[Part]], None]
@@ -44,7 +46,7 @@ def forward(
 
     Args:
         model: The cross-encoder.
-        batch: The candidates of all requests, on the model's device.
+        batch: The candidates of all requests.
         hidden: Room for the hidden states of the batch in slices of this size. What is there is lost.
         contests: The contests of the requests.
         slice_tokens: The most tokens computed at once.
@@ -55,6 +57,7 @@ def forward(
         FileError: Weights cannot be read.
     """
     before = [replace(model.meter)] * len(contests)  # when each request was last asked about
+    unread: list[_Unread] = []
     model.prepare(batch.input_ids)
     angles = model.angles(torch.arange(batch.longest, device=model.device))
     for number in range(model.depth + 1):
@@ -77,15 +80,22 @@ def forward(
         _run_layer(model, number, batch, hidden, angles, slice_tokens, see)
         if peak is not None:
             peak.look()
-        scores = {request: reader.scores().cpu().double().numpy() for request, reader in readers.items()}
         tokens = batch.tokens_by_request
         now = replace(model.meter)
-        for request, found in scores.items():
-            contest = contests[request]
+        for request, reader in readers.items():
             usage, before[request] = now.since(before[request]), now
-            contest.after(number, found, tokens[request] if number else 0, perf_counter() - started, usage)
-            if not contest.alive:
-                yield request
+            count, seconds = tokens[request] if number else 0, perf_counter() - started
+            unread.append(_Unread(request, number, reader.scores(), count, seconds, usage))
+        if not any(contests[request].decides(number) for request in readers):
+            continue
+        for one, found in zip(unread, _read(unread), strict=True):
+            contest = contests[one.request]
+            if contest.alive:
+                seconds = perf_counter() - started if one.number == number else one.seconds
+                contest.after(one.number, found, one.tokens, seconds, one.usage)
+                if not contest.alive:
+                    yield one.request
+        unread.clear()
         if not any(contest.alive for contest in contests):
             return
         smaller, index = batch.select({request: contest.alive for request, contest in enumerate(contests)})
@@ -93,6 +103,23 @@ def forward(
             if number:
                 hidden.keep(index)
             batch = smaller
+
+
+class _Unread(NamedTuple):
+    """This class holds scores of a request that may not be computed yet, and how they came about."""
+
+    request: int
+    number: int
+    scores: Tensor
+    tokens: int
+    seconds: float
+    usage: Meter
+
+
+def _read(unread: Sequence[_Unread]) -> list[Scores]:
+    """Return the scores as numbers. This waits for the device, once for all of them."""
+    scores = torch.cat([one.scores for one in unread]).cpu().double()
+    return [part.numpy() for part in torch.split(scores, [len(one.scores) for one in unread])]
 
 
 def _reader(model: CrossEncoder, number: int, lens: Provisional | None) -> Reader | None:
@@ -128,7 +155,7 @@ def _run_layer(
             tokens = part.tokens.stop - part.tokens.start
             if first:
                 states[:tokens] = _embed(model, batch, part, positions)
-            places = pad(positions[part.tokens], (0, part.rows - tokens))
+            places = sent(pad(positions[part.tokens], (0, part.rows - tokens)), model.device)
             output, parts = walk.step(part, states, places)
             if part.changed:
                 states[:tokens] = output[:tokens]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from grating_core.layers.sending import sent
 from grating_core.lens.features import Part
 from grating_core.models.cross_encoder import CrossEncoder
 
@@ -37,7 +38,8 @@ class HeadReader:
             if 0 <= place - part.start < part.rows.stop - part.rows.start:
                 rows.append(part.rows.start + place - part.start)
         if rows:
-            self._states.append(self._model.normed(states[torch.tensor(rows, device=states.device)].float()))
+            read = states[sent(torch.tensor(rows), states.device)]
+            self._states.append(self._model.normed(read.float()))
 
     def _add(self, share: Tensor, part: Part) -> None:
         """Add a part's share of the mean of a sequence."""

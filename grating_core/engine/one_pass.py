@@ -63,7 +63,7 @@ def run_pass(
         )
         for job in jobs
     ]
-    batch = RaggedBatch.pack(requests, model.device, share_prefix=model.spec.causal)
+    batch = RaggedBatch.pack(requests, share_prefix=model.spec.causal)
     shared = {piece.request: piece.length for piece in batch.pieces if piece.candidate is None}
     peak = None if plan is None else PeakMemory(model.device)
     try:

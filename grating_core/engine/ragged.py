@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, compress, pairwise
 
 import torch
 from torch import Tensor
 
+from grating_core.layers.sending import numbers_of
 from grating_core.memory.hidden import FILL
 from grating_core.models.family import Pooling
 from grating_core.text.pairs import Segments, TokenisedPair
@@ -110,6 +111,7 @@ class RaggedBatch:
     """A ragged batch joins the sequences of all candidates. A candidate has one sequence, or several windows.
 
     The sequences of a request can share the tokens that they begin with. These tokens then come once, before them.
+    The batch is on the CPU, whatever device computes, so that nobody waits for a device to know what to compute.
 
     Attributes:
         input_ids: Token ids, int64 ``[T]``.
@@ -122,12 +124,11 @@ class RaggedBatch:
     pieces: tuple[Piece, ...]
 
     @classmethod
-    def pack(cls, requests: Sequence[Encoded], device: torch.device, *, share_prefix: bool) -> RaggedBatch:
+    def pack(cls, requests: Sequence[Encoded], *, share_prefix: bool) -> RaggedBatch:
         """Join the sequences of all requests.
 
         Args:
             requests: The requests, each with a candidate or more.
-            device: Device that the batch goes to.
             share_prefix: Whether to take once what all sequences of a request begin with. This is only right for
                 models whose tokens do not see what comes after them.
         """
@@ -145,7 +146,7 @@ class RaggedBatch:
                 ids += pair.input_ids[prefix:]
                 types += pair.token_type_ids[prefix:]
                 pieces.append(Piece(request, number, len(pair.input_ids) - prefix, prefix, pair.segments))
-        return cls(torch.tensor(ids, device=device), torch.tensor(types, device=device), tuple(pieces))
+        return cls(torch.tensor(ids), torch.tensor(types), tuple(pieces))
 
     @property
     def tokens(self) -> int:
@@ -167,17 +168,7 @@ class RaggedBatch:
 
     def positions(self) -> Tensor:
         """Return the positions of all tokens, int64 ``[T]``, counted from 0 within each sequence."""
-        origins = (
-            self._lengths.cumsum(0) - self._lengths - self._of_pieces([piece.before for piece in self.pieces])
-        )
-        return torch.arange(self.tokens, device=self.input_ids.device) - origins.repeat_interleave(self._lengths)
-
-    @property
-    def _lengths(self) -> Tensor:
-        return self._of_pieces([piece.length for piece in self.pieces])
-
-    def _of_pieces(self, numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=self.input_ids.device)
+        return numbers_of([slice(piece.before, piece.before + piece.length) for piece in self.pieces])
 
     def slices(self, most: int, *, changed: bool = True, only: Pooling = "mean") -> list[Slice]:
         """Divide the batch into slices of at most ``most`` tokens, in the order in which they go through a layer.
@@ -226,9 +217,10 @@ class RaggedBatch:
             bool(keep.get(piece.request)) and (piece.candidate is None or piece.candidate in keep[piece.request])
             for piece in self.pieces
         ]
-        marks = torch.tensor(kept, dtype=torch.bool, device=self.input_ids.device)
-        index = marks.repeat_interleave(self._lengths).nonzero()[:, 0]
-        pieces = tuple(piece for piece, stays in zip(self.pieces, kept, strict=True) if stays)
+        ends = accumulate(piece.length for piece in self.pieces)
+        runs = [slice(end - piece.length, end) for piece, end in zip(self.pieces, ends, strict=True)]
+        index = numbers_of(list(compress(runs, kept)))
+        pieces = tuple(compress(self.pieces, kept))
         return RaggedBatch(self.input_ids[index], self.token_type_ids[index], pieces), index
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from grating_core.layers.sending import sent
 from grating_core.layers.spec import Rotary
 
 
@@ -29,7 +30,7 @@ class Angles(NamedTuple):
 
 def angles(rotary: Rotary, positions: Tensor, dtype: torch.dtype) -> Angles:
     """Return the angles at positions, int64 ``[T]``, in the dtype of the states that they turn."""
-    frequencies = torch.tensor(rotary.frequencies, dtype=torch.float32, device=positions.device)
+    frequencies = sent(torch.tensor(rotary.frequencies, dtype=torch.float32), positions.device)
     turned = positions[:, None].float() * frequencies
     cosine = (turned.cos() * rotary.scale).to(dtype)
     return Angles(torch.cat((cosine, cosine), -1), (turned.sin() * rotary.scale).to(dtype))

@@ -83,7 +83,9 @@ class HiddenInMemory:
             yield span, self._states[span.tokens.start : span.tokens.start + span.rows]
 
     def keep(self, index: Tensor) -> None:
-        """Keep only the tokens at ``index`` on the token axis, int64 and ascending."""
+        """Keep only the tokens at ``index`` on the token axis, int64 and ascending, on the CPU."""
+        if self._states.is_cuda:  # from pinned memory the copy waits in line, and the CPU goes on
+            index = index.pin_memory().to(self._states.device, non_blocking=True)
         # Tokens only move forward, so moving them piece by piece never overwrites a token that has to move later.
         for start in range(0, len(index), _GATHERED):
             part = index[start : start + _GATHERED]
@@ -171,7 +173,7 @@ class HiddenOnDisk:
 
     def keep(self, index: Tensor) -> None:
         """See :meth:`HiddenInMemory.keep`. Dropped states stay in the file, but are not read any more."""
-        self._where = self._where[index.cpu()]
+        self._where = self._where[index]
 
     def _wait(self, move: Future[None] | None) -> None:
         if move is None:

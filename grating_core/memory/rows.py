@@ -57,24 +57,27 @@ class RowCache:
         self._now = 0
 
     def fetch(self, input_ids: Tensor) -> None:
-        """Read the rows of tokens, int64 of any shape, before a pass begins, as far as the rows fit.
+        """Read the rows of tokens, int64 of any shape on the CPU, before a pass begins, as far as the rows fit.
 
         Raises:
             FileError: The rows cannot be read. Rows that were in memory before stay there.
         """
-        wanted = np.unique(input_ids.cpu().numpy())
+        wanted = np.unique(input_ids.numpy())
         self._meter.rows_wanted += len(wanted)
         self._hold(wanted[: self._capacity])
 
     def __call__(self, input_ids: Tensor) -> Tensor:
-        """Return the rows of tokens, ``[…, D]``, for int64 ``[…]``."""
-        tokens = input_ids.cpu().numpy().reshape(-1)
+        """Return the rows of tokens, ``[…, D]``, for int64 ``[…]`` on the CPU."""
+        tokens = input_ids.numpy().reshape(-1)
         found = torch.empty(len(tokens), self._rows.shape[1], dtype=self._rows.dtype, device=self._rows.device)
         # One lookup takes no more tokens than there are places, so that it never evicts its own rows.
         for start in range(0, len(tokens), self._capacity):
             part = tokens[start : start + self._capacity]
             self._hold(np.unique(part))
-            places = torch.from_numpy(self._place[part].astype(np.int64)).to(self._rows.device)
+            places = torch.from_numpy(self._place[part].astype(np.int64))
+            if self._rows.is_cuda:  # from pinned memory the copy waits in line, and the CPU goes on
+                places = places.pin_memory()
+            places = places.to(self._rows.device, non_blocking=self._rows.is_cuda)
             torch.index_select(self._rows, 0, places, out=found[start : start + len(part)])
         return found.view(*input_ids.shape, -1)
 

@@ -15,6 +15,7 @@ from grating_core.columns.companion import ColumnFile
 from grating_core.layers.layer import Mlp
 from grating_core.layers.linear import Weights, normed
 from grating_core.layers.rotary import Angles, angles
+from grating_core.layers.sending import sent
 from grating_core.layers.spec import LayerSpec, Rotary
 from grating_core.memory.checkpoint import Checkpoint
 from grating_core.memory.meter import Meter
@@ -142,20 +143,22 @@ class LayeredModel:
         self._parts.close()
 
     def embed(self, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor) -> Tensor:
-        """Return the hidden states before the first layer, ``[T, D]``, from int64 tensors ``[T]``.
+        """Return the hidden states before the first layer, ``[T, D]``, from int64 tensors ``[T]`` on the CPU.
 
         Positions count from 0 within each sequence.
         """
-        outside, spec = self.outside, self.spec
+        outside, spec, device = self.outside, self.spec, self.device
         rows = self._parts.rows
-        hidden = rows(input_ids) if rows is not None else embedding(input_ids, outside["table.weight"])
+        hidden = (
+            rows(input_ids) if rows is not None else embedding(sent(input_ids, device), outside["table.weight"])
+        )
         if spec.scale != 1:
-            hidden = hidden * torch.tensor(spec.scale, dtype=self.dtype, device=self.device)
+            hidden = hidden * torch.tensor(spec.scale, dtype=self.dtype)  # a number on the CPU goes with the call
         if spec.types:
             types = token_type_ids if spec.typed else torch.zeros_like(token_type_ids)
-            hidden = hidden + embedding(types, outside["types.weight"])
+            hidden = hidden + embedding(sent(types, device), outside["types.weight"])
         if spec.positions:
-            hidden = hidden + embedding(positions + spec.first_position, outside["positions.weight"])
+            hidden = hidden + embedding(sent(positions + spec.first_position, device), outside["positions.weight"])
         return normed(hidden, outside, "embedding_norm", spec.norm)
 
     def angles(self, positions: Tensor) -> dict[Rotary, Angles]:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from grating_core.engine.ragged import Piece, RaggedBatch, common_prefix, filled
 from grating_core.text.pairs import TokenisedPair
 
-CPU = torch.device("cpu")
 Sequences = list[list[list[int]]]  # of one request: the token ids of each window of each candidate
 # The windows of each candidate of each request, by their lengths.
 REQUESTS = st.lists(
@@ -38,7 +37,7 @@ def pack(requests: list[Sequences], share_prefix: bool = False) -> RaggedBatch:
         [[TokenisedPair(ids, [-token for token in ids]) for ids in windows] for windows in candidates]
         for candidates in requests
     ]
-    return RaggedBatch.pack(pairs, CPU, share_prefix=share_prefix)
+    return RaggedBatch.pack(pairs, share_prefix=share_prefix)
 
 
 def unpacked(batch: RaggedBatch) -> list[tuple[int, int, list[int], list[int]]]:

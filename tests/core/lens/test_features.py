@@ -182,9 +182,9 @@ def test_estimates_do_not_depend_on_the_shared_prefix(
     pack = RaggedBatch.pack
     prefixes = []
 
-    def pack_apart(requests: object, device: object, *, share_prefix: bool) -> RaggedBatch:
-        prefixes.append(pack(requests, device, share_prefix=share_prefix).pieces[-1].before)
-        return pack(requests, device, share_prefix=False)
+    def pack_apart(requests: object, *, share_prefix: bool) -> RaggedBatch:
+        prefixes.append(pack(requests, share_prefix=share_prefix).pieces[-1].before)
+        return pack(requests, share_prefix=False)
 
     monkeypatch.setattr(RaggedBatch, "pack", pack_apart)
     np.testing.assert_allclose(shared, read_layers(reranker, DOCUMENTS), rtol=1e-4, atol=1e-3)

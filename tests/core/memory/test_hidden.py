@@ -35,7 +35,7 @@ def lives(draw) -> Life:
 @given(lives(), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_disk_and_memory_keep_the_same(tmp_path_factory, life: Life, dtype: torch.dtype) -> None:
     pairs = [[TokenisedPair([0] * n, [0] * n)] for n in life.lengths]
-    batch = RaggedBatch.pack([pairs], torch.device("cpu"), share_prefix=False)
+    batch = RaggedBatch.pack([pairs], share_prefix=False)
     expected = torch.randn(batch.tokens, WIDTH).to(dtype)
     shape = (batch.tokens, WIDTH, dtype, torch.device("cpu"))
     rows = filled(life.slice_tokens)
