@@ -8,13 +8,12 @@ each can be read past the page cache.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,24 +22,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grating_core.errors import FileError, StorageError
-from grating_core.files.locks import locked
-from grating_core.files.places import is_there
-from grating_core.files.reading import parse_json
-from grating_core.files.writing import replacing
 from grating_core.forking import Threads
 from grating_core.lifetime import closed_on_error
 from grating_core.memory.checkpoint import Checkpoint, whole_sectors
-from grating_core.memory.header import FLOATS, StoredTensor
+from grating_core.memory.companion import WAY_OUT, Contents, check_companion, checksum, write_companion
+from grating_core.memory.header import KIND_OF, StoredTensor
 
 Kind = Literal["inputs", "products"]
 KINDS: tuple[Kind, Kind] = ("inputs", "products")
 
-_FORMAT = "1"
 READERS = 16  # reads at the same time: more were no faster on an NVMe disk
 _LONGEST_READ = 1 << 20  # bytes of neighbouring columns that one call reads
 _MOST_PLACES = 1024  # buffers that the system fills in one call
 _BLOCK = 256  # columns that are transposed at a time
-_KIND_OF = {dtype: kind for kind, dtype in FLOATS.items()}
 
 
 @dataclass(frozen=True)
@@ -101,24 +95,26 @@ def write_columns(
     Raises:
         StorageError: There is no room for the file, or it cannot be written.
     """
-    header, size = _header(sizes, fingerprint)
-    checks = []
+    parts = _parts(weights, sizes, show_progress=show_progress)
     try:
-        with locked(path):
-            if is_there(path):
-                return
-            with replacing(path, size) as file:
-                file.write(header)
-                layers = tqdm(weights, "Writing columns", sizes.depth, unit="layer", disable=not show_progress)
-                for up, gate, down in layers:
-                    for rows in chain(_rows((up, gate), sizes, "inputs"), _rows((down,), sizes, "products")):
-                        file.write(rows.data)
-                        checks += [_checksum(row) for row in rows]
-                file.write(np.array(checks, dtype="<u8").tobytes())
+        write_companion(path, _contents(sizes), fingerprint, parts)
     except StorageError as error:
         raise StorageError(
             f"the companion file with the columns of the MLPs is missing, and {error}; or leave mlp_density out"
         ) from error
+
+
+def _parts(
+    weights: Iterable[tuple[Tensor, Tensor, Tensor]], sizes: ColumnSizes, *, show_progress: bool
+) -> Iterator[memoryview]:
+    """Yield the bytes of all rows, and then of their checksums."""
+    checks = []
+    layers = tqdm(weights, "Writing columns", sizes.depth, unit="layer", disable=not show_progress)
+    for up, gate, down in layers:
+        for rows in chain(_rows((up, gate), sizes, "inputs"), _rows((down,), sizes, "products")):
+            yield rows.data
+            checks += [checksum(row) for row in rows]
+    yield np.array(checks, dtype="<u8").data
 
 
 def _tables(sizes: ColumnSizes) -> list[tuple[int, Kind]]:
@@ -126,24 +122,14 @@ def _tables(sizes: ColumnSizes) -> list[tuple[int, Kind]]:
     return [(number, kind) for number in range(1, sizes.depth + 1) for kind in KINDS]
 
 
-def _header(sizes: ColumnSizes, fingerprint: str) -> tuple[bytes, int]:
-    """Return the beginning of the file, whole sectors long, and the size of the file in bytes."""
-    entries: dict[str, Any] = {"__metadata__": {"format": _FORMAT, "fingerprint": fingerprint}}
-    end = 0
-    for number, kind in _tables(sizes):
-        start, end = end, end + sizes.count(kind) * sizes.row_bytes(kind)
-        shape = [sizes.count(kind), sizes.length(kind)]
-        entries[f"{number}.{kind}"] = {
-            "dtype": _KIND_OF[sizes.dtype], "shape": shape, "data_offsets": [start, end],
-        }  # fmt: skip
-    for number, kind in _tables(sizes):
-        start, end = end, end + 8 * sizes.count(kind)
-        entries[f"{number}.{kind}.checks"] = {
-            "dtype": "U64", "shape": [sizes.count(kind)], "data_offsets": [start, end],
-        }  # fmt: skip
-    text = json.dumps(entries).encode()
-    length = whole_sectors(8 + len(text)) - 8
-    return length.to_bytes(8, "little") + text.ljust(length), 8 + length + end
+def _contents(sizes: ColumnSizes) -> Contents:
+    """Return what a companion file has: all tables, and then the checksums of their rows."""
+    rows = {
+        f"{number}.{kind}": (KIND_OF[sizes.dtype], (sizes.count(kind), sizes.length(kind)))
+        for number, kind in _tables(sizes)
+    }
+    checks = {f"{number}.{kind}.checks": ("U64", (sizes.count(kind),)) for number, kind in _tables(sizes)}
+    return {**rows, **checks}
 
 
 def _rows(matrices: tuple[Tensor, ...], sizes: ColumnSizes, kind: Kind) -> Iterator[NDArray[np.uint8]]:
@@ -153,11 +139,6 @@ def _rows(matrices: tuple[Tensor, ...], sizes: ColumnSizes, kind: Kind) -> Itera
         rows = torch.zeros(len(columns), sizes.length(kind), dtype=sizes.dtype)
         rows[:, : columns.shape[1]] = columns
         yield rows.view(torch.uint8).numpy()
-
-
-def _checksum(row: Any) -> int:
-    """Return the sum of 64-bit words. A CRC takes ten times as long, which is as long as reading."""
-    return int(np.add.reduce(np.frombuffer(row, dtype="<u8")))
 
 
 class ColumnFile:
@@ -178,27 +159,11 @@ class ColumnFile:
         try:
             self._checkpoint = Checkpoint([path], lasting=True)
             with closed_on_error(self._checkpoint):
-                self._check(fingerprint)
+                check_companion(path, self._checkpoint, _contents(sizes), fingerprint)
                 self._tables = {table: _Table(self._checkpoint, *table) for table in _tables(sizes)}
         except (FileError, KeyError, ValueError, OSError) as error:
-            raise FileError(f"{path} is no companion file of this model ({error}); {_WAY_OUT}") from error
+            raise FileError(f"{path} is no companion file of this model ({error}); {WAY_OUT}") from error
         self._readers = Threads(READERS, "grating-columns")
-
-    def _check(self, fingerprint: str) -> None:
-        with self.path.open("rb") as file:
-            header = parse_json(file.read(int.from_bytes(file.read(8), "little")))
-        metadata = header.get("__metadata__") or {}
-        if metadata.get("format") != _FORMAT or metadata.get("fingerprint") != fingerprint:
-            raise ValueError(
-                f"it has the columns of other weights, or comes from another release of grating: its fingerprint "
-                f"is {str(metadata.get('fingerprint'))[:16]}..., and this model's is {fingerprint[:16]}..."
-            )
-        for number, kind in _tables(self.sizes):
-            name, count = f"{number}.{kind}", self.sizes.count(kind)
-            if self._checkpoint.tensors[name].shape != (count, self.sizes.length(kind)):
-                raise ValueError(f"its {name} has another shape than the model's")
-            if self._checkpoint.tensors[f"{name}.checks"].shape != (count,):
-                raise ValueError(f"it lacks the checksums of {name}")
 
     def read(
         self, number: int, kind: Kind, columns: NDArray[np.int64], places: list[memoryview]
@@ -271,11 +236,8 @@ class _Table:
 
     def _verify(self, columns: NDArray[np.int64], places: list[memoryview]) -> None:
         for number, place in zip(columns.tolist(), places, strict=True):
-            if _checksum(place) != self._checks[number]:
+            if checksum(place) != self._checks[number]:
                 raise FileError(
-                    f"{self._tensor.path}: column {number} of {self._tensor.name} is damaged; {_WAY_OUT}"
+                    f"{self._tensor.path}: column {number} of {self._tensor.name} is damaged; {WAY_OUT}"
                 )
         self._seen[columns] = True
-
-
-_WAY_OUT = "delete the file, and grating writes it again when the model is loaded"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grating_core.memory.checkpoint import SECTOR, Checkpoint, whole_sectors
-from grating_core.memory.header import FLOATS, StoredTensor
+from grating_core.memory.header import DTYPES, StoredTensor
 
 _GAP = 64 * 1024  # bytes; reading a smaller gap for nothing costs less than a second read
 PIECE = 1 << 22  # bytes of the buffer that holds stored tensors while they are converted
@@ -58,7 +58,7 @@ class TensorGroup:
         self._dtypes = dtypes
         self._changes = {name: change for name, change in (changes or {}).items() if name in tensors}
         self.converts = not all(
-            FLOATS[tensor.kind] == dtypes[name] and tensor.start % dtypes[name].itemsize == 0
+            DTYPES[tensor.kind] == dtypes[name] and tensor.start % dtypes[name].itemsize == 0
             for name, tensor in tensors.items()
         )
         """Whether tensors are converted; reading then takes one more buffer."""
@@ -113,7 +113,7 @@ class TensorGroup:
 
     def _convert(self, tensor: StoredTensor, target: Tensor, staging: Tensor) -> None:
         """Read one tensor through the staging buffer."""
-        dtype = FLOATS[tensor.kind]
+        dtype = DTYPES[tensor.kind]
         step = (PIECE - SECTOR) // dtype.itemsize
         for first in range(0, tensor.size, step):
             count = min(step, tensor.size - first)

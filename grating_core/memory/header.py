@@ -14,9 +14,12 @@ import torch
 from grating_core.files.reading import parse_json
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = FLOATS | {"I8": torch.int8}
+"""The dtypes of tensors that are used as they are stored, by the format's name; int8 is never converted."""
+KIND_OF = {dtype: kind for kind, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000  # bytes; the format's own reader has this limit and the next
 _TOO_LARGE = 2**64
-_BITS = {
+BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
     **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
@@ -96,14 +99,14 @@ def _stored(name: str, path: Path, entry: Any, data: int) -> StoredTensor:
     if not (isinstance(entry, dict) and entry.keys() >= {"dtype", "shape", "data_offsets"}):
         raise ValueError(f"{name} lacks dtype, shape or data_offsets")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(kind, str) or kind not in _BITS:
+    if not isinstance(kind, str) or kind not in BITS:
         raise ValueError(f"{name} has dtype {kind!r}, which the format does not have")
     if not _are_sizes(shape):
         raise ValueError(f"{name} has shape {shape!r}")
     if not (_are_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
         raise ValueError(f"{name} has data_offsets {offsets!r}")
     tensor = StoredTensor(name, path, kind, tuple(shape), data + offsets[0], data + offsets[1])
-    if 8 * (tensor.end - tensor.start) != _elements(tensor.shape) * _BITS[kind]:
+    if 8 * (tensor.end - tensor.start) != _elements(tensor.shape) * BITS[kind]:
         raise ValueError(f"{name} has {tensor.end - tensor.start:,} bytes, which is not {kind} {list(shape)}")
     return tensor
 
