@@ -15,6 +15,7 @@ from grating_core.kernels.operands import Weight
 
 _COLUMNS = 32
 _LINE = 64  # bytes
+_AT_ONCE = 1 << 20  # entries of a matrix that are packed at a time
 LEAST = 1e-30
 """A row whose largest magnitude is below this is quantised to zeros: 127 divided by it would not be finite."""
 
@@ -75,14 +76,22 @@ def packed_weight(matrix: Tensor, bias: Tensor | None, dtype: torch.dtype) -> We
         dtype: The dtype of the packed entries: int8, bfloat16 or float32.
     """
     columns, inner = matrix.shape
-    scale = None
-    if dtype == torch.int8:
-        matrix, scale = quantized(matrix)
-        scale = _padded(scale)
-    return Weight(
-        pack(matrix.to(dtype)), dtype, columns, inner, scale, None if bias is None else _padded(bias.float())
-    )
+    packed = matrix.new_empty(packed_bytes(dtype, columns, inner), dtype=torch.int8)
+    scale = matrix.new_zeros(padded_columns(columns), dtype=torch.float32) if dtype == torch.int8 else None
+    each = packed_bytes(dtype, _COLUMNS, inner) // _COLUMNS
+    # Some columns at a time, because quantising all would take memory for copies of them in float32.
+    step = max(_COLUMNS, _AT_ONCE // max(1, inner) // _COLUMNS * _COLUMNS)
+    for start in range(0, columns, step):
+        part = matrix[start : start + step]
+        end = start + len(part)
+        if scale is not None:
+            part, scale[start:end] = quantized(part)
+        packed[start * each : padded_columns(end) * each] = pack(part.to(dtype))
+    return Weight(packed, dtype, columns, inner, scale, None if bias is None else _padded(bias))
 
 
 def _padded(values: Tensor) -> Tensor:
-    return pad(values, (0, padded_columns(len(values)) - len(values))).contiguous()
+    """Return a copy in float32 with zeros behind it."""
+    padded = values.new_zeros(padded_columns(len(values)), dtype=torch.float32)
+    padded[: len(values)] = values
+    return padded
