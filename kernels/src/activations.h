@@ -15,13 +15,13 @@ constexpr float gelu_step = 0.16f;
 alignas(64) float gelu_table[4][32];
 
 void start_activations() {
-    const double step = gelu_step;
+    const double step = gelu_step, pi = 3.14159265358979;
     auto h = [](double a) { return 0.5 * a * erf(a / sqrt(2.0)); };
     for (int i = 0; i < 31; i++) {
         // Through the four Chebyshev points of the interval, by Newton's divided differences.
         double t[4], d[4];
         for (int k = 0; k < 4; k++) {
-            t[k] = step / 2 * (1 - cos(M_PI * (2 * k + 1) / 8));
+            t[k] = step / 2 * (1 - cos(pi * (2 * k + 1) / 8));
             d[k] = h(i * step + t[k]);
         }
         for (int order = 1; order < 4; order++)

@@ -4,7 +4,8 @@
 #include "level.h"
 #include "levels.inc"  // made by the build: the levels of this platform, the best first
 
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(GK_EMULATED_ARM)
+#elif defined(__x86_64__) || defined(_M_X64)
 #include <cpuid.h>
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -14,6 +15,8 @@
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
+#elif defined(__aarch64__) && defined(_WIN32)
+#include <windows.h>
 #endif
 
 namespace {
@@ -23,7 +26,13 @@ struct Found {
     bool neon = false, neondot = false, neonmm = false, portable = true;
 };
 
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(GK_EMULATED_ARM)  // in tests
+Found find() {
+    Found found;
+    found.neon = found.neondot = found.neonmm = true;
+    return found;
+}
+#elif defined(__x86_64__) || defined(_M_X64)
 uint64_t enabled_states() {
     uint32_t low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
@@ -74,6 +83,10 @@ Found find() {
     };
     found.neondot = has("hw.optional.arm.FEAT_DotProd");
     found.neonmm = found.neondot && has("hw.optional.arm.FEAT_I8MM") && has("hw.optional.arm.FEAT_BF16");
+#elif defined(_WIN32)
+    // By number: older headers lack the names PF_ARM_V82_DP, PF_ARM_V82_I8MM and PF_ARM_V86_BF16_INSTRUCTIONS_AVAILABLE.
+    found.neondot = IsProcessorFeaturePresent(43);
+    found.neonmm = found.neondot && IsProcessorFeaturePresent(66) && IsProcessorFeaturePresent(68);
 #endif
     return found;
 }

@@ -132,6 +132,69 @@ inline void by_strips(const char* x, int64_t stride, int64_t rows, const char* w
     for (; r < rows; r++) strips<Dot, 1>(x + r * stride, stride, w, block, groups, y + r * ldy, ldy);
 }
 
+#if defined(__ARM_FEATURE_MATMUL_INT8) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define GK_PAIRS 1
+
+// Two rows and two columns at once: an instruction multiplies eight bytes of each of two rows with eight bytes of each of
+// two columns, which two groups of inner entries give when they are zipped. A sum holds the four products.
+struct PairsInt8 {
+    typedef int32_t Value;
+    static int32x4_t add(int32x4_t s, int32x4_t a, int32x4_t b) {
+        return vmmlaq_s32(s, vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b));
+    }
+};
+struct PairsBf16 {
+    typedef float Value;
+    static int32x4_t add(int32x4_t s, int32x4_t a, int32x4_t b) {
+        return vreinterpretq_s32_f32(
+            vbfmmlaq_f32(vreinterpretq_f32_s32(s), vreinterpretq_bf16_s32(a), vreinterpretq_bf16_s32(b)));
+    }
+};
+
+// P pairs of rows with 8 columns. If `single`, there is one row: it is its own partner, whose results are left out.
+template <class Pairs, int P>
+inline void pair_strip(const char* x, int64_t stride, const char* w, int64_t groups, typename Pairs::Value* y, int64_t ldy,
+                       bool single) {
+    int32x4_t acc[P][4];
+    for (int p = 0; p < P; p++)
+        for (int v = 0; v < 4; v++) acc[p][v] = vdupq_n_s32(0);
+    const int64_t partner = single ? 0 : stride;
+    for (int64_t k = 0; k < groups; k += 2) {
+        int32x4_t b[4];
+        for (int v = 0; v < 4; v += 2) {
+            int32x4_t low = vld1q_s32((const int32_t*)(w + k * 64 + v * 8));
+            int32x4_t high = vld1q_s32((const int32_t*)(w + k * 64 + 64 + v * 8));
+            b[v] = vzip1q_s32(low, high);
+            b[v + 1] = vzip2q_s32(low, high);
+        }
+        for (int p = 0; p < P; p++) {
+            const char* row = x + 2 * p * stride + k * 4;
+            int32x4_t a = vcombine_s32(vld1_s32((const int32_t*)row), vld1_s32((const int32_t*)(row + partner)));
+            for (int v = 0; v < 4; v++) acc[p][v] = Pairs::add(acc[p][v], a, b[v]);
+        }
+    }
+    for (int p = 0; p < P; p++)
+        for (int v = 0; v < 4; v++) {
+            int32_t* to = (int32_t*)(y + 2 * p * ldy + 2 * v);
+            vst1_s32(to, vget_low_s32(acc[p][v]));
+            if (!single) vst1_s32(to + ldy, vget_high_s32(acc[p][v]));
+        }
+}
+
+template <class Pairs>
+inline void by_pairs(const char* x, int64_t stride, int64_t rows, const char* w, int64_t block, int64_t groups,
+                     typename Pairs::Value* y, int64_t ldy) {
+    for (int column = 0; column < COLUMNS; column += 8) {
+        const char* from = w + (column / 16) * block + (column % 16) * 4;
+        auto* to = y + column;
+        int64_t r = 0;
+        for (; r + 8 <= rows; r += 8) pair_strip<Pairs, 4>(x + r * stride, stride, from, groups, to + r * ldy, ldy, false);
+        for (; r + 2 <= rows; r += 2) pair_strip<Pairs, 1>(x + r * stride, stride, from, groups, to + r * ldy, ldy, false);
+        if (r < rows) pair_strip<Pairs, 1>(x + r * stride, stride, from, groups, to + r * ldy, ldy, true);
+    }
+}
+#endif
+
 // ---- float32 -----------------------------------------------------------------------------------------------------
 
 struct DotF32 {
@@ -167,24 +230,17 @@ struct DotBf16 {
     static void keep(float* y, Sum s) { _mm512_storeu_ps(y, s); }
 };
 #endif
-#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#elif defined(GK_PAIRS)
 constexpr bool HAS_BF16 = true;
-struct DotBf16 {
-    typedef float Value;
-    typedef float32x4_t Sum;
-    typedef bfloat16x8_t Weights;
-    static constexpr int LANES = 4, VECTORS = 4, ROWS = 4;
-    static Sum zero() { return vdupq_n_f32(0); }
-    static Weights weights(const char* p) { return vld1q_bf16((const bfloat16_t*)p); }
-    static bfloat16x8_t entries(const char* p) { return vreinterpretq_bf16_s32(vdupq_n_s32(word(p))); }
-    static Sum add(Sum s, bfloat16x8_t a, bfloat16x8_t b) { return vbfdotq_f32(s, b, a); }
-    static void keep(float* y, Sum s) { vst1q_f32(y, s); }
-};
+inline void product(bf16, const char* x, int64_t stride, int64_t rows, const char* w, int64_t block, int64_t groups,
+                    float* y, int64_t ldy) {
+    by_pairs<PairsBf16>(x, stride, rows, w, block, groups, y, ldy);
+}
 #else
 constexpr bool HAS_BF16 = false;
 inline void product(bf16, const char*, int64_t, int64_t, const char*, int64_t, int64_t, float*, int64_t) {}
 #endif
-#if (defined(__AVX512BF16__) && !defined(__AMX_BF16__)) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 inline void product(bf16, const char* x, int64_t stride, int64_t rows, const char* w, int64_t block, int64_t groups,
                     float* y, int64_t ldy) {
     by_strips<DotBf16>(x, stride, rows, w, block, groups, y, ldy);
@@ -193,7 +249,14 @@ inline void product(bf16, const char* x, int64_t stride, int64_t rows, const cha
 
 // ---- int8 --------------------------------------------------------------------------------------------------------
 
-#if !(defined(__AMX_INT8__) && defined(__AMX_BF16__))
+#if defined(GK_PAIRS)
+constexpr bool LIFTED = false;
+inline int32_t row_sum(const char*, int64_t) { return 0; }
+inline void product(int8_t, const char* x, int64_t stride, int64_t rows, const char* w, int64_t block, int64_t groups,
+                    int32_t* y, int64_t ldy) {
+    by_pairs<PairsInt8>(x, stride, rows, w, block, groups, y, ldy);
+}
+#elif !(defined(__AMX_INT8__) && defined(__AMX_BF16__))
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 // vpdpbusd multiplies unsigned by signed: the weights get 128 added, and 128 times the sum of the row's entries comes off.
 struct DotInt8 {

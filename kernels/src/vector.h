@@ -4,6 +4,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(_WIN32)
+#include <malloc.h>
+#endif
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -163,7 +166,7 @@ inline vf exponential(vf x) {
     p = p * f + 2.40221197e-1f;
     p = p * f + 6.93146967e-1f;
     p = p * f + 1.0f;
-    return bits<vf>(bits<vi>(p) + (rounded(n) << 23));
+    return p * bits<vf>((rounded(n) + 127) << 23);
 }
 
 // Memory of one task, aligned to a cache line.
