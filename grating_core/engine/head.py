@@ -9,6 +9,7 @@ from torch import Tensor
 
 from grating_core.layers.sending import sent
 from grating_core.lens.features import Part
+from grating_core.lens.together import is_together, sums_of
 from grating_core.models.cross_encoder import CrossEncoder
 
 
@@ -29,24 +30,34 @@ class HeadReader:
         """Take the states ``[T, D]`` of the next parts of the request."""
         own = [part for part in parts if part.piece.segments is not None]
         if self._model.spec.pooling == "mean":
-            for part in own:
-                self._add(self._model.normed(states[part.rows].float()).sum(0) / part.piece.length, part)
+            if own:
+                self._add(self._sums(states, own), own)
             return
-        rows = []
+        places = []
         for part in own:
             place = 0 if self._model.spec.pooling == "first" else part.piece.length - 1
             if 0 <= place - part.start < part.rows.stop - part.rows.start:
-                rows.append(part.rows.start + place - part.start)
-        if rows:
-            read = states[sent(torch.tensor(rows), states.device)]
+                places.append(part.rows.start + place - part.start)
+        if places:
+            read = states[sent(torch.tensor(places), states.device)]
             self._states.append(self._model.normed(read.float()))
 
-    def _add(self, share: Tensor, part: Part) -> None:
-        """Add a part's share of the mean of a sequence."""
-        if part.start:
-            self._states[-1] += share
-        else:
-            self._states.append(share[None])
+    def _sums(self, states: Tensor, parts: Sequence[Part]) -> Tensor:
+        """Return the sum of the normed states of each part, float32 ``[N, D]``."""
+        if not is_together(states.device):
+            return torch.stack([self._model.normed(states[part.rows].float()).sum(0) for part in parts])
+        rows = states[parts[0].rows.start : parts[-1].rows.stop]
+        return sums_of(self._model.normed(rows.float()), [part.rows.stop - part.rows.start for part in parts])
+
+    def _add(self, sums: Tensor, parts: Sequence[Part]) -> None:
+        """Add each part's share of the mean of its sequence. Only the first part may go on with a sequence."""
+        lengths = torch.tensor([[part.piece.length] for part in parts])
+        shares = sums / sent(lengths, sums.device)
+        if parts[0].start:
+            self._states[-1][-1:] += shares[:1]
+            shares = shares[1:]
+        if len(shares):
+            self._states.append(shares)
 
     def scores(self) -> Tensor:
         """Return the scores of the sequences, float32 ``[N]``."""

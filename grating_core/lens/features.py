@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from grating_core.lens.partwise import PartwiseFeatures
+from grating_core.lens.together import is_together, together_features
 from grating_core.lens.whole import SIMILARITIES, whole_features
 from grating_core.models.cross_encoder import Shape
 from grating_core.text.pairs import Segments, Span
@@ -126,6 +127,8 @@ class Features:
         return torch.cat(found)
 
     def _of_whole(self, prefix: Tensor, states: Tensor, parts: Sequence[Part]) -> list[Tensor]:
+        if is_together(states.device):
+            return [self._together(prefix, states, parts)]
         most = max(1, _TOGETHER // max(1, *map(_copied, parts)))
         sequences = [states[part.rows] for part in parts]
         queries, documents = [], []
@@ -140,6 +143,20 @@ class Features:
             )
             for few in some
         ]
+
+    def _together(self, prefix: Tensor, states: Tensor, parts: Sequence[Part]) -> Tensor:
+        shared = len(prefix)
+        sequences = [(slice(shared + part.rows.start, shared + part.rows.stop),) for part in parts]
+        segments = [part.piece.segments or Segments() for part in parts]
+        places = [(part.piece.before, own.start) for part, (own,) in zip(parts, sequences, strict=True)]
+        return together_features(
+            torch.cat((prefix, states)) if shared else states,
+            sequences,
+            [_runs(*place, one.query) for place, one in zip(places, segments, strict=True)],
+            [_runs(*place, one.document) for place, one in zip(places, segments, strict=True)],
+            self._pooling,
+            similarities=self._similarities,
+        )
 
     def _of_part(self, prefix: Tensor, states: Tensor, part: Part) -> list[Tensor]:
         piece = part.piece
@@ -182,6 +199,13 @@ def _text(prefix: Tensor, own: Tensor, before: int, span: Span) -> Tensor:
         return prefix[start:stop]
     states = own[max(0, start - before) : stop - before]
     return states if start >= before else torch.cat((prefix[start:before], states))
+
+
+def _runs(before: int, own: int, span: Span) -> list[slice]:
+    """Return the rows of a text, which may begin in the prefix, where the sequence's own tokens begin at a row."""
+    start, stop = span
+    runs = slice(start, min(stop, before)), slice(own + max(start, before) - before, own + stop - before)
+    return [run for run in runs if run.start < run.stop]
 
 
 def compares_tokens(number: int, depth: int) -> bool:

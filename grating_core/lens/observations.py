@@ -51,14 +51,16 @@ class _Observed:
     def __init__(self, features: Features, found: list[Tensor]) -> None:
         self._features = features
         self._found = found
+        self._device: torch.device | None = None
 
     def see(self, states: Tensor, parts: Sequence[Part]) -> None:
         """See :meth:`Reader.see`."""
         self._found.append(self._features.see(states, parts).cpu())
+        self._device = states.device
 
     def scores(self) -> Tensor:
         """Return zeros, float32 ``[N]``."""
-        return torch.zeros(sum(map(len, self._found)))
+        return torch.zeros(sum(map(len, self._found)), device=self._device)
 
 
 Observe = Callable[[Request, Observer], tuple[Floats, NDArray[np.int64]]]

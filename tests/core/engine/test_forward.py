@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from grating_core import ClusterPolicy, Reranker, Route
-from grating_core.engine import walk
+from grating_core.engine import head, walk
 from grating_core.engine.ragged import filled
 from grating_core.errors import ScoreError
 from grating_core.layers.layer import finished
@@ -191,6 +191,17 @@ def test_the_last_layer_computes_scoring_positions_only(tiny: Path, monkeypatch:
     all_tokens = filled(sum(trace.lengths) - (len(DOCUMENTS) - 1) * trace.shared_prefix)
     assert rows[:-1] == [all_tokens] * (spec.depth - 1)
     assert rows[-1] == (all_tokens if spec.pooling == "mean" else filled(len(DOCUMENTS)))
+
+
+@pytest.mark.parametrize("slice_tokens", [None, 40, 1])
+def test_a_gpu_reads_means_of_all_sequences_together(
+    slice_tokens: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = save_model(tmp_path, "modernbert-mean")
+    pairs = [(QUERY, document) for document in DOCUMENTS]
+    expected = load(directory).score(pairs)
+    monkeypatch.setattr(head, "is_together", lambda device: True)
+    assert load(directory, slice_tokens=slice_tokens).score(pairs) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

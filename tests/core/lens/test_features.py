@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Collection, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.nn.functional import cosine_similarity
 
 from grating_core import Prompt, Reranker
 from grating_core.engine.ragged import Part, Piece, RaggedBatch
+from grating_core.lens import features
 from grating_core.lens.features import Features, LayerMap, Lens, compares_tokens, feature_count
 from grating_core.lens.observations import Observer
 from grating_core.lens.pruning import Pruning
@@ -52,15 +53,22 @@ def sliced(pieces: Sequence[Piece], cuts: Collection[int]) -> list[tuple[slice, 
     return found
 
 
+@pytest.fixture(params=[False, True], ids=["apart", "together"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """The way of a CPU, and that of a GPU on the CPU."""
+    monkeypatch.setattr(features, "is_together", lambda device: request.param)
+    return bool(request.param)
+
+
 def seen(
     states: Tensor, pieces: Sequence[Piece], pooling: str, cuts: Collection[int] = (), number: int = 0
 ) -> Tensor:
     """The features after a layer, of states that are overwritten as soon as they have been seen."""
-    features = Features(number, DEPTH, pooling)
+    reader = Features(number, DEPTH, pooling)
     found = []
     for tokens, parts in sliced(pieces, cuts):
         part = torch.cat((states[tokens], torch.full((3, states.shape[1]), torch.nan)))  # with fill behind
-        found.append(features.see(part, parts))
+        found.append(reader.see(part, parts))
         part.fill_(torch.nan)
     return torch.cat(found)
 
@@ -86,6 +94,7 @@ def random_lens(width: int, pooling: str) -> Lens:
     return Lens([LayerMap(torch.randn(count, generator=chance), torch.tensor(0.5)) for count in counts], pooling)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("pooling", ["first", "last", "mean"])
 def test_features_by_hand(pooling: str) -> None:
     states = torch.randn(14, 6)
@@ -130,14 +139,30 @@ def test_features_do_not_depend_on_where_a_request_is_cut(
                 torch.cat((prefix, own))[slice(*span)] for span in (piece.segments.query, piece.segments.document)
             ]
             expected.append(expected_features(own, *texts, pooling))
-    for some in ((), cuts):
-        torch.testing.assert_close(
-            seen(states, pieces, pooling, some).double(), torch.stack(expected), rtol=1e-4, atol=1e-5
-        )
-        layers = seen(states, pieces, pooling, some, number=4).double()
+    for together, some in product((False, True), ((), cuts)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(features, "is_together", lambda device, together=together: together)
+            first = seen(states, pieces, pooling, some).double()
+            layers = seen(states, pieces, pooling, some, number=4).double()
+        torch.testing.assert_close(first, torch.stack(expected), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(layers, torch.stack(expected)[:, : layers.shape[1]], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("way")
+def test_a_broken_sequence_leaves_the_features_of_others_alone() -> None:
+    pieces = [*PIECES, Piece(0, 2, 12, 0, Segments((1, 3), (4, 11)))]
+    states = torch.randn(26, 6, generator=torch.Generator().manual_seed(4))
+    sound = seen(states, pieces, "mean")
+    for broken, value in enumerate((torch.nan, torch.inf, torch.nan)):
+        damaged = states.clone()
+        start = sum(piece.length for piece in pieces[:broken])
+        damaged[start : start + pieces[broken].length] = value
+        found = seen(damaged, pieces, "mean")
+        for number in range(3):
+            assert torch.equal(found[number], sound[number]) == (number != broken)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("pooling", ["first", "last", "mean"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("cuts", [(), (2, 6)])
