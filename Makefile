@@ -89,8 +89,8 @@ bench-deps: $(READY)
 
 # All that docs/benchmarks/ shows, measured anew, in about half an hour on two cores. DATA has collections in BEIR layout.
 benchmarks: bench-deps
-	$(BIN)/python -m benchmarks.speed --data $(DATA)
-	$(BIN)/python -m benchmarks.speed --data $(DATA) --model smollm2-135m --per-collection 1 --rounds 2
+	$(BIN)/python -m benchmarks.latency --data $(DATA)
+	$(BIN)/python -m benchmarks.latency --data $(DATA) --model smollm2-135m --requests 2 --timed 1 --rounds 2
 	$(BIN)/python -m benchmarks.cold
 	$(BIN)/python -m benchmarks.pruning --data $(DATA)
 	$(BIN)/python -m benchmarks.memory

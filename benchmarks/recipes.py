@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 # The prompt of Qwen3-Reranker's model card.
@@ -122,6 +122,6 @@ def is_decoder(directory: Path) -> bool:
     return bool(config["architectures"][0].endswith("ForCausalLM"))
 
 
-def best(scores: Sequence[float] | torch.Tensor, top_k: int) -> list[int]:
+def best(scores: ArrayLike, top_k: int) -> list[int]:
     """Return the indices of the highest scores, best first."""
     return [int(index) for index in np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")[:top_k]]

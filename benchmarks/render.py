@@ -60,7 +60,12 @@ def provenance(result: Result) -> str:
 
 
 def table(result: Result, columns: Mapping[str, tuple[str, str]], **wanted: object) -> str:
-    """Render some rows of a result in Markdown, with the line that says where they come from.
+    """Render some rows of a result in Markdown, as :func:`lines` does, and where they come from."""
+    return f"{lines(result, columns, **wanted)}\n\n{provenance(result)}"
+
+
+def lines(result: Result, columns: Mapping[str, tuple[str, str]], **wanted: object) -> str:
+    """Render some rows of a result in Markdown.
 
     Args:
         result: Has the rows.
@@ -68,12 +73,12 @@ def table(result: Result, columns: Mapping[str, tuple[str, str]], **wanted: obje
         wanted: Values that a row must have; a list says which are allowed.
     """
     rows = [row for row in result.rows if all(_allowed(row[name], value) for name, value in wanted.items())]
-    lines = [
+    cells = [
         list(columns),
         ["---", *["---:"] * (len(columns) - 1)],
         *([shown(row[figure], form) for figure, form in columns.values()] for row in rows),
     ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{provenance(result)}"
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def _allowed(value: object, wanted: object) -> bool:
@@ -84,7 +89,7 @@ def render_page(name: str, results: Results) -> str:
     """Render a page of ``docs/benchmarks``.
 
     Args:
-        name: Name of the template, such as ``speed.md``.
+        name: Name of the template, such as ``latency.md``.
         results: All results by their names. A part of the page whose result is missing says so.
     """
     templates = jinja2.Environment(
@@ -95,7 +100,13 @@ def render_page(name: str, results: Results) -> str:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    known: dict[str, Any] = {"results": results, "table": table, "provenance": provenance, "shown": shown}
+    known: dict[str, Any] = {
+        "results": results,
+        "table": table,
+        "lines": lines,
+        "provenance": provenance,
+        "shown": shown,
+    }
     return templates.get_template(name).render(known)
 
 

@@ -100,7 +100,7 @@ def write_m3_shape(directory: Path) -> Path:
     """
     if directory.is_dir():
         return directory
-    with _seen_when_finished(directory) as unfinished:
+    with seen_when_finished(directory) as unfinished:
         tokenizer = XLMRobertaTokenizer(vocab=_unigram_vocabulary(), model_max_length=8192)
         tokenizer.save_pretrained(unfinished)
         _random_m3().save_pretrained(unfinished, max_shard_size="10GB")
@@ -117,7 +117,7 @@ def write_qwen3_shape(directory: Path, size: str) -> Path:
     """
     if directory.is_dir():
         return directory
-    with _seen_when_finished(directory) as unfinished:
+    with seen_when_finished(directory) as unfinished:
         tokenizer = _qwen2_tokenizer()
         tokenizer.save_pretrained(unfinished)
         config = Qwen3Config(
@@ -165,7 +165,7 @@ def write_smollm2(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
         return directory
     source = smollm2_file()
     architecture: Any = AutoModelForCausalLM
-    with _seen_when_finished(directory) as unfinished:
+    with seen_when_finished(directory) as unfinished:
         model = architecture.from_pretrained(
             source.parent, gguf_file=source.name, dtype=dtype, trust_remote_code=False
         )
@@ -211,7 +211,7 @@ def random_texts(directory: Path, count: int, tokens: int, *, seed: int = 0) -> 
 
 
 @contextmanager
-def _seen_when_finished(directory: Path) -> Iterator[Path]:
+def seen_when_finished(directory: Path) -> Iterator[Path]:
     """Give another directory, which is renamed when complete: whoever sees the directory sees a finished one."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))

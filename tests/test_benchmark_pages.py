@@ -71,11 +71,11 @@ def test_the_commands_that_are_written_somewhere_are_right(path: Path) -> None:
 
 def test_a_command_that_is_not_right_is_noticed() -> None:
     with pytest.raises(ModuleNotFoundError):
-        check_command("python -m benchmarks.latency --data data")
+        check_command("python -m benchmarks.hurry --data data")
     with pytest.raises(Exception, match="No such option: --queries"):
-        check_command("python -m benchmarks.speed --data data --queries 3")
+        check_command("python -m benchmarks.latency --data data --queries 3")
     with pytest.raises(Exception, match="valid integer"):
-        check_command("python -m benchmarks.speed --data data --rounds many")
+        check_command("python -m benchmarks.latency --data data --rounds many")
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
@@ -99,14 +99,14 @@ def test_a_figure_that_nobody_measured_is_noticed() -> None:
 
 def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
     rows = [{"system": "grating", "seconds": 0.123456, "budget_mb": None}, {"system": "é", "seconds": 12345.6}]
-    write_result(tmp_path / "new", "speed-of-this", rows, rounds=3, setting={"k": (1, 5)}, packages=["no-such"])
-    found = read_result(tmp_path / "new" / "speed-of-this.json")
+    write_result(tmp_path / "new", "seconds-of-this", rows, rounds=3, setting={"k": (1, 5)}, packages=["no-such"])
+    found = read_result(tmp_path / "new" / "seconds-of-this.json")
     assert found.rows == [rows[0] | {"seconds": 0.1235}, rows[1] | {"seconds": 12346}]
-    assert (found.name, found.rounds, found.setting) == ("speed-of-this", 3, {"k": [1, 5]})
+    assert (found.name, found.rounds, found.setting) == ("seconds-of-this", 3, {"k": [1, 5]})
     assert found.versions["no-such"] is None
     assert found.hardware["gflops"]["float32"] > 0
     with pytest.raises(ValueError, match="JSON"):  # a figure that is none
-        write_result(tmp_path, "speed-of-this", [{"seconds": float("nan")}], rounds=3)
+        write_result(tmp_path, "seconds-of-this", [{"seconds": float("nan")}], rounds=3)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
