@@ -1,13 +1,15 @@
-# make venv | demo | test | test-all | test-oldest | test-newest | check | docs | site | dist | format | lock. Each does its own set-up.
+# make venv | kernels | demo | test | test-all | test-oldest | test-newest | check | docs | site | dist | format | lock. Each does its own set-up.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PACKAGES := $(VENV)/.packages
 READY := $(VENV)/.ready
 ADAPTERS := integrations/langchain integrations/llamaindex integrations/llamaindex-llms
 MANIFESTS := pyproject.toml $(ADAPTERS:%=%/pyproject.toml)
 EDITABLE := -e . $(ADAPTERS:%=-e %)
 TYPED := grating_core integrations/langchain/langchain_grating integrations/llamaindex/llama_index \
-	integrations/llamaindex-llms/llama_index benchmarks
+	integrations/llamaindex-llms/llama_index kernels/grating_kernels benchmarks
+KERNELS := kernels/CMakeLists.txt kernels/pyproject.toml $(wildcard kernels/src/* kernels/grating_kernels/*.py)
 # What depends on the neighbours most: the contract with them, layers made of torch's functions, scores, tokens and texts equal to
 # transformers', GGUF files, the lab's models, both adapters.
 CONTRACT := tests/contract tests/core/layers tests/core/engine tests/core/memory/test_parity.py tests/core/lab \
@@ -19,12 +21,12 @@ ALONE := OMP_NUM_THREADS=1
 # The variable silences a notice about the theme's successor.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: venv demo test test-all test-oldest test-newest check docs site dist format lock bench-deps benchmarks benchmarks-docs clean
+.PHONY: venv kernels demo test test-all test-oldest test-newest check docs site dist format lock bench-deps benchmarks benchmarks-docs clean
 
 venv: $(READY)
 
 # requirements.lock is complete, so nothing is resolved here: the same versions next year. torch comes first, by itself.
-$(READY): $(MANIFESTS) requirements.lock constraints.txt scripts/install_torch.sh hatch_build.py
+$(PACKAGES): $(MANIFESTS) requirements.lock constraints.txt scripts/install_torch.sh hatch_build.py
 	@echo "Setting up $(VENV) (about two minutes the first time) ..."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq --upgrade pip
@@ -32,6 +34,16 @@ $(READY): $(MANIFESTS) requirements.lock constraints.txt scripts/install_torch.s
 	$(BIN)/python -m pip install -qq --no-deps --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install -qq --no-deps --no-build-isolation $(EDITABLE)
 	@touch $@
+
+# Everything works without the kernels, so nothing fails where they cannot be built.
+$(READY): $(PACKAGES) $(KERNELS) scripts/install_kernels.sh
+	@scripts/install_kernels.sh $(VENV) || true
+	@touch $@
+
+# Builds the kernels anew, and fails where there is a compiler that cannot compile them.
+kernels: $(PACKAGES)
+	@scripts/install_kernels.sh $(VENV)
+	@touch $(READY)
 
 # Anew from the ranges in the pyproject.toml files: the newest versions that they allow.
 lock: $(READY)
@@ -57,7 +69,8 @@ test-oldest test-newest: $(READY)
 	UV=$(BIN)/uv scripts/resolve.sh $(ENVIRONMENT)/requirements.txt --upgrade --resolution $(RESOLUTION) \
 		--group test --group model
 	@# Copies: nltk, which LlamaIndex uses, refuses to read data that is a hard link into uv's cache.
-	$(BIN)/uv pip install --quiet --link-mode copy --python $(ENVIRONMENT) --no-deps -r $(ENVIRONMENT)/requirements.txt $(EDITABLE)
+	$(BIN)/uv pip install --quiet --link-mode copy --python $(ENVIRONMENT) --no-deps -r $(ENVIRONMENT)/requirements.txt $(EDITABLE) \
+		$$(find $(VENV) -maxdepth 2 -path '*/kernels/*.whl')
 	$(ALONE) $(ENVIRONMENT)/bin/python -m pytest -m "not slow" $(WORKERS) $(CONTRACT)
 
 check: $(READY)
@@ -74,10 +87,12 @@ docs: $(READY)
 site: $(READY)
 	$(MKDOCS) build --strict
 
-# What a release uploads: a source distribution and a wheel of each distribution, in dist/.
+# What a release uploads, in dist/: a source distribution and a wheel of each distribution, and the source distribution of the kernels.
+# Their wheels are built on each platform (.github/workflows/kernels.yml).
 dist: $(READY)
 	rm -rf dist
-	for from in . $(ADAPTERS); do (cd $$from && $(CURDIR)/$(BIN)/python -m hatchling build --directory $(CURDIR)/dist) || exit; done
+	for from in . $(ADAPTERS); do (cd $$from && "$(CURDIR)/$(BIN)/python" -m hatchling build --directory "$(CURDIR)/dist") || exit; done
+	$(BIN)/uv build --quiet --sdist --no-build-isolation --python $(BIN)/python --no-create-gitignore --out-dir dist kernels
 
 format: $(READY)
 	$(BIN)/ruff format .

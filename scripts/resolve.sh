@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Writes into the file $1 what our four distributions need, for Python 3.11 and newer; further arguments are uv's,
+# Writes into the file $1 what our distributions need, for Python 3.11 and newer; further arguments are uv's,
 # such as --group. It names no index, so that every machine takes the files from its own; hashes say that they are the same.
 # torch is left out: which build is right depends on the machine, and each has its own hash (scripts/install_torch.sh).
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""What is published: four distributions, each as a wheel and as a source distribution."""
+"""What is published: distributions in Python, as wheels and as source, and the kernels beside them."""
 
 import contextlib
 import os
@@ -19,6 +19,7 @@ from hatchling import build as backend
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from scikit_build_core import build as kernels_backend
 
 import grating_core
 from hatch_build import with_links
@@ -30,6 +31,8 @@ DISTRIBUTIONS = {  # where each is, and its package there
     "llama-index-postprocessor-grating": (ROOT / "integrations/llamaindex", "llama_index/postprocessor/grating"),
     "llama-index-llms-grating": (ROOT / "integrations/llamaindex-llms", "llama_index/llms/grating"),
 }
+KERNELS = ROOT / "kernels"
+COMPILED = (".so", ".dylib", ".dll")
 IN_SDISTS = {"PKG-INFO", "pyproject.toml", "README.md", "LICENSE", ".gitignore"}  # hatchling always takes the last
 ONLY_IN_THE_CORES = {"CHANGELOG.md", "benchmarks", "hatch_build.py", "tests"}
 EVERY = pytest.mark.parametrize("name", DISTRIBUTIONS)
@@ -58,6 +61,13 @@ def wheels(sdists: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         with contextlib.chdir(next(sources.iterdir())):
             built[name] = output / backend.build_wheel(str(output))
     return built
+
+
+@pytest.fixture(scope="module")
+def kernels_sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("kernels")
+    with contextlib.chdir(KERNELS):
+        return output / kernels_backend.build_sdist(str(output))
 
 
 def metadata(wheel: Path) -> Message:
@@ -92,7 +102,10 @@ def test_a_source_distribution_holds_what_building_and_testing_take(name: str, s
 
 @EVERY
 def test_the_index_is_told_whose_it_is_and_where_it_runs(name: str, wheels: dict[str, Path]) -> None:
-    told = metadata(wheels[name])
+    check_metadata(metadata(wheels[name]))
+
+
+def check_metadata(told: Message) -> None:
     assert told["Version"] == grating_core.__version__
     assert told["License-Expression"] == "Apache-2.0"
     assert told["License-File"] == "LICENSE"
@@ -145,6 +158,51 @@ def test_the_lock_is_complete_and_fits_the_ranges(wheels: dict[str, Path]) -> No
         if requirement.name not in ours:
             versions = locked[canonicalize_name(requirement.name)]
             assert all(requirement.specifier.contains(version) for version in versions), requirement
+
+
+def test_the_kernels_are_published_as_source_that_builds_anywhere(kernels_sdist: Path, tmp_path: Path) -> None:
+    with tarfile.open(kernels_sdist) as archive:
+        names = {member.name.split("/", 1)[1] for member in archive.getmembers()}
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    kept = {path.relative_to(KERNELS) for path in KERNELS.rglob("*") if path.is_file()}
+    built = {path for path in kept if {"build", "__pycache__"} & set(path.parts) or path.suffix in COMPILED}
+    assert names == {path.as_posix() for path in kept - built} | {"PKG-INFO"}
+    told = Parser().parsestr((source / "PKG-INFO").read_text(encoding="utf-8"))
+    assert told["Name"] == "grating-kernels"
+    check_metadata(told)
+    assert told.get_all("Requires-Dist") is None
+    assert (source / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+
+
+def test_without_a_compiler_nothing_fails_and_nothing_is_installed(tmp_path: Path) -> None:
+    python = tmp_path / "an environment/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    environment = os.environ | {"CXX": "/bin/false"}
+    command = [ROOT / "scripts/install_kernels.sh", python.parent.parent]
+    told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    assert told.splitlines()[-1].startswith("No C++ compiler: grating computes in torch, more slowly")
+    assert not list(tmp_path.rglob("*.whl"))
+
+
+@pytest.mark.slow
+def test_the_kernels_work_in_an_empty_environment(kernels_sdist: Path, tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path]
+    told = subprocess.run([*build, kernels_sdist], capture_output=True, text=True)
+    if "No C++ compiler" in told.stdout + told.stderr:
+        pytest.skip("no C++ compiler")
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"grating_kernels-{grating_core.__version__}-py3-none-")  # one for every Python
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (module,) = (name for name in names if name.endswith(COMPILED))
+        assert names == {"grating_kernels/__init__.py", "grating_kernels/py.typed", module}
+        archive.extractall(tmp_path / "installed")
+    smoke = [sys.executable, "-S", KERNELS / "tests/smoke.py"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    assert "levels: " in subprocess.run(smoke, env=environment, check=True, capture_output=True, text=True).stdout
 
 
 @pytest.mark.slow

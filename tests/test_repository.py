@@ -12,7 +12,11 @@ import grating_core
 ROOT = Path(__file__).parent.parent
 GITHUB = ROOT / ".github"
 WORKFLOWS = sorted(GITHUB.glob("workflows/*.yml"))
-MANIFESTS = [ROOT / "pyproject.toml", *sorted(ROOT.glob("integrations/*/pyproject.toml"))]
+MANIFESTS = [
+    ROOT / "pyproject.toml",
+    ROOT / "kernels/pyproject.toml",
+    *sorted(ROOT.glob("integrations/*/pyproject.toml")),
+]
 
 
 def read(path):

@@ -26,7 +26,7 @@ FEWER_LINES = {"generation.py": 300, "reranker.py": 320}
 FOREIGN = {
     "_exit", "_replace", "_generate", "_stream", "_postprocess_nodes",
     "_identifying_params", "_get_ls_params", "_linear_pointwise", "_is_mkldnn_bf16_supported",
-    "_is_mkldnn_fp16_supported",
+    "_is_mkldnn_fp16_supported", "_int_mm",
 }  # fmt: skip
 
 
