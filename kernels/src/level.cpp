@@ -105,8 +105,7 @@ void attention_task(const void* at, int64_t begin, int64_t end, int32_t* failed)
     if (run_attention(job, begin, end)) *failed = GK_NO_MEMORY;
 }
 int32_t attention(const Host& host, const gk_attention* a) {
-    AttentionJob job(*a);
-    if (!job.ready()) return GK_NO_MEMORY;
+    AttentionJob job{*a};
     return spread(host, job.tasks(), attention_task, &job);
 }
 

@@ -1,0 +1,91 @@
+// Keys and values of one head of a sequence, brought into the order in which products read weights: see product.h.
+// A key is a column of the product with the queries. A value is a row of the product with the probabilities.
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include "product.h"
+
+namespace {
+
+// Queries, keys, values and probabilities are multiplied as bf16 where states are, and the level has such products.
+template <class S> using Factor = std::conditional_t<std::is_same_v<S, bf16> && HAS_BF16, bf16, float>;
+template <class T> constexpr int64_t GROUP = 4 / sizeof(T);  // entries of four bytes
+
+// States of one head of consecutive tokens, the first ones of which may lie elsewhere.
+template <class S> struct Tokens {
+    const S *own, *shared;
+    int64_t own_stride, shared_stride, shared_count, count;
+    const S* operator[](int64_t i) const {
+        return i < shared_count ? shared + i * shared_stride : own + (i - shared_count) * own_stride;
+    }
+};
+
+// Four bytes for each lane, from entry i of a row of n: one float32 or two bf16. What is behind the row's end is zero.
+template <class T, class S> inline vi words_at(const S* row, int64_t i, int64_t n) {
+    constexpr int64_t ALL = W * GROUP<T>;
+    if constexpr (std::is_same_v<T, float>) {
+        return i < n ? bits<vi>(load_at(row, i, n)) : vi{};
+    } else {
+        vi x = {};
+        if (n - i >= ALL) memcpy(&x, row + i, sizeof x);
+        else if (n - i == ALL / 2) memcpy(&x, row + i, sizeof x / 2);
+        else if (i < n) memcpy(&x, row + i, (n - i) * sizeof(S));
+        return x;
+    }
+}
+
+// Exchanges the lanes that have bit B of row a with those that lack it of row b.
+template <int B, int... L> inline void exchange(vi& a, vi& b, std::integer_sequence<int, L...>) {
+    const vi x = __builtin_shufflevector(a, b, ((L & B) ? W + (L ^ B) : L)...);
+    b = __builtin_shufflevector(a, b, ((L & B) ? W + L : (L ^ B))...);
+    a = x;
+}
+template <int B> inline void exchange_rows(vi* x) {
+    for (int r = 0; r < W; r++)
+        if (!(r & B)) exchange<B>(x[r], x[r | B], std::make_integer_sequence<int, W>());
+}
+// Turns W rows into columns.
+inline void transpose(vi* x) {
+    exchange_rows<1>(x);
+    exchange_rows<2>(x);
+    if constexpr (W > 4) exchange_rows<4>(x);
+    if constexpr (W > 8) exchange_rows<8>(x);
+}
+
+// Packs the keys from `begin` to `end`, which are multiples of 16, with zeros behind the last key. A row has `size` entries, and
+// `inner` when it is padded.
+template <class T, class S>
+void pack_keys(const Tokens<S>& keys, int64_t begin, int64_t end, int64_t size, int64_t inner, char* to) {
+    const int64_t groups = inner / GROUP<T>;
+    for (int64_t key = begin; key < end; key += 16, to += groups * 64)
+        for (int64_t lane = 0; lane < 16; lane += W)
+            for (int64_t group = 0; group < groups; group += W) {
+                vi x[W];
+                for (int64_t r = 0; r < W; r++) {
+                    const int64_t at = key + lane + r;
+                    x[r] = at < keys.count ? words_at<T>(keys[at], group * GROUP<T>, size) : vi{};
+                }
+                transpose(x);
+                for (int64_t r = 0; r < W; r++) memcpy(to + (group + r) * 64 + lane * 4, &x[r], sizeof(vi));
+            }
+}
+
+// Packs the values from `begin` to `end`, which are multiples of 32, with zeros behind the last value. A row has `size` entries,
+// and `columns` when it is padded. `block` is the bytes from one block of 16 entries to the next.
+template <class T, class S>
+void pack_values(const Tokens<S>& values, int64_t begin, int64_t end, int64_t size, int64_t columns, int64_t block, char* to) {
+    auto entries = [&](int64_t at, int64_t i) {
+        return at < values.count && i < size ? load_at(values[at], i, size) : vf{};
+    };
+    for (int64_t at = begin; at < end; at += GROUP<T>, to += 64)
+        for (int64_t i = 0; i < columns; i += W) {
+            vf x = entries(at, i);
+            if constexpr (std::is_same_v<T, bf16>)
+                x = bits<vf>((bits<vu>(x) >> 16) | (bits<vu>(entries(at + 1, i)) & 0xffff0000u));
+            store((float*)(to + i / 16 * block + i % 16 * 4), x);
+        }
+}
+
+}  // namespace

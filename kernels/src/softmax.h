@@ -1,0 +1,91 @@
+// A softmax of scores that come in blocks of keys: "Online normalizer calculation for softmax" (Milakov and Gimelshein, 2018).
+#pragma once
+
+#include <float.h>
+
+#include "activations.h"
+#include "product.h"
+
+namespace {
+
+// 2^x, x <= 0, as exact as probabilities of the type T need it. It is zero far below zero, and NaN of NaN.
+template <class T> inline vf power(vf x) {
+#if defined(__AVX512F__)
+    const vf f = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const vf near = maximum(all(-127.0f), x), n = (near + 12582912.0f) - 12582912.0f, f = near - n;
+#endif
+    vf p;
+    if constexpr (sizeof(T) == 2) {  // a relative error of 7.5e-5
+        p = all(0.0551716672f);
+        p = p * f + 0.242611122f;
+        p = p * f + 0.693260986f;
+        p = p * f + 0.999928074f;
+    } else {  // 8e-8
+        p = all(1.32764718e-3f);
+        p = p * f + 9.67554133e-3f;
+        p = p * f + 5.55071327e-2f;
+        p = p * f + 2.40221197e-1f;
+        p = p * f + 6.93146967e-1f;
+        p = p * f + 1.0f;
+    }
+#if defined(__AVX512F__)
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)(x - f));
+#else
+    const vf y = bits<vf>(bits<vi>(p) + (rounded(n) << 23));
+    return where(vi(x < -126.0f), vf{}, where(vi(x == x), y, x));
+#endif
+}
+
+inline void store_pair(float* to, vf a, vf b) { store(to, a), store(to + W, b); }
+inline void store_pair(bf16* to, vf a, vf b) {
+#if defined(__AVX512BF16__)
+    const __m512bh y = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    memcpy(to, &y, sizeof y);
+#else
+    store(to, a), store(to + W, b);
+#endif
+}
+
+// The state of a softmax of ROWS rows: the largest score so far, and the sum of the probabilities, which are relative to it.
+struct Softmax {
+    alignas(64) float most[ROWS], sum[ROWS], shrunk[ROWS];
+    vf parts[ROWS];
+
+    void begin() {
+        for (int r = 0; r < ROWS; r++) most[r] = -FLT_MAX, sum[r] = 0;
+    }
+
+    // Overwrites n scores of each row, a multiple of 32, by probabilities of type T: 2^(by * score) over that of the largest
+    // score. Then shrunk[r] is the factor of everything that came before in row r. A score of -infinity has a probability of zero.
+    template <class T> void add(int64_t rows, float* scores, int64_t stride, int64_t n, float by) {
+        alignas(64) float now[ROWS] = {};
+        for (int64_t r = 0; r < rows; r++) {
+            const float* from = scores + r * stride;
+            vf a = all(-FLT_MAX), b = a;
+            for (int64_t i = 0; i < n; i += 2 * W) {
+                a = maximum(load(from + i), a);
+                b = maximum(load(from + i + W), b);
+            }
+            parts[r] = maximum(a, b);
+        }
+        for (int64_t r = 0; r < rows; r++) now[r] = larger(most[r], top(parts[r]) * by);
+        for (int64_t r = 0; r < rows; r++) {
+            const float* from = scores + r * stride;
+            T* to = (T*)from;
+            const vf shift = all(now[r]);
+            vf a = {}, b = {};
+            for (int64_t i = 0; i < n; i += 2 * W) {
+                const vf p = power<T>(load(from + i) * by - shift), q = power<T>(load(from + i + W) * by - shift);
+                a += p, b += q;
+                store_pair(to + i, p, q);
+            }
+            parts[r] = a + b;
+        }
+        for (int64_t r = 0; r < ROWS; r += W) store(shrunk + r, power<float>(load(most + r) - load(now + r)));
+        for (int64_t r = 0; r < rows; r++) sum[r] = sum[r] * shrunk[r] + ::sum(parts[r]);
+        memcpy(most, now, sizeof now);
+    }
+};
+
+}  // namespace

@@ -1,0 +1,234 @@
+"""The compiled attention against its definition, at every level that this processor has."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from grating_core.kernels.compiled import attention
+from grating_core.kernels.loading import KernelsError, levels, start
+from grating_core.kernels.operands import Span
+
+BOUND = {torch.float32: 2e-5, torch.bfloat16: 0.04}
+
+
+def every_level() -> Sequence[object]:
+    try:
+        return levels()
+    except KernelsError as error:
+        return [pytest.param("none", marks=pytest.mark.skip(reason=str(error)))]
+
+
+@pytest.fixture(params=every_level(), scope="module", autouse=True)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    yield start(request.param)
+    start()
+
+
+@dataclass(frozen=True)
+class Rules:
+    heads: int = 4
+    key_heads: int = 4
+    size: int = 32
+    causal: bool = False
+    window: int | None = None
+    softcap: float | None = None
+    scaling: float = 0.2
+
+
+class Piece(NamedTuple):
+    """A piece is consecutive queries of a sequence, whose first keys may lie elsewhere."""
+
+    keys: int
+    first: int = 0
+    length: int | None = None
+    shared: int = 0
+
+    @property
+    def queries(self) -> int:
+        return self.keys - self.first if self.length is None else self.length
+
+
+class Given(NamedTuple):
+    """This class holds the states of one sequence, for all its tokens: ``[keys, heads, size]``."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+def random_states(rules: Rules, keys: int, dtype: torch.dtype, seed: int = 0) -> Given:
+    generator = torch.Generator().manual_seed(seed * 10_000 + keys)
+    query = torch.randn(keys, rules.heads, rules.size, generator=generator)
+    key, value = torch.randn(2, keys, rules.key_heads, rules.size, generator=generator)
+    return Given(query.to(dtype), key.to(dtype), value.to(dtype))
+
+
+def by_definition(rules: Rules, states: Given) -> Tensor:
+    """Return the attention of one sequence in float64, ``[keys, heads, size]``."""
+    groups = rules.heads // rules.key_heads
+    query, key, value = (part.double().transpose(0, 1) for part in states)
+    products = query @ key.repeat_interleave(groups, 0).mT * rules.scaling
+    if rules.softcap is not None:
+        products = rules.softcap * torch.tanh(products / rules.softcap)
+    place = torch.arange(len(states.key))
+    distance = place[:, None] - place
+    hidden = (distance < 0) & rules.causal
+    if rules.window is not None:
+        hidden |= distance.abs() >= rules.window
+    weights = products.masked_fill(hidden, -torch.inf).softmax(-1)
+    return (weights @ value.repeat_interleave(groups, 0)).transpose(0, 1)
+
+
+def span_of(piece: Piece, states: Given, start: int) -> tuple[Tensor, Span]:
+    """Return the queries of a piece, and its span from row ``start`` on. No tensor has room behind its end."""
+    stop = piece.first + piece.queries
+    keys = min(piece.keys, len(states.key))
+    own = slice(piece.shared, keys), slice(0, piece.shared)
+    key, shared_key = (states.key[part].clone() for part in own)
+    value, shared_value = (states.value[part].clone() for part in own)
+    rows = slice(start, start + piece.queries)
+    shared = (shared_key, shared_value) if piece.shared else (None, None)
+    return states.query[piece.first : stop].clone(), Span(rows, key, value, piece.first, *shared)
+
+
+def attend(rules: Rules, pieces: Sequence[tuple[Piece, Given]]) -> list[Tensor]:
+    """Attend with pieces of sequences in one call, and return the output of each, ``[queries, heads, size]``."""
+    queries, spans, start = [], [], 0
+    for piece, states in pieces:
+        query, span = span_of(piece, states, start)
+        queries.append(query)
+        spans.append(span)
+        start += piece.queries
+    output = attention(
+        torch.cat(queries).flatten(1),
+        spans,
+        heads=rules.heads,
+        key_heads=rules.key_heads,
+        causal=rules.causal,
+        scaling=rules.scaling,
+        window=rules.window,
+        softcap=rules.softcap,
+    )
+    return [output[span.rows].unflatten(1, (rules.heads, rules.size)) for span in spans]
+
+
+def whole(rules: Rules, states: Given) -> Tensor:
+    return attend(rules, [(Piece(len(states.key)), states)])[0]
+
+
+@st.composite
+def pieces(draw: st.DrawFn) -> Piece:
+    keys = draw(st.integers(1, 70) | st.sampled_from([256, 257, 300]))
+    first = draw(st.integers(0, keys - 1))
+    return Piece(keys, first, draw(st.integers(1, keys - first)), draw(st.integers(0, keys)))
+
+
+RULES = st.builds(
+    Rules,
+    heads=st.just(4),
+    key_heads=st.sampled_from([1, 2, 4]),
+    size=st.sampled_from([8, 31, 32, 40, 64, 80, 96, 128]),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 300),
+    softcap=st.sampled_from([None, 0.5, 20.0]),
+    scaling=st.sampled_from([0.05, 0.3]),
+)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@DTYPES
+@settings(max_examples=60, deadline=None)
+@given(rules=RULES, batch=st.lists(pieces(), min_size=1, max_size=4))
+def test_follows_the_definition(dtype: torch.dtype, rules: Rules, batch: list[Piece]) -> None:
+    states = [random_states(rules, piece.keys, dtype, seed) for seed, piece in enumerate(batch)]
+    for piece, given_, found in zip(
+        batch, states, attend(rules, list(zip(batch, states, strict=True))), strict=True
+    ):
+        expected = by_definition(rules, given_)[piece.first : piece.first + piece.queries]
+        torch.testing.assert_close(found.double(), expected, atol=BOUND[dtype], rtol=0)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "rules",
+    [
+        Rules(),
+        Rules(key_heads=1, size=256, causal=True),
+        Rules(key_heads=2, size=80, causal=True, window=40),
+        Rules(size=64, window=300, softcap=5.0),
+    ],
+)
+def test_long_sequences_follow_the_definition(dtype: torch.dtype, rules: Rules) -> None:
+    states = random_states(rules, 1100, dtype)
+    torch.testing.assert_close(
+        whole(rules, states).double(), by_definition(rules, states), atol=BOUND[dtype], rtol=0
+    )
+
+
+@DTYPES
+@settings(max_examples=40, deadline=None)
+@given(rules=RULES, piece=pieces(), other=pieces(), threads=st.integers(1, 3))
+def test_a_query_does_not_depend_on_what_is_computed_beside_it(
+    dtype: torch.dtype, rules: Rules, piece: Piece, other: Piece, threads: int
+) -> None:
+    states, others = random_states(rules, piece.keys, dtype), random_states(rules, other.keys, dtype, 1)
+    expected = whole(rules, states)[piece.first : piece.first + piece.queries]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = attend(rules, [(other, others), (piece, states), (other, others)])[1]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found, expected)
+
+
+@DTYPES
+@pytest.mark.parametrize("rules", [Rules(), Rules(key_heads=2), Rules(causal=True, window=30), Rules(window=9)])
+def test_scores_of_any_size_are_computed(dtype: torch.dtype, rules: Rules) -> None:
+    rules = replace(rules, scaling=1.0)
+    for factor in (0.0, 1e-20, 30.0, 1e4):
+        states = random_states(rules, 300, dtype)
+        states = Given(states.query * factor, *states[1:])
+        expected = by_definition(rules, states)
+        # Large scores have rounding errors of their own, which the exponential makes larger.
+        bound = BOUND[dtype] if factor < 1 else 0.1
+        torch.testing.assert_close(whole(rules, states).double(), expected, atol=bound, rtol=0)
+
+
+@DTYPES
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("rules", [Rules(), Rules(key_heads=2, causal=True), Rules(softcap=5.0, window=20)])
+def test_what_is_not_finite_stays_where_it_is(dtype: torch.dtype, poison: float, rules: Rules) -> None:
+    states, others = random_states(rules, 70, dtype), random_states(rules, 70, dtype, 1)
+    clean = whole(rules, states)
+    query = states.query.clone()
+    query[40, 1, 3] = poison
+    spoiled = Given(*(torch.full_like(part, poison) for part in others))
+    found = attend(rules, [(Piece(70), spoiled), (Piece(70), Given(query, *states[1:])), (Piece(70), spoiled)])
+    assert not found[0].isfinite().any()
+    assert not found[2].isfinite().any()
+    changed = torch.zeros_like(clean, dtype=torch.bool)
+    changed[40, 1] = True
+    assert torch.equal(found[1][~changed], clean[~changed])
+    if rules.softcap is None:
+        assert found[1][changed].isnan().all()
+
+
+def test_rows_in_no_span_are_zero_and_rows_may_have_any_stride() -> None:
+    rules = Rules()
+    states = random_states(rules, 20, torch.float32)
+    together = torch.cat([part.flatten(1) for part in states], 1)
+    query, key, value = together.split(rules.heads * rules.size, 1)
+    shape = (rules.heads, rules.size)
+    span = Span(slice(2, 18), key[2:18].unflatten(1, shape), value[2:18].unflatten(1, shape), 0)
+    found = attention(query, [span], heads=4, key_heads=4, causal=False, scaling=rules.scaling)
+    assert not found[:2].any()
+    assert not found[18:].any()
+    expected = whole(rules, Given(*(part[2:18] for part in states)))
+    assert torch.equal(found[2:18].unflatten(1, shape), expected)
