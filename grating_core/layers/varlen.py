@@ -124,7 +124,8 @@ def varlen_attention(spec: LayerSpec, query: Tensor, spans: Sequence[Span], pack
         num_splits=1,  # otherwise the longest sequence decides how sums are split, and so how they are rounded
     )
     assert isinstance(attended, Tensor)
-    return pad(attended, (0, 0, 0, 0, 0, query.shape[1] - count))
+    fill = query.shape[1] - count
+    return pad(attended, (0, 0, 0, 0, 0, fill)) if fill else attended
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -120,7 +121,7 @@ class _Compared:
         asked, told = len(self._best), len(self._best_of_document)
         if not asked or not told:
             return self._products.new_zeros(self._products.shape[1] + SIMILARITIES)
-        length = torch.tensor(float(told), device=self._sum.device).log()
+        length = torch.full((), math.log(told), device=self._sum.device)
         mean, best_of_document = self._sum / (asked * told), self._best_of_document.mean()
         numbers = torch.stack((self._best.mean(), self._best.min(), mean, best_of_document, length))
         return torch.cat((self._products.mean(0), numbers))

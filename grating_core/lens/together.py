@@ -18,6 +18,7 @@ from grating_core.lens.whole import SIMILARITIES, SMALLEST
 Runs = Sequence[slice]
 """Runs of rows, one behind the other."""
 
+_BLOCK = 32  # rows that are summed one after another
 _PADDED = 16 * 1024  # tokens of documents that are compared at once, with what fills them up to the longest
 
 
@@ -33,9 +34,17 @@ def sums_of(states: Tensor, lengths: Sequence[int]) -> Tensor:
         states: The segments, one behind the other.
         lengths: Number of rows of each of the N segments.
     """
+    # A GPU goes through the rows of a segment one after another. Blocks first: it does many of them side by side.
+    blocks = [min(_BLOCK, length - first) for length in lengths for first in range(0, length, _BLOCK)]
+    return _sums(_sums(states.float(), blocks), [-(-length // _BLOCK) for length in lengths])
+
+
+def _sums(states: Tensor, lengths: Sequence[int]) -> Tensor:
+    if not len(states):
+        return states.new_zeros(len(lengths), states.shape[1])
     counts = sent(torch.tensor(lengths), states.device)
     # Each sum is made of its own rows alone, in their order. Checking the lengths would wait for the device.
-    return torch.segment_reduce(states.float(), "sum", lengths=counts, axis=0, unsafe=True, initial=0)
+    return torch.segment_reduce(states, "sum", lengths=counts, axis=0, unsafe=True, initial=0)
 
 
 def together_features(

@@ -122,7 +122,7 @@ def requests(draw: st.DrawFn) -> tuple[list[Piece], set[int]]:
     return pieces, draw(st.sets(st.integers(1, tokens), max_size=8))
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(requests(), st.sampled_from(["first", "last", "mean"]), st.integers(0, 2**31))
 def test_features_do_not_depend_on_where_a_request_is_cut(
     request: tuple[list[Piece], set[int]], pooling: str, seed: int
