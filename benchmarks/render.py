@@ -51,6 +51,7 @@ def provenance(result: Result) -> str:
         f"commit {result.commit}" + (" with changes" if result.dirty else ""),
         f"{hardware['processor']} ({', '.join(hardware['instructions'])}; {', '.join(rates)}), "
         f"{hardware['cores']} cores, {hardware['threads']} threads, {hardware['memory_gb']:.0f} GB",
+        *([f"kernels: {hardware['kernels']}"] if "kernels" in hardware else []),
         ", ".join(f"{name} {version}" for name, version in result.versions.items() if version is not None),
         *([f"not installed: {', '.join(missing)}"] if missing else []),
         f"{result.rounds} {'round' if result.rounds == 1 else 'rounds'}",

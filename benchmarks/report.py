@@ -27,6 +27,7 @@ import torch
 import typer
 
 from grating_core.files.writing import replacing
+from grating_core.kernels.choice import kernels
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -54,7 +55,8 @@ class Result:
         date: Day of the measurement, in UTC, as ``2026-11-26``.
         commit: First 12 digits of the commit that was measured.
         dirty: Whether files differed from that commit.
-        hardware: Processor, cores, threads, instructions, GFLOP/s of a matrix product by dtype, and memory in GB.
+        hardware: Processor, cores, threads, instructions, GFLOP/s of a matrix product by dtype, memory in GB, and
+            the level of grating's kernels, or "torch" and why. Files from before there were kernels lack the last.
         versions: Version of Python and of each package; None for one that is not installed.
         command: The command that measured it. A directory outside the repository is written by its last part.
         rounds: How often each request was timed.
@@ -169,6 +171,7 @@ def _hardware() -> Row:
         "instructions": sorted(flags & _INSTRUCTIONS),
         "gflops": {str(dtype).split(".")[1]: _product_rate(dtype) for dtype in (torch.float32, torch.bfloat16)},
         "memory_gb": psutil.virtual_memory().total / 1e9,
+        "kernels": kernels().level or f"torch ({kernels().reason.removesuffix('.')})",
     }
 
 

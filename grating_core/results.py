@@ -80,6 +80,8 @@ class Trace:
             number is exact if it was the most since the process began; otherwise it is the most that was seen
             after a layer. On CUDA it is the most that torch had allocated on the device since the process began.
             None without a memory budget.
+        kernels: The level of the compiled kernels that computed the layers, such as ``"avx512"``; ``"torch"`` if
+            torch computed them. ``grating doctor`` says why.
     """
 
     layers: tuple[LayerTrace, ...]
@@ -94,6 +96,7 @@ class Trace:
     bytes_spilled: int = 0
     embedding_hit_rate: float | None = None
     peak_memory: int | None = None
+    kernels: str = "torch"
 
     @property
     def compute_share(self) -> float:
@@ -108,7 +111,7 @@ class Trace:
         Returns:
             ``candidates`` and ``tokens`` (how many), ``alive`` (candidates computed, layer by layer),
             ``compute_share``, and of the attributes ``depth``, ``truncated``, ``seconds``, ``seconds_waited``,
-            ``bytes_read``, ``bytes_spilled``, ``embedding_hit_rate`` and ``peak_memory``.
+            ``bytes_read``, ``bytes_spilled``, ``embedding_hit_rate``, ``peak_memory`` and ``kernels``.
         """
         return {
             "candidates": len(self.lengths),
@@ -123,6 +126,7 @@ class Trace:
             "bytes_spilled": self.bytes_spilled,
             "embedding_hit_rate": self.embedding_hit_rate,
             "peak_memory": self.peak_memory,
+            "kernels": self.kernels,
         }
 
 

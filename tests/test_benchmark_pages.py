@@ -10,9 +10,10 @@ import pytest
 import typer
 
 from benchmarks import generation, memory
-from benchmarks.render import DOCS, FIGURES, PAGES, page_names, render_page, wrong_figures
+from benchmarks.render import DOCS, FIGURES, PAGES, page_names, provenance, render_page, wrong_figures
 from benchmarks.report import RESULTS, ROOT, Result, read_result, read_results, write_result
 from benchmarks.worker import System
+from grating_core.kernels.choice import kernels
 from tests.tiny_chat import save_chat_model
 
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
@@ -105,6 +106,8 @@ def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert (found.name, found.rounds, found.setting) == ("seconds-of-this", 3, {"k": [1, 5]})
     assert found.versions["no-such"] is None
     assert found.hardware["gflops"]["float32"] > 0
+    assert found.hardware["kernels"] == (kernels().level or f"torch ({kernels().reason[:-1]})")
+    assert f"kernels: {found.hardware['kernels']};" in provenance(found)
     with pytest.raises(ValueError, match="JSON"):  # a figure that is none
         write_result(tmp_path, "seconds-of-this", [{"seconds": float("nan")}], rounds=3)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]

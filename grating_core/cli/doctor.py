@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grating_core.cli.options import BUNDLED
 from grating_core.cli.output import err, show, write_json
@@ -14,8 +14,12 @@ from grating_core.errors import GratingError
 from grating_core.files.places import cache_directory, is_there
 from grating_core.files.writing import require_room
 
+if TYPE_CHECKING:
+    import torch
+
 _PACKAGES = (
     "grating-core",
+    "grating-kernels",
     "torch",
     "transformers",
     "tokenizers",
@@ -28,7 +32,7 @@ _PACKAGES = (
 
 
 def doctor(as_json: bool = False) -> None:
-    """Show versions, the device and dtype that will be used and why, and where the caches are."""
+    """Show versions, the device, dtype and kernels that will be used and why, and where the caches are."""
     with err.status("Looking ..."):
         found = _found()
     if as_json:
@@ -40,6 +44,7 @@ def doctor(as_json: bool = False) -> None:
         table.add_row(package, version or "not installed")
     table.add_row("device", f"{found['device']} (CUDA: {found['cuda']}, MPS: {found['mps']})")
     table.add_row("dtype", f"{found['dtype']}: {found['dtype_reason']}")
+    table.add_row("kernels", found["kernels"] or f"none: {found['kernels_reason']}")
     advice = f"; {found['thread_advice']}" if found["thread_advice"] else ""
     table.add_row("threads", f"{found['threads']} of {found['processors']} processors{advice}")
     table.add_row("grating's cache", found["cache"])
@@ -56,6 +61,7 @@ def _found() -> dict[str, Any]:
 
     device = choose_device(None)
     dtype, reason = choose_dtype("auto", device)
+    level, level_reason = _kernels(device, dtype)
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -65,6 +71,8 @@ def _found() -> dict[str, Any]:
         "mps": torch.backends.mps.is_available(),
         "dtype": str(dtype).removeprefix("torch."),
         "dtype_reason": reason,
+        "kernels": level,
+        "kernels_reason": level_reason,
         "threads": torch.get_num_threads(),
         "processors": os.cpu_count(),
         "thread_advice": thread_advice(),
@@ -73,6 +81,18 @@ def _found() -> dict[str, Any]:
         "hub_offline": bool(constants.HF_HUB_OFFLINE),
         "bundled_model": _bundled_state(),
     }
+
+
+def _kernels(device: torch.device, dtype: torch.dtype) -> tuple[str | None, str]:
+    """Return the level of the compiled kernels that will compute; or None, and why torch computes."""
+    from grating_core.kernels.choice import kernels
+
+    if device.type != "cpu":
+        return None, f"they are for CPUs, and the device is {device}"
+    chosen = kernels()
+    if chosen.level and not chosen.has(dtype):
+        return None, f"the level {chosen.level} has no products of {str(dtype).removeprefix('torch.')}"
+    return chosen.level, chosen.reason
 
 
 def _cache() -> str:

@@ -74,13 +74,17 @@ def run_pass(
                     job.fail(contest.error)
                     continue
                 memory = None if peak is None else peak.bytes
-                trace = _trace(contest, requests[number], shared.get(number, 0), job.started, memory)
+                trace = _trace(
+                    contest, requests[number], shared.get(number, 0), job.started, memory, model.kernels
+                )
                 job.finish(Outcome(contest.winners, trace))
     finally:
         model.rewind()
 
 
-def _trace(contest: Contest, candidates: Encoded, shared: int, started: float, peak: int | None) -> Trace:
+def _trace(
+    contest: Contest, candidates: Encoded, shared: int, started: float, peak: int | None, kernels: str
+) -> Trace:
     usage = contest.usage
     return Trace(
         layers=tuple(contest.layers),
@@ -95,6 +99,7 @@ def _trace(contest: Contest, candidates: Encoded, shared: int, started: float, p
         bytes_spilled=usage.bytes_spilled,
         embedding_hit_rate=usage.hit_rate,
         peak_memory=peak,
+        kernels=kernels,
     )
 
 

@@ -69,7 +69,9 @@ def _load() -> ctypes.CDLL:
     try:
         grating_kernels = import_module("grating_kernels")
     except ImportError:
-        raise KernelsError("grating-kernels is not installed.") from None
+        raise KernelsError(
+            "grating-kernels is not installed: in a clone of grating, pip install ./kernels builds it."
+        ) from None
     try:
         path = grating_kernels.library()
         lib = ctypes.CDLL(str(path))

@@ -113,6 +113,11 @@ class LayeredModel:
         """D, the width of the hidden states."""
         return self.spec.width
 
+    @property
+    def kernels(self) -> str:
+        """The level of the compiled kernels that compute the layers; ``"torch"`` if torch does."""
+        return "torch"
+
     def prepare(self, input_ids: Tensor) -> None:
         """Read the embedding rows of a pass's tokens, int64 ``[T]``, as far as there is room for them."""
         if self._parts.rows is not None:

