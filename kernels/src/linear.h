@@ -84,6 +84,7 @@ template <int ACTIVATION>
 inline void finish_panel(const gk_linear& l, int64_t row, int64_t rows, int64_t panel, float* y, const float* z, int64_t ldy,
                          const int32_t* sums, Peak* peaks) {
     const Scaled own(l, l.weight, panel), gate(l, z ? l.gate : l.weight, panel);
+    const int64_t columns = l.weight.columns - panel * COLUMNS;  // the others are padding
     for (int64_t r = 0; r < rows; r++) {
         const float scale = l.x.scale ? l.x.scale[row + r] : 1.0f;
         const int32_t lift = LIFTED && l.x.scale ? 128 * sums[r] : 0;
@@ -92,7 +93,7 @@ inline void finish_panel(const gk_linear& l, int64_t row, int64_t rows, int64_t 
             vf x = own(at, v, scale, lift);
             x = z ? x * activate<ACTIVATION>(gate(z + r * COLUMNS, v, scale, lift)) : activate<ACTIVATION>(x);
             store(at + v * W, x);
-            if (peaks) peaks[r].add(x);
+            if (peaks) peaks[r].add(first(x, columns - v * W));
         }
     }
 }

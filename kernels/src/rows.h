@@ -24,9 +24,13 @@ struct Peak {
 // Quantises a row of n floats by its largest magnitude, and fills with zeros to a multiple of 64. Of a row that is not
 // finite the scale is NaN, so that whatever is computed from the row is NaN.
 inline void quantise(const float* y, int64_t n, float peak, int8_t* q, float* scale) {
-    const bool zero = peak < least;
-    const vf by = all(zero ? 0.0f : 127.0f / peak);
-    *scale = zero ? 0.0f : peak * (1.0f / 127.0f);
+    if (!(peak >= least)) {
+        *scale = peak < least ? 0.0f : NAN;
+        memset(q, 0, up(n, 64));
+        return;
+    }
+    const vf by = all(127.0f / peak);
+    *scale = peak * (1.0f / 127.0f);
     int64_t i = 0;
     for (; i + W <= n; i += W) store(q + i, rounded(load(y + i) * by));
     if (i < n) {
