@@ -31,6 +31,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from transformers import AutoTokenizer
 
 from benchmarks.collections import Request, load_requests
 from benchmarks.peers import (
@@ -100,10 +101,11 @@ def ask_peer(quickest: Quickest, question: Question) -> Facts:
     return {"rankings": {top_k: best(scores, top_k) for top_k in question.top_ks}, "way": way}
 
 
-def load_runtime(ready: Ready, *, directory: Path, open_lanes: Open) -> Ask:
+def load_runtime(ready: Ready, *, directory: Path, files: Path, open_lanes: Open) -> Ask:
     """Load a runtime for CPUs."""
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     ready()
-    return partial(ask_peer, Quickest(runtime_ways(directory, open_lanes)))
+    return partial(ask_peer, Quickest(runtime_ways(tokenizer, files, open_lanes, torch.get_num_threads())))
 
 
 def load_sentence_transformers(ready: Ready, *, directory: Path, dtype: str, batch_sizes: Sequence[int]) -> Ask:
@@ -195,14 +197,13 @@ def find_systems(directory: Path) -> list[System]:
             batched("transformers, bfloat16", load_transformers, "bfloat16", 2, 4, 20),
             *grating(REFERENCE, DEFAULT),
         ]
-    prepare(directory)
-    peer = "sentence-transformers"
+    peer, files = "sentence-transformers", prepare(directory)
     return [
         batched(f"{peer}, default", load_sentence_transformers, "float32", 32),
         batched(f"{peer}, float32", load_sentence_transformers, "float32", *BATCH_SIZES),
         batched(f"{peer}, bfloat16", load_sentence_transformers, "bfloat16", *BATCH_SIZES),
         *(
-            System(name, load_runtime, {"directory": directory, "open_lanes": open_lanes})
+            System(name, load_runtime, {"directory": directory, "files": files, "open_lanes": open_lanes})
             for name, open_lanes in RUNTIMES.items()
         ),
         *grating(*GRATING),

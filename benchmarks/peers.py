@@ -75,16 +75,16 @@ class Quickest:
         return perf_counter() - started
 
 
-def runtime_ways(directory: Path, open_lanes: Open) -> dict[str, Way]:
+def runtime_ways(tokenizer: Any, files: Path, open_lanes: Open, threads: int) -> dict[str, Way]:
     """Return the ways to rerank with a runtime: with one lane or one a thread, and in batches of several sizes.
 
     Args:
-        directory: Holds the model and its tokenizer.
+        tokenizer: Tokenizes pairs.
+        files: What :func:`prepare` returned.
         open_lanes: Opens the runtime.
+        threads: All lanes share them.
     """
-    files, threads = prepare(directory), torch.get_num_threads()
     lanes = {count: open_lanes(files, count, threads) for count in {1, threads}}
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
     def way(count: int, batch_size: int) -> Way:
         return lambda request: _score(tokenizer, lanes[count], request, batch_size)

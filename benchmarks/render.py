@@ -137,7 +137,18 @@ def _memory(results: Results) -> list[float]:
     return [figure for figure in (*figures, *numbers) if figure is not None]
 
 
+def _latency(results: Results) -> list[float]:
+    """The means over the collections: seconds and milliseconds, ratios, and shares in percent."""
+    result = results["latency"]
+    rows = [row for row in result.rows if row["case"] == "mean"]
+    figures = [row[name] for row in rows for name in ("times_fastest", "times_faithful", "times_usual")]
+    kept = [100 * row[name] for row in rows for name in ("agreement_1", "agreement_5", "agreement_10")]
+    numbers = [result.setting["candidates"], result.setting["top_k"], result.hardware["cores"]]
+    return [*figures, *kept, *(1000 * row["seconds"] for row in rows), *(row["seconds"] for row in rows), *numbers]
+
+
 QUOTED: dict[str, tuple[str, Callable[[Results], list[float]]]] = {
+    "latency": ("latency", _latency),
     "application": ("applications", _application),
     "pruning": ("pruning", _pruning),
     "memory": ("memory-m3", _memory),

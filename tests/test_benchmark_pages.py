@@ -2,14 +2,20 @@
 
 import re
 import shlex
+import time
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import typer
+from transformers import AutoTokenizer
 
-from benchmarks import generation, memory
+from benchmarks import generation, memory, peers
+from benchmarks.collections import Request
+from benchmarks.recipes import EncoderRecipe
 from benchmarks.render import DOCS, FIGURES, PAGES, page_names, provenance, render_page, wrong_figures
 from benchmarks.report import RESULTS, ROOT, Result, read_result, read_results, write_result
 from benchmarks.worker import System
@@ -134,3 +140,26 @@ def test_a_language_model_in_a_process_of_its_own_is_watched(tmp_path: Path) -> 
     row = generation.measure(system, directory, ["The first one", "The second one"], weights_mb=1)
     assert row["tokens_per_second"] > 0
     assert row["read_mb_per_token"] == 0  # all of it is in memory
+
+
+def test_lanes_and_batches_of_a_runtime_score_as_one_pair_at_a_time() -> None:
+    directory = memory.find_or_write("bundled:ms-marco-minilm-l12")
+    recipe = EncoderRecipe(directory, None)
+    model = recipe.architecture.from_pretrained(directory).eval()
+    texts = ["seas", "a text " * 90, "", "the sea is blue " * 7, "blue", "why " * 600]
+    request = Request("why is the sea blue?", texts, [], {})
+
+    def open_lanes(files: Path, lanes: int, threads: int) -> list[peers.Run]:
+        def run(batch: peers.Batch) -> peers.Scores:
+            with torch.inference_mode():
+                return model(**{name: torch.from_numpy(ids) for name, ids in batch.items()}).logits[:, 0].numpy()
+
+        return [run] * lanes
+
+    expected = recipe.scores(model, request.query, texts, 1).numpy()
+    ways = peers.runtime_ways(AutoTokenizer.from_pretrained(directory), directory, open_lanes, threads=2)
+    assert len(ways) == 2 * len(peers.BATCH_SIZES)
+    for name, way in ways.items():
+        np.testing.assert_allclose(way(request), expected, atol=1e-4, err_msg=name)
+    quickest = peers.Quickest({"slow": lambda request: time.sleep(0.1), "quick": lambda request: expected})
+    assert quickest.scores("some", request)[1] == "quick"
