@@ -9,11 +9,14 @@ root="$(dirname "$0")/.."
 
 echo "Building the kernels ..."
 rm -rf "$wheels"
-# A wheel first: pip replaces what is installed only when the whole build went well.
 if "$environment/bin/python" -m pip wheel --no-deps --no-build-isolation --wheel-dir "$wheels" "$root/kernels" >"$log" 2>&1
 then
     "$environment/bin/python" -m pip install -qq --no-deps --no-index --force-reinstall "$wheels"/*.whl
-elif grep -q "No C++ compiler" "$log"; then
+    exit
+fi
+# What was built from older sources does not stay.
+"$environment/bin/python" -m pip uninstall -qq --yes grating-kernels
+if grep -q "No C++ compiler" "$log"; then
     echo "No C++ compiler: grating computes in torch, more slowly, until 'make kernels' finds one."
 else
     echo "The kernels could not be built ($log says why): grating computes in torch, more slowly." >&2

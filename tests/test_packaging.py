@@ -176,12 +176,12 @@ def test_the_kernels_are_published_as_source_that_builds_anywhere(kernels_sdist:
 
 
 def test_without_a_compiler_nothing_fails_and_nothing_is_installed(tmp_path: Path) -> None:
-    python = tmp_path / "an environment/bin/python"
-    python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    python.chmod(0o755)
+    base = tmp_path / "an environment"
+    venv.create(base, with_pip=False)
+    paths = sysconfig.get_paths("venv", {"base": str(base), "platbase": str(base)})
+    Path(paths["purelib"], "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     environment = os.environ | {"CXX": "/bin/false"}
-    command = [ROOT / "scripts/install_kernels.sh", python.parent.parent]
+    command = [ROOT / "scripts/install_kernels.sh", base]
     told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     assert told.splitlines()[-1].startswith("No C++ compiler: grating computes in torch, more slowly")
     assert not list(tmp_path.rglob("*.whl"))
