@@ -27,7 +27,8 @@ struct gk_norm {
     const float* bias;
 };
 
-// A packed weight [columns, inner]. scale (of int8) and bias (null for none) are float32 [columns padded to 32].
+// A packed weight [columns, inner]. scale (of int8) and bias (null for none) are float32 [columns padded to 32]. Entries of
+// int8 rows and weights lie in -127 ... 127.
 struct gk_weight {
     const void* packed;
     const float* scale;

@@ -280,20 +280,21 @@ struct DotInt8 {
 };
 constexpr bool LIFTED = true;  // the weights
 #elif defined(__AVX2__)
-// Four columns at a time as int16: maddubs would saturate.
+// vpmaddubsw multiplies unsigned by signed: the row's magnitudes by the weights with the row's signs. A sum of two products
+// fits into 16 bits, because no entry is -128.
 struct DotInt8 {
     typedef int32_t Value;
     typedef __m256i Sum;
     typedef __m256i Weights;
-    static constexpr int LANES = 4, VECTORS = 2, ROWS = 4;
+    static constexpr int LANES = 8, VECTORS = 2, ROWS = 4;
     static Sum zero() { return _mm256_setzero_si256(); }
-    static Weights weights(const char* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
-    static __m256i entries(const char* p) { return _mm256_cvtepi8_epi16(_mm_set1_epi32(word(p))); }
-    static Sum add(Sum s, __m256i a, __m256i b) { return _mm256_add_epi32(s, _mm256_madd_epi16(a, b)); }
-    static void keep(int32_t* y, Sum s) {
-        __m128i low = _mm256_castsi256_si128(s), high = _mm256_extracti128_si256(s, 1);
-        _mm_storeu_si128((__m128i*)y, _mm_hadd_epi32(low, high));
+    static Weights weights(const char* p) { return GK_LOAD(p); }
+    static __m256i entries(const char* p) { return _mm256_set1_epi32(word(p)); }
+    static Sum add(Sum s, __m256i a, __m256i b) {
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a));
+        return _mm256_add_epi32(s, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
+    static void keep(int32_t* y, Sum s) { _mm256_storeu_si256((__m256i*)y, s); }
 };
 constexpr bool LIFTED = false;
 #elif defined(__ARM_FEATURE_DOTPROD)
