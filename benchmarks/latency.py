@@ -21,9 +21,9 @@ something, its agreement does not.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from math import ceil
 from pathlib import Path
 from statistics import mean, median
@@ -38,6 +38,8 @@ from benchmarks.peers import (
     PACKAGES,
     Open,
     Quickest,
+    Scores,
+    Way,
     open_ctranslate2,
     open_onnx_runtime,
     open_openvino,
@@ -57,7 +59,7 @@ TOP_K = (1, 5, 10)
 FAITHFUL = 0.98  # share of the top K
 MEAN = "mean"
 REFERENCE, DEFAULT = "grating, float32, pruning off", "grating"
-BATCH_SIZES = (1, 2, 4, 8)
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -80,16 +82,16 @@ class Case:
 
 
 USUAL = tuple(Case(name, name) for name in COLLECTIONS)  # whose mean is in the table as well
-MANY = Case("cranfield, 10 of 100", "cranfield", candidates=100, top_k=10, share=4)
+MANY = Case("cranfield, 10 of 100", "cranfield", candidates=100, top_k=10, share=6)
 
 
 @dataclass(frozen=True)
 class Question:
-    """A request of a collection, and the numbers of documents that are wanted of it, one after the other."""
+    """A request of a collection, and how many documents are wanted of it."""
 
     collection: str
     request: Request
-    top_ks: tuple[int, ...]
+    top_k: int
 
 
 # Systems.
@@ -98,7 +100,7 @@ class Question:
 def ask_peer(quickest: Quickest, question: Question) -> Facts:
     """Put a question to a peer."""
     scores, way = quickest.scores(question.collection, question.request)
-    return {"rankings": {top_k: best(scores, top_k) for top_k in question.top_ks}, "way": way}
+    return {"ranking": best(scores, len(scores)), "way": way}
 
 
 def load_runtime(ready: Ready, *, directory: Path, files: Path, open_lanes: Open) -> Ask:
@@ -108,32 +110,47 @@ def load_runtime(ready: Ready, *, directory: Path, files: Path, open_lanes: Open
     return partial(ask_peer, Quickest(runtime_ways(tokenizer, files, open_lanes, torch.get_num_threads())))
 
 
-def load_sentence_transformers(ready: Ready, *, directory: Path, dtype: str, batch_sizes: Sequence[int]) -> Ask:
+def load_sentence_transformers(
+    ready: Ready, *, directory: Path, dtypes: Sequence[str], batch_sizes: Sequence[int]
+) -> Ask:
     """Load a CrossEncoder, used as its users do."""
     from sentence_transformers import CrossEncoder
 
     ready()
-    model = CrossEncoder(str(directory), device="cpu", model_kwargs={"dtype": dtype})
 
-    def scores(batch_size: int, request: Request) -> Any:
-        pairs = [(request.query, document) for document in request.documents]
-        return model.predict(pairs, batch_size=batch_size)
+    def way(dtype: str, batch_size: int) -> Way:
+        def scores(request: Request) -> Scores:
+            pairs = [(request.query, document) for document in request.documents]
+            found: Scores = models[dtype].predict(pairs, batch_size=batch_size)
+            return found
 
-    return partial(ask_peer, Quickest({f"batches of {size}": partial(scores, size) for size in batch_sizes}))
+        return scores
+
+    models: Any = {
+        dtype: CrossEncoder(str(directory), device="cpu", model_kwargs={"dtype": dtype}) for dtype in dtypes
+    }
+    ways = {f"{dtype}, batches of {size}": way(dtype, size) for dtype, size in product(dtypes, batch_sizes)}
+    return partial(ask_peer, Quickest(ways))
 
 
-def load_transformers(ready: Ready, *, directory: Path, dtype: str, batch_sizes: Sequence[int]) -> Ask:
+def load_transformers(ready: Ready, *, directory: Path, dtypes: Sequence[str], batch_sizes: Sequence[int]) -> Ask:
     """Load transformers, used plainly: batches padded to the longest prompt of each."""
     recipe = find_recipe(directory, None)
     ready()
-    model = recipe.architecture.from_pretrained(
-        directory, dtype=getattr(torch, dtype), trust_remote_code=False
-    ).eval()
 
-    def scores(batch_size: int, request: Request) -> Any:
-        return recipe.scores(model, request.query, request.documents, batch_size).numpy()
+    def way(dtype: str, batch_size: int) -> Way:
+        def scores(request: Request) -> Scores:
+            found: Scores = recipe.scores(models[dtype], request.query, request.documents, batch_size).numpy()
+            return found
 
-    return partial(ask_peer, Quickest({f"batches of {size}": partial(scores, size) for size in batch_sizes}))
+        return scores
+
+    models: Any = {
+        dtype: recipe.architecture.from_pretrained(directory, dtype=dtype, trust_remote_code=False).eval()
+        for dtype in dtypes
+    }
+    ways = {f"{dtype}, batches of {size}": way(dtype, size) for dtype, size in product(dtypes, batch_sizes)}
+    return partial(ask_peer, Quickest(ways))
 
 
 def load_grating(ready: Ready, *, directory: Path, dtype: str, pruning: PruningName) -> Ask:
@@ -145,15 +162,11 @@ def load_grating(ready: Ready, *, directory: Path, dtype: str, pruning: PruningN
     reranker = Reranker.from_pretrained(directory, pruning=pruning, dtype=dtype, device="cpu", **asked)
 
     def ask(question: Question) -> Facts:
-        # Without pruning the best 5 begin the best 10. With it, fewer wanted are fewer computed.
-        passes = question.top_ks if reranker.lens and pruning != "off" else (max(question.top_ks),)
-        query, documents = question.request.query, question.request.documents
-        results = {top_k: reranker.rerank(query, documents, top_k) for top_k in passes}
-        rankings = {
-            top_k: [ranked.index for ranked in results.get(top_k, results[passes[-1]]).ranking[:top_k]]
-            for top_k in question.top_ks
-        }
-        return {"rankings": rankings, "way": None, "tokens": sum(results[passes[-1]].trace.lengths)}
+        documents = question.request.documents
+        wanted = len(documents) if pruning == "off" else question.top_k  # all take the same time without pruning
+        result = reranker.rerank(question.request.query, documents, wanted)
+        ranking = [ranked.index for ranked in result.ranking]
+        return {"ranking": ranking, "way": None, "tokens": sum(result.trace.lengths)}
 
     return ask
 
@@ -181,8 +194,13 @@ RUNTIMES: dict[str, Open] = {
 def find_systems(directory: Path) -> list[System]:
     """Name everything that is compared: first what its users have without a setting, then other peers, then us."""
 
-    def batched(name: str, load: Callable[..., Ask], dtype: str, *batch_sizes: int) -> System:
-        return System(name, load, {"directory": directory, "dtype": dtype, "batch_sizes": batch_sizes})
+    def usual(name: str, load: Callable[..., Ask], default: int) -> list[System]:
+        """Return a package with its defaults, and in the quickest of several dtypes and batch sizes."""
+        settings = {"directory": directory, "dtypes": DTYPES, "batch_sizes": (2, 4, 8)}
+        return [
+            System(f"{name}, default", load, {**settings, "dtypes": ("float32",), "batch_sizes": (default,)}),
+            System(f"{name}, quickest", load, settings),
+        ]
 
     def grating(*names: str) -> list[System]:
         return [
@@ -192,16 +210,10 @@ def find_systems(directory: Path) -> list[System]:
         ]
 
     if is_decoder(directory):
-        return [
-            batched("transformers, one batch, float32", load_transformers, "float32", 20),
-            batched("transformers, bfloat16", load_transformers, "bfloat16", 2, 4, 20),
-            *grating(REFERENCE, DEFAULT),
-        ]
-    peer, files = "sentence-transformers", prepare(directory)
+        return [*usual("transformers", load_transformers, USUAL[0].candidates), *grating(REFERENCE, DEFAULT)]
+    files = prepare(directory)
     return [
-        batched(f"{peer}, default", load_sentence_transformers, "float32", 32),
-        batched(f"{peer}, float32", load_sentence_transformers, "float32", *BATCH_SIZES),
-        batched(f"{peer}, bfloat16", load_sentence_transformers, "bfloat16", *BATCH_SIZES),
+        *usual("sentence-transformers", load_sentence_transformers, 32),
         *(
             System(name, load_runtime, {"directory": directory, "files": files, "open_lanes": open_lanes})
             for name, open_lanes in RUNTIMES.items()
@@ -221,26 +233,29 @@ def measure(
     Args:
         workers: The systems, loaded.
         case: What is measured.
-        requests: Are reranked once for every K of :data:`TOP_K`, which gives what is lost.
+        requests: Are all reranked, which gives what is lost.
         timed: How many of them are timed.
         rounds: How often.
     """
-    questions = [
-        *(Question(case.collection, request, (case.top_k,)) for request in requests[:timed]),
-        *(Question(case.collection, request, TOP_K) for request in requests),
-    ]
+    questions = [Question(case.collection, request, case.top_k) for request in requests]
     answers = take_turns(workers, questions, rounds=rounds, timed=timed, title=case.name)
     facts = {name: [rounds[0].facts for rounds in found] for name, found in answers.items()}
-    reference = facts[REFERENCE][timed:]
+    reference = [one["ranking"] for one in facts[REFERENCE]]
     rows: list[Row] = []
-    for name, found in answers.items():
-        rankings = [one["rankings"] for one in facts[name][timed:]]
+    for worker in workers:
+        name = worker.system.name
+        rankings = {
+            top_k: [
+                ranked(worker, question, top_k, one["ranking"])
+                for question, one in zip(questions, facts[name], strict=True)
+            ]
+            for top_k in TOP_K
+        }
         kept = {
             f"agreement_{top_k}": mean(
-                agreement(ranking[top_k], one["rankings"][top_k])
-                for ranking, one in zip(rankings, reference, strict=True)
+                agreement(one, full[:top_k]) for one, full in zip(found, reference, strict=True)
             )
-            for top_k in TOP_K
+            for top_k, found in rankings.items()
         }
         rows.append(
             {
@@ -249,13 +264,24 @@ def measure(
                 "way": facts[name][0]["way"],
                 "top_k": case.top_k,
                 "tokens": mean(one["tokens"] for one in facts[REFERENCE][:timed]),
-                "seconds": mean(median(answer.seconds for answer in rounds) for rounds in found[:timed]),
+                "seconds": mean(median(answer.seconds for answer in rounds) for rounds in answers[name][:timed]),
                 **kept,
-                "precision_5": mean(map(precision, (ranking[5] for ranking in rankings), requests)),
-                "ndcg_10": ndcg([ranking[10] for ranking in rankings], requests),
+                "precision_5": mean(map(precision, rankings[5], requests)),
+                "ndcg_10": ndcg(rankings[10], requests),
             }
         )
     return rows
+
+
+def ranked(worker: Worker, question: Question, top_k: int, ranking: list[int]) -> list[int]:
+    """Return what a system that gave a ranking gives for another K.
+
+    With pruning, what is computed depends on K, so the system is asked again.
+    """
+    if top_k == question.top_k or len(ranking) == len(question.request.documents):
+        return ranking[:top_k]
+    found: list[int] = worker.ask(replace(question, top_k=top_k)).facts["ranking"]
+    return found
 
 
 def means(rows: Sequence[Row]) -> list[Row]:
@@ -288,8 +314,8 @@ def main(
     model: Annotated[
         str, typer.Option(help="Hub id, directory, bundled name, smollm2-135m or qwen3-0.6b.")
     ] = "bundled:ms-marco-minilm-l12",
-    timed: Annotated[int, typer.Option(help="Queries of each case that are timed.")] = 3,
-    requests: Annotated[int, typer.Option(help="Queries of each collection that are reranked once.")] = 12,
+    timed: Annotated[int, typer.Option(help="Queries of each case that are timed.")] = 2,
+    requests: Annotated[int, typer.Option(help="Queries of each collection that are reranked.")] = 12,
     rounds: Annotated[int, typer.Option(help="How often a query is timed.")] = 3,
     output: Output = RESULTS,
 ) -> None:
@@ -305,8 +331,7 @@ def main(
     }
     with loaded(find_systems(directory)) as workers:
         rows = [
-            measure(workers, case, found[case], timed=min(timed, len(found[case])), rounds=rounds)
-            for case in cases
+            measure(workers, case, found[case], timed=ceil(timed / case.share), rounds=rounds) for case in cases
         ]
     write_result(
         output,
