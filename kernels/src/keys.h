@@ -13,12 +13,12 @@ namespace {
 template <class S> using Factor = std::conditional_t<std::is_same_v<S, bf16> && HAS_BF16, bf16, float>;
 template <class T> constexpr int64_t GROUP = 4 / sizeof(T);  // entries of four bytes
 
-// States of one head of consecutive tokens, the first ones of which may lie elsewhere.
+// States of one head of consecutive tokens, the first ones of which may lie elsewhere. The head begins at `entry` of a token.
 template <class S> struct Tokens {
     const S *own, *shared;
-    int64_t own_stride, shared_stride, shared_count, count;
+    int64_t own_stride, shared_stride, shared_count, count, entry;
     const S* operator[](int64_t i) const {
-        return i < shared_count ? shared + i * shared_stride : own + (i - shared_count) * own_stride;
+        return i < shared_count ? shared + i * shared_stride + entry : own + (i - shared_count) * own_stride + entry;
     }
 };
 

@@ -8,15 +8,17 @@
 
 namespace {
 
-// 2^x, x <= 0, as exact as probabilities of the type T need it. It is zero far below zero, and NaN of NaN.
-template <class T> inline vf power(vf x) {
+constexpr int64_t QUERIES = 16;  // rows of a block: with the keys and values that they see they stay in the first-level cache
+
+// 2^x, x <= 0, as exact as states of the type S need it. It is zero far below zero, and NaN of NaN.
+template <class S> inline vf power(vf x) {
 #if defined(__AVX512F__)
     const vf f = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
     const vf near = maximum(all(-127.0f), x), n = (near + 12582912.0f) - 12582912.0f, f = near - n;
 #endif
     vf p;
-    if constexpr (sizeof(T) == 2) {  // a relative error of 7.5e-5
+    if constexpr (sizeof(S) == 2) {  // a relative error of 7.5e-5
         p = all(0.0551716672f);
         p = p * f + 0.242611122f;
         p = p * f + 0.693260986f;
@@ -47,19 +49,23 @@ inline void store_pair(bf16* to, vf a, vf b) {
 #endif
 }
 
-// The state of a softmax of ROWS rows: the largest score so far, and the sum of the probabilities, which are relative to it.
+// The state of a softmax of QUERIES rows: the largest score so far, and the sum of the probabilities, which are relative to it.
 struct Softmax {
-    alignas(64) float most[ROWS], sum[ROWS], shrunk[ROWS];
-    vf parts[ROWS];
+    alignas(64) float most[QUERIES], sum[QUERIES], shrunk[QUERIES], share[QUERIES];
+    vf parts[QUERIES];
 
     void begin() {
-        for (int r = 0; r < ROWS; r++) most[r] = -FLT_MAX, sum[r] = 0;
+        for (int64_t r = 0; r < QUERIES; r++) most[r] = -FLT_MAX, sum[r] = 0;
+    }
+    // Then share[r] is the factor that makes the sum of row r one.
+    void end() {
+        for (int64_t r = 0; r < QUERIES; r += W) store(share + r, 1.0f / load(sum + r));
     }
 
     // Overwrites n scores of each row, a multiple of 32, by probabilities of type T: 2^(by * score) over that of the largest
-    // score. Then shrunk[r] is the factor of everything that came before in row r. A score of -infinity has a probability of zero.
-    template <class T> void add(int64_t rows, float* scores, int64_t stride, int64_t n, float by) {
-        alignas(64) float now[ROWS] = {};
+    // score, for states of type S. Then shrunk[r] is the factor of everything that came before in row r. A score of -infinity has a probability of zero.
+    template <class S, class T> void add(int64_t rows, float* scores, int64_t stride, int64_t n, float by) {
+        alignas(64) float now[QUERIES] = {};
         for (int64_t r = 0; r < rows; r++) {
             const float* from = scores + r * stride;
             vf a = all(-FLT_MAX), b = a;
@@ -76,13 +82,13 @@ struct Softmax {
             const vf shift = all(now[r]);
             vf a = {}, b = {};
             for (int64_t i = 0; i < n; i += 2 * W) {
-                const vf p = power<T>(load(from + i) * by - shift), q = power<T>(load(from + i + W) * by - shift);
+                const vf p = power<S>(load(from + i) * by - shift), q = power<S>(load(from + i + W) * by - shift);
                 a += p, b += q;
                 store_pair(to + i, p, q);
             }
             parts[r] = a + b;
         }
-        for (int64_t r = 0; r < ROWS; r += W) store(shrunk + r, power<float>(load(most + r) - load(now + r)));
+        for (int64_t r = 0; r < QUERIES; r += W) store(shrunk + r, power<float>(load(most + r) - load(now + r)));
         for (int64_t r = 0; r < rows; r++) sum[r] = sum[r] * shrunk[r] + ::sum(parts[r]);
         memcpy(most, now, sizeof now);
     }

@@ -143,7 +143,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 
 
 @DTYPES
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25)
 @given(rules=RULES, batch=st.lists(pieces(), min_size=1, max_size=4))
 def test_follows_the_definition(dtype: torch.dtype, rules: Rules, batch: list[Piece]) -> None:
     states = [random_states(rules, piece.keys, dtype, seed) for seed, piece in enumerate(batch)]
@@ -172,7 +172,7 @@ def test_long_sequences_follow_the_definition(dtype: torch.dtype, rules: Rules) 
 
 
 @DTYPES
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20)
 @given(rules=RULES, piece=pieces(), other=pieces(), threads=st.integers(1, 3))
 def test_a_query_does_not_depend_on_what_is_computed_beside_it(
     dtype: torch.dtype, rules: Rules, piece: Piece, other: Piece, threads: int
