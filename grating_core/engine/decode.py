@@ -7,6 +7,7 @@ inside, so that a streamed layer is read once for all slices.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +15,11 @@ from torch.nn.functional import pad
 
 from grating_core.engine.ragged import filled
 from grating_core.errors import ScoreError
+from grating_core.layers import layer as plain
+from grating_core.layers import packed_steps
 from grating_core.layers.attention import ragged_attention
 from grating_core.layers.keys_values import KeysValues
-from grating_core.layers.layer import finished, keys_and_values, prepared, queries
+from grating_core.layers.packed import PackedLayer
 from grating_core.layers.rotary import Angles
 from grating_core.layers.sending import sent
 from grating_core.layers.spans import Span
@@ -89,13 +92,15 @@ def _slices(count: int, most: int) -> list[slice]:
 def _step(layer: Layer, hidden: Tensor, angles: Angles | None, kept: KeysValues) -> Tensor:
     """Take the next tokens through a layer: hidden states ``[T, D]`` to hidden states of the same shape."""
     spec, weights, mlp = layer
+    steps: Any = packed_steps if isinstance(weights, PackedLayer) else plain
     tokens, first = len(hidden), kept.tokens
     if fill := filled(tokens) - tokens if tokens > 1 else 0:
         hidden = pad(hidden, (0, 0, 0, fill))
         angles = angles and Angles(*(pad(part, (0, 0, 0, fill)) for part in angles))
-    states = prepared(spec, weights, hidden)
-    key, value = keys_and_values(spec, weights, states, angles)
+    states = steps.prepared(spec, weights, hidden)
+    key, value = steps.keys_and_values(spec, weights, states, angles)
     kept.extend(key[:, :tokens], value[:, :tokens])
-    query = queries(spec, weights, states, angles)
+    query = steps.queries(spec, weights, states, angles)
     attended = ragged_attention(spec, query, [Span(slice(0, tokens), kept.key, kept.value, first)])
-    return finished(spec, weights, hidden, attended, mlp)[:tokens]
+    output: Tensor = steps.finished(spec, weights, hidden, attended, mlp)
+    return output[:tokens]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from grating_core.engine.ragged import Part, Slice, filled
+from grating_core.layers import layer as plain
+from grating_core.layers import packed_steps
 from grating_core.layers.attention import ragged_attention
 from grating_core.layers.keys_values import KeysValues
-from grating_core.layers.layer import finished, keys_and_values, prepared, queries
+from grating_core.layers.packed import PackedLayer
 from grating_core.layers.rotary import Angles
 from grating_core.layers.sending import sent
 from grating_core.layers.spans import Span
@@ -52,21 +55,23 @@ class Walk:
             behind them; and which tokens they are.
         """
         spec, weights, mlp = self._layer
+        steps: Any = packed_steps if isinstance(weights, PackedLayer) else plain
         asked = part.asked(self._only) if part.queries else []
-        states = prepared(spec, weights, hidden)
+        states = steps.prepared(spec, weights, hidden)
         turned = None if self._angles is None else self._angles.at(positions)
-        key = value = states
+        key = value = hidden
         if part.keys:
-            key, value = keys_and_values(spec, weights, states, turned)
+            key, value = steps.keys_and_values(spec, weights, states, turned)
             self._keep(part, key, value)
         if not asked:
             return hidden[:0], []
         if self._only != "mean":
             rows = _rows(asked, hidden.device)
             hidden, states, turned = hidden[rows], states[rows], turned and turned.at(rows)
-        query = queries(spec, weights, states, turned)
+        query = steps.queries(spec, weights, states, turned)
         attended = ragged_attention(spec, query, self._spans(asked, key, value))
-        return finished(spec, weights, hidden, attended, mlp), [wanted for _, wanted in asked]
+        output: Tensor = steps.finished(spec, weights, hidden, attended, mlp)
+        return output, [wanted for _, wanted in asked]
 
     def _keep(self, part: Slice, key: Tensor, value: Tensor) -> None:
         """Keep the keys and values that later slices need."""
@@ -89,23 +94,24 @@ class Walk:
 
     def _spans(self, asked: Asked, key: Tensor, value: Tensor) -> Iterator[Span]:
         """Yield what the queries of each part attend to."""
-        seen: Iterator[tuple[Tensor, Tensor]] = (self._seen(part, key, value) for part, _ in asked)
         if self._shared is not None and serves(self._layer.spec, key) and all(part.whole for part, _ in asked):
             own = [slice(0, 0) if part.piece.candidate is None else part.rows for part, _ in asked]
-            seen = gathered(self._shared, key, value, own)
-        for (part, wanted), those in zip(asked, seen, strict=True):
-            yield Span(wanted.rows, *those, part.piece.before + wanted.start)
+            for (part, wanted), those in zip(asked, gathered(self._shared, key, value, own), strict=True):
+                yield Span(wanted.rows, *those, part.piece.before + wanted.start)
+            return
+        for part, wanted in asked:
+            yield self._span(part, wanted, key, value)
 
-    def _seen(self, part: Part, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values of the sequence that a part belongs to."""
-        if part.piece.candidate is None or not part.whole:
-            kept = _there(self._shared if part.piece.candidate is None else self._long)
-            return kept.key, kept.value
-        key, value = key[:, part.rows], value[:, part.rows]
-        if not part.piece.before:
-            return key, value
-        shared = _there(self._shared)
-        return torch.cat((shared.key, key), dim=1), torch.cat((shared.value, value), dim=1)
+    def _span(self, part: Part, wanted: Part, key: Tensor, value: Tensor) -> Span:
+        """Return what the queries of a part that are wanted attend to."""
+        piece = part.piece
+        first = piece.before + wanted.start
+        if piece.candidate is None or not part.whole:
+            kept = _there(self._shared if piece.candidate is None else self._long)
+            return Span(wanted.rows, kept.key, kept.value, first)
+        shared = _there(self._shared) if piece.before else None
+        before = None if shared is None else (shared.key, shared.value)
+        return Span(wanted.rows, key[:, part.rows], value[:, part.rows], first, before)
 
 
 def _there(kept: KeysValues | None) -> KeysValues:

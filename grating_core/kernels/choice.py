@@ -28,6 +28,7 @@ class Kernels:
         linear: See :func:`grating_core.kernels.reference.linear`.
         normed_rows: See :func:`grating_core.kernels.reference.normed_rows`.
         turn_heads: See :func:`grating_core.kernels.reference.turn_heads`.
+        attention: See :func:`grating_core.kernels.compiled.attention`; None where torch computes.
     """
 
     level: str | None
@@ -35,6 +36,7 @@ class Kernels:
     linear: Callable[..., Finished]
     normed_rows: Callable[..., tuple[Tensor | None, Rows | None]]
     turn_heads: Callable[..., None]
+    attention: Callable[..., Tensor] | None = None
 
     def has(self, dtype: torch.dtype) -> bool:
         """Tell whether there are compiled products of this dtype."""
@@ -51,7 +53,7 @@ def kernels() -> Kernels:
         level = start(wanted)
     except KernelsError as error:
         return _of_torch(str(error))
-    return Kernels(level, "", compiled.linear, compiled.normed_rows, compiled.turn_heads)
+    return Kernels(level, "", compiled.linear, compiled.normed_rows, compiled.turn_heads, compiled.attention)
 
 
 def _of_torch(reason: str) -> Kernels:

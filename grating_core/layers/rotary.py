@@ -23,6 +23,12 @@ class Angles(NamedTuple):
     cosine: Tensor
     sine: Tensor
 
+    @property
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, each once, float32 ``[T, head size / 2]``."""
+        half = self.sine.shape[-1]
+        return self.cosine[:, :half].float().contiguous(), self.sine.float().contiguous()
+
     def at(self, places: Tensor | slice) -> Angles:
         """Return the angles of some tokens: a slice, or int64 ``[T]``."""
         return Angles(self.cosine[places], self.sine[places])

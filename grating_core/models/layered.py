@@ -14,6 +14,7 @@ from torch.nn.functional import embedding
 from grating_core.columns.companion import ColumnFile
 from grating_core.layers.layer import Mlp
 from grating_core.layers.linear import Weights, normed
+from grating_core.layers.packed import PackedLayer, packed_layer
 from grating_core.layers.rotary import Angles, angles
 from grating_core.layers.sending import sent
 from grating_core.layers.spec import LayerSpec, Rotary
@@ -30,12 +31,12 @@ class Layer(NamedTuple):
 
     Attributes:
         spec: The layer's spec.
-        weights: The layer's weights, by role.
+        weights: The layer's weights, by role, or packed.
         mlp: The function in the place of the layer's own MLP; None for its own.
     """
 
     spec: LayerSpec
-    weights: Weights
+    weights: Weights | PackedLayer
     mlp: Mlp | None = None
 
 
@@ -51,12 +52,13 @@ class Parts:
         meter: The counter of streamer, row cache and columns.
         outside: Weights around the layers by role, without the embedding table if there is a row cache.
         head: Weights of the head, by role.
-        layers: Weights of the resident layers by role, by number from 1.
+        layers: Weights of the resident layers by role, or packed, by number from 1.
         streamer: Reader of the streamed layers' weights; None if no layer is streamed.
         rows: The row cache in the place of the embedding table; None if the table is resident.
         columns: The companion file with the columns of pruned MLPs; None if the MLPs are dense.
         mlps: The functions in the place of the layers' MLPs; empty if the MLPs are dense.
         checkpoint: The files that streamer and row cache read; None without streamer and row cache.
+        packs: Whether streamed layers are packed for the kernels.
     """
 
     family: Family
@@ -66,12 +68,13 @@ class Parts:
     meter: Meter
     outside: Weights
     head: Weights
-    layers: Mapping[int, Weights]
+    layers: Mapping[int, Weights | PackedLayer]
     streamer: Streamer | None = None
     rows: RowCache | None = None
     columns: ColumnFile | None = None
     mlps: Sequence[Mlp] = ()
     checkpoint: Checkpoint | None = None
+    packs: bool = False
 
     def close(self) -> None:
         """Stop reading, and close the files."""
@@ -136,7 +139,8 @@ class LayeredModel:
             yield Layer(spec, parts.layers[number], mlp)
             return
         with parts.streamer.layer(number) as stored:
-            yield Layer(spec, layer_by_role(parts.family, spec, number, stored), mlp)
+            weights = layer_by_role(parts.family, spec, number, stored)
+            yield Layer(spec, packed_layer(spec, weights, parts.dtype) if parts.packs else weights, mlp)
 
     def rewind(self) -> None:
         """End a pass, so that the first layers of the next pass are read in advance."""
@@ -169,7 +173,8 @@ class LayeredModel:
     def angles(self, positions: Tensor) -> dict[Rotary, Angles]:
         """Return the angles at positions, int64 ``[T]``, for each kind of rotary positions that layers have."""
         kinds = {layer.rotary for layer in self.spec.layers if layer.rotary is not None}
-        return {rotary: angles(rotary, positions, self.dtype) for rotary in kinds}
+        dtype = torch.float32 if self._parts.packs else self.dtype
+        return {rotary: angles(rotary, positions, dtype) for rotary in kinds}
 
     def normed(self, states: Tensor) -> Tensor:
         """Return states ``[…, D]`` in the head's dtype after the norm between the last layer and the head."""

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from grating_core.errors import FileError, ModelNotFoundError, UnsupportedModelError
+from grating_core.kernels.choice import kernels
 from grating_core.layers.linear import Weights
+from grating_core.layers.packed import PackedLayer, packed_layer
 from grating_core.layers.spec import Role
 from grating_core.lifetime import closed_on_error
 from grating_core.memory.checkpoint import Checkpoint, aligned_buffer
@@ -224,7 +226,7 @@ class StoredModel(ABC):
             for group in (*self._rest, *also, *([self._embedding] if table_resident else ())):
                 named |= self._read(group, staging)
             layers = {
-                number: layer_by_role(family, spec.layers[number - 1], number, self._read(group, staging))
+                number: self._layer(number, self._read(group, staging))
                 for number, group in self._layers.items()
                 if number in resident
             }
@@ -259,7 +261,19 @@ class StoredModel(ABC):
             streamer=streamer,
             rows=rows,
             checkpoint=self._checkpoint if lasting else None,
+            packs=self._packs,
         )
+
+    @property
+    def _packs(self) -> bool:
+        """Whether kernels compute the layers."""
+        return self.device.type == "cpu" and kernels().has(self.dtype) and not self._apart()
+
+    def _layer(self, number: int, named: Mapping[str, Tensor]) -> Weights | PackedLayer:
+        """Return a layer's weights by role, packed if kernels compute it."""
+        spec = self.spec.layers[number - 1]
+        weights = layer_by_role(self.family, spec, number, named)
+        return packed_layer(spec, weights, self.dtype) if self._packs else weights
 
     def _head_by_role(self, named: Mapping[str, Tensor]) -> Weights:
         """Return the head's weights by role."""

@@ -1,0 +1,135 @@
+"""The steps of a packed layer, by kernels: the same as those of :mod:`grating_core.layers.layer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grating_core.kernels.choice import kernels
+from grating_core.kernels.operands import Finished, Rows, Then, Weight
+from grating_core.layers.layer import Mlp
+from grating_core.layers.packed import PackedLayer
+from grating_core.layers.rotary import Angles
+from grating_core.layers.spec import LayerSpec, Role
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs are what products take: states ``[T, width]``, or their int8 rows, or both if both are needed."""
+
+    states: Tensor | None
+    rows: Rows | None
+
+    def __getitem__(self, places: Tensor) -> Inputs:
+        """Return the inputs at some places, int64 ``[T]``."""
+        rows = self.rows
+        if rows is not None:
+            assert rows.scale is not None
+            rows = Rows(rows.data[places], rows.scale[places])
+        return Inputs(None if self.states is None else self.states[places], rows)
+
+    def of(self, weight: Weight) -> Rows:
+        """Return the rows that a weight's product takes."""
+        if weight.dtype == torch.int8:
+            assert self.rows is not None
+            return self.rows
+        assert self.states is not None
+        return Rows(self.states)
+
+
+def prepared(spec: LayerSpec, layer: PackedLayer, hidden: Tensor) -> Inputs:
+    """Return what queries, keys and values are made of, from hidden states ``[T, D]``."""
+    states, rows = _wanted(layer, "query", "key", "value")
+    return _inputs(hidden, layer, states, rows, "input_norm")
+
+
+def queries(spec: LayerSpec, layer: PackedLayer, inputs: Inputs, angles: Angles | None) -> Tensor:
+    """Return the queries of prepared inputs, ``[heads, T, head size]``."""
+    return _heads(spec, layer, inputs, angles, "query", spec.heads)
+
+
+def keys_and_values(
+    spec: LayerSpec, layer: PackedLayer, inputs: Inputs, angles: Angles | None
+) -> tuple[Tensor, Tensor]:
+    """Return keys and values of prepared inputs, ``[key heads, T, head size]`` each."""
+    key = _heads(spec, layer, inputs, angles, "key", spec.key_heads)
+    return key, _heads(spec, layer, inputs, None, "value", spec.key_heads)
+
+
+def _heads(
+    spec: LayerSpec, layer: PackedLayer, inputs: Inputs, angles: Angles | None, role: Role, heads: int
+) -> Tensor:
+    weight = layer.products[role]
+    found = kernels().linear(inputs.of(weight), weight, Then(layer.states)).output
+    assert found is not None
+    norm = layer.norms.get(f"{role}_norm")
+    if norm is not None or angles is not None:
+        turned = (None, None) if angles is None else angles.halves
+        kernels().turn_heads(found, heads, norm, *turned)
+    return found.view(len(found), heads, spec.head_size).transpose(0, 1)
+
+
+def finished(
+    spec: LayerSpec, layer: PackedLayer, hidden: Tensor, attended: Tensor, mlp: Mlp | None = None
+) -> Tensor:
+    """Return the hidden states after the layer.
+
+    Args:
+        spec: The layer's spec.
+        layer: The layer.
+        hidden: Hidden states before the layer, ``[T, D]``.
+        attended: What attention gave to the same tokens, ``[T, heads, head size]``.
+        mlp: None: a packed layer computes its own MLP.
+    """
+    assert mlp is None, "a packed layer has its own MLP"
+    norms, states = layer.norms, layer.states
+    inner, quantized = _wanted(layer, "gate", "up")
+    attention, down = layer.products["output"], layer.products["down"]
+    inputs = _inputs(attended.flatten(1), layer, *_wanted(layer, "output"))
+    if spec.norm_behind:
+        then = Then(states, norm=norms.get("attention_norm"), output=True, quantized=quantized)
+        found = kernels().linear(inputs.of(attention), attention, then, residual=hidden)
+        total, last = found.output, Then(states, norm=norms.get("output_norm"))
+    else:
+        before, behind = norms.get("attention_norm"), norms.get("mlp_norm")
+        then = Then(
+            states,
+            first_norm=before,
+            factor=spec.residual,
+            norm=behind,
+            total=True,
+            output=inner,
+            quantized=quantized,
+        )
+        found = kernels().linear(inputs.of(attention), attention, then, residual=hidden)
+        total, last = found.total, Then(states, first_norm=norms.get("output_norm"), factor=spec.residual)
+    products = _inner(spec, layer, Inputs(found.output, found.rows))
+    output = kernels().linear(products.of(down), down, last, residual=total).output
+    assert output is not None
+    return output
+
+
+def _inner(spec: LayerSpec, layer: PackedLayer, inputs: Inputs) -> Inputs:
+    """Return what the MLP has inside, ``[T, F]``."""
+    up, gate = layer.products["up"], layer.products.get("gate")
+    output, quantized = _wanted(layer, "down")
+    then = Then(layer.states, spec.activation, output=output, quantized=quantized)
+    found: Finished = kernels().linear(inputs.of(up), up, then, gate=gate)
+    return Inputs(found.output, found.rows)
+
+
+def _wanted(layer: PackedLayer, *roles: Role) -> tuple[bool, bool]:
+    """Tell whether the products of some roles take states, and whether they take int8 rows."""
+    dtypes = {layer.products[role].dtype for role in roles if role in layer.products}
+    return bool(dtypes - {torch.int8}), torch.int8 in dtypes
+
+
+def _inputs(states: Tensor, layer: PackedLayer, output: bool, quantized: bool, role: Role = "") -> Inputs:
+    """Return the norm of a role, if there is one, of states ``[T, D]`` as inputs."""
+    norm = layer.norms.get(role)
+    if norm is None and not quantized:
+        return Inputs(states, None)
+    found, rows = kernels().normed_rows(states, norm, output=output and norm is not None, quantized=quantized)
+    return Inputs(states if norm is None else found, rows)
