@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from grating_core import ClusterPolicy, Reranker, Route
-from grating_core.engine import head, walk
+from grating_core.engine import head
 from grating_core.engine.ragged import filled
 from grating_core.errors import ScoreError
-from grating_core.layers.layer import finished
-from grating_core.layers.linear import Weights
-from grating_core.layers.spec import LayerSpec
+from grating_core.layers import layer, packed_steps
 from grating_core.pruning import Off
 from tests.core.conftest import WORDS, save_model
 from tests.core.parity import load, random_text
@@ -182,11 +181,13 @@ def test_the_last_layer_computes_scoring_positions_only(tiny: Path, monkeypatch:
     spec = reranker.scorer.model.spec
     rows = []
 
-    def counted(layer: LayerSpec, weights: Weights, hidden: Tensor, *others: object) -> Tensor:
-        rows.append(len(hidden))
-        return finished(layer, weights, hidden, *others)
+    for steps in (layer, packed_steps):
 
-    monkeypatch.setattr(walk, "finished", counted)
+        def counted(*args: Any, finished: Any = steps.finished) -> Tensor:
+            rows.append(len(args[2]))
+            return finished(*args)
+
+        monkeypatch.setattr(steps, "finished", counted)
     trace = reranker.rerank(QUERY, DOCUMENTS).trace
     all_tokens = filled(sum(trace.lengths) - (len(DOCUMENTS) - 1) * trace.shared_prefix)
     assert rows[:-1] == [all_tokens] * (spec.depth - 1)
