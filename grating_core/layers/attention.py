@@ -67,7 +67,7 @@ def _compiled(spec: LayerSpec, query: Tensor, spans: Iterable[Span], attention: 
 
 
 def _by_token(states: Tensor) -> Tensor:
-    """Return states ``[heads, T, head size]`` as ``[T, heads, head size]``, with the heads of a token in one piece."""
+    """Return states ``[heads, T, head size]`` as ``[T, heads, head size]``; a token's heads lie side by side."""
     found = states.transpose(0, 1)
     return found if found.stride()[1:] == (found.shape[2], 1) else found.contiguous()
 

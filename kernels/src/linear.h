@@ -10,20 +10,6 @@ namespace {
 
 constexpr int64_t BLOCK_BYTES = 512 << 10;  // of results of a block of rows: about half of a second-level cache
 
-// What a task has of its own.
-struct Desk {
-    Session session;
-    Room results, copy, sums;
-    int64_t width, ldy;
-    Desk(const gk_linear& l, int64_t rows, int64_t ldy)
-        : results(rows * ldy * 4),
-          copy(ROWS * padded_inner(l.dtype, l.weight.inner) * item(l.dtype)),
-          sums(rows * 4),
-          width(up(l.weight.columns, COLUMNS)),
-          ldy(ldy) {}
-    bool ready() const { return results.at && copy.at && sums.at; }
-};
-
 // Up to 32 rows of x as the product reads them.
 struct Strip {
     const char* x;
@@ -42,33 +28,18 @@ inline Strip strip_of(const gk_linear& l, int64_t row, int64_t rows, char* copy)
     return {copy, padded, rows};
 }
 
-// Multiplies a strip with the columns of a panel.
-inline void multiply(const gk_linear& l, const gk_weight& weight, const Strip& strip, int64_t panel, float* y, int64_t ldy) {
-    const int64_t block = block_bytes(l.dtype, weight.inner);
-    const char* w = (const char*)weight.packed + 2 * panel * block;
-    const int64_t groups = padded_inner(l.dtype, weight.inner) / group(l.dtype);
-    if (l.dtype == GK_INT8) product(int8_t(), strip.x, strip.stride, strip.rows, w, block, groups, (int32_t*)y, ldy);
-    else if (l.dtype == GK_BF16) product(bf16(), strip.x, strip.stride, strip.rows, w, block, groups, y, ldy);
-    else product(float(), strip.x, strip.stride, strip.rows, w, block, groups, y, ldy);
-}
-
-// Scales and shifts 32 columns of a row, in place.
-struct Scaled {
-    bool whole;  // numbers, of int8 products
-    vf scale[COLUMNS / W], bias[COLUMNS / W];
-    Scaled(const gk_linear& l, const gk_weight& weight, int64_t panel) : whole(l.dtype == GK_INT8) {
-        for (int v = 0; v < COLUMNS / W; v++) {
-            const int64_t at = panel * COLUMNS + v * W;
-            scale[v] = whole ? load(weight.scale + at) : all(1);
-            bias[v] = weight.bias ? load(weight.bias + at) : vf{};
-        }
-    }
-    vf operator()(const float* y, int v, float row_scale, int32_t lift) const {
-        if (!whole) return load(y + v * W) + bias[v];
-        vi sum = load((const int32_t*)y + v * W) - lift;
-        return __builtin_convertvector(sum, vf) * (scale[v] * row_scale) + bias[v];
-    }
+// A block is up to 32 rows of a panel of 32 columns: products that wait for their bias, activation and gate.
+struct Block {
+    int64_t row, rows, panel;
+    float* y;        // [rows, 32], with a stride
+    int64_t ldy;
+    const float* z;  // the gate's product, with a stride of 32; null for none
+    const int32_t* sums;
+    Peak* peaks;
 };
+typedef void (*Finish)(const gk_linear&, const Block&, int64_t begin, int64_t end);
+
+enum Place { IN_PLACE, WITH_PEAKS, TO_OUTPUT };
 
 template <int ACTIVATION> inline vf activate(vf x) {
     if (ACTIVATION == GK_GELU) return gelu(x);
@@ -79,48 +50,126 @@ template <int ACTIVATION> inline vf activate(vf x) {
     return x;
 }
 
-// Bias, activation and gate of a panel of `rows` rows, in place. z holds the gate's product, with the same stride.
-template <int ACTIVATION>
-inline void finish_panel(const gk_linear& l, int64_t row, int64_t rows, int64_t panel, float* y, const float* z, int64_t ldy,
-                         const int32_t* sums, Peak* peaks) {
-    const Scaled own(l, l.weight, panel), gate(l, z ? l.gate : l.weight, panel);
-    const int64_t columns = l.weight.columns - panel * COLUMNS;  // the others are padding
-    for (int64_t r = 0; r < rows; r++) {
-        const float scale = l.x.scale ? l.x.scale[row + r] : 1.0f;
-        const int32_t lift = LIFTED && l.x.scale ? 128 * sums[r] : 0;
-        float* at = y + r * ldy;
+// Scales and shifts the columns of a panel.
+template <bool INT8> struct Scaled {
+    vf scale[COLUMNS / W], bias[COLUMNS / W];
+    Scaled(const gk_weight& weight, int64_t panel) {
         for (int v = 0; v < COLUMNS / W; v++) {
-            vf x = own(at, v, scale, lift);
-            x = z ? x * activate<ACTIVATION>(gate(z + r * COLUMNS, v, scale, lift)) : activate<ACTIVATION>(x);
-            store(at + v * W, x);
-            if (peaks) peaks[r].add(first(x, columns - v * W));
+            scale[v] = INT8 ? load(weight.scale + panel * COLUMNS + v * W) : vf{};
+            bias[v] = weight.bias ? load(weight.bias + panel * COLUMNS + v * W) : vf{};
+        }
+    }
+    vf operator()(const float* y, int v, vf row_scale, int32_t lift) const {
+        if (!INT8) return load(y + v * W) + bias[v];
+        const vi sum = load((const int32_t*)y + v * W) - lift;
+        return __builtin_convertvector(sum, vf) * (scale[v] * row_scale) + bias[v];
+    }
+};
+
+// Bias, activation and gate of some rows of a block.
+template <int ACTIVATION, bool INT8, bool GATED, int PLACE, class S>
+void finish_rows(const gk_linear& l, const Block& block, int64_t begin, int64_t end) {
+    const Scaled<INT8> own(l.weight, block.panel), gate(GATED ? l.gate : l.weight, block.panel);
+    const int64_t column = block.panel * COLUMNS, n = l.weight.columns - column;
+    for (int64_t r = begin; r < end; r++) {
+        const vf scale = all(INT8 ? l.x.scale[block.row + r] : 0.0f);
+        const int32_t lift = LIFTED && INT8 ? 128 * block.sums[r] : 0;
+        float* y = block.y + r * block.ldy;
+        S* out = PLACE == TO_OUTPUT ? row_of<S>(l.output, block.row + r) + column : nullptr;
+#pragma GCC unroll 8
+        for (int v = 0; v < COLUMNS / W; v++) {
+            vf x = own(y, v, scale, lift);
+            if (GATED) x *= activate<ACTIVATION>(gate(block.z + r * COLUMNS, v, scale, lift));
+            else x = activate<ACTIVATION>(x);
+            if (PLACE != TO_OUTPUT) store(y + v * W, x);
+            else if (v * W < n) store_at(out, v * W, n, x);
+            if (PLACE == WITH_PEAKS) block.peaks[r].add(x);
         }
     }
 }
 
-inline void finish(const gk_linear& l, int64_t row, int64_t rows, int64_t panel, float* y, const float* z, int64_t ldy,
-                   const int32_t* sums, Peak* peaks) {
+template <int ACTIVATION, bool INT8, bool GATED> Finish finish_at(const gk_linear& l, Place place) {
+    if (place == IN_PLACE) return finish_rows<ACTIVATION, INT8, GATED, IN_PLACE, float>;
+    if (place == WITH_PEAKS) return finish_rows<ACTIVATION, INT8, GATED, WITH_PEAKS, float>;
+    if (l.states == GK_BF16) return finish_rows<ACTIVATION, INT8, GATED, TO_OUTPUT, bf16>;
+    return finish_rows<ACTIVATION, INT8, GATED, TO_OUTPUT, float>;
+}
+template <int ACTIVATION> Finish finish_with(const gk_linear& l, Place place) {
+    if (l.dtype == GK_INT8)
+        return l.gate.packed ? finish_at<ACTIVATION, true, true>(l, place) : finish_at<ACTIVATION, true, false>(l, place);
+    return l.gate.packed ? finish_at<ACTIVATION, false, true>(l, place) : finish_at<ACTIVATION, false, false>(l, place);
+}
+inline Finish finish_of(const gk_linear& l, Place place) {
     switch (l.activation) {
-#define GK_CASE(name) \
-    case name: return finish_panel<name>(l, row, rows, panel, y, z, ldy, sums, peaks);
-        GK_CASE(GK_NONE)
-        GK_CASE(GK_GELU)
-        GK_CASE(GK_GELU_TANH)
-        GK_CASE(GK_SILU)
-        GK_CASE(GK_RELU)
-        GK_CASE(GK_TANH)
-#undef GK_CASE
+        case GK_GELU: return finish_with<GK_GELU>(l, place);
+        case GK_GELU_TANH: return finish_with<GK_GELU_TANH>(l, place);
+        case GK_SILU: return finish_with<GK_SILU>(l, place);
+        case GK_RELU: return finish_with<GK_RELU>(l, place);
+        case GK_TANH: return finish_with<GK_TANH>(l, place);
+        default: return finish_with<GK_NONE>(l, place);
     }
 }
 
-// Multiplies a strip with a panel, and with the gate's.
-inline void compute(const gk_linear& l, const Strip& strip, int64_t row, int64_t panel, float* y, int64_t ldy,
-                    const int32_t* sums, Peak* peaks) {
-    alignas(64) float gate[ROWS * COLUMNS];
-    multiply(l, l.weight, strip, panel, y, ldy);
-    if (l.gate.packed) multiply(l, l.gate, strip, panel, gate, COLUMNS);
-    finish(l, row, strip.rows, panel, y, l.gate.packed ? gate : nullptr, ldy, sums, peaks);
-}
+// Multiplies block by block, and finishes each block while the next one is multiplied.
+class Panels {
+   public:
+    Panels(const gk_linear& l, Place place) : l(l), finish(finish_of(l, place)) {}
+
+    // Rooms of the two blocks that are at work. The caller gives others for y if the results stay there.
+    float* y() { return products[turn]; }
+
+    void next(const Strip& strip, Block block) {
+        Step first{*this, 0}, second{*this, 0};
+        const int64_t steps = padded_inner(l.dtype, l.weight.inner) * item(l.dtype) / 64 * (l.gate.packed ? 2 : 1);
+        first.rows = second.rows = (before.rows + steps - 1) / steps;
+        block.z = nullptr;
+        if (l.gate.packed) {
+            multiply(l.gate, strip, block.panel, gates[turn], COLUMNS, first);
+            block.z = gates[turn];
+        }
+        multiply(l.weight, strip, block.panel, block.y, block.ldy, second);
+        end();
+        before = block;
+        done = 0;
+        turn = 1 - turn;
+    }
+
+    // Finishes what is left.
+    void end() {
+        if (done < before.rows) finish(l, before, done, before.rows);
+        done = before.rows;
+    }
+
+   private:
+    struct Step {
+        Panels& panels;
+        int64_t rows;
+        void step() {
+            const int64_t begin = panels.done, end = smaller(panels.before.rows, begin + rows);
+            if (begin < end) panels.finish(panels.l, panels.before, begin, end);
+            panels.done = end;
+        }
+        void all() { panels.end(); }
+    };
+
+    void multiply(const gk_weight& weight, const Strip& strip, int64_t panel, float* y, int64_t ldy, Step& meanwhile) {
+        const int64_t block = block_bytes(l.dtype, weight.inner);
+        const char* w = (const char*)weight.packed + 2 * panel * block;
+        const int64_t groups = padded_inner(l.dtype, weight.inner) / group(l.dtype);
+        if (l.dtype == GK_INT8)
+            product(int8_t(), strip.x, strip.stride, strip.rows, w, block, groups, (int32_t*)y, ldy, meanwhile);
+        else if (l.dtype == GK_BF16) product(bf16(), strip.x, strip.stride, strip.rows, w, block, groups, y, ldy, meanwhile);
+        else product(float(), strip.x, strip.stride, strip.rows, w, block, groups, y, ldy, meanwhile);
+    }
+
+    const gk_linear& l;
+    const Finish finish;
+    Block before{};
+    int64_t done = 0;
+    int turn = 0;
+    alignas(64) float products[2][ROWS * COLUMNS];
+    alignas(64) float gates[2][ROWS * COLUMNS];
+};
 
 // What follows when a row is complete.
 template <class S> inline void finish_row(const gk_linear& l, int64_t row, float* y) {
@@ -145,37 +194,45 @@ inline bool only_quantised(const gk_linear& l) {
     return !l.first_norm.kind && !l.norm.kind && !l.residual.data && !l.total.data && !l.output.data;
 }
 
-inline void sums_of(const gk_linear& l, const Strip& strip, int32_t* sums) {
-    if (LIFTED && l.dtype == GK_INT8)
-        for (int64_t r = 0; r < strip.rows; r++) sums[r] = row_sum(strip.x + r * strip.stride, up(l.weight.inner, 64));
-}
+constexpr int64_t TOGETHER = 4;  // strips that share a panel while it is in the cache
+
+// The strips of some rows, as the product reads them, with the sums of their entries.
+struct Strips {
+    Strip strip[TOGETHER];
+    int64_t row, count;
+    Room copies, sums;
+    int64_t copy_bytes;
+    explicit Strips(const gk_linear& l)
+        : copies(TOGETHER * ROWS * padded_inner(l.dtype, l.weight.inner) * item(l.dtype)),
+          sums(TOGETHER * ROWS * 4),
+          copy_bytes(ROWS * padded_inner(l.dtype, l.weight.inner) * item(l.dtype)) {}
+    bool ready() const { return copies.at && sums.at; }
+    int32_t* sums_of(int64_t s) const { return sums.of<int32_t>() + s * ROWS; }
+    void take(const gk_linear& l, int64_t from, int64_t end) {
+        row = from;
+        count = 0;
+        for (int64_t at = from; at < end; at += ROWS, count++) {
+            const Strip one = strip_of(l, at, smaller<int64_t>(ROWS, end - at), copies.of<char>() + count * copy_bytes);
+            strip[count] = one;
+            for (int64_t r = 0; LIFTED && l.dtype == GK_INT8 && r < one.rows; r++)
+                sums_of(count)[r] = row_sum(one.x + r * one.stride, up(l.weight.inner, 64));
+        }
+    }
+};
 
 // Rows whose columns are independent of each other go straight to the output.
-template <class S> int32_t straight(const gk_linear& l, int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel) {
-    constexpr int64_t TOGETHER = 4;  // strips that share a panel while it is in the cache
-    Desk desk(l, ROWS, COLUMNS);
-    Room copies(TOGETHER * ROWS * padded_inner(l.dtype, l.weight.inner) * item(l.dtype)), all_sums(TOGETHER * ROWS * 4);
-    if (!desk.ready() || !copies.at || !all_sums.at) return GK_NO_MEMORY;
-    float* y = desk.results.of<float>();
+inline int32_t straight(const gk_linear& l, int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel) {
+    [[maybe_unused]] Session session;
+    Strips strips(l);
+    if (!strips.ready()) return GK_NO_MEMORY;
     for (int64_t start = begin; start < end; start += TOGETHER * ROWS) {
-        Strip strips[TOGETHER];
-        int64_t count = 0;
-        for (int64_t row = start; row < smaller(end, start + TOGETHER * ROWS); row += ROWS, count++) {
-            char* copy = copies.of<char>() + count * ROWS * padded_inner(l.dtype, l.weight.inner) * item(l.dtype);
-            strips[count] = strip_of(l, row, smaller<int64_t>(ROWS, end - row), copy);
-            sums_of(l, strips[count], all_sums.of<int32_t>() + count * ROWS);
-        }
-        for (int64_t panel = first_panel; panel < last_panel; panel++) {
-            const int64_t column = panel * COLUMNS, n = smaller<int64_t>(COLUMNS, l.weight.columns - column);
-            for (int64_t s = 0; s < count; s++) {
-                const int64_t row = start + s * ROWS;
-                compute(l, strips[s], row, panel, y, COLUMNS, all_sums.of<int32_t>() + s * ROWS, nullptr);
-                for (int64_t r = 0; r < strips[s].rows; r++) {
-                    S* out = row_of<S>(l.output, row + r) + column;
-                    for (int64_t i = 0; i < n; i += W) store_at(out, i, n, load(y + r * COLUMNS + i));
-                }
-            }
-        }
+        strips.take(l, start, smaller(end, start + TOGETHER * ROWS));
+        Panels panels(l, TO_OUTPUT);
+        for (int64_t panel = first_panel; panel < last_panel; panel++)
+            for (int64_t s = 0; s < strips.count; s++)
+                panels.next(strips.strip[s], {start + s * ROWS, strips.strip[s].rows, panel, panels.y(), COLUMNS, nullptr,
+                                              strips.sums_of(s), nullptr});
+        panels.end();
     }
     return 0;
 }
@@ -183,28 +240,27 @@ template <class S> int32_t straight(const gk_linear& l, int64_t begin, int64_t e
 // Rows that are finished as a whole: blocks of them are kept until all columns are there.
 template <class S> int32_t by_blocks(const gk_linear& l, int64_t begin, int64_t end) {
     const int64_t width = up(l.weight.columns, COLUMNS);
-    const int64_t strips = larger<int64_t>(1, smaller<int64_t>(4, BLOCK_BYTES / (ROWS * width * 4)));
-    const int64_t copy_bytes = ROWS * padded_inner(l.dtype, l.weight.inner) * item(l.dtype);
-    Desk desk(l, strips * ROWS, width);
-    Room copies(strips * copy_bytes), peak_room(strips * ROWS * sizeof(Peak));
-    if (!desk.ready() || !copies.at || !peak_room.at) return GK_NO_MEMORY;
+    const int64_t together = larger<int64_t>(1, smaller<int64_t>(TOGETHER, BLOCK_BYTES / (ROWS * width * 4)));
     const bool track = only_quantised(l);
+    [[maybe_unused]] Session session;
+    Strips strips(l);
+    Room results(together * ROWS * width * 4), peak_room(together * ROWS * sizeof(Peak));
+    if (!strips.ready() || !results.at || !peak_room.at) return GK_NO_MEMORY;
     Peak* peaks = peak_room.of<Peak>();
-    for (int64_t start = begin; start < end; start += strips * ROWS) {
-        Strip found[4];
-        int64_t count = 0;
-        for (int64_t row = start; row < smaller(end, start + strips * ROWS); row += ROWS, count++) {
-            found[count] = strip_of(l, row, smaller<int64_t>(ROWS, end - row), copies.of<char>() + count * copy_bytes);
-            sums_of(l, found[count], desk.sums.of<int32_t>() + count * ROWS);
-        }
-        for (int64_t r = 0; track && r < strips * ROWS; r++) peaks[r] = Peak();
+    for (int64_t start = begin; start < end; start += together * ROWS) {
+        strips.take(l, start, smaller(end, start + together * ROWS));
+        for (int64_t r = 0; track && r < together * ROWS; r++) peaks[r] = Peak();
+        Panels panels(l, track ? WITH_PEAKS : IN_PLACE);
         for (int64_t panel = 0; panel < width / COLUMNS; panel++)
-            for (int64_t s = 0; s < count; s++)
-                compute(l, found[s], start + s * ROWS, panel, desk.results.of<float>() + s * ROWS * width + panel * COLUMNS,
-                        width, desk.sums.of<int32_t>() + s * ROWS, track ? peaks + s * ROWS : nullptr);
-        for (int64_t s = 0; s < count; s++)
-            for (int64_t r = 0; r < found[s].rows; r++) {
-                float* y = desk.results.of<float>() + (s * ROWS + r) * width;
+            for (int64_t s = 0; s < strips.count; s++)
+                panels.next(strips.strip[s],
+                            {start + s * ROWS, strips.strip[s].rows, panel,
+                             results.of<float>() + s * ROWS * width + panel * COLUMNS, width, nullptr, strips.sums_of(s),
+                             peaks + s * ROWS});
+        panels.end();
+        for (int64_t s = 0; s < strips.count; s++)
+            for (int64_t r = 0; r < strips.strip[s].rows; r++) {
+                float* y = results.of<float>() + (s * ROWS + r) * width;
                 const int64_t row = start + s * ROWS + r;
                 if (track)
                     quantise(y, l.weight.columns, peaks[s * ROWS + r].value(), row_of<int8_t>(l.quantised, row),

@@ -39,13 +39,15 @@ struct Session {
     ~Session() { _tile_release(); }
 };
 
+// After each step of inner entries the processor gets something else to do: the tiles multiply beside it.
 #define GK_TILE_PRODUCT(dot)                                                       \
+    const int64_t bytes = groups * 4;                                              \
     _tile_zero(0);                                                                 \
     _tile_zero(1);                                                                 \
     if (rows > 16) {                                                               \
         _tile_zero(2);                                                             \
         _tile_zero(3);                                                             \
-        for (int64_t k = 0; k < groups * 4; k += 64) {                             \
+        for (int64_t k = 0; k < bytes; k += 64) {                                  \
             _tile_loadd(6, w + k * 16, 64);                                        \
             _tile_loadd(4, x + k, stride);                                         \
             _tile_loadd(7, w + block + k * 16, 64);                                \
@@ -54,27 +56,31 @@ struct Session {
             dot(1, 4, 7);                                                          \
             dot(2, 5, 6);                                                          \
             dot(3, 5, 7);                                                          \
+            meanwhile.step();                                                      \
         }                                                                          \
         _tile_stored(2, y + 16 * ldy, ldy * 4);                                    \
         _tile_stored(3, y + 16 * ldy + 16, ldy * 4);                               \
     } else {                                                                       \
-        for (int64_t k = 0; k < groups * 4; k += 64) {                             \
+        for (int64_t k = 0; k < bytes; k += 64) {                                  \
             _tile_loadd(6, w + k * 16, 64);                                        \
             _tile_loadd(4, x + k, stride);                                         \
             _tile_loadd(7, w + block + k * 16, 64);                                \
             dot(0, 4, 6);                                                          \
             dot(1, 4, 7);                                                          \
+            meanwhile.step();                                                      \
         }                                                                          \
     }                                                                              \
     _tile_stored(0, y, ldy * 4);                                                   \
     _tile_stored(1, y + 16, ldy * 4);
 
+template <class Meanwhile>
 inline void product(int8_t, const char* x, int64_t stride, int64_t rows, const char* w, int64_t block, int64_t groups,
-                    int32_t* y, int64_t ldy) {
+                    int32_t* y, int64_t ldy, Meanwhile& meanwhile) {
     GK_TILE_PRODUCT(_tile_dpbssd)
 }
+template <class Meanwhile>
 inline void product(bf16, const char* x, int64_t stride, int64_t rows, const char* w, int64_t block, int64_t groups,
-                    float* y, int64_t ldy) {
+                    float* y, int64_t ldy, Meanwhile& meanwhile) {
     GK_TILE_PRODUCT(_tile_dpbf16ps)
 }
 #else
@@ -357,5 +363,13 @@ inline void product(int8_t, const char* x, int64_t stride, int64_t rows, const c
 constexpr bool LIFTED = false;
 inline int32_t row_sum(const char*, int64_t) { return 0; }
 #endif
+
+// Without tiles nothing runs beside the product.
+template <class T, class Y, class Meanwhile>
+inline void product(T kind, const char* x, int64_t stride, int64_t rows, const char* w, int64_t block, int64_t groups, Y* y,
+                    int64_t ldy, Meanwhile& meanwhile) {
+    meanwhile.all();
+    product(kind, x, stride, rows, w, block, groups, y, ldy);
+}
 
 }  // namespace

@@ -19,7 +19,8 @@ from grating_core import ClusterPolicy, Reranker, Route
 from grating_core.engine import head
 from grating_core.engine.ragged import filled
 from grating_core.errors import ScoreError
-from grating_core.layers import layer, packed_steps
+from grating_core.layers import layer as plain_steps
+from grating_core.layers import packed_steps
 from grating_core.pruning import Off
 from tests.core.conftest import WORDS, save_model
 from tests.core.parity import load, random_text
@@ -181,7 +182,7 @@ def test_the_last_layer_computes_scoring_positions_only(tiny: Path, monkeypatch:
     spec = reranker.scorer.model.spec
     rows = []
 
-    for steps in (layer, packed_steps):
+    for steps in (plain_steps, packed_steps):
 
         def counted(*args: Any, finished: Any = steps.finished) -> Tensor:
             rows.append(len(args[2]))
