@@ -61,7 +61,7 @@ def normed_rows(
 ) -> tuple[Tensor | None, Rows | None]:
     """Return the norm of states ``[T, width]``, as states and as int8 rows, each if it is asked for."""
     found = states.float() if norm is None else normed(states.float(), norm)
-    return found.to(states.dtype) if output else None, _rows(found) if quantized else None
+    return found.to(states.dtype) if output else None, _rows(found.to(states.dtype)) if quantized else None
 
 
 def turn_heads(states: Tensor, heads: int, norm: Norm | None, cosine: Tensor | None, sine: Tensor | None) -> None:

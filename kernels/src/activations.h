@@ -45,12 +45,12 @@ inline vf of_table(const float* table, __m512i index) {
 inline vf gelu(vf x) {
     vf a = absolute(x);
     __m512i index = _mm512_cvttps_epi32((__m512)minimum(a * (1 / gelu_step), all(31.0f)));
-    vf t = a - (vf)_mm512_cvtepi32_ps(index) * gelu_step;
+    vf t = fma((vf)_mm512_cvtepi32_ps(index), all(-gelu_step), a);
     vf h = of_table(gelu_table[3], index);
-    h = h * t + of_table(gelu_table[2], index);
-    h = h * t + of_table(gelu_table[1], index);
-    h = h * t + of_table(gelu_table[0], index);
-    return x * 0.5f + h;
+    h = fma(h, t, of_table(gelu_table[2], index));
+    h = fma(h, t, of_table(gelu_table[1], index));
+    h = fma(h, t, of_table(gelu_table[0], index));
+    return fma(x, all(0.5f), h);
 }
 #else
 void start_activations() {}
@@ -60,10 +60,10 @@ inline vf gelu(vf x) {
     vf a = absolute(x) * 0.70710678f;
     vf t = reciprocal(1.0f + 0.3275911f * a);
     vf p = all(1.061405429f);
-    p = p * t - 1.453152027f;
-    p = p * t + 1.421413741f;
-    p = p * t - 0.284496736f;
-    p = p * t + 0.254829592f;
+    p = fma(p, t, all(-1.453152027f));
+    p = fma(p, t, all(1.421413741f));
+    p = fma(p, t, all(-0.284496736f));
+    p = fma(p, t, all(0.254829592f));
     return 0.5f * x + 0.5f * absolute(x) * (1.0f - p * t * exponential(-a * a));
 }
 #endif

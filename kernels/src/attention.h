@@ -187,7 +187,7 @@ template <class S> struct Bench {
             if (fresh) continue;
             for (int64_t r = 0; r < rows; r++)
                 for (int64_t i = 0; i < COLUMNS; i += W)
-                    store(to + r * columns + i, load(to + r * columns + i) * softmax.shrunk[r] + load(y + r * COLUMNS + i));
+                    store(to + r * columns + i, fma(load(to + r * columns + i), all(softmax.shrunk[r]), load(y + r * COLUMNS + i)));
         }
     }
 };

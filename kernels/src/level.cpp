@@ -39,11 +39,15 @@ template <class S> void linear_rows(const void* at, int64_t begin, int64_t end, 
     const gk_linear& l = *((const LinearJob*)at)->l;
     const int64_t last = smaller(end * ROWS, l.rows);
     const int64_t panels = up(l.weight.columns, COLUMNS) / COLUMNS;
-    if (only_output(l) ? straight(l, begin * ROWS, last, 0, panels) : by_blocks<S>(l, begin * ROWS, last)) *failed = GK_NO_MEMORY;
+    const int64_t first = begin * ROWS;
+    const int32_t found = only_output(l)      ? straight<S>(l, first, last, 0, panels)
+                          : only_quantised(l) ? by_blocks<S, S>(l, first, last)
+                                              : by_blocks<S, float>(l, first, last);
+    if (found) *failed = found;
 }
 template <class S> void linear_columns(const void* at, int64_t begin, int64_t end, int32_t* failed) {
     const gk_linear& l = *((const LinearJob*)at)->l;
-    if (straight(l, 0, l.rows, begin, end)) *failed = GK_NO_MEMORY;
+    if (straight<S>(l, 0, l.rows, begin, end)) *failed = GK_NO_MEMORY;
 }
 template <class S> void linear_ends(const void* at, int64_t begin, int64_t end, int32_t*) {
     const LinearJob& job = *(const LinearJob*)at;

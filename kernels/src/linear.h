@@ -31,15 +31,15 @@ inline Strip strip_of(const gk_linear& l, int64_t row, int64_t rows, char* copy)
 // A block is up to 32 rows of a panel of 32 columns: products that wait for their bias, activation and gate.
 struct Block {
     int64_t row, rows, panel;
-    float* y;        // [rows, 32], with a stride
-    int64_t ldy;
-    const float* z;  // the gate's product, with a stride of 32; null for none
+    const float* y;  // the products, [rows, 32]
+    const float* z;  // the gate's products; null for none
+    void* out;       // what they become, [rows, columns], with a stride: floats, or states
+    int64_t stride;
+    int64_t columns;
     const int32_t* sums;
-    Peak* peaks;
+    Peak* peaks;     // of the rows; null if nobody needs them
 };
 typedef void (*Finish)(const gk_linear&, const Block&, int64_t begin, int64_t end);
-
-enum Place { IN_PLACE, WITH_PEAKS, TO_OUTPUT };
 
 template <int ACTIVATION> inline vf activate(vf x) {
     if (ACTIVATION == GK_GELU) return gelu(x);
@@ -62,61 +62,58 @@ template <bool INT8> struct Scaled {
     vf operator()(const float* y, int v, vf row_scale, int32_t lift) const {
         if (!INT8) return load(y + v * W) + bias[v];
         const vi sum = load((const int32_t*)y + v * W) - lift;
-        return __builtin_convertvector(sum, vf) * (scale[v] * row_scale) + bias[v];
+        return fma(__builtin_convertvector(sum, vf), scale[v] * row_scale, bias[v]);
     }
 };
 
 // Bias, activation and gate of some rows of a block.
-template <int ACTIVATION, bool INT8, bool GATED, int PLACE, class S>
+template <int ACTIVATION, bool INT8, bool GATED, bool PEAKS, class S>
 void finish_rows(const gk_linear& l, const Block& block, int64_t begin, int64_t end) {
     const Scaled<INT8> own(l.weight, block.panel), gate(GATED ? l.gate : l.weight, block.panel);
-    const int64_t column = block.panel * COLUMNS, n = l.weight.columns - column;
-    for (int64_t r = begin; r < end; r++) {
-        const vf scale = all(INT8 ? l.x.scale[block.row + r] : 0.0f);
+    const float* scales = l.x.scale + block.row;
+    const int64_t n = block.columns;
+    S* out = (S*)block.out + begin * block.stride;
+    for (int64_t r = begin; r < end; r++, out += block.stride) {
+        const vf scale = all(INT8 ? scales[r] : 0.0f);
         const int32_t lift = LIFTED && INT8 ? 128 * block.sums[r] : 0;
-        float* y = block.y + r * block.ldy;
-        S* out = PLACE == TO_OUTPUT ? row_of<S>(l.output, block.row + r) + column : nullptr;
+        Peak peak = PEAKS ? block.peaks[r] : Peak();
 #pragma GCC unroll 8
         for (int v = 0; v < COLUMNS / W; v++) {
-            vf x = own(y, v, scale, lift);
+            vf x = own(block.y + r * COLUMNS, v, scale, lift);
             if (GATED) x *= activate<ACTIVATION>(gate(block.z + r * COLUMNS, v, scale, lift));
             else x = activate<ACTIVATION>(x);
-            if (PLACE != TO_OUTPUT) store(y + v * W, x);
-            else if (v * W < n) store_at(out, v * W, n, x);
-            if (PLACE == WITH_PEAKS) block.peaks[r].add(x);
+            if (PEAKS) peak.add(first(as_state<S>(x), n - v * W));
+            if (v * W < n) store_at(out, v * W, n, x);
         }
+        if (PEAKS) block.peaks[r] = peak;
     }
 }
 
-template <int ACTIVATION, bool INT8, bool GATED> Finish finish_at(const gk_linear& l, Place place) {
-    if (place == IN_PLACE) return finish_rows<ACTIVATION, INT8, GATED, IN_PLACE, float>;
-    if (place == WITH_PEAKS) return finish_rows<ACTIVATION, INT8, GATED, WITH_PEAKS, float>;
-    if (l.states == GK_BF16) return finish_rows<ACTIVATION, INT8, GATED, TO_OUTPUT, bf16>;
-    return finish_rows<ACTIVATION, INT8, GATED, TO_OUTPUT, float>;
+template <int ACTIVATION, bool INT8, bool GATED> Finish finish_at(bool halves, bool peaks) {
+    if (peaks) return halves ? finish_rows<ACTIVATION, INT8, GATED, true, bf16> : finish_rows<ACTIVATION, INT8, GATED, true, float>;
+    return halves ? finish_rows<ACTIVATION, INT8, GATED, false, bf16> : finish_rows<ACTIVATION, INT8, GATED, false, float>;
 }
-template <int ACTIVATION> Finish finish_with(const gk_linear& l, Place place) {
+template <int ACTIVATION> Finish finish_with(const gk_linear& l, bool halves, bool peaks) {
     if (l.dtype == GK_INT8)
-        return l.gate.packed ? finish_at<ACTIVATION, true, true>(l, place) : finish_at<ACTIVATION, true, false>(l, place);
-    return l.gate.packed ? finish_at<ACTIVATION, false, true>(l, place) : finish_at<ACTIVATION, false, false>(l, place);
+        return l.gate.packed ? finish_at<ACTIVATION, true, true>(halves, peaks) : finish_at<ACTIVATION, true, false>(halves, peaks);
+    return l.gate.packed ? finish_at<ACTIVATION, false, true>(halves, peaks) : finish_at<ACTIVATION, false, false>(halves, peaks);
 }
-inline Finish finish_of(const gk_linear& l, Place place) {
+inline Finish finish_of(const gk_linear& l, bool halves, bool peaks) {
     switch (l.activation) {
-        case GK_GELU: return finish_with<GK_GELU>(l, place);
-        case GK_GELU_TANH: return finish_with<GK_GELU_TANH>(l, place);
-        case GK_SILU: return finish_with<GK_SILU>(l, place);
-        case GK_RELU: return finish_with<GK_RELU>(l, place);
-        case GK_TANH: return finish_with<GK_TANH>(l, place);
-        default: return finish_with<GK_NONE>(l, place);
+        case GK_GELU: return finish_with<GK_GELU>(l, halves, peaks);
+        case GK_GELU_TANH: return finish_with<GK_GELU_TANH>(l, halves, peaks);
+        case GK_SILU: return finish_with<GK_SILU>(l, halves, peaks);
+        case GK_RELU: return finish_with<GK_RELU>(l, halves, peaks);
+        case GK_TANH: return finish_with<GK_TANH>(l, halves, peaks);
+        default: return finish_with<GK_NONE>(l, halves, peaks);
     }
 }
 
 // Multiplies block by block, and finishes each block while the next one is multiplied.
 class Panels {
    public:
-    Panels(const gk_linear& l, Place place) : l(l), finish(finish_of(l, place)) {}
-
-    // Rooms of the two blocks that are at work. The caller gives others for y if the results stay there.
-    float* y() { return products[turn]; }
+    // halves: whether the results are bf16, and not float32.
+    Panels(const gk_linear& l, bool halves, bool peaks) : l(l), finish(finish_of(l, halves, peaks)) {}
 
     void next(const Strip& strip, Block block) {
         Step first{*this, 0}, second{*this, 0};
@@ -124,10 +121,11 @@ class Panels {
         first.rows = second.rows = (before.rows + steps - 1) / steps;
         block.z = nullptr;
         if (l.gate.packed) {
-            multiply(l.gate, strip, block.panel, gates[turn], COLUMNS, first);
+            multiply(l.gate, strip, block.panel, gates[turn], first);
             block.z = gates[turn];
         }
-        multiply(l.weight, strip, block.panel, block.y, block.ldy, second);
+        multiply(l.weight, strip, block.panel, products[turn], second);
+        block.y = products[turn];
         end();
         before = block;
         done = 0;
@@ -152,14 +150,14 @@ class Panels {
         void all() { panels.end(); }
     };
 
-    void multiply(const gk_weight& weight, const Strip& strip, int64_t panel, float* y, int64_t ldy, Step& meanwhile) {
+    void multiply(const gk_weight& weight, const Strip& strip, int64_t panel, float* y, Step& meanwhile) {
         const int64_t block = block_bytes(l.dtype, weight.inner);
         const char* w = (const char*)weight.packed + 2 * panel * block;
         const int64_t groups = padded_inner(l.dtype, weight.inner) / group(l.dtype);
         if (l.dtype == GK_INT8)
-            product(int8_t(), strip.x, strip.stride, strip.rows, w, block, groups, (int32_t*)y, ldy, meanwhile);
-        else if (l.dtype == GK_BF16) product(bf16(), strip.x, strip.stride, strip.rows, w, block, groups, y, ldy, meanwhile);
-        else product(float(), strip.x, strip.stride, strip.rows, w, block, groups, y, ldy, meanwhile);
+            product(int8_t(), strip.x, strip.stride, strip.rows, w, block, groups, (int32_t*)y, COLUMNS, meanwhile);
+        else if (l.dtype == GK_BF16) product(bf16(), strip.x, strip.stride, strip.rows, w, block, groups, y, COLUMNS, meanwhile);
+        else product(float(), strip.x, strip.stride, strip.rows, w, block, groups, y, COLUMNS, meanwhile);
     }
 
     const gk_linear& l;
@@ -180,7 +178,7 @@ template <class S> inline void finish_row(const gk_linear& l, int64_t row, float
     if (residual || total)
         for (int64_t i = 0; i < n; i += W) {
             vf x = load_at(y, i, n);
-            if (residual) x = load_at(residual, i, n) + x * l.factor;
+            if (residual) x = fma(x, all(l.factor), load_at(residual, i, n));
             store_at(y, i, n, x);
             if (total) store_at(total, i, n, x);
         }
@@ -221,52 +219,53 @@ struct Strips {
 };
 
 // Rows whose columns are independent of each other go straight to the output.
-inline int32_t straight(const gk_linear& l, int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel) {
+template <class S> int32_t straight(const gk_linear& l, int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel) {
     [[maybe_unused]] Session session;
     Strips strips(l);
     if (!strips.ready()) return GK_NO_MEMORY;
     for (int64_t start = begin; start < end; start += TOGETHER * ROWS) {
         strips.take(l, start, smaller(end, start + TOGETHER * ROWS));
-        Panels panels(l, TO_OUTPUT);
+        Panels panels(l, sizeof(S) == 2, false);
         for (int64_t panel = first_panel; panel < last_panel; panel++)
-            for (int64_t s = 0; s < strips.count; s++)
-                panels.next(strips.strip[s], {start + s * ROWS, strips.strip[s].rows, panel, panels.y(), COLUMNS, nullptr,
+            for (int64_t s = 0; s < strips.count; s++) {
+                const int64_t row = start + s * ROWS, column = panel * COLUMNS;
+                panels.next(strips.strip[s], {row, strips.strip[s].rows, panel, nullptr, nullptr,
+                                              row_of<S>(l.output, row) + column, l.output.stride, l.weight.columns - column,
                                               strips.sums_of(s), nullptr});
+            }
         panels.end();
     }
     return 0;
 }
 
-// Rows that are finished as a whole: blocks of them are kept until all columns are there.
-template <class S> int32_t by_blocks(const gk_linear& l, int64_t begin, int64_t end) {
-    const int64_t width = up(l.weight.columns, COLUMNS);
-    const int64_t together = larger<int64_t>(1, smaller<int64_t>(TOGETHER, BLOCK_BYTES / (ROWS * width * 4)));
+// Rows that are finished as a whole: blocks of them are kept as R until all columns are there. Each row has room for
+// a cache line more, because rows at a power of two would meet in few places of the cache.
+template <class S, class R> int32_t by_blocks(const gk_linear& l, int64_t begin, int64_t end) {
+    const int64_t width = up(l.weight.columns, COLUMNS), stride = width + 64 / sizeof(R);
+    const int64_t together = larger<int64_t>(1, smaller<int64_t>(TOGETHER, BLOCK_BYTES / (ROWS * width * sizeof(R))));
     const bool track = only_quantised(l);
     [[maybe_unused]] Session session;
     Strips strips(l);
-    Room results(together * ROWS * width * 4), peak_room(together * ROWS * sizeof(Peak));
+    Room results(together * ROWS * stride * sizeof(R)), peak_room(together * ROWS * sizeof(Peak));
     if (!strips.ready() || !results.at || !peak_room.at) return GK_NO_MEMORY;
     Peak* peaks = peak_room.of<Peak>();
     for (int64_t start = begin; start < end; start += together * ROWS) {
         strips.take(l, start, smaller(end, start + together * ROWS));
         for (int64_t r = 0; track && r < together * ROWS; r++) peaks[r] = Peak();
-        Panels panels(l, track ? WITH_PEAKS : IN_PLACE);
+        Panels panels(l, sizeof(R) == 2, track);
         for (int64_t panel = 0; panel < width / COLUMNS; panel++)
             for (int64_t s = 0; s < strips.count; s++)
-                panels.next(strips.strip[s],
-                            {start + s * ROWS, strips.strip[s].rows, panel,
-                             results.of<float>() + s * ROWS * width + panel * COLUMNS, width, nullptr, strips.sums_of(s),
-                             peaks + s * ROWS});
+                panels.next(strips.strip[s], {start + s * ROWS, strips.strip[s].rows, panel, nullptr, nullptr,
+                                              results.of<R>() + s * ROWS * stride + panel * COLUMNS, stride, l.weight.columns - panel * COLUMNS,
+                                              strips.sums_of(s), peaks + s * ROWS});
         panels.end();
-        for (int64_t s = 0; s < strips.count; s++)
-            for (int64_t r = 0; r < strips.strip[s].rows; r++) {
-                float* y = results.of<float>() + (s * ROWS + r) * width;
-                const int64_t row = start + s * ROWS + r;
-                if (track)
-                    quantise(y, l.weight.columns, peaks[s * ROWS + r].value(), row_of<int8_t>(l.quantised, row),
-                             l.quantised.scale + row);
-                else finish_row<S>(l, row, y);
-            }
+        for (int64_t row = start; row < smaller(end, start + together * ROWS); row++) {
+            R* y = results.of<R>() + (row - start) * stride;
+            if (track)
+                quantise(y, l.weight.columns, peaks[row - start].value(), row_of<int8_t>(l.quantised, row),
+                         l.quantised.scale + row);
+            else finish_row<S>(l, row, (float*)y);
+        }
     }
     return 0;
 }

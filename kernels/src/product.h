@@ -211,7 +211,7 @@ struct DotF32 {
     static Sum zero() { return vf{}; }
     static Weights weights(const char* p) { return load((const float*)p); }
     static vf entries(const char* p) { return all(*(const float*)p); }
-    static Sum add(Sum s, vf a, vf b) { return s + a * b; }
+    static Sum add(Sum s, vf a, vf b) { return fma(a, b, s); }
     static void keep(float* y, Sum s) { store(y, s); }
 };
 inline void product(float, const char* x, int64_t stride, int64_t rows, const char* w, int64_t block, int64_t groups,

@@ -11,19 +11,21 @@ namespace {
 // A row whose largest entry is below this is a row of zeros: 127 divided by it would not be finite.
 constexpr float least = 1e-30f;
 
-// The largest magnitude of a row, or NaN if an entry is not finite.
+// The largest magnitude of a row, or NaN if an entry is not finite. As whole numbers, the bits of magnitudes have the order
+// of the magnitudes, and those of what is not finite are the largest.
 struct Peak {
-    vf most = {}, poison = {};
-    void add(vf x) {
-        most = maximum(most, absolute(x));
-        poison += x * 0.0f;
+    vi most = {};
+    void add(vf x) { most = maximum(most, bits<vi>(absolute(x))); }
+    float value() const {
+        const int32_t found = top(most);
+        return bits<float>(found < 0x7f800000 ? found : 0x7fc00000);
     }
-    float value() const { return top(most) + sum(poison); }
 };
 
-// Quantises a row of n floats by its largest magnitude, and fills with zeros to a multiple of 64. Of a row that is not
+// Quantises a row of n states by its largest magnitude, and fills with zeros to a multiple of 64. Of a row that is not
 // finite the scale is NaN, so that whatever is computed from the row is NaN.
-inline void quantise(const float* y, int64_t n, float peak, int8_t* q, float* scale) {
+template <class S>
+inline void quantise(const S* y, int64_t n, float peak, int8_t* q, float* scale) {
     if (!(peak >= least)) {
         *scale = peak < least ? 0.0f : NAN;
         memset(q, 0, up(n, 64));
@@ -55,7 +57,7 @@ inline Normed measure(const float* y, int64_t n, const gk_norm& norm) {
     vf squares = {};
     for (int64_t i = 0; i < n; i += W) {
         vf d = first(load_at(y, i, n) - found.mean, n - i);
-        squares += d * d;
+        squares = fma(d, d, squares);
     }
     found.factor = 1.0f / sqrtf(sum(squares) / n + norm.eps);
     return found;
@@ -80,12 +82,13 @@ inline void end_row(float* y, int64_t n, const gk_norm& norm, const gk_rows& out
     S* out = output.data ? row_of<S>(output, row) : nullptr;
     for (int64_t i = 0; i < n; i += W) {
         vf x = load_at(y, i, n);
-        if (norm.kind) {
-            x = apply(norm, found, x, i, n);
+        if (norm.kind) x = apply(norm, found, x, i, n);
+        if (out) store_at(out, i, n, x);
+        if (quantised.data) {
+            x = as_state<S>(x);
+            peak.add(first(x, n - i));
             store_at(y, i, n, x);
         }
-        if (out) store_at(out, i, n, x);
-        if (quantised.data) peak.add(first(x, n - i));
     }
     if (quantised.data)
         quantise(y, n, peak.value(), row_of<int8_t>(quantised, row), quantised.scale + row);
@@ -125,8 +128,8 @@ int32_t run_heads(int64_t begin, int64_t end, int64_t heads, int64_t size, const
             for (int64_t i = 0; i < half; i += W) {
                 vf a = load_at(y, i, half), b = load_at(y + half, i, half);
                 vf c = load_at(cosine + row * half, i, half), s = load_at(sine + row * half, i, half);
-                store_at(at, i, half, a * c - b * s);
-                store_at(at + half, i, half, b * c + a * s);
+                store_at(at, i, half, fma(a, c, -(b * s)));
+                store_at(at + half, i, half, fma(b, c, a * s));
             }
         }
     return 0;

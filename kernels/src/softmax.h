@@ -20,16 +20,16 @@ template <class S> inline vf power(vf x) {
     vf p;
     if constexpr (sizeof(S) == 2) {  // a relative error of 7.5e-5
         p = all(0.0551716672f);
-        p = p * f + 0.242611122f;
-        p = p * f + 0.693260986f;
-        p = p * f + 0.999928074f;
+        p = fma(p, f, all(0.242611122f));
+        p = fma(p, f, all(0.693260986f));
+        p = fma(p, f, all(0.999928074f));
     } else {  // 8e-8
         p = all(1.32764718e-3f);
-        p = p * f + 9.67554133e-3f;
-        p = p * f + 5.55071327e-2f;
-        p = p * f + 2.40221197e-1f;
-        p = p * f + 6.93146967e-1f;
-        p = p * f + 1.0f;
+        p = fma(p, f, all(9.67554133e-3f));
+        p = fma(p, f, all(5.55071327e-2f));
+        p = fma(p, f, all(2.40221197e-1f));
+        p = fma(p, f, all(6.93146967e-1f));
+        p = fma(p, f, all(1.0f));
     }
 #if defined(__AVX512F__)
     return (vf)_mm512_scalef_ps((__m512)p, (__m512)(x - f));
@@ -82,7 +82,7 @@ struct Softmax {
             const vf shift = all(now[r]);
             vf a = {}, b = {};
             for (int64_t i = 0; i < n; i += 2 * W) {
-                const vf p = power<S>(load(from + i) * by - shift), q = power<S>(load(from + i + W) * by - shift);
+                const vf p = power<S>(fma(load(from + i), all(by), -shift)), q = power<S>(fma(load(from + i + W), all(by), -shift));
                 a += p, b += q;
                 store_pair(to + i, p, q);
             }

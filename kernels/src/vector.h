@@ -64,6 +64,14 @@ inline void store(bf16* p, vf x) {
 #endif
 }
 
+// As a state of this type has it.
+template <class S> inline vf as_state(vf x) {
+    S y[W];
+    store(y, x);
+    return load(y);
+}
+template <> inline vf as_state<float>(vf x) { return x; }
+
 // The first n < W entries; the others are zero.
 template <class T> inline vf load_some(const T* p, int64_t n) {
     T x[W] = {};
@@ -81,6 +89,20 @@ template <class T> inline vf load_at(const T* p, int64_t i, int64_t n) {
 template <class T> inline void store_at(T* p, int64_t i, int64_t n, vf x) {
     if (n - i >= W) store(p + i, x);
     else store_some(p + i, x, n - i);
+}
+
+// a b + c with one rounding where the level has it. The compiler must not choose, because the same row would get other bits
+// in another place.
+inline vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
 }
 
 // Of a NaN in b, both functions return the NaN.
@@ -136,7 +158,31 @@ inline float top(vf x) {
 }
 
 // To the nearest whole number, ties to even; |x| < 2^22.
-inline vi rounded(vf x) { return bits<vi>(x + 12582912.0f) - 0x4b400000; }
+inline vi rounded(vf x) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_cvtps_epi32((__m512)x);
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtps_epi32((__m256)x);
+#else
+    return bits<vi>(x + 12582912.0f) - 0x4b400000;
+#endif
+}
+inline vi maximum(vi a, vi b) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#elif defined(__ARM_NEON)
+    return (vi)vmaxq_s32((int32x4_t)a, (int32x4_t)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+inline int32_t top(vi x) {
+    int32_t m = x[0];
+    for (int i = 1; i < W; i++) m = x[i] > m ? x[i] : m;
+    return m;
+}
 inline void store(int8_t* p, vi x) {
 #if defined(__AVX512F__)
     _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)x));
@@ -149,7 +195,7 @@ inline void store(int8_t* p, vi x) {
 inline vf reciprocal(vf x) {
 #if defined(__AVX512F__)
     vf r = (vf)_mm512_rcp14_ps((__m512)x);
-    return r * (2.0f - x * r);
+    return r * fma(-x, r, all(2.0f));
 #else
     return 1.0f / x;
 #endif
@@ -161,11 +207,11 @@ inline vf exponential(vf x) {
     vf n = (y + 12582912.0f) - 12582912.0f;
     vf f = y - n;
     vf p = all(1.32764718e-3f);
-    p = p * f + 9.67554133e-3f;
-    p = p * f + 5.55071327e-2f;
-    p = p * f + 2.40221197e-1f;
-    p = p * f + 6.93146967e-1f;
-    p = p * f + 1.0f;
+    p = fma(p, f, all(9.67554133e-3f));
+    p = fma(p, f, all(5.55071327e-2f));
+    p = fma(p, f, all(2.40221197e-1f));
+    p = fma(p, f, all(6.93146967e-1f));
+    p = fma(p, f, all(1.0f));
     return p * bits<vf>((rounded(n) + 127) << 23);
 }
 
