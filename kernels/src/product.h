@@ -83,6 +83,17 @@ inline void product(bf16, const char* x, int64_t stride, int64_t rows, const cha
                     float* y, int64_t ldy, Meanwhile& meanwhile) {
     GK_TILE_PRODUCT(_tile_dpbf16ps)
 }
+
+// Nothing to do beside a product.
+struct Idle {
+    void step() {}
+};
+template <class T, class Y>
+inline void product(T kind, const char* x, int64_t stride, int64_t rows, const char* w, int64_t block, int64_t groups, Y* y,
+                    int64_t ldy) {
+    Idle idle;
+    product(kind, x, stride, rows, w, block, groups, y, ldy, idle);
+}
 #else
 constexpr bool TILES = false;
 struct Session {};
@@ -207,7 +218,7 @@ struct DotF32 {
     typedef float Value;
     typedef vf Sum;
     typedef vf Weights;
-    static constexpr int LANES = W, VECTORS = W == 16 ? 2 : W == 8 ? 2 : 4, ROWS = W == 16 ? 12 : W == 8 ? 6 : 4;
+    static constexpr int LANES = W, VECTORS = W == 16 ? 2 : W == 8 ? 2 : 4, ROWS = W == 16 ? 8 : W == 8 ? 6 : 4;
     static Sum zero() { return vf{}; }
     static Weights weights(const char* p) { return load((const float*)p); }
     static vf entries(const char* p) { return all(*(const float*)p); }
@@ -228,7 +239,7 @@ struct DotBf16 {
     typedef float Value;
     typedef __m512 Sum;
     typedef __m512i Weights;
-    static constexpr int LANES = 16, VECTORS = 2, ROWS = 12;
+    static constexpr int LANES = 16, VECTORS = 2, ROWS = 8;
     static Sum zero() { return _mm512_setzero_ps(); }
     static Weights weights(const char* p) { return _mm512_loadu_si512(p); }
     static __m512i entries(const char* p) { return _mm512_set1_epi32(word(p)); }
@@ -269,7 +280,7 @@ struct DotInt8 {
     typedef int32_t Value;
     typedef Lanes Sum;
     typedef Lanes Weights;
-    static constexpr int LANES = ::LANES, VECTORS = 2, ROWS = LANES == 16 ? 12 : 6;
+    static constexpr int LANES = ::LANES, VECTORS = 2, ROWS = LANES == 16 ? 8 : 6;
 #if defined(__AVX512VNNI__)
     static Sum zero() { return _mm512_setzero_si512(); }
     static Weights weights(const char* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }

@@ -42,7 +42,17 @@ template <class To, class From> inline To bits(From from) {
     return to;
 }
 
-inline vf all(float x) { return vf{} + x; }
+inline vf all(float x) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+    return (vf)_mm256_set1_ps(x);
+#elif defined(__ARM_NEON)
+    return (vf)vdupq_n_f32(x);
+#else
+    return vf{x, x, x, x};
+#endif
+}
 inline vf load(const float* p) { vf x; memcpy(&x, p, sizeof x); return x; }
 inline void store(float* p, vf x) { memcpy(p, &x, sizeof x); }
 inline vi load(const int32_t* p) { vi x; memcpy(&x, p, sizeof x); return x; }
