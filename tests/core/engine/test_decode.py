@@ -1,3 +1,5 @@
+import copy
+
 """The pass over prompts and tokens against transformers' whole model, for every family of decoders."""
 
 from pathlib import Path
@@ -52,13 +54,16 @@ def test_logits_equal_transformers(
     decoder: Path, reference: PreTrainedModel, prompt: int, until: int, slice_tokens: int
 ) -> None:
     found = one_by_one(load(decoder), prompt, until, slice_tokens)
-    # In the same steps: the logits of these models go up to 9, and transformers' own rounding differs by more than
-    # the tolerance between one pass over all tokens and a pass for each.
-    step = going_on(reference)
-    with torch.inference_mode():
-        steps = [IDS[:prompt], *([token] for token in IDS[prompt:until])]
-        expected = torch.stack([step(ids).logits[0, -1] for ids in steps])
-    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+    # In the same steps: the logits of these models go up to 9, and rounding differs by more than the tolerance
+    # between one pass over all tokens and a pass for each. Gemma's differ so much even from exact ones.
+    prefixes = [IDS[:prompt], *([token] for token in IDS[prompt:until])]
+    logits = []
+    for model in (reference, copy.deepcopy(reference).double()):
+        step = going_on(model)
+        with torch.inference_mode():
+            logits.append(torch.stack([step(ids).logits[0, -1].double() for ids in prefixes]))
+    rounding = float((logits[0] - logits[1]).abs().max())
+    torch.testing.assert_close(found.double(), logits[1], atol=max(TOLERANCE, 3 * rounding), rtol=0)
 
 
 @pytest.mark.parametrize("changes", [STREAMED, SOME], ids=["streamed", "some streamed"])
