@@ -1,7 +1,7 @@
-import copy
 
 """The pass over prompts and tokens against transformers' whole model, for every family of decoders."""
 
+import copy
 from pathlib import Path
 
 import pytest
