@@ -26,16 +26,20 @@ class Kernels:
         level: The name of the instructions that the compiled kernels use; None if torch computes.
         reason: Why torch computes, in one sentence; empty if it does not.
         linear: See :func:`grating_core.kernels.reference.linear`.
+        chain: See :func:`grating_core.kernels.reference.chain`.
         normed_rows: See :func:`grating_core.kernels.reference.normed_rows`.
         turn_heads: See :func:`grating_core.kernels.reference.turn_heads`.
+        pack_in_place: See :func:`grating_core.kernels.compiled.pack_in_place`; None where torch computes.
         attention: See :func:`grating_core.kernels.compiled.attention`; None where torch computes.
     """
 
     level: str | None
     reason: str
     linear: Callable[..., Finished]
+    chain: Callable[..., Tensor]
     normed_rows: Callable[..., tuple[Tensor | None, Rows | None]]
     turn_heads: Callable[..., None]
+    pack_in_place: Callable[[Tensor], Tensor] | None = None
     attention: Callable[..., Tensor] | None = None
 
     def has(self, dtype: torch.dtype) -> bool:
@@ -53,8 +57,17 @@ def kernels() -> Kernels:
         level = start(wanted)
     except KernelsError as error:
         return _of_torch(str(error))
-    return Kernels(level, "", compiled.linear, compiled.normed_rows, compiled.turn_heads, compiled.attention)
+    return Kernels(
+        level,
+        "",
+        compiled.linear,
+        compiled.chain,
+        compiled.normed_rows,
+        compiled.turn_heads,
+        compiled.pack_in_place,
+        compiled.attention,
+    )
 
 
 def _of_torch(reason: str) -> Kernels:
-    return Kernels(None, reason, reference.linear, reference.normed_rows, reference.turn_heads)
+    return Kernels(None, reason, reference.linear, reference.chain, reference.normed_rows, reference.turn_heads)

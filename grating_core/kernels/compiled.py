@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from grating_core.kernels.loading import DTYPES, started
-from grating_core.kernels.operands import Finished, Norm, Rows, Span, Then, Weight
+from grating_core.kernels.operands import Finished, Map, Norm, Rows, Span, Then, Weight
 from grating_core.kernels.structs import (
     AttentionStruct,
     LinearStruct,
@@ -44,36 +44,21 @@ _NO_WEIGHT = WeightStruct()
 _NO_ROWS = RowsStruct()
 
 
-def pack(weight: Tensor) -> Tensor:
-    """Bring a matrix ``[columns, inner]`` of int8, bfloat16 or float32 into the order that products read.
+def pack_in_place(matrix: Tensor) -> Tensor:
+    """Bring a matrix ``[columns, inner]`` into the order of the kernels where it lies.
 
-    Columns come in blocks of 16. In a block lie, for each four bytes of the inner entries in turn, those of the 16
-    columns. Columns are padded with zeros to a multiple of 32, inner entries to a multiple of 64 bytes.
+    Args:
+        matrix: The contiguous matrix, of bfloat16 or float32, that
+            :func:`grating_core.kernels.packing.fits_in_place` takes. It holds other numbers afterwards.
 
     Returns:
-        Bytes, int8 ``[padded columns * padded bytes of a row]``.
+        The same memory as int8 ``[bytes]``.
     """
-    lib, dtype = started(), c_int32(DTYPES[weight.dtype])
-    columns, inner = weight.shape
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    packed = torch.empty(packed_bytes(weight.dtype, columns, inner), dtype=torch.int8)
-    _check(
-        lib.gk_pack(
-            dtype,
-            c_void_p(weight.data_ptr()),
-            c_int64(weight.stride(0)),
-            c_int64(columns),
-            c_int64(inner),
-            c_void_p(packed.data_ptr()),
-        )
-    )
-    return packed
-
-
-def packed_bytes(dtype: torch.dtype, columns: int, inner: int) -> int:
-    """Return how many bytes :func:`pack` makes of a matrix."""
-    each = 64 // dtype.itemsize
-    return -(-columns // 32) * 32 * -(-inner // each) * 64
+    columns, inner = matrix.shape
+    at = c_void_p(matrix.data_ptr())
+    lib = started()
+    _check(lib.gk_pack(c_int32(DTYPES[matrix.dtype]), at, c_int64(inner), c_int64(columns), c_int64(inner), at))
+    return matrix.view(torch.int8).flatten()
 
 
 def linear(
@@ -97,15 +82,59 @@ def linear(
     total = _new(then.total, count, weight.columns, then.states)
     output = _new(then.output, count, weight.columns, then.states)
     rows = new_rows(count, weight.columns) if then.quantized else None
-    call = LinearStruct(
-        DTYPES[weight.dtype],
+    call = _linear(x, Map(weight, then, gate), residual, total, output, rows)
+    lib = started()
+    _check(lib.gk_run_linear(ctypes.byref(call)))
+    return Finished(total, output, rows)
+
+
+def chain(x: Rows, maps: tuple[Map, Map, Map], residual: Tensor) -> Tensor:
+    """Compute three maps one behind the other, as the second half of a layer has them.
+
+    The second map takes the first one's output, or its int8 rows if its weight is int8; the third takes the second
+    one's. The third's residual is the first one's total, or its output if no total is asked for.
+
+    Args:
+        x: Rows in the dtype of the first weight.
+        maps: The maps, which ask for what the next ones take, and the last one for its output.
+        residual: The first map's residual, states ``[T, columns]``.
+
+    Returns:
+        The last map's output, states ``[T, columns]``.
+    """
+    count, last = len(x.data), maps[2]
+    output = torch.empty(count, last.weight.columns, dtype=last.then.states)
+    first, second = _between(maps[0]), _between(maps[1])
+    calls = (LinearStruct * 3)(
+        _linear(x, maps[0], residual, *first),
+        _linear(Rows(output), maps[1], None, *second),
+        _linear(Rows(output), maps[2], None, None, output, None),
+    )
+    lib = started()
+    _check(lib.gk_run_chain(calls))
+    return output
+
+
+def _between(each: Map) -> tuple[Tensor | None, Tensor | None, Rows | None]:
+    """Return something for what a map is asked for; the kernels look which is there, and keep it elsewhere."""
+    one = torch.empty(1, 1)
+    then = each.then
+    return one if then.total else None, one if then.output else None, Rows(one, one) if then.quantized else None
+
+
+def _linear(
+    x: Rows, each: Map, residual: Tensor | None, total: Tensor | None, output: Tensor | None, rows: Rows | None
+) -> LinearStruct:
+    then = each.then
+    return LinearStruct(
+        DTYPES[each.weight.dtype],
         DTYPES[then.states],
         _ACTIVATIONS[then.activation],
         then.factor,
-        count,
+        len(x.data),
         _rows(x.data, x.scale),
-        _weight(weight),
-        _NO_WEIGHT if gate is None else _weight(gate),
+        _weight(each.weight),
+        _NO_WEIGHT if each.gate is None else _weight(each.gate),
         _norm(then.first_norm),
         _norm(then.norm),
         _rows(residual),
@@ -113,9 +142,6 @@ def linear(
         _rows(output),
         _NO_ROWS if rows is None else _rows(rows.data, rows.scale),
     )
-    lib = started()
-    _check(lib.gk_run_linear(ctypes.byref(call)))
-    return Finished(total, output, rows)
 
 
 def normed_rows(

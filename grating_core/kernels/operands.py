@@ -82,6 +82,20 @@ class Then(NamedTuple):
     quantized: bool = False
 
 
+class Map(NamedTuple):
+    """A map is a product with what follows it.
+
+    Attributes:
+        weight: The weight.
+        then: What follows the product.
+        gate: The gate's weight, of the same shape; None for none.
+    """
+
+    weight: Weight
+    then: Then
+    gate: Weight | None = None
+
+
 class Finished(NamedTuple):
     """This class holds what was asked for: the sum, what the norm gave, and its int8 rows."""
 

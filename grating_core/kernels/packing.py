@@ -7,6 +7,8 @@ multiple of 64 bytes. Every instruction set reads this order, so that a packed f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -48,6 +50,15 @@ def pack(matrix: Tensor) -> Tensor:
     return words.view(-1, 16, words.shape[1]).transpose(1, 2).contiguous().view(torch.int8).flatten()
 
 
+def fits_in_place(matrix: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether a matrix takes as much memory when it is packed as this dtype, and may stay where it is."""
+    return (
+        matrix.dtype == dtype
+        and matrix.is_contiguous()
+        and packed_bytes(dtype, *matrix.shape) == matrix.numel() * dtype.itemsize
+    )
+
+
 def unpacked(weight: Weight) -> Tensor:
     """Return the matrix ``[columns, inner]`` that a packed weight holds."""
     each = _LINE // weight.dtype.itemsize
@@ -67,15 +78,24 @@ def padded_columns(columns: int) -> int:
     return -(-columns // _COLUMNS) * _COLUMNS
 
 
-def packed_weight(matrix: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Weight:
+def packed_weight(
+    matrix: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    pack_in_place: Callable[[Tensor], Tensor] | None = None,
+) -> Weight:
     """Pack a matrix, and quantise it by column if the dtype is int8.
 
     Args:
         matrix: The matrix ``[columns, inner]``.
         bias: What is added to the columns, ``[columns]``; None for nothing.
         dtype: The dtype of the packed entries: int8, bfloat16 or float32.
+        pack_in_place: What packs a matrix of this dtype in its own memory; None to leave the matrix as it is.
     """
     columns, inner = matrix.shape
+    biases = None if bias is None else _padded(bias)
+    if pack_in_place is not None:
+        return Weight(pack_in_place(matrix), dtype, columns, inner, None, biases)
     packed = matrix.new_empty(packed_bytes(dtype, columns, inner), dtype=torch.int8)
     scale = matrix.new_zeros(padded_columns(columns), dtype=torch.float32) if dtype == torch.int8 else None
     each = packed_bytes(dtype, _COLUMNS, inner) // _COLUMNS
@@ -87,7 +107,7 @@ def packed_weight(matrix: Tensor, bias: Tensor | None, dtype: torch.dtype) -> We
         if scale is not None:
             part, scale[start:end] = quantized(part)
         packed[start * each : padded_columns(end) * each] = pack(part.to(dtype))
-    return Weight(packed, dtype, columns, inner, scale, None if bias is None else _padded(bias))
+    return Weight(packed, dtype, columns, inner, scale, biases)
 
 
 def _padded(values: Tensor) -> Tensor:

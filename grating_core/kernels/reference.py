@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import pad
 
-from grating_core.kernels.operands import Finished, Norm, Rows, Then, Weight
+from grating_core.kernels.operands import Finished, Map, Norm, Rows, Then, Weight
 from grating_core.kernels.packing import quantized, unpacked
 
 ACTIVATIONS = {
@@ -54,6 +54,38 @@ def linear(
     return Finished(
         total, states.to(then.states) if then.output else None, _rows(states) if then.quantized else None
     )
+
+
+def chain(x: Rows, maps: tuple[Map, Map, Map], residual: Tensor) -> Tensor:
+    """Compute three maps one behind the other, as the second half of a layer has them.
+
+    The second map takes the first one's output, or its int8 rows if its weight is int8; the third takes the second
+    one's. The third's residual is the first one's total, or its output if no total is asked for.
+
+    Args:
+        x: Rows in the dtype of the first weight.
+        maps: The maps, which ask for what the next ones take, and the last one for its output.
+        residual: The first map's residual, states ``[T, columns]``.
+
+    Returns:
+        The last map's output, states ``[T, columns]``.
+    """
+    found: list[Finished] = []
+    for each in maps:
+        if found:
+            before = found[-1]
+            states = None if before.output is None else Rows(before.output)
+            rows = before.rows if each.weight.dtype == torch.int8 else states
+            assert rows is not None
+            x = rows
+        if len(found) == 2:
+            total = found[0].output if found[0].total is None else found[0].total
+        else:
+            total = None if found else residual
+        found.append(linear(x, each.weight, each.then, gate=each.gate, residual=total))
+    output = found[-1].output
+    assert output is not None
+    return output
 
 
 def normed_rows(

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from grating_core.kernels.choice import kernels
 from grating_core.kernels.operands import Norm, Weight
-from grating_core.kernels.packing import packed_weight
+from grating_core.kernels.packing import fits_in_place, packed_weight
 from grating_core.layers.linear import Weights
 from grating_core.layers.spec import LayerSpec, Role
 
@@ -37,7 +38,12 @@ def products_of(spec: LayerSpec) -> list[Role]:
 
 
 def packed_layer(
-    spec: LayerSpec, weights: Weights, states: torch.dtype, quantized: Collection[Role] = ()
+    spec: LayerSpec,
+    weights: Weights,
+    states: torch.dtype,
+    quantized: Collection[Role] = (),
+    *,
+    in_place: bool = False,
 ) -> PackedLayer:
     """Pack the weights of a layer.
 
@@ -46,11 +52,14 @@ def packed_layer(
         weights: The layer's weights, by role, in any floating dtype.
         states: The dtype of states and of the other products: bfloat16 or float32.
         quantized: The roles of the products that become int8.
+        in_place: Whether the memory of the weights may be used, which then hold other numbers.
     """
     products = {}
     for role in products_of(spec):
         dtype = torch.int8 if role in quantized else states
-        products[role] = packed_weight(weights[f"{role}.weight"], weights.get(f"{role}.bias"), dtype)
+        matrix, bias = weights[f"{role}.weight"], weights.get(f"{role}.bias")
+        pack = kernels().pack_in_place if in_place and fits_in_place(matrix, dtype) else None
+        products[role] = packed_weight(matrix, bias, dtype, pack)
     norms = {}
     for role in _NORMS:
         weight, bias = weights.get(f"{role}.weight"), weights.get(f"{role}.bias")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grating_core.kernels.choice import kernels
-from grating_core.kernels.operands import Finished, Rows, Then, Weight
+from grating_core.kernels.operands import Map, Rows, Then, Weight
 from grating_core.layers.layer import Mlp
 from grating_core.layers.packed import PackedLayer
 from grating_core.layers.rotary import Angles
@@ -84,40 +84,28 @@ def finished(
         mlp: None: a packed layer computes its own MLP.
     """
     assert mlp is None, "a packed layer has its own MLP"
-    norms, states = layer.norms, layer.states
+    norms, states, products = layer.norms, layer.states, layer.products
     inner, quantized = _wanted(layer, "gate", "up")
-    attention, down = layer.products["output"], layer.products["down"]
+    first = products["output"]
     inputs = _inputs(attended.flatten(1), layer, *_wanted(layer, "output"))
     if spec.norm_behind:
-        then = Then(states, norm=norms.get("attention_norm"), output=True, quantized=quantized)
-        found = kernels().linear(inputs.of(attention), attention, then, residual=hidden)
-        total, last = found.output, Then(states, norm=norms.get("output_norm"))
+        then = Then(states, norm=norms.get("attention_norm"), quantized=quantized)
+        last = Then(states, norm=norms.get("output_norm"))
     else:
-        before, behind = norms.get("attention_norm"), norms.get("mlp_norm")
         then = Then(
             states,
-            first_norm=before,
+            first_norm=norms.get("attention_norm"),
             factor=spec.residual,
-            norm=behind,
+            norm=norms.get("mlp_norm"),
             total=True,
             output=inner,
             quantized=quantized,
         )
-        found = kernels().linear(inputs.of(attention), attention, then, residual=hidden)
-        total, last = found.total, Then(states, first_norm=norms.get("output_norm"), factor=spec.residual)
-    products = _inner(spec, layer, Inputs(found.output, found.rows))
-    output = kernels().linear(products.of(down), down, last, residual=total).output
-    assert output is not None
-    return output
-
-
-def _inner(spec: LayerSpec, layer: PackedLayer, inputs: Inputs) -> Inputs:
-    """Return what the MLP has inside, ``[T, F]``."""
-    up, gate = layer.products["up"], layer.products.get("gate")
+        last = Then(states, first_norm=norms.get("output_norm"), factor=spec.residual)
     output, quantized = _wanted(layer, "down")
-    then = Then(layer.states, spec.activation, output=output, quantized=quantized)
-    found: Finished = kernels().linear(inputs.of(up), up, then, gate=gate)
-    return Inputs(found.output, found.rows)
+    activated = Then(states, spec.activation, output=output, quantized=quantized)
+    maps = Map(first, then), Map(products["up"], activated, products.get("gate")), Map(products["down"], last)
+    return kernels().chain(inputs.of(first), maps, hidden)
 
 
 def _wanted(layer: PackedLayer, *roles: Role) -> tuple[bool, bool]:

@@ -140,7 +140,9 @@ class LayeredModel:
             return
         with parts.streamer.layer(number) as stored:
             weights = layer_by_role(parts.family, spec, number, stored)
-            yield Layer(spec, packed_layer(spec, weights, parts.dtype) if parts.packs else weights, mlp)
+            yield Layer(
+                spec, packed_layer(spec, weights, parts.dtype, in_place=True) if parts.packs else weights, mlp
+            )
 
     def rewind(self) -> None:
         """End a pass, so that the first layers of the next pass are read in advance."""

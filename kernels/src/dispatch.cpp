@@ -141,6 +141,7 @@ int32_t gk_pack(int32_t dtype, const void* weight, int64_t stride, int64_t colum
     return chosen->pack(host, dtype, weight, stride, columns, inner, packed);
 }
 int32_t gk_run_linear(const gk_linear* l) { return l->rows ? chosen->linear(host, l) : 0; }
+int32_t gk_run_chain(const gk_linear steps[3]) { return steps->rows ? chosen->chain(host, steps) : 0; }
 int32_t gk_run_attention(const gk_attention* a) { return a->count ? chosen->attention(host, a) : 0; }
 int32_t gk_run_rows(int32_t states, int64_t rows, int64_t width, const gk_rows* x, const gk_norm* norm, const gk_rows* output,
                     const gk_rows* quantised) {

@@ -112,6 +112,11 @@ GK_API void gk_threads(int32_t threads);
 GK_API int64_t gk_packed_size(int32_t dtype, int64_t columns, int64_t inner);  // in bytes
 GK_API int32_t gk_pack(int32_t dtype, const void* weight, int64_t stride, int64_t columns, int64_t inner, void* packed);
 GK_API int32_t gk_run_linear(const gk_linear*);
+// Three maps one behind the other: what attention gave, what the MLP has inside, and the layer's output. What lies between
+// them stays in the cache: where data of it is not null, it is asked for, and lives elsewhere. The second map takes the
+// first one's output or its quantised rows, by its dtype; the third takes the second one's. The third's residual is the first
+// one's total, or its output if there is no total.
+GK_API int32_t gk_run_chain(const gk_linear steps[3]);
 GK_API int32_t gk_run_attention(const gk_attention*);
 // The rows of `norm(x)`, states of the dtype `states` [rows, width]: as states, or quantised, or both.
 GK_API int32_t gk_run_rows(

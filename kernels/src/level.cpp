@@ -35,15 +35,13 @@ struct LinearJob {
     float* results;  // of a product by columns
 };
 
+template <class S> int32_t run_rows_of(const gk_linear& l, int64_t begin, int64_t end) {
+    if (only_output(l)) return straight<S>(l, begin, end, 0, up(l.weight.columns, COLUMNS) / COLUMNS);
+    return only_quantised(l) ? by_blocks<S, S>(l, begin, end) : by_blocks<S, float>(l, begin, end);
+}
 template <class S> void linear_rows(const void* at, int64_t begin, int64_t end, int32_t* failed) {
     const gk_linear& l = *((const LinearJob*)at)->l;
-    const int64_t last = smaller(end * ROWS, l.rows);
-    const int64_t panels = up(l.weight.columns, COLUMNS) / COLUMNS;
-    const int64_t first = begin * ROWS;
-    const int32_t found = only_output(l)      ? straight<S>(l, first, last, 0, panels)
-                          : only_quantised(l) ? by_blocks<S, S>(l, first, last)
-                                              : by_blocks<S, float>(l, first, last);
-    if (found) *failed = found;
+    if (run_rows_of<S>(l, begin * ROWS, smaller(end * ROWS, l.rows))) *failed = GK_NO_MEMORY;
 }
 template <class S> void linear_columns(const void* at, int64_t begin, int64_t end, int32_t* failed) {
     const gk_linear& l = *((const LinearJob*)at)->l;
@@ -74,6 +72,59 @@ template <class S> int32_t run_linear_of(const Host& host, const gk_linear& l) {
 
 int32_t linear(const Host& host, const gk_linear* l) {
     return l->states == GK_BF16 ? run_linear_of<bf16>(host, *l) : run_linear_of<float>(host, *l);
+}
+
+// What lies between the maps of a chain, for some rows.
+struct Between {
+    Room room[8];
+    int64_t count = 0;
+    template <class T> void give(gk_rows& rows, int64_t first, int64_t number, int64_t width) {
+        if (!rows.data) return;
+        rows.stride = width;
+        rows.data = room[count++].make(number * width * sizeof(T)) ? room[count - 1].of<T>() - first * width : nullptr;
+    }
+    // Makes room for `number` rows, of which the first has the number `first`.
+    template <class S> bool link(gk_linear* l, int64_t first, int64_t number) {
+        for (int step = 0; step < 2; step++) {
+            const int64_t width = l[step].weight.columns;
+            const bool quantised = l[step].quantised.data;
+            give<S>(l[step].total, first, number, width);
+            give<S>(l[step].output, first, number, width);
+            give<int8_t>(l[step].quantised, first, number, up(width, 64));
+            if (quantised) l[step].quantised.scale = (float*)room[count++].make(number * 4) - first;
+            l[step + 1].x = l[step + 1].dtype == GK_INT8 ? l[step].quantised : l[step].output;
+        }
+        l[2].residual = l[0].total.data ? l[0].total : l[0].output;
+        for (int64_t n = 0; n < count; n++)
+            if (!room[n].at) return false;
+        return true;
+    }
+};
+
+template <class S> void chain_rows(const void* at, int64_t begin, int64_t end, int32_t* failed) {
+    const gk_linear* steps = (const gk_linear*)at;
+    const int64_t last = smaller(end * ROWS, steps->rows);
+    for (int64_t first = begin * ROWS; first < last && !*failed; first += TOGETHER * ROWS) {
+        const int64_t stop = smaller(last, first + TOGETHER * ROWS);
+        gk_linear l[3] = {steps[0], steps[1], steps[2]};
+        Between between;
+        if (!between.link<S>(l, first, stop - first)) *failed = GK_NO_MEMORY;
+        for (int step = 0; step < 3 && !*failed; step++) *failed = run_rows_of<S>(l[step], first, stop);
+    }
+}
+
+template <class S> int32_t run_chain_of(const Host& host, const gk_linear* steps) {
+    const int64_t strips = up(steps->rows, ROWS) / ROWS;
+    if (strips >= host.threads) return spread(host, strips, chain_rows<S>, steps);
+    gk_linear l[3] = {steps[0], steps[1], steps[2]};
+    Between between;
+    if (!between.link<S>(l, 0, steps->rows)) return GK_NO_MEMORY;
+    for (int step = 0; step < 3; step++)
+        if (int32_t failed = run_linear_of<S>(host, l[step])) return failed;
+    return 0;
+}
+int32_t chain(const Host& host, const gk_linear* steps) {
+    return steps->states == GK_BF16 ? run_chain_of<bf16>(host, steps) : run_chain_of<float>(host, steps);
 }
 
 struct RowsJob {
@@ -113,7 +164,9 @@ int32_t attention(const Host& host, const gk_attention* a) {
     return spread(host, job.tasks(), attention_task, &job);
 }
 
-void pack_task(const void* at, int64_t begin, int64_t end, int32_t*) { pack_blocks(*(const PackJob*)at, begin, end); }
+void pack_task(const void* at, int64_t begin, int64_t end, int32_t* failed) {
+    if (pack_blocks(*(const PackJob*)at, begin, end)) *failed = GK_NO_MEMORY;
+}
 int32_t pack(const Host& host, int32_t dtype, const void* weight, int64_t stride, int64_t columns, int64_t inner, void* packed) {
     PackJob job{dtype, (const char*)weight, stride, columns, inner, (char*)packed};
     return spread(host, up(columns, COLUMNS) / 16, pack_task, &job);
@@ -124,4 +177,4 @@ void start() { start_activations(); }
 }  // namespace
 
 extern const Level GK_NAME(gk_level_, GK_LEVEL);
-const Level GK_NAME(gk_level_, GK_LEVEL) = {HAS_BF16, start, linear, attention, rows, heads, pack};
+const Level GK_NAME(gk_level_, GK_LEVEL) = {HAS_BF16, start, linear, chain, attention, rows, heads, pack};

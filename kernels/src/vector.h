@@ -228,12 +228,15 @@ inline vf exponential(vf x) {
 // Memory of one task, aligned to a cache line.
 struct Room {
     void* at = nullptr;
-    explicit Room(int64_t bytes) {
+    Room() = default;
+    explicit Room(int64_t bytes) { make(bytes); }
+    void* make(int64_t bytes) {
 #if defined(_WIN32)
         at = _aligned_malloc(up(bytes, 64) + 64, 64);
 #else
         if (posix_memalign(&at, 64, up(bytes, 64) + 64)) at = nullptr;
 #endif
+        return at;
     }
     ~Room() {
 #if defined(_WIN32)

@@ -1,4 +1,3 @@
-
 """The pass over prompts and tokens against transformers' whole model, for every family of decoders."""
 
 import copy
