@@ -44,7 +44,7 @@ def doctor(as_json: bool = False) -> None:
         table.add_row(package, version or "not installed")
     table.add_row("device", f"{found['device']} (CUDA: {found['cuda']}, MPS: {found['mps']})")
     table.add_row("dtype", f"{found['dtype']}: {found['dtype_reason']}")
-    table.add_row("kernels", found["kernels"] or f"none: {found['kernels_reason']}")
+    table.add_row("kernels", found["kernels"] or f"none. {found['kernels_reason']}")
     advice = f"; {found['thread_advice']}" if found["thread_advice"] else ""
     table.add_row("threads", f"{found['threads']} of {found['processors']} processors{advice}")
     table.add_row("grating's cache", found["cache"])
@@ -88,10 +88,10 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> tuple[str | None, str]
     from grating_core.kernels.choice import kernels
 
     if device.type != "cpu":
-        return None, f"they are for CPUs, and the device is {device}"
+        return None, f"They are for CPUs, and the device is {device}."
     chosen = kernels()
     if chosen.level and not chosen.has(dtype):
-        return None, f"the level {chosen.level} has no products of {str(dtype).removeprefix('torch.')}"
+        return None, f"The level {chosen.level} has no products of {str(dtype).removeprefix('torch.')}."
     return chosen.level, chosen.reason
 
 

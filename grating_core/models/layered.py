@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from grating_core.columns.companion import ColumnFile
+from grating_core.kernels.choice import kernels
 from grating_core.layers.layer import Mlp
 from grating_core.layers.linear import Weights, normed
 from grating_core.layers.packed import PackedLayer, packed_layer
@@ -119,7 +120,7 @@ class LayeredModel:
     @property
     def kernels(self) -> str:
         """The level of the compiled kernels that compute the layers; ``"torch"`` if torch does."""
-        return "torch"
+        return (kernels().level if self._parts.packs else None) or "torch"
 
     def prepare(self, input_ids: Tensor) -> None:
         """Read the embedding rows of a pass's tokens, int64 ``[T]``, as far as there is room for them."""

@@ -152,7 +152,7 @@ def test_doctor_tells_brackets_and_what_is_there(monkeypatch: pytest.MonkeyPatch
     shown = " ".join(grating("doctor").stdout.split())
     assert "pip install grating-core[demo]" in shown
     assert "processors; set something" in shown
-    assert f"kernels {there['kernels'] or 'none: '}" in shown
+    assert f"kernels {there['kernels'] or 'none. '}" in shown
 
 
 def test_plan_as_json() -> None:
