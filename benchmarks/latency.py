@@ -38,7 +38,6 @@ from benchmarks.peers import (
     PACKAGES,
     Open,
     Quickest,
-    Scores,
     Way,
     open_ctranslate2,
     open_onnx_runtime,
@@ -96,6 +95,9 @@ class Question:
 
 # Systems.
 
+InBatches = Callable[[int, Request], Any]
+"""Scores the candidates of a request, so many at a time."""
+
 
 def ask_peer(quickest: Quickest, question: Question) -> Facts:
     """Put a question to a peer."""
@@ -110,46 +112,48 @@ def load_runtime(ready: Ready, *, directory: Path, files: Path, open_lanes: Open
     return partial(ask_peer, Quickest(runtime_ways(tokenizer, files, open_lanes, torch.get_num_threads())))
 
 
-def load_sentence_transformers(
-    ready: Ready, *, directory: Path, dtypes: Sequence[str], batch_sizes: Sequence[int]
-) -> Ask:
+def load_sentence_transformers(ready: Ready, *, directory: Path, **ways: Sequence[Any]) -> Ask:
     """Load a CrossEncoder, used as its users do."""
     from sentence_transformers import CrossEncoder
 
     ready()
 
-    def way(dtype: str, batch_size: int) -> Way:
-        def scores(request: Request) -> Scores:
+    def open_model(dtype: str) -> InBatches:
+        model = CrossEncoder(str(directory), device="cpu", model_kwargs={"dtype": dtype})
+
+        def scores(batch_size: int, request: Request) -> Any:
             pairs = [(request.query, document) for document in request.documents]
-            found: Scores = models[dtype].predict(pairs, batch_size=batch_size)
-            return found
+            return model.predict(pairs, batch_size=batch_size)
 
         return scores
 
-    models: Any = {
-        dtype: CrossEncoder(str(directory), device="cpu", model_kwargs={"dtype": dtype}) for dtype in dtypes
-    }
-    ways = {f"{dtype}, batches of {size}": way(dtype, size) for dtype, size in product(dtypes, batch_sizes)}
-    return partial(ask_peer, Quickest(ways))
+    return load_in_batches(open_model, **ways)
 
 
-def load_transformers(ready: Ready, *, directory: Path, dtypes: Sequence[str], batch_sizes: Sequence[int]) -> Ask:
+def load_transformers(ready: Ready, *, directory: Path, **ways: Sequence[Any]) -> Ask:
     """Load transformers, used plainly: batches padded to the longest prompt of each."""
     recipe = find_recipe(directory, None)
     ready()
 
-    def way(dtype: str, batch_size: int) -> Way:
-        def scores(request: Request) -> Scores:
-            found: Scores = recipe.scores(models[dtype], request.query, request.documents, batch_size).numpy()
-            return found
+    def open_model(dtype: str) -> InBatches:
+        model = recipe.architecture.from_pretrained(directory, dtype=dtype, trust_remote_code=False).eval()
+
+        def scores(batch_size: int, request: Request) -> Any:
+            return recipe.scores(model, request.query, request.documents, batch_size).numpy()
 
         return scores
 
-    models: Any = {
-        dtype: recipe.architecture.from_pretrained(directory, dtype=dtype, trust_remote_code=False).eval()
-        for dtype in dtypes
+    return load_in_batches(open_model, **ways)
+
+
+def load_in_batches(
+    open_model: Callable[[str], InBatches], *, dtypes: Sequence[str], batch_sizes: Sequence[int]
+) -> Ask:
+    """Load a model in several dtypes; it is used in the quickest of them, and of several batch sizes."""
+    models = {dtype: open_model(dtype) for dtype in dtypes}
+    ways: dict[str, Way] = {
+        f"{dtype}, batches of {size}": partial(models[dtype], size) for dtype, size in product(dtypes, batch_sizes)
     }
-    ways = {f"{dtype}, batches of {size}": way(dtype, size) for dtype, size in product(dtypes, batch_sizes)}
     return partial(ask_peer, Quickest(ways))
 
 
@@ -176,7 +180,7 @@ GRATING: dict[str, tuple[str, PruningName]] = {
     "grating, bfloat16, pruning off": ("bfloat16", "off"),
     DEFAULT: ("auto", "auto"),
 }
-"""Dtype and pruning of each system of this project."""
+"""Dtype and pruning of each system of this project; all stand in the table."""
 
 RUNTIMES: dict[str, Open] = {
     "ONNX Runtime, int8": open_onnx_runtime,
@@ -195,7 +199,7 @@ def find_systems(directory: Path) -> list[System]:
     """Name everything that is compared: first what its users have without a setting, then other peers, then us."""
 
     def usual(name: str, load: Callable[..., Ask], default: int) -> list[System]:
-        """Return a package with its defaults, and in the quickest of several dtypes and batch sizes."""
+        """Return a package with its defaults, and in its quickest dtype and batch size."""
         settings = {"directory": directory, "dtypes": DTYPES, "batch_sizes": (2, 4, 8)}
         return [
             System(f"{name}, default", load, {**settings, "dtypes": ("float32",), "batch_sizes": (default,)}),
