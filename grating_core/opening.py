@@ -24,12 +24,13 @@ from grating_core.memory.plan import MemoryPlan
 from grating_core.models.adapter import Adapter, find_adapter
 from grating_core.models.causal_lm import CausalLM, StoredCausalLM
 from grating_core.models.cross_encoder import CrossEncoder, Shape, StoredCrossEncoder
-from grating_core.models.directory import find_model
+from grating_core.models.directory import find_model, is_gguf
 from grating_core.models.family import Family
-from grating_core.models.gguf import GgufModel, is_gguf
+from grating_core.models.gguf import GgufModel
 from grating_core.models.hub import Hub
 from grating_core.models.identity import fingerprint
-from grating_core.models.placement import choose_device, choose_dtype
+from grating_core.models.packing import QUANTIZED, Packing
+from grating_core.models.placement import choose_device, choose_dtype, states_dtype
 from grating_core.pruning import ClusterPolicy, Off, PruningPolicy
 from grating_core.settings import GenerationSettings, ModelSettings, RerankSettings
 from grating_core.text.chat import PromptTokenizer
@@ -60,10 +61,12 @@ class StoredReranker(Protocol):
     def shape(self) -> Shape:
         """The shape that a lens must have."""
 
-    def plan(self, window: int, budget: int) -> MemoryPlan:
+    def plan(self, window: int, budget: int, packing: Packing | None) -> MemoryPlan:
         """Spend a memory budget in bytes on a model for pairs of up to ``window`` tokens."""
 
-    def load(self, plan: MemoryPlan | None, answers: tuple[int, int | None] | None) -> CrossEncoder:
+    def load(
+        self, plan: MemoryPlan | None, answers: tuple[int, int | None] | None, packing: Packing | None
+    ) -> CrossEncoder:
         """Read the weights."""
 
     def close(self) -> None:
@@ -80,6 +83,7 @@ class OpenReranker:
         prompt: The question to the model; None if the tokenizer joins the two texts without a question.
         window: The most tokens of a pair.
         plan: The plan of the memory budget; None without a budget.
+        packing: How the layers are packed; None for without a loss.
     """
 
     settings: RerankSettings
@@ -87,6 +91,7 @@ class OpenReranker:
     prompt: Prompt | None
     window: int
     plan: MemoryPlan | None
+    packing: Packing | None
 
     @property
     def directory(self) -> Path:
@@ -140,7 +145,7 @@ class OpenReranker:
             rows=self.stored.vocabulary,
         )
         plan = _with_tokenizer(self.plan, before)
-        return Scorer(self.stored.load(plan, template.answers), template, plan)
+        return Scorer(self.stored.load(plan, template.answers, self.packing), template, plan)
 
     def close(self) -> None:
         """Close the files. A model that was loaded from them can then read no more weights."""
@@ -210,7 +215,9 @@ def open_reranker(settings: RerankSettings) -> OpenReranker:
         BudgetError: The memory budget is too small; the message states the smallest that works.
         ValueError: A setting does not fit this machine or this model.
     """
-    device, dtype, directory, adapter = _find(settings)
+    device, products, directory, adapter = _find(settings)
+    dtype = states_dtype(products, device)
+    packing = Packing(dtype, QUANTIZED) if products == torch.int8 else None
     stored: StoredReranker
     if is_gguf(directory):
         stored = GgufModel(directory, device=device, dtype=dtype, adapter=adapter)
@@ -226,8 +233,8 @@ def open_reranker(settings: RerankSettings) -> OpenReranker:
         prompt = find_prompt(settings.template, str(settings.model), directory, stored.family)
         usual = usual_length(prompt, stored.family)
         window = find_window(directory, stored.window, settings.max_length, usual)
-        plan = None if settings.budget is None else stored.plan(window, settings.budget)
-        return OpenReranker(settings, stored, prompt, window, plan)
+        plan = None if settings.budget is None else stored.plan(window, settings.budget, packing)
+        return OpenReranker(settings, stored, prompt, window, plan, packing)
 
 
 def open_language_model(settings: GenerationSettings) -> OpenLanguageModel:

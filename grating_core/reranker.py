@@ -97,8 +97,8 @@ class Reranker(Loaded[Scorer, RerankSettings]):
                 a local directory in Hugging Face layout with safetensors weights, a language model's GGUF file, or
                 ``"bundled:ms-marco-minilm-l12"``.
             device: ``"cpu"``, ``"cuda"`` or ``"mps"``; None takes the best device of this machine.
-            dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: bfloat16 where the processor has
-                instructions for it, else float32.
+            dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"int8"``, or ``"auto"``: bfloat16 where the
+                processor has instructions for it, else float32.
             memory_budget: How much memory loading and reranking may take, in bytes or as a size such as
                 ``"300MB"``; scores stay the same, but for rounding. None keeps everything in memory.
             pruning: ``"auto"``, ``"cluster"``, ``"off"`` or a policy object.
@@ -304,8 +304,8 @@ class Reranker(Loaded[Scorer, RerankSettings]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the layers compute in."""
-        return self.scorer.model.dtype
+        """The dtype of the layers' products. With int8, hidden states have another."""
+        return self.scorer.model.products
 
     @property
     def max_length(self) -> int:

@@ -67,8 +67,9 @@ class ModelSettings:
     )
     dtype: str | torch.dtype = _setting(
         "auto",
-        "'float32', 'bfloat16' or 'float16' for what the layers compute in. 'auto' takes bfloat16 where the "
-        "processor has instructions for it, and float32 elsewhere.",
+        "'float32', 'bfloat16' or 'float16' for what the layers compute in; 'int8' for matrices in 8 bits, for "
+        "rerankers on the CPU. 'auto' takes bfloat16 where the processor has instructions for it, and "
+        "float32 elsewhere.",
         basic=True,
     )
     memory_budget: str | int | None = _setting(
@@ -222,6 +223,8 @@ class GenerationSettings(ModelSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.dtype == "int8":
+            raise ValueError(f"dtype={self.dtype!r} is for rerankers so far: use 'auto', 'bfloat16' or 'float32'")
         if self.mlp_density is not None:
             check_density(self.mlp_density)
 

@@ -77,7 +77,7 @@ _SHORT = {
 }  # fmt: skip
 _LEAST = dict.fromkeys(("top_k", "requests", "rounds", "threads", "tokens", "max_tokens", "chunk_tokens"), 1)
 _LEAST["candidates"] = 2
-_TYPES = {"dtype": Literal["auto", "float32", "bfloat16", "float16"]}
+_TYPES = {"dtype": Literal["auto", "float32", "bfloat16", "float16", "int8"]}
 _CHECKS = {
     "query": _refusing(r"(?s).*\S.*", "a question"),
     "device": _refusing(r"cpu|mps|cuda(:\d+)?", "cpu, cuda, cuda:N or mps"),

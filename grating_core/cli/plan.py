@@ -75,6 +75,9 @@ def _print(planned: MemoryPlan, window: int, tokenizer: int, candidates: int, re
     for part, size in planned.parts.items():
         table.add_row(part, f"{size / 1e6:,.1f}", details.get(part, ""))
     table.add_row("together", f"{planned.total / 1e6:,.1f}", f"of a budget of {planned.budget / 1e6:,.1f}")
+    if planned.sizes.writing:
+        writing = f"{planned.sizes.writing / 1e6:,.1f}"
+        table.add_row("instead, to write the layers in 8 bits", writing, "once, before loading")
     table.add_row("the tokenizer, beside the budget", f"{tokenizer / 1e6:,.1f}", "as just measured")
     spilled = planned.bytes_spilled(request)
     spills = f"writes and reads {spilled / 1e6:,.0f} MB of hidden states"

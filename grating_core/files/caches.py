@@ -15,16 +15,18 @@ from grating_core.errors import StorageError
 from grating_core.files.locks import locked, remove, unfinished, unfinished_of
 from grating_core.files.places import cache_directory, explained
 
-Kind = Literal["models", "lenses", "columns", "states", "activations", "unfinished"]
+Kind = Literal["models", "lenses", "columns", "layers", "states", "activations", "unfinished"]
 """``models``: bundled models, converted. ``lenses``: calibrated here. ``columns``: companion files, for
-``mlp_density``. ``states``: what recalibration learnt. ``activations``: what ``grating simulate`` recorded.
-``unfinished``: what is being written now, or was left by processes that were killed."""
+``mlp_density``. ``layers``: companion files with layers in 8 bits. ``states``: what recalibration learnt.
+``activations``: what ``grating simulate`` recorded. ``unfinished``: what is being written now, or was left by
+processes that were killed."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _FOLDERS: dict[str, Kind] = {
     "models": "models",
     "lenses": "lenses",
     "columns": "columns",
+    "layers": "layers",
     "recalibration": "states",
     "activations": "activations",
 }

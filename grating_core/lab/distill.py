@@ -25,8 +25,7 @@ from grating_core.lab.decoders import load_decoder
 from grating_core.lab.output import STATE, check_output, write_adapter, writing_alone
 from grating_core.lab.student import Loss, Student
 from grating_core.lab.training import Training
-from grating_core.models.directory import find_model
-from grating_core.models.gguf import is_gguf
+from grating_core.models.directory import find_model, is_gguf
 from grating_core.models.hub import Hub
 from grating_core.models.identity import fingerprint
 from grating_core.models.placement import choose_device, choose_dtype
@@ -118,7 +117,7 @@ def distill(
         raise ValueError(f"learning_rate={learning_rate} must be a number above 0")
     place = choose_device(device)
     chosen, _ = choose_dtype(dtype, place)
-    if chosen == torch.float16:
+    if chosen in (torch.float16, torch.int8):
         raise ValueError(f"dtype={dtype!r}: gradients vanish in it; use 'bfloat16' or 'float32'")
     hub = Hub(revision, token, cache_dir, local_files_only)
     batch = max(1, round(tokens_per_step / window))

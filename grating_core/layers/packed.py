@@ -10,12 +10,15 @@ from torch import Tensor
 
 from grating_core.kernels.choice import kernels
 from grating_core.kernels.operands import Norm, Weight
-from grating_core.kernels.packing import fits_in_place, packed_weight
+from grating_core.kernels.packing import fits_in_place, packed_bytes, packed_weight, padded_columns
 from grating_core.layers.linear import Weights
 from grating_core.layers.spec import LayerSpec, Role
 
 _PRODUCTS = ("query", "key", "value", "output", "gate", "up", "down")
 _NORMS = ("input_norm", "query_norm", "key_norm", "attention_norm", "mlp_norm", "output_norm")
+
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Dtype and shape of each tensor of a packed layer, by the names that :func:`tensors_of` gives."""
 
 
 class PackedLayer(NamedTuple):
@@ -64,7 +67,12 @@ def packed_layer(
     for role in _NORMS:
         weight, bias = weights.get(f"{role}.weight"), weights.get(f"{role}.bias")
         if weight is not None:
-            norms[role] = _norm(spec, weight.float(), None if bias is None else bias.float())
+            # These are copies, because the caller may read the next layer into the same memory.
+            norms[role] = _norm(
+                spec,
+                weight.to(torch.float32, copy=True),
+                None if bias is None else bias.to(torch.float32, copy=True),
+            )
     return PackedLayer(states, products, norms)
 
 
@@ -76,6 +84,25 @@ def tensors_of(layer: PackedLayer) -> dict[str, Tensor]:
             tensor = getattr(part, field, None)
             if tensor is not None:
                 found[f"{name}.{field}"] = tensor
+    return found
+
+
+def layout_of(spec: LayerSpec, weights: Weights, states: torch.dtype, quantized: Collection[Role] = ()) -> Layout:
+    """Return the layout of the layer that :func:`packed_layer` makes of the same arguments.
+
+    Only the shapes of the weights count, so that they may be on torch's device ``meta``.
+    """
+    found: Layout = {}
+    for role in products_of(spec):
+        columns, inner = weights[f"{role}.weight"].shape
+        dtype = torch.int8 if role in quantized else states
+        found[f"{role}.packed"] = torch.int8, (packed_bytes(dtype, columns, inner),)
+        padded = torch.float32, (padded_columns(columns),)
+        found |= {f"{role}.scale": padded} if role in quantized else {}
+        found |= {f"{role}.bias": padded} if f"{role}.bias" in weights else {}
+    for name in (f"{role}.{kind}" for role in _NORMS for kind in ("weight", "bias")):
+        if name in weights:
+            found[name] = torch.float32, tuple(weights[name].shape)
     return found
 
 

@@ -53,6 +53,12 @@ class StoredTensor:
         """The number of elements."""
         return prod(self.shape)
 
+    def beginning(self, rows: int) -> StoredTensor:
+        """Return the first rows of a table; all if there are no more."""
+        rows = min(rows, self.shape[0])
+        length = (self.end - self.start) // self.shape[0]
+        return replace(self, shape=(rows, *self.shape[1:]), end=self.start + rows * length)
+
     def row(self, number: int) -> StoredTensor:
         """Return one row of a table, ``[1, D]``."""
         length = (self.end - self.start) // self.shape[0]

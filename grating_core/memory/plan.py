@@ -36,6 +36,8 @@ class ModelSizes:
         table_needed: Whether the whole embedding table is always needed, because it is the output embedding too.
         columns: All columns of the MLPs, if those are pruned; ``layers`` then lacks these weights.
         staging: The buffer that columns are read into.
+        kernels: What compiled kernels take for themselves; 0 if torch computes the layers.
+        writing: What writing a file of packed layers takes, before the weights are in memory; 0 for no file.
     """
 
     layers: tuple[int, ...]
@@ -51,6 +53,8 @@ class ModelSizes:
     table_needed: bool = False
     columns: int = 0
     staging: int = 0
+    kernels: int = 0
+    writing: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,8 @@ class MemoryPlan:
             "keys and values": sizes.keys,
             "hidden states": self.hidden_tokens * sizes.hidden,
         }
+        if sizes.kernels:
+            parts["kernels"] = sizes.kernels
         if sizes.columns:
             parts |= {"columns": int(self.column_share * sizes.columns), "arriving columns": sizes.staging}
         return parts
@@ -218,12 +224,14 @@ def _everything(smallest: MemoryPlan, slice_tokens: int) -> MemoryPlan:
 
 
 def _check(smallest: MemoryPlan, resident: MemoryPlan, texts: str) -> None:
-    if smallest.total > smallest.budget:
+    # The first process with this model writes the packed layers into a file, within the budget as well.
+    needed = max(smallest.total, RUNTIME + smallest.sizes.writing)
+    if needed > smallest.budget:
         raise BudgetError(
             f"memory_budget={smallest.budget:,} bytes is too small for this model, which needs "
-            f"{-(-smallest.total // 1_000_000)}MB for {texts}: give it that much, or a smaller max_length",
-            smallest=smallest.total,
-            resident=resident.total,
+            f"{-(-needed // 1_000_000)}MB for {texts}: give it that much, or a smaller max_length",
+            smallest=needed,
+            resident=max(resident.total, needed),
         )
 
 

@@ -15,8 +15,9 @@ from grating_core.memory.group import TensorGroup
 from grating_core.memory.header import FLOATS, StoredTensor
 from grating_core.memory.plan import MemoryPlan, ModelSizes, make_plan
 from grating_core.models.family import ModelSpec, Pooling
-from grating_core.models.layered import LayeredModel
+from grating_core.models.layered import LayeredModel, quantized_work, work_per_token
 from grating_core.models.layout import Shape as TensorShape
+from grating_core.models.packing import Packing
 from grating_core.models.stored import OUTPUT, StoredModel
 
 _ANSWERS = ("yes.weight", "no.weight")
@@ -72,38 +73,63 @@ class StoredCrossEncoder(StoredModel):
         """The shape that a lens must have."""
         return Shape.of(self.spec)
 
-    def sizes(self, window: int) -> ModelSizes:
-        """See :meth:`StoredModel.sizes`."""
+    def sizes(self, window: int, packing: Packing | None = None) -> ModelSizes:
+        """Return the sizes of the model's parts in memory.
+
+        Args:
+            window: The number of tokens of the longest pair.
+            packing: How the layers are packed; None for without a loss.
+        """
         sizes = super().sizes(window)
+        if packing is not None:
+            packed = self._packed(packing)
+            sizes = replace(
+                sizes,
+                layers=packed.sizes,
+                bytes_read=packed.sizes,
+                converted=False,
+                work=work_per_token(self.spec, self.dtype, quantized=bool(packing.quantized)),
+                kernels=quantized_work(self.spec),
+                writing=packed.writing,
+            )
         # torch copies the keys and values of a decoder's longest sequence; see the attention of an encoder.
         return replace(sizes, keys=2 * sizes.keys) if self.spec.causal else sizes
 
-    def plan(self, window: int, budget: int) -> MemoryPlan:
+    def plan(self, window: int, budget: int, packing: Packing | None = None) -> MemoryPlan:
         """Spend a memory budget.
 
         Args:
             window: The number of tokens of the longest pair.
             budget: The budget in bytes.
+            packing: How the layers are packed; None for without a loss.
 
         Raises:
             BudgetError: The budget is too small.
         """
-        return make_plan(self.sizes(window), budget)
+        return make_plan(self.sizes(window, packing), budget)
 
-    def load(self, plan: MemoryPlan | None, answers: tuple[int, int | None] | None = None) -> CrossEncoder:
+    def load(
+        self,
+        plan: MemoryPlan | None,
+        answers: tuple[int, int | None] | None = None,
+        packing: Packing | None = None,
+    ) -> CrossEncoder:
         """Read the weights.
 
         Args:
             plan: What to keep in memory; None for everything.
             answers: The tokens of yes and no, if the family asks a question; no may be None.
+            packing: How the layers are packed; None for without a loss.
 
         Raises:
             ModelNotFoundError: The files cannot be read.
+            FileError: The companion file with packed layers is damaged, or belongs to other weights.
+            StorageError: That file cannot be written.
         """
         if not self.family.asks:
-            return CrossEncoder(self._load(plan))
+            return CrossEncoder(self._load(plan, packing=packing))
         assert answers is not None
-        return CrossEncoder(self._load(plan, [self._answer_rows(answers)]))
+        return CrossEncoder(self._load(plan, [self._answer_rows(answers)], packing))
 
     def _head_shapes(self) -> dict[str, TensorShape]:
         # Which rows are the answers' is known only when the tokenizer has been read.

@@ -62,6 +62,11 @@ def find_model(name: str, *, hub: Hub | None = None, show_progress: bool = False
     return fetch(hub or Hub(), name, _is_whole)
 
 
+def is_gguf(path: Path) -> bool:
+    """Tell whether a model is a GGUF file."""
+    return path.suffix == ".gguf" and os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises for closed directories
+
+
 def _is_whole(directory: Path) -> bool:
     """Tell whether a directory from the hub's cache holds all files of an adapter or a model."""
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
 from grating_core.forking import Lock
 from grating_core.layers.linear import Weights
+from grating_core.layers.packed import PackedLayer
 from grating_core.memory.meter import Meter
 from grating_core.memory.plan import MemoryPlan
 from grating_core.models.adapter import Adapter
@@ -22,14 +22,10 @@ from grating_core.models.directory import describe
 from grating_core.models.families import find_family
 from grating_core.models.layered import Parts
 from grating_core.models.layout import head_names, layer_by_role, layer_names, outside_by_role, outside_names
+from grating_core.models.packing import Packing
 from grating_core.models.stored import OUTPUT
 
 _INSTALL = "reading GGUF files needs the package gguf: pip install gguf"
-
-
-def is_gguf(path: Path) -> bool:
-    """Tell whether a model is a GGUF file."""
-    return path.suffix == ".gguf" and os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises for closed directories
 
 
 class GgufModel:
@@ -86,7 +82,7 @@ class GgufModel:
     def close(self) -> None:
         """Do nothing, because no file is open."""
 
-    def plan(self, window: int, budget: int) -> MemoryPlan:
+    def plan(self, window: int, budget: int, packing: Packing | None) -> MemoryPlan:
         """Refuse a memory budget; see :meth:`StoredCrossEncoder.plan`.
 
         Raises:
@@ -97,12 +93,15 @@ class GgufModel:
             f"budget out, or take a safetensors version of the model"
         )
 
-    def load(self, plan: MemoryPlan | None, answers: tuple[int, int | None] | None) -> CrossEncoder:
+    def load(
+        self, plan: MemoryPlan | None, answers: tuple[int, int | None] | None, packing: Packing | None
+    ) -> CrossEncoder:
         """Load the model onto its device, with only the answers' rows of its output embedding.
 
         Args:
             plan: Always None, because a GGUF file takes no memory budget.
             answers: The tokens of yes and no; no may be None.
+            packing: How the layers are packed; None for without a loss.
 
         Raises:
             ModelNotFoundError: The file is damaged.
@@ -122,10 +121,10 @@ class GgufModel:
         family, spec = self.family, self.spec
         outside = dict(outside_by_role(family, spec, named))
         outside["final_norm.weight"] = outside["final_norm.weight"].float()
-        layers = {
-            number: self._placed(layer_by_role(family, layer, number, named))
-            for number, layer in enumerate(spec.layers, 1)
-        }
+        layers: dict[int, Weights | PackedLayer] = {}
+        for number, layer in enumerate(spec.layers, 1):
+            weights = layer_by_role(family, layer, number, named)
+            layers[number] = self._placed(weights) if packing is None else packing.packed(layer, weights)
         return CrossEncoder(
             Parts(
                 family=family,
@@ -136,6 +135,7 @@ class GgufModel:
                 outside=self._placed(outside),
                 head=self._placed(head),
                 layers=layers,
+                packing=packing,
             )
         )
 

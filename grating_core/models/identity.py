@@ -10,8 +10,7 @@ from typing import Any
 from grating_core.memory.checkpoint import Checkpoint
 from grating_core.memory.header import StoredTensor
 from grating_core.models.adapter import Adapter
-from grating_core.models.directory import weight_files
-from grating_core.models.gguf import is_gguf
+from grating_core.models.directory import is_gguf, weight_files
 
 _SAMPLE = 512  # bytes
 _SAMPLES_OF_FILE = 64

@@ -15,7 +15,7 @@ from grating_core.columns.companion import ColumnFile
 from grating_core.kernels.choice import kernels
 from grating_core.layers.layer import Mlp
 from grating_core.layers.linear import Weights, normed
-from grating_core.layers.packed import PackedLayer, packed_layer
+from grating_core.layers.packed import PackedLayer
 from grating_core.layers.rotary import Angles, angles
 from grating_core.layers.sending import sent
 from grating_core.layers.spec import LayerSpec, Rotary
@@ -25,6 +25,10 @@ from grating_core.memory.rows import RowCache
 from grating_core.memory.streamer import Streamer
 from grating_core.models.family import Family, ModelSpec
 from grating_core.models.layout import layer_by_role
+from grating_core.models.packed_file import PackedFile
+from grating_core.models.packing import Packing
+
+_BLOCK = 512 * 1024  # bytes of a block of rows in a kernel, see kernels/src/linear.h
 
 
 class Layer(NamedTuple):
@@ -49,7 +53,7 @@ class Parts:
         family: The description of the model's family.
         spec: The description of the model.
         device: The device that holds the weights and computes.
-        dtype: The compute dtype of the layers.
+        dtype: The dtype of hidden states, and of weights that are not packed.
         meter: The counter of streamer, row cache and columns.
         outside: Weights around the layers by role, without the embedding table if there is a row cache.
         head: Weights of the head, by role.
@@ -58,8 +62,9 @@ class Parts:
         rows: The row cache in the place of the embedding table; None if the table is resident.
         columns: The companion file with the columns of pruned MLPs; None if the MLPs are dense.
         mlps: The functions in the place of the layers' MLPs; empty if the MLPs are dense.
+        packing: How the layers are packed; None if they are not.
+        packed: The companion file with packed layers; None without one.
         checkpoint: The files that streamer and row cache read; None without streamer and row cache.
-        packs: Whether streamed layers are packed for the kernels.
     """
 
     family: Family
@@ -74,12 +79,13 @@ class Parts:
     rows: RowCache | None = None
     columns: ColumnFile | None = None
     mlps: Sequence[Mlp] = ()
+    packing: Packing | None = None
+    packed: PackedFile | None = None
     checkpoint: Checkpoint | None = None
-    packs: bool = False
 
     def close(self) -> None:
         """Stop reading, and close the files."""
-        for part in (self.streamer, self.columns, self.checkpoint):
+        for part in (self.streamer, self.columns, self.packed, self.checkpoint):
             if part is not None:
                 part.close()
 
@@ -105,7 +111,15 @@ class LayeredModel:
         self.meter = parts.meter
         self.device = parts.device
         self.dtype = parts.dtype
-        self.work = work_per_token(parts.spec, parts.dtype, pruned=parts.columns is not None)
+        """The dtype of hidden states."""
+        self.products = torch.int8 if parts.packing is not None and parts.packing.quantized else parts.dtype
+        """The dtype of the layers' products."""
+        self.work = work_per_token(
+            parts.spec,
+            parts.dtype,
+            pruned=parts.columns is not None,
+            quantized=self.products == torch.int8,
+        )
 
     @property
     def depth(self) -> int:
@@ -120,7 +134,7 @@ class LayeredModel:
     @property
     def kernels(self) -> str:
         """The level of the compiled kernels that compute the layers; ``"torch"`` if torch does."""
-        return (kernels().level if self._parts.packs else None) or "torch"
+        return (kernels().level if self._parts.packing is not None else None) or "torch"
 
     def prepare(self, input_ids: Tensor) -> None:
         """Read the embedding rows of a pass's tokens, int64 ``[T]``, as far as there is room for them."""
@@ -140,10 +154,14 @@ class LayeredModel:
             yield Layer(spec, parts.layers[number], mlp)
             return
         with parts.streamer.layer(number) as stored:
+            if parts.packed is not None and parts.packing is not None:
+                yield Layer(spec, parts.packing.layer(spec, stored))
+                return
             weights = layer_by_role(parts.family, spec, number, stored)
-            yield Layer(
-                spec, packed_layer(spec, weights, parts.dtype, in_place=True) if parts.packs else weights, mlp
-            )
+            if parts.packing is None:
+                yield Layer(spec, weights, mlp)
+            else:
+                yield Layer(spec, parts.packing.packed(spec, weights, in_place=True))
 
     def rewind(self) -> None:
         """End a pass, so that the first layers of the next pass are read in advance."""
@@ -176,7 +194,7 @@ class LayeredModel:
     def angles(self, positions: Tensor) -> dict[Rotary, Angles]:
         """Return the angles at positions, int64 ``[T]``, for each kind of rotary positions that layers have."""
         kinds = {layer.rotary for layer in self.spec.layers if layer.rotary is not None}
-        dtype = torch.float32 if self._parts.packs else self.dtype
+        dtype = torch.float32 if self._parts.packing is not None else self.dtype
         return {rotary: angles(rotary, positions, dtype) for rotary in kinds}
 
     def normed(self, states: Tensor) -> Tensor:
@@ -184,18 +202,31 @@ class LayeredModel:
         return normed(states, self.outside, "final_norm", self.spec.norm)
 
 
-def work_per_token(spec: ModelSpec, dtype: torch.dtype, *, pruned: bool = False) -> int:
+def work_per_token(spec: ModelSpec, dtype: torch.dtype, *, pruned: bool = False, quantized: bool = False) -> int:
     """Return the most bytes of intermediate results that a layer has for one token.
 
     Args:
         spec: The description of the model.
         dtype: Dtype of the results.
         pruned: Whether the layers' MLPs compute from columns, which sums parts of the products in float32.
+        quantized: Whether the layers' products take rows in 8 bits.
     """
     layer = spec.layers[0]
     widest = max(layer.inner, layer.heads * layer.head_size)
     if pruned:
         return (5 * widest + 8 * spec.width) * dtype.itemsize + 4 * 4 * widest
+    if quantized:
+        # Torch has products of 8 bits, and what follows them, in full float32.
+        return widest * (1 if kernels().level else 16) + 8 * spec.width * dtype.itemsize
     # A gated MLP has two products of the inner width. Hidden states, queries, keys, values and what attention gave
     # come on top.
     return ((2 if layer.gated else 1) * widest + 8 * spec.width) * dtype.itemsize
+
+
+def quantized_work(spec: ModelSpec) -> int:
+    """Return the bytes that products in 8 bits take beside intermediate results, whatever the number of tokens."""
+    layer = spec.layers[0]
+    widest = max(layer.inner, layer.heads * layer.head_size)
+    if not kernels().level:
+        return 3 * widest * spec.width  # torch unpacks the largest matrix
+    return torch.get_num_threads() * 2 * (_BLOCK + 4 * 32 * widest)

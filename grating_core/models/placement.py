@@ -7,7 +7,12 @@ import os
 import torch
 from threadpoolctl import threadpool_info
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -34,10 +39,10 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> tuple[torch.dtype, str]:
-    """Return the compute dtype and, in a few words, why it was chosen.
+    """Return the dtype of the layers' products and, in a few words, why it was chosen.
 
     Raises:
-        ValueError: The dtype is not one that grating computes in.
+        ValueError: The dtype is not one that grating computes in, or not on this device.
     """
     if isinstance(dtype, str) and dtype == "auto":
         if _has_bfloat16(device):
@@ -46,7 +51,17 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> tuple[torch.
     chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if not isinstance(chosen, torch.dtype) or chosen not in _DTYPES.values():
         raise ValueError(f"dtype={dtype!r} is unknown; use 'auto', {', '.join(map(repr, _DTYPES))}")
+    if chosen == torch.int8 and device.type != "cpu":
+        raise ValueError(
+            f"dtype={dtype!r} is for the CPU, and this model computes on {device}: use device='cpu', or "
+            f"dtype='auto'"
+        )
     return chosen, "asked for"
+
+
+def states_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype of hidden states, where the layers' products have this dtype."""
+    return choose_dtype("auto", device)[0] if dtype == torch.int8 else dtype
 
 
 def _has_bfloat16(device: torch.device) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from grating_core.errors import FileError, ModelNotFoundError, UnsupportedModelError
 from grating_core.kernels.choice import kernels
 from grating_core.layers.linear import Weights
-from grating_core.layers.packed import PackedLayer, packed_layer
+from grating_core.layers.packed import PackedLayer
 from grating_core.layers.spec import Role
 from grating_core.lifetime import closed_on_error
 from grating_core.memory.checkpoint import Checkpoint, aligned_buffer
@@ -25,6 +26,7 @@ from grating_core.memory.streamer import Streamer
 from grating_core.models.adapter import Adapter
 from grating_core.models.agreement import check_stored, check_taken
 from grating_core.models.directory import blaming_config, read_config, read_headers, weight_files
+from grating_core.models.identity import fingerprint
 from grating_core.models.layered import Parts, work_per_token
 from grating_core.models.layout import (
     Shape,
@@ -35,6 +37,8 @@ from grating_core.models.layout import (
     outside_by_role,
     outside_names,
 )
+from grating_core.models.packed_file import PackedFile
+from grating_core.models.packing import PackedLayers, Packing
 
 OUTPUT = "lm_head.weight"
 """The name of a decoder's output embedding."""
@@ -111,7 +115,7 @@ class StoredModel(ABC):
             bytes_read=tuple(group.bytes_read for group in self._layers.values()),
             vocabulary=spec.vocabulary,
             row=spec.width * self.dtype.itemsize,
-            rest=sum(group.size for group in self._rest) + (self.adapter.size if self.adapter else 0),
+            rest=sum(group.size for group in self._rest(window)) + (self.adapter.size if self.adapter else 0),
             converted=any(group.converts for group in self._layers.values()),
             hidden=spec.width * self.dtype.itemsize,
             work=work_per_token(spec, self.dtype, pruned=bool(self._apart())),
@@ -185,53 +189,98 @@ class StoredModel(ABC):
     def _sort(self, in_layers: list[list[str]], outside: list[str], head: list[str]) -> None:
         """Group the tensors that are read together."""
         apart = self._apart()
-        self._layers = {
-            number: self._group([name for name in names if name not in apart], self.dtype)
-            for number, names in enumerate(in_layers, 1)
-        }
+        self._in_layers = [[name for name in names if name not in apart] for names in in_layers]
+        self._layers = {number: self._group(names, self.dtype) for number, names in enumerate(self._in_layers, 1)}
         # The norm before the head computes in the head's dtype.
         last = self._outside_name("final_norm").removesuffix("weight")
         norm = [name for name in outside if last and name.startswith(last)]
         self._head = [*head, *norm]
         read = [name for name in self._head if name not in self._not_read()]
         others = [name for name in outside if name not in norm and name != self._table]
-        self._rest = [self._group(read, self._head_dtype), self._group(others, self.dtype)]
+        self._always = [(read, self._head_dtype), (others, self.dtype)]
         self._embedding = self._group([self._table], self.dtype)
 
     def _not_read(self) -> Collection[str]:
         """Return the names of the head's weights that are in memory anyway."""
         return ()
 
-    def _group(self, names: Iterable[str], dtype: torch.dtype) -> TensorGroup:
-        tensors = {name: self._tensors[name] for name in names}
-        changes = {} if self.adapter is None else self.adapter.changes
-        return TensorGroup(self._checkpoint, tensors, dict.fromkeys(tensors, dtype), changes)
+    def _rest(self, window: int | None) -> list[TensorGroup]:
+        """Return what is always in memory, without the positions behind a window; None for all positions."""
+        shorter: dict[str, StoredTensor] = {}
+        if window is not None and self.adapter is None and (name := self._outside_name("positions")):
+            shorter[name] = self._tensors[name].beginning(self.spec.first_position + window)
+        return [self._group(names, dtype, shorter) for names, dtype in self._always]
 
-    def _load(self, plan: MemoryPlan | None, also: Sequence[TensorGroup] = ()) -> Parts:
+    def _group(
+        self, names: Iterable[str], dtype: torch.dtype | None = None, instead: Mapping[str, StoredTensor] = {}
+    ) -> TensorGroup:
+        """Return a group of tensors in a dtype; None for those that they are stored in."""
+        tensors = {name: instead.get(name, self._tensors[name]) for name in names}
+        dtypes = {name: dtype or FLOATS[tensor.kind] for name, tensor in tensors.items()}
+        changes = {} if self.adapter is None else self.adapter.changes
+        return TensorGroup(self._checkpoint, tensors, dtypes, changes)
+
+    @property
+    def _packing(self) -> Packing | None:
+        """How layers are packed without a loss; None if no kernel computes them."""
+        computed = self.device.type == "cpu" and kernels().has(self.dtype) and not self._apart()
+        return Packing(self.dtype) if computed else None
+
+    def _packed(self, packing: Packing) -> PackedLayers:
+        """Return the layers in packed form."""
+        groups, identity = self._layers, ""
+        if packing.quantized:
+            groups = {number: self._group(names) for number, names in enumerate(self._in_layers, 1)}
+            identity = fingerprint(self.directory, self.adapter)
+        return PackedLayers(packing, self.family, self.spec, groups, identity)
+
+    def _load(
+        self, plan: MemoryPlan | None, also: Sequence[TensorGroup] = (), packing: Packing | None = None
+    ) -> Parts:
         """Read the resident weights, and make the readers of the others.
 
         Args:
             plan: What to keep in memory; None for everything.
             also: Further tensors of the head to read.
+            packing: How the layers are packed; None for without a loss.
 
         Raises:
             ModelNotFoundError: The files cannot be read.
+            FileError: The companion file is damaged, or belongs to other weights.
+            StorageError: The companion file cannot be written.
         """
+        packing = packing or self._packing
+        if packing is None:
+            return self._parts(plan, also, None, None)
+        packed = self._packed(packing)
+        # The companion file comes first, because writing it takes memory that the weights do not take yet.
+        file = packed.open(needed=plan is not None and bool(plan.streamed))
+        if file is None:
+            return self._parts(plan, also, packed, None)
+        with closed_on_error(file):
+            return self._parts(plan, also, packed, file)
+
+    def _parts(
+        self,
+        plan: MemoryPlan | None,
+        also: Sequence[TensorGroup],
+        packed: PackedLayers | None,
+        file: PackedFile | None,
+    ) -> Parts:
         family, spec, meter = self.family, self.spec, Meter()
-        resident = self._layers.keys() if plan is None else plan.resident
+        numbers = tuple(self._layers) if plan is None else plan.resident
         table_resident = plan is None or plan.table_resident
         staging = aligned_buffer(PIECE)
+        rest = self._rest(None if plan is None else plan.sizes.window)
         named: dict[str, Tensor] = {}
-        try:
-            for group in (*self._rest, *also, *([self._embedding] if table_resident else ())):
+        with _blaming_weights():
+            for group in (
+                *rest,
+                *also,
+                *([self._embedding] if table_resident else ()),
+            ):
                 named |= self._read(group, staging)
-            layers = {
-                number: self._layer(number, self._read(group, staging))
-                for number, group in self._layers.items()
-                if number in resident
-            }
-        except FileError as error:
-            raise ModelNotFoundError(f"{error}; delete the file and fetch the model again") from error
+        layers = dict(zip(numbers, self._resident(numbers, packed, file, staging), strict=True))
         if self.adapter is not None:
             named |= {name: w.to(self.device, self._head_dtype) for name, w in self.adapter.weights.items()}
         rows = None
@@ -244,9 +293,10 @@ class StoredModel(ABC):
                 device=self.device,
                 meter=meter,
             )
-        streamed = {} if plan is None else {number: self._layers[number] for number in plan.streamed}
+        groups = self._layers if file is None else file.groups
+        streamed = {} if plan is None else {number: groups[number] for number in plan.streamed}
         streamer = Streamer(streamed, self.device, meter) if streamed else None
-        lasting = streamer is not None or rows is not None
+        lasting = rows is not None or (streamer is not None and file is None)
         if not lasting:
             self._checkpoint.close()
         return Parts(
@@ -260,20 +310,27 @@ class StoredModel(ABC):
             layers=layers,
             streamer=streamer,
             rows=rows,
+            packing=None if packed is None else packed.packing,
+            packed=file,
             checkpoint=self._checkpoint if lasting else None,
-            packs=self._packs,
         )
 
-    @property
-    def _packs(self) -> bool:
-        """Whether kernels compute the layers."""
-        return self.device.type == "cpu" and kernels().has(self.dtype) and not self._apart()
-
-    def _layer(self, number: int, named: Mapping[str, Tensor]) -> Weights | PackedLayer:
-        """Return a layer's weights by role, packed if kernels compute it."""
-        spec = self.spec.layers[number - 1]
-        weights = layer_by_role(self.family, spec, number, named)
-        return packed_layer(spec, weights, self.dtype) if self._packs else weights
+    def _resident(
+        self, numbers: Sequence[int], packed: PackedLayers | None, file: PackedFile | None, staging: Tensor
+    ) -> Iterator[Weights | PackedLayer]:
+        """Yield the weights of layers. Packed layers come from their file, or are packed now."""
+        if packed is not None and file is not None:
+            for number in numbers:
+                stored = self._read(file.groups[number], staging)
+                yield packed.packing.layer(self.spec.layers[number - 1], stored)
+            return
+        with _blaming_weights():
+            if packed is not None:
+                yield from packed.packed(numbers)
+                return
+            for number in numbers:
+                stored = self._read(self._layers[number], staging)
+                yield layer_by_role(self.family, self.spec.layers[number - 1], number, stored)
 
     def _head_by_role(self, named: Mapping[str, Tensor]) -> Weights:
         """Return the head's weights by role."""
@@ -283,6 +340,15 @@ class StoredModel(ABC):
         buffer = aligned_buffer(group.size)
         group.read(buffer, staging)
         return group.views(buffer.to(self.device))
+
+
+@contextmanager
+def _blaming_weights() -> Iterator[None]:
+    """Turn an error of reading weights into one of the model."""
+    try:
+        yield
+    except FileError as error:
+        raise ModelNotFoundError(f"{error}; delete the file and fetch the model again") from error
 
 
 def _modern_name(name: str) -> str:

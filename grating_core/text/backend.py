@@ -13,8 +13,8 @@ from tokenizers.models import BPE, Unigram
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
 from grating_core.files.reading import parse_json, read_json_or
-from grating_core.models.directory import has_tokenizer
-from grating_core.models.gguf import gguf_tokenizer, is_gguf
+from grating_core.models.directory import has_tokenizer, is_gguf
+from grating_core.models.gguf import gguf_tokenizer
 from grating_core.text.settled import OPTIONS, TYPES, added_tokens, settled, with_steps
 
 _PROBE = "Aa é 漢 🎉 1 [SEP]"  # something for every step of a tokenizer, and a character that few know

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grating_core.errors import ModelNotFoundError
-from grating_core.models.directory import check_answers
+from grating_core.models.directory import check_answers, is_gguf
 from grating_core.models.family import Family
-from grating_core.models.gguf import is_gguf
 from grating_core.text.chat import ChatFormat
 
 _SLOT = re.compile(r"\{(instruction|query|document)\}")

@@ -29,6 +29,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     put(cache / "lenses" / "0123456789abcdef" / "lens.safetensors", 200, 3 * DAY)
     put(cache / "lenses" / "0123456789abcdef" / "lens.json", 20, 3 * DAY)
     put(cache / "columns" / "0123456789abcdef-float32.safetensors", 3000, 2 * DAY)
+    put(cache / "layers" / "0123456789abcdef-int8.safetensors", 700, 2 * DAY)
     put(cache / "recalibration" / "0123456789abcdef-cluster.json", 40)
     put(cache / "activations" / "0123456789abcdef.safetensors", 500, 5 * DAY)
     put(cache / "models" / ".minilm-12345678-abcdef01" / "model.safetensors", 600, DAY)
@@ -46,6 +47,7 @@ def test_all_that_grating_made_is_listed(cache: Path) -> None:
         ("models", "models/minilm-12345678", 1010),
         ("lenses", "lenses/0123456789abcdef", 220),
         ("columns", "columns/0123456789abcdef-float32.safetensors", 3000),
+        ("layers", "layers/0123456789abcdef-int8.safetensors", 700),
         ("states", "recalibration/0123456789abcdef-cluster.json", 40),
         ("activations", "activations/0123456789abcdef.safetensors", 500),
         ("unfinished", "models/.minilm-12345678-abcdef01", 600),
@@ -81,11 +83,11 @@ def test_clearing_by_age(cache: Path) -> None:
     assert [one.kind for one in old] == ["models", "activations"]
     assert clear(older_than=4 * DAY).removed == old
     assert clear(["columns"], older_than=4 * DAY).removed == []
-    assert [one.kind for one in contents()] == ["lenses", "columns", "states"]
+    assert [one.kind for one in contents()] == ["lenses", "columns", "layers", "states"]
 
 
 def test_clearing_everything_leaves_what_grating_did_not_make(cache: Path) -> None:
-    assert len(clear().removed) == 6
+    assert len(clear().removed) == 7
     assert contents() == []
     assert sorted(str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()) == [
         "benchmarks/embeddings.npy",
@@ -137,8 +139,8 @@ def test_a_cache_that_is_a_link_is_the_users_choice(
 ) -> None:
     (tmp_path / "link").symlink_to(cache)
     monkeypatch.setenv("GRATING_CACHE", str(tmp_path / "link"))
-    assert len(contents()) == 6
-    assert len(clear().removed) == 6
+    assert len(contents()) == 7
+    assert len(clear().removed) == 7
 
 
 @pytest.mark.parametrize(
@@ -154,4 +156,4 @@ def test_arguments_that_make_no_sense(cache: Path, arguments: dict, message: str
     for function in (contents, clear):
         with pytest.raises(ValueError, match=message):
             function(**arguments)
-    assert len(contents()) == 6
+    assert len(contents()) == 7

@@ -11,6 +11,7 @@ from grating_core.memory.plan import MemoryPlan
 from grating_core.models.adapter import Adapter
 from grating_core.models.causal_lm import StoredCausalLM
 from grating_core.models.cross_encoder import StoredCrossEncoder
+from grating_core.models.packing import Packing
 from grating_core.models.stored import StoredModel
 from grating_core.opening import LoadedLanguageModel
 from grating_core.pruning import Off, PruningPolicy
@@ -39,6 +40,7 @@ def load_planned(
     template: Prompt | None = None,
     adapter: Path | None = None,
     window: int = WINDOW,
+    packing: Packing | None = None,
     **changes: object,
 ) -> Reranker:
     """A reranker under a plan that keeps everything, but for the changes."""
@@ -49,10 +51,10 @@ def load_planned(
         lasting=True,
         adapter=None if adapter is None else Adapter(adapter),
     )
-    plan = planned(stored, window, slice_tokens, **changes)
+    plan = planned(stored, window, slice_tokens, sizes=stored.sizes(window, packing), **changes)
     encoder = load_template(directory, window, prompt=template, asks=stored.family.asks)
     return Reranker(
-        Scorer(stored.load(plan, encoder.answers), encoder, plan),
+        Scorer(stored.load(plan, encoder.answers, packing), encoder, plan),
         model_path=directory,
         identity="planned",
         pruning=pruning or Off(),
@@ -84,7 +86,7 @@ def planned_lm(
 
 
 def planned(stored: StoredModel, window: int, slice_tokens: int, **changes: object) -> MemoryPlan:
-    sizes = stored.sizes(window)
+    sizes = changes.pop("sizes", None) or stored.sizes(window)
     everything = MemoryPlan(
         budget=10**9,
         sizes=sizes,

@@ -29,7 +29,7 @@ def test_auto_follows_the_processor(monkeypatch: pytest.MonkeyPatch, has: bool, 
 
 def test_a_dtype_may_be_named_or_given() -> None:
     assert choose_dtype("float32", CPU)[0] == torch.float32 == choose_dtype(torch.float32, CPU)[0]
-    for wrong in ("int8", "float64", torch.int8, torch.float64):
+    for wrong in ("int4", "float64", torch.int16, torch.float64):
         with pytest.raises(ValueError, match="dtype="):
             choose_dtype(wrong, CPU)
 

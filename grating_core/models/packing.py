@@ -1,0 +1,133 @@
+"""Packed layers of a model: their dtypes, what they take in memory, and where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grating_core.errors import StorageError
+from grating_core.files.places import cache_directory, is_kept
+from grating_core.layers.linear import Weights
+from grating_core.layers.packed import Layout, PackedLayer, layer_of, layout_of, packed_layer
+from grating_core.layers.spec import LayerSpec, Role
+from grating_core.memory.checkpoint import aligned_buffer
+from grating_core.memory.group import PIECE, TensorGroup
+from grating_core.models.family import Family, ModelSpec
+from grating_core.models.layout import layer_by_role, layer_names
+from grating_core.models.packed_file import PackedFile, layer_bytes, open_packed
+
+QUANTIZED: frozenset[Role] = frozenset(("query", "key", "value", "output", "gate", "up", "down"))
+"""The roles of all products of a layer."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A packing says which products of a layer are in 8 bits.
+
+    Attributes:
+        states: The dtype of hidden states and of the other products: bfloat16 or float32.
+        quantized: The roles of the products in 8 bits; none by default, which loses nothing.
+    """
+
+    states: torch.dtype
+    quantized: frozenset[Role] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """The name that tells this packing from others, such as ``"int8"`` or ``"int8-down-bfloat16"``."""
+        kept = sorted(QUANTIZED - self.quantized)
+        return "-".join(("int8", *kept, str(self.states).removeprefix("torch."))) if kept else "int8"
+
+    def packed(self, spec: LayerSpec, weights: Weights, *, in_place: bool = False) -> PackedLayer:
+        """Pack the weights of a layer, which are given by role in any floating dtype.
+
+        All are copied, unless packing may use their memory, ``in_place``.
+        """
+        return packed_layer(spec, weights, self.states, self.quantized, in_place=in_place)
+
+    def layer(self, spec: LayerSpec, tensors: Mapping[str, Tensor]) -> PackedLayer:
+        """Return the packed layer that has these tensors, see :func:`grating_core.layers.packed.tensors_of`."""
+        return layer_of(spec, tensors, self.states, self.quantized)
+
+    def layout(self, family: Family, spec: LayerSpec) -> Layout:
+        """Return the layout of a layer in this packing."""
+        stored = {name: torch.empty(shape, device="meta") for name, shape in layer_names(family, spec, 1).items()}
+        return layout_of(spec, layer_by_role(family, spec, 1, stored), self.states, self.quantized)
+
+
+class PackedLayers:
+    """Packed layers come from the weights on disk, or from the companion file that holds them packed.
+
+    Args:
+        packing: How the layers are packed.
+        family: The description of the model's family.
+        spec: The description of the model.
+        groups: The weights of each layer on disk, in the dtypes that they are stored in, by number from 1.
+        fingerprint: Identity of the model's weights.
+    """
+
+    def __init__(
+        self,
+        packing: Packing,
+        family: Family,
+        spec: ModelSpec,
+        groups: Mapping[int, TensorGroup],
+        fingerprint: str,
+    ) -> None:
+        self.packing = packing
+        self._family = family
+        self._spec = spec
+        self._groups = groups
+        self._fingerprint = fingerprint
+        self._layouts = [packing.layout(family, layer) for layer in spec.layers]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The bytes of each packed layer."""
+        return tuple(map(layer_bytes, self._layouts))
+
+    @property
+    def writing(self) -> int:
+        """The bytes that writing the companion file takes in memory."""
+        return max(group.size for group in self._groups.values()) + max(self.sizes) + PIECE
+
+    def open(self, *, needed: bool, show_progress: bool = False) -> PackedFile | None:
+        """Open the companion file. If there is none, write it if it is needed, and else return None.
+
+        Layers that are packed without a loss have no such file.
+
+        Raises:
+            FileError: The file is damaged, or belongs to other weights.
+            StorageError: The file cannot be written.
+        """
+        if not self.packing.quantized:
+            return None
+        try:
+            path = cache_directory() / "layers" / f"{self._fingerprint[:16]}-{self.packing.name}.safetensors"
+        except StorageError:
+            if needed:
+                raise
+            return None
+        if not needed and not is_kept(path):
+            return None
+        numbers = range(1, len(self._layouts) + 1)
+        return open_packed(
+            path, self._layouts, self._fingerprint, lambda: self.packed(numbers), show_progress=show_progress
+        )
+
+    def packed(self, numbers: Collection[int]) -> Iterator[PackedLayer]:
+        """Yield layers that are packed now. One layer at a time is in memory as it is on disk.
+
+        Raises:
+            FileError: The weights cannot be read.
+        """
+        staging = aligned_buffer(PIECE)
+        buffer = aligned_buffer(max((self._groups[number].size for number in numbers), default=0))
+        for number in numbers:
+            group, spec = self._groups[number], self._spec.layers[number - 1]
+            group.read(buffer, staging)
+            weights = layer_by_role(self._family, spec, number, group.views(buffer))
+            yield self.packing.packed(spec, weights)
