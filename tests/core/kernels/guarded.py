@@ -1,0 +1,81 @@
+"""Calls of the kernels whose operands end where memory ends: the processor stops whatever reads beyond.
+
+Sanitizers do not see what tile instructions read. Run as a program: ``python guarded.py [short]``. With ``short``
+a bias is read that ends too early.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+
+import torch
+from torch import Tensor
+
+from grating_core.kernels import compiled
+from grating_core.kernels.loading import has, levels, start
+from grating_core.kernels.operands import Norm, Rows, Span, Then, Weight
+from grating_core.kernels.packing import packed_weight
+
+PAGE = mmap.PAGESIZE
+_kept: list[mmap.mmap] = []
+
+
+def at_the_end(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor in front of a page that cannot be read."""
+    pages = -(-tensor.nbytes // PAGE)
+    memory = mmap.mmap(-1, (pages + 1) * PAGE)
+    _kept.append(memory)
+    start_of = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert not ctypes.CDLL(None).mprotect(ctypes.c_void_p(start_of + pages * PAGE), ctypes.c_size_t(PAGE), 0)
+    offset = pages * PAGE - tensor.nbytes
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+def linear(dtype: torch.dtype, count: int, inner: int, columns: int) -> None:
+    states = torch.float32 if dtype == torch.int8 else dtype
+    whole = packed_weight(torch.randn(columns, inner), torch.randn(columns), dtype)
+    scale = None if whole.scale is None else at_the_end(whole.scale)
+    weight = Weight(at_the_end(whole.packed), dtype, columns, inner, scale, at_the_end(whole.bias))
+    norm = Norm("layer", 1e-5, 0.0, at_the_end(torch.randn(columns)), at_the_end(torch.randn(columns)))
+    rows = Rows(at_the_end(torch.randn(count, inner).to(states)))
+    if dtype == torch.int8:
+        found = compiled.normed_rows(rows.data, None, output=True, quantized=True)[1]
+        rows = Rows(at_the_end(found.data), at_the_end(found.scale))
+    residual = at_the_end(torch.randn(count, columns).to(states))
+    then = Then(states, "gelu", norm=norm, total=True, quantized=True)
+    compiled.linear(rows, weight, then, gate=weight, residual=residual)
+    compiled.linear(rows, weight, Then(states))
+
+
+def attention(states: torch.dtype, count: int, size: int) -> None:
+    query, key, value = (at_the_end(torch.randn(count, 2 * size).to(states)) for _ in range(3))
+    span = Span(slice(0, count), key.view(count, 2, size), value.view(count, 2, size), 0)
+    compiled.attention(query, [span], heads=2, key_heads=2, causal=True, scaling=0.1)
+    angles = at_the_end(torch.rand(count, size // 2))
+    compiled.turn_heads(query, 2, Norm("rms", 1e-5, 0.0, at_the_end(torch.randn(size))), angles, angles)
+
+
+def main() -> None:
+    if "short" in sys.argv:
+        start()
+        weight = packed_weight(torch.randn(33, 65), None, torch.float32)._replace(bias=at_the_end(torch.randn(33)))
+        compiled.linear(Rows(torch.randn(3, 65)), weight, Then(torch.float32))
+    for level in levels():
+        start(level)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for count in (1, 5, 16, 17, 32, 33):
+                for dtype in filter(has, (torch.int8, torch.bfloat16, torch.float32)):
+                    for inner, columns in ((1, 1), (63, 33), (64, 32), (65, 64), (100, 37)):
+                        linear(dtype, count, inner, columns)
+                for states in (torch.bfloat16, torch.float32):
+                    for size in (32, 80):
+                        attention(states, count, size)
+        print(level)
+
+
+if __name__ == "__main__":
+    main()
