@@ -139,7 +139,7 @@ def test_a_product_and_what_follows_equal_torch(level, call):
         finite = wanted.output.isfinite().all(-1)
         assert torch.equal(scale.isfinite(), finite)
         back = found.rows.data[:, : weight.columns] * scale[:, None]
-        close(back[finite], wanted.output[finite], bound, 0.0, 0.51 * scale[finite, None])
+        close(back[finite], wanted.output[finite], bound, rounding, 0.51 * scale[finite, None])
         assert not found.rows.data[:, weight.columns :].any()
 
 
