@@ -12,6 +12,16 @@ from grating_core.models.family import Family, ModelSpec
 
 Shape = tuple[int, ...]
 
+# Checkpoints that were converted from TensorFlow still use these names.
+_LEGACY_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
+def modern_name(name: str) -> str:
+    """Return the name that a tensor has in checkpoints of today."""
+    for old, new in _LEGACY_NAMES.items():
+        name = name.replace(old, new)
+    return name
+
 
 def layer_names(family: Family, spec: LayerSpec, number: int) -> dict[str, Shape]:
     """Return the names of the tensors of a layer, from 1, and their shapes."""

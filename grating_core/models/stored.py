@@ -34,6 +34,7 @@ from grating_core.models.layout import (
     head_names,
     layer_by_role,
     layer_names,
+    modern_name,
     outside_by_role,
     outside_names,
 )
@@ -42,9 +43,6 @@ from grating_core.models.packing import PackedLayers, Packing
 
 OUTPUT = "lm_head.weight"
 """The name of a decoder's output embedding."""
-
-# Checkpoints that were converted from TensorFlow still use these names.
-_LEGACY_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
 class StoredModel(ABC):
@@ -142,7 +140,7 @@ class StoredModel(ABC):
 
     def _take(self, tensors: Mapping[str, StoredTensor]) -> None:
         """Take those of the stored tensors that the model needs."""
-        stored = {_modern_name(name): tensor for name, tensor in tensors.items()}
+        stored = {modern_name(name): tensor for name, tensor in tensors.items()}
         family, spec = self.family, self.spec
         self._table = self._outside_name("table")
         if spec.tied:
@@ -350,9 +348,3 @@ def _blaming_weights() -> Iterator[None]:
         yield
     except FileError as error:
         raise ModelNotFoundError(f"{error}; delete the file and fetch the model again") from error
-
-
-def _modern_name(name: str) -> str:
-    for old, new in _LEGACY_NAMES.items():
-        name = name.replace(old, new)
-    return name
