@@ -5,6 +5,7 @@ This is the only way in: reranking, generating, the command line and the benchma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from grating_core.columns.install import mlp_pruning
 from grating_core.engine.scorer import Scorer
 from grating_core.errors import UnsupportedModelError
 from grating_core.files.places import expanded
+from grating_core.kernels.choice import kernels
 from grating_core.lens.pruning import ByLens
 from grating_core.lens.store import CalibratedLens, find_lens, open_lens
 from grating_core.lifetime import closed_on_error
@@ -29,7 +31,7 @@ from grating_core.models.family import Family
 from grating_core.models.gguf import GgufModel
 from grating_core.models.hub import Hub
 from grating_core.models.identity import fingerprint
-from grating_core.models.packing import QUANTIZED, Packing
+from grating_core.models.packing import Packing
 from grating_core.models.placement import choose_device, choose_dtype, states_dtype
 from grating_core.pruning import ClusterPolicy, Off, PruningPolicy
 from grating_core.settings import GenerationSettings, ModelSettings, RerankSettings
@@ -46,6 +48,7 @@ class StoredReranker(Protocol):
 
     directory: Path
     device: torch.device
+    dtype: torch.dtype
     adapter: Adapter | None
     family: Family
 
@@ -82,16 +85,14 @@ class OpenReranker:
         stored: The reranker's files.
         prompt: The question to the model; None if the tokenizer joins the two texts without a question.
         window: The most tokens of a pair.
-        plan: The plan of the memory budget; None without a budget.
-        packing: How the layers are packed; None for without a loss.
+        kept: The kinds of products that are kept out of 8 bits; None for those that the lens says.
     """
 
     settings: RerankSettings
     stored: StoredReranker
     prompt: Prompt | None
     window: int
-    plan: MemoryPlan | None
-    packing: Packing | None
+    kept: Sequence[str] | None = None
 
     @property
     def directory(self) -> Path:
@@ -104,26 +105,56 @@ class OpenReranker:
         asked = "" if self.prompt is None else self.prompt.asked
         return fingerprint(self.directory, self.stored.adapter, asked)
 
-    def pruning(self) -> PruningPolicy | ByLens:
-        """Return the pruning of the settings. ``"auto"`` reads the lens.
+    @cached_property
+    def lens(self) -> CalibratedLens | None:
+        """The lens that the settings name, or the one of this model; None if there is none.
 
         Raises:
             FileError: The lens in the settings is missing or damaged, or is for other weights.
         """
+        if self.settings.lens is None:
+            return find_lens(self.identity, self.stored.shape)
+        return open_lens(expanded(self.settings.lens), self.stored.shape, self.identity)
+
+    @cached_property
+    def packing(self) -> Packing | None:
+        """How the layers are packed; None for without a loss.
+
+        ``"auto"`` takes 8 bits on the CPU where kernels compute them, if calibration found that they agree.
+        """
+        dtype = self.settings.dtype
+        if dtype not in ("auto", "int8"):
+            return None
+        kept = self.kept
+        if kept is None:
+            found = None if self.lens is None else self.lens.int8
+            fast = self.stored.device.type == "cpu" and kernels().has(torch.int8)
+            if dtype == "auto" and not (fast and found is not None and found.agrees):
+                return None
+            kept = () if found is None else found.kept
+        return Packing.int8(self.stored.dtype, kept)
+
+    @cached_property
+    def plan(self) -> MemoryPlan | None:
+        """The plan of the memory budget; None without a budget.
+
+        Raises:
+            BudgetError: The budget is too small; the message states the smallest that works.
+        """
+        budget = self.settings.budget
+        return None if budget is None else self.stored.plan(self.window, budget, self.packing)
+
+    def pruning(self) -> PruningPolicy | ByLens:
+        """Return the pruning of the settings. ``"auto"`` reads :attr:`lens`."""
         chosen = self.settings.pruning
         if not isinstance(chosen, str):
             return chosen
-        if chosen == "auto":
-            return ByLens(float(self.settings.target), self.settings.guarantee, self._lens(), str(self.directory))
-        return ClusterPolicy() if chosen == "cluster" else Off()
-
-    def _lens(self) -> CalibratedLens | None:
-        """Read the lens that the settings name, or the one of this model if there is one, onto its device."""
-        if self.settings.lens is None:
-            found = find_lens(self.identity, self.stored.shape)
-        else:
-            found = open_lens(expanded(self.settings.lens), self.stored.shape, self.identity)
-        return found and found.to(self.stored.device)
+        if chosen != "auto":
+            return ClusterPolicy() if chosen == "cluster" else Off()
+        lens = None if self.lens is None else self.lens.to(self.stored.device)
+        if lens is not None and self.packing is not None:
+            lens = lens.in_8_bits()
+        return ByLens(float(self.settings.target), self.settings.guarantee, lens, str(self.directory))
 
     def load(self) -> Scorer:
         """Read tokenizer and weights.
@@ -203,11 +234,12 @@ class OpenLanguageModel:
         self.stored.close()
 
 
-def open_reranker(settings: RerankSettings) -> OpenReranker:
+def open_reranker(settings: RerankSettings, kept: Sequence[str] | None = None) -> OpenReranker:
     """Find a reranker and read everything but its weights.
 
     Args:
         settings: The reranker's settings.
+        kept: The kinds of products that are kept out of 8 bits; None for those that the lens says.
 
     Raises:
         ModelNotFoundError: The name leads to no usable weights.
@@ -217,7 +249,6 @@ def open_reranker(settings: RerankSettings) -> OpenReranker:
     """
     device, products, directory, adapter = _find(settings)
     dtype = states_dtype(products, device)
-    packing = Packing(dtype, QUANTIZED) if products == torch.int8 else None
     stored: StoredReranker
     if is_gguf(directory):
         stored = GgufModel(directory, device=device, dtype=dtype, adapter=adapter)
@@ -233,8 +264,16 @@ def open_reranker(settings: RerankSettings) -> OpenReranker:
         prompt = find_prompt(settings.template, str(settings.model), directory, stored.family)
         usual = usual_length(prompt, stored.family)
         window = find_window(directory, stored.window, settings.max_length, usual)
-        plan = None if settings.budget is None else stored.plan(window, settings.budget, packing)
-        return OpenReranker(settings, stored, prompt, window, plan, packing)
+        opened = OpenReranker(settings, stored, prompt, window, kept)
+        _ = opened.plan  # a budget that is too small is refused here
+        return opened
+
+
+def load_unpruned(settings: RerankSettings, dtype: str, kept: Sequence[str] | None) -> Scorer:
+    """Load the model of some settings again, in another dtype; see :func:`open_reranker`."""
+    opened = open_reranker(replace(settings, dtype=dtype, pruning="off", lens=None, recalibrate=0.0), kept)
+    with closed_on_error(opened):
+        return opened.load()
 
 
 def open_language_model(settings: GenerationSettings) -> OpenLanguageModel:

@@ -20,7 +20,7 @@ ROOMS = [
 BESIDE = [("pruning", "memory"), ("reranker", "generation")]  # neither imports the other
 
 LINES = 350
-FEWER_LINES = {"generation.py": 300, "reranker.py": 320}
+FEWER_LINES = {"generation.py": 300, "reranker.py": 325}
 
 # Names with an underscore that are not private: their libraries have them for whoever extends or ends something.
 FOREIGN = {

@@ -64,4 +64,8 @@ def calibrate(
             f"That is: nothing will be pruned. {summary.measured} requests are evidence for a target of "
             f"{1 - 1 / (summary.measured + 1):.3f} at most: take more --requests, or a lower --target."
         )
+    if found.int8 is not None:
+        shares = ", ".join(f"{share:.1%} of the top {top_k}" for top_k, share in found.int8.agreement.items())
+        kept = f", with these products kept out of them: {', '.join(found.int8.kept)}" if found.int8.kept else ""
+        show(f"In 8 bits the model itself keeps {shares}{kept}.")
     show(f"The lens is in {directory}." if directory else "From now on pruning='auto' finds it for this model.")

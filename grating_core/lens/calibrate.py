@@ -9,7 +9,8 @@ from pathlib import Path
 from grating_core import arguments
 from grating_core.arguments import whole_number
 from grating_core.lens.fit import fit
-from grating_core.lens.observations import Observe, observe_all
+from grating_core.lens.observations import observe_all
+from grating_core.lens.quantized import Model, quantize
 from grating_core.lens.requests import FEWEST_REQUESTS, make_requests
 from grating_core.lens.store import CalibratedLens, require_room_for_lens
 from grating_core.models.cross_encoder import Shape
@@ -41,13 +42,14 @@ class Effort:
 
 
 def calibrate(
-    observe: Observe,
+    model: Model,
     shape: Shape,
     identity: str,
     documents: Iterable[str] | Corpora,
     queries: Iterable[str] | Corpora | None,
     effort: Effort,
     *,
+    quantizes: bool,
     target: float,
     directory: Path,
     show_progress: bool,
@@ -55,12 +57,13 @@ def calibrate(
     """Fit a lens to a model, and save it.
 
     Args:
-        observe: Function that computes a request with the model, without pruning.
+        model: Function that opens the model.
         shape: Shape of the model.
         identity: Identity of the model.
         documents: Texts, or corpora by name; see :meth:`grating_core.Reranker.calibrate`.
         queries: Questions, or those of the corpora by name; None makes them of the documents.
         effort: The amount of computing.
+        quantizes: Whether the model is looked at in 8 bits as well.
         target: The promise for which the summary says what is saved and lost.
         directory: Directory of the lens.
         show_progress: Whether to show progress bars on standard error.
@@ -71,12 +74,18 @@ def calibrate(
     """
     made = _requests_of(documents, queries, effort)
     require_room_for_lens(directory, shape)
+    with model(None) as observe:
+        full = [observe_all(observe, some, shape, show_progress=show_progress) for some in made]
+    in_8_bits = None
+    if quantizes and effort.candidates > 5:
+        in_8_bits = quantize(model, made, full, shape, show_progress=show_progress)
     calibrated = fit(
-        [observe_all(observe, some, shape, show_progress=show_progress) for some in made],
+        full,
         pooling=shape.pooling,
         fingerprint=identity,
         top_k=effort.top_k,
         target=target,
+        quantized=in_8_bits,
         show_progress=show_progress,
     )
     calibrated.save(directory)

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from grating_core.lens.features import LayerMap, Lens
 from grating_core.lens.observations import Floats, Observations
-from grating_core.lens.store import CalibratedLens, Summary
+from grating_core.lens.quantized import Quantized
+from grating_core.lens.store import CalibratedLens, Int8, Summary
 from grating_core.pruning import Margins
 from grating_core.pruning.conformal import Requests, calibrate_margins, replay_pruning
 
@@ -32,6 +33,7 @@ def fit(
     fingerprint: str,
     top_k: int,
     target: float,
+    quantized: Quantized | None = None,
     show_progress: bool = False,
 ) -> CalibratedLens:
     """Fit a lens and find its margins, on requests that it was not fitted on.
@@ -46,34 +48,51 @@ def fit(
         fingerprint: Identity of the model.
         top_k: K of the summary.
         target: Promise of the summary.
+        quantized: What the model in 8 bits gave for the same requests; None if nothing is known of it. Its margins
+            promise the top K of the model without 8 bits.
         show_progress: Whether to show progress bars on standard error.
     """
     depth = len(corpora[0].features)
     cut = round(_FITTED * len(corpora[0])) if len(corpora) == 1 else None
     left = slice(cut or 0, None)
     maps, spread = [], []
-    estimates: list[list[Floats]] = [[] for _ in corpora]
+    seen = [corpora] if quantized is None else [corpora, quantized.corpora]
+    estimates: list[list[list[Floats]]] = [[[] for _ in corpora] for _ in seen]
     for number in tqdm(range(depth), "Lens", unit="layer", disable=not show_progress):
         features = [corpus.layer(number)[:cut] for corpus in corpora]
         scores = [np.stack(corpus.scores[:cut]) for corpus in corpora]
         strength, error = choose_strength(features, scores)
         maps.append(fit_layer(features, scores, strength))
         spread.append(error)
-        for index, corpus in enumerate(corpora):
+        for index in range(len(corpora)):
             layer = maps[-1] if cut is not None else _fit_without(index, features, scores, strength)
-            estimates[index].append(corpus.layer(number)[left] @ layer.weight.numpy())
-    groups = [
-        Requests(
-            np.stack(found, axis=2).astype(np.float64),
-            np.stack(corpus.scores[left]).astype(np.float64),
-            np.stack(corpus.tokens[left]),
-        )
-        for corpus, found in zip(corpora, estimates, strict=True)
+            for some, found in zip(seen, estimates, strict=True):
+                found[index].append(some[index].layer(number)[left] @ layer.weight.numpy())
+    groups, *others = [
+        [_requests(*one, left) for one in zip(some, corpora, found, strict=True)]
+        for some, found in zip(seen, estimates, strict=True)
     ]
     margins = calibrate_margins(groups, np.array(spread), show_progress=show_progress)
+    int8 = None
+    if quantized is not None:
+        int8 = Int8(
+            quantized.kept,
+            quantized.agreement,
+            calibrate_margins(others[0], np.array(spread), show_progress=show_progress),
+        )
     fitted = sum(map(len, corpora)) if cut is None else cut
     summary = _summarise(groups, margins, fitted=fitted, top_k=top_k, target=target)
-    return CalibratedLens(Lens(maps, pooling), margins, fingerprint, summary)
+    return CalibratedLens(Lens(maps, pooling), margins, fingerprint, summary, int8)
+
+
+def _requests(corpus: Observations, full: Observations, estimates: Sequence[Floats], left: slice) -> Requests:
+    """Return the requests of a corpus that are left, of which the top K of the full model is promised."""
+    return Requests(
+        np.stack(estimates, axis=2).astype(np.float64),
+        np.stack(corpus.scores[left]).astype(np.float64),
+        np.stack(corpus.tokens[left]),
+        None if corpus is full else np.stack(full.scores[left]).astype(np.float64),
+    )
 
 
 def _fit_without(index: int, features: Sequence[Floats], scores: Sequence[Floats], strength: float) -> LayerMap:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -23,13 +24,15 @@ from grating_core.files.places import cache_directory, go_on_without_cache, is_k
 from grating_core.files.reading import check_regular, read_json
 from grating_core.files.writing import replacing, require_room
 from grating_core.lens.features import LayerMap, Lens, compares_tokens, feature_count
+from grating_core.lens.quantized import agrees
 from grating_core.models.cross_encoder import Shape
+from grating_core.models.packing import KINDS
 from grating_core.pruning import Margins
 
 _TENSORS = "lens.safetensors"
 _DESCRIPTION = "lens.json"
 _FORMAT = 1
-_BESIDE_MAPS = 1 << 17  # the most bytes of margins, names and the description
+_BESIDE_MAPS = 1 << 18  # the most bytes of margins, names and the description
 _WAY_OUT = "delete the directory, or calibrate again"
 _FIELDS = {"fingerprint": str, "sha256": str, "pooling": str, "layers": int, "summary": dict}
 _PACKAGED = Path(__file__).parent / "packaged"
@@ -63,6 +66,26 @@ class Summary:
 
 
 @dataclass(frozen=True)
+class Int8:
+    """This class holds what calibration measured of the model in 8 bits.
+
+    Attributes:
+        kept: The kinds of products that are kept out of 8 bits, see :data:`grating_core.models.packing.KINDS`.
+        agreement: Share of the top K of the model without 8 bits that it has in its own top K, by K.
+        margins: The margins for the model in 8 bits. They promise the top K of the model without 8 bits.
+    """
+
+    kept: tuple[str, ...]
+    agreement: Mapping[int, float]
+    margins: Margins
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the model in 8 bits may take the place of the model without them."""
+        return agrees(self.agreement)
+
+
+@dataclass(frozen=True)
 class CalibratedLens:
     """A calibrated lens has margins, and belongs to one model.
 
@@ -71,16 +94,22 @@ class CalibratedLens:
         margins: The margins, which say how far the estimates can be trusted.
         fingerprint: Identity of the model, see :func:`grating_core.models.identity.fingerprint`.
         summary: The measurements of calibration.
+        int8: What was measured of the model in 8 bits; None if nothing was.
     """
 
     lens: Lens
     margins: Margins
     fingerprint: str
     summary: Summary
+    int8: Int8 | None = None
 
     def to(self, device: torch.device) -> CalibratedLens:
         """Return the same object with the lens on a device."""
         return replace(self, lens=self.lens.to(device))
+
+    def in_8_bits(self) -> CalibratedLens:
+        """Return the same object with the margins for the model in 8 bits, if there are any."""
+        return self if self.int8 is None else replace(self, margins=self.int8.margins)
 
     def save(self, directory: Path) -> None:
         """Write ``lens.safetensors`` and ``lens.json``. A lens that is there is replaced whole or not at all.
@@ -97,6 +126,8 @@ class CalibratedLens:
             "layers": len(self.lens.maps),
             "summary": asdict(self.summary),
         }
+        if self.int8 is not None:
+            description["int8"] = {"kept": self.int8.kept, "agreement": self.int8.agreement}
         text = (json.dumps(description, indent=2) + "\n").encode()
         tensors, last = directory / _TENSORS, directory / _DESCRIPTION
         with locked(last), locked(tensors):
@@ -124,11 +155,12 @@ class CalibratedLens:
                 LayerMap(tensors[f"layer.{number}.weight"], tensors[f"layer.{number}.bias"])
                 for number in range(description["layers"])
             ]
-            margins = Margins(**{name: tensors[f"margins.{name}"].numpy() for name in Margins.__annotations__})
-            if len(margins.drop) != len(maps):
-                raise ValueError(f"it has {len(maps)} layers, and margins for {len(margins.drop)}")
+            margins = _read_margins(tensors, "margins", len(maps))
             summary = _read_summary(description["summary"], len(maps))
-            return cls(Lens(maps, description["pooling"]), margins, description["fingerprint"], summary)
+            int8 = None
+            if (fields := description.get("int8")) is not None:
+                int8 = _read_int8(fields, _read_margins(tensors, "int8.margins", len(maps)))
+            return cls(Lens(maps, description["pooling"]), margins, description["fingerprint"], summary, int8)
         except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise _damaged(directory, error) from error
 
@@ -219,9 +251,29 @@ def _tensors(calibrated: CalibratedLens) -> dict[str, Tensor]:
     for number, layer in enumerate(calibrated.lens.maps):
         tensors[f"layer.{number}.weight"] = layer.weight.contiguous()
         tensors[f"layer.{number}.bias"] = layer.bias
-    for name in Margins.__annotations__:
-        tensors[f"margins.{name}"] = torch.tensor(getattr(calibrated.margins, name))
+    sets = {"margins": calibrated.margins}
+    if calibrated.int8 is not None:
+        sets["int8.margins"] = calibrated.int8.margins
+    for prefix, margins in sets.items():
+        for name in Margins.__annotations__:
+            tensors[f"{prefix}.{name}"] = torch.tensor(getattr(margins, name))
     return tensors
+
+
+def _read_margins(tensors: Mapping[str, Tensor], prefix: str, layers: int) -> Margins:
+    margins = Margins(**{name: tensors[f"{prefix}.{name}"].numpy() for name in Margins.__annotations__})
+    if len(margins.drop) != layers:
+        raise ValueError(f"it has {layers} layers, and margins for {len(margins.drop)}")
+    return margins
+
+
+def _read_int8(fields: dict[str, Any], margins: Margins) -> Int8:
+    kept, agreement = fields["kept"], {int(top_k): share for top_k, share in fields["agreement"].items()}
+    if not isinstance(kept, list) or not set(kept) <= KINDS.keys():
+        raise ValueError(f"int8 has kept={kept!r}, which are not all kinds of products")
+    if not all(_is_number(share) and 0 <= share <= 1 for share in agreement.values()):
+        raise ValueError(f"int8 has the shares {agreement} as agreement")
+    return Int8(tuple(kept), agreement, margins)
 
 
 def _describe(directory: Path) -> dict[str, Any]:

@@ -112,6 +112,8 @@ class LayeredModel:
         self.device = parts.device
         self.dtype = parts.dtype
         """The dtype of hidden states."""
+        self.packing = parts.packing
+        """How the layers are packed; None if they are not."""
         self.products = torch.int8 if parts.packing is not None and parts.packing.quantized else parts.dtype
         """The dtype of the layers' products."""
         self.work = work_per_token(
@@ -223,14 +225,10 @@ def work_per_token(spec: ModelSpec, dtype: torch.dtype, *, pruned: bool = False,
     return ((2 if layer.gated else 1) * widest + 8 * spec.width) * dtype.itemsize
 
 
-def kernels_work(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Return the bytes that compiled kernels take beside intermediate results, whatever the number of tokens."""
+def quantized_work(spec: ModelSpec) -> int:
+    """Return the bytes that products in 8 bits take beside intermediate results, whatever the number of tokens."""
     layer = spec.layers[0]
     widest = max(layer.inner, layer.heads * layer.head_size)
-    return torch.get_num_threads() * 2 * (_BLOCK + 4 * 32 * widest * dtype.itemsize)
-
-
-def unpacked_bytes(spec: ModelSpec) -> int:
-    """Return the bytes that torch takes to unpack the largest matrix of 8 bits."""
-    layer = spec.layers[0]
-    return 3 * max(layer.inner, layer.heads * layer.head_size) * spec.width
+    if not kernels().level:
+        return 3 * widest * spec.width  # torch unpacks the largest matrix
+    return torch.get_num_threads() * 2 * (_BLOCK + 4 * 32 * widest)

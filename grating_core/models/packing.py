@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,14 @@ from grating_core.models.family import Family, ModelSpec
 from grating_core.models.layout import layer_by_role, layer_names
 from grating_core.models.packed_file import PackedFile, layer_bytes, open_packed
 
-QUANTIZED: frozenset[Role] = frozenset(("query", "key", "value", "output", "gate", "up", "down"))
+KINDS: dict[str, tuple[Role, ...]] = {
+    "attention": ("query", "key", "value"),
+    "output": ("output",),
+    "inner": ("gate", "up"),
+    "down": ("down",),
+}
+"""The roles of each kind of products that may be kept out of 8 bits together."""
+QUANTIZED: frozenset[Role] = frozenset(role for roles in KINDS.values() for role in roles)
 """The roles of all products of a layer."""
 
 
@@ -34,6 +41,16 @@ class Packing:
 
     states: torch.dtype
     quantized: frozenset[Role] = frozenset()
+
+    @classmethod
+    def int8(cls, states: torch.dtype, kept: Iterable[str] = ()) -> Packing:
+        """Return the packing of a model in 8 bits.
+
+        Args:
+            states: The dtype of hidden states and of what is kept.
+            kept: The kinds of products that are kept out of 8 bits, of :data:`KINDS`.
+        """
+        return cls(states, QUANTIZED.difference(role for kind in kept for role in KINDS[kind]))
 
     @property
     def name(self) -> str:

@@ -24,18 +24,23 @@ class Requests:
         estimates: Estimates of the lens after layers 0 to L - 1, float64 ``[R, N, L]``.
         scores: Final scores, float64 ``[R, N]``.
         tokens: Number of tokens of each candidate, int64 ``[R, N]``.
+        promised: The final scores whose top K is promised, float64 ``[R, N]``; None for ``scores``.
     """
 
     estimates: Array
     scores: Array
     tokens: NDArray[np.int64]
+    promised: Array | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def first(self, candidates: int) -> Requests:
         """Return the same requests with only their first candidates."""
-        return Requests(self.estimates[:, :candidates], self.scores[:, :candidates], self.tokens[:, :candidates])
+        promised = None if self.promised is None else self.promised[:, :candidates]
+        return Requests(
+            self.estimates[:, :candidates], self.scores[:, :candidates], self.tokens[:, :candidates], promised
+        )
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,8 @@ def replay_pruning(requests: Requests, top_k: int, *, drop: Array, select: Array
             alive &= ~decided[:, None]
         computed += (alive * requests.tokens).sum(1)
     best = _best(np.where(alive, requests.scores, -np.inf), alive, top_k - selected.sum(1))
-    top = _best(requests.scores, np.ones_like(alive), np.full(count, top_k))
+    promised = requests.scores if requests.promised is None else requests.promised
+    top = _best(promised, np.ones_like(alive), np.full(count, top_k))
     lost = (top & ~(selected | best)).sum(1) / top_k
     return Replay(lost, computed / (layers * requests.tokens.sum(1)))
 
