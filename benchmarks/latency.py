@@ -178,6 +178,7 @@ def load_grating(ready: Ready, *, directory: Path, dtype: str, pruning: PruningN
 GRATING: dict[str, tuple[str, PruningName]] = {
     REFERENCE: ("float32", "off"),
     "grating, bfloat16, pruning off": ("bfloat16", "off"),
+    "grating, int8, pruning off": ("int8", "off"),
     DEFAULT: ("auto", "auto"),
 }
 """Dtype and pruning of each system of this project; all stand in the table."""

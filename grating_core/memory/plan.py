@@ -8,8 +8,9 @@ from grating_core.errors import BudgetError
 from grating_core.memory.group import PIECE
 from grating_core.memory.hidden import FILL
 
-# The first rerank loads code, threads and kernels, and a request has lists.
-RUNTIME = 56_000_000
+# The first rerank loads code and threads, and a request has lists. torch's own kernels keep buffers as well.
+_RUNTIME = 28_000_000
+_RUNTIME_OF_TORCH = 56_000_000
 _FEWEST_ROWS = 1024
 _SMALLEST_SLICE = 256  # tokens; with fewer, reading a layer's weights from memory is not worth it
 _SMALLEST_PROMPT = 128  # tokens of a prompt that are computed at once
@@ -55,6 +56,11 @@ class ModelSizes:
     staging: int = 0
     kernels: int = 0
     writing: int = 0
+
+    @property
+    def runtime(self) -> int:
+        """What code, threads and lists take, in bytes."""
+        return _RUNTIME if self.kernels else _RUNTIME_OF_TORCH
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ class MemoryPlan:
         sizes = self.sizes
         streamed = [sizes.layers[number - 1] for number in self.streamed]
         parts = {
-            "runtime": RUNTIME,
+            "runtime": self.sizes.runtime,
             "head, norms and small tables": sizes.rest,
             "resident layers": sum(sizes.layers[number - 1] for number in self.resident),
             "two layer buffers": 2 * max(streamed, default=0),
@@ -225,7 +231,7 @@ def _everything(smallest: MemoryPlan, slice_tokens: int) -> MemoryPlan:
 
 def _check(smallest: MemoryPlan, resident: MemoryPlan, texts: str) -> None:
     # The first process with this model writes the packed layers into a file, within the budget as well.
-    needed = max(smallest.total, RUNTIME + smallest.sizes.writing)
+    needed = max(smallest.total, smallest.sizes.runtime + smallest.sizes.writing)
     if needed > smallest.budget:
         raise BudgetError(
             f"memory_budget={smallest.budget:,} bytes is too small for this model, which needs "

@@ -15,7 +15,7 @@ from grating_core.memory.group import TensorGroup
 from grating_core.memory.header import FLOATS, StoredTensor
 from grating_core.memory.plan import MemoryPlan, ModelSizes, make_plan
 from grating_core.models.family import ModelSpec, Pooling
-from grating_core.models.layered import LayeredModel, quantized_work, work_per_token
+from grating_core.models.layered import LayeredModel, unpacked_bytes, work_per_token
 from grating_core.models.layout import Shape as TensorShape
 from grating_core.models.packing import Packing
 from grating_core.models.stored import OUTPUT, StoredModel
@@ -88,12 +88,12 @@ class StoredCrossEncoder(StoredModel):
                 layers=packed.sizes,
                 bytes_read=packed.sizes,
                 converted=False,
+                rest=sizes.rest + (0 if sizes.kernels else unpacked_bytes(self.spec)),
                 work=work_per_token(self.spec, self.dtype, quantized=bool(packing.quantized)),
-                kernels=quantized_work(self.spec),
                 writing=packed.writing,
             )
         # torch copies the keys and values of a decoder's longest sequence; see the attention of an encoder.
-        return replace(sizes, keys=2 * sizes.keys) if self.spec.causal else sizes
+        return replace(sizes, keys=2 * sizes.keys) if self.spec.causal and not sizes.kernels else sizes
 
     def plan(self, window: int, budget: int, packing: Packing | None = None) -> MemoryPlan:
         """Spend a memory budget.

@@ -225,10 +225,14 @@ def work_per_token(spec: ModelSpec, dtype: torch.dtype, *, pruned: bool = False,
     return ((2 if layer.gated else 1) * widest + 8 * spec.width) * dtype.itemsize
 
 
-def quantized_work(spec: ModelSpec) -> int:
-    """Return the bytes that products in 8 bits take beside intermediate results, whatever the number of tokens."""
+def kernels_work(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Return the bytes that compiled kernels take beside intermediate results, whatever the number of tokens."""
     layer = spec.layers[0]
     widest = max(layer.inner, layer.heads * layer.head_size)
-    if not kernels().level:
-        return 3 * widest * spec.width  # torch unpacks the largest matrix
-    return torch.get_num_threads() * 2 * (_BLOCK + 4 * 32 * widest)
+    return torch.get_num_threads() * 2 * (_BLOCK + 4 * 32 * widest * dtype.itemsize)
+
+
+def unpacked_bytes(spec: ModelSpec) -> int:
+    """Return the bytes that torch takes to unpack the largest matrix of 8 bits."""
+    layer = spec.layers[0]
+    return 3 * max(layer.inner, layer.heads * layer.head_size) * spec.width

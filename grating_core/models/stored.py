@@ -27,7 +27,7 @@ from grating_core.models.adapter import Adapter
 from grating_core.models.agreement import check_stored, check_taken
 from grating_core.models.directory import blaming_config, read_config, read_headers, weight_files
 from grating_core.models.identity import fingerprint
-from grating_core.models.layered import Parts, work_per_token
+from grating_core.models.layered import Parts, kernels_work, work_per_token
 from grating_core.models.layout import (
     Shape,
     head_by_role,
@@ -119,6 +119,7 @@ class StoredModel(ABC):
             work=work_per_token(spec, self.dtype, pruned=bool(self._apart())),
             window=window,
             keys=window * 2 * layer.key_heads * layer.head_size * self.dtype.itemsize,
+            kernels=0 if self._packing is None else kernels_work(spec, self.dtype),
         )
 
     def _check_family(self) -> None:  # noqa: B027 - a subclass need not refuse any family

@@ -71,6 +71,7 @@ template <class S> struct Bench {
     const int64_t inner, columns, room;  // entries of a padded key, of a padded value, and keys that there is room for
     Room query, scores, result, part, keys, values;
     Session session;
+    Flushing flushing;
     Softmax softmax;
     Range packed = {0, 0};
 

@@ -6,24 +6,40 @@
 #include "activations.h"
 #include "product.h"
 
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
 namespace {
+
+// While this lives, numbers below the smallest normal one are zero: x86 processors are a hundred times slower with them, and
+// small probabilities are such numbers.
+struct Flushing {
+#if defined(__SSE__)
+    const uint32_t before = _mm_getcsr();
+    Flushing() { _mm_setcsr(before | 0x8040); }
+    ~Flushing() { _mm_setcsr(before); }
+#endif
+};
 
 constexpr int64_t QUERIES = 16;  // rows of a block: with the keys and values that they see they stay in the first-level cache
 
 // 2^x, x <= 0, as exact as states of the type S need it. It is zero far below zero, and NaN of NaN.
 template <class S> inline vf power(vf x) {
+    // x is a whole number and f: the number below x for bf16, the nearest one for float32.
+    constexpr bool below = sizeof(S) == 2;
 #if defined(__AVX512F__)
-    const vf f = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const vf f = (vf)_mm512_reduce_ps((__m512)x, (below ? _MM_FROUND_TO_NEG_INF : _MM_FROUND_TO_NEAREST_INT) | _MM_FROUND_NO_EXC);
 #else
-    const vf near = maximum(all(-127.0f), x), n = (near + 12582912.0f) - 12582912.0f, f = near - n;
+    const vf near = maximum(all(-127.0f), x), n = (near - (below ? 0.5f : 0.0f) + 12582912.0f) - 12582912.0f, f = near - n;
 #endif
     vf p;
-    if constexpr (sizeof(S) == 2) {  // a relative error of 7.5e-5
-        p = all(0.0551716672f);
-        p = fma(p, f, all(0.242611122f));
-        p = fma(p, f, all(0.693260986f));
-        p = fma(p, f, all(0.999928074f));
-    } else {  // 8e-8
+    if constexpr (below) {  // 2^f, 0 <= f <= 1, with a relative error of 7.5e-5
+        p = all(0.07802452f);
+        p = fma(p, f, all(0.226067159f));
+        p = fma(p, f, all(0.69583354f));
+        p = fma(p, f, all(0.999925219f));
+    } else {  // 2^f, |f| <= 1/2, with a relative error of 8e-8
         p = all(1.32764718e-3f);
         p = fma(p, f, all(9.67554133e-3f));
         p = fma(p, f, all(5.55071327e-2f));
@@ -32,7 +48,7 @@ template <class S> inline vf power(vf x) {
         p = fma(p, f, all(1.0f));
     }
 #if defined(__AVX512F__)
-    return (vf)_mm512_scalef_ps((__m512)p, (__m512)(x - f));
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)(below ? x : x - f));  // takes the whole number below by itself
 #else
     const vf y = bits<vf>(bits<vi>(p) + (rounded(n) << 23));
     return where(vi(x < -126.0f), vf{}, where(vi(x == x), y, x));

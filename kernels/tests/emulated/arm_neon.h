@@ -33,12 +33,21 @@ inline float32x4_t vmaxq_f32(float32x4_t a, float32x4_t b) {
     for (int i = 0; i < 4; i++) a[i] = isnan(a[i]) || a[i] > b[i] ? a[i] : b[i];
     return a;
 }
+inline int32x4_t vmaxq_s32(int32x4_t a, int32x4_t b) {
+    for (int i = 0; i < 4; i++) a[i] = a[i] > b[i] ? a[i] : b[i];
+    return a;
+}
+inline float32x4_t vfmaq_f32(float32x4_t sum, float32x4_t a, float32x4_t b) {
+    for (int i = 0; i < 4; i++) sum[i] = fmaf(a[i], b[i], sum[i]);
+    return sum;
+}
 
 inline int32x2_t vld1_s32(const int32_t* p) { return neon::load<int32x2_t>(p); }
 inline int32x4_t vld1q_s32(const int32_t* p) { return neon::load<int32x4_t>(p); }
 inline int8x16_t vld1q_s8(const int8_t* p) { return neon::load<int8x16_t>(p); }
 inline void vst1_s32(int32_t* p, int32x2_t x) { memcpy(p, &x, sizeof x); }
 inline void vst1q_s32(int32_t* p, int32x4_t x) { memcpy(p, &x, sizeof x); }
+inline float32x4_t vdupq_n_f32(float x) { return neon::all<float32x4_t>(x); }
 inline int32x2_t vdup_n_s32(int32_t x) { return neon::all<int32x2_t>(x); }
 inline int32x4_t vdupq_n_s32(int32_t x) { return neon::all<int32x4_t>(x); }
 

@@ -43,7 +43,7 @@ def run(*command: str) -> str:
 
 def python(site: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run Python with the package of ``site``, and return what came of it."""
-    path = os.pathsep.join((str(site), str(ROOT)))
+    path = os.pathsep.join((str(site), str(ROOT), os.environ.get("PYTHONPATH", "")))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
     return subprocess.run(
         (sys.executable, *arguments), cwd=ROOT, env=environment, capture_output=True, text=True, check=False

@@ -232,3 +232,9 @@ def test_rows_in_no_span_are_zero_and_rows_may_have_any_stride() -> None:
     assert not found[18:].any()
     expected = whole(rules, Given(*(part[2:18] for part in states)))
     assert torch.equal(found[2:18].unflatten(1, shape), expected)
+
+
+@DTYPES
+def test_small_numbers_stay_what_they_are_outside_of_the_kernel(dtype: torch.dtype) -> None:
+    whole(Rules(), random_states(Rules(), 20, dtype))
+    assert (torch.full((64,), 1e-38) * 0.01).all()

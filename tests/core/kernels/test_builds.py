@@ -5,12 +5,13 @@ from __future__ import annotations
 import platform
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
-from grating_core.kernels.loading import VERSION
-from tests.core.kernels.building import SOURCES, built, needs_compiler, packaged, python, run
+from grating_core.kernels.loading import VERSION, KernelsError, levels
+from tests.core.kernels.building import ROOT, SOURCES, built, needs_compiler, packaged, python, run
 
 FUZZ = ("-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__).parent))
 
@@ -81,6 +82,19 @@ def test_a_level_has_no_instructions_of_a_higher_one(tmp_path):
     assert {name: "".join(sorted(wide[name])) for name in ALLOWED} == ALLOWED
     assert "t" in wide["level_amx"]
     assert "z" in wide["level_avx512"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.system() != "Linux", reason="memory is guarded as on Linux")
+def test_nothing_is_read_beyond_the_operands():
+    try:
+        every = levels()
+    except KernelsError as error:
+        pytest.skip(str(error))
+    program = str(Path(__file__).with_name("guarded.py"))
+    assert python(ROOT, program, "short").returncode == -signal.SIGSEGV
+    done = python(ROOT, program)
+    assert done.stdout.split() == every, (done.returncode, done.stderr)
 
 
 OTHER = """
