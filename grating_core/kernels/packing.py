@@ -18,6 +18,8 @@ from grating_core.kernels.operands import Weight
 _COLUMNS = 32
 _LINE = 64  # bytes
 _AT_ONCE = 1 << 20  # entries of a matrix that are packed at a time
+PACKING = 16 * _AT_ONCE
+"""The bytes that packing takes beside a matrix and what becomes of it: copies of some columns in float32."""
 LEAST = 1e-30
 """A row whose largest magnitude is below this is quantised to zeros: 127 divided by it would not be finite."""
 

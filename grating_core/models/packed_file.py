@@ -131,14 +131,20 @@ def _parts(
     layers: Callable[[], Iterable[PackedLayer]], layouts: Sequence[Layout], *, show_progress: bool
 ) -> Iterator[memoryview]:
     """Yield the bytes of all layers, and then their checksums."""
-    checks = []
-    bar = tqdm(layers(), "Writing layers", len(layouts), unit="layer", disable=not show_progress)
-    for layer, layout in zip(bar, layouts, strict=True):
-        check, tensors = 0, tensors_of(layer)
-        fill = torch.zeros(layer_bytes(layout) - _used(layout), dtype=torch.uint8)
-        for tensor in (*(tensors[name] for name in layout), fill):
-            data = tensor.view(-1).view(torch.uint8).numpy().data
+    checks, packed = [], iter(layers())
+    for layout in tqdm(layouts, "Writing layers", unit="layer", disable=not show_progress):
+        check = 0
+        # No name here stands for the layer, which would stay in memory while the next one is packed.
+        for data in _bytes(next(packed), layout):
             check = zlib.crc32(data, check)
             yield data
         checks.append(check)
     yield np.array(checks, dtype="<u4").data
+
+
+def _bytes(layer: PackedLayer, layout: Layout) -> Iterator[memoryview]:
+    """Yield the bytes of a layer's tensors, and fill."""
+    tensors = tensors_of(layer)
+    fill = torch.zeros(layer_bytes(layout) - _used(layout), dtype=torch.uint8)
+    for tensor in (*(tensors[name] for name in layout), fill):
+        yield tensor.view(-1).view(torch.uint8).numpy().data

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grating_core.errors import StorageError
 from grating_core.files.places import cache_directory, is_kept
+from grating_core.kernels.packing import PACKING
 from grating_core.layers.linear import Weights
 from grating_core.layers.packed import Layout, PackedLayer, layer_of, layout_of, packed_layer
 from grating_core.layers.spec import LayerSpec, Role
@@ -109,7 +110,8 @@ class PackedLayers:
     @property
     def writing(self) -> int:
         """The bytes that writing the companion file takes in memory."""
-        return max(group.size for group in self._groups.values()) + max(self.sizes) + PIECE
+        stored = max(group.size for group in self._groups.values())
+        return stored + max(self.sizes) + PIECE + PACKING
 
     def open(self, *, needed: bool, show_progress: bool = False) -> PackedFile | None:
         """Open the companion file. If there is none, write it if it is needed, and else return None.
