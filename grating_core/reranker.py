@@ -100,7 +100,7 @@ class Reranker(Loaded[Scorer, RerankSettings]):
                 ``"bundled:ms-marco-minilm-l12"``.
             device: ``"cpu"``, ``"cuda"`` or ``"mps"``; None takes the best device of this machine.
             dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"int8"``, or ``"auto"``: bfloat16 where the
-                processor has instructions for it, else float32.
+                processor has instructions for it, else float32; int8 if calibration found that it agrees.
             memory_budget: How much memory loading and reranking may take, in bytes or as a size such as
                 ``"300MB"``; scores stay the same, but for rounding. None keeps everything in memory.
             pruning: ``"auto"``, ``"cluster"``, ``"off"`` or a policy object.

@@ -27,8 +27,8 @@ def fingerprint(model: Path, adapter: Adapter | None = None, asked: str = "") ->
     * the question that the model is asked, and the answers whose logits are the score, but not the instruction.
 
     The identity is the same on every machine, with any number of threads, and in any directory. Files without
-    weights do not count. The compute dtype does not count either: a lens fits the model in any dtype, and the name
-    of a file of columns says its dtype.
+    weights do not count. The compute dtype does not count either: a lens fits the model in any dtype, with margins
+    of their own for 8 bits, and the names of companion files say their dtypes.
 
     Args:
         model: A model directory, or a GGUF file.

@@ -12,6 +12,7 @@ import torch
 from grating_core import Reranker, StreamedCausalLM
 from grating_core.errors import FileError, StorageError
 from grating_core.files.locks import locked
+from grating_core.kernels.choice import kernels
 from grating_core.layers.packed import tensors_of
 from grating_core.memory.checkpoint import SECTOR
 from grating_core.memory.header import parse_header
@@ -83,7 +84,7 @@ def test_a_budget_is_kept_and_half_is_read(spill_directory: Path) -> None:
         streamed = reranker.rerank("How many people live in Berlin?", documents, 5)
         assert reranker.plan is not None
         assert streamed.trace.bytes_read >= reranker.plan.bytes_read() == sum(reranker.plan.sizes.layers)
-        assert reranker.plan.parts["kernels"] > 0
+        assert ("kernels" in reranker.plan.parts) == (kernels().level is not None)
     assert companion(spill_directory).stat().st_size < 22_000_000  # 85 MB in float32
     with Reranker.from_pretrained(BUNDLED, dtype="int8", device="cpu", pruning="off") as reranker:
         assert reranker.rerank("How many people live in Berlin?", documents, 5).ranking == streamed.ranking
