@@ -1,0 +1,62 @@
+"""Three maps one behind the other give what each map gives alone."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from grating_core.kernels import compiled, reference
+from grating_core.kernels.choice import kernels
+from grating_core.kernels.loading import levels, start
+from grating_core.kernels.operands import Map, Norm, Rows, Then, Weight
+from grating_core.kernels.packing import packed_weight
+
+WIDTH, INNER = 70, 150
+BUILT = kernels().level is not None
+
+
+@pytest.fixture(params=levels() if BUILT else [])
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    yield start(request.param)
+    start()
+
+
+def drawn(columns: int, inner: int, dtype: torch.dtype) -> Weight:
+    return packed_weight(torch.randn(columns, inner) / inner**0.5, torch.randn(columns), dtype)
+
+
+def maps_of(states: torch.dtype, dtypes: tuple[torch.dtype, ...], *, behind: bool) -> tuple[Map, Map, Map]:
+    """Return the second half of a layer, with its norms behind or before what is added."""
+    norm = Norm("layer", 1e-5, 0.0, torch.randn(WIDTH), torch.randn(WIDTH))
+    inner, last = dtypes[1] == torch.int8, dtypes[2] == torch.int8
+    if behind:
+        then, end, gate = Then(states, norm=norm, quantized=inner), Then(states, norm=norm), None
+    else:
+        rms = Norm("rms", 1e-5, 1.0, torch.randn(WIDTH))
+        then = Then(states, first_norm=rms, norm=norm, factor=0.5, total=True, output=not inner, quantized=inner)
+        end, gate = Then(states, factor=0.5), drawn(INNER, WIDTH, dtypes[1])
+    middle = Then(states, "gelu", output=not last, quantized=last)
+    weights = (drawn(WIDTH, WIDTH, dtypes[0]), drawn(INNER, WIDTH, dtypes[1]), drawn(WIDTH, INNER, dtypes[2]))
+    return Map(weights[0], then), Map(weights[1], middle, gate), Map(weights[2], end)
+
+
+@pytest.mark.skipif(not BUILT, reason=kernels().reason)
+@pytest.mark.parametrize("states", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", [(), (0,), (1,), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("behind", [True, False], ids=["behind", "before"])
+def test_a_chain_is_what_torch_computes(
+    level: str, states: torch.dtype, kept: tuple[int, ...], *, behind: bool
+) -> None:
+    dtypes = tuple(states if place in kept else torch.int8 for place in range(3))
+    if kept and not kernels().has(states):
+        pytest.skip(f"{level} has no products of {states}")
+    maps = maps_of(states, dtypes, behind=behind)
+    attended, hidden = torch.randn(300, WIDTH).to(states), torch.randn(300, WIDTH).to(states)
+    rows = reference.normed_rows(attended, None, output=False, quantized=True)[1]
+    x = Rows(attended) if 0 in kept or rows is None else rows
+    found = compiled.chain(x, maps, hidden)
+    expected = reference.chain(x, maps, hidden)
+    assert (found.float() - expected.float()).abs().max() < (0.02 if states == torch.float32 else 0.2)
+    for count in (1, 33):  # fewer rows are computed in another way
+        some = Rows(x.data[:count], None if x.scale is None else x.scale[:count])
+        assert torch.equal(compiled.chain(some, maps, hidden[:count]), found[:count])
