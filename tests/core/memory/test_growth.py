@@ -17,7 +17,8 @@ words = "the city people live berlin bread museum water river census year house"
 text = lambda count: " ".join(words[place % len(words)] for place in range(count))
 with Reranker.from_pretrained("bundled:ms-marco-minilm-l12", dtype=sys.argv[1], memory_budget="110MB") as reranker:
     for number in range(requests):
-        reranker.rerank(text(3), [text(1 + (number * 7 + each) % lengths) for each in range(20 if lengths < 200 else 1)], 1)
+        texts = [text(1 + (number * 7 + each) % lengths) for each in range(20 if lengths < 200 else 1)]
+        reranker.rerank(text(3), texts, 1)
         if number in (requests // 4, requests - 1):
             print(psutil.Process().memory_info().rss)
 """
