@@ -68,6 +68,8 @@ class Streamer:
             yield weights
         finally:
             slot.release()
+            # Whoever computed may have packed the weights where they lie, so they are not used again.
+            self._free.append(self._ahead.pop(number)[0])
         self._read_ahead(self._after(number))
 
     def rewind(self) -> None:

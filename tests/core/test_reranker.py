@@ -70,7 +70,7 @@ def test_bad_pairs_are_refused_by_index(bundled: Reranker, pairs, told: str) -> 
 
 @pytest.mark.parametrize(
     "setting",
-    [{"device": "gpu"}, {"dtype": "int8"}, {"pruning": "hard"}, {"pruning": 3}, {"memory_budget": "a lot"},
+    [{"device": "gpu"}, {"dtype": "int4"}, {"pruning": "hard"}, {"pruning": 3}, {"memory_budget": "a lot"},
      {"memory_budget": 0}, {"memory_budget": True}, {"memory_budget": "-3MB"}, {"memory_budget": 1.5},
      {"max_length": 1000}],
 )  # fmt: skip
