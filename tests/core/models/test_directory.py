@@ -1,6 +1,7 @@
 """From names and files to a loaded model, and what is told when that fails."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -184,6 +185,7 @@ def test_the_home_of_nobody_is_an_error_of_gratings_own_wherever_a_place_is_name
 
 def run_offline(code: str, cache: Path) -> subprocess.CompletedProcess[str]:
     environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "PATH": ""}
+    environment["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")  # the same kernels, to the last bit
     return subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
     )
