@@ -7,7 +7,6 @@ inside, so that a streamed layer is read once for all slices.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +14,8 @@ from torch.nn.functional import pad
 
 from grating_core.engine.ragged import filled
 from grating_core.errors import ScoreError
-from grating_core.layers import layer as plain
-from grating_core.layers import packed_steps
 from grating_core.layers.attention import ragged_attention
 from grating_core.layers.keys_values import KeysValues
-from grating_core.layers.packed import PackedLayer
 from grating_core.layers.rotary import Angles
 from grating_core.layers.sending import sent
 from grating_core.layers.spans import Span
@@ -92,7 +88,7 @@ def _slices(count: int, most: int) -> list[slice]:
 def _step(layer: Layer, hidden: Tensor, angles: Angles | None, kept: KeysValues) -> Tensor:
     """Take the next tokens through a layer: hidden states ``[T, D]`` to hidden states of the same shape."""
     spec, weights, mlp = layer
-    steps: Any = packed_steps if isinstance(weights, PackedLayer) else plain
+    steps = layer.steps
     tokens, first = len(hidden), kept.tokens
     if fill := filled(tokens) - tokens if tokens > 1 else 0:
         hidden = pad(hidden, (0, 0, 0, fill))

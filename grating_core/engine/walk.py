@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from grating_core.engine.ragged import Part, Slice, filled
-from grating_core.layers import layer as plain
-from grating_core.layers import packed_steps
 from grating_core.layers.attention import ragged_attention
 from grating_core.layers.keys_values import KeysValues
-from grating_core.layers.packed import PackedLayer
 from grating_core.layers.rotary import Angles
 from grating_core.layers.sending import sent
 from grating_core.layers.spans import Span
@@ -55,7 +51,7 @@ class Walk:
             behind them; and which tokens they are.
         """
         spec, weights, mlp = self._layer
-        steps: Any = packed_steps if isinstance(weights, PackedLayer) else plain
+        steps = self._layer.steps
         asked = part.asked(self._only) if part.queries else []
         states = steps.prepared(spec, weights, hidden)
         turned = None if self._angles is None else self._angles.at(positions)

@@ -57,27 +57,14 @@ def pack_in_place(matrix: Tensor) -> Tensor:
     columns, inner = matrix.shape
     at = c_void_p(matrix.data_ptr())
     lib = started()
-    _check(lib.gk_pack(c_int32(DTYPES[matrix.dtype]), at, c_int64(inner), c_int64(columns), c_int64(inner), at))
+    _check(lib.gk_pack(c_int32(DTYPES[matrix.dtype]), at, c_int64(columns), c_int64(inner)))
     return matrix.view(torch.int8).flatten()
 
 
 def linear(
     x: Rows, weight: Weight, then: Then, *, gate: Weight | None = None, residual: Tensor | None = None
 ) -> Finished:
-    """Compute ``norm(residual + factor * first_norm(activation(x @ weight + bias)))`` for each row.
-
-    With a gate, the activation is that of ``x @ gate``, and multiplies ``x @ weight``. No row depends on another.
-
-    Args:
-        x: Rows in the dtype of the weight.
-        weight: The weight.
-        then: What follows the product.
-        gate: The gate's weight, of the same shape; None for none.
-        residual: States ``[T, columns]``; None for none.
-
-    Returns:
-        What ``then`` asks for. A row of x that is not finite gives rows that are not finite.
-    """
+    """See :func:`grating_core.kernels.reference.linear`."""
     count = len(x.data)
     total = _new(then.total, count, weight.columns, then.states)
     output = _new(then.output, count, weight.columns, then.states)
@@ -89,19 +76,7 @@ def linear(
 
 
 def chain(x: Rows, maps: tuple[Map, Map, Map], residual: Tensor) -> Tensor:
-    """Compute three maps one behind the other, as the second half of a layer has them.
-
-    The second map takes the first one's output, or its int8 rows if its weight is int8; the third takes the second
-    one's. The third's residual is the first one's total, or its output if no total is asked for.
-
-    Args:
-        x: Rows in the dtype of the first weight.
-        maps: The maps, which ask for what the next ones take, and the last one for its output.
-        residual: The first map's residual, states ``[T, columns]``.
-
-    Returns:
-        The last map's output, states ``[T, columns]``.
-    """
+    """See :func:`grating_core.kernels.reference.chain`."""
     count, last = len(x.data), maps[2]
     output = torch.empty(count, last.weight.columns, dtype=last.then.states)
     first, second = _between(maps[0]), _between(maps[1])
@@ -147,7 +122,7 @@ def _linear(
 def normed_rows(
     states: Tensor, norm: Norm | None, *, output: bool, quantized: bool
 ) -> tuple[Tensor | None, Rows | None]:
-    """Return the norm of states ``[T, width]``, as states and as int8 rows, each if it is asked for."""
+    """See :func:`grating_core.kernels.reference.normed_rows`."""
     found = torch.empty_like(states) if output else None
     rows = new_rows(*states.shape) if quantized else None
     lib = started()
@@ -166,15 +141,7 @@ def normed_rows(
 
 
 def turn_heads(states: Tensor, heads: int, norm: Norm | None, cosine: Tensor | None, sine: Tensor | None) -> None:
-    """Norm each head of states ``[T, heads * head size]``, and turn it by the angles of its token, in place.
-
-    Args:
-        states: The states; rows may have any stride.
-        heads: Number of heads.
-        norm: The norm of each head; None for none.
-        cosine: Cosines, float32 ``[T, head size / 2]``; None if nothing is turned.
-        sine: Sines of the same shape.
-    """
+    """See :func:`grating_core.kernels.reference.turn_heads`."""
     lib = started()
     _check(
         lib.gk_run_heads(

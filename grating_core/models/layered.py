@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from torch.nn.functional import embedding
 
 from grating_core.columns.companion import ColumnFile
 from grating_core.kernels.choice import kernels
+from grating_core.layers import layer as plain
+from grating_core.layers import packed_steps
 from grating_core.layers.layer import Mlp
 from grating_core.layers.linear import Weights, normed
 from grating_core.layers.packed import PackedLayer
@@ -43,6 +45,11 @@ class Layer(NamedTuple):
     spec: LayerSpec
     weights: Weights | PackedLayer
     mlp: Mlp | None = None
+
+    @property
+    def steps(self) -> Any:
+        """The module with the steps of such a layer: by kernels if the weights are packed."""
+        return packed_steps if isinstance(self.weights, PackedLayer) else plain
 
 
 @dataclass(frozen=True)

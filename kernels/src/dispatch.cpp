@@ -133,12 +133,8 @@ void gk_levels(char* names, int32_t size) {
 int32_t gk_has(int32_t dtype) { return chosen && (dtype != GK_BF16 || chosen->bf16); }
 void gk_threads(int32_t threads) { host.threads = threads; }
 
-int64_t gk_packed_size(int32_t dtype, int64_t columns, int64_t inner) {
-    const int64_t size = dtype == GK_INT8 ? 1 : dtype == GK_BF16 ? 2 : 4, each = 64 / size;
-    return (columns + 31) / 32 * 32 * ((inner + each - 1) / each * each) * size;
-}
-int32_t gk_pack(int32_t dtype, const void* weight, int64_t stride, int64_t columns, int64_t inner, void* packed) {
-    return chosen->pack(host, dtype, weight, stride, columns, inner, packed);
+int32_t gk_pack(int32_t dtype, void* matrix, int64_t columns, int64_t inner) {
+    return chosen->pack(host, dtype, matrix, columns, inner);
 }
 int32_t gk_run_linear(const gk_linear* l) { return l->rows ? chosen->linear(host, l) : 0; }
 int32_t gk_run_chain(const gk_linear steps[3]) { return steps->rows ? chosen->chain(host, steps) : 0; }

@@ -109,8 +109,8 @@ GK_API void gk_levels(char* names, int32_t size);
 GK_API int32_t gk_has(int32_t dtype);
 GK_API void gk_threads(int32_t threads);
 
-GK_API int64_t gk_packed_size(int32_t dtype, int64_t columns, int64_t inner);  // in bytes
-GK_API int32_t gk_pack(int32_t dtype, const void* weight, int64_t stride, int64_t columns, int64_t inner, void* packed);
+// Packs a matrix [columns, inner] in its own memory; it must need no padding, see pack.h.
+GK_API int32_t gk_pack(int32_t dtype, void* matrix, int64_t columns, int64_t inner);
 GK_API int32_t gk_run_linear(const gk_linear*);
 // Three maps one behind the other: what attention gave, what the MLP has inside, and the layer's output. What lies between
 // them stays in the cache: where data of it is not null, it is asked for, and lives elsewhere. The second map takes the

@@ -167,9 +167,9 @@ int32_t attention(const Host& host, const gk_attention* a) {
 void pack_task(const void* at, int64_t begin, int64_t end, int32_t* failed) {
     if (pack_blocks(*(const PackJob*)at, begin, end)) *failed = GK_NO_MEMORY;
 }
-int32_t pack(const Host& host, int32_t dtype, const void* weight, int64_t stride, int64_t columns, int64_t inner, void* packed) {
-    PackJob job{dtype, (const char*)weight, stride, columns, inner, (char*)packed};
-    return spread(host, up(columns, COLUMNS) / 16, pack_task, &job);
+int32_t pack(const Host& host, int32_t dtype, void* matrix, int64_t columns, int64_t inner) {
+    PackJob job{(char*)matrix, inner * item(dtype)};
+    return spread(host, columns / 16, pack_task, &job);
 }
 
 void start() { start_activations(); }

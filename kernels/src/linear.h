@@ -70,7 +70,7 @@ template <bool INT8> struct Scaled {
 template <int ACTIVATION, bool INT8, bool GATED, bool PEAKS, class S>
 void finish_rows(const gk_linear& l, const Block& block, int64_t begin, int64_t end) {
     const Scaled<INT8> own(l.weight, block.panel), gate(GATED ? l.gate : l.weight, block.panel);
-    const float* scales = l.x.scale + block.row;
+    const float* scales = INT8 ? l.x.scale + block.row : nullptr;
     const int64_t n = block.columns;
     S* out = (S*)block.out + begin * block.stride;
     for (int64_t r = begin; r < end; r++, out += block.stride) {
@@ -197,7 +197,7 @@ constexpr int64_t TOGETHER = 4;  // strips that share a panel while it is in the
 // The strips of some rows, as the product reads them, with the sums of their entries.
 struct Strips {
     Strip strip[TOGETHER];
-    int64_t row, count;
+    int64_t count;
     Room copies, sums;
     int64_t copy_bytes;
     explicit Strips(const gk_linear& l)
@@ -207,7 +207,6 @@ struct Strips {
     bool ready() const { return copies.at && sums.at; }
     int32_t* sums_of(int64_t s) const { return sums.of<int32_t>() + s * ROWS; }
     void take(const gk_linear& l, int64_t from, int64_t end) {
-        row = from;
         count = 0;
         for (int64_t at = from; at < end; at += ROWS, count++) {
             const Strip one = strip_of(l, at, smaller<int64_t>(ROWS, end - at), copies.of<char>() + count * copy_bytes);

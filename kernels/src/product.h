@@ -246,6 +246,10 @@ struct DotBf16 {
     static Sum add(Sum s, __m512i a, __m512i b) { return _mm512_dpbf16_ps(s, (__m512bh)a, (__m512bh)b); }
     static void keep(float* y, Sum s) { _mm512_storeu_ps(y, s); }
 };
+inline void product(bf16, const char* x, int64_t stride, int64_t rows, const char* w, int64_t block, int64_t groups,
+                    float* y, int64_t ldy) {
+    by_strips<DotBf16>(x, stride, rows, w, block, groups, y, ldy);
+}
 #endif
 #elif defined(GK_PAIRS)
 constexpr bool HAS_BF16 = true;
@@ -256,12 +260,6 @@ inline void product(bf16, const char* x, int64_t stride, int64_t rows, const cha
 #else
 constexpr bool HAS_BF16 = false;
 inline void product(bf16, const char*, int64_t, int64_t, const char*, int64_t, int64_t, float*, int64_t) {}
-#endif
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
-inline void product(bf16, const char* x, int64_t stride, int64_t rows, const char* w, int64_t block, int64_t groups,
-                    float* y, int64_t ldy) {
-    by_strips<DotBf16>(x, stride, rows, w, block, groups, y, ldy);
-}
 #endif
 
 // ---- int8 --------------------------------------------------------------------------------------------------------
