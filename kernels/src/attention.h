@@ -74,6 +74,7 @@ template <class S> struct Bench {
     Flushing flushing;
     Softmax softmax;
     Range packed = {0, 0};
+    bool finite = true;  // whether all values that were packed are
 
     Bench(const gk_attention& a, int64_t room)
         : a(a),
@@ -93,10 +94,13 @@ template <class S> struct Bench {
     void pack(const gk_span& s, int64_t head, Range range) {
         const int64_t at = head * a.head_size;
         const Tokens<S> key = {(const S*)s.key, (const S*)s.shared_key, s.key_stride, s.shared_key_stride, s.shared, s.keys, at};
-        const Tokens<S> value = {(const S*)s.value, (const S*)s.shared_value, s.value_stride, s.shared_value_stride, s.shared, s.keys, at};
         packed = range;
         pack_keys<T>(key, range.begin, range.end, a.head_size, inner, keys.of<char>());
-        pack_values<T>(value, range.begin, range.end, a.head_size, columns, value_block(), values.of<char>());
+        finite &= pack_values<T>(values_of(s, head), range.begin, range.end, a.head_size, columns, value_block(), values.of<char>());
+    }
+    Tokens<S> values_of(const gk_span& s, int64_t head) const {
+        const S *own = (const S*)s.value, *shared = (const S*)s.shared_value;
+        return {own, shared, s.value_stride, s.shared_value_stride, s.shared, s.keys, head * a.head_size};
     }
     int64_t value_block() const { return room * sizeof(T) * 16; }
 
@@ -105,6 +109,7 @@ template <class S> struct Bench {
         const Queries x = queries(s, head, row, rows);
         const Range keys = panels(a, s, row / group, (row + rows - 1) / group);
         softmax.begin();
+        if (alone(a, s)) finite = true;
         for (int64_t begin = keys.begin, end; begin < keys.end; begin = end) {
             end = smaller(begin / KEYS * KEYS + KEYS, keys.end);
             if (alone(a, s)) pack(s, head, {begin, end});
@@ -119,7 +124,17 @@ template <class S> struct Bench {
             S* to = (S*)a.output + (s.start + token) * a.output_stride + (head * group + member) * a.head_size;
             const float* from = result.of<float>() + r * columns;
             for (int64_t i = 0; i < a.head_size; i += W) store_at(to, i, a.head_size, load(from + i) * softmax.share[r]);
+            if (!finite) spoil(to, values_of(s, head), seen(a, s, token, token));
         });
+    }
+
+    // Makes the entries NaN for which one of the keys has a value that is not finite.
+    void spoil(S* to, const Tokens<S>& values, Range keys) const {
+        for (int64_t key = keys.begin; key < keys.end; key++)
+            for (int64_t i = 0; i < a.head_size; i += W) {
+                const vf x = load_at(values[key], i, a.head_size);
+                store_at(to, i, a.head_size, where(is_finite(x), load_at(to, i, a.head_size), all(NAN)));
+            }
     }
 
     // Calls f(r, token, member) for rows in turn: the place of a row's token in the span, and of its head in the group.
@@ -207,6 +222,7 @@ template <class S> int32_t attend_blocks(const gk_attention& a, int64_t begin, i
     walk(a, [&](const gk_span& s, int64_t head, int64_t row, int64_t place) {
         if (place < begin || place >= end) return;
         if (!alone(a, s) && (packed != &s || packed_head != head)) {
+            bench.finite = true;
             bench.pack(s, head, panels(a, s, 0, s.length - 1));
             packed = &s, packed_head = head;
         }

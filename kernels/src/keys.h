@@ -73,11 +73,16 @@ void pack_keys(const Tokens<S>& keys, int64_t begin, int64_t end, int64_t size, 
 }
 
 // Packs the values from `begin` to `end`, which are multiples of 32, with zeros behind the last value. A row has `size` entries,
-// and `columns` when it is padded. `block` is the bytes from one block of 16 entries to the next.
+// and `columns` when it is padded. `block` is the bytes from one block of 16 entries to the next. An entry that is not finite
+// becomes zero, because its product with the probability of a hidden key, which is zero, would be NaN. Returns whether there is none.
 template <class T, class S>
-void pack_values(const Tokens<S>& values, int64_t begin, int64_t end, int64_t size, int64_t columns, int64_t block, char* to) {
+bool pack_values(const Tokens<S>& values, int64_t begin, int64_t end, int64_t size, int64_t columns, int64_t block, char* to) {
+    vi finite = ~vi{};
     auto entries = [&](int64_t at, int64_t i) {
-        return at < values.count && i < size ? load_at(values[at], i, size) : vf{};
+        if (at >= values.count || i >= size) return vf{};
+        const vf x = load_at(values[at], i, size);
+        finite &= is_finite(x);
+        return where(is_finite(x), x, vf{});
     };
     for (int64_t at = begin; at < end; at += GROUP<T>, to += 64)
         for (int64_t i = 0; i < columns; i += W) {
@@ -86,6 +91,7 @@ void pack_values(const Tokens<S>& values, int64_t begin, int64_t end, int64_t si
                 x = bits<vf>((bits<vu>(x) >> 16) | (bits<vu>(entries(at + 1, i)) & 0xffff0000u));
             store((float*)(to + i / 16 * block + i % 16 * 4), x);
         }
+    return !top(~finite & 1);
 }
 
 }  // namespace

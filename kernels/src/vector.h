@@ -136,6 +136,7 @@ inline vf minimum(vf a, vf b) {
 }
 inline vf absolute(vf x) { return bits<vf>(bits<vu>(x) & 0x7fffffffu); }
 inline vf where(vi mask, vf yes, vf no) { return bits<vf>((mask & bits<vi>(yes)) | (~mask & bits<vi>(no))); }
+inline vi is_finite(vf x) { return vi(x * 0.0f == 0.0f); }
 inline vi counting() {
     vi x;
     for (int i = 0; i < W; i++) x[i] = i;

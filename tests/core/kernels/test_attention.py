@@ -70,7 +70,10 @@ def random_states(rules: Rules, keys: int, dtype: torch.dtype, seed: int = 0) ->
 
 
 def by_definition(rules: Rules, states: Given) -> Tensor:
-    """Return the attention of one sequence in float64, ``[keys, heads, size]``."""
+    """Return the attention of one sequence in float64, ``[keys, heads, size]``.
+
+    Where a query sees a value that is not finite, the entry is NaN.
+    """
     groups = rules.heads // rules.key_heads
     query, key, value = (part.double().transpose(0, 1) for part in states)
     products = query @ key.repeat_interleave(groups, 0).mT * rules.scaling
@@ -82,7 +85,11 @@ def by_definition(rules: Rules, states: Given) -> Tensor:
     if rules.window is not None:
         hidden |= distance.abs() >= rules.window
     weights = products.masked_fill(hidden, -torch.inf).softmax(-1)
-    return (weights @ value.repeat_interleave(groups, 0)).transpose(0, 1)
+    # A hidden key has a weight of zero, whose product with infinity or NaN would be NaN.
+    finite = value.isfinite()
+    spoiled = (~hidden).double() @ (~finite).double() > 0
+    attended = weights @ value.where(finite, 0).repeat_interleave(groups, 0)
+    return attended.masked_fill(spoiled.repeat_interleave(groups, 0), torch.nan).transpose(0, 1)
 
 
 def span_of(piece: Piece, states: Given, start: int) -> tuple[Tensor, Span]:
@@ -218,6 +225,23 @@ def test_what_is_not_finite_stays_where_it_is(dtype: torch.dtype, poison: float,
     assert torch.equal(found[1][~changed], clean[~changed])
     if rules.softcap is None:
         assert found[1][changed].isnan().all()
+
+
+@DTYPES
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("rules", [Rules(causal=True), Rules(size=31, window=9), Rules(4, 2, 80, True, 20, 5.0)])
+def test_a_hidden_value_that_is_not_finite_changes_nothing(
+    dtype: torch.dtype, poison: float, rules: Rules
+) -> None:
+    states = random_states(rules, 300, dtype)
+    for place in (5, 40, 41, 290):
+        states.value[place, :, place % rules.size] = poison
+    expected = by_definition(rules, states)
+    assert 0 < expected.isnan().sum() < expected.numel() / 2
+    for piece in (Piece(300), Piece(300, 33, 30, shared=41), Piece(300, 290, 1), Piece(300, 288, 1)):
+        found = attend(rules, [(piece, states)])[0].double()
+        wanted = expected[piece.first : piece.first + piece.queries]
+        torch.testing.assert_close(found, wanted, atol=BOUND[dtype], rtol=0, equal_nan=True)
 
 
 def test_rows_in_no_span_are_zero_and_rows_may_have_any_stride() -> None:
