@@ -139,7 +139,8 @@ def _product(x: Rows, weight: Weight) -> Tensor:
 
 
 def _activated(states: Tensor, name: str | None) -> Tensor:
-    return states if name is None else ACTIVATIONS[name](states)
+    # Torch's own activations give NaN where -infinity makes zero.
+    return states if name is None else ACTIVATIONS[name](states.clamp(min=torch.finfo(states.dtype).min))
 
 
 def _rows(states: Tensor) -> Rows:

@@ -1,12 +1,15 @@
 // Activations of vectors.
 #pragma once
 
+#include <float.h>
 #include <math.h>
 
 #include "kernels.h"
 #include "vector.h"
 
 namespace {
+
+// At plus and minus infinity every activation is its limit, but for an error below 1e-36.
 
 // GELU(x) = x / 2 + h(|x|), where h(a) = a (Phi(a) - 1/2) for the normal distribution's Phi.
 #if defined(__AVX512F__)
@@ -43,7 +46,8 @@ inline vf of_table(const float* table, __m512i index) {
 }
 
 inline vf gelu(vf x) {
-    vf a = absolute(x);
+    x = maximum(all(-FLT_MAX), x);
+    vf a = minimum(all(FLT_MAX), absolute(x));
     __m512i index = _mm512_cvttps_epi32((__m512)minimum(a * (1 / gelu_step), all(31.0f)));
     vf t = fma((vf)_mm512_cvtepi32_ps(index), all(-gelu_step), a);
     vf h = of_table(gelu_table[3], index);
@@ -57,6 +61,7 @@ void start_activations() {}
 
 // The error function by Abramowitz and Stegun, 7.1.26: an error of 1.5e-7.
 inline vf gelu(vf x) {
+    x = maximum(all(-FLT_MAX), x);
     vf a = absolute(x) * 0.70710678f;
     vf t = reciprocal(1.0f + 0.3275911f * a);
     vf p = all(1.061405429f);
@@ -69,9 +74,10 @@ inline vf gelu(vf x) {
 #endif
 
 inline vf sigmoid(vf x) { return reciprocal(1.0f + exponential(-x)); }
-inline vf silu(vf x) { return x * sigmoid(x); }
+// Below -88 the sigmoid stays what it is there, so that the products by it are bounded there as well.
+inline vf silu(vf x) { return maximum(all(-88), x) * sigmoid(x); }
 inline vf tanh(vf x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }
-inline vf gelu_tanh(vf x) { return x * sigmoid(x * (1.5957691216f + 0.0713548162f * x * x)); }
+inline vf gelu_tanh(vf x) { return maximum(all(-88), x) * sigmoid(x * (1.5957691216f + 0.0713548162f * x * x)); }
 inline vf relu(vf x) { return maximum(all(0), x); }
 
 }  // namespace

@@ -172,6 +172,23 @@ def test_a_row_has_the_same_bits_whatever_comes_along(level, call, place, thread
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", reference.ACTIVATIONS)
+def test_an_activation_has_its_limits(level, name):
+    if not ready(level, torch.float32):
+        return
+    large = [10.0**power for power in range(-45, 39)]
+    x = torch.tensor([torch.inf, torch.finfo(torch.float32).max, *large, 0.0, *(f / 10 for f in range(200))])
+    x = torch.cat((x, -x, torch.tensor([torch.nan])))
+    weight = packed_weight(torch.ones(1, 1), None, torch.float32)
+    found = compiled.linear(Rows(x[:, None]), weight, Then(torch.float32, name)).output[:, 0]
+    # Torch's own functions give NaN at -infinity.
+    wanted = reference.ACTIVATIONS[name](x.double().clamp(min=-1e300)).float()
+    assert torch.equal(found.isnan(), x.isnan())
+    torch.testing.assert_close(found, wanted, atol=2e-6, rtol=2e-6, equal_nan=True)
+    assert wanted[0] == (1 if name == "tanh" else torch.inf)
+
+
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("inner", [1, 64, 1000, 16384])
 def test_sums_of_int8_products_are_exact(level, inner):
     start(level)
