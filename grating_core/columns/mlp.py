@@ -18,7 +18,7 @@ from grating_core.columns.cache import ColumnCache
 from grating_core.columns.companion import KINDS, ColumnFile, ColumnSizes, Kind
 from grating_core.columns.masks import Shares, kept
 from grating_core.forking import tell_of_forks
-from grating_core.layers.activations import ACTIVATIONS
+from grating_core.kernels.activations import ACTIVATIONS
 from grating_core.layers.linear import Weights
 from grating_core.layers.spec import LayerSpec, Role
 from grating_core.memory.checkpoint import aligned_buffer

@@ -7,19 +7,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import pad
 
+from grating_core.kernels.activations import ACTIVATIONS
 from grating_core.kernels.operands import Finished, Map, Norm, Rows, Then, Weight
 from grating_core.kernels.packing import quantized, unpacked
-
-ACTIVATIONS = {
-    "gelu": functional.gelu,
-    "gelu_new": lambda states: functional.gelu(states, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda states: functional.gelu(states, approximate="tanh"),
-    "relu": torch.relu,
-    "silu": functional.silu,
-    "swish": functional.silu,
-    "tanh": torch.tanh,
-}
-"""The activations that the kernels have, by the names that configurations have for them."""
 
 
 def linear(
@@ -139,8 +129,9 @@ def _product(x: Rows, weight: Weight) -> Tensor:
 
 
 def _activated(states: Tensor, name: str | None) -> Tensor:
+    """Return the activation, by its name, of float32 states, which are overwritten."""
     # Torch's own activations give NaN where -infinity makes zero.
-    return states if name is None else ACTIVATIONS[name](states.clamp(min=torch.finfo(states.dtype).min))
+    return states if name is None else ACTIVATIONS[name](states.clamp_(min=torch.finfo(torch.float32).min))
 
 
 def _rows(states: Tensor) -> Rows:

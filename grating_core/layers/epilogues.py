@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from grating_core.layers.activations import ACTIVATIONS
+from grating_core.kernels.activations import ACTIVATIONS
 from grating_core.layers.linear import Weights, linear
 from grating_core.layers.spec import Role
 

@@ -62,7 +62,7 @@ class LayerSpec:
         head_size: Number of entries of a head.
         inner: F, the width of the MLP inside.
         norm: How all norms of the layer compute.
-        activation: Name of the MLP's activation, see :data:`grating_core.layers.activations.ACTIVATIONS`.
+        activation: Name of the MLP's activation, see :data:`grating_core.kernels.activations.ACTIVATIONS`.
         gated: Whether the MLP has a gate.
         norm_behind: Whether the norms stand behind the residual sums (BERT), and not before what is added.
         causal: Whether a token sees only those before it.

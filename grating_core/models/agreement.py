@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
-from grating_core.layers.activations import ACTIVATIONS
+from grating_core.kernels.activations import ACTIVATIONS
 from grating_core.layers.spec import Role
 from grating_core.memory.header import StoredTensor
 from grating_core.models.family import Configuration, Family, Fields

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grating_core.layers.activations import ACTIVATIONS
+from grating_core.kernels.activations import ACTIVATIONS
 from grating_core.layers.linear import Weights, linear, normed
 from grating_core.models.family import ModelSpec
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from grating_core.layers.activations import ACTIVATIONS
+from grating_core.kernels.activations import ACTIVATIONS
 from grating_core.layers.epilogues import activated, added, multiplied
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 0.004}

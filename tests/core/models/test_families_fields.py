@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from grating_core import GratingError, ModelNotFoundError, UnsupportedModelError
-from grating_core.layers.activations import ACTIVATIONS
+from grating_core.kernels.activations import ACTIVATIONS
 from grating_core.layers.spec import LayerSpec, Norm
 from grating_core.models.directory import describe
 from grating_core.models.families import FAMILIES

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from grating_core.layers.activations import ACTIVATIONS
+from grating_core.kernels.activations import ACTIVATIONS
 
 
 def states(*shape: int, dtype: torch.dtype) -> Tensor:
