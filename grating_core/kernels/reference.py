@@ -27,7 +27,7 @@ def linear(
         residual: States ``[T, columns]``; None for none.
 
     Returns:
-        What ``then`` asks for. A row of x that is not finite gives rows that are not finite.
+        What ``then`` asks for. A NaN in a row of x makes all that comes of the row NaN.
     """
     states = _product(x, weight)
     if gate is not None:

@@ -46,7 +46,7 @@ def prepared(spec: LayerSpec, layer: PackedLayer, hidden: Tensor) -> Inputs:
 
 
 def queries(spec: LayerSpec, layer: PackedLayer, inputs: Inputs, angles: Angles | None) -> Tensor:
-    """Return the queries of prepared inputs, ``[heads, T, head size]``."""
+    """Return the queries of prepared inputs, ``[heads, T, head size]``. Angles are float32."""
     return _heads(spec, layer, inputs, angles, "query", spec.heads)
 
 
@@ -66,8 +66,7 @@ def _heads(
     assert found is not None
     norm = layer.norms.get(f"{role}_norm")
     if norm is not None or angles is not None:
-        turned = (None, None) if angles is None else angles.halves
-        kernels().turn_heads(found, heads, norm, *turned)
+        kernels().turn_heads(found, heads, norm, *(angles or (None, None)))
     return found.view(len(found), heads, spec.head_size).transpose(0, 1)
 
 

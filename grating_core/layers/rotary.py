@@ -13,21 +13,15 @@ from grating_core.layers.spec import Rotary
 
 
 class Angles(NamedTuple):
-    """This class holds the angles of T tokens.
+    """This class holds the angles of T tokens, one for each pair of entries of a head.
 
     Attributes:
-        cosine: Cosines of the angles for each entry of a head, so each twice, ``[T, head size]``.
-        sine: Sines of the angles for each pair of entries, ``[T, head size / 2]``.
+        cosine: Cosines of the angles, ``[T, head size / 2]``.
+        sine: Sines of the angles, of the same shape.
     """
 
     cosine: Tensor
     sine: Tensor
-
-    @property
-    def halves(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, each once, float32 ``[T, head size / 2]``."""
-        half = self.sine.shape[-1]
-        return self.cosine[:, :half].float().contiguous(), self.sine.float().contiguous()
 
     def at(self, places: Tensor | slice) -> Angles:
         """Return the angles of some tokens: a slice, or int64 ``[T]``."""
@@ -38,8 +32,7 @@ def angles(rotary: Rotary, positions: Tensor, dtype: torch.dtype) -> Angles:
     """Return the angles at positions, int64 ``[T]``, in the dtype of the states that they turn."""
     frequencies = sent(torch.tensor(rotary.frequencies, dtype=torch.float32), positions.device)
     turned = positions[:, None].float() * frequencies
-    cosine = (turned.cos() * rotary.scale).to(dtype)
-    return Angles(torch.cat((cosine, cosine), -1), (turned.sin() * rotary.scale).to(dtype))
+    return Angles((turned.cos() * rotary.scale).to(dtype), (turned.sin() * rotary.scale).to(dtype))
 
 
 def rotated(states: Tensor, by: Angles) -> Tensor:
@@ -48,7 +41,7 @@ def rotated(states: Tensor, by: Angles) -> Tensor:
     Entry i of the first half of a head and entry i of its second half are a pair.
     """
     half = by.sine.shape[-1]
-    output = states * by.cosine
+    output = (states.unflatten(-1, (2, half)) * by.cosine[:, None]).flatten(-2)
     output[..., :half].addcmul_(states[..., half:], by.sine, value=-1)
     output[..., half:].addcmul_(states[..., :half], by.sine)
     return output

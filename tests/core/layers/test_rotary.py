@@ -43,7 +43,7 @@ def test_frequencies_angles_and_turning_are_those_of_transformers(kind: str, siz
     for dtype in (torch.float32, torch.bfloat16):
         found = angles(ours, positions, dtype)
         cosine, sine = theirs(states.to(dtype), positions[None])
-        assert torch.equal(found.cosine, cosine[0])
+        assert torch.equal(torch.cat((found.cosine, found.cosine), 1), cosine[0])
         assert torch.equal(found.sine, sine[0, :, : size // 2])
     expected, _ = apply_rotary_pos_emb(states[None], states[None], *theirs(states, positions[None]))
     turned = rotated(states.clone(), angles(ours, positions, torch.float32))
