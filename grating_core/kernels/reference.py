@@ -11,6 +11,8 @@ from grating_core.kernels.activations import ACTIVATIONS
 from grating_core.kernels.operands import Finished, Map, Norm, Rows, Then, Weight
 from grating_core.kernels.packing import quantized, unpacked
 
+_FAR = 1e4  # from here on an activation is its argument, or one, and below zero it is zero, or minus one
+
 
 def linear(
     x: Rows, weight: Weight, then: Then, *, gate: Weight | None = None, residual: Tensor | None = None
@@ -129,9 +131,11 @@ def _product(x: Rows, weight: Weight) -> Tensor:
 
 
 def _activated(states: Tensor, name: str | None) -> Tensor:
-    """Return the activation, by its name, of float32 states, which are overwritten."""
-    # Torch's own activations give NaN where -infinity makes zero.
-    return states if name is None else ACTIVATIONS[name](states.clamp_(min=torch.finfo(torch.float32).min))
+    if name is None:
+        return states
+    # Far from zero, and at infinity, torch's activations overflow or give NaN.
+    found = ACTIVATIONS[name](states.clamp(-_FAR, _FAR))
+    return found if name == "tanh" else found.where(states < _FAR, states)
 
 
 def _rows(states: Tensor) -> Rows:
