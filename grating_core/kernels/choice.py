@@ -31,6 +31,7 @@ class Kernels:
         turn_heads: See :func:`grating_core.kernels.reference.turn_heads`.
         pack_in_place: See :func:`grating_core.kernels.compiled.pack_in_place`; None where torch computes.
         attention: See :func:`grating_core.kernels.compiled.attention`; None where torch computes.
+        features: See :func:`grating_core.kernels.features.features`; None where torch computes.
     """
 
     level: str | None
@@ -41,6 +42,7 @@ class Kernels:
     turn_heads: Callable[..., None]
     pack_in_place: Callable[[Tensor], Tensor] | None = None
     attention: Callable[..., Tensor] | None = None
+    features: Callable[..., Tensor] | None = None
 
     def has(self, dtype: torch.dtype) -> bool:
         """Tell whether there are compiled products of this dtype."""
@@ -66,6 +68,7 @@ def kernels() -> Kernels:
         compiled.turn_heads,
         compiled.pack_in_place,
         compiled.attention,
+        compiled.features,
     )
 
 

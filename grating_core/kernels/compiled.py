@@ -15,10 +15,12 @@ from ctypes import c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
+from grating_core.kernels.features import SIMILARITIES
 from grating_core.kernels.loading import DTYPES, started
-from grating_core.kernels.operands import Finished, Map, Norm, Rows, Span, Then, Weight
+from grating_core.kernels.operands import Finished, Map, Norm, Rows, Span, Texts, Then, Weight
 from grating_core.kernels.structs import (
     AttentionStruct,
+    FeaturesStruct,
     LinearStruct,
     NormStruct,
     RowsStruct,
@@ -37,7 +39,7 @@ _ACTIVATIONS = {
     "tanh": 5,
 }
 _NORMS = {"layer": 1, "rms": 2}
-
+_POOLINGS = {"first": 0, "last": 1, "mean": 2}
 
 _NO_NORM = NormStruct()
 _NO_WEIGHT = WeightStruct()
@@ -208,6 +210,38 @@ def attention(
     )
     lib = started()
     _check(lib.gk_run_attention(ctypes.byref(call)))
+    return output
+
+
+def features(
+    prefix: Tensor, states: Tensor, sequences: Sequence[Texts], pooling: str, *, similarities: bool
+) -> Tensor:
+    """See :func:`grating_core.kernels.features.features`. Rows of prefix and states are contiguous."""
+    count, width = len(sequences), states.shape[1]
+    output = torch.empty(count, 5 * width + SIMILARITIES if similarities else 4 * width)
+    step = width * states.element_size()
+    shared = len(prefix)
+    bases = prefix.data_ptr(), states.data_ptr() - shared * step
+    numbers: list[int] = []
+    for own, query, document in sequences:
+        numbers += bases[1] + own.start * step, own.stop - own.start
+        for text in (query, document):
+            for run in text:
+                numbers += bases[run.start >= shared] + run.start * step, run.stop - run.start
+            numbers += (0, 0) * (2 - len(text))
+    call = FeaturesStruct(
+        DTYPES[states.dtype],
+        _POOLINGS[pooling],
+        similarities,
+        width,
+        width,
+        (c_int64 * len(numbers))(*numbers),
+        count,
+        output.data_ptr(),
+        output.stride(0),
+    )
+    lib = started()
+    _check(lib.gk_run_features(ctypes.byref(call)))
     return output
 
 

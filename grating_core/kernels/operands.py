@@ -122,3 +122,17 @@ class Span(NamedTuple):
     first: int
     shared_key: Tensor | None = None
     shared_value: Tensor | None = None
+
+
+class Texts(NamedTuple):
+    """This class says where a sequence and its two texts are, in a shared prefix of P rows and what follows it.
+
+    Attributes:
+        own: The rows of the sequence's own tokens, which follow the prefix.
+        query: The rows of the query: at most one run in the prefix, and then one behind it.
+        document: The rows of the document, likewise.
+    """
+
+    own: slice
+    query: tuple[slice, ...]
+    document: tuple[slice, ...]

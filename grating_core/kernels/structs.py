@@ -87,3 +87,19 @@ class AttentionStruct(Structure):
         ("spans", POINTER(SpanStruct)),
         ("count", c_int64),
     ]
+
+
+class FeaturesStruct(Structure):
+    """This class mirrors ``gk_features``, whose sequences are ten numbers each."""
+
+    _fields_ = [
+        ("states", c_int32),
+        ("pooling", c_int32),
+        ("similarities", c_int32),
+        ("width", c_int64),
+        ("stride", c_int64),
+        ("sequences", POINTER(c_int64)),
+        ("count", c_int64),
+        ("output", c_void_p),
+        ("output_stride", c_int64),
+    ]

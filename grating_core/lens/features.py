@@ -16,15 +16,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from grating_core.kernels.choice import kernels
+from grating_core.kernels.features import SIMILARITIES, features
+from grating_core.kernels.operands import Texts
 from grating_core.lens.partwise import PartwiseFeatures
 from grating_core.lens.together import is_together, together_features
-from grating_core.lens.whole import SIMILARITIES, whole_features
 from grating_core.models.cross_encoder import Shape
 from grating_core.text.pairs import Segments, Span
 
 # Beyond this part of the layers, token similarities add nothing to what the states themselves say.
 _SIMILARITY_PART = 6
-_TOGETHER = 256  # tokens that are copied at once, at most, to look at several whole sequences together
 _ALONE = 1024  # tokens that are copied at once, at most, to look at one whole sequence
 
 
@@ -123,40 +124,17 @@ class Features:
                 for part in some:
                     found += self._of_part(self._prefix, states[part.rows], part)
             else:
-                found += self._of_whole(self._prefix, states, list(some))
+                found.append(self._of_whole(self._prefix, states, list(some)))
         return torch.cat(found)
 
-    def _of_whole(self, prefix: Tensor, states: Tensor, parts: Sequence[Part]) -> list[Tensor]:
+    def _of_whole(self, prefix: Tensor, states: Tensor, parts: Sequence[Part]) -> Tensor:
+        texts = [_texts(len(prefix), part) for part in parts]
+        compiled = kernels().features
         if is_together(states.device):
-            return [self._together(prefix, states, parts)]
-        most = max(1, _TOGETHER // max(1, *map(_copied, parts)))
-        sequences = [states[part.rows] for part in parts]
-        queries, documents = [], []
-        for part, own in zip(parts, sequences, strict=True):
-            segments = part.piece.segments or Segments()
-            queries.append(_text(prefix, own, part.piece.before, segments.query))
-            documents.append(_text(prefix, own, part.piece.before, segments.document))
-        some = [slice(first, first + most) for first in range(0, len(parts), most)]
-        return [
-            whole_features(
-                sequences[few], queries[few], documents[few], self._pooling, similarities=self._similarities
-            )
-            for few in some
-        ]
-
-    def _together(self, prefix: Tensor, states: Tensor, parts: Sequence[Part]) -> Tensor:
-        shared = len(prefix)
-        sequences = [(slice(shared + part.rows.start, shared + part.rows.stop),) for part in parts]
-        segments = [part.piece.segments or Segments() for part in parts]
-        places = [(part.piece.before, own.start) for part, (own,) in zip(parts, sequences, strict=True)]
-        return together_features(
-            torch.cat((prefix, states)) if shared else states,
-            sequences,
-            [_runs(*place, one.query) for place, one in zip(places, segments, strict=True)],
-            [_runs(*place, one.document) for place, one in zip(places, segments, strict=True)],
-            self._pooling,
-            similarities=self._similarities,
-        )
+            look = together_features
+        else:
+            look = compiled if compiled is not None and kernels().has(states.dtype) else features
+        return look(prefix, states, texts, self._pooling, similarities=self._similarities)
 
     def _of_part(self, prefix: Tensor, states: Tensor, part: Part) -> list[Tensor]:
         piece = part.piece
@@ -192,20 +170,19 @@ def _copied(part: Part) -> int:
     return end - asked + max(0, min(last, piece.before) - told)
 
 
-def _text(prefix: Tensor, own: Tensor, before: int, span: Span) -> Tensor:
-    """Return the states of a text, which may begin in the prefix."""
-    start, stop = span
-    if stop <= before:
-        return prefix[start:stop]
-    states = own[max(0, start - before) : stop - before]
-    return states if start >= before else torch.cat((prefix[start:before], states))
+def _texts(shared: int, part: Part) -> Texts:
+    """Return where a whole sequence and its texts are, behind a prefix of some tokens and in it."""
+    start, before = shared + part.rows.start, part.piece.before
+    segments = part.piece.segments or Segments()
+    query, document = (_runs(before, start, text) for text in (segments.query, segments.document))
+    return Texts(slice(start, shared + part.rows.stop), query, document)
 
 
-def _runs(before: int, own: int, span: Span) -> list[slice]:
+def _runs(before: int, own: int, span: Span) -> tuple[slice, ...]:
     """Return the rows of a text, which may begin in the prefix, where the sequence's own tokens begin at a row."""
     start, stop = span
     runs = slice(start, min(stop, before)), slice(own + max(start, before) - before, own + stop - before)
-    return [run for run in runs if run.start < run.stop]
+    return tuple(run for run in runs if run.start < run.stop)
 
 
 def compares_tokens(number: int, depth: int) -> bool:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grating_core.lens.whole import SIMILARITIES, SMALLEST
+from grating_core.kernels.features import SIMILARITIES, SMALLEST
 from grating_core.text.pairs import Segments, Span
 
 _BLOCK = 256  # tokens that are looked at together; float32 copies are no longer than this

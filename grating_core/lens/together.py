@@ -1,6 +1,6 @@
 """On a GPU the features of all sequences that a slice has whole are computed together, without a step for each.
 
-On a CPU the way of :mod:`grating_core.lens.whole` is faster: these steps took 1.5 to 20 times as long there.
+On a CPU the way of :mod:`grating_core.kernels.features` is faster: these steps took 1.5 to 20 times as long there.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 
+from grating_core.kernels.features import SIMILARITIES, SMALLEST
+from grating_core.kernels.operands import Texts
 from grating_core.layers.sending import numbers_of, sent
-from grating_core.lens.whole import SIMILARITIES, SMALLEST
 
 Runs = Sequence[slice]
 """Runs of rows, one behind the other."""
@@ -48,29 +49,13 @@ def _sums(states: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def together_features(
-    states: Tensor,
-    sequences: Sequence[Runs],
-    queries: Sequence[Runs],
-    documents: Sequence[Runs],
-    pooling: str,
-    *,
-    similarities: bool,
+    prefix: Tensor, states: Tensor, sequences: Sequence[Texts], pooling: str, *, similarities: bool
 ) -> Tensor:
-    """Compute the features of sequences.
-
-    Args:
-        states: Hidden states of the slice, and of the prefix that its sequences share, ``[T, D]``.
-        sequences: Where the own tokens of each of the N sequences are.
-        queries: Where each sequence's query is; all have Q tokens.
-        documents: Where each sequence's document is.
-        pooling: The token that the head reads: ``"first"``, ``"last"``, or ``"mean"`` of all own tokens.
-        similarities: Whether the tokens of query and document are compared.
-
-    Returns:
-        The features, float32 ``[N, F]``, see :class:`grating_core.lens.features.Features`.
-    """
+    """See :func:`grating_core.kernels.features.features`."""
+    states = torch.cat((prefix, states)) if len(prefix) else states
+    own, queries, documents = zip(*(((one.own,), one.query, one.document) for one in sequences), strict=True)
     asked, told = _means(states, queries), _means(states, documents)
-    features = [_read(states, sequences, pooling), asked, told, asked * told]
+    features = [_read(states, own, pooling), asked, told, asked * told]
     asked_tokens = _length(queries[0])
     if similarities and asked_tokens:
         index = sent(_numbers(queries), states.device)

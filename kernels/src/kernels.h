@@ -11,11 +11,12 @@
 #endif
 
 // Raised whenever a struct or the meaning of a function changes: a module of another version is refused.
-#define GK_VERSION 1
+#define GK_VERSION 2
 #define GK_NO_MEMORY 1
 
 enum gk_dtype { GK_INT8 = 0, GK_BF16 = 1, GK_F32 = 2 };
 enum gk_activation { GK_NONE = 0, GK_GELU = 1, GK_GELU_TANH = 2, GK_SILU = 3, GK_RELU = 4, GK_TANH = 5 };
+enum gk_pooling { GK_FIRST = 0, GK_LAST = 1, GK_MEAN = 2 };
 enum gk_norm_kind { GK_NO_NORM = 0, GK_LAYER_NORM = 1, GK_RMS_NORM = 2 };
 
 // A norm. weight and bias (null for none) are float32 [width].
@@ -97,6 +98,32 @@ struct gk_attention {
     int64_t count;
 };
 
+// States of consecutive tokens that lie behind each other.
+struct gk_run {
+    const void* states;
+    int64_t count;
+};
+
+// A sequence, and the two texts in it. A text may lie in two places; the count of what is not there is 0.
+struct gk_sequence {
+    gk_run own;
+    gk_run query[2];
+    gk_run document[2];
+};
+
+// The features of a lens, of sequences that are whole.
+struct gk_features {
+    int32_t states;        // dtype: GK_BF16 or GK_F32
+    int32_t pooling;       // the own token that the head reads, or the mean of all
+    int32_t similarities;  // whether the tokens of the texts are compared
+    int64_t width;
+    int64_t stride;        // of states
+    const gk_sequence* sequences;
+    int64_t count;
+    float* output;         // [count, 4 width], or [count, 5 width + 5] with similarities
+    int64_t output_stride;
+};
+
 // The pool of the host: what torch_parallel_for of torch's C interface is.
 typedef int32_t (*gk_parallel)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
 
@@ -118,6 +145,7 @@ GK_API int32_t gk_run_linear(const gk_linear*);
 // one's total, or its output if there is no total.
 GK_API int32_t gk_run_chain(const gk_linear steps[3]);
 GK_API int32_t gk_run_attention(const gk_attention*);
+GK_API int32_t gk_run_features(const gk_features*);
 // The rows of `norm(x)`, states of the dtype `states` [rows, width]: as states, or quantised, or both.
 GK_API int32_t gk_run_rows(
     int32_t states, int64_t rows, int64_t width, const gk_rows* x, const gk_norm* norm, const gk_rows* output,

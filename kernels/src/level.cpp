@@ -7,6 +7,7 @@
 #include "linear.h"
 #include "pack.h"
 #include "rows.h"
+#include "texts.h"
 
 #define GK_JOIN(a, b) a##b
 #define GK_NAME(a, b) GK_JOIN(a, b)
@@ -164,6 +165,11 @@ int32_t attention(const Host& host, const gk_attention* a) {
     return spread(host, job.tasks(), attention_task, &job);
 }
 
+void features_task(const void* at, int64_t begin, int64_t end, int32_t* failed) {
+    if (run_features(*(const gk_features*)at, begin, end)) *failed = GK_NO_MEMORY;
+}
+int32_t features(const Host& host, const gk_features* f) { return spread(host, f->count, features_task, f); }
+
 void pack_task(const void* at, int64_t begin, int64_t end, int32_t* failed) {
     if (pack_blocks(*(const PackJob*)at, begin, end)) *failed = GK_NO_MEMORY;
 }
@@ -177,4 +183,4 @@ void start() { start_activations(); }
 }  // namespace
 
 extern const Level GK_NAME(gk_level_, GK_LEVEL);
-const Level GK_NAME(gk_level_, GK_LEVEL) = {HAS_BF16, start, linear, chain, attention, rows, heads, pack};
+const Level GK_NAME(gk_level_, GK_LEVEL) = {HAS_BF16, start, linear, chain, attention, features, rows, heads, pack};

@@ -1,4 +1,4 @@
-"""Sequences that a slice has whole: the features of all of them are computed together.
+"""What a lens looks at in sequences, in torch: what the compiled kernel is tested against.
 
 What is as long as a document is looked at document by document, because it then stays in the processor's cache.
 """
@@ -11,42 +11,66 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from grating_core.kernels.operands import Texts
+
 SIMILARITIES = 5
 """The number of similarities beside the product with the most similar token."""
 
 SMALLEST = 1e-12
 """The least norm of a state that cosines are computed with."""
 
+_TOGETHER = 256  # tokens that are copied at once, at most, to look at several sequences together
 
-def whole_features(
-    sequences: Sequence[Tensor],
-    queries: Sequence[Tensor],
-    documents: Sequence[Tensor],
-    pooling: str,
-    *,
-    similarities: bool,
+
+def features(
+    prefix: Tensor, states: Tensor, sequences: Sequence[Texts], pooling: str, *, similarities: bool
 ) -> Tensor:
-    """Compute the features of sequences.
+    """Compute the features of sequences; :class:`grating_core.lens.features.Features` says what they are.
 
     Args:
-        sequences: Hidden states of the own tokens of N sequences, at least one, ``[T, D]`` each.
-        queries: Hidden states of each sequence's query, all ``[Q, D]``.
-        documents: Hidden states of each sequence's document, ``[L, D]`` each.
+        prefix: Hidden states that the sequences share, ``[P, D]``; P may be 0.
+        states: Hidden states of the sequences' own tokens, ``[T, D]``.
+        sequences: Where the N sequences are, at least one. All queries have Q tokens.
         pooling: The token that the head reads: ``"first"``, ``"last"``, or ``"mean"`` of all own tokens.
         similarities: Whether the tokens of query and document are compared.
 
     Returns:
-        The features, float32 ``[N, F]``, see :class:`grating_core.lens.features.Features`.
+        The features, float32 ``[N, 4 D]``, or ``[N, 5 D + 5]`` with similarities. None depends on the others.
     """
+    most = max(1, _TOGETHER // max(1, max(_copied(len(prefix), one) for one in sequences)))
+    some = [sequences[first : first + most] for first in range(0, len(sequences), most)]
+    return torch.cat([_features(prefix, states, few, pooling, similarities=similarities) for few in some])
+
+
+def _copied(shared: int, texts: Texts) -> int:
+    """Return how many tokens are copied for a sequence: the query's, and those of the document in the prefix."""
+    runs = (*texts.query, *(run for run in texts.document if run.start < shared))
+    return sum(int(run.stop - run.start) for run in runs)
+
+
+def _features(
+    prefix: Tensor, states: Tensor, sequences: Sequence[Texts], pooling: str, *, similarities: bool
+) -> Tensor:
+    own, queries, documents = (
+        [_states(prefix, states, runs) for runs in texts]
+        for texts in zip(*(((one.own,), one.query, one.document) for one in sequences), strict=True)
+    )
     asked, told = _means(queries), _means(documents)
-    features = [_read(sequences, pooling), asked, told, asked * told]
+    found = [_read(own, pooling), asked, told, asked * told]
     if similarities and len(queries[0]):
         # To a state of zeros nothing is similar.
         some = [one if len(one) else one.new_zeros(1, one.shape[1]) for one in documents]
-        features.append(_compared(torch.stack(list(queries)).float(), some))
+        found.append(_compared(torch.stack(queries).float(), some))
     elif similarities:
-        features.append(asked.new_zeros(len(asked), asked.shape[1] + SIMILARITIES))
-    return torch.cat(features, dim=1)
+        found.append(asked.new_zeros(len(asked), asked.shape[1] + SIMILARITIES))
+    return torch.cat(found, dim=1)
+
+
+def _states(prefix: Tensor, states: Tensor, runs: Sequence[slice]) -> Tensor:
+    """Return the rows of some runs, ``[L, D]``."""
+    shared = len(prefix)
+    found = [prefix[run] if run.start < shared else states[run.start - shared : run.stop - shared] for run in runs]
+    return found[0] if len(found) == 1 else torch.cat((states[:0], *found))
 
 
 def _read(sequences: Sequence[Tensor], pooling: str) -> Tensor:
