@@ -90,7 +90,7 @@ def _step(layer: Layer, hidden: Tensor, angles: Angles | None, kept: KeysValues)
     spec, weights, mlp = layer
     steps = layer.steps
     tokens, first = len(hidden), kept.tokens
-    if fill := filled(tokens) - tokens if tokens > 1 else 0:
+    if fill := filled(tokens) - tokens if layer.fills and tokens > 1 else 0:
         hidden = pad(hidden, (0, 0, 0, fill))
         angles = angles and Angles(*(pad(part, (0, 0, 0, fill)) for part in angles))
     states = steps.prepared(spec, weights, hidden)

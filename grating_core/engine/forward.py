@@ -155,9 +155,10 @@ def _run_layer(
             tokens = part.tokens.stop - part.tokens.start
             if first:
                 states[:tokens] = _embed(model, batch, part, positions)
-            places = sent(pad(positions[part.tokens], (0, part.rows - tokens)), model.device)
-            output, parts = walk.step(part, states, places)
-            if part.changed:
+            rows = part.rows if layer.fills else tokens
+            places = sent(pad(positions[part.tokens], (0, rows - tokens)), model.device)
+            output, parts = walk.step(part, states[:rows], places)
+            if part.changed and output.data_ptr() != states.data_ptr():
                 states[:tokens] = output[:tokens]
             see(output, parts)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class Walk:
         Args:
             part: The slice.
             hidden: Hidden states before the layer, ``[rows, D]``; fill behind the slice's tokens has any values.
+                Those after the layer may take their place.
             positions: Positions of the tokens, int64 ``[rows]``, counted from 0 within each sequence.
 
         Returns:
@@ -62,7 +63,7 @@ class Walk:
         if not asked:
             return hidden[:0], []
         if self._only != "mean":
-            rows = _rows(asked, hidden.device)
+            rows = self._rows(asked, hidden.device)
             hidden, states, turned = hidden[rows], states[rows], turned and turned.at(rows)
         query = steps.queries(spec, weights, states, turned)
         attended = ragged_attention(spec, query, self._spans(asked, key, value))
@@ -87,6 +88,12 @@ class Walk:
 
     def _room(self, tokens: int, like: Tensor) -> KeysValues:
         return KeysValues(self._layer.spec, tokens, dtype=like.dtype, device=like.device)
+
+    def _rows(self, asked: Asked, device: torch.device) -> Tensor:
+        """Return the rows of single tokens that are asked for, and fill, int64."""
+        rows = [part.rows.start + wanted.start - part.start for part, wanted in asked]
+        fill = filled(len(rows)) - len(rows) if self._layer.fills else 0
+        return sent(pad(torch.tensor(rows), (0, fill)), device)
 
     def _spans(self, asked: Asked, key: Tensor, value: Tensor) -> Iterator[Span]:
         """Yield what the queries of each part attend to."""
@@ -113,9 +120,3 @@ class Walk:
 def _there(kept: KeysValues | None) -> KeysValues:
     assert kept is not None, "the slices came out of order"
     return kept
-
-
-def _rows(asked: Iterable[tuple[Part, Part]], device: torch.device) -> Tensor:
-    """Return the rows of single tokens that are asked for, and fill, int64."""
-    rows = [part.rows.start + wanted.start - part.start for part, wanted in asked]
-    return sent(pad(torch.tensor(rows), (0, filled(len(rows)) - len(rows))), device)

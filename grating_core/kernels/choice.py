@@ -37,7 +37,7 @@ class Kernels:
     level: str | None
     reason: str
     linear: Callable[..., Finished]
-    chain: Callable[..., Tensor]
+    chain: Callable[..., None]
     normed_rows: Callable[..., tuple[Tensor | None, Rows | None]]
     turn_heads: Callable[..., None]
     pack_in_place: Callable[[Tensor], Tensor] | None = None

@@ -77,19 +77,16 @@ def linear(
     return Finished(total, output, rows)
 
 
-def chain(x: Rows, maps: tuple[Map, Map, Map], residual: Tensor) -> Tensor:
+def chain(x: Rows, maps: tuple[Map, Map, Map], residual: Tensor) -> None:
     """See :func:`grating_core.kernels.reference.chain`."""
-    count, last = len(x.data), maps[2]
-    output = torch.empty(count, last.weight.columns, dtype=last.then.states)
     first, second = _between(maps[0]), _between(maps[1])
     calls = (LinearStruct * 3)(
         _linear(x, maps[0], residual, *first),
-        _linear(Rows(output), maps[1], None, *second),
-        _linear(Rows(output), maps[2], None, None, output, None),
+        _linear(Rows(residual), maps[1], None, *second),
+        _linear(Rows(residual), maps[2], None, None, residual, None),
     )
     lib = started()
     _check(lib.gk_run_chain(calls))
-    return output
 
 
 def _between(each: Map) -> tuple[Tensor | None, Tensor | None, Rows | None]:

@@ -48,7 +48,7 @@ def linear(
     )
 
 
-def chain(x: Rows, maps: tuple[Map, Map, Map], residual: Tensor) -> Tensor:
+def chain(x: Rows, maps: tuple[Map, Map, Map], residual: Tensor) -> None:
     """Compute three maps one behind the other, as the second half of a layer has them.
 
     The second map takes the first one's output, or its int8 rows if its weight is int8; the third takes the second
@@ -57,10 +57,7 @@ def chain(x: Rows, maps: tuple[Map, Map, Map], residual: Tensor) -> Tensor:
     Args:
         x: Rows in the dtype of the first weight.
         maps: The maps, which ask for what the next ones take, and the last one for its output.
-        residual: The first map's residual, states ``[T, columns]``.
-
-    Returns:
-        The last map's output, states ``[T, columns]``.
+        residual: The first map's residual, states ``[T, columns]``. The last map's output takes its place.
     """
     found: list[Finished] = []
     for each in maps:
@@ -77,7 +74,7 @@ def chain(x: Rows, maps: tuple[Map, Map, Map], residual: Tensor) -> Tensor:
         found.append(linear(x, each.weight, each.then, gate=each.gate, residual=total))
     output = found[-1].output
     assert output is not None
-    return output
+    residual.copy_(output)
 
 
 def normed_rows(

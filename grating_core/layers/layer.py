@@ -49,7 +49,7 @@ def finished(
     Args:
         spec: The layer's spec.
         weights: The layer's weights.
-        hidden: Hidden states before the layer, ``[T, D]``.
+        hidden: Hidden states before the layer, ``[T, D]``, whose memory may be used for those after it.
         attended: What attention gave to the same tokens, ``[T, heads, head size]``.
         mlp: The function in the place of the layer's own MLP; None for its own.
     """

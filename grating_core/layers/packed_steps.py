@@ -78,7 +78,7 @@ def finished(
     Args:
         spec: The layer's spec.
         layer: The layer.
-        hidden: Hidden states before the layer, ``[T, D]``.
+        hidden: Hidden states before the layer, ``[T, D]``. Those after the layer take their place.
         attended: What attention gave to the same tokens, ``[T, heads, head size]``.
         mlp: None: a packed layer computes its own MLP.
     """
@@ -104,7 +104,8 @@ def finished(
     output, quantized = _wanted(layer, "down")
     activated = Then(states, spec.activation, output=output, quantized=quantized)
     maps = Map(first, then), Map(products["up"], activated, products.get("gate")), Map(products["down"], last)
-    return kernels().chain(inputs.of(first), maps, hidden)
+    kernels().chain(inputs.of(first), maps, hidden)
+    return hidden
 
 
 def _wanted(layer: PackedLayer, *roles: Role) -> tuple[bool, bool]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from operator import add, sub
 
 import psutil
 import torch
@@ -40,11 +41,11 @@ class Meter:
 
     def since(self, before: Meter) -> Meter:
         """Return the difference between these totals and an earlier copy of them."""
-        return Meter(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
+        return Meter(*map(sub, vars(self).values(), vars(before).values()))
 
     def __add__(self, other: Meter) -> Meter:
         """Return the sum of two meters."""
-        return Meter(*(own + further for own, further in zip(astuple(self), astuple(other), strict=True)))
+        return Meter(*map(add, vars(self).values(), vars(other).values()))
 
     @property
     def column_hit_rate(self) -> float | None:

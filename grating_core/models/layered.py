@@ -51,6 +51,11 @@ class Layer(NamedTuple):
         """The module with the steps of such a layer: by kernels if the weights are packed."""
         return packed_steps if isinstance(self.weights, PackedLayer) else plain
 
+    @property
+    def fills(self) -> bool:
+        """Whether rows are filled up to one of few numbers, because torch makes and keeps a kernel for each."""
+        return kernels().level is None or not isinstance(self.weights, PackedLayer)
+
 
 @dataclass(frozen=True)
 class Parts:

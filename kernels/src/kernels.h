@@ -142,7 +142,7 @@ GK_API int32_t gk_run_linear(const gk_linear*);
 // Three maps one behind the other: what attention gave, what the MLP has inside, and the layer's output. What lies between
 // them stays in the cache: where data of it is not null, it is asked for, and lives elsewhere. The second map takes the
 // first one's output or its quantised rows, by its dtype; the third takes the second one's. The third's residual is the first
-// one's total, or its output if there is no total.
+// one's total, or its output if there is no total. The third's output may lie where the first one's residual does.
 GK_API int32_t gk_run_chain(const gk_linear steps[3]);
 GK_API int32_t gk_run_attention(const gk_attention*);
 GK_API int32_t gk_run_features(const gk_features*);

@@ -180,6 +180,8 @@ def test_a_score_that_is_no_number_names_its_document(tmp_path: Path, value: flo
 def test_the_last_layer_computes_scoring_positions_only(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reranker = load(tiny)
     spec = reranker.scorer.model.spec
+    with reranker.scorer.model.layer(1) as first:
+        computed = filled if first.fills else int
     rows = []
 
     for steps in (plain_steps, packed_steps):
@@ -190,9 +192,9 @@ def test_the_last_layer_computes_scoring_positions_only(tiny: Path, monkeypatch:
 
         monkeypatch.setattr(steps, "finished", counted)
     trace = reranker.rerank(QUERY, DOCUMENTS).trace
-    all_tokens = filled(sum(trace.lengths) - (len(DOCUMENTS) - 1) * trace.shared_prefix)
+    all_tokens = computed(sum(trace.lengths) - (len(DOCUMENTS) - 1) * trace.shared_prefix)
     assert rows[:-1] == [all_tokens] * (spec.depth - 1)
-    assert rows[-1] == (all_tokens if spec.pooling == "mean" else filled(len(DOCUMENTS)))
+    assert rows[-1] == (all_tokens if spec.pooling == "mean" else computed(len(DOCUMENTS)))
 
 
 @pytest.mark.parametrize("slice_tokens", [None, 40, 1])
