@@ -15,11 +15,11 @@ import torch
 
 from grating_core.columns.install import mlp_pruning
 from grating_core.engine.scorer import Scorer
-from grating_core.errors import UnsupportedModelError
+from grating_core.errors import StorageError, UnsupportedModelError
 from grating_core.files.places import expanded
 from grating_core.kernels.choice import kernels
 from grating_core.lens.pruning import ByLens
-from grating_core.lens.store import CalibratedLens, find_lens, open_lens
+from grating_core.lens.store import CalibratedLens, find_lens, open_lens, warn_once
 from grating_core.lifetime import closed_on_error
 from grating_core.memory.meter import resident_memory
 from grating_core.memory.plan import MemoryPlan
@@ -66,6 +66,9 @@ class StoredReranker(Protocol):
 
     def plan(self, window: int, budget: int, packing: Packing | None) -> MemoryPlan:
         """Spend a memory budget in bytes on a model for pairs of up to ``window`` tokens."""
+
+    def require_file(self, packing: Packing) -> None:
+        """Try whether layers in this packing can be streamed; raise ``StorageError`` if not."""
 
     def load(
         self, plan: MemoryPlan | None, answers: tuple[int, int | None] | None, packing: Packing | None
@@ -120,7 +123,8 @@ class OpenReranker:
     def packing(self) -> Packing | None:
         """How the layers are packed; None for without a loss.
 
-        ``"auto"`` takes 8 bits on the CPU where kernels compute them, if calibration found that they agree.
+        ``"auto"`` takes 8 bits on the CPU where kernels compute them, if calibration found that they agree, and if
+        the file can be written that layers in 8 bits are streamed from.
         """
         dtype = self.settings.dtype
         if dtype not in ("auto", "int8"):
@@ -132,7 +136,21 @@ class OpenReranker:
             if dtype == "auto" and not (fast and found is not None and found.agrees):
                 return None
             kept = () if found is None else found.kept
-        return Packing.int8(self.stored.dtype, kept)
+        packing = Packing.int8(self.stored.dtype, kept)
+        return None if dtype == "auto" and not self._streams(packing) else packing
+
+    def _streams(self, packing: Packing) -> bool:
+        """Tell whether layers in this packing can be streamed, if the budget streams any; the log says why not."""
+        budget = self.settings.budget
+        try:
+            if budget is not None and self.stored.plan(self.window, budget, packing).streamed:
+                self.stored.require_file(packing)
+        except StorageError as error:
+            warn_once(
+                f"dtype='auto' takes {str(self.stored.dtype).removeprefix('torch.')} and not 8 bits: {error}"
+            )
+            return False
+        return True
 
     @cached_property
     def plan(self) -> MemoryPlan | None:
@@ -151,10 +169,12 @@ class OpenReranker:
             return chosen
         if chosen != "auto":
             return ClusterPolicy() if chosen == "cluster" else Off()
-        lens = None if self.lens is None else self.lens.to(self.stored.device)
+        lens, wanted = self.lens, "lens"
         if lens is not None and self.packing is not None:
-            lens = lens.in_8_bits()
-        return ByLens(float(self.settings.target), self.settings.guarantee, lens, str(self.directory))
+            # Margins for the model without 8 bits promise nothing of the model with them.
+            lens, wanted = lens.in_8_bits(), "lens with margins for 8 bits"
+        lens = None if lens is None else lens.to(self.stored.device)
+        return ByLens(float(self.settings.target), self.settings.guarantee, lens, str(self.directory), wanted)
 
     def load(self) -> Scorer:
         """Read tokenizer and weights.

@@ -284,7 +284,7 @@ class Reranker(Loaded[Scorer, RerankSettings]):
             if self.settings is not None:
                 self.settings = replace(self.settings, lens=None if output is None else place)
             used = calibrated.in_8_bits() if self.dtype == torch.int8 else calibrated
-            self.pruning = replace(self.pruning, calibrated=used.to(scorer.model.device))
+            self.pruning = replace(self.pruning, calibrated=used and used.to(scorer.model.device))
             if self.recalibration is not None:
                 self.recalibration.close()  # what it has learnt is for other margins
             self.recalibration = self._start_recalibration()

@@ -41,7 +41,7 @@ def rotated(states: Tensor, by: Angles) -> Tensor:
     Entry i of the first half of a head and entry i of its second half are a pair.
     """
     half = by.sine.shape[-1]
-    output = (states.unflatten(-1, (2, half)) * by.cosine[:, None]).flatten(-2)
+    output = (states.view(*states.shape[:-1], 2, half) * by.cosine[:, None]).flatten(-2)
     output[..., :half].addcmul_(states[..., half:], by.sine, value=-1)
     output[..., half:].addcmul_(states[..., :half], by.sine)
     return output

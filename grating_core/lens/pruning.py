@@ -21,12 +21,14 @@ class ByLens:
         guarantee: What the target counts, see :class:`grating_core.settings.RerankSettings`.
         calibrated: The lens, on the model's device; None if there is none yet.
         model: Name of the model, for messages.
+        wanted: What the model lacks if there is no lens, for messages.
     """
 
     target: float
     guarantee: Guarantee
     calibrated: CalibratedLens | None
     model: str = "this model"
+    wanted: str = "lens"
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def plan_pruning(
         return Pruning(Off(), exact=exact)
     if by.calibrated is None:
         warn_once(
-            f"pruning='auto' drops nothing with {by.model}, which has no lens: fit one to your texts with "
+            f"pruning='auto' drops nothing with {by.model}, which has no {by.wanted}: fit one to your texts with "
             f"'grating calibrate' or Reranker.calibrate, or take pruning='off'"
         )
         return Pruning(Off(), exact=exact)

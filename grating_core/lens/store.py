@@ -107,9 +107,9 @@ class CalibratedLens:
         """Return the same object with the lens on a device."""
         return replace(self, lens=self.lens.to(device))
 
-    def in_8_bits(self) -> CalibratedLens:
-        """Return the same object with the margins for the model in 8 bits, if there are any."""
-        return self if self.int8 is None else replace(self, margins=self.int8.margins)
+    def in_8_bits(self) -> CalibratedLens | None:
+        """Return the same object with the margins for the model in 8 bits; None if there are none."""
+        return None if self.int8 is None else replace(self, margins=self.int8.margins)
 
     def save(self, directory: Path) -> None:
         """Write ``lens.safetensors`` and ``lens.json``. A lens that is there is replaced whole or not at all.

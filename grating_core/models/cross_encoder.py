@@ -108,6 +108,14 @@ class StoredCrossEncoder(StoredModel):
         """
         return make_plan(self.sizes(window, packing), budget)
 
+    def require_file(self, packing: Packing) -> None:
+        """Try whether layers in this packing can be streamed.
+
+        Raises:
+            StorageError: The companion file with packed layers is missing and cannot be written.
+        """
+        self._packed(packing).require_file()
+
     def load(
         self,
         plan: MemoryPlan | None,

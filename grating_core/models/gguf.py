@@ -93,6 +93,9 @@ class GgufModel:
             f"budget out, or take a safetensors version of the model"
         )
 
+    def require_file(self, packing: Packing) -> None:
+        """Do nothing, because no layer of a GGUF file is streamed."""
+
     def load(
         self, plan: MemoryPlan | None, answers: tuple[int, int | None] | None, packing: Packing | None
     ) -> CrossEncoder:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from grating_core.errors import StorageError
-from grating_core.files.places import cache_directory, is_kept
+from grating_core.files.places import cache_directory, is_kept, is_there
+from grating_core.files.writing import require_room
 from grating_core.kernels.packing import PACKING
 from grating_core.layers.linear import Weights
 from grating_core.layers.packed import Layout, PackedLayer, layer_of, layout_of, packed_layer
@@ -113,6 +115,15 @@ class PackedLayers:
         stored = max(group.size for group in self._groups.values())
         return stored + max(self.sizes) + PIECE + PACKING
 
+    def require_file(self) -> None:
+        """Try, before anything is computed, whether the companion file is there or can be written.
+
+        Raises:
+            StorageError: The file is missing and cannot be written.
+        """
+        if not is_there(path := self._path()):
+            require_room(path, sum(self.sizes))
+
     def open(self, *, needed: bool, show_progress: bool = False) -> PackedFile | None:
         """Open the companion file. If there is none, write it if it is needed, and else return None.
 
@@ -125,7 +136,7 @@ class PackedLayers:
         if not self.packing.quantized:
             return None
         try:
-            path = cache_directory() / "layers" / f"{self._fingerprint[:16]}-{self.packing.name}.safetensors"
+            path = self._path()
         except StorageError:
             if needed:
                 raise
@@ -136,6 +147,10 @@ class PackedLayers:
         return open_packed(
             path, self._layouts, self._fingerprint, lambda: self.packed(numbers), show_progress=show_progress
         )
+
+    def _path(self) -> Path:
+        """Return the companion file. Raises ``StorageError`` if there is no place for it."""
+        return cache_directory() / "layers" / f"{self._fingerprint[:16]}-{self.packing.name}.safetensors"
 
     def packed(self, numbers: Collection[int]) -> Iterator[PackedLayer]:
         """Yield layers that are packed now. One layer at a time is in memory as it is on disk.
