@@ -15,7 +15,7 @@ from torch import Tensor
 
 from grating_core.kernels import compiled
 from grating_core.kernels.loading import has, levels, start
-from grating_core.kernels.operands import Norm, Rows, Span, Then, Weight
+from grating_core.kernels.operands import Map, Norm, Rows, Span, Then, Weight
 from grating_core.kernels.packing import packed_weight
 
 PAGE = mmap.PAGESIZE
@@ -34,20 +34,43 @@ def at_the_end(tensor: Tensor) -> Tensor:
     return copy.copy_(tensor)
 
 
-def linear(dtype: torch.dtype, count: int, inner: int, columns: int) -> None:
-    states = torch.float32 if dtype == torch.int8 else dtype
+def weight_of(dtype: torch.dtype, columns: int, inner: int) -> Weight:
     whole = packed_weight(torch.randn(columns, inner), torch.randn(columns), dtype)
     scale = None if whole.scale is None else at_the_end(whole.scale)
-    weight = Weight(at_the_end(whole.packed), dtype, columns, inner, scale, at_the_end(whole.bias))
-    norm = Norm("layer", 1e-5, 0.0, at_the_end(torch.randn(columns)), at_the_end(torch.randn(columns)))
+    return Weight(at_the_end(whole.packed), dtype, columns, inner, scale, at_the_end(whole.bias))
+
+
+def rows_of(dtype: torch.dtype, states: torch.dtype, count: int, inner: int) -> Rows:
     rows = Rows(at_the_end(torch.randn(count, inner).to(states)))
-    if dtype == torch.int8:
-        found = compiled.normed_rows(rows.data, None, output=True, quantized=True)[1]
-        rows = Rows(at_the_end(found.data), at_the_end(found.scale))
+    if dtype != torch.int8:
+        return rows
+    found = compiled.normed_rows(rows.data, None, output=True, quantized=True)[1]
+    return Rows(at_the_end(found.data), at_the_end(found.scale))
+
+
+def norm_of(columns: int) -> Norm:
+    return Norm("layer", 1e-5, 0.0, at_the_end(torch.randn(columns)), at_the_end(torch.randn(columns)))
+
+
+def linear(dtype: torch.dtype, count: int, inner: int, columns: int) -> None:
+    states = torch.float32 if dtype == torch.int8 else dtype
+    weight, rows = weight_of(dtype, columns, inner), rows_of(dtype, states, count, inner)
     residual = at_the_end(torch.randn(count, columns).to(states))
-    then = Then(states, "gelu", norm=norm, total=True, quantized=True)
+    then = Then(states, "gelu", norm=norm_of(columns), total=True, quantized=True)
     compiled.linear(rows, weight, then, gate=weight, residual=residual)
     compiled.linear(rows, weight, Then(states))
+
+
+def chain(dtype: torch.dtype, count: int, width: int, inner: int) -> None:
+    states, quantized = (torch.float32, True) if dtype == torch.int8 else (dtype, False)
+    first, up, down = (weight_of(dtype, *shape) for shape in ((width, width), (inner, width), (width, inner)))
+    maps = (
+        Map(first, Then(states, norm=norm_of(width), quantized=quantized)),
+        Map(up, Then(states, "gelu", output=not quantized, quantized=quantized), up),
+        Map(down, Then(states, norm=norm_of(width))),
+    )
+    residual = at_the_end(torch.randn(count, width).to(states))
+    compiled.chain(rows_of(dtype, states, count, width), maps, residual)
 
 
 def attention(states: torch.dtype, count: int, size: int) -> None:
@@ -71,6 +94,7 @@ def main() -> None:
                 for dtype in filter(has, (torch.int8, torch.bfloat16, torch.float32)):
                     for inner, columns in ((1, 1), (63, 33), (64, 32), (65, 64), (100, 37)):
                         linear(dtype, count, inner, columns)
+                        chain(dtype, count, inner, columns)
                 for states in (torch.bfloat16, torch.float32):
                     for size in (32, 80):
                         attention(states, count, size)
