@@ -135,3 +135,9 @@ def bundled() -> Reranker:
 def spill_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("GRATING_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def without_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibration does not look at 8 bits, as where no kernels compute them: it would take ten times as long."""
+    monkeypatch.setattr("grating_core.reranker.knows_8_bits", lambda scorer: False)

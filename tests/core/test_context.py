@@ -46,7 +46,7 @@ def check(passages: list[Passage], documents: list[str], max_tokens: int, count:
         assert count(join_passages(passages)) <= max_tokens
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(
     documents=st.lists(texts, max_size=4),
     max_tokens=st.integers(1, 50),
@@ -72,15 +72,23 @@ def test_budget_order_and_positions_hold_for_any_text(
             assert [passage.text for passage in passages] == whole
 
 
-def expected(reranker: Reranker, text: str, max_tokens: int, chunk_tokens: int) -> list[tuple[int, int]]:
-    """Where the kept chunks are, by the library's own splitting and the definition of what is kept."""
-    tokenizer = Tokenizer.from_file(str(reranker.model_path / "tokenizer.json"))
+@pytest.fixture(scope="module")
+def chunked(bundled: Reranker) -> tuple[str, list[tuple[int, str]], list[float]]:
+    """A text, its chunks of 60 tokens with their places by the library's own splitting, and their scores."""
+    text = REFERENCE[:3000] + f"\n\n{ANSWER}\n\n" + REFERENCE[3000:7000]
+    tokenizer = Tokenizer.from_file(str(bundled.model_path / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    found = TextSplitter.from_huggingface_tokenizer(tokenizer, chunk_tokens).chunk_indices(text)
+    found = TextSplitter.from_huggingface_tokenizer(tokenizer, 60).chunk_indices(text)
+    return text, found, bundled.score([(QUERY, chunk) for _, chunk in found])
+
+
+def expected(
+    reranker: Reranker, found: list[tuple[int, str]], scores: list[float], max_tokens: int
+) -> list[tuple[int, int]]:
+    """Where the kept chunks are, by the definition of what is kept."""
     chunks = [(start, start + len(chunk)) for start, chunk in found]
     sizes = [reranker.count_tokens(chunk) for _, chunk in found]
-    scores = reranker.score([(QUERY, chunk) for _, chunk in found])
     best = sorted(range(len(chunks)), key=lambda index: -scores[index])
     room = max_tokens / (sum(sizes) / len(sizes))
     kept: list[int] = []
@@ -94,11 +102,13 @@ def expected(reranker: Reranker, text: str, max_tokens: int, chunk_tokens: int) 
 
 
 @pytest.mark.parametrize("max_tokens", [100, 250, 1000])
-def test_keeps_the_best_chunks_for_which_there_is_room(bundled: Reranker, max_tokens: int) -> None:
-    text = REFERENCE[:3000] + f"\n\n{ANSWER}\n\n" + REFERENCE[3000:7000]
+def test_keeps_the_best_chunks_for_which_there_is_room(
+    bundled: Reranker, chunked: tuple[str, list[tuple[int, str]], list[float]], max_tokens: int
+) -> None:
+    text, found, scores = chunked
     passages = select_context(QUERY, text, reranker=bundled, max_tokens=max_tokens, chunk_tokens=60)
     check(passages, [text], max_tokens, bundled.count_tokens)
-    spans = expected(bundled, text, max_tokens, 60)
+    spans = expected(bundled, found, scores, max_tokens)
     assert len(spans) > 1
     merged = [(passage.start, passage.end) for passage in passages]
     assert all(any(start <= first and last <= end for start, end in merged) for first, last in spans)

@@ -37,6 +37,7 @@ def test_documents_that_share_words_with_the_query_come_first() -> None:
     assert requests[0].documents == ["red apple", "red sky"]
 
 
+@pytest.mark.usefixtures("without_8_bits")
 @pytest.mark.parametrize("how", ["encoder", "decoder"])
 @pytest.mark.parametrize("budget", [None, "300MB"])
 def test_a_lens_for_any_model(how: str, budget: str | None, tmp_path: Path, spill_directory: Path) -> None:
@@ -88,6 +89,7 @@ def test_a_lens_sees_what_the_head_does_not(bundled: Reranker, tmp_path: Path, s
     assert np.mean(kept) > 0.65
 
 
+@pytest.mark.usefixtures("without_8_bits")
 def test_the_newest_lens_is_that_of_a_copy(
     tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

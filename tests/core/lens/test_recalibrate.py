@@ -404,6 +404,7 @@ def is_pruned_by(factor: float, reranker: Reranker, query: str, documents: list[
     return bool(asked) and routes == [list(layer.routes) for layer in asked]
 
 
+@pytest.mark.usefixtures("without_8_bits")
 def test_with_a_lens_the_margins_move(tiny_bert: Path, spill_directory: Path) -> None:
     source = random.Random(5)
     texts, queries = ([random_text(length, source, WORDS) for _ in range(60)] for length in (20, 4))

@@ -2,6 +2,7 @@
 
 import random
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from grating_core import ClusterPolicy
 from grating_core.pruning import Route
+from grating_core.results import RerankResult
 from tests.core.conftest import WINDOW, WORDS, save_model
 from tests.core.memory.conftest import PLANS, load_planned
 from tests.core.parity import TOLERANCE, padded_scores, random_text
@@ -34,26 +36,44 @@ class DropHalf:
         return routes
 
 
+POLICIES = {"half": DropHalf(), "cluster": ClusterPolicy(0.1)}
+
+
+# What several tests compare with is computed once.
+
+
+@cache
+def padded(directory: Path, seed: int) -> list[float]:
+    return padded_scores(directory, [(QUERY, text) for text in texts(seed)])
+
+
+@cache
+def whole_scores(directory: Path, seed: int) -> list[float]:
+    return load_planned(directory).score([(QUERY, text) for text in texts(seed)])
+
+
+@cache
+def whole_result(directory: Path, policy: str, seed: int, scores: str) -> RerankResult:
+    return load_planned(directory, pruning=POLICIES[policy]).rerank(QUERY, texts(seed, 20), 3, scores=scores)
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_scores_are_the_same_to_the_last_bit(tiny: Path, plan: str, spill_directory: Path) -> None:
-    whole, planned = load_planned(tiny), load_planned(tiny, **PLANS[plan])
-    for seed in range(3):
-        pairs = [(QUERY, text) for text in texts(seed)]
-        scores = planned.score(pairs)
-        assert scores == whole.score(pairs)
-        assert scores == pytest.approx(padded_scores(tiny, pairs), abs=TOLERANCE)
+    planned = load_planned(tiny, **PLANS[plan])
+    for seed in range(2):
+        scores = planned.score([(QUERY, text) for text in texts(seed)])
+        assert scores == whole_scores(tiny, seed)
+        assert scores == pytest.approx(padded(tiny, seed), abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("scores", ["exact", "estimated"])
 def test_pruning_under_every_plan(tiny_bert: Path, plan: str, scores: str, spill_directory: Path) -> None:
-    for policy in (DropHalf(), ClusterPolicy(0.1)):
-        whole = load_planned(tiny_bert, pruning=policy)
-        planned = load_planned(tiny_bert, pruning=policy, **PLANS[plan])
-        for seed in range(6):
-            documents = texts(seed, 20)
-            expected = whole.rerank(QUERY, documents, 3, scores=scores)
-            found = planned.rerank(QUERY, documents, 3, scores=scores)
+    for policy in POLICIES:
+        planned = load_planned(tiny_bert, pruning=POLICIES[policy], **PLANS[plan])
+        for seed in range(3):
+            expected = whole_result(tiny_bert, policy, seed, scores)
+            found = planned.rerank(QUERY, texts(seed, 20), 3, scores=scores)
             assert found.ranking == expected.ranking
             assert [layer.scores for layer in found.trace.layers] == [
                 layer.scores for layer in expected.trace.layers
@@ -71,7 +91,7 @@ def test_a_forward_that_ends_early_leaves_nothing_for_the_next_to_trip_over(tiny
 
     policy = SelectAtOnce()
     whole, planned = load_planned(tiny_bert, pruning=policy), load_planned(tiny_bert, pruning=policy, resident=())
-    for layer in (1, 2, 3, 4, 1, 1, 9, 2):
+    for layer in (1, 3, 4, 1, 9, 2):
         policy.layer = layer
         documents = texts(layer)
         for scores in ("estimated", "exact"):
@@ -82,7 +102,7 @@ def test_a_forward_that_ends_early_leaves_nothing_for_the_next_to_trip_over(tiny
 
 
 def test_other_slices_change_scores_by_rounding_only(tiny: Path) -> None:
-    pairs = [(QUERY, text) for text in texts(4)]
+    pairs = [(QUERY, text) for text in texts(4, 6)]
     expected = load_planned(tiny).score(pairs)
     for slice_tokens, relative in ((1, 1e-5), (3, 1e-5), (16, 0), (100, 0), (10_000, 0)):
         scores = load_planned(tiny, slice_tokens=slice_tokens, resident=()).score(pairs)
@@ -109,8 +129,8 @@ def test_threads_take_turns(tiny_bert: Path, spill_directory: Path) -> None:
     planned = load_planned(tiny_bert, **PLANS["all at once"])
     expected = [planned.rerank(QUERY, texts(seed)).ranking for seed in range(8)]
     with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(lambda seed: planned.rerank(QUERY, texts(seed % 8)).ranking, range(24)))
-    assert found == expected * 3
+        found = list(threads.map(lambda seed: planned.rerank(QUERY, texts(seed % 8)).ranking, range(16)))
+    assert found == expected * 2
 
 
 def test_the_trace_tells_of_the_disk(tiny_bert: Path, spill_directory: Path) -> None:

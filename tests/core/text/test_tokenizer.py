@@ -229,7 +229,7 @@ def test_it_can_be_pickled(backend: Tokenizer, tokenizer: TextTokenizer) -> None
 # Long texts
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(text=LONG, most=st.integers(1, 60), head=st.sampled_from(["", "Document: ", "x"]))
 def test_a_long_text_begins_as_all_of_it_would(
     backend: Tokenizer, tokenizer: TextTokenizer, text: str, most: int, head: str
@@ -261,7 +261,7 @@ def test_a_text_counted_in_parts_has_as_many_tokens(
         assert tokenizer.count(text) == len(tokenizer.ids(text))
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(place=st.integers(0, len(CORPUS) - 40), tokens=st.integers(1, 60), cut=st.integers(0, 400))
 def test_the_tail_of_a_long_text_is_that_of_all_of_it(
     backend: Tokenizer, tokenizer: TextTokenizer, place: int, tokens: int, cut: int
