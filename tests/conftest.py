@@ -3,8 +3,8 @@
 from hypothesis import HealthCheck, settings
 
 # No deadlines: how long an example takes says more about the machine than about the code. The same examples every
-# time, so that a change that did nothing cannot break a run; --hypothesis-profile=fresh looks for new ones.
-_COMMON = {"deadline": None, "max_examples": 80, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("fixed", derandomize=True, **_COMMON)
-settings.register_profile("fresh", derandomize=False, print_blob=True, **_COMMON)
+# time, so that a change that did nothing cannot break a run; --hypothesis-profile=fresh looks for more, new ones.
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("fixed", derandomize=True, max_examples=50, **_COMMON)
+settings.register_profile("fresh", derandomize=False, max_examples=80, print_blob=True, **_COMMON)
 settings.load_profile("fixed")

@@ -57,7 +57,7 @@ def test_selects_as_the_function_does(reranker, long_documents):
     assert len({document.id for document in passages}) > 1, "whole documents and parts"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(parts=st.lists(st.sampled_from([ANSWER, FILLER[:100], "\n\n", "🦜", "Berlin. "]), max_size=12),
        max_tokens=st.integers(1, 60))  # fmt: skip
 def test_never_more_than_the_budget(reranker, parts, max_tokens):

@@ -63,7 +63,7 @@ async def test_selects_as_the_function_does(reranker, long_nodes):
     assert long_nodes == before
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(parts=st.lists(st.sampled_from([ANSWER, FILLER[:100], "\n\n", "🦜", "Berlin. "]), max_size=12),
        max_tokens=st.integers(1, 60))  # fmt: skip
 def test_never_more_than_the_budget(reranker, parts, max_tokens):

@@ -5,6 +5,7 @@ import math
 import random
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,7 @@ def reference(
     return (scores if no is None else scores - logits[:, token_ids(directory, no)[0]]).tolist()
 
 
-@pytest.mark.parametrize("slice_tokens", [1, 50, 130, 10**6])
+@pytest.mark.parametrize("slice_tokens", [1, 130, 10**6])
 def test_scores_are_the_difference_of_the_answers_logits(decoder: Path, slice_tokens: int) -> None:
     seed = random.randrange(10**6)
     print("seed", seed)  # shown when the test fails
@@ -132,12 +133,16 @@ def test_scores_are_the_difference_of_the_answers_logits(decoder: Path, slice_to
     assert result.trace.truncated == (5, 7)
 
 
+@cache
+def whole_scores(directory: Path) -> list[float]:
+    return load_planned(directory, template=PROMPT).score([(QUERY, document) for document in DOCUMENTS])
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_plan_gives_the_same_bits(decoder: Path, plan: str, spill_directory: Path) -> None:
-    whole, planned = (load_planned(decoder, template=PROMPT, **changes) for changes in ({}, PLANS[plan]))
-    pairs = [(QUERY, document) for document in DOCUMENTS]
+    planned = load_planned(decoder, template=PROMPT, **PLANS[plan])
     for _ in range(2):
-        assert planned.score(pairs) == whole.score(pairs)
+        assert planned.score([(QUERY, document) for document in DOCUMENTS]) == whole_scores(decoder)
 
 
 def test_sharing_the_prefix_changes_nothing(decoder: Path) -> None:

@@ -16,7 +16,7 @@ from tests.core.parity import TOLERANCE, load, padded_scores, random_text, saved
 LENGTHS = [1, 0, 5, 17, 2, 90, 40, 300, 33, 1]
 
 
-@pytest.mark.parametrize("slice_tokens", [1, 50, 130, 10**6])
+@pytest.mark.parametrize("slice_tokens", [1, 130, 10**6])
 def test_scores_equal_transformers_whatever_the_chunks_and_the_order(tiny: Path, slice_tokens: int) -> None:
     seed = random.randrange(10**6)
     print("seed", seed)  # shown when the test fails
