@@ -139,7 +139,7 @@ def _run_layer(
     see: See,
 ) -> None:
     """Put the hidden states through a layer, slice by slice, and show them afterwards; layer 0 only embeds."""
-    positions = batch.positions()
+    positions = batch.positions
     if not number:
         # Embedded again by the first layer, for those that are left: that costs less than keeping the states.
         for part in batch.slices(slice_tokens):

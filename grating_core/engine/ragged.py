@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, compress, pairwise
 
 import torch
@@ -166,8 +167,9 @@ class RaggedBatch:
             found[piece.request] += piece.length
         return found
 
+    @cached_property
     def positions(self) -> Tensor:
-        """Return the positions of all tokens, int64 ``[T]``, counted from 0 within each sequence."""
+        """The positions of all tokens, int64 ``[T]``, counted from 0 within each sequence."""
         return numbers_of([slice(piece.before, piece.before + piece.length) for piece in self.pieces])
 
     def slices(self, most: int, *, changed: bool = True, only: Pooling = "mean") -> list[Slice]:

@@ -89,7 +89,7 @@ class StoredCrossEncoder(StoredModel):
                 bytes_read=packed.sizes,
                 converted=False,
                 rest=sizes.rest + (0 if sizes.kernels else unpacked_bytes(self.spec)),
-                work=work_per_token(self.spec, self.dtype, quantized=bool(packing.quantized)),
+                work=work_per_token(self.spec, self.dtype, packing),
                 writing=packed.writing,
             )
         # torch copies the keys and values of a decoder's longest sequence; see the attention of an encoder.

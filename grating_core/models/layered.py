@@ -128,12 +128,7 @@ class LayeredModel:
         """How the layers are packed; None if they are not."""
         self.products = torch.int8 if parts.packing is not None and parts.packing.quantized else parts.dtype
         """The dtype of the layers' products."""
-        self.work = work_per_token(
-            parts.spec,
-            parts.dtype,
-            pruned=parts.columns is not None,
-            quantized=self.products == torch.int8,
-        )
+        self.work = work_per_token(parts.spec, parts.dtype, parts.packing, pruned=parts.columns is not None)
 
     @property
     def depth(self) -> int:
@@ -216,22 +211,30 @@ class LayeredModel:
         return normed(states, self.outside, "final_norm", self.spec.norm)
 
 
-def work_per_token(spec: ModelSpec, dtype: torch.dtype, *, pruned: bool = False, quantized: bool = False) -> int:
+def work_per_token(
+    spec: ModelSpec, dtype: torch.dtype, packing: Packing | None = None, *, pruned: bool = False
+) -> int:
     """Return the most bytes of intermediate results that a layer has for one token.
 
     Args:
         spec: The description of the model.
         dtype: Dtype of the results.
+        packing: How the layers are packed; None if they are not.
         pruned: Whether the layers' MLPs compute from columns, which sums parts of the products in float32.
-        quantized: Whether the layers' products take rows in 8 bits.
     """
     layer = spec.layers[0]
-    widest = max(layer.inner, layer.heads * layer.head_size)
+    attended = layer.heads * layer.head_size
+    widest = max(layer.inner, attended)
+    if packing is not None and kernels().level is not None:
+        # What an MLP has inside never is there for all tokens. There are queries and what attention gave, keys and
+        # values, normed states, and what a lens copies.
+        states = 2 * (attended + layer.key_heads * layer.head_size + spec.width) * dtype.itemsize
+        return states + (attended + spec.width if packing.quantized else 0)
     if pruned:
         return (5 * widest + 8 * spec.width) * dtype.itemsize + 4 * 4 * widest
-    if quantized:
+    if packing is not None:
         # Torch has products of 8 bits, and what follows them, in full float32.
-        return widest * (1 if kernels().level else 16) + 8 * spec.width * dtype.itemsize
+        return 16 * widest + 8 * spec.width * dtype.itemsize
     # A gated MLP has two products of the inner width. Hidden states, queries, keys, values and what attention gave
     # come on top.
     return ((2 if layer.gated else 1) * widest + 8 * spec.width) * dtype.itemsize

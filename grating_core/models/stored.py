@@ -116,7 +116,7 @@ class StoredModel(ABC):
             rest=sum(group.size for group in self._rest(window)) + (self.adapter.size if self.adapter else 0),
             converted=any(group.converts for group in self._layers.values()),
             hidden=spec.width * self.dtype.itemsize,
-            work=work_per_token(spec, self.dtype, pruned=bool(self._apart())),
+            work=work_per_token(spec, self.dtype, self._packing, pruned=bool(self._apart())),
             window=window,
             keys=window * 2 * layer.key_heads * layer.head_size * self.dtype.itemsize,
             kernels=0 if self._packing is None else kernels_work(spec, self.dtype),

@@ -44,7 +44,7 @@ def unpacked(batch: RaggedBatch) -> list[tuple[int, int, list[int], list[int]]]:
     """Request, candidate, token ids and positions of each sequence, shared tokens included."""
     found, shared = [], ([], [])
     lengths = [piece.length for piece in batch.pieces]
-    parts = zip(batch.input_ids.split(lengths), batch.positions().split(lengths), strict=True)
+    parts = zip(batch.input_ids.split(lengths), batch.positions.split(lengths), strict=True)
     for piece, (ids, places) in zip(batch.pieces, parts, strict=True):
         if piece.candidate is None:
             shared = ids.tolist(), places.tolist()
@@ -72,7 +72,7 @@ def test_packing_keeps_every_sequence(requests: list[list[list[int]]], prefix: i
     assert batch.token_type_ids.tolist() == [-token for token in batch.input_ids.tolist()]
     assert batch.tokens == sum(piece.length for piece in batch.pieces) == batch.tokens_by_request.total()
     assert batch.longest == max(len(ids) for _, _, ids, _ in unpacked(batch))
-    assert batch.input_ids.dtype == batch.token_type_ids.dtype == batch.positions().dtype == torch.int64
+    assert batch.input_ids.dtype == batch.token_type_ids.dtype == batch.positions.dtype == torch.int64
     shared = [piece.request for piece in batch.pieces if piece.candidate is None]
     several = [number for number, request in enumerate(requests) if sum(map(len, request)) > 1]
     assert shared == (several if share and prefix >= 8 else [])
