@@ -1,11 +1,15 @@
-"""A tiny random language model with a chat template, for the adapters."""
+"""A tiny random language model with a chat template, for the adapters, and what their tests share of it."""
 
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from grating_core import StreamedCausalLM
 from tests.core.conftest import DECODER, SIZES, WORDS, randomise
 
 WINDOW = 4096
@@ -41,3 +45,25 @@ def save_chat_model(directory: Path, template: str = _TEMPLATE) -> Path:
         chat_template=template,
     ).save_pretrained(directory)  # fmt: skip
     return directory
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_chat_model(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="module")
+def core(directory: Path) -> Iterator[StreamedCausalLM]:
+    """The model below an adapter, asked directly."""
+    with StreamedCausalLM.from_pretrained(directory) as model:
+        yield model
+
+
+async def check_cancelled(ask: Callable[..., Awaitable[object]]) -> None:
+    """What is cancelled stops computing: else the next request, which waits for it, would come much too late."""
+    task = asyncio.ensure_future(ask("w1", max_tokens=4000))
+    await asyncio.sleep(0.2)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.wait_for(ask("w1", max_tokens=2), 3)

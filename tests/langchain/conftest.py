@@ -6,6 +6,7 @@ from langchain_core.embeddings import Embeddings
 from langchain_core.vectorstores import InMemoryVectorStore
 
 from tests.adapters import TEXTS, hashed_words, model, reranker, smollm2  # noqa: F401 - fixtures
+from tests.tiny_chat import core, directory  # noqa: F401 - fixtures
 
 
 class HashedWords(Embeddings):

@@ -19,23 +19,10 @@ from langchain_grating import ChatGrating, GratingRerank
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
 
-from grating_core import StreamedCausalLM
-from tests.tiny_chat import ROLES, save_chat_model
+from tests.tiny_chat import ROLES, check_cancelled
 
 MESSAGES = [SystemMessage("w1 w2"), HumanMessage("w3"), AIMessage("w4 w5"), HumanMessage("w6 w7 w8")]
 SPOKEN = "{system} w1 w2 {user} w3 {assistant} w4 w5 {user} w6 w7 w8 {assistant} ".format(**ROLES)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return save_chat_model(tmp_path_factory.mktemp("chat"))
-
-
-@pytest.fixture(scope="module")
-def core(directory):
-    """The model below, asked directly."""
-    with StreamedCausalLM.from_pretrained(directory) as model:
-        yield model
 
 
 @pytest.fixture
@@ -237,13 +224,7 @@ async def test_the_event_loop_goes_on(llm):
 
 
 async def test_what_is_cancelled_stops_computing(llm):
-    """Else the next request, which has to wait for it, would come much too late."""
-    task = asyncio.create_task(llm.ainvoke("w1", max_tokens=4000))
-    await asyncio.sleep(0.2)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    await asyncio.wait_for(llm.ainvoke("w1", max_tokens=2), 3)
+    await check_cancelled(llm.ainvoke)
 
 
 def test_a_stream_left_open_holds_nobody_up(llm):

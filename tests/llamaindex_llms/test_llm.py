@@ -15,9 +15,9 @@ from llama_index.core.response_synthesizers import get_response_synthesizer
 from llama_index.core.schema import NodeWithScore, TextNode
 from llama_index.llms.grating import GratingLLM
 
-from grating_core import GratingError, StreamedCausalLM
+from grating_core import GratingError
 from tests.core.models.test_hub import FIRST, NAME, TOKEN, cached
-from tests.tiny_chat import GEMMAS, ROLES, WINDOW, save_chat_model
+from tests.tiny_chat import GEMMAS, ROLES, WINDOW, check_cancelled, save_chat_model
 
 MESSAGES = [
     ChatMessage(role="system", content="w1 w2"),
@@ -29,20 +29,8 @@ SPOKEN = "{system} w1 w2 {user} w3 {assistant} w4 w5 {user} w6 w7 w8 {assistant}
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return save_chat_model(tmp_path_factory.mktemp("chat"))
-
-
-@pytest.fixture(scope="module")
 def gemmas(tmp_path_factory):
     return save_chat_model(tmp_path_factory.mktemp("gemma"), GEMMAS)
-
-
-@pytest.fixture(scope="module")
-def core(directory):
-    """The model below, asked directly."""
-    with StreamedCausalLM.from_pretrained(directory) as model:
-        yield model
 
 
 @pytest.fixture
@@ -149,13 +137,7 @@ async def test_more_requests_than_worker_threads(llm):
 
 
 async def test_what_is_cancelled_stops_computing(llm):
-    """Else the next request, which has to wait for it, would come much too late."""
-    task = asyncio.create_task(llm.acomplete("w2", max_tokens=4000))
-    await asyncio.sleep(0.2)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    await asyncio.wait_for(llm.acomplete("w1", max_tokens=2), 3)
+    await check_cancelled(llm.acomplete)
 
 
 def test_what_a_model_thought_is_left_out(llm):
