@@ -75,24 +75,24 @@ int32_t linear(const Host& host, const gk_linear* l) {
     return l->states == GK_BF16 ? run_linear_of<bf16>(host, *l) : run_linear_of<float>(host, *l);
 }
 
-// What lies between the maps of a chain, for some rows.
+// What lies between the maps of a chain, for some rows. A row has room for a cache line more, as in by_blocks.
 struct Between {
     Room room[8];
     int64_t count = 0;
-    template <class T> void give(gk_rows& rows, int64_t first, int64_t number, int64_t width) {
+    template <class T> void give(gk_rows& rows, int64_t number, int64_t width) {
         if (!rows.data) return;
-        rows.stride = width;
-        rows.data = room[count++].make(number * width * sizeof(T)) ? room[count - 1].of<T>() - first * width : nullptr;
+        rows.stride = width + 64 / sizeof(T);
+        rows.data = room[count++].make(number * rows.stride * sizeof(T));
     }
-    // Makes room for `number` rows, of which the first has the number `first`.
-    template <class S> bool link(gk_linear* l, int64_t first, int64_t number) {
+    // Makes room for `number` rows.
+    template <class S> bool link(gk_linear* l, int64_t number) {
         for (int step = 0; step < 2; step++) {
             const int64_t width = l[step].weight.columns;
             const bool quantised = l[step].quantised.data;
-            give<S>(l[step].total, first, number, width);
-            give<S>(l[step].output, first, number, width);
-            give<int8_t>(l[step].quantised, first, number, up(width, 64));
-            if (quantised) l[step].quantised.scale = (float*)room[count++].make(number * 4) - first;
+            give<S>(l[step].total, number, width);
+            give<S>(l[step].output, number, width);
+            give<int8_t>(l[step].quantised, number, up(width, 64));
+            if (quantised) l[step].quantised.scale = (float*)room[count++].make(number * 4);
             l[step + 1].x = l[step + 1].dtype == GK_INT8 ? l[step].quantised : l[step].output;
         }
         l[2].residual = l[0].total.data ? l[0].total : l[0].output;
@@ -102,15 +102,25 @@ struct Between {
     }
 };
 
+// Goes on by some rows of so many bytes an entry.
+inline void skip(gk_rows& rows, int64_t number, int64_t size) {
+    rows.data = (char*)rows.data + number * rows.stride * size;
+    rows.scale += rows.scale ? number : 0;
+}
+
+// The rows pass in blocks through the same room, which is made once: fresh memory costs more than what is computed in it.
 template <class S> void chain_rows(const void* at, int64_t begin, int64_t end, int32_t* failed) {
     const gk_linear* steps = (const gk_linear*)at;
-    const int64_t last = smaller(end * ROWS, steps->rows);
-    for (int64_t first = begin * ROWS; first < last && !*failed; first += TOGETHER * ROWS) {
-        const int64_t stop = smaller(last, first + TOGETHER * ROWS);
-        gk_linear l[3] = {steps[0], steps[1], steps[2]};
-        Between between;
-        if (!between.link<S>(l, first, stop - first)) *failed = GK_NO_MEMORY;
-        for (int step = 0; step < 3 && !*failed; step++) *failed = run_rows_of<S>(l[step], first, stop);
+    gk_linear l[3] = {steps[0], steps[1], steps[2]};
+    int64_t left = smaller(end * ROWS, steps->rows) - begin * ROWS, number = begin * ROWS;
+    Between between;
+    if (!between.link<S>(l, smaller(left, TOGETHER * ROWS))) *failed = GK_NO_MEMORY;
+    for (; left > 0 && !*failed; left -= number) {
+        skip(l[0].x, number, item(l[0].dtype));
+        skip(l[0].residual, number, sizeof(S));
+        skip(l[2].output, number, sizeof(S));
+        number = smaller(left, TOGETHER * ROWS);
+        for (int step = 0; step < 3 && !*failed; step++) *failed = run_rows_of<S>(l[step], 0, number);
     }
 }
 
@@ -119,7 +129,7 @@ template <class S> int32_t run_chain_of(const Host& host, const gk_linear* steps
     if (strips >= host.threads) return spread(host, strips, chain_rows<S>, steps);
     gk_linear l[3] = {steps[0], steps[1], steps[2]};
     Between between;
-    if (!between.link<S>(l, 0, steps->rows)) return GK_NO_MEMORY;
+    if (!between.link<S>(l, steps->rows)) return GK_NO_MEMORY;
     for (int step = 0; step < 3; step++)
         if (int32_t failed = run_linear_of<S>(host, l[step])) return failed;
     return 0;

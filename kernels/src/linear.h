@@ -17,11 +17,13 @@ struct Strip {
     int64_t rows;
 };
 
+// Whether rows end within a cache line, so that each has to be copied. Otherwise only a last strip of few rows is.
+inline bool ragged(const gk_linear& l) { return l.dtype != GK_INT8 && l.weight.inner * item(l.dtype) % 64; }
+
 inline Strip strip_of(const gk_linear& l, int64_t row, int64_t rows, char* copy) {
     const int64_t size = item(l.dtype), bytes = l.weight.inner * size, stride = l.x.stride * size;
     const char* x = (const char*)l.x.data + row * stride;
-    const bool ragged = l.dtype != GK_INT8 && bytes % 64;
-    if (!ragged && !(TILES && l.dtype != GK_F32 && rows % 16)) return {x, stride, rows};
+    if (!ragged(l) && !(TILES && l.dtype != GK_F32 && rows % 16)) return {x, stride, rows};
     const int64_t padded = padded_inner(l.dtype, l.weight.inner) * size;
     memset(copy, 0, ROWS * padded);
     for (int64_t r = 0; r < rows; r++) memcpy(copy + r * padded, x + r * stride, bytes);
@@ -109,27 +111,34 @@ inline Finish finish_of(const gk_linear& l, bool halves, bool peaks) {
     }
 }
 
-// Multiplies block by block, and finishes each block while the next one is multiplied.
+constexpr int64_t TOGETHER = 4;  // strips that share a panel while it is in the cache
+
+// Multiplies block by block. Where tiles multiply, a block is finished while the next one is multiplied; elsewhere at once, and
+// memory that is needed next is brought into the cache meanwhile.
 class Panels {
    public:
     // halves: whether the results are bf16, and not float32.
-    Panels(const gk_linear& l, bool halves, bool peaks) : l(l), finish(finish_of(l, halves, peaks)) {}
+    Panels(const gk_linear& l, bool halves, bool peaks)
+        : l(l), finish(finish_of(l, halves, peaks)), bytes(COLUMNS * (halves ? 2 : 4)) {}
 
-    void next(const Strip& strip, Block block) {
-        Step first{*this, 0}, second{*this, 0};
+    // The next block is of the strip that has the number `place` among those of its panel.
+    void next(const Strip& strip, int64_t place, Block block) {
         const int64_t steps = padded_inner(l.dtype, l.weight.inner) * item(l.dtype) / 64 * (l.gate.packed ? 2 : 1);
-        first.rows = second.rows = (before.rows + steps - 1) / steps;
+        const int64_t rows = (before.rows + steps - 1) / steps;
+        for (int64_t r = 0; !tiles && r < block.rows; r++)
+            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((char*)block.out + r * (bytes / COLUMNS) * block.stride + i, 1);
         block.z = nullptr;
         if (l.gate.packed) {
-            multiply(l.gate, strip, block.panel, gates[turn], first);
+            multiply(l.gate, strip, place, block.panel, gates[turn], rows);
             block.z = gates[turn];
         }
-        multiply(l.weight, strip, block.panel, products[turn], second);
+        multiply(l.weight, strip, place, block.panel, products[turn], rows);
         block.y = products[turn];
         end();
         before = block;
         done = 0;
         turn = 1 - turn;
+        if (!tiles) end();
     }
 
     // Finishes what is left.
@@ -139,7 +148,9 @@ class Panels {
     }
 
    private:
+    // Strips bring the next panel into the cache, a part each. Tiles finish some rows in each step.
     struct Step {
+        const char* ahead;
         Panels& panels;
         int64_t rows;
         void step() {
@@ -147,13 +158,13 @@ class Panels {
             if (begin < end) panels.finish(panels.l, panels.before, begin, end);
             panels.done = end;
         }
-        void all() { panels.end(); }
     };
 
-    void multiply(const gk_weight& weight, const Strip& strip, int64_t panel, float* y, Step& meanwhile) {
-        const int64_t block = block_bytes(l.dtype, weight.inner);
-        const char* w = (const char*)weight.packed + 2 * panel * block;
+    void multiply(const gk_weight& weight, const Strip& strip, int64_t place, int64_t panel, float* y, int64_t rows) {
+        const int64_t block = block_bytes(l.dtype, weight.inner), last = up(weight.columns, COLUMNS) / COLUMNS - 1;
+        const char *first = (const char*)weight.packed, *w = first + 2 * panel * block;
         const int64_t groups = padded_inner(l.dtype, weight.inner) / group(l.dtype);
+        Step meanwhile{(panel < last ? w + 2 * block : first) + place * (2 * block / TOGETHER), *this, rows};
         if (l.dtype == GK_INT8)
             product(int8_t(), strip.x, strip.stride, strip.rows, w, block, groups, (int32_t*)y, COLUMNS, meanwhile);
         else if (l.dtype == GK_BF16) product(bf16(), strip.x, strip.stride, strip.rows, w, block, groups, y, COLUMNS, meanwhile);
@@ -162,6 +173,8 @@ class Panels {
 
     const gk_linear& l;
     const Finish finish;
+    const int64_t bytes;  // of a row of a block's results
+    const bool tiles = TILES && l.dtype != GK_F32;
     Block before{};
     int64_t done = 0;
     int turn = 0;
@@ -192,24 +205,23 @@ inline bool only_quantised(const gk_linear& l) {
     return !l.first_norm.kind && !l.norm.kind && !l.residual.data && !l.total.data && !l.output.data;
 }
 
-constexpr int64_t TOGETHER = 4;  // strips that share a panel while it is in the cache
-
 // The strips of some rows, as the product reads them, with the sums of their entries.
 struct Strips {
+    const int64_t copy_bytes;
     Strip strip[TOGETHER];
     int64_t count;
     Room copies, sums;
-    int64_t copy_bytes;
     explicit Strips(const gk_linear& l)
-        : copies(TOGETHER * ROWS * padded_inner(l.dtype, l.weight.inner) * item(l.dtype)),
-          sums(TOGETHER * ROWS * 4),
-          copy_bytes(ROWS * padded_inner(l.dtype, l.weight.inner) * item(l.dtype)) {}
+        : copy_bytes(ROWS * padded_inner(l.dtype, l.weight.inner) * item(l.dtype)),
+          copies((ragged(l) ? TOGETHER : 1) * copy_bytes),
+          sums(TOGETHER * ROWS * 4) {}
     bool ready() const { return copies.at && sums.at; }
     int32_t* sums_of(int64_t s) const { return sums.of<int32_t>() + s * ROWS; }
     void take(const gk_linear& l, int64_t from, int64_t end) {
         count = 0;
         for (int64_t at = from; at < end; at += ROWS, count++) {
-            const Strip one = strip_of(l, at, smaller<int64_t>(ROWS, end - at), copies.of<char>() + count * copy_bytes);
+            char* copy = copies.of<char>() + (ragged(l) ? count * copy_bytes : 0);
+            const Strip one = strip_of(l, at, smaller<int64_t>(ROWS, end - at), copy);
             strip[count] = one;
             for (int64_t r = 0; LIFTED && l.dtype == GK_INT8 && r < one.rows; r++)
                 sums_of(count)[r] = row_sum(one.x + r * one.stride, up(l.weight.inner, 64));
@@ -228,9 +240,9 @@ template <class S> int32_t straight(const gk_linear& l, int64_t begin, int64_t e
         for (int64_t panel = first_panel; panel < last_panel; panel++)
             for (int64_t s = 0; s < strips.count; s++) {
                 const int64_t row = start + s * ROWS, column = panel * COLUMNS;
-                panels.next(strips.strip[s], {row, strips.strip[s].rows, panel, nullptr, nullptr,
-                                              row_of<S>(l.output, row) + column, l.output.stride, l.weight.columns - column,
-                                              strips.sums_of(s), nullptr});
+                panels.next(strips.strip[s], s,
+                            {row, strips.strip[s].rows, panel, nullptr, nullptr, row_of<S>(l.output, row) + column, l.output.stride,
+                             l.weight.columns - column, strips.sums_of(s), nullptr});
             }
         panels.end();
     }
@@ -254,9 +266,10 @@ template <class S, class R> int32_t by_blocks(const gk_linear& l, int64_t begin,
         Panels panels(l, sizeof(R) == 2, track);
         for (int64_t panel = 0; panel < width / COLUMNS; panel++)
             for (int64_t s = 0; s < strips.count; s++)
-                panels.next(strips.strip[s], {start + s * ROWS, strips.strip[s].rows, panel, nullptr, nullptr,
-                                              results.of<R>() + s * ROWS * stride + panel * COLUMNS, stride, l.weight.columns - panel * COLUMNS,
-                                              strips.sums_of(s), peaks + s * ROWS});
+                panels.next(strips.strip[s], s,
+                            {start + s * ROWS, strips.strip[s].rows, panel, nullptr, nullptr,
+                             results.of<R>() + s * ROWS * stride + panel * COLUMNS, stride, l.weight.columns - panel * COLUMNS,
+                             strips.sums_of(s), peaks + s * ROWS});
         panels.end();
         for (int64_t row = start; row < smaller(end, start + together * ROWS); row++) {
             R* y = results.of<R>() + (row - start) * stride;

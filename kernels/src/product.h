@@ -5,6 +5,8 @@
 // a multiple of 32 and the inner entries to a multiple of 64 bytes.
 #pragma once
 
+#include <utility>
+
 #include "kernels.h"
 #include "vector.h"
 
@@ -17,6 +19,13 @@ inline int64_t group(int32_t dtype) { return 4 / item(dtype); }
 inline int64_t padded_inner(int32_t dtype, int64_t inner) { return up(inner, 64 / item(dtype)); }
 // Bytes of a block of 16 columns.
 inline int64_t block_bytes(int32_t dtype, int64_t inner) { return padded_inner(dtype, inner) * item(dtype) * 16; }
+
+// What happens beside a product: strips bring memory from `ahead` on into the cache, groups * 32 bytes; tiles call step()
+// after each 64 bytes of inner entries.
+struct Idle {
+    const char* ahead;
+    void step() {}
+};
 
 // x: rows padded to 64 bytes, `stride` in bytes. w: two blocks, the second `block` bytes behind the first. groups: of four
 // bytes a column, a multiple of 16. y: int32 or float32 [rows, 32] with a stride of `ldy`. Rows up to a multiple of 16 may be
@@ -84,16 +93,6 @@ inline void product(bf16, const char* x, int64_t stride, int64_t rows, const cha
     GK_TILE_PRODUCT(_tile_dpbf16ps)
 }
 
-// Nothing to do beside a product.
-struct Idle {
-    void step() {}
-};
-template <class T, class Y>
-inline void product(T kind, const char* x, int64_t stride, int64_t rows, const char* w, int64_t block, int64_t groups, Y* y,
-                    int64_t ldy) {
-    Idle idle;
-    product(kind, x, stride, rows, w, block, groups, y, ldy, idle);
-}
 #else
 constexpr bool TILES = false;
 struct Session {};
@@ -114,19 +113,23 @@ typedef __m256i Lanes;
 // R rows with V accumulators of LANES columns each, for the columns from `lane` on. Dot adds one group of inner entries of one row.
 template <class Dot, int R, int V>
 inline void strip(const char* x, int64_t stride, const char* w, int64_t block, int64_t groups,
-                  typename Dot::Value* y, int64_t ldy, int lane) {
+                  typename Dot::Value* y, int64_t ldy, int lane, const char* ahead) {
     typename Dot::Sum acc[R][V];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) acc[r][v] = Dot::zero();
-    for (int64_t k = 0; k < groups; k++) {
-        typename Dot::Weights b[V];
-        for (int v = 0; v < V; v++) {
-            int column = lane + v * Dot::LANES;
-            b[v] = Dot::weights(w + (column / 16) * block + k * 64 + (column % 16) * 4);
-        }
-        for (int r = 0; r < R; r++) {
-            auto a = Dot::entries(x + r * stride + k * 4);
-            for (int v = 0; v < V; v++) acc[r][v] = Dot::add(acc[r][v], a, b[v]);
+    for (int64_t k = 0; k < groups; k += 4) {
+        __builtin_prefetch(ahead + k * 16);
+#pragma GCC unroll 4
+        for (int64_t i = k; i < k + 4; i++) {
+            typename Dot::Weights b[V];
+            for (int v = 0; v < V; v++) {
+                int column = lane + v * Dot::LANES;
+                b[v] = Dot::weights(w + (column / 16) * block + i * 64 + (column % 16) * 4);
+            }
+            for (int r = 0; r < R; r++) {
+                auto a = Dot::entries(x + r * stride + i * 4);
+                for (int v = 0; v < V; v++) acc[r][v] = Dot::add(acc[r][v], a, b[v]);
+            }
         }
     }
     for (int r = 0; r < R; r++)
@@ -134,19 +137,29 @@ inline void strip(const char* x, int64_t stride, const char* w, int64_t block, i
 }
 
 template <class Dot, int R>
-inline void strips(const char* x, int64_t stride, const char* w, int64_t block, int64_t groups,
-                   typename Dot::Value* y, int64_t ldy) {
+void strips(const char* x, int64_t stride, const char* w, int64_t block, int64_t groups, typename Dot::Value* y, int64_t ldy,
+            const char* ahead) {
     for (int lane = 0; lane < COLUMNS; lane += Dot::VECTORS * Dot::LANES)
-        strip<Dot, R, Dot::VECTORS>(x, stride, w, block, groups, y, ldy, lane);
+        strip<Dot, R, Dot::VECTORS>(x, stride, w, block, groups, y, ldy, lane, ahead);
 }
 
+// The function for a number of rows.
+template <class Dot, int... R> inline auto strips_of(int64_t rows, std::integer_sequence<int, R...>) {
+    static constexpr decltype(&strips<Dot, 1>) all[] = {strips<Dot, R + 1>...};
+    return all[rows - 1];
+}
+
+// Strips of about as many rows each, because a strip of few rows takes as long as one of many.
 template <class Dot>
 inline void by_strips(const char* x, int64_t stride, int64_t rows, const char* w, int64_t block, int64_t groups,
-                      typename Dot::Value* y, int64_t ldy) {
-    int64_t r = 0;
-    for (; r + Dot::ROWS <= rows; r += Dot::ROWS) strips<Dot, Dot::ROWS>(x + r * stride, stride, w, block, groups, y + r * ldy, ldy);
-    for (; r + 4 <= rows; r += 4) strips<Dot, 4>(x + r * stride, stride, w, block, groups, y + r * ldy, ldy);
-    for (; r < rows; r++) strips<Dot, 1>(x + r * stride, stride, w, block, groups, y + r * ldy, ldy);
+                      typename Dot::Value* y, int64_t ldy, const char* ahead) {
+    int64_t row = 0;
+    for (int64_t left = (rows + Dot::ROWS - 1) / Dot::ROWS; left; left--) {
+        const int64_t count = (rows - row) / left;
+        const auto run = strips_of<Dot>(count, std::make_integer_sequence<int, Dot::ROWS>());
+        run(x + row * stride, stride, w, block, groups, y + row * ldy, ldy, ahead + left % 2 * groups * 16);
+        row += count;
+    }
 }
 
 #if defined(__ARM_FEATURE_MATMUL_INT8) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
@@ -218,16 +231,17 @@ struct DotF32 {
     typedef float Value;
     typedef vf Sum;
     typedef vf Weights;
-    static constexpr int LANES = W, VECTORS = W == 16 ? 2 : W == 8 ? 2 : 4, ROWS = W == 16 ? 8 : W == 8 ? 6 : 4;
+    static constexpr int LANES = W, VECTORS = W == 16 ? 2 : W == 8 ? 2 : 4, ROWS = W == 16 ? 11 : W == 8 ? 6 : 4;
     static Sum zero() { return vf{}; }
     static Weights weights(const char* p) { return load((const float*)p); }
     static vf entries(const char* p) { return all(*(const float*)p); }
     static Sum add(Sum s, vf a, vf b) { return fma(a, b, s); }
     static void keep(float* y, Sum s) { store(y, s); }
 };
+template <class Meanwhile>
 inline void product(float, const char* x, int64_t stride, int64_t rows, const char* w, int64_t block, int64_t groups,
-                    float* y, int64_t ldy) {
-    by_strips<DotF32>(x, stride, rows, w, block, groups, y, ldy);
+                    float* y, int64_t ldy, Meanwhile& meanwhile) {
+    by_strips<DotF32>(x, stride, rows, w, block, groups, y, ldy, meanwhile.ahead);
 }
 
 // ---- bf16 --------------------------------------------------------------------------------------------------------
@@ -239,27 +253,30 @@ struct DotBf16 {
     typedef float Value;
     typedef __m512 Sum;
     typedef __m512i Weights;
-    static constexpr int LANES = 16, VECTORS = 2, ROWS = 8;
+    static constexpr int LANES = 16, VECTORS = 2, ROWS = 11;
     static Sum zero() { return _mm512_setzero_ps(); }
     static Weights weights(const char* p) { return _mm512_loadu_si512(p); }
     static __m512i entries(const char* p) { return _mm512_set1_epi32(word(p)); }
     static Sum add(Sum s, __m512i a, __m512i b) { return _mm512_dpbf16_ps(s, (__m512bh)a, (__m512bh)b); }
     static void keep(float* y, Sum s) { _mm512_storeu_ps(y, s); }
 };
+template <class Meanwhile>
 inline void product(bf16, const char* x, int64_t stride, int64_t rows, const char* w, int64_t block, int64_t groups,
-                    float* y, int64_t ldy) {
-    by_strips<DotBf16>(x, stride, rows, w, block, groups, y, ldy);
+                    float* y, int64_t ldy, Meanwhile& meanwhile) {
+    by_strips<DotBf16>(x, stride, rows, w, block, groups, y, ldy, meanwhile.ahead);
 }
 #endif
 #elif defined(GK_PAIRS)
 constexpr bool HAS_BF16 = true;
+template <class Meanwhile>
 inline void product(bf16, const char* x, int64_t stride, int64_t rows, const char* w, int64_t block, int64_t groups,
-                    float* y, int64_t ldy) {
+                    float* y, int64_t ldy, Meanwhile&) {
     by_pairs<PairsBf16>(x, stride, rows, w, block, groups, y, ldy);
 }
 #else
 constexpr bool HAS_BF16 = false;
-inline void product(bf16, const char*, int64_t, int64_t, const char*, int64_t, int64_t, float*, int64_t) {}
+template <class Meanwhile>
+inline void product(bf16, const char*, int64_t, int64_t, const char*, int64_t, int64_t, float*, int64_t, Meanwhile&) {}
 #endif
 
 // ---- int8 --------------------------------------------------------------------------------------------------------
@@ -267,8 +284,9 @@ inline void product(bf16, const char*, int64_t, int64_t, const char*, int64_t, i
 #if defined(GK_PAIRS)
 constexpr bool LIFTED = false;
 inline int32_t row_sum(const char*, int64_t) { return 0; }
+template <class Meanwhile>
 inline void product(int8_t, const char* x, int64_t stride, int64_t rows, const char* w, int64_t block, int64_t groups,
-                    int32_t* y, int64_t ldy) {
+                    int32_t* y, int64_t ldy, Meanwhile&) {
     by_pairs<PairsInt8>(x, stride, rows, w, block, groups, y, ldy);
 }
 #elif !(defined(__AMX_INT8__) && defined(__AMX_BF16__))
@@ -278,7 +296,7 @@ struct DotInt8 {
     typedef int32_t Value;
     typedef Lanes Sum;
     typedef Lanes Weights;
-    static constexpr int LANES = ::LANES, VECTORS = 2, ROWS = LANES == 16 ? 8 : 6;
+    static constexpr int LANES = ::LANES, VECTORS = 2, ROWS = LANES == 16 ? 11 : 6;
 #if defined(__AVX512VNNI__)
     static Sum zero() { return _mm512_setzero_si512(); }
     static Weights weights(const char* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
@@ -364,21 +382,21 @@ inline int32_t row_sum(const char* x, int64_t bytes) {
     return s;
 }
 
+template <class Meanwhile>
 inline void product(int8_t, const char* x, int64_t stride, int64_t rows, const char* w, int64_t block, int64_t groups,
-                    int32_t* y, int64_t ldy) {
-    by_strips<DotInt8>(x, stride, rows, w, block, groups, y, ldy);
+                    int32_t* y, int64_t ldy, Meanwhile& meanwhile) {
+    by_strips<DotInt8>(x, stride, rows, w, block, groups, y, ldy, meanwhile.ahead);
 }
 #else
 constexpr bool LIFTED = false;
 inline int32_t row_sum(const char*, int64_t) { return 0; }
 #endif
 
-// Without tiles nothing runs beside the product.
-template <class T, class Y, class Meanwhile>
+template <class T, class Y>
 inline void product(T kind, const char* x, int64_t stride, int64_t rows, const char* w, int64_t block, int64_t groups, Y* y,
-                    int64_t ldy, Meanwhile& meanwhile) {
-    meanwhile.all();
-    product(kind, x, stride, rows, w, block, groups, y, ldy);
+                    int64_t ldy) {
+    Idle idle{w};
+    product(kind, x, stride, rows, w, block, groups, y, ldy, idle);
 }
 
 }  // namespace
