@@ -115,11 +115,12 @@ def _linear(
         _rows(total),
         _rows(output),
         _NO_ROWS if rows is None else _rows(rows.data, rows.scale),
+        _at(then.factors),
     )
 
 
 def normed_rows(
-    states: Tensor, norm: Norm | None, *, output: bool, quantized: bool
+    states: Tensor, norm: Norm | None, *, output: bool, quantized: bool, factors: Tensor | None = None
 ) -> tuple[Tensor | None, Rows | None]:
     """See :func:`grating_core.kernels.reference.normed_rows`."""
     found = torch.empty_like(states) if output else None
@@ -134,6 +135,7 @@ def normed_rows(
             ctypes.byref(_norm(norm)),
             ctypes.byref(_rows(found)),
             ctypes.byref(_NO_ROWS if rows is None else _rows(rows.data, rows.scale)),
+            c_void_p(_at(factors)),
         )
     )
     return found, rows
@@ -245,7 +247,7 @@ def features(
 def new_rows(count: int, width: int) -> Rows:
     """Return int8 rows to write to."""
     return Rows(
-        torch.empty(count, -(-width // 64) * 64, dtype=torch.int8), torch.empty(count, dtype=torch.float32)
+        torch.empty(count, -(-width // 64) * 64, dtype=torch.int8), torch.empty(count, 2, dtype=torch.float32)
     )
 
 
@@ -268,7 +270,12 @@ def _rows(data: Tensor | None, scale: Tensor | None = None) -> RowsStruct:
 
 def _weight(weight: Weight) -> WeightStruct:
     return WeightStruct(
-        weight.packed.data_ptr(), _at(weight.scale), _at(weight.bias), weight.columns, weight.inner
+        weight.packed.data_ptr(),
+        _at(weight.scale),
+        _at(weight.sums),
+        _at(weight.bias),
+        weight.columns,
+        weight.inner,
     )
 
 

@@ -18,6 +18,9 @@ class Weight(NamedTuple):
         inner: Number of entries of a row of the input.
         scale: Scales of the columns of an int8 matrix, float32 ``[columns padded to 32]``; else None.
         bias: What is added to the columns, float32 ``[columns padded to 32]``; None for nothing.
+        sums: The sum of each column of an int8 matrix, times its scale, of the same shape; else None.
+        factors: What rows are multiplied by before they become int8, float32 ``[inner]``. The matrix has been
+            divided by them. None for nothing.
     """
 
     packed: Tensor
@@ -26,6 +29,8 @@ class Weight(NamedTuple):
     inner: int
     scale: Tensor | None = None
     bias: Tensor | None = None
+    sums: Tensor | None = None
+    factors: Tensor | None = None
 
 
 class Norm(NamedTuple):
@@ -51,7 +56,7 @@ class Rows(NamedTuple):
 
     Attributes:
         data: States ``[T, width]``, or int8 ``[T, width padded with zeros to 64]``.
-        scale: Scales of int8 rows, float32 ``[T]``; else None.
+        scale: Of int8 rows, float32 ``[T, 2]``: entry q stands for ``scale[0] * q + scale[1]``. Else None.
     """
 
     data: Tensor
@@ -70,6 +75,7 @@ class Then(NamedTuple):
         total: Whether the sum is asked for, as states.
         output: Whether what the norm gives is asked for, as states.
         quantized: Whether what the norm gives is asked for, as int8 rows.
+        factors: What these rows are multiplied by before, float32 ``[columns]``; None for nothing.
     """
 
     states: torch.dtype
@@ -80,6 +86,7 @@ class Then(NamedTuple):
     total: bool = False
     output: bool = True
     quantized: bool = False
+    factors: Tensor | None = None
 
 
 class Map(NamedTuple):

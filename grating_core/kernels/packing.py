@@ -21,26 +21,47 @@ _AT_ONCE = 1 << 20  # entries of a matrix that are packed at a time
 PACKING = 16 * _AT_ONCE
 """The bytes that packing takes beside a matrix and what becomes of it: copies of some columns in float32."""
 LEAST = 1e-30
-"""A row whose largest magnitude is below this is quantised to zeros: 127 divided by it would not be finite."""
+"""A row whose largest magnitude, or half of whose range, is below this is quantised to zeros: 127 divided by it
+would not be finite."""
 
 
-def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise each row by its largest magnitude.
+def quantized(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise each column of a matrix ``[columns, inner]`` by its largest magnitude.
+
+    Returns:
+        The entries, int8 ``[columns, inner]``, and the scales that give the columns back, float32 ``[columns]``.
+    """
+    wide = matrix.float()
+    peak = wide.abs().amax(-1) if wide.shape[-1] else wide.new_zeros(len(wide))
+    return _entries(wide, peak), torch.where(peak < LEAST, 0.0, peak * (1 / 127))
+
+
+def quantized_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise each row by the range of its entries and zero.
+
+    The two ends of the range become -127 and 127. What an activation such as GELU gives has few entries below
+    zero, so that this is nearly twice as fine as to quantise by the largest magnitude.
 
     Args:
         rows: Rows ``[T, width]``.
 
     Returns:
-        The entries, int8 ``[T, width]``, and the scales that give the rows back, float32 ``[T]``. The scale of a
-        row that is not finite is NaN, so that whatever is computed from the row is NaN.
+        The entries, int8 ``[T, width]``, and what gives the rows back, float32 ``[T, 2]``: entry q stands for
+        ``scale[0] * q + scale[1]``. The scale of a row that is not finite is NaN, so that whatever is computed
+        from the row is NaN.
     """
-    wide = rows.float()
-    peak = wide.abs().amax(-1) if wide.shape[-1] else wide.new_zeros(len(wide))
-    peak = torch.where(peak.isfinite(), peak, torch.nan)
-    zero = peak < LEAST
-    by = torch.where(zero, 0.0, 127 / peak)
-    entries = (wide * by[:, None]).nan_to_num_(0, 0, 0).round_().to(torch.int8)
-    return entries, torch.where(zero, 0.0, peak * (1 / 127))
+    wide = pad(rows.float(), (0, 1))  # with a zero
+    high, low = wide.amax(-1) / 2, wide.amin(-1) / 2
+    half = torch.where((high - low).isfinite(), high - low, torch.nan)
+    middle = torch.where(half >= LEAST, high + low, 0.0)
+    scale = torch.where(half < LEAST, 0.0, half * (1 / 127))
+    return _entries(wide[:, :-1] - middle[:, None], half), torch.stack((scale, middle), -1)
+
+
+def _entries(wide: Tensor, most: Tensor) -> Tensor:
+    """Return int8 entries ``[T, width]``, 127 for the magnitude that stands for it in each row."""
+    by = torch.where(most < LEAST, 0.0, 127 / most)
+    return (wide * by[:, None]).nan_to_num_(0, 0, 0).round_().to(torch.int8)
 
 
 def pack(matrix: Tensor) -> Tensor:
@@ -85,6 +106,7 @@ def packed_weight(
     bias: Tensor | None,
     dtype: torch.dtype,
     pack_in_place: Callable[[Tensor], Tensor] | None = None,
+    factors: Tensor | None = None,
 ) -> Weight:
     """Pack a matrix, and quantise it by column if the dtype is int8.
 
@@ -93,23 +115,26 @@ def packed_weight(
         bias: What is added to the columns, ``[columns]``; None for nothing.
         dtype: The dtype of the packed entries: int8, bfloat16 or float32.
         pack_in_place: What packs a matrix of this dtype in its own memory; None to leave the matrix as it is.
+        factors: What an int8 matrix is divided by, float32 ``[inner]``, because rows are multiplied by it; None
+            for nothing.
     """
     columns, inner = matrix.shape
     biases = None if bias is None else _padded(bias)
     if pack_in_place is not None:
         return Weight(pack_in_place(matrix), dtype, columns, inner, None, biases)
     packed = matrix.new_empty(packed_bytes(dtype, columns, inner), dtype=torch.int8)
-    scale = matrix.new_zeros(padded_columns(columns), dtype=torch.float32) if dtype == torch.int8 else None
+    scale, sums = torch.zeros(2, padded_columns(columns)) if dtype == torch.int8 else (None, None)
     each = packed_bytes(dtype, _COLUMNS, inner) // _COLUMNS
     # Some columns at a time, because quantising all would take memory for copies of them in float32.
     step = max(_COLUMNS, _AT_ONCE // max(1, inner) // _COLUMNS * _COLUMNS)
     for start in range(0, columns, step):
         part = matrix[start : start + step]
         end = start + len(part)
-        if scale is not None:
-            part, scale[start:end] = quantized(part)
+        if scale is not None and sums is not None:
+            part, scale[start:end] = quantized(part if factors is None else part / factors)
+            sums[start:end] = part.sum(-1) * scale[start:end]
         packed[start * each : padded_columns(end) * each] = pack(part.to(dtype))
-    return Weight(packed, dtype, columns, inner, scale, biases)
+    return Weight(packed, dtype, columns, inner, scale, biases, sums, factors)
 
 
 def _padded(values: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from grating_core.kernels.activations import ACTIVATIONS
 from grating_core.kernels.operands import Finished, Map, Norm, Rows, Then, Weight
-from grating_core.kernels.packing import quantized, unpacked
+from grating_core.kernels.packing import quantized_rows, unpacked
 
 _FAR = 1e4  # from here on an activation is its argument, or one, and below zero it is zero, or minus one
 
@@ -44,7 +44,9 @@ def linear(
     if then.norm is not None:
         states = normed(states, then.norm)
     return Finished(
-        total, states.to(then.states) if then.output else None, _rows(states) if then.quantized else None
+        total,
+        states.to(then.states) if then.output else None,
+        _rows(states, then.factors) if then.quantized else None,
     )
 
 
@@ -78,11 +80,21 @@ def chain(x: Rows, maps: tuple[Map, Map, Map], residual: Tensor) -> None:
 
 
 def normed_rows(
-    states: Tensor, norm: Norm | None, *, output: bool, quantized: bool
+    states: Tensor, norm: Norm | None, *, output: bool, quantized: bool, factors: Tensor | None = None
 ) -> tuple[Tensor | None, Rows | None]:
-    """Return the norm of states ``[T, width]``, as states and as int8 rows, each if it is asked for."""
+    """Return the norm of states ``[T, width]``, as states and as int8 rows, each if it is asked for.
+
+    Args:
+        states: The states.
+        norm: The norm; None for none.
+        output: Whether states are asked for.
+        quantized: Whether int8 rows are asked for.
+        factors: What these rows are multiplied by before, float32 ``[width]``; None for nothing.
+    """
     found = states.float() if norm is None else normed(states.float(), norm)
-    return found.to(states.dtype) if output else None, _rows(found.to(states.dtype)) if quantized else None
+    return found.to(states.dtype) if output else None, _rows(
+        found.to(states.dtype), factors
+    ) if quantized else None
 
 
 def turn_heads(states: Tensor, heads: int, norm: Norm | None, cosine: Tensor | None, sine: Tensor | None) -> None:
@@ -120,10 +132,12 @@ def _product(x: Rows, weight: Weight) -> Tensor:
         found = x.data.float() @ matrix.float().t()
     else:
         assert weight.scale is not None
+        assert weight.sums is not None
         # The product of int8 needs more than 16 rows in some releases of torch, and gives exact sums.
         entries = pad(x.data[:, : weight.inner], (0, 0, 0, max(0, 17 - len(x.data))))
         sums = torch._int_mm(entries.contiguous(), matrix.t().contiguous())[: len(x.data)]
-        found = sums.float() * (weight.scale[: weight.columns] * x.scale[:, None])
+        scale, middle = x.scale[:, :1], x.scale[:, 1:]
+        found = sums.float() * (weight.scale[: weight.columns] * scale) + weight.sums[: weight.columns] * middle
     return found if weight.bias is None else found + weight.bias[: weight.columns]
 
 
@@ -135,6 +149,6 @@ def _activated(states: Tensor, name: str | None) -> Tensor:
     return found if name == "tanh" else found.where(states < _FAR, states)
 
 
-def _rows(states: Tensor) -> Rows:
-    entries, scale = quantized(states)
+def _rows(states: Tensor, factors: Tensor | None) -> Rows:
+    entries, scale = quantized_rows(states if factors is None else states * factors)
     return Rows(pad(entries, (0, -entries.shape[1] % 64)), scale)

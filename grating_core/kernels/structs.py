@@ -15,6 +15,7 @@ class WeightStruct(Structure):
     _fields_ = [
         ("packed", c_void_p),
         ("scale", c_void_p),
+        ("sums", c_void_p),
         ("bias", c_void_p),
         ("columns", c_int64),
         ("inner", c_int64),
@@ -45,6 +46,7 @@ class LinearStruct(Structure):
         ("total", RowsStruct),
         ("output", RowsStruct),
         ("quantised", RowsStruct),
+        ("factors", c_void_p),
     ]
 
 

@@ -80,7 +80,7 @@ def tensors_of(layer: PackedLayer) -> dict[str, Tensor]:
     """Return the tensors of a packed layer by name, such as ``"up.packed"``, to be stored."""
     found = {}
     for name, part in (*layer.products.items(), *layer.norms.items()):
-        for field in ("packed", "scale", "weight", "bias"):
+        for field in ("packed", "scale", "sums", "factors", "weight", "bias"):
             tensor = getattr(part, field, None)
             if tensor is not None:
                 found[f"{name}.{field}"] = tensor
@@ -98,7 +98,7 @@ def layout_of(spec: LayerSpec, weights: Weights, states: torch.dtype, quantized:
         dtype = torch.int8 if role in quantized else states
         found[f"{role}.packed"] = torch.int8, (packed_bytes(dtype, columns, inner),)
         padded = torch.float32, (padded_columns(columns),)
-        found |= {f"{role}.scale": padded} if role in quantized else {}
+        found |= {f"{role}.scale": padded, f"{role}.sums": padded} if role in quantized else {}
         found |= {f"{role}.bias": padded} if f"{role}.bias" in weights else {}
     for name in (f"{role}.{kind}" for role in _NORMS for kind in ("weight", "bias")):
         if name in weights:
@@ -122,11 +122,12 @@ def layer_of(
     """
     products = {}
     for role in products_of(spec):
-        packed, scale, bias = (tensors.get(f"{role}.{field}") for field in ("packed", "scale", "bias"))
+        packed = tensors.get(f"{role}.packed")
         assert packed is not None
         columns, inner = spec.shape(role)
         dtype = torch.int8 if role in quantized else states
-        products[role] = Weight(packed, dtype, columns, inner, scale, bias)
+        others = (tensors.get(f"{role}.{field}") for field in ("scale", "bias", "sums", "factors"))
+        products[role] = Weight(packed, dtype, columns, inner, *others)
     norms = {
         role: _norm(spec, tensors[f"{role}.weight"], tensors.get(f"{role}.bias"))
         for role in _NORMS

@@ -11,7 +11,7 @@
 #endif
 
 // Raised whenever a struct or the meaning of a function changes: a module of another version is refused.
-#define GK_VERSION 2
+#define GK_VERSION 3
 #define GK_NO_MEMORY 1
 
 enum gk_dtype { GK_INT8 = 0, GK_BF16 = 1, GK_F32 = 2 };
@@ -28,17 +28,18 @@ struct gk_norm {
     const float* bias;
 };
 
-// A packed weight [columns, inner]. scale (of int8) and bias (null for none) are float32 [columns padded to 32]. Entries of
-// int8 rows and weights lie in -127 ... 127.
+// A packed weight [columns, inner]. scale and sums (of int8) and bias (null for none) are float32 [columns padded to 32]. A sum is
+// that of a column's entries times its scale. Entries of int8 rows and weights lie in -127 ... 127.
 struct gk_weight {
     const void* packed;
     const float* scale;
+    const float* sums;
     const float* bias;
     int64_t columns;
     int64_t inner;
 };
 
-// Rows of states, or of quantised states with a scale each.
+// Rows of states, or of quantised states. Of those, scale is float32 [rows, 2]: entry q stands for scale[0] * q + scale[1].
 struct gk_rows {
     void* data;
     int64_t stride;
@@ -62,6 +63,7 @@ struct gk_linear {
     gk_rows total;       // the sum before the norm; data is null if it is not asked for
     gk_rows output;      // data is null if it is not asked for
     gk_rows quantised;   // int8 rows of the output, padded with zeros to a multiple of 64; data is null for none
+    const float* factors;  // of the columns before they are quantised; null for none
 };
 
 // Queries of consecutive tokens of one sequence, and the keys and values that they may see.
@@ -146,10 +148,10 @@ GK_API int32_t gk_run_linear(const gk_linear*);
 GK_API int32_t gk_run_chain(const gk_linear steps[3]);
 GK_API int32_t gk_run_attention(const gk_attention*);
 GK_API int32_t gk_run_features(const gk_features*);
-// The rows of `norm(x)`, states of the dtype `states` [rows, width]: as states, or quantised, or both.
+// The rows of `norm(x)`, states of the dtype `states` [rows, width]: as states, or quantised, or both. See gk_linear for factors.
 GK_API int32_t gk_run_rows(
     int32_t states, int64_t rows, int64_t width, const gk_rows* x, const gk_norm* norm, const gk_rows* output,
-    const gk_rows* quantised);
+    const gk_rows* quantised, const float* factors);
 // Norm (of each head) and rotation in place of states [rows, heads, size]; cosine and sine are float32 [rows, size / 2].
 GK_API int32_t gk_run_heads(
     int32_t states, int64_t rows, int64_t heads, int64_t size, const gk_rows* x, const gk_norm* norm,

@@ -92,7 +92,7 @@ struct Between {
             give<S>(l[step].total, number, width);
             give<S>(l[step].output, number, width);
             give<int8_t>(l[step].quantised, number, up(width, 64));
-            if (quantised) l[step].quantised.scale = (float*)room[count++].make(number * 4);
+            if (quantised) l[step].quantised.scale = (float*)room[count++].make(number * 8);
             l[step + 1].x = l[step + 1].dtype == GK_INT8 ? l[step].quantised : l[step].output;
         }
         l[2].residual = l[0].total.data ? l[0].total : l[0].output;
@@ -105,7 +105,7 @@ struct Between {
 // Goes on by some rows of so many bytes an entry.
 inline void skip(gk_rows& rows, int64_t number, int64_t size) {
     rows.data = (char*)rows.data + number * rows.stride * size;
-    rows.scale += rows.scale ? number : 0;
+    rows.scale += rows.scale ? 2 * number : 0;
 }
 
 // The rows pass in blocks through the same room, which is made once: fresh memory costs more than what is computed in it.
@@ -143,12 +143,12 @@ struct RowsJob {
     int64_t width, heads;
     const gk_rows *x, *output, *quantised;
     const gk_norm* norm;
-    const float *cosine, *sine;
+    const float *cosine, *sine, *factors;
 };
 void rows_task(const void* at, int64_t begin, int64_t end, int32_t* failed) {
     const RowsJob& j = *(const RowsJob*)at;
     auto run = j.states == GK_BF16 ? run_rows<bf16> : run_rows<float>;
-    if (run(begin, end, j.width, *j.x, *j.norm, *j.output, *j.quantised)) *failed = GK_NO_MEMORY;
+    if (run(begin, end, j.width, *j.x, *j.norm, *j.output, *j.quantised, j.factors)) *failed = GK_NO_MEMORY;
 }
 void heads_task(const void* at, int64_t begin, int64_t end, int32_t* failed) {
     const RowsJob& j = *(const RowsJob*)at;
@@ -156,13 +156,13 @@ void heads_task(const void* at, int64_t begin, int64_t end, int32_t* failed) {
     if (run(begin, end, j.heads, j.width, *j.x, *j.norm, j.cosine, j.sine)) *failed = GK_NO_MEMORY;
 }
 int32_t rows(const Host& host, int32_t states, int64_t count, int64_t width, const gk_rows* x, const gk_norm* norm,
-             const gk_rows* output, const gk_rows* quantised) {
-    RowsJob job{states, width, 0, x, output, quantised, norm, nullptr, nullptr};
+             const gk_rows* output, const gk_rows* quantised, const float* factors) {
+    RowsJob job{states, width, 0, x, output, quantised, norm, nullptr, nullptr, factors};
     return spread(host, count, rows_task, &job);
 }
 int32_t heads(const Host& host, int32_t states, int64_t count, int64_t number, int64_t size, const gk_rows* x,
               const gk_norm* norm, const float* cosine, const float* sine) {
-    RowsJob job{states, size, number, x, nullptr, nullptr, norm, cosine, sine};
+    RowsJob job{states, size, number, x, nullptr, nullptr, norm, cosine, sine, nullptr};
     return spread(host, count, heads_task, &job);
 }
 

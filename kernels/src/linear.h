@@ -39,7 +39,7 @@ struct Block {
     int64_t stride;
     int64_t columns;
     const int32_t* sums;
-    Peak* peaks;     // of the rows; null if nobody needs them
+    Extent* extents;  // of the rows; null if nobody needs them
 };
 typedef void (*Finish)(const gk_linear&, const Block&, int64_t begin, int64_t end);
 
@@ -54,60 +54,61 @@ template <int ACTIVATION> inline vf activate(vf x) {
 
 // Scales and shifts the columns of a panel.
 template <bool INT8> struct Scaled {
-    vf scale[COLUMNS / W], bias[COLUMNS / W];
+    vf scale[COLUMNS / W], sums[COLUMNS / W], bias[COLUMNS / W];
     Scaled(const gk_weight& weight, int64_t panel) {
         for (int v = 0; v < COLUMNS / W; v++) {
             scale[v] = INT8 ? load(weight.scale + panel * COLUMNS + v * W) : vf{};
+            sums[v] = INT8 ? load(weight.sums + panel * COLUMNS + v * W) : vf{};
             bias[v] = weight.bias ? load(weight.bias + panel * COLUMNS + v * W) : vf{};
         }
     }
-    vf operator()(const float* y, int v, vf row_scale, int32_t lift) const {
+    vf operator()(const float* y, int v, vf row_scale, vf middle, int32_t lift) const {
         if (!INT8) return load(y + v * W) + bias[v];
         const vi sum = load((const int32_t*)y + v * W) - lift;
-        return fma(__builtin_convertvector(sum, vf), scale[v] * row_scale, bias[v]);
+        return fma(__builtin_convertvector(sum, vf), scale[v] * row_scale, fma(sums[v], middle, bias[v]));
     }
 };
 
 // Bias, activation and gate of some rows of a block.
-template <int ACTIVATION, bool INT8, bool GATED, bool PEAKS, class S>
+template <int ACTIVATION, bool INT8, bool GATED, bool EXTENTS, class S>
 void finish_rows(const gk_linear& l, const Block& block, int64_t begin, int64_t end) {
     const Scaled<INT8> own(l.weight, block.panel), gate(GATED ? l.gate : l.weight, block.panel);
-    const float* scales = INT8 ? l.x.scale + block.row : nullptr;
+    const float* scales = INT8 ? l.x.scale + 2 * block.row : nullptr;
     const int64_t n = block.columns;
     S* out = (S*)block.out + begin * block.stride;
     for (int64_t r = begin; r < end; r++, out += block.stride) {
-        const vf scale = all(INT8 ? scales[r] : 0.0f);
+        const vf scale = all(INT8 ? scales[2 * r] : 0.0f), middle = all(INT8 ? scales[2 * r + 1] : 0.0f);
         const int32_t lift = LIFTED && INT8 ? 128 * block.sums[r] : 0;
-        Peak peak = PEAKS ? block.peaks[r] : Peak();
+        Extent extent = EXTENTS ? block.extents[r] : Extent();
 #pragma GCC unroll 8
         for (int v = 0; v < COLUMNS / W; v++) {
-            vf x = own(block.y + r * COLUMNS, v, scale, lift);
-            if (GATED) x *= activate<ACTIVATION>(gate(block.z + r * COLUMNS, v, scale, lift));
+            vf x = own(block.y + r * COLUMNS, v, scale, middle, lift);
+            if (GATED) x *= activate<ACTIVATION>(gate(block.z + r * COLUMNS, v, scale, middle, lift));
             else x = activate<ACTIVATION>(x);
-            if (PEAKS) peak.add(first(as_state<S>(x), n - v * W));
+            if (EXTENTS) extent.add(first(as_state<S>(x), n - v * W));
             if (v * W < n) store_at(out, v * W, n, x);
         }
-        if (PEAKS) block.peaks[r] = peak;
+        if (EXTENTS) block.extents[r] = extent;
     }
 }
 
-template <int ACTIVATION, bool INT8, bool GATED> Finish finish_at(bool halves, bool peaks) {
-    if (peaks) return halves ? finish_rows<ACTIVATION, INT8, GATED, true, bf16> : finish_rows<ACTIVATION, INT8, GATED, true, float>;
+template <int ACTIVATION, bool INT8, bool GATED> Finish finish_at(bool halves, bool extents) {
+    if (extents) return halves ? finish_rows<ACTIVATION, INT8, GATED, true, bf16> : finish_rows<ACTIVATION, INT8, GATED, true, float>;
     return halves ? finish_rows<ACTIVATION, INT8, GATED, false, bf16> : finish_rows<ACTIVATION, INT8, GATED, false, float>;
 }
-template <int ACTIVATION> Finish finish_with(const gk_linear& l, bool halves, bool peaks) {
+template <int ACTIVATION> Finish finish_with(const gk_linear& l, bool halves, bool extents) {
     if (l.dtype == GK_INT8)
-        return l.gate.packed ? finish_at<ACTIVATION, true, true>(halves, peaks) : finish_at<ACTIVATION, true, false>(halves, peaks);
-    return l.gate.packed ? finish_at<ACTIVATION, false, true>(halves, peaks) : finish_at<ACTIVATION, false, false>(halves, peaks);
+        return l.gate.packed ? finish_at<ACTIVATION, true, true>(halves, extents) : finish_at<ACTIVATION, true, false>(halves, extents);
+    return l.gate.packed ? finish_at<ACTIVATION, false, true>(halves, extents) : finish_at<ACTIVATION, false, false>(halves, extents);
 }
-inline Finish finish_of(const gk_linear& l, bool halves, bool peaks) {
+inline Finish finish_of(const gk_linear& l, bool halves, bool extents) {
     switch (l.activation) {
-        case GK_GELU: return finish_with<GK_GELU>(l, halves, peaks);
-        case GK_GELU_TANH: return finish_with<GK_GELU_TANH>(l, halves, peaks);
-        case GK_SILU: return finish_with<GK_SILU>(l, halves, peaks);
-        case GK_RELU: return finish_with<GK_RELU>(l, halves, peaks);
-        case GK_TANH: return finish_with<GK_TANH>(l, halves, peaks);
-        default: return finish_with<GK_NONE>(l, halves, peaks);
+        case GK_GELU: return finish_with<GK_GELU>(l, halves, extents);
+        case GK_GELU_TANH: return finish_with<GK_GELU_TANH>(l, halves, extents);
+        case GK_SILU: return finish_with<GK_SILU>(l, halves, extents);
+        case GK_RELU: return finish_with<GK_RELU>(l, halves, extents);
+        case GK_TANH: return finish_with<GK_TANH>(l, halves, extents);
+        default: return finish_with<GK_NONE>(l, halves, extents);
     }
 }
 
@@ -118,8 +119,8 @@ constexpr int64_t TOGETHER = 4;  // strips that share a panel while it is in the
 class Panels {
    public:
     // halves: whether the results are bf16, and not float32.
-    Panels(const gk_linear& l, bool halves, bool peaks)
-        : l(l), finish(finish_of(l, halves, peaks)), bytes(COLUMNS * (halves ? 2 : 4)) {}
+    Panels(const gk_linear& l, bool halves, bool extents)
+        : l(l), finish(finish_of(l, halves, extents)), bytes(COLUMNS * (halves ? 2 : 4)) {}
 
     // The next block is of the strip that has the number `place` among those of its panel.
     void next(const Strip& strip, int64_t place, Block block) {
@@ -195,14 +196,14 @@ template <class S> inline void finish_row(const gk_linear& l, int64_t row, float
             store_at(y, i, n, x);
             if (total) store_at(total, i, n, x);
         }
-    end_row<S>(y, n, l.norm, l.output, l.quantised, row);
+    end_row<S>(y, n, l.norm, l.output, l.quantised, l.factors, row);
 }
 
 inline bool only_output(const gk_linear& l) {
     return !l.first_norm.kind && !l.norm.kind && !l.residual.data && !l.total.data && !l.quantised.data;
 }
 inline bool only_quantised(const gk_linear& l) {
-    return !l.first_norm.kind && !l.norm.kind && !l.residual.data && !l.total.data && !l.output.data;
+    return !l.first_norm.kind && !l.norm.kind && !l.residual.data && !l.total.data && !l.output.data && !l.factors;
 }
 
 // The strips of some rows, as the product reads them, with the sums of their entries.
@@ -257,25 +258,24 @@ template <class S, class R> int32_t by_blocks(const gk_linear& l, int64_t begin,
     const bool track = only_quantised(l);
     [[maybe_unused]] Session session;
     Strips strips(l);
-    Room results(together * ROWS * stride * sizeof(R)), peak_room(together * ROWS * sizeof(Peak));
-    if (!strips.ready() || !results.at || !peak_room.at) return GK_NO_MEMORY;
-    Peak* peaks = peak_room.of<Peak>();
+    Room results(together * ROWS * stride * sizeof(R)), extent_room(together * ROWS * sizeof(Extent));
+    if (!strips.ready() || !results.at || !extent_room.at) return GK_NO_MEMORY;
+    Extent* extents = extent_room.of<Extent>();
     for (int64_t start = begin; start < end; start += together * ROWS) {
         strips.take(l, start, smaller(end, start + together * ROWS));
-        for (int64_t r = 0; track && r < together * ROWS; r++) peaks[r] = Peak();
+        for (int64_t r = 0; track && r < together * ROWS; r++) extents[r] = Extent();
         Panels panels(l, sizeof(R) == 2, track);
         for (int64_t panel = 0; panel < width / COLUMNS; panel++)
             for (int64_t s = 0; s < strips.count; s++)
                 panels.next(strips.strip[s], s,
                             {start + s * ROWS, strips.strip[s].rows, panel, nullptr, nullptr,
                              results.of<R>() + s * ROWS * stride + panel * COLUMNS, stride, l.weight.columns - panel * COLUMNS,
-                             strips.sums_of(s), peaks + s * ROWS});
+                             strips.sums_of(s), extents + s * ROWS});
         panels.end();
         for (int64_t row = start; row < smaller(end, start + together * ROWS); row++) {
             R* y = results.of<R>() + (row - start) * stride;
             if (track)
-                quantise(y, l.weight.columns, peaks[row - start].value(), row_of<int8_t>(l.quantised, row),
-                         l.quantised.scale + row);
+                quantise(y, l.weight.columns, extents[row - start], row_of<int8_t>(l.quantised, row), l.quantised.scale + 2 * row);
             else finish_row<S>(l, row, (float*)y);
         }
     }

@@ -8,36 +8,49 @@
 
 namespace {
 
-// A row whose largest entry is below this is a row of zeros: 127 divided by it would not be finite.
+// A row with half of its range below this is a row of zeros: 127 divided by it would not be finite.
 constexpr float least = 1e-30f;
 
-// The largest magnitude of a row, or NaN if an entry is not finite. As whole numbers, the bits of magnitudes have the order
-// of the magnitudes, and those of what is not finite are the largest.
-struct Peak {
-    vi most = {};
-    void add(vf x) { most = maximum(most, bits<vi>(absolute(x))); }
-    float value() const {
-        const int32_t found = top(most);
-        return bits<float>(found < 0x7f800000 ? found : 0x7fc00000);
+// The range of a row's entries and zero. As signed numbers, the bits of entries above zero have the order of the entries; as
+// unsigned numbers, those of entries below zero have the order of the magnitudes. The bits of what is not finite are the largest.
+struct Extent {
+    vi above = {};
+    vu below = {};
+    void add(vf x) {
+        above = maximum(above, bits<vi>(x));
+        below = maximum(below, bits<vu>(x));
+    }
+    // The middle of the range, and half of its length, which is NaN if an entry is not finite.
+    void measure(float& middle, float& half) const {
+        const int32_t most = top(above);
+        const uint32_t lowest = top(below);
+        const bool finite = most < 0x7f800000 && lowest < 0xff800000u;
+        const float a = bits<float>(most) * 0.5f, b = lowest >> 31 ? bits<float>(lowest) * 0.5f : 0.0f;
+        middle = a + b;
+        half = finite ? a - b : NAN;
     }
 };
 
-// Quantises a row of n states by its largest magnitude, and fills with zeros to a multiple of 64. Of a row that is not
-// finite the scale is NaN, so that whatever is computed from the row is NaN.
+// Quantises a row of n states by its range, and fills with zeros to a multiple of 64. Of a row that is not finite the scale is
+// NaN, so that whatever is computed from the row is NaN.
 template <class S>
-inline void quantise(const S* y, int64_t n, float peak, int8_t* q, float* scale) {
-    if (!(peak >= least)) {
-        *scale = peak < least ? 0.0f : NAN;
+inline void quantise(const S* y, int64_t n, const Extent& extent, int8_t* q, float* scale) {
+    float middle, half;
+    extent.measure(middle, half);
+    if (!(half >= least)) {
+        scale[0] = half < least ? 0.0f : NAN;
+        scale[1] = 0;
         memset(q, 0, up(n, 64));
         return;
     }
-    const vf by = all(127.0f / peak);
-    *scale = peak * (1.0f / 127.0f);
+    const vf by = all(127.0f / half);
+    scale[0] = half * (1.0f / 127.0f);
+    scale[1] = middle;
     int64_t i = 0;
-    for (; i + W <= n; i += W) store(q + i, rounded(load(y + i) * by));
+    for (; i + W <= n; i += W) store(q + i, rounded((load(y + i) - middle) * by));
     if (i < n) {
         int8_t rest[W];
-        store(rest, rounded(load_some(y + i, n - i) * by));
+        store(rest, rounded((load_some(y + i, n - i) - middle) * by));
         memcpy(q + i, rest, n - i);
     }
     memset(q + n, 0, up(n, 64) - n);
@@ -75,8 +88,9 @@ template <class S> inline S* row_of(const gk_rows& rows, int64_t row) { return (
 
 // The end of every row: norm, output and quantised output of n floats, which are overwritten.
 template <class S>
-inline void end_row(float* y, int64_t n, const gk_norm& norm, const gk_rows& output, const gk_rows& quantised, int64_t row) {
-    Peak peak;
+inline void end_row(float* y, int64_t n, const gk_norm& norm, const gk_rows& output, const gk_rows& quantised,
+                    const float* factors, int64_t row) {
+    Extent extent;
     Normed found;
     if (norm.kind) found = measure(y, n, norm);
     S* out = output.data ? row_of<S>(output, row) : nullptr;
@@ -85,25 +99,25 @@ inline void end_row(float* y, int64_t n, const gk_norm& norm, const gk_rows& out
         if (norm.kind) x = apply(norm, found, x, i, n);
         if (out) store_at(out, i, n, x);
         if (quantised.data) {
-            x = as_state<S>(x);
-            peak.add(first(x, n - i));
+            x = as_state<S>(factors ? x * load_at(factors, i, n) : x);
+            extent.add(first(x, n - i));
             store_at(y, i, n, x);
         }
     }
     if (quantised.data)
-        quantise(y, n, peak.value(), row_of<int8_t>(quantised, row), quantised.scale + row);
+        quantise(y, n, extent, row_of<int8_t>(quantised, row), quantised.scale + 2 * row);
 }
 
 template <class S>
 int32_t run_rows(int64_t begin, int64_t end, int64_t width, const gk_rows& x, const gk_norm& norm, const gk_rows& output,
-                 const gk_rows& quantised) {
+                 const gk_rows& quantised, const float* factors) {
     Room room(up(width, 64) * 4);
     float* y = room.of<float>();
     if (!y) return GK_NO_MEMORY;
     for (int64_t row = begin; row < end; row++) {
         const S* from = row_of<S>(x, row);
         for (int64_t i = 0; i < width; i += W) store_at(y, i, width, load_at(from, i, width));
-        end_row<S>(y, width, norm, output, quantised, row);
+        end_row<S>(y, width, norm, output, quantised, factors, row);
     }
     return 0;
 }

@@ -189,8 +189,24 @@ inline vi maximum(vi a, vi b) {
     return a > b ? a : b;
 #endif
 }
+inline vu maximum(vu a, vu b) {
+#if defined(__AVX512F__)
+    return (vu)_mm512_max_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (vu)_mm256_max_epu32((__m256i)a, (__m256i)b);
+#elif defined(__ARM_NEON)
+    return (vu)vmaxq_u32((uint32x4_t)a, (uint32x4_t)b);
+#else
+    return a > b ? a : b;
+#endif
+}
 inline int32_t top(vi x) {
     int32_t m = x[0];
+    for (int i = 1; i < W; i++) m = x[i] > m ? x[i] : m;
+    return m;
+}
+inline uint32_t top(vu x) {
+    uint32_t m = x[0];
     for (int i = 1; i < W; i++) m = x[i] > m ? x[i] : m;
     return m;
 }

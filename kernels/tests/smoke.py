@@ -19,7 +19,7 @@ module.gk_levels(names, 256)
 levels = names.value.split()
 assert levels
 
-row, quantized, scale = (ctypes.c_float * 4)(1, -2, 0, 127), (ctypes.c_int8 * 64)(), ctypes.c_float()
+row, quantized, scale = (ctypes.c_float * 4)(1, -3, 0, 251), (ctypes.c_int8 * 64)(), (ctypes.c_float * 2)()
 for level in levels:
     assert module.gk_start(None, 1, level) == level
     failed = module.gk_run_rows(
@@ -30,7 +30,8 @@ for level in levels:
         (ctypes.c_byte * 64)(),  # no norm
         ctypes.byref(Rows(None, 0, None)),
         ctypes.byref(Rows(ctypes.addressof(quantized), 64, ctypes.addressof(scale))),
+        None,  # no factors
     )
-    assert (failed, scale.value, list(quantized)) == (0, 1.0, [1, -2, 0, 127] + [0] * 60), level
+    assert (failed, *scale, list(quantized)) == (0, 1.0, 124.0, [-123, -127, -124, 127] + [0] * 60), level
     ctypes.memset(quantized, 0xFF, 64)
 print(f"version {module.gk_version()} of the C interface; levels: {b', '.join(levels).decode()}")

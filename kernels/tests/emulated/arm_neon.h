@@ -9,6 +9,7 @@
 typedef float float32x4_t __attribute__((vector_size(16)));
 typedef int32_t int32x2_t __attribute__((vector_size(8)));
 typedef int32_t int32x4_t __attribute__((vector_size(16)));
+typedef uint32_t uint32x4_t __attribute__((vector_size(16)));
 typedef int16_t int16x8_t __attribute__((vector_size(16)));
 typedef int8_t int8x8_t __attribute__((vector_size(8)));
 typedef int8_t int8x16_t __attribute__((vector_size(16)));
@@ -34,6 +35,10 @@ inline float32x4_t vmaxq_f32(float32x4_t a, float32x4_t b) {
     return a;
 }
 inline int32x4_t vmaxq_s32(int32x4_t a, int32x4_t b) {
+    for (int i = 0; i < 4; i++) a[i] = a[i] > b[i] ? a[i] : b[i];
+    return a;
+}
+inline uint32x4_t vmaxq_u32(uint32x4_t a, uint32x4_t b) {
     for (int i = 0; i < 4; i++) a[i] = a[i] > b[i] ? a[i] : b[i];
     return a;
 }

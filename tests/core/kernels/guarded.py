@@ -37,7 +37,8 @@ def at_the_end(tensor: Tensor) -> Tensor:
 def weight_of(dtype: torch.dtype, columns: int, inner: int) -> Weight:
     whole = packed_weight(torch.randn(columns, inner), torch.randn(columns), dtype)
     scale = None if whole.scale is None else at_the_end(whole.scale)
-    return Weight(at_the_end(whole.packed), dtype, columns, inner, scale, at_the_end(whole.bias))
+    sums = None if whole.sums is None else at_the_end(whole.sums)
+    return Weight(at_the_end(whole.packed), dtype, columns, inner, scale, at_the_end(whole.bias), sums)
 
 
 def rows_of(dtype: torch.dtype, states: torch.dtype, count: int, inner: int) -> Rows:
@@ -56,7 +57,8 @@ def linear(dtype: torch.dtype, count: int, inner: int, columns: int) -> None:
     states = torch.float32 if dtype == torch.int8 else dtype
     weight, rows = weight_of(dtype, columns, inner), rows_of(dtype, states, count, inner)
     residual = at_the_end(torch.randn(count, columns).to(states))
-    then = Then(states, "gelu", norm=norm_of(columns), total=True, quantized=True)
+    factors = at_the_end(torch.rand(columns))
+    then = Then(states, "gelu", norm=norm_of(columns), total=True, quantized=True, factors=factors)
     compiled.linear(rows, weight, then, gate=weight, residual=residual)
     compiled.linear(rows, weight, Then(states))
 

@@ -27,7 +27,8 @@ def test_a_weight_is_quantised_by_column(shape: tuple[int, int]) -> None:
     assert weight.scale is not None
     assert weight.bias is not None
     assert torch.equal(unpacked(weight), entries)
-    for found, expected in ((weight.scale, scale), (weight.bias, bias)):
+    assert weight.sums is not None
+    for found, expected in ((weight.scale, scale), (weight.bias, bias), (weight.sums, entries.sum(-1) * scale)):
         assert torch.equal(found[: shape[0]], expected)
         assert not found[shape[0] :].any()
     assert (entries * scale[:, None] - matrix).abs().max() <= scale.max() / 2 * 1.001

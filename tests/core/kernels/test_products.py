@@ -16,7 +16,7 @@ from grating_core.kernels import compiled, reference
 from grating_core.kernels.activations import ACTIVATIONS
 from grating_core.kernels.loading import KernelsError, has, levels, start
 from grating_core.kernels.operands import Finished, Norm, Rows, Then, Weight
-from grating_core.kernels.packing import LEAST, pack, packed_weight, quantized
+from grating_core.kernels.packing import LEAST, pack, packed_weight, quantized_rows
 
 try:
     LEVELS = levels()
@@ -71,6 +71,7 @@ def calls(draw):
         bool(total),
         bool(output),
         bool(quantized),
+        torch.rand(columns) + 0.1 if quantized and draw(st.booleans()) else None,
     )
     x = torch.randn(count, inner).to(states)
     for row, fault in draw(
@@ -136,11 +137,12 @@ def test_a_product_and_what_follows_equal_torch(level, call):
         if ours is not None:
             close(ours.float(), theirs, bound, rounding)
     if found.rows is not None:
-        scale = found.rows.scale
+        scale, middle = found.rows.scale.split(1, dim=-1)
         finite = wanted.output.isfinite().all(-1)
-        assert torch.equal(scale.isfinite(), finite)
-        back = found.rows.data[:, : weight.columns] * scale[:, None]
-        close(back[finite], wanted.output[finite], bound, rounding, 0.51 * scale[finite, None])
+        assert torch.equal(scale.flatten().isfinite(), finite)
+        back = found.rows.data[:, : weight.columns] * scale + middle
+        expected = wanted.output if then.factors is None else wanted.output * then.factors
+        close(back[finite], expected[finite], bound, rounding, 0.51 * scale[finite])
         assert not found.rows.data[:, weight.columns :].any()
 
 
@@ -197,27 +199,45 @@ def test_sums_of_int8_products_are_exact(level, inner):
     extreme[1] = -127
     x = torch.cat((extreme, torch.randint(-127, 128, (33, inner), dtype=torch.int8)))
     matrix = torch.cat((extreme, torch.randint(-127, 128, (39, inner), dtype=torch.int8)))
-    weight = Weight(pack(matrix), torch.int8, 41, inner, torch.ones(64), None)
-    rows = Rows(torch.nn.functional.pad(x, (0, -inner % 64)), torch.ones(35))
+    weight = Weight(pack(matrix), torch.int8, 41, inner, torch.ones(64), None, torch.zeros(64))
+    rows = Rows(torch.nn.functional.pad(x, (0, -inner % 64)), torch.ones(35, 2))
     found = compiled.linear(rows, weight, Then(torch.float32)).output
     assert torch.equal(found, (x.double() @ matrix.double().t()).float())
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@given(st.integers(0, 2**31), COUNTS, WIDTHS, st.sampled_from([torch.float32, torch.bfloat16]))
-def test_rows_are_quantised_as_in_torch(level, seed, count, width, dtype):
+@given(st.integers(0, 2**31), COUNTS, WIDTHS, st.sampled_from([torch.float32, torch.bfloat16]), st.booleans())
+def test_rows_are_quantised_as_in_torch(level, seed, count, width, dtype, positive):
     start(level)
     torch.manual_seed(seed)
     # From denormal numbers to the largest, and rows of zeros.
     x = (torch.randn(count, width) * 10.0 ** torch.randint(-42, 37, (count, 1))).to(dtype)
     x[torch.randint(count, ())] = 0
+    x = x.abs() if positive else x
     _, rows = compiled.normed_rows(x, None, output=False, quantized=True)
-    entries, scale = quantized(x)
+    entries, scale = quantized_rows(x)
     assert torch.equal(rows.scale, scale)
     assert (rows.data[:, :width].int() - entries.int()).abs().max() <= 1
     assert not rows.data[:, width:].any()
-    least = x.float().abs().amax(-1) < LEAST
-    assert not rows.data[least].any()
+    assert not rows.data[scale[:, 0] == 0].any()
+    back = entries * scale[:, :1] + scale[:, 1:]
+    assert ((back - x.float()).abs() <= 0.51 * scale[:, :1] + 2 * LEAST).all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("norm", [None, Norm("layer", 1e-5, 0.0, torch.rand(100) + 0.5, torch.randn(100))])
+def test_factors_of_rows_are_undone_by_the_weight(level, norm):
+    start(level)
+    x, matrix, factors = torch.randn(40, 100), torch.randn(33, 100), torch.rand(100) * 1.5 + 0.5
+    plain = x if norm is None else reference.normed(x, norm)
+    _, rows = compiled.normed_rows(x, norm, output=False, quantized=True, factors=factors)
+    _, expected = reference.normed_rows(x, norm, output=False, quantized=True, factors=factors)
+    assert (rows.data.int() - expected.data.int()).abs().max() <= 1
+    torch.testing.assert_close(rows.scale, expected.scale)
+    weight = packed_weight(matrix, None, torch.int8, factors=factors)
+    found = compiled.linear(rows, weight, Then(torch.float32)).output
+    whole = plain @ matrix.t()
+    assert (found - whole).std() < 0.03 * whole.std()
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -232,7 +252,7 @@ def test_a_row_that_is_not_finite_becomes_nan_and_leaves_the_others(level):
     found = compiled.linear(rows_of(x, torch.int8), weight, then)
     faulty = ~x.isfinite().all(-1)
     assert found.output[faulty].isnan().all()
-    assert found.rows.scale[faulty].isnan().all()
+    assert found.rows.scale[faulty, 0].isnan().all()
     assert torch.equal(found.output[~faulty], clean.output[~faulty])
     assert torch.equal(found.rows.data[~faulty], clean.rows.data[~faulty])
 
