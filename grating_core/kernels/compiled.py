@@ -115,12 +115,11 @@ def _linear(
         _rows(total),
         _rows(output),
         _NO_ROWS if rows is None else _rows(rows.data, rows.scale),
-        _at(then.factors),
     )
 
 
 def normed_rows(
-    states: Tensor, norm: Norm | None, *, output: bool, quantized: bool, factors: Tensor | None = None
+    states: Tensor, norm: Norm | None, *, output: bool, quantized: bool
 ) -> tuple[Tensor | None, Rows | None]:
     """See :func:`grating_core.kernels.reference.normed_rows`."""
     found = torch.empty_like(states) if output else None
@@ -135,7 +134,6 @@ def normed_rows(
             ctypes.byref(_norm(norm)),
             ctypes.byref(_rows(found)),
             ctypes.byref(_NO_ROWS if rows is None else _rows(rows.data, rows.scale)),
-            c_void_p(_at(factors)),
         )
     )
     return found, rows

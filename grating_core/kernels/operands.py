@@ -19,8 +19,6 @@ class Weight(NamedTuple):
         scale: Scales of the columns of an int8 matrix, float32 ``[columns padded to 32]``; else None.
         bias: What is added to the columns, float32 ``[columns padded to 32]``; None for nothing.
         sums: The sum of each column of an int8 matrix, times its scale, of the same shape; else None.
-        factors: What rows are multiplied by before they become int8, float32 ``[inner]``. The matrix has been
-            divided by them. None for nothing.
     """
 
     packed: Tensor
@@ -30,7 +28,6 @@ class Weight(NamedTuple):
     scale: Tensor | None = None
     bias: Tensor | None = None
     sums: Tensor | None = None
-    factors: Tensor | None = None
 
 
 class Norm(NamedTuple):
@@ -75,7 +72,6 @@ class Then(NamedTuple):
         total: Whether the sum is asked for, as states.
         output: Whether what the norm gives is asked for, as states.
         quantized: Whether what the norm gives is asked for, as int8 rows.
-        factors: What these rows are multiplied by before, float32 ``[columns]``; None for nothing.
     """
 
     states: torch.dtype
@@ -86,7 +82,6 @@ class Then(NamedTuple):
     total: bool = False
     output: bool = True
     quantized: bool = False
-    factors: Tensor | None = None
 
 
 class Map(NamedTuple):

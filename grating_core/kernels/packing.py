@@ -106,7 +106,6 @@ def packed_weight(
     bias: Tensor | None,
     dtype: torch.dtype,
     pack_in_place: Callable[[Tensor], Tensor] | None = None,
-    factors: Tensor | None = None,
 ) -> Weight:
     """Pack a matrix, and quantise it by column if the dtype is int8.
 
@@ -115,8 +114,6 @@ def packed_weight(
         bias: What is added to the columns, ``[columns]``; None for nothing.
         dtype: The dtype of the packed entries: int8, bfloat16 or float32.
         pack_in_place: What packs a matrix of this dtype in its own memory; None to leave the matrix as it is.
-        factors: What an int8 matrix is divided by, float32 ``[inner]``, because rows are multiplied by it; None
-            for nothing.
     """
     columns, inner = matrix.shape
     biases = None if bias is None else _padded(bias)
@@ -131,10 +128,10 @@ def packed_weight(
         part = matrix[start : start + step]
         end = start + len(part)
         if scale is not None and sums is not None:
-            part, scale[start:end] = quantized(part if factors is None else part / factors)
+            part, scale[start:end] = quantized(part)
             sums[start:end] = part.sum(-1) * scale[start:end]
         packed[start * each : padded_columns(end) * each] = pack(part.to(dtype))
-    return Weight(packed, dtype, columns, inner, scale, biases, sums, factors)
+    return Weight(packed, dtype, columns, inner, scale, biases, sums)
 
 
 def _padded(values: Tensor) -> Tensor:

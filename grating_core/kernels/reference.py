@@ -46,7 +46,7 @@ def linear(
     return Finished(
         total,
         states.to(then.states) if then.output else None,
-        _rows(states, then.factors) if then.quantized else None,
+        _rows(states) if then.quantized else None,
     )
 
 
@@ -80,7 +80,7 @@ def chain(x: Rows, maps: tuple[Map, Map, Map], residual: Tensor) -> None:
 
 
 def normed_rows(
-    states: Tensor, norm: Norm | None, *, output: bool, quantized: bool, factors: Tensor | None = None
+    states: Tensor, norm: Norm | None, *, output: bool, quantized: bool
 ) -> tuple[Tensor | None, Rows | None]:
     """Return the norm of states ``[T, width]``, as states and as int8 rows, each if it is asked for.
 
@@ -89,12 +89,9 @@ def normed_rows(
         norm: The norm; None for none.
         output: Whether states are asked for.
         quantized: Whether int8 rows are asked for.
-        factors: What these rows are multiplied by before, float32 ``[width]``; None for nothing.
     """
     found = states.float() if norm is None else normed(states.float(), norm)
-    return found.to(states.dtype) if output else None, _rows(
-        found.to(states.dtype), factors
-    ) if quantized else None
+    return found.to(states.dtype) if output else None, _rows(found.to(states.dtype)) if quantized else None
 
 
 def turn_heads(states: Tensor, heads: int, norm: Norm | None, cosine: Tensor | None, sine: Tensor | None) -> None:
@@ -149,6 +146,6 @@ def _activated(states: Tensor, name: str | None) -> Tensor:
     return found if name == "tanh" else found.where(states < _FAR, states)
 
 
-def _rows(states: Tensor, factors: Tensor | None) -> Rows:
-    entries, scale = quantized_rows(states if factors is None else states * factors)
+def _rows(states: Tensor) -> Rows:
+    entries, scale = quantized_rows(states)
     return Rows(pad(entries, (0, -entries.shape[1] % 64)), scale)

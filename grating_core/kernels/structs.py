@@ -46,7 +46,6 @@ class LinearStruct(Structure):
         ("total", RowsStruct),
         ("output", RowsStruct),
         ("quantised", RowsStruct),
-        ("factors", c_void_p),
     ]
 
 

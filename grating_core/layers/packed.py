@@ -80,7 +80,7 @@ def tensors_of(layer: PackedLayer) -> dict[str, Tensor]:
     """Return the tensors of a packed layer by name, such as ``"up.packed"``, to be stored."""
     found = {}
     for name, part in (*layer.products.items(), *layer.norms.items()):
-        for field in ("packed", "scale", "sums", "factors", "weight", "bias"):
+        for field in ("packed", "scale", "sums", "weight", "bias"):
             tensor = getattr(part, field, None)
             if tensor is not None:
                 found[f"{name}.{field}"] = tensor
@@ -126,7 +126,7 @@ def layer_of(
         assert packed is not None
         columns, inner = spec.shape(role)
         dtype = torch.int8 if role in quantized else states
-        others = (tensors.get(f"{role}.{field}") for field in ("scale", "bias", "sums", "factors"))
+        others = (tensors.get(f"{role}.{field}") for field in ("scale", "bias", "sums"))
         products[role] = Weight(packed, dtype, columns, inner, *others)
     norms = {
         role: _norm(spec, tensors[f"{role}.weight"], tensors.get(f"{role}.bias"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +41,8 @@ class Inputs:
 
 def prepared(spec: LayerSpec, layer: PackedLayer, hidden: Tensor) -> Inputs:
     """Return what queries, keys and values are made of, from hidden states ``[T, D]``."""
-    return _inputs(hidden, layer, ("query", "key", "value"), "input_norm")
+    states, rows = _wanted(layer, "query", "key", "value")
+    return _inputs(hidden, layer, states, rows, "input_norm")
 
 
 def queries(spec: LayerSpec, layer: PackedLayer, inputs: Inputs, angles: Angles | None) -> Tensor:
@@ -84,11 +84,11 @@ def finished(
     """
     assert mlp is None, "a packed layer has its own MLP"
     norms, states, products = layer.norms, layer.states, layer.products
-    inner, quantized, factors = _wanted(layer, "gate", "up")
+    inner, quantized = _wanted(layer, "gate", "up")
     first = products["output"]
-    inputs = _inputs(attended.flatten(1), layer, ("output",))
+    inputs = _inputs(attended.flatten(1), layer, *_wanted(layer, "output"))
     if spec.norm_behind:
-        then = Then(states, norm=norms.get("attention_norm"), quantized=quantized, factors=factors)
+        then = Then(states, norm=norms.get("attention_norm"), quantized=quantized)
         last = Then(states, norm=norms.get("output_norm"))
     else:
         then = Then(
@@ -99,30 +99,25 @@ def finished(
             total=True,
             output=inner,
             quantized=quantized,
-            factors=factors,
         )
         last = Then(states, first_norm=norms.get("output_norm"), factor=spec.residual)
-    output, quantized, factors = _wanted(layer, "down")
-    activated = Then(states, spec.activation, output=output, quantized=quantized, factors=factors)
+    output, quantized = _wanted(layer, "down")
+    activated = Then(states, spec.activation, output=output, quantized=quantized)
     maps = Map(first, then), Map(products["up"], activated, products.get("gate")), Map(products["down"], last)
     kernels().chain(inputs.of(first), maps, hidden)
     return hidden
 
 
-def _wanted(layer: PackedLayer, *roles: Role) -> tuple[bool, bool, Tensor | None]:
-    """Tell whether products of the same rows take states, whether they take int8 rows, and these rows' factors."""
-    products = [layer.products[role] for role in roles if role in layer.products]
-    in_8_bits = [product for product in products if product.dtype == torch.int8]
-    return len(in_8_bits) < len(products), bool(in_8_bits), in_8_bits[0].factors if in_8_bits else None
+def _wanted(layer: PackedLayer, *roles: Role) -> tuple[bool, bool]:
+    """Tell whether the products of some roles take states, and whether they take int8 rows."""
+    dtypes = {layer.products[role].dtype for role in roles if role in layer.products}
+    return bool(dtypes - {torch.int8}), torch.int8 in dtypes
 
 
-def _inputs(states: Tensor, layer: PackedLayer, roles: Sequence[Role], norm_role: Role = "") -> Inputs:
-    """Return what the products of some roles take, from states ``[T, D]`` and perhaps a norm of a role."""
-    norm = layer.norms.get(norm_role)
-    output, quantized, factors = _wanted(layer, *roles)
+def _inputs(states: Tensor, layer: PackedLayer, output: bool, quantized: bool, role: Role = "") -> Inputs:
+    """Return the norm of a role, if there is one, of states ``[T, D]`` as inputs."""
+    norm = layer.norms.get(role)
     if norm is None and not quantized:
         return Inputs(states, None)
-    found, rows = kernels().normed_rows(
-        states, norm, output=output and norm is not None, quantized=quantized, factors=factors
-    )
+    found, rows = kernels().normed_rows(states, norm, output=output and norm is not None, quantized=quantized)
     return Inputs(states if norm is None else found, rows)

@@ -63,7 +63,6 @@ struct gk_linear {
     gk_rows total;       // the sum before the norm; data is null if it is not asked for
     gk_rows output;      // data is null if it is not asked for
     gk_rows quantised;   // int8 rows of the output, padded with zeros to a multiple of 64; data is null for none
-    const float* factors;  // of the columns before they are quantised; null for none
 };
 
 // Queries of consecutive tokens of one sequence, and the keys and values that they may see.
@@ -148,10 +147,10 @@ GK_API int32_t gk_run_linear(const gk_linear*);
 GK_API int32_t gk_run_chain(const gk_linear steps[3]);
 GK_API int32_t gk_run_attention(const gk_attention*);
 GK_API int32_t gk_run_features(const gk_features*);
-// The rows of `norm(x)`, states of the dtype `states` [rows, width]: as states, or quantised, or both. See gk_linear for factors.
+// The rows of `norm(x)`, states of the dtype `states` [rows, width]: as states, or quantised, or both.
 GK_API int32_t gk_run_rows(
     int32_t states, int64_t rows, int64_t width, const gk_rows* x, const gk_norm* norm, const gk_rows* output,
-    const gk_rows* quantised, const float* factors);
+    const gk_rows* quantised);
 // Norm (of each head) and rotation in place of states [rows, heads, size]; cosine and sine are float32 [rows, size / 2].
 GK_API int32_t gk_run_heads(
     int32_t states, int64_t rows, int64_t heads, int64_t size, const gk_rows* x, const gk_norm* norm,

@@ -143,12 +143,12 @@ struct RowsJob {
     int64_t width, heads;
     const gk_rows *x, *output, *quantised;
     const gk_norm* norm;
-    const float *cosine, *sine, *factors;
+    const float *cosine, *sine;
 };
 void rows_task(const void* at, int64_t begin, int64_t end, int32_t* failed) {
     const RowsJob& j = *(const RowsJob*)at;
     auto run = j.states == GK_BF16 ? run_rows<bf16> : run_rows<float>;
-    if (run(begin, end, j.width, *j.x, *j.norm, *j.output, *j.quantised, j.factors)) *failed = GK_NO_MEMORY;
+    if (run(begin, end, j.width, *j.x, *j.norm, *j.output, *j.quantised)) *failed = GK_NO_MEMORY;
 }
 void heads_task(const void* at, int64_t begin, int64_t end, int32_t* failed) {
     const RowsJob& j = *(const RowsJob*)at;
@@ -156,13 +156,13 @@ void heads_task(const void* at, int64_t begin, int64_t end, int32_t* failed) {
     if (run(begin, end, j.heads, j.width, *j.x, *j.norm, j.cosine, j.sine)) *failed = GK_NO_MEMORY;
 }
 int32_t rows(const Host& host, int32_t states, int64_t count, int64_t width, const gk_rows* x, const gk_norm* norm,
-             const gk_rows* output, const gk_rows* quantised, const float* factors) {
-    RowsJob job{states, width, 0, x, output, quantised, norm, nullptr, nullptr, factors};
+             const gk_rows* output, const gk_rows* quantised) {
+    RowsJob job{states, width, 0, x, output, quantised, norm, nullptr, nullptr};
     return spread(host, count, rows_task, &job);
 }
 int32_t heads(const Host& host, int32_t states, int64_t count, int64_t number, int64_t size, const gk_rows* x,
               const gk_norm* norm, const float* cosine, const float* sine) {
-    RowsJob job{states, size, number, x, nullptr, nullptr, norm, cosine, sine, nullptr};
+    RowsJob job{states, size, number, x, nullptr, nullptr, norm, cosine, sine};
     return spread(host, count, heads_task, &job);
 }
 

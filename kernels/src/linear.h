@@ -196,14 +196,14 @@ template <class S> inline void finish_row(const gk_linear& l, int64_t row, float
             store_at(y, i, n, x);
             if (total) store_at(total, i, n, x);
         }
-    end_row<S>(y, n, l.norm, l.output, l.quantised, l.factors, row);
+    end_row<S>(y, n, l.norm, l.output, l.quantised, row);
 }
 
 inline bool only_output(const gk_linear& l) {
     return !l.first_norm.kind && !l.norm.kind && !l.residual.data && !l.total.data && !l.quantised.data;
 }
 inline bool only_quantised(const gk_linear& l) {
-    return !l.first_norm.kind && !l.norm.kind && !l.residual.data && !l.total.data && !l.output.data && !l.factors;
+    return !l.first_norm.kind && !l.norm.kind && !l.residual.data && !l.total.data && !l.output.data;
 }
 
 // The strips of some rows, as the product reads them, with the sums of their entries.

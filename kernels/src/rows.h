@@ -88,8 +88,7 @@ template <class S> inline S* row_of(const gk_rows& rows, int64_t row) { return (
 
 // The end of every row: norm, output and quantised output of n floats, which are overwritten.
 template <class S>
-inline void end_row(float* y, int64_t n, const gk_norm& norm, const gk_rows& output, const gk_rows& quantised,
-                    const float* factors, int64_t row) {
+inline void end_row(float* y, int64_t n, const gk_norm& norm, const gk_rows& output, const gk_rows& quantised, int64_t row) {
     Extent extent;
     Normed found;
     if (norm.kind) found = measure(y, n, norm);
@@ -99,7 +98,7 @@ inline void end_row(float* y, int64_t n, const gk_norm& norm, const gk_rows& out
         if (norm.kind) x = apply(norm, found, x, i, n);
         if (out) store_at(out, i, n, x);
         if (quantised.data) {
-            x = as_state<S>(factors ? x * load_at(factors, i, n) : x);
+            x = as_state<S>(x);
             extent.add(first(x, n - i));
             store_at(y, i, n, x);
         }
@@ -110,14 +109,14 @@ inline void end_row(float* y, int64_t n, const gk_norm& norm, const gk_rows& out
 
 template <class S>
 int32_t run_rows(int64_t begin, int64_t end, int64_t width, const gk_rows& x, const gk_norm& norm, const gk_rows& output,
-                 const gk_rows& quantised, const float* factors) {
+                 const gk_rows& quantised) {
     Room room(up(width, 64) * 4);
     float* y = room.of<float>();
     if (!y) return GK_NO_MEMORY;
     for (int64_t row = begin; row < end; row++) {
         const S* from = row_of<S>(x, row);
         for (int64_t i = 0; i < width; i += W) store_at(y, i, width, load_at(from, i, width));
-        end_row<S>(y, width, norm, output, quantised, factors, row);
+        end_row<S>(y, width, norm, output, quantised, row);
     }
     return 0;
 }

@@ -30,7 +30,6 @@ for level in levels:
         (ctypes.c_byte * 64)(),  # no norm
         ctypes.byref(Rows(None, 0, None)),
         ctypes.byref(Rows(ctypes.addressof(quantized), 64, ctypes.addressof(scale))),
-        None,  # no factors
     )
     assert (failed, *scale, list(quantized)) == (0, 1.0, 124.0, [-123, -127, -124, 127] + [0] * 60), level
     ctypes.memset(quantized, 0xFF, 64)

@@ -57,8 +57,7 @@ def linear(dtype: torch.dtype, count: int, inner: int, columns: int) -> None:
     states = torch.float32 if dtype == torch.int8 else dtype
     weight, rows = weight_of(dtype, columns, inner), rows_of(dtype, states, count, inner)
     residual = at_the_end(torch.randn(count, columns).to(states))
-    factors = at_the_end(torch.rand(columns))
-    then = Then(states, "gelu", norm=norm_of(columns), total=True, quantized=True, factors=factors)
+    then = Then(states, "gelu", norm=norm_of(columns), total=True, quantized=True)
     compiled.linear(rows, weight, then, gate=weight, residual=residual)
     compiled.linear(rows, weight, Then(states))
 
