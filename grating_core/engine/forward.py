@@ -58,6 +58,7 @@ def forward(
     """
     before = [replace(model.meter)] * len(contests)  # when each request was last asked about
     unread: list[_Unread] = []
+    left = sum(len(contest.alive) for contest in contests)
     model.prepare(batch.input_ids)
     angles = model.angles(torch.arange(batch.longest, device=model.device))
     for number in range(model.depth + 1):
@@ -96,13 +97,14 @@ def forward(
                 if not contest.alive:
                     yield one.request
         unread.clear()
-        if not any(contest.alive for contest in contests):
+        still = sum(len(contest.alive) for contest in contests)
+        if not still:
             return
-        smaller, index = batch.select({request: contest.alive for request, contest in enumerate(contests)})
-        if smaller.tokens < batch.tokens:
+        if still < left:
+            left = still
+            batch, index = batch.select({request: contest.alive for request, contest in enumerate(contests)})
             if number:
                 hidden.keep(index)
-            batch = smaller
 
 
 class _Unread(NamedTuple):
