@@ -112,7 +112,7 @@ def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert (found.name, found.rounds, found.setting) == ("seconds-of-this", 3, {"k": [1, 5]})
     assert found.versions["no-such"] is None
     assert found.hardware["gflops"]["float32"] > 0
-    assert found.hardware["kernels"] == (kernels().level or f"torch ({kernels().reason.rstrip(".")})")
+    assert found.hardware["kernels"] == (kernels().level or f"torch ({kernels().reason.removesuffix('.')})")
     assert f"kernels: {found.hardware['kernels']};" in provenance(found)
     with pytest.raises(ValueError, match="JSON"):  # a figure that is none
         write_result(tmp_path, "seconds-of-this", [{"seconds": float("nan")}], rounds=3)
