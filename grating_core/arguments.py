@@ -101,6 +101,12 @@ def check_density(mlp_density: Any) -> float:
     return float(mlp_density)
 
 
+def check_target(target: Any) -> None:
+    """Raise ``ValueError`` for a target that is not a number between 0 and 1."""
+    if not is_number(target) or not 0 < target < 1:
+        raise ValueError(f"target={target!r} must be a number between 0 and 1, such as 0.98")
+
+
 def check_query(query: str) -> None:
     """Raise ``ValueError`` for a query that is not a string, or blank."""
     if not isinstance(query, str) or not query.strip():

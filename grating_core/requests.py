@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from grating_core.arguments import Scores, check_query, elements, texts, whole_number
+from grating_core.arguments import Scores, check_query, check_target, elements, texts, whole_number
 from grating_core.pruning import PruningPolicy
 
 
@@ -19,6 +19,7 @@ class Request:
         top_k: Number of documents to return; N or more returns all N.
         scores: ``"exact"`` or ``"estimated"``, see :meth:`Reranker.rerank`.
         pruning: The policy of this request alone; None takes the reranker's own pruning.
+        target: The target of this request alone, which needs a lens; None takes the reranker's own target.
     """
 
     query: str
@@ -26,6 +27,7 @@ class Request:
     top_k: int = 10
     scores: Scores = field(default="exact", kw_only=True)
     pruning: PruningPolicy | None = field(default=None, kw_only=True)
+    target: float | None = field(default=None, kw_only=True)
 
     @classmethod
     def of(cls, query: str, documents: Iterable[str], top_k: int, scores: Scores) -> Request:
@@ -44,6 +46,10 @@ class Request:
             raise ValueError(f"scores={self.scores!r} must be 'exact' or 'estimated'")
         if isinstance(self.pruning, type) or not (self.pruning is None or hasattr(self.pruning, "route")):
             raise ValueError(f"pruning={self.pruning!r} must be an object with a route method, or None")
+        if self.target is not None:
+            check_target(self.target)
+            if self.pruning is not None:
+                raise ValueError(f"target={self.target} and pruning={self.pruning!r} exclude each other")
         return replace(self, documents=documents, top_k=whole_number("top_k", self.top_k))
 
 

@@ -163,8 +163,17 @@ class Reranker(Loaded[Scorer, RerankSettings]):
     ) -> RerankResult:
         """Await what :meth:`rerank` returns. Waiting holds no thread; cancelling the task ends its computing."""
         request = Request.of(query, documents, top_k, scores)
+        return await self.awaited(request, self.job(request))
+
+    def job(self, request: Request) -> Job[Outcome]:
+        """Return the job of a checked request, which tells its tokens before anybody computes it."""
+        factor = 1.0 if self.recalibration is None else self.recalibration.factor
+        return self.scorer.job(request, pruning_of(request, self.pruning, factor))
+
+    async def awaited(self, request: Request, job: Job[Outcome]) -> RerankResult:
+        """Await the result of a request whose :meth:`job` has not begun; otherwise as :meth:`arerank`."""
         with calling(self):
-            return self._result(request, await self._passes.awaited(self._job(request)))
+            return self._result(request, await self._passes.awaited(job))
 
     def rerank_many(self, requests: Iterable[Request]) -> list[RerankResult]:
         """Rank the documents of several requests, which go through the layers together.
@@ -183,12 +192,8 @@ class Reranker(Loaded[Scorer, RerankSettings]):
 
     @for_a_caller
     def _rerank(self, requests: Sequence[Request]) -> list[RerankResult]:
-        found = self._passes.compute([self._job(request) for request in requests])
+        found = self._passes.compute([self.job(request) for request in requests])
         return [self._result(request, outcome) for request, outcome in zip(requests, found, strict=True)]
-
-    def _job(self, request: Request) -> Job[Outcome]:
-        factor = 1.0 if self.recalibration is None else self.recalibration.factor
-        return self.scorer.job(request, pruning_of(request, self.pruning, factor))
 
     def _result(self, request: Request, outcome: Outcome) -> RerankResult:
         if self.recalibration is not None:

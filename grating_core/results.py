@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import exp
 from typing import Any, Literal
 
 from grating_core.pruning import Route
@@ -25,6 +26,15 @@ class RankedDocument:
     score: float
     text: str
     estimated: bool = False
+
+    @property
+    def probability(self) -> float:
+        """The score as a probability between 0 and 1, by the logistic function that rerankers are trained with.
+
+        For a model that answers a question, this is the softmax over yes and no.
+        """
+        odds = exp(-abs(self.score))  # a large exponent would overflow
+        return (1.0 if self.score >= 0 else odds) / (1.0 + odds)
 
 
 @dataclass(frozen=True)

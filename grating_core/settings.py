@@ -17,6 +17,7 @@ from grating_core.arguments import (
     Guarantee,
     LongDocuments,
     check_density,
+    check_target,
     is_number,
     parse_budget,
     whole_number,
@@ -180,8 +181,7 @@ class RerankSettings(ModelSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_number(self.target) or not 0 < self.target < 1:
-            raise ValueError(f"target={self.target!r} must be a number between 0 and 1, such as 0.98")
+        check_target(self.target)
         if not _is_one_of(Guarantee, self.guarantee):
             raise ValueError(f"guarantee={self.guarantee!r} must be 'share' or 'set'")
         if not _is_one_of(LongDocuments, self.long_documents):
@@ -267,6 +267,45 @@ class AnswerSettings:
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop={self.stop!r} has {text!r} in it; each must be a string that is not empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """This class holds the settings of the HTTP server, beside those of its model.
+
+    Raises:
+        ValueError: A value is not usable; the message names it.
+    """
+
+    host: str = _setting("127.0.0.1", "The address to listen at. 0.0.0.0 lets other machines call.")
+    port: int = _setting(8080, "The port to listen at. 0 takes a free one.")
+    api_key: str | None = _setting(
+        None,
+        "The key that clients must send as 'Authorization: Bearer KEY'. None takes the variable GRATING_API_KEY; "
+        "without both, no key is asked for.",
+        shown=False,
+    )
+    name: str | None = _setting(
+        None, "The name by which clients ask for the model. None takes the model's own, without a path."
+    )
+    also: Sequence[str] = _setting((), "Further models, as MODEL or NAME=MODEL. They share the settings.")
+    max_body: int = _setting(8_000_000, "The most bytes of a request's body.")
+    max_documents: int = _setting(1000, "The most documents of a request.")
+    max_tokens: int = _setting(131_072, "The most tokens of a request, over all its documents.")
+    queue_tokens: int = _setting(
+        262_144, "The most tokens of all requests that wait for a model. More are told to come again later."
+    )
+    deadline: float = _setting(60.0, "The most seconds that a request may take.")
+    drain: float = _setting(30.0, "The most seconds that requests in progress get when the server is stopped.")
+
+    def __post_init__(self) -> None:
+        for name in ("max_body", "max_documents", "max_tokens", "queue_tokens"):
+            whole_number(name, getattr(self, name))
+        if whole_number("port", self.port, 0) > 65_535:
+            raise ValueError(f"port={self.port} must be at most 65535")
+        for name in ("deadline", "drain"):
+            if not is_number(getattr(self, name)) or not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a number of seconds above 0")
 
 
 def _is_one_of(names: Any, value: Any) -> bool:

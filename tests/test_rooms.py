@@ -15,12 +15,12 @@ ROOMS = [
     "errors", "arguments", "forking", "files", "lifetime", "pruning", "requests", "results", "memory", "kernels",
     "layers", "columns", "models", "text", "lens", "engine", "settings", "opening", "reranker", "generation",
     "context",
-    "frameworks", "lab", "demo", "door", "cli",
+    "serving", "frameworks", "lab", "demo", "door", "cli",
 ]  # fmt: skip
 BESIDE = [("pruning", "memory"), ("reranker", "generation")]  # neither imports the other
 
 LINES = 350
-FEWER_LINES = {"generation.py": 300, "reranker.py": 325}
+FEWER_LINES = {"generation.py": 300, "reranker.py": 335}
 
 # Names with an underscore that are not private: their libraries have them for whoever extends or ends something.
 FOREIGN = {

@@ -23,6 +23,7 @@ from grating_core.cli.output import forgive_encodings, tell, tell_error, told, w
 from grating_core.cli.plan import plan
 from grating_core.cli.rank import explain, rerank
 from grating_core.cli.select import select
+from grating_core.cli.serve import serve
 from grating_core.cli.simulate import simulate
 from grating_core.cli.status import BROKEN_PIPE, INTERRUPTED
 from grating_core.errors import GratingError
@@ -40,6 +41,7 @@ _COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
         'grating generate Qwen/Qwen3-4B --memory-budget 3GB -p "How many people live in Berlin?"',
         "grating generate MODEL --raw --temperature 0.8 --seed 1 -p - < beginning.txt",
     ),
+    serve: (f"grating serve {BUNDLED}", "grating serve MODEL --port 8000 --also small=OTHER"),
     plan: (f"grating plan {BUNDLED} --memory-budget 110MB",),
     calibrate: ("grating calibrate Qwen/Qwen3-Reranker-0.6B --corpus documents.jsonl",),
     bench: (f"grating bench {BUNDLED} --corpus documents.jsonl --queries queries.txt",),

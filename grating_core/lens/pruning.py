@@ -49,7 +49,7 @@ class Pruning:
 
 
 def pruning_of(request: Request, by: PruningPolicy | ByLens, factor: float) -> Pruning:
-    """Decide how a request is pruned: by its own policy, or as the reranker prunes.
+    """Decide how a request is pruned: by its own policy or target, or as the reranker prunes.
 
     Args:
         request: The request.
@@ -58,6 +58,8 @@ def pruning_of(request: Request, by: PruningPolicy | ByLens, factor: float) -> P
     """
     if request.pruning is not None:
         by, factor = request.pruning, 1.0
+    elif request.target is not None and isinstance(by, ByLens):
+        by = replace(by, target=request.target)
     exact = request.scores == "exact"
     return plan_pruning(by, len(request.documents), request.top_k, exact=exact, factor=factor)
 

@@ -152,7 +152,8 @@ class Recalibration(Generic[Owner]):
             request: The request.
             found: Indices of the documents that were returned.
         """
-        if request.pruning is None and request.top_k < len(request.documents):
+        own = request.pruning is not None or request.target is not None
+        if not own and request.top_k < len(request.documents):
             self.sample(Logged(request.query, request.documents, tuple(found)))
 
     def sample(self, request: Logged) -> None:

@@ -1,0 +1,29 @@
+"""This is the command ``grating serve``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from typing import Annotated
+
+from grating_core.cli.options import Takes
+from grating_core.cli.output import err, tell
+from grating_core.settings import RerankSettings, ServeSettings
+
+
+def serve(settings: Annotated[RerankSettings, Takes()], server: Annotated[ServeSettings, Takes()]) -> None:
+    """Serve a reranker over HTTP, to clients of Cohere, Jina, vLLM, llama.cpp and text-embeddings-inference."""
+    if server.api_key is None:
+        server = replace(server, api_key=os.environ.get("GRATING_API_KEY") or None)
+    with err.status("Loading ..."):
+        from grating_core.serving.logs import write_to
+        from grating_core.serving.models import ServedModels
+        from grating_core.serving.server import serve as serve_models
+
+        models = ServedModels.open(settings, server)
+    write_to(sys.stderr)
+    names = ", ".join(model.name for model in models)
+    serve_models(
+        models, server, lambda address: tell(f"Serving {names} at {address}; {address}/docs lists the paths.")
+    )

@@ -1,0 +1,187 @@
+"""The application: paths, and the one way from a body to its answer."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from grating_core import __version__
+from grating_core.forking import run_in_thread
+from grating_core.serving.calls import read_body, unless_over
+from grating_core.serving.dialects.cohere import RerankAnswer, RerankBody
+from grating_core.serving.dialects.tei import Info, Ranks, TextsBody, info
+from grating_core.serving.dialects.vllm import ScoreAnswer, ScoreBody
+from grating_core.serving.entrance import Entrance, Keys
+from grating_core.serving.errors import Refused, invalid, of_schema, of_status, told, too_large
+from grating_core.serving.metrics import Metrics
+from grating_core.serving.models import ServedModels
+from grating_core.serving.openapi import Described, document, page
+from grating_core.serving.schemas import Body, Call
+from grating_core.settings import ServeSettings
+
+_PUBLIC = frozenset({"/health", "/docs", "/openapi.json"})
+_OWN_PAGE = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'"}
+
+_ABOUT: Mapping[type[Body], str] = {
+    RerankBody: "Rank documents by relevance to a question",
+    ScoreBody: "Score pairs of texts",
+}
+_ANSWERS: Mapping[type[Body], type[BaseModel]] = {
+    RerankBody: RerankAnswer,
+    TextsBody: Ranks,
+    ScoreBody: ScoreAnswer,
+}
+_BODIES: Mapping[str, Sequence[type[Body]]] = {
+    "/rerank": (RerankBody, TextsBody),
+    "/v1/rerank": (RerankBody,),
+    "/v2/rerank": (RerankBody,),
+    "/score": (ScoreBody,),
+    "/v1/score": (ScoreBody,),
+}
+_POSTS = tuple(
+    Described(path, "post", _ABOUT[bodies[0]], bodies, [_ANSWERS[body] for body in bodies])
+    for path, bodies in _BODIES.items()
+)
+_GETS = (
+    Described("/health", "get", "Tell whether the server answers requests"),
+    Described("/info", "get", "Describe the first model, as text-embeddings-inference does", (), (Info,)),
+    Described("/v1/models", "get", "List the models"),
+    Described("/metrics", "get", "Return the numbers that Prometheus collects"),
+)
+
+
+class Application:
+    """The application answers requests with some models.
+
+    Args:
+        models: The models, which are closed when the application is shut down.
+        server: The server's settings.
+    """
+
+    def __init__(self, models: ServedModels, server: ServeSettings) -> None:
+        self._models = models
+        self._server = server
+        self._metrics = Metrics(models)
+        self._document = document((*_POSTS, *_GETS), keyed=server.api_key is not None)
+        self._page = page(self._document)
+
+    def asgi(self) -> Starlette:
+        """Return the application as a server runs it."""
+        gets: Mapping[str, Callable[[Request], Awaitable[Response]]] = {
+            "/health": self._health,
+            "/info": self._info,
+            "/v1/models": self._list_models,
+            "/metrics": self._show_metrics,
+            "/openapi.json": self._show_document,
+            "/docs": self._show_page,
+        }
+        routes = [Route(path, self._posted(bodies), methods=["POST"]) for path, bodies in _BODIES.items()]
+        routes += [Route(path, endpoint, methods=["GET"]) for path, endpoint in gets.items()]
+        middleware = [Middleware(Entrance, self._metrics, frozenset(route.path for route in routes))]
+        if self._server.api_key is not None:
+            middleware.append(Middleware(Keys, self._server.api_key, _PUBLIC))
+        return Starlette(
+            routes=routes,
+            middleware=middleware,
+            exception_handlers={HTTPException: _refuse_status},
+            lifespan=self._lifespan,
+        )
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        yield
+        await run_in_thread(self._models.close)
+
+    def _posted(self, bodies: Sequence[type[Body]]) -> Callable[[Request], Awaitable[Response]]:
+        """Return the endpoint of a path that takes these bodies."""
+
+        async def answered(request: Request) -> Response:
+            kind = bodies[0]
+            try:
+                found = _parsed(await read_body(request, self._server.max_body))
+                kind = next((body for body in bodies if body.field in found), kind)
+                return await self._answer(request, _checked(kind, found))
+            except Refused as refused:
+                request.state.record["refused"] = refused.kind
+                content = kind.refusal(refused, request.state.id)
+                return JSONResponse(content, refused.status, refused.headers)
+
+        return answered
+
+    async def _answer(self, request: Request, body: Body) -> Response:
+        """Answer a body."""
+        model = self._models.named(body.model)
+        requests = body.requests()
+        documents = sum(len(one.documents) for one in requests)
+        record: dict[str, Any] = request.state.record
+        record |= {"model": model.name, "documents": documents}
+        if documents > (most := self._server.max_documents):
+            raise too_large(f"{body.field} has {documents} entries; this server takes {most} at most")
+        seconds = self._server.deadline
+        if body.grating.deadline_ms is not None:
+            seconds = min(seconds, body.grating.deadline_ms / 1000)
+        results = await unless_over(request, model.ranked(requests, body.field, cuts=body.cuts), seconds)
+        self._metrics.ranked(model.name, results)
+        record |= {
+            "tokens": sum(sum(result.trace.lengths) for result in results),
+            "truncated": sum(len(result.trace.truncated) for result in results),
+            "compute_share": [round(result.trace.compute_share, 3) for result in results[:1]],
+        }
+        answer = body.answer(results, Call(request.state.id, model.name, request.url.path))
+        return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
+
+    async def _health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def _info(self, request: Request) -> Response:
+        return JSONResponse(info(self._models.default, self._server, __version__).model_dump())
+
+    async def _list_models(self, request: Request) -> Response:
+        data = [
+            {"id": model.name, "object": "model", "created": 0, "owned_by": "grating"} for model in self._models
+        ]
+        return JSONResponse({"object": "list", "data": data})
+
+    async def _show_metrics(self, request: Request) -> Response:
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _show_document(self, request: Request) -> Response:
+        return JSONResponse(self._document)
+
+    async def _show_page(self, request: Request) -> Response:
+        return HTMLResponse(self._page, headers=_OWN_PAGE)
+
+
+def _parsed(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in a body."""
+    try:
+        found = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise invalid(f"the body is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise invalid("the body must be a JSON object with fields such as query and documents")
+    return found
+
+
+def _checked(kind: type[Body], found: dict[str, Any]) -> Body:
+    """Return a body that fits its schema."""
+    try:
+        return kind.model_validate(found)
+    except ValidationError as error:
+        raise of_schema(error) from None
+
+
+async def _refuse_status(request: Request, error: Exception) -> Response:
+    """Answer what no path or method is there for."""
+    assert isinstance(error, HTTPException)
+    return JSONResponse(told(of_status(error.status_code), request.state.id), error.status_code, error.headers)
