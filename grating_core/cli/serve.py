@@ -17,9 +17,12 @@ def serve(settings: Annotated[RerankSettings, Takes()], server: Annotated[ServeS
     if server.api_key is None:
         server = replace(server, api_key=os.environ.get("GRATING_API_KEY") or None)
     with err.status("Loading ..."):
+        try:
+            from grating_core.serving.server import serve as serve_models
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"serving needs {error.name}: pip install 'grating-core[serve]'") from error
         from grating_core.serving.logs import write_to
         from grating_core.serving.models import ServedModels
-        from grating_core.serving.server import serve as serve_models
 
         models = ServedModels.open(settings, server)
     write_to(sys.stderr)

@@ -21,12 +21,6 @@ from grating_core.serving.errors import Refused, invalid, too_large
 from grating_core.settings import RerankSettings, ServeSettings
 
 _CHARACTERS = 4  # of a token, about; what a request takes in the queue until its tokens are counted
-    "lens",
-    "adapter",
-    "revision",
-    "template",
-    "instruction",
-)  # these settings fit no other
 
 
 class ServedModel:
