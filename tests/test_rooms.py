@@ -15,7 +15,7 @@ ROOMS = [
     "errors", "arguments", "forking", "files", "lifetime", "pruning", "requests", "results", "memory", "kernels",
     "layers", "columns", "models", "text", "lens", "engine", "settings", "opening", "reranker", "generation",
     "context",
-    "serving", "frameworks", "lab", "demo", "door", "cli",
+    "frameworks", "lab", "demo", "door", "serving", "cli",
 ]  # fmt: skip
 BESIDE = [("pruning", "memory"), ("reranker", "generation")]  # neither imports the other
 

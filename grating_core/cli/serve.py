@@ -18,15 +18,15 @@ def serve(settings: Annotated[RerankSettings, Takes()], server: Annotated[ServeS
         server = replace(server, api_key=os.environ.get("GRATING_API_KEY") or None)
     with err.status("Loading ..."):
         try:
-            from grating_core.serving.server import serve as serve_models
+            from grating_core.serving.server import listening, running
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(f"serving needs {error.name}: pip install 'grating-core[serve]'") from error
         from grating_core.serving.logs import write_to
         from grating_core.serving.models import ServedModels
-
-        models = ServedModels.open(settings, server)
-    write_to(sys.stderr)
-    names = ", ".join(model.name for model in models)
-    serve_models(
-        models, server, lambda address: tell(f"Serving {names} at {address}; {address}/docs lists the paths.")
-    )
+    with listening(server.host, server.port) as listener:
+        with err.status("Loading ..."):
+            models = ServedModels.open(settings, server)
+        write_to(sys.stderr)
+        address = f"http://{server.host}:{listener.getsockname()[1]}"
+        tell(f"Serving {', '.join(model.name for model in models)} at {address}; {address}/docs lists the paths.")
+        running(models, server).run(sockets=[listener])

@@ -45,12 +45,14 @@ class ScoreBody(Body):
 
     field: ClassVar[str] = "text_2"
 
-    text_1: Annotated[list[Query], BeforeValidator(_as_list)] = Field(
+    text_1: Annotated[list[Query], BeforeValidator(_as_list, json_schema_input_type=Query | list[Query])] = Field(
         validation_alias=AliasChoices("text_1", "queries", "data_1"),
         min_length=1,
         description="The question, or one for each text. Its other names are queries and data_1.",
     )
-    text_2: Annotated[list[Document], BeforeValidator(_as_list)] = Field(
+    text_2: Annotated[
+        list[Document], BeforeValidator(_as_list, json_schema_input_type=Document | list[Document])
+    ] = Field(
         validation_alias=AliasChoices("text_2", "documents", "items", "data_2"),
         description="The texts to be scored. Its other names are documents, items and data_2.",
     )

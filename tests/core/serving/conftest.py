@@ -6,12 +6,10 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-import uvicorn
 
 from grating_core import Reranker
-from grating_core.serving.app import Application
 from grating_core.serving.models import ServedModel, ServedModels
-from grating_core.serving.server import listening
+from grating_core.serving.server import listening, running
 from grating_core.settings import ServeSettings
 from tests.core.conftest import BUNDLED
 
@@ -31,14 +29,13 @@ def serving(reranker: Reranker, **settings: object) -> Iterator[str]:
     server = ServeSettings(port=0, **settings)
     models = ServedModels([ServedModel(NAME, reranker, server)])
     with listening(server.host, server.port) as listener:
-        config = uvicorn.Config(Application(models, server).asgi(), log_config=None, lifespan="on")
-        running = uvicorn.Server(config)
-        thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+        process = running(models, server)
+        thread = threading.Thread(target=process.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
-            running.should_exit = True
+            process.should_exit = True
             thread.join()
 
 

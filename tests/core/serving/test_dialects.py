@@ -28,9 +28,7 @@ def sigmoid(score: float) -> float:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_rerank_answers_as_cohere_jina_and_vllm_do(
-    client: httpx.Client, path: str, logits: list[float]
-) -> None:
+def test_a_rerank_answers_as_cohere_jina_and_vllm_do(client: httpx.Client, path: str, logits: list[float]) -> None:
     answer = ask(client, path, model=NAME, query=QUERY, documents=DOCUMENTS)
     assert [result["index"] for result in answer["results"]] == ORDER
     scores = [result["relevance_score"] for result in answer["results"]]
