@@ -289,8 +289,8 @@ class ServeSettings:
         None, "The name by which clients ask for the model. None takes the model's own, without a path."
     )
     also: Sequence[str] = _setting((), "Further models, as MODEL or NAME=MODEL. They share the settings.")
-    max_body: int = _setting(8_000_000, "The most bytes of a request's body.")
-    max_documents: int = _setting(1000, "The most documents of a request.")
+    max_body: int = _setting(4_000_000, "The most bytes of a request's body.")
+    max_documents: int = _setting(1000, "The most entries of a list in a request, such as its documents.")
     max_tokens: int = _setting(131_072, "The most tokens of a request, over all its documents.")
     queue_tokens: int = _setting(
         262_144, "The most tokens of all requests that wait for a model. More are told to come again later."

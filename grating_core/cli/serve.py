@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from dataclasses import replace
@@ -26,6 +27,8 @@ def serve(settings: Annotated[RerankSettings, Takes()], server: Annotated[ServeS
     with listening(server.host, server.port) as listener:
         with err.status("Loading ..."):
             models = ServedModels.open(settings, server)
+        gc.collect()
+        gc.freeze()  # or else a collection looks through everything that was imported, and nobody is answered
         write_to(sys.stderr)
         address = f"http://{server.host}:{listener.getsockname()[1]}"
         tell(f"Serving {', '.join(model.name for model in models)} at {address}; {address}/docs lists the paths.")

@@ -6,8 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import from_json
+from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -17,12 +16,13 @@ from starlette.routing import Route
 
 from grating_core import __version__
 from grating_core.forking import run_in_thread
+from grating_core.serving.bodies import checked, parsed
 from grating_core.serving.calls import read_body, unless_over
 from grating_core.serving.dialects.cohere import RerankAnswer, RerankBody
 from grating_core.serving.dialects.tei import Info, Ranks, TextsBody, info
 from grating_core.serving.dialects.vllm import ScoreAnswer, ScoreBody
 from grating_core.serving.entrance import Entrance, Keys
-from grating_core.serving.errors import Refused, invalid, of_schema, of_status, told, too_large
+from grating_core.serving.errors import Refused, of_status, told
 from grating_core.serving.metrics import Metrics
 from grating_core.serving.models import ServedModels
 from grating_core.serving.openapi import Described, document, page
@@ -108,9 +108,9 @@ class Application:
         async def answered(request: Request) -> Response:
             kind = bodies[0]
             try:
-                found = _parsed(await read_body(request, self._server.max_body))
+                found = parsed(await read_body(request, self._server.max_body), self._server.max_documents)
                 kind = next((body for body in bodies if body.field in found), kind)
-                return await self._answer(request, _checked(kind, found))
+                return await self._answer(request, checked(kind, found))
             except Refused as refused:
                 request.state.record["refused"] = refused.kind
                 content = kind.refusal(refused, request.state.id)
@@ -122,11 +122,8 @@ class Application:
         """Answer a body."""
         model = self._models.named(body.model)
         requests = body.requests()
-        documents = sum(len(one.documents) for one in requests)
         record: dict[str, Any] = request.state.record
-        record |= {"model": model.name, "documents": documents}
-        if documents > (most := self._server.max_documents):
-            raise too_large(f"{body.field} has {documents} entries; this server takes {most} at most")
+        record |= {"model": model.name, "documents": sum(len(one.documents) for one in requests)}
         seconds = self._server.deadline
         if body.grating.deadline_ms is not None:
             seconds = min(seconds, body.grating.deadline_ms / 1000)
@@ -160,25 +157,6 @@ class Application:
 
     async def _show_page(self, request: Request) -> Response:
         return HTMLResponse(self._page, headers=_OWN_PAGE)
-
-
-def _parsed(body: bytes) -> dict[str, Any]:
-    """Return the JSON object in a body."""
-    try:
-        found = from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise invalid(f"the body is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise invalid("the body must be a JSON object with fields such as query and documents")
-    return found
-
-
-def _checked(kind: type[Body], found: dict[str, Any]) -> Body:
-    """Return a body that fits its schema."""
-    try:
-        return kind.model_validate(found)
-    except ValidationError as error:
-        raise of_schema(error) from None
 
 
 async def _refuse_status(request: Request, error: Exception) -> Response:

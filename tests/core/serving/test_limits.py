@@ -60,6 +60,8 @@ def test_a_large_body_is_refused_whether_announced_or_not(tiny_bert: Path, annou
 
 def test_too_many_documents_or_tokens_are_refused_by_the_name_of_the_field(tiny_bert: Path) -> None:
     with serving(load(tiny_bert), max_documents=5, max_tokens=100) as address:
+        listed = httpx.post(f"{address}/score", json={"queries": ["w1"] * 6, "documents": ["w2"] * 6})
+        assert (listed.status_code, "queries has 6 entries" in listed.text) == (413, True)
         for path, field in (("/rerank", "documents"), ("/rerank", "texts"), ("/score", "text_2")):
             asked = {"text_1" if field == "text_2" else "query": "w1"}
             many = httpx.post(address + path, json=asked | {field: ["w2"] * 6})
