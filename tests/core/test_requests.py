@@ -79,6 +79,9 @@ def assert_same(found: Sequence[RerankResult], expected: Sequence[RerankResult])
         ({"scores": "rough"}, "scores='rough'"),
         ({"pruning": "hard"}, "pruning='hard'"),
         ({"pruning": ClusterPolicy}, "pruning=<class"),
+        ({"target": 1.0}, "target=1.0"),
+        ({"target": "high"}, "target='high'"),
+        ({"target": 0.9, "pruning": Off()}, r"target=0.9 and pruning=Off\(\)"),
         ({"query": "w1 " * 200}, "query has 200 tokens"),
     ],
 )
@@ -265,6 +268,16 @@ async def test_a_score_that_is_no_number_fails_its_own_request(tmp_path: Path) -
         )
 
 
+async def test_a_job_tells_its_tokens_before_it_is_computed(tiny_bert: Path) -> None:
+    request = Request("w1", DOCUMENTS, 3)
+    with load(tiny_bert) as reranker:
+        jobs = [reranker.job(request) for _ in range(3)]
+        counted = [job.tokens for job in jobs]
+        found = await asyncio.gather(*(reranker.awaited(request, job) for job in jobs))
+        assert counted == [sum(result.trace.lengths) for result in found]
+        assert_same(found, [reranker.rerank("w1", DOCUMENTS, 3)] * 3)
+
+
 async def test_a_cancelled_task_stops_computing_and_the_others_of_its_pass_go_on(tiny_bert: Path) -> None:
     first, second, third = StandsStill(), StandsStill(), StandsStill()
     third.go.set()
@@ -326,6 +339,7 @@ def test_requests_with_a_policy_of_their_own_are_not_recalibrated(
     monkeypatch.setattr(recalibration, "IDLE", 1000.0)
     with load(tiny_bert, pruning="cluster", recalibrate=1.0) as reranker:
         reranker.rerank_many([Request("w1", DOCUMENTS, 3, pruning=Off()), Request("w1", DOCUMENTS, 99)])
+        reranker.rerank_many([Request("w1", DOCUMENTS, 3, target=0.5)])
         assert reranker.recalibration.waiting == 0
         reranker.rerank_many([Request("w1", DOCUMENTS, 3)] * 2)
         assert reranker.recalibration.waiting == 2

@@ -1,12 +1,13 @@
 """How a request is pruned, and what "auto" does with a model that has no lens."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from grating_core import ClusterPolicy
-from grating_core.lens.pruning import ByLens, Pruning, plan_pruning
+from grating_core import ClusterPolicy, Request
+from grating_core.lens.pruning import ByLens, Pruning, plan_pruning, pruning_of
 from grating_core.pruning import Off
 from tests.core.conftest import save_model
 from tests.core.lens.test_store import calibrated
@@ -32,6 +33,15 @@ def test_a_lens_reads_only_where_something_can_be_dropped() -> None:
     assert plan_pruning(careless, 5, 5, exact=True) == nothing
     assert plan_pruning(careful, 20, 5, exact=True) == nothing  # no factor keeps that promise
     assert plan_pruning(ByLens(0.5, "share", None), 20, 5, exact=True) == nothing
+
+
+def test_a_request_may_have_a_target_of_its_own() -> None:
+    lens = calibrated("identity")
+    by = ByLens(0.995, "share", lens)
+    request = Request("w1", ["w2"] * 20, 5, target=0.5)
+    assert pruning_of(request, by, 1.0) == plan_pruning(replace(by, target=0.5), 20, 5, exact=True)
+    assert pruning_of(request, by, 1.0).policy != Off()
+    assert pruning_of(request, Off(), 1.0) == Pruning(Off())
 
 
 def test_without_a_lens_nothing_is_dropped_and_that_is_said_once(
