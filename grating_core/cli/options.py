@@ -26,7 +26,7 @@ HUB = ("revision", "cache_dir", "local_files_only")
 _EMPTY = inspect.Parameter.empty
 
 # These settings are no options: whoever lists processes would see a token, a command always shows progress, and
-# ends before there is time to recalibrate.
+# most end before there is time to recalibrate.
 _NO_OPTIONS = {"token", "show_progress", "recalibrate"}
 
 # Types that settings name, but whose modules take long to import. No option is of such a type.
@@ -66,7 +66,7 @@ _PANELS = {
     "input": ("input", "corpus", "queries", "input_format", "field", "id_field"),
     "output": ("plot", "format", "as_json", "output"),
     "model": ("model", "device", "dtype", "max_length", "long_documents", "template", "instruction", "adapter"),
-    "pruning": ("pruning", "target", "guarantee", "lens", "scores"),
+    "pruning": ("pruning", "target", "guarantee", "lens", "recalibrate", "scores"),
     "memory": ("memory_budget", "mlp_density"),
     "hub": HUB,
     "server": ("host", "port", "api_key", "name", "also"),
@@ -123,19 +123,22 @@ class Takes:
     Attributes:
         names: The settings besides the model, by name; None for all that can be options.
         without: Those of all that make no sense in this command.
+        beside: Those that are options of this command, though not of most.
         required: Those that have to be given.
         model: What the option ``--model`` is by default; None makes the model an argument.
     """
 
     names: tuple[str, ...] | None = None
     without: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     model: str | None = None
 
     def options(self, settings: type[Any]) -> list[inspect.Parameter]:
         """Return an option for each setting that the command takes."""
         hints = get_type_hints(settings, localns=_ELSEWHERE)
-        taken = [field for field in fields(settings) if field.name not in _NO_OPTIONS.union(self.without)]
+        left_out = _NO_OPTIONS.difference(self.beside).union(self.without)
+        taken = [field for field in fields(settings) if field.name not in left_out]
         if self.names is not None:
             taken = [field for field in taken if field.name in ("model", *self.names)]
         defaults = dict.fromkeys(self.required, _EMPTY) | {"model": self.model or _EMPTY}

@@ -12,8 +12,10 @@ from grating_core.cli.options import Takes
 from grating_core.cli.output import err, tell
 from grating_core.settings import RerankSettings, ServeSettings
 
+Settings = Annotated[RerankSettings, Takes(beside=("recalibrate",))]
 
-def serve(settings: Annotated[RerankSettings, Takes()], server: Annotated[ServeSettings, Takes()]) -> None:
+
+def serve(settings: Settings, server: Annotated[ServeSettings, Takes()]) -> None:
     """Serve a reranker over HTTP, to clients of Cohere, Jina, vLLM, llama.cpp and text-embeddings-inference."""
     if server.api_key is None:
         server = replace(server, api_key=os.environ.get("GRATING_API_KEY") or None)

@@ -45,6 +45,8 @@ _BODIES: Mapping[str, Sequence[type[Body]]] = {
     "/rerank": (RerankBody, TextsBody),
     "/v1/rerank": (RerankBody,),
     "/v2/rerank": (RerankBody,),
+    "/reranking": (RerankBody,),
+    "/v1/reranking": (RerankBody,),
     "/score": (ScoreBody,),
     "/v1/score": (ScoreBody,),
 }

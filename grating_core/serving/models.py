@@ -21,6 +21,9 @@ from grating_core.serving.errors import Refused, invalid, too_large
 from grating_core.settings import RerankSettings, ServeSettings
 
 _CHARACTERS = 4  # of a token, about; what a request takes in the queue until its tokens are counted
+_KEPT = (
+    32  # characters that count as a token at least, because a text waits in memory however little is read of it
+)
 
 
 class ServedModel:
@@ -57,7 +60,8 @@ class ServedModel:
                 jobs = await run_in_thread(self._encoded, requests)
             except ValueError as error:  # a query that fills the window
                 raise invalid(str(error)) from error
-            place.take(self._checked_tokens(jobs, field, cuts=cuts))
+            tokens = self._checked_tokens(jobs, field, cuts=cuts)
+            place.take(max(tokens, sum(map(_characters, requests)) // _KEPT))
             try:
                 return await _all(self.reranker, requests, jobs)
             except (FileError, StorageError) as error:
@@ -73,9 +77,10 @@ class ServedModel:
         return jobs
 
     def _estimate(self, request: Request) -> int:
-        """Estimate the tokens of a request."""
+        """Estimate the tokens of a request, as it takes them in the queue."""
         window, query = self.reranker.max_length, len(request.query)
-        return sum(min(window, (query + len(text)) // _CHARACTERS + 3) for text in request.documents)
+        tokens = sum(min(window, (query + len(text)) // _CHARACTERS + 3) for text in request.documents)
+        return max(tokens, _characters(request) // _KEPT)
 
     def _checked_tokens(self, jobs: Sequence[Job[Outcome]], field: str, *, cuts: bool) -> int:
         """Return the tokens of all jobs, if they may be computed."""
@@ -94,6 +99,10 @@ class ServedModel:
                         f"send truncate: true to have it cut"
                     )
         return tokens
+
+
+def _characters(request: Request) -> int:
+    return len(request.query) + sum(map(len, request.documents))
 
 
 async def _all(

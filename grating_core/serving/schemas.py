@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from grating_core.pruning import ClusterPolicy, Off, PruningPolicy
@@ -65,6 +65,16 @@ class Wishes(BaseModel):
     trace: bool = Field(
         default=False, description="Whether the answer tells layer by layer who was still computed."
     )
+
+
+UseActivation = Annotated[
+    bool | None,
+    Field(
+        validation_alias=AliasChoices("use_activation", "activation", "softmax"),
+        description="Whether scores are probabilities; false returns raw logits, null as grating.raw_scores says.",
+    ),
+]
+"""How vLLM's clients ask for raw scores."""
 
 
 class Layer(BaseModel):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from grating_core import ClusterPolicy, Prompt, Reranker, StreamedCausalLM
-from grating_core.settings import AnswerSettings, GenerationSettings, ModelSettings, RerankSettings
+from grating_core.settings import AnswerSettings, GenerationSettings, ModelSettings, RerankSettings, ServeSettings
 
 LOADERS = [(Reranker.from_pretrained, RerankSettings), (StreamedCausalLM.from_pretrained, GenerationSettings)]
 ANSWERS = [(StreamedCausalLM.generate, AnswerSettings), (StreamedCausalLM.stream, AnswerSettings)]
@@ -28,7 +28,7 @@ def test_signatures_have_the_names_types_and_defaults(function: object, settings
         assert parameter.annotation.removesuffix(" | None") == listed[name].type.removesuffix(" | None"), name
 
 
-@pytest.mark.parametrize("settings", [RerankSettings, GenerationSettings, AnswerSettings])
+@pytest.mark.parametrize("settings", [RerankSettings, GenerationSettings, AnswerSettings, ServeSettings])
 def test_every_setting_is_described_in_sentences(settings: type) -> None:
     for one in fields(settings):
         about = one.metadata["about"]
@@ -44,6 +44,20 @@ def test_a_beginner_sees_six_settings_at_most(settings: type) -> None:
 def test_none_is_the_default_of_every_setting() -> None:
     names = {one.name for one in fields(RerankSettings)} - {"model"}
     assert RerankSettings(model="a/b", **dict.fromkeys(names)) == RerankSettings(model="a/b")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"port": 65_536}, {"port": -1}, {"max_body": 0}, {"max_documents": 0}, {"max_tokens": "many"},
+     {"queue_tokens": 1.5}, {"deadline": 0}, {"deadline": float("inf")}, {"drain": -1}],
+)  # fmt: skip
+def test_a_bad_setting_of_the_server_is_refused_by_name(setting: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(setting))}="):
+        ServeSettings(**setting)
+
+
+def test_the_key_of_the_server_is_not_shown() -> None:
+    assert "secret" not in repr(ServeSettings(api_key="secret"))
 
 
 def test_settings_can_be_hashed_compared_and_pickled(tmp_path: Path) -> None:

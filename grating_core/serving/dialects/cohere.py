@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 
 from grating_core.requests import Request
 from grating_core.results import RerankResult
-from grating_core.serving.schemas import Account, Body, Call, Document, Query, Usage
+from grating_core.serving.schemas import Account, Body, Call, Document, Query, Usage, UseActivation
 
 
 class ResultDocument(BaseModel):
@@ -85,6 +85,13 @@ class RerankBody(Body):
     return_documents: bool | None = Field(
         default=None, description="Whether results have the documents' texts. null does so as Jina and vLLM do."
     )
+
+    use_activation: UseActivation = None
+
+    @property
+    def raw(self) -> bool:
+        """See :attr:`Body.raw`."""
+        return self.use_activation is False or self.grating.raw_scores
 
     def requests(self) -> list[Request]:
         """See :meth:`Body.requests`."""

@@ -14,7 +14,7 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, model_vali
 
 from grating_core.requests import Request
 from grating_core.results import RerankResult
-from grating_core.serving.schemas import Body, Call, Document, Query, Usage
+from grating_core.serving.schemas import Body, Call, Document, Query, Usage, UseActivation
 
 
 def _as_list(texts: object) -> object:
@@ -56,11 +56,7 @@ class ScoreBody(Body):
         validation_alias=AliasChoices("text_2", "documents", "items", "data_2"),
         description="The texts to be scored. Its other names are documents, items and data_2.",
     )
-    use_activation: bool | None = Field(
-        default=None,
-        validation_alias=AliasChoices("use_activation", "activation", "softmax"),
-        description="Whether scores are probabilities; false returns raw logits.",
-    )
+    use_activation: UseActivation = None
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:

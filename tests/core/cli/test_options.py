@@ -8,14 +8,14 @@ import pytest
 from typer.main import get_command
 
 from grating_core.cli.commands import app
-from grating_core.settings import AnswerSettings, GenerationSettings, ModelSettings, RerankSettings
+from grating_core.settings import AnswerSettings, GenerationSettings, ModelSettings, RerankSettings, ServeSettings
 from tests.core.cli.conftest import grating
 
 NO_OPTIONS = {"token", "show_progress", "recalibrate"}
 COMMANDS = {
     "rerank": RerankSettings, "explain": RerankSettings, "select": RerankSettings, "calibrate": RerankSettings,
     "plan": RerankSettings, "bench": RerankSettings, "generate": GenerationSettings, "distill": ModelSettings,
-    "simulate": ModelSettings,
+    "simulate": ModelSettings, "serve": RerankSettings,
 }  # fmt: skip
 OWN = {
     ("distill", "mlp_density"),
@@ -51,6 +51,8 @@ def test_every_setting_is_an_option_of_its_command_or_named_as_none() -> None:
         ("rerank", RerankSettings),
         ("generate", GenerationSettings),
         ("generate", AnswerSettings),
+        ("serve", RerankSettings),
+        ("serve", ServeSettings),
     ):
         assert {field.name for field in fields(settings)} - set(options(command)) <= NO_OPTIONS
 

@@ -9,7 +9,7 @@ import pytest
 from grating_core import Reranker
 from tests.core.serving.conftest import DOCUMENTS, NAME, ORDER, QUERY
 
-PATHS = ("/rerank", "/v1/rerank", "/v2/rerank")
+PATHS = ("/rerank", "/v1/rerank", "/v2/rerank", "/reranking", "/v1/reranking")
 
 
 def ask(client: httpx.Client, path: str, **body: Any) -> Any:
@@ -50,6 +50,15 @@ def test_a_rerank_answers_as_cohere_jina_and_vllm_do(client: httpx.Client, path:
 def test_top_n_says_how_many_come_back(client: httpx.Client, top_n: int | None, found: int) -> None:
     answer = ask(client, "/v1/rerank", query=QUERY, documents=DOCUMENTS, top_n=top_n)
     assert [result["index"] for result in answer["results"]] == ORDER[:found]
+
+
+@pytest.mark.parametrize(
+    "wish", [{"use_activation": False}, {"activation": False}, {"grating": {"raw_scores": True}}]
+)
+def test_raw_scores_are_logits(client: httpx.Client, wish: dict[str, Any], logits: list[float]) -> None:
+    answer = ask(client, "/v1/rerank", query=QUERY, documents=DOCUMENTS, **wish)
+    scores = [result["relevance_score"] for result in answer["results"]]
+    assert scores == pytest.approx([logits[index] for index in ORDER], abs=1e-3)
 
 
 def test_documents_may_be_objects_with_text(client: httpx.Client) -> None:

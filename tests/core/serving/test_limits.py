@@ -141,6 +141,22 @@ def test_a_full_queue_answers_429_and_takes_requests_again_later(tiny_bert: Path
         assert client.post("/rerank", json=BODY).status_code == 200
 
 
+def test_long_texts_take_room_in_the_queue_however_little_is_read_of_them(tiny_bert: Path) -> None:
+    with held(tiny_bert, queue_tokens=1000) as (policy, client), ThreadPoolExecutor() as pool:
+        first = pool.submit(client.post, "/rerank", json=BODY)
+        policy.reached.wait(10)
+        refused = client.post("/rerank", json={"query": "w1", "documents": ["w2 " * 20_000]})
+        assert refused.status_code == 429
+        assert (
+            client.post(
+                "/rerank", json={"query": "w1", "documents": ["w2"], "grating": {"deadline_ms": 50}}
+            ).status_code
+            == 504
+        )
+        policy.go.set()
+        assert first.result().status_code == 200
+
+
 def test_requests_that_wait_go_into_one_pass(tiny_bert: Path) -> None:
     with held(tiny_bert) as (policy, client), ThreadPoolExecutor(20) as pool:
         first = pool.submit(client.post, "/rerank", json=BODY)
