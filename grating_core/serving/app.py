@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from statistics import fmean
 from typing import Any
 
 from pydantic import BaseModel
@@ -134,7 +135,7 @@ class Application:
         record |= {
             "tokens": sum(sum(result.trace.lengths) for result in results),
             "truncated": sum(len(result.trace.truncated) for result in results),
-            "compute_share": [round(result.trace.compute_share, 3) for result in results[:1]],
+            "compute_share": round(fmean([result.trace.compute_share for result in results] or [1.0]), 3),
         }
         answer = body.answer(results, Call(request.state.id, model.name, request.url.path))
         return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")

@@ -21,9 +21,7 @@ from grating_core.serving.errors import Refused, invalid, too_large
 from grating_core.settings import RerankSettings, ServeSettings
 
 _CHARACTERS = 4  # of a token, about; what a request takes in the queue until its tokens are counted
-_KEPT = (
-    32  # characters that count as a token at least, because a text waits in memory however little is read of it
-)
+_KEPT = 32  # so many characters count as a token at least: a text waits in memory, however little is read of it
 
 
 class ServedModel:
@@ -134,12 +132,15 @@ class ServedModels:
         Raises:
             ValueError: Two models have the same name. Other errors are those of ``Reranker.from_pretrained``.
         """
-        wanted = [(server.name or _name_of(str(settings.model)), settings)]
+        named = [(server.name, settings)]
         for one in server.also:
             name, _, model = one.rpartition("=")
-            wanted.append((name or _name_of(model), _for_another(settings, model)))
+            named.append((name, _for_another(settings, model)))
         with ExitStack() as opened:
-            models = [ServedModel(name, opened.enter_context(Reranker.open(one)), server) for name, one in wanted]
+            models = [
+                ServedModel(name or _name_of(one), opened.enter_context(Reranker.open(one)), server)
+                for name, one in named
+            ]
             found = cls(models)
             opened.pop_all()
             return found
@@ -175,7 +176,7 @@ def _for_another(settings: RerankSettings, model: str) -> RerankSettings:
     return replace(settings, model=model, lens=None, adapter=None, revision=None, template=None, instruction=None)
 
 
-def _name_of(model: str) -> str:
+def _name_of(settings: RerankSettings) -> str:
     """Return the name of a model without the path that leads to it. A hub's id is no path."""
-    path = PurePath(model)
-    return path.stem if path.is_absolute() else model
+    path = PurePath(settings.model)
+    return path.name.removesuffix(".gguf") if path.is_absolute() else str(settings.model)

@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from grating_core.pruning import ClusterPolicy, Off, PruningPolicy
 from grating_core.requests import Request
-from grating_core.results import RankedDocument, RerankResult
+from grating_core.results import LayerTrace, RankedDocument, RerankResult
 from grating_core.serving.errors import Refused, told
 
 _POLICIES: dict[str, PruningPolicy] = {"cluster": ClusterPolicy(), "off": Off()}
@@ -86,6 +86,11 @@ class Layer(BaseModel):
     routes: Sequence[str]
     seconds: float
 
+    @classmethod
+    def of(cls, one: LayerTrace) -> Self:
+        """Return a layer of a trace."""
+        return cls(layer=one.layer, alive=one.alive, scores=one.scores, routes=one.routes, seconds=one.seconds)
+
 
 class Account(BaseModel):
     """What an answer took, in its object ``grating``."""
@@ -101,17 +106,13 @@ class Account(BaseModel):
     def of(cls, result: RerankResult, wishes: Wishes) -> Self:
         """Return the account of a result."""
         trace = result.trace
-        layers = [
-            Layer(layer=one.layer, alive=one.alive, scores=one.scores, routes=one.routes, seconds=one.seconds)
-            for one in trace.layers
-        ]
         return cls(
             compute_share=trace.compute_share,
             estimated=[ranked.index for ranked in result.ranking if ranked.estimated],
             truncated=trace.truncated,
             tokens=sum(trace.lengths),
             seconds=trace.seconds,
-            layers=layers if wishes.trace else None,
+            layers=list(map(Layer.of, trace.layers)) if wishes.trace else None,
         )
 
 

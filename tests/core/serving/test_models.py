@@ -25,6 +25,16 @@ def test_a_directory_is_served_by_its_last_name(tiny_bert: Path) -> None:
     assert all(model.reranker.closed for model in models)
 
 
+def test_only_the_path_is_left_out_of_a_name(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bert-2.5-base").symlink_to(tiny_bert)
+    monkeypatch.chdir(tmp_path)
+    models = opened(tiny_bert, also=["bert-2.5-base", "other=bert-2.5-base"])
+    assert [model.name for model in models] == [tiny_bert.name, "bert-2.5-base", "other"]
+    models.close()
+
+
 def test_a_name_that_two_models_have_is_refused(tiny_bert: Path) -> None:
     with pytest.raises(ValueError, match="two models have the same name"):
         opened(tiny_bert, name="same", also=[f"same={tiny_bert}"])
