@@ -32,6 +32,7 @@ def serve(settings: Settings, server: Annotated[ServeSettings, Takes()]) -> None
         gc.collect()
         gc.freeze()  # or else a collection looks through everything that was imported, and nobody is answered
         write_to(sys.stderr)
-        address = f"http://{server.host}:{listener.getsockname()[1]}"
+        host = f"[{server.host}]" if ":" in server.host else server.host
+        address = f"http://{host}:{listener.getsockname()[1]}"
         tell(f"Serving {', '.join(model.name for model in models)} at {address}; {address}/docs lists the paths.")
         running(models, server).run(sockets=[listener])
