@@ -27,11 +27,12 @@ from grating_core.serving.errors import Refused, of_status, told
 from grating_core.serving.metrics import Metrics
 from grating_core.serving.models import ServedModels
 from grating_core.serving.openapi import Described, document, page
+from grating_core.serving.page import Page
 from grating_core.serving.schemas import Body, Call
 from grating_core.settings import ServeSettings
 
-_PUBLIC = frozenset({"/health", "/docs", "/openapi.json"})
-_OWN_PAGE = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'"}
+_PUBLIC = frozenset({"/", "/health", "/docs", "/openapi.json"})
+_DOCS_HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'"}
 
 _ABOUT: Mapping[type[Body], str] = {
     RerankBody: "Rank documents by relevance to a question",
@@ -76,7 +77,8 @@ class Application:
         self._server = server
         self._metrics = Metrics(models)
         self._document = document((*_POSTS, *_GETS), keyed=server.api_key is not None)
-        self._page = page(self._document)
+        self._docs = page(self._document)
+        self._page = Page.load()
 
     def asgi(self) -> Starlette:
         """Return the application as a server runs it."""
@@ -86,7 +88,8 @@ class Application:
             "/v1/models": self._list_models,
             "/metrics": self._show_metrics,
             "/openapi.json": self._show_document,
-            "/docs": self._show_page,
+            "/docs": self._show_docs,
+            "/": self._show_page,
         }
         routes = [Route(path, self._posted(bodies), methods=["POST"]) for path, bodies in _BODIES.items()]
         routes += [Route(path, endpoint, methods=["GET"]) for path, endpoint in gets.items()]
@@ -158,8 +161,11 @@ class Application:
     async def _show_document(self, request: Request) -> Response:
         return JSONResponse(self._document)
 
+    async def _show_docs(self, request: Request) -> Response:
+        return HTMLResponse(self._docs, headers=_DOCS_HEADERS)
+
     async def _show_page(self, request: Request) -> Response:
-        return HTMLResponse(self._page, headers=_OWN_PAGE)
+        return HTMLResponse(self._page.html, headers=self._page.headers)
 
 
 async def _refuse_status(request: Request, error: Exception) -> Response:
