@@ -21,6 +21,7 @@ from grating_core.models.causal_lm import CausalLM
 from grating_core.opening import LoadedLanguageModel, open_language_model
 from grating_core.results import FinishReason, Generation
 from grating_core.settings import AnswerSettings, GenerationSettings
+from grating_core.telemetry import generating
 from grating_core.text.messages import Messages
 
 _SLICE_TOKENS = {"cuda": 8192, "mps": 4096}  # on the CPU it depends on the size of the layers
@@ -206,7 +207,8 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
                 f"than max_length={self.max_length}: shorten the prompt, or ask for fewer tokens"
             )
         sampler = Sampler(float(how.temperature), float(how.top_p), how.seed, model.device)
-        return self._stream(prompt_ids, how.max_new_tokens, sampler, tuple(how.stop))
+        stream = self._stream(prompt_ids, how.max_new_tokens, sampler, tuple(how.stop))
+        return generating(stream, self.name, prompt, how)
 
     def _stream(
         self, prompt_ids: list[int], max_new_tokens: int, sampler: Sampler, stop: tuple[str, ...]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar, runtime_checkable
 from weakref import WeakValueDictionary
@@ -42,6 +43,10 @@ def closed_error(name: str) -> RuntimeError:
 class Settings(Protocol):
     """This protocol is for settings that a model is opened with. They can be compared, and usually hashed."""
 
+    @property
+    def name(self) -> str:
+        """The name of the model."""
+
     def portable(self) -> Self:
         """Return settings without secrets, with which another process finds the same model."""
 
@@ -59,6 +64,8 @@ class Loaded(Generic[AnyModel, AnySettings]):
 
     settings: AnySettings | None = None
     """The settings that the model was opened with; None if the object was put together from parts."""
+
+    model_path: Path
 
     _loaded: AnyModel | None
     _turn: AbstractContextManager[None]  # whatever uses the model holds it
@@ -106,6 +113,11 @@ class Loaded(Generic[AnyModel, AnySettings]):
                 self._loaded.close()
             self._loaded = None
         self._calls.close(wait=False)
+
+    @property
+    def name(self) -> str:
+        """The name of the model, without the path that leads to it."""
+        return self.model_path.name if self.settings is None else self.settings.name
 
     @property
     def closed(self) -> bool:

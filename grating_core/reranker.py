@@ -30,6 +30,7 @@ from grating_core.pruning import PruningPolicy
 from grating_core.requests import Request, checked_requests
 from grating_core.results import RerankResult
 from grating_core.settings import PruningName, RerankSettings
+from grating_core.telemetry import reranking
 from grating_core.text.prompts import Prompt
 
 
@@ -172,8 +173,10 @@ class Reranker(Loaded[Scorer, RerankSettings]):
 
     async def awaited(self, request: Request, job: Job[Outcome]) -> RerankResult:
         """Await the result of a request whose :meth:`job` has not begun; otherwise as :meth:`arerank`."""
-        with calling(self):
-            return self._result(request, await self._passes.awaited(job))
+        with calling(self), reranking(self.name, [request]) as found:
+            result = self._result(request, await self._passes.awaited(job))
+            found([result])
+            return result
 
     def rerank_many(self, requests: Iterable[Request]) -> list[RerankResult]:
         """Rank the documents of several requests, which go through the layers together.
@@ -192,8 +195,11 @@ class Reranker(Loaded[Scorer, RerankSettings]):
 
     @for_a_caller
     def _rerank(self, requests: Sequence[Request]) -> list[RerankResult]:
-        found = self._passes.compute([self.job(request) for request in requests])
-        return [self._result(request, outcome) for request, outcome in zip(requests, found, strict=True)]
+        with reranking(self.name, requests) as found:
+            outcomes = self._passes.compute([self.job(request) for request in requests])
+            results = [self._result(*computed) for computed in zip(requests, outcomes, strict=True)]
+            found(results)
+            return results
 
     def _result(self, request: Request, outcome: Outcome) -> RerankResult:
         if self.recalibration is not None:

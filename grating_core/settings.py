@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from grating_core.arguments import (
@@ -130,6 +130,12 @@ class ModelSettings:
     def budget(self) -> int | None:
         """The memory budget in bytes; None without one."""
         return None if self.memory_budget is None else parse_budget(self.memory_budget)
+
+    @property
+    def name(self) -> str:
+        """The name of the model, without the path that leads to it. A hub's id is no path."""
+        path = PurePath(self.model)
+        return path.name.removesuffix(".gguf") if path.is_absolute() else str(self.model)
 
     def portable(self) -> Self:
         """Return the settings without the token, with which another process finds the same model."""

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from grating_core import __version__
+from grating_core import __version__, telemetry
 from grating_core.forking import run_in_thread
 from grating_core.serving.bodies import checked, parsed
 from grating_core.serving.calls import read_body, unless_over
@@ -112,6 +112,12 @@ class Application:
         """Return the endpoint of a path that takes these bodies."""
 
         async def answered(request: Request) -> Response:
+            with telemetry.serving(request.url.path, request.headers) as told_status:
+                response = await attempted(request)
+                told_status(response.status_code)
+                return response
+
+        async def attempted(request: Request) -> Response:
             kind = bodies[0]
             try:
                 found = parsed(await read_body(request, self._server.max_body), self._server.max_documents)

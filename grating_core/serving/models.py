@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import PurePath
 from typing import Self
 
 from grating_core.engine.job import Job
@@ -138,7 +137,7 @@ class ServedModels:
             named.append((name, _for_another(settings, model)))
         with ExitStack() as opened:
             models = [
-                ServedModel(name or _name_of(one), opened.enter_context(Reranker.open(one)), server)
+                ServedModel(name or one.name, opened.enter_context(Reranker.open(one)), server)
                 for name, one in named
             ]
             found = cls(models)
@@ -174,9 +173,3 @@ class ServedModels:
 def _for_another(settings: RerankSettings, model: str) -> RerankSettings:
     """Return the settings for another model, without those that fit only the first."""
     return replace(settings, model=model, lens=None, adapter=None, revision=None, template=None, instruction=None)
-
-
-def _name_of(settings: RerankSettings) -> str:
-    """Return the name of a model without the path that leads to it. A hub's id is no path."""
-    path = PurePath(settings.model)
-    return path.name.removesuffix(".gguf") if path.is_absolute() else str(settings.model)
