@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -13,7 +13,9 @@ from semantic_text_splitter import TextSplitter
 
 from grating_core import arguments
 from grating_core.arguments import check_query, whole_number
+from grating_core.requests import Request
 from grating_core.reranker import Reranker
+from grating_core.results import RankedDocument
 from grating_core.text.tokenizer import encodable
 
 CountTokens = Callable[[str], int]
@@ -110,6 +112,19 @@ class Selector:
 
     def best(self, query: str, text_or_documents: str | Iterable[str]) -> list[Passage]:
         """Return the passages that answer a query best; see :func:`select_context`."""
+        steps = self.steps(query, text_or_documents)
+        try:
+            request = next(steps)
+            steps.send(self._reranker.rerank(request.query, request.documents, request.top_k).ranking)
+        except StopIteration as end:
+            passages: list[Passage] = end.value
+            return passages
+        raise AssertionError("a selector asks once")
+
+    def steps(
+        self, query: str, text_or_documents: str | Iterable[str]
+    ) -> Generator[Request, list[RankedDocument], list[Passage]]:
+        """Yield the request that is to be ranked, unless all texts fit; return the passages, given its ranking."""
         source = Source(_checked_texts(text_or_documents), self._count)
         if (everything := source.everything(self._max_tokens)) is not None:
             return everything
@@ -120,7 +135,7 @@ class Selector:
         # the budget. Were more asked for, less could be pruned, and the last gap be filled with anything short.
         top_k = -(-self._max_tokens * len(chunks) // max(1, sum(chunk.tokens for chunk in chunks)))
         asked = self._reranker.tail(query.strip())
-        ranking = self._reranker.rerank(asked, [chunk.text for chunk in chunks], top_k).ranking
+        ranking = yield Request(asked, [chunk.text for chunk in chunks], top_k)
         kept = source.fill([replace(chunks[best.index], score=best.score) for best in ranking], self._max_tokens)
         # A whole text may have a few more tokens than its parts together.
         while not source.fit(passages := source.merged(kept), self._max_tokens):

@@ -42,18 +42,21 @@ def reranking(model: str, requests: Sequence[Request]) -> Iterator[Callable[[lis
     Yields:
         A function that takes the results, in the order of the requests.
     """
-    with ExitStack() as open_spans:
+    if (trace := _opentelemetry()) is None:
+        yield lambda results: None
+        return
+    with ExitStack() as until_the_end:
         spans = [
-            span
-            for request in (requests if _is_used() else ())
-            if (span := open_spans.enter_context(_span(f"rerank {model}", _of_request(model, request))))
+            until_the_end.enter_context(_span(trace, f"rerank {model}", _of_request(model, request)))
+            for request in requests
         ]
 
         def found(results: list[RerankResult]) -> None:
-            for span, request, result in zip(spans, requests, results, strict=False):
+            for span, request, result in zip(spans, requests, results, strict=True):
                 if span.is_recording():
                     # A span has room for so many attributes, and the latest stay.
-                    span.set_attributes(_documents(request, result) | _of_request(model, request) | _of_result(result))
+                    span.set_attributes(_documents(request, result))
+                    span.set_attributes(_of_request(model, request) | _of_result(result))
 
         yield found
 
@@ -72,6 +75,8 @@ def generating(
         prompt: The text that is continued, or the messages that are answered.
         how: The settings of the text.
     """
+    if (trace := _opentelemetry()) is None:
+        return (yield from stream)
     operation = "text_completion" if isinstance(prompt, str) else "chat"
     asked = {
         "openinference.span.kind": "LLM",
@@ -85,9 +90,9 @@ def generating(
     }
     if how.seed is not None:
         asked["gen_ai.request.seed"] = how.seed
-    with _span(f"{operation} {model}", asked) as span:
+    with _span(trace, f"{operation} {model}", asked) as span:
         generation = yield from stream
-        if span is not None and span.is_recording():
+        if span.is_recording():
             span.set_attributes(_of_generation(generation))
             if _texts_are_asked_for():
                 span.set_attributes(_messages(prompt, generation))
@@ -105,24 +110,24 @@ def serving(path: str, headers: Mapping[str, str]) -> Iterator[Callable[[int], N
     Yields:
         A function that takes the status of the answer.
     """
-    trace = _opentelemetry()
-    if trace is None:
+    if (trace := _opentelemetry()) is None:
         yield lambda status: None
         return
-    from opentelemetry import propagate
+    from opentelemetry.propagate import extract
 
     asked = {"http.request.method": "POST", "http.route": path}
-    with _span(f"POST {path}", asked, context=propagate.extract(headers), kind=trace.SpanKind.SERVER) as span:
-        assert span is not None
-        with trace.use_span(span, record_exception=False, set_status_on_exception=False):
+    with (
+        _span(trace, f"POST {path}", asked, context=extract(headers), kind=trace.SpanKind.SERVER) as span,
+        trace.use_span(span, record_exception=False, set_status_on_exception=False),
+    ):
 
-            def answered(status: int) -> None:
-                span.set_attribute("http.response.status_code", status)
-                if status >= 500:
-                    span.set_attribute("error.type", str(status))
-                    span.set_status(trace.StatusCode.ERROR)
+        def answered(status: int) -> None:
+            span.set_attribute("http.response.status_code", status)
+            if status >= 500:
+                span.set_attribute("error.type", str(status))
+                span.set_status(trace.StatusCode.ERROR)
 
-            yield answered
+        yield answered
 
 
 def _opentelemetry() -> ModuleType | None:
@@ -130,17 +135,10 @@ def _opentelemetry() -> ModuleType | None:
     return sys.modules.get("opentelemetry.trace")
 
 
-def _is_used() -> bool:
-    return _opentelemetry() is not None
-
-
 @contextmanager
-def _span(name: str, attributes: Mapping[str, Any], **how: Any) -> Iterator[Span | None]:
-    """Have a span; None without OpenTelemetry. An error leaves its kind in it, because a message may be a text."""
-    if (trace := _opentelemetry()) is None:
-        yield None
-        return
-    span = trace.get_tracer("grating").start_span(name, attributes=attributes, **how)
+def _span(trace: ModuleType, name: str, attributes: Mapping[str, Any], **how: Any) -> Iterator[Span]:
+    """Have a span until the end of the ``with``. An error leaves only its kind: its message may be a text."""
+    span: Span = trace.get_tracer("grating").start_span(name, attributes=attributes, **how)
     try:
         yield span
     except Exception as error:

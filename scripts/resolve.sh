@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 output=$1
 shift
 
-printf '%s\n' '-e .[demo,gguf,plot,serve]' '-e integrations/langchain[langgraph]' '-e integrations/llamaindex' \
+printf '%s\n' '-e .[demo,gguf,mcp,plot,serve,telemetry]' '-e integrations/langchain[langgraph]' '-e integrations/llamaindex' \
     '-e integrations/llamaindex-llms' |
     "${UV:-uv}" pip compile - --quiet --output-file "$output" --python-version 3.11 --constraint constraints.txt \
         --no-header --no-annotate --no-emit-index-url --no-emit-package torch --no-emit-package grating-core \

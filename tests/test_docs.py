@@ -69,6 +69,14 @@ def test_the_examples_of_a_page_run_one_after_the_other(
         exec(compile(code, f"{page}.md", "exec"), namespace)
 
 
+def test_the_recipe_for_an_agents_tools_finds_the_one_that_the_page_names(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (example,) = EXAMPLES["mcp"]
+    exec(example, {})
+    assert capsys.readouterr().out.split()[0] == "get_weather"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_commands_of_a_page_are_understood(page: Path) -> None:
     blocks = "\n".join(

@@ -17,6 +17,7 @@ from grating_core.cli.demo import demo
 from grating_core.cli.distill import distill
 from grating_core.cli.doctor import doctor
 from grating_core.cli.generate import generate
+from grating_core.cli.mcp import mcp
 from grating_core.cli.models import models
 from grating_core.cli.options import BUNDLED, as_command, described
 from grating_core.cli.output import forgive_encodings, tell, tell_error, told, write
@@ -42,6 +43,7 @@ _COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
         "grating generate MODEL --raw --temperature 0.8 --seed 1 -p - < beginning.txt",
     ),
     serve: (f"grating serve {BUNDLED}", "grating serve MODEL --port 8000 --also small=OTHER"),
+    mcp: (f"grating mcp {BUNDLED}", f"grating mcp {BUNDLED} --http --port 8081"),
     plan: (f"grating plan {BUNDLED} --memory-budget 110MB",),
     calibrate: ("grating calibrate Qwen/Qwen3-Reranker-0.6B --corpus documents.jsonl",),
     bench: (f"grating bench {BUNDLED} --corpus documents.jsonl --queries queries.txt",),

@@ -69,7 +69,7 @@ _PANELS = {
     "pruning": ("pruning", "target", "guarantee", "lens", "recalibrate", "scores"),
     "memory": ("memory_budget", "mlp_density"),
     "hub": HUB,
-    "server": ("host", "port", "api_key", "name", "also"),
+    "server": ("http", "host", "port", "api_key", "name", "also"),
     "limits": ("max_body", "max_documents", "max_tokens", "queue_tokens", "deadline", "drain"),
 }  # in the order of the help; an option of another name is in none
 _FLAGS = {"as_json": "--json", "chat": "--chat/--raw", "directory": "--output"}

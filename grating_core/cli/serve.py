@@ -17,11 +17,10 @@ Settings = Annotated[RerankSettings, Takes(beside=("recalibrate",))]
 
 def serve(settings: Settings, server: Annotated[ServeSettings, Takes()]) -> None:
     """Serve a reranker over HTTP, to clients of Cohere, Jina, vLLM, llama.cpp and text-embeddings-inference."""
-    if server.api_key is None:
-        server = replace(server, api_key=os.environ.get("GRATING_API_KEY") or None)
+    server = with_key(server)
     with err.status("Loading ..."):
         try:
-            from grating_core.serving.server import listening, running
+            from grating_core.serving.server import address_of, listening, running
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(f"serving needs {error.name}: pip install 'grating-core[serve]'") from error
         from grating_core.serving.logs import write_to
@@ -32,7 +31,11 @@ def serve(settings: Settings, server: Annotated[ServeSettings, Takes()]) -> None
         gc.collect()
         gc.freeze()  # or else a collection looks through everything that was imported, and nobody is answered
         write_to(sys.stderr)
-        host = f"[{server.host}]" if ":" in server.host else server.host
-        address = f"http://{host}:{listener.getsockname()[1]}"
+        address = address_of(listener)
         tell(f"Serving {', '.join(model.name for model in models)} at {address}; {address}/docs lists the paths.")
         running(models, server).run(sockets=[listener])
+
+
+def with_key(server: ServeSettings) -> ServeSettings:
+    """Return the settings with the key of the environment, if they have none."""
+    return replace(server, api_key=server.api_key or os.environ.get("GRATING_API_KEY") or None)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from grating_core.serving.errors import Refused, too_large
+from grating_core.serving.errors import Refused, overdue, too_large
 
 Found = TypeVar("Found")
 
@@ -69,7 +69,7 @@ async def unless_over(request: Request, work: Coroutine[Any, Any, Found], second
             return working.result()
         if leaving.done():
             raise Left
-        raise Refused(504, "deadline", f"the answer was not there within the deadline of {1000 * seconds:.0f} ms")
+        raise overdue(seconds)
     finally:
         working.cancel()
         leaving.cancel()

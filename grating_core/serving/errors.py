@@ -40,6 +40,11 @@ def too_large(message: str) -> Refused:
     return Refused(413, "validation", message)
 
 
+def overdue(seconds: float) -> Refused:
+    """Return the refusal of a request that takes longer than it may."""
+    return Refused(504, "deadline", f"the answer was not there within the deadline of {1000 * seconds:.0f} ms")
+
+
 def failed() -> Refused:
     """Return what a client is told of an error of the server itself. The log says more."""
     return Refused(500, "backend", "The server could not compute this request. Its log has the reason.")
@@ -58,7 +63,7 @@ def of_schema(error: ValidationError) -> Refused:
     if first["type"] == "missing":
         return invalid(f"{path} is missing")
     if first["type"] == "extra_forbidden":
-        return invalid(f"{path} is unknown; /docs lists the fields")
+        return invalid(f"{path} is unknown; leave it out")
     told = told.removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
     if not first["loc"]:
         return invalid(told)

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 log = logging.getLogger("grating.serving")
 
-_ROOMS = ("grating", "uvicorn")  # the loggers whose lines are written
+_ROOMS = {"grating": logging.INFO, "uvicorn": logging.INFO, "mcp": logging.WARNING}  # what is written of whom
 
 
 class JsonLines(logging.Formatter):
@@ -46,8 +46,8 @@ def write_to(stream: TextIO) -> None:
     """Let the server's log go to a stream."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonLines())
-    for name in _ROOMS:
+    for name, level in _ROOMS.items():
         logger = logging.getLogger(name)
         logger.handlers = [handler]
-        logger.setLevel(logging.INFO)
+        logger.setLevel(level)
         logger.propagate = False

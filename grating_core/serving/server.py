@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 
 import uvicorn
+from starlette.applications import Starlette
 
 from grating_core.serving.app import Application
 from grating_core.serving.models import ServedModels
@@ -14,13 +15,18 @@ _KEEP_ALIVE = 75  # seconds that an idle connection stays open, longer than clie
 
 
 def running(models: ServedModels, server: ServeSettings) -> uvicorn.Server:
-    """Return a server that a signal ends. It then finishes what it accepted, and closes the models.
+    """Return a server that a signal ends. It then finishes what it accepted, and closes the models."""
+    return process(Application(models, server).asgi(), server)
+
+
+def process(app: Starlette, server: ServeSettings) -> uvicorn.Server:
+    """Return a server of an application that a signal ends. It then finishes what it accepted.
 
     It logs no addresses that were called, because a query may be in them.
     """
     return uvicorn.Server(
         uvicorn.Config(
-            Application(models, server).asgi(),
+            app,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -43,3 +49,9 @@ def listening(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise OSError(error.errno, f"{host}:{port} cannot be listened at: {error.strerror or error}") from error
+
+
+def address_of(listener: socket.socket) -> str:
+    """Return the address that clients of a socket call."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

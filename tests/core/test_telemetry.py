@@ -24,13 +24,13 @@ sdk = pytest.importorskip("opentelemetry.sdk.trace")
 
 @pytest.fixture(scope="module")
 def exporter() -> Iterator["memory.InMemorySpanExporter"]:
-    """Where spans go. A process has one provider for ever, so it stays when these tests are over."""
+    """Where spans go. A process has one provider for ever, so there may be one of an earlier test."""
+    if not isinstance(trace.get_tracer_provider(), sdk.TracerProvider):
+        trace.set_tracer_provider(sdk.TracerProvider())
     found = memory.InMemorySpanExporter()
-    provider = sdk.TracerProvider()
-    provider.add_span_processor(export.SimpleSpanProcessor(found))
-    trace.set_tracer_provider(provider)
+    trace.get_tracer_provider().add_span_processor(export.SimpleSpanProcessor(found))
     yield found
-    provider.shutdown()
+    found.shutdown()
 
 
 @pytest.fixture

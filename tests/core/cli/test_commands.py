@@ -22,6 +22,7 @@ def test_help_names_every_command() -> None:
         "explain",
         "select",
         "serve",
+        "mcp",
         "generate",
         "calibrate",
         "distill",

@@ -15,7 +15,7 @@ NO_OPTIONS = {"token", "show_progress", "recalibrate"}
 COMMANDS = {
     "rerank": RerankSettings, "explain": RerankSettings, "select": RerankSettings, "calibrate": RerankSettings,
     "plan": RerankSettings, "bench": RerankSettings, "generate": GenerationSettings, "distill": ModelSettings,
-    "simulate": ModelSettings, "serve": RerankSettings,
+    "simulate": ModelSettings, "serve": RerankSettings, "mcp": RerankSettings,
 }  # fmt: skip
 OWN = {
     ("distill", "mlp_density"),
@@ -53,6 +53,7 @@ def test_every_setting_is_an_option_of_its_command_or_named_as_none() -> None:
         ("generate", AnswerSettings),
         ("serve", RerankSettings),
         ("serve", ServeSettings),
+        ("mcp", RerankSettings),
     ):
         assert {field.name for field in fields(settings)} - set(options(command)) <= NO_OPTIONS
 
