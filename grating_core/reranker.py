@@ -174,9 +174,7 @@ class Reranker(Loaded[Scorer, RerankSettings]):
     async def awaited(self, request: Request, job: Job[Outcome]) -> RerankResult:
         """Await the result of a request whose :meth:`job` has not begun; otherwise as :meth:`arerank`."""
         with calling(self), reranking(self.name, [request]) as found:
-            result = self._result(request, await self._passes.awaited(job))
-            found([result])
-            return result
+            return found([self._result(request, await self._passes.awaited(job))])[0]
 
     def rerank_many(self, requests: Iterable[Request]) -> list[RerankResult]:
         """Rank the documents of several requests, which go through the layers together.
@@ -197,9 +195,7 @@ class Reranker(Loaded[Scorer, RerankSettings]):
     def _rerank(self, requests: Sequence[Request]) -> list[RerankResult]:
         with reranking(self.name, requests) as found:
             outcomes = self._passes.compute([self.job(request) for request in requests])
-            results = [self._result(*computed) for computed in zip(requests, outcomes, strict=True)]
-            found(results)
-            return results
+            return found([self._result(*pair) for pair in zip(requests, outcomes, strict=True)])
 
     def _result(self, request: Request, outcome: Outcome) -> RerankResult:
         if self.recalibration is not None:

@@ -32,7 +32,9 @@ _PROVIDER = {"gen_ai.provider.name": "grating"}
 
 
 @contextmanager
-def reranking(model: str, requests: Sequence[Request]) -> Iterator[Callable[[list[RerankResult]], None]]:
+def reranking(
+    model: str, requests: Sequence[Request]
+) -> Iterator[Callable[[list[RerankResult]], list[RerankResult]]]:
     """Have a span for each request, until the end of the ``with``.
 
     Args:
@@ -40,10 +42,10 @@ def reranking(model: str, requests: Sequence[Request]) -> Iterator[Callable[[lis
         requests: The requests.
 
     Yields:
-        A function that takes the results, in the order of the requests.
+        A function that takes the results, in the order of the requests, and returns them.
     """
     if (trace := _opentelemetry()) is None:
-        yield lambda results: None
+        yield lambda results: results
         return
     with ExitStack() as until_the_end:
         spans = [
@@ -51,12 +53,13 @@ def reranking(model: str, requests: Sequence[Request]) -> Iterator[Callable[[lis
             for request in requests
         ]
 
-        def found(results: list[RerankResult]) -> None:
+        def found(results: list[RerankResult]) -> list[RerankResult]:
             for span, request, result in zip(spans, requests, results, strict=True):
                 if span.is_recording():
                     # A span has room for so many attributes, and the latest stay.
                     span.set_attributes(_documents(request, result))
                     span.set_attributes(_of_request(model, request) | _of_result(result))
+            return results
 
         yield found
 

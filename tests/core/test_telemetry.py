@@ -233,6 +233,18 @@ def test_a_served_rerank_is_part_of_the_trace_of_its_client(spans) -> None:
     assert refused.status.status_code is trace.StatusCode.UNSET
 
 
+async def test_a_call_of_a_tool_is_part_of_the_trace_of_its_agent(spans) -> None:
+    mcp = pytest.importorskip("mcp")
+    from tests.core.serving.test_mcp import tools
+
+    with tools() as (address, _), trace.get_tracer("test").start_as_current_span("agent") as agent:
+        async with mcp.Client(address) as client:
+            await client.call_tool("rerank", {"query": QUERY, "documents": DOCUMENTS})
+    (ranked,) = [span for span in spans() if span.name.startswith("rerank ")]
+    assert ranked.context.trace_id == agent.get_span_context().trace_id
+    assert "Berlin" not in "".join(span.to_json() for span in spans())
+
+
 _ALONE = f"""
 import sys
 sys.modules["opentelemetry"] = None  # as if it were not installed
