@@ -32,7 +32,8 @@ def serve(settings: Settings, server: Annotated[ServeSettings, Takes()]) -> None
         gc.freeze()  # or else a collection looks through everything that was imported, and nobody is answered
         write_to(sys.stderr)
         address = address_of(listener)
-        tell(f"Serving {', '.join(model.name for model in models)} at {address}; {address}/docs lists the paths.")
+        names = ", ".join(model.name for model in models)
+        tell(f"Serving {names} at {address}; open it in a browser, or {address}/docs for the paths.")
         running(models, server).run(sockets=[listener])
 
 
