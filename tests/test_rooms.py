@@ -13,8 +13,8 @@ CORE = ROOT / "grating_core"
 # A room may import those before it, and none of those behind it. The door is what "import grating_core" gives.
 ROOMS = [
     "errors", "arguments", "forking", "files", "lifetime", "pruning", "requests", "results", "memory", "kernels",
-    "layers", "columns", "models", "text", "lens", "engine", "settings", "telemetry", "opening", "reranker", "generation",
-    "context",
+    "layers", "columns", "models", "text", "lens", "engine", "settings", "telemetry", "opening",
+    "reranker", "generation", "context",
     "frameworks", "lab", "demo", "door", "serving", "cli",
 ]  # fmt: skip
 BESIDE = [("pruning", "memory"), ("reranker", "generation")]  # neither imports the other

@@ -213,9 +213,7 @@ class Tools:
             ]
         )
 
-    async def _call(
-        self, context: ServerRequestContext[Any], params: CallToolRequestParams
-    ) -> CallToolResult:
+    async def _call(self, context: ServerRequestContext[Any], params: CallToolRequestParams) -> CallToolResult:
         """Call a tool. What it refuses, the model that called it can read and correct."""
         if (tool := _TOOLS.get(params.name)) is None:
             raise MCPError(INVALID_PARAMS, f"name is none of the tools here: {', '.join(_TOOLS)}")

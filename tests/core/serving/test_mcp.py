@@ -98,8 +98,7 @@ async def use(client: "mcp.Client", reranker: Reranker) -> None:
     passages = select_context(QUERY, [text, DOCUMENTS[1]], reranker=reranker, max_tokens=60)
     assert answer.structured_content["text"] == join_passages(passages)
     assert [
-        (one["document"], one["start"], one["end"], one["tokens"])
-        for one in answer.structured_content["passages"]
+        (one["document"], one["start"], one["end"], one["tokens"]) for one in answer.structured_content["passages"]
     ] == [(one.document, one.start, one.end, one.tokens) for one in passages]
     whole = await client.call_tool("select_context", asked | {"documents": DOCUMENTS})
     assert whole.structured_content["text"] == "\n\n".join(DOCUMENTS)
@@ -222,9 +221,11 @@ async def test_a_key_is_asked_for_over_http() -> None:
         refused = httpx.post(address, json={}, headers={"Authorization": "Bearer wrong"})
         assert refused.status_code == 401
         assert "must have the server's key" in refused.json()["message"]
-        async with httpx2.AsyncClient(headers={"Authorization": "Bearer secret"}) as keyed:
-            async with mcp.Client(streamable_http_client(address, http_client=keyed)) as client:
-                assert len((await client.list_tools()).tools) == 2
+        async with (
+            httpx2.AsyncClient(headers={"Authorization": "Bearer secret"}) as keyed,
+            mcp.Client(streamable_http_client(address, http_client=keyed)) as client,
+        ):
+            assert len((await client.list_tools()).tools) == 2
 
 
 async def test_a_model_that_fails_is_told_without_a_text_or_a_path(
