@@ -29,7 +29,7 @@ from typer.main import get_command
 from grating_core import Reranker, select_context
 from grating_core.cli.commands import app
 from grating_core.lab.distill import distill
-from grating_core.settings import AnswerSettings, GenerationSettings, RerankSettings
+from grating_core.settings import AnswerSettings, GenerationSettings, RerankSettings, ServeSettings
 
 PAGE = Path(__file__).parent.parent / "docs" / "parameters.md"
 REQUIRED = inspect.Parameter.empty
@@ -193,6 +193,7 @@ def tables() -> dict[str, str]:
         "answer": table(answer, generating, own(generating, first_of_models, more_of_models, answer)),
         "more of generating": table(more_of_models, generating),
         "memory": table(of_function(langchain_grating.GratingStore.__init__)),
+        "serving": table(of_class(ServeSettings)),
         "calibrating": table(of_function(Reranker.calibrate), {"the command": of_command("calibrate")}),
         "simulating": table(of_command("simulate")),
         "distilling": table(of_function(distill), {"the command": of_command("distill")}),

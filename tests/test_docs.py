@@ -26,14 +26,17 @@ from grating_core import Reranker, StreamedCausalLM, errors, select_context
 from grating_core.cli.commands import app
 from grating_core.lab.distill import distill
 from grating_core.models.families import FAMILIES
+from grating_core.settings import ServeSettings
 from grating_core.text.prompts import PROMPTS
 from scripts import render_parameters
+from tests.core.serving.conftest import real_model, serving
 from tests.test_rooms import ROOMS
 from tests.tiny_chat import save_chat_model
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("clients/*.md"))]
 EXAMPLE = re.compile(r"^( *)```python.*\n((?:.*\n)*?)\1```$", re.MULTILINE)
+SERVER = "http://127.0.0.1:8080"
 LANGUAGE_MODEL = re.compile(r'"(?:Qwen/Qwen3-4B|HuggingFaceTB/SmolLM2-135M-Instruct)"')
 EXAMPLES = {
     path.stem: [textwrap.dedent(found[2]) for found in EXAMPLE.finditer(path.read_text(encoding="utf-8"))]
@@ -56,16 +59,25 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_chat_model(tmp_path_factory.mktemp("model")))
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The address of a server that takes the place of the one on the pages."""
+    with serving(real_model(), name="reranker") as address:
+        yield address
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the frameworks, about their own insides
 @pytest.mark.usefixtures("own_event_handlers")
 @pytest.mark.parametrize("page", [page for page, examples in EXAMPLES.items() if examples])
 def test_the_examples_of_a_page_run_one_after_the_other(
-    page: str, small_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str, small_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}
     for example in EXAMPLES[page]:
         code = LANGUAGE_MODEL.sub(repr(small_model), example)
+        if SERVER in code:
+            code = code.replace(SERVER, request.getfixturevalue("server"))
         exec(compile(code, f"{page}.md", "exec"), namespace)
 
 
@@ -112,6 +124,7 @@ SETTINGS = {
     | fields(langchain_grating.ChatGrating, BaseChatModel)
     | fields(GratingLLM, CustomLLM),
     "Agent memory": arguments(langchain_grating.GratingStore),
+    "Serving": arguments(ServeSettings),
     "Calibrating": arguments(Reranker.calibrate),
     "Simulating": {parameter.opts[0] for parameter in get_command(app).commands["simulate"].params},  # type: ignore[attr-defined]
     "Distilling": arguments(distill),

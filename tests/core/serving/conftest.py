@@ -24,10 +24,10 @@ NAME = "berlin"
 
 
 @contextmanager
-def serving(reranker: Reranker, **settings: object) -> Iterator[str]:
+def serving(reranker: Reranker, name: str = NAME, **settings: object) -> Iterator[str]:
     """Serve a reranker on a free port, and yield the server's address. The reranker is closed at the end."""
     server = ServeSettings(port=0, **settings)
-    models = ServedModels([ServedModel(NAME, reranker, server)])
+    models = ServedModels([ServedModel(name, reranker, server)])
     with listening(server.host, server.port) as listener:
         process = running(models, server)
         thread = threading.Thread(target=process.run, kwargs={"sockets": [listener]})
