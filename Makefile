@@ -1,4 +1,4 @@
-# make venv | kernels | demo | test | test-all | test-oldest | test-newest | check | docs | site | dist | format | lock. Each does its own set-up.
+# make venv | kernels | demo | test | test-all | test-oldest | test-newest | check | docs | site | dist | image | format | lock. Each does its own set-up.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +21,7 @@ ALONE := OMP_NUM_THREADS=1
 # The variable silences a notice about the theme's successor.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: venv kernels demo test test-all test-oldest test-newest check docs site dist format lock bench-deps benchmarks benchmarks-docs clean
+.PHONY: venv kernels demo test test-all test-oldest test-newest check docs site dist image format lock bench-deps benchmarks benchmarks-docs clean
 
 venv: $(READY)
 
@@ -93,6 +93,10 @@ dist: $(READY)
 	rm -rf dist
 	for from in . $(ADAPTERS); do (cd $$from && "$(CURDIR)/$(BIN)/python" -m hatchling build --directory "$(CURDIR)/dist") || exit; done
 	$(BIN)/uv build --quiet --sdist --no-build-isolation --python $(BIN)/python --no-create-gitignore --out-dir dist kernels
+
+# The server as an image for Docker, which needs nothing of what is here.
+image:
+	docker build --tag grating .
 
 format: $(READY)
 	$(BIN)/ruff format .
