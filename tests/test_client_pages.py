@@ -1,7 +1,7 @@
 """The pages about the server's clients: their code, their commands and their settings reach a real server.
 
-Where a client is a program of its own, it is not run: a request is sent as its source sends it, with the settings of
-its page.
+Where a client is a program of its own, it is not run: a request is sent as its source sends it, with the
+settings of its page.
 """
 
 import json
