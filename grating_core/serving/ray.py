@@ -168,8 +168,8 @@ class Front:
                 request, self._asked(request.scope, body), self._server.deadline
             )
         except Refused as refused:
-            content = told(refused, request.headers.get("x-request-id", ""))
-            return JSONResponse(content, refused.status, refused.headers)
+            request_id = request.headers.get("x-request-id", "")
+            return JSONResponse(told(refused, request_id), refused.status, refused.headers)
         except Left:
             return Response(status_code=499)  # nobody reads it
         response = Response(content, status)
