@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -63,8 +63,8 @@ class BatchReranker:
         """Load the model now, not with the first batch. The errors are those of ``from_pretrained``."""
         _ = self._reranker
 
-    def _ranked(self, queries: Iterable[str], documents: Iterable[Iterable[str]]) -> Mapping[str, NDArray[Any]]:
-        requests = [Request(*row, self._top_k) for row in zip(queries, documents, strict=True)]
+    def _ranked(self, queries: Iterable[str], documents: Iterable[Sequence[str]]) -> Mapping[str, NDArray[Any]]:
+        requests = [Request(query, texts, self._top_k) for query, texts in zip(queries, documents, strict=True)]
         results = self._reranker.rerank_many(requests)
         return {
             "ranking": _lists([[ranked.index for ranked in result.ranking] for result in results]),
