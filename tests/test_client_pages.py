@@ -142,6 +142,7 @@ def test_continue(server: str) -> None:
     assert all(0 <= one["score"] <= 1 for one in ranked)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # litellm leaves a connection open
 async def test_litellm_reads_the_file_of_its_proxy(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     monkeypatch.setenv("GRATING_API_KEY", "any")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from contextlib import ExitStack, closing
 from typing import Annotated
@@ -21,6 +20,8 @@ def mcp(settings: Settings, server: Server, http: bool = False) -> None:
     Args:
         http: Whether to answer over HTTP instead, at the path /mcp.
     """
+    import asyncio  # `grating --help` would wait for it
+
     with err.status("Loading ..."):
         try:
             from grating_core.serving.mcp import PATH, Tools
