@@ -4,11 +4,13 @@ Where a client is a program of its own, it is not run: a request is sent as its 
 settings of its page.
 """
 
+import gc
 import json
 import re
 import shlex
 import shutil
 import subprocess
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,14 +144,17 @@ def test_continue(server: str) -> None:
     assert all(0 <= one["score"] <= 1 for one in ranked)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # litellm leaves a connection open
 async def test_litellm_reads_the_file_of_its_proxy(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     monkeypatch.setenv("GRATING_API_KEY", "any")
     litellm = pytest.importorskip("litellm")
     (block,) = blocks(PAGES["litellm"], "yaml")
-    router = litellm.Router(**yaml.safe_load(PLACE.sub(server, block)))
-    answer = await router.arerank(model="reranker", query=QUERY, documents=DOCUMENTS, top_n=2)
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):  # litellm leaves a connection open
+        router = litellm.Router(**yaml.safe_load(PLACE.sub(server, block)))
+        answer = await router.arerank(model="reranker", query=QUERY, documents=DOCUMENTS, top_n=2)
+        await litellm.close_litellm_async_clients()
+        del router
+        gc.collect()
     assert [result["index"] for result in answer.results] == ORDER[:2]
 
 
