@@ -4,13 +4,11 @@ Where a client is a program of its own, it is not run: a request is sent as its 
 settings of its page.
 """
 
-import gc
 import json
 import re
 import shlex
 import shutil
 import subprocess
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,9 @@ import httpx
 import pytest
 import yaml
 
-from tests.core.serving.conftest import DOCUMENTS, ORDER, QUERY, real_model, serving
+from tests.core.serving.conftest import DOCUMENTS, OF_CLIENTS, ORDER, QUERY, real_model, serving
+
+pytestmark = OF_CLIENTS
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/clients/*.md"))}
@@ -149,12 +149,9 @@ async def test_litellm_reads_the_file_of_its_proxy(server: str, monkeypatch: pyt
     monkeypatch.setenv("GRATING_API_KEY", "any")
     litellm = pytest.importorskip("litellm")
     (block,) = blocks(PAGES["litellm"], "yaml")
-    with warnings.catch_warnings(action="ignore", category=ResourceWarning):  # litellm leaves a connection open
-        router = litellm.Router(**yaml.safe_load(PLACE.sub(server, block)))
-        answer = await router.arerank(model="reranker", query=QUERY, documents=DOCUMENTS, top_n=2)
-        await litellm.close_litellm_async_clients()
-        del router
-        gc.collect()
+    router = litellm.Router(**yaml.safe_load(PLACE.sub(server, block)))
+    answer = await router.arerank(model="reranker", query=QUERY, documents=DOCUMENTS, top_n=2)
+    await litellm.close_litellm_async_clients()
     assert [result["index"] for result in answer.results] == ORDER[:2]
 
 

@@ -21,6 +21,11 @@ DOCUMENTS = [
 ]
 ORDER = [1, 2, 0]
 NAME = "berlin"
+OF_CLIENTS = [
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
+    pytest.mark.usefixtures("connections"),
+]
+"""The marks of tests whose clients may leave connections open."""
 
 
 @contextmanager

@@ -5,7 +5,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.core.serving.conftest import DOCUMENTS, NAME, ORDER, QUERY
+from tests.core.serving.conftest import DOCUMENTS, NAME, OF_CLIENTS, ORDER, QUERY
+
+pytestmark = OF_CLIENTS
 
 KEY = "any"
 
