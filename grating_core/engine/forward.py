@@ -158,7 +158,9 @@ def _run_layer(
             if first:
                 states[:tokens] = _embed(model, batch, part, positions)
             rows = part.rows if layer.fills else tokens
-            places = sent(pad(positions[part.tokens], (0, rows - tokens)), model.device)
+            places = None
+            if layer.spec.rotary is not None:
+                places = sent(pad(positions[part.tokens], (0, rows - tokens)), model.device)
             output, parts = walk.step(part, states[:rows], places)
             if part.changed and output.data_ptr() != states.data_ptr():
                 states[:tokens] = output[:tokens]

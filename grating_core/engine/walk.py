@@ -38,14 +38,15 @@ class Walk:
         self._shared: KeysValues | None = None  # of the tokens that the sequences of one request share
         self._long: KeysValues | None = None  # of a sequence that does not fit into a slice
 
-    def step(self, part: Slice, hidden: Tensor, positions: Tensor) -> tuple[Tensor, list[Part]]:
+    def step(self, part: Slice, hidden: Tensor, positions: Tensor | None) -> tuple[Tensor, list[Part]]:
         """Take a slice through the layer, as far as its step goes. The slices come in order.
 
         Args:
             part: The slice.
             hidden: Hidden states before the layer, ``[rows, D]``; fill behind the slice's tokens has any values.
                 Those after the layer may take their place.
-            positions: Positions of the tokens, int64 ``[rows]``, counted from 0 within each sequence.
+            positions: Positions of the tokens, int64 ``[rows]``, counted from 0 within each sequence; None if the
+                layer has no rotary positions.
 
         Returns:
             Hidden states after the layer, ``[rows, D]``, of the tokens that are asked for, perhaps with fill
@@ -55,7 +56,7 @@ class Walk:
         steps = self._layer.steps
         asked = part.asked(self._only) if part.queries else []
         states = steps.prepared(spec, weights, hidden)
-        turned = None if self._angles is None else self._angles.at(positions)
+        turned = None if self._angles is None or positions is None else self._angles.at(positions)
         key = value = hidden
         if part.keys:
             key, value = steps.keys_and_values(spec, weights, states, turned)

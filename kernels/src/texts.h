@@ -23,7 +23,7 @@ template <class S> struct Text {
     }
 };
 
-// The mean of rows, or of the products of rows with those that `partner` has beside them. Some columns at a time, all rows.
+// The mean of what `row` adds to a sum for each row. Some columns at a time go through all rows.
 template <class Row> inline void average(int64_t rows, int64_t width, float* mean, Row row) {
     constexpr int V = 4;
     const float share = 1.0f / larger<int64_t>(rows, 1);

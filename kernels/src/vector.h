@@ -200,13 +200,8 @@ inline vu maximum(vu a, vu b) {
     return a > b ? a : b;
 #endif
 }
-inline int32_t top(vi x) {
-    int32_t m = x[0];
-    for (int i = 1; i < W; i++) m = x[i] > m ? x[i] : m;
-    return m;
-}
-inline uint32_t top(vu x) {
-    uint32_t m = x[0];
+template <class V> inline auto top(V x) {
+    auto m = x[0];
     for (int i = 1; i < W; i++) m = x[i] > m ? x[i] : m;
     return m;
 }

@@ -16,14 +16,7 @@ try:
 except KernelsError as error:
     pytest.skip(str(error), allow_module_level=True)
 
-
-@pytest.fixture(autouse=True)
-def _best_level():
-    """Leave the processor's best level and the number of threads as they were."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    start()
+pytestmark = pytest.mark.usefixtures("best_level")
 
 
 @st.composite

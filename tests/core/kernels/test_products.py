@@ -23,6 +23,8 @@ try:
 except KernelsError as error:
     pytest.skip(str(error), allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("best_level")
+
 WIDTHS = st.sampled_from([1, 2, 3, 5, 16, 31, 32, 33, 63, 64, 65, 100, 127, 257])
 COUNTS = st.sampled_from([1, 2, 3, 7, 15, 16, 17, 31, 33, 100, 130])
 FAULTS = {
@@ -31,15 +33,6 @@ FAULTS = {
     "infinity": torch.inf,
     "minus infinity": -torch.inf,
 }
-
-
-@pytest.fixture(autouse=True)
-def _best_level():
-    """Leave the processor's best level and the number of threads as they were."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    start()
 
 
 @st.composite
