@@ -10,7 +10,6 @@ from typing import Any
 from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -22,7 +21,7 @@ from grating_core.serving.calls import read_body, unless_over
 from grating_core.serving.dialects.cohere import RerankAnswer, RerankBody
 from grating_core.serving.dialects.tei import Info, Ranks, TextsBody, info
 from grating_core.serving.dialects.vllm import ScoreAnswer, ScoreBody
-from grating_core.serving.entrance import Entrance, Keys
+from grating_core.serving.entrance import entrance
 from grating_core.serving.errors import Refused, of_status, told
 from grating_core.serving.metrics import Metrics
 from grating_core.serving.models import ServedModels
@@ -93,12 +92,10 @@ class Application:
         }
         routes = [Route(path, self._posted(bodies), methods=["POST"]) for path, bodies in _BODIES.items()]
         routes += [Route(path, endpoint, methods=["GET"]) for path, endpoint in gets.items()]
-        middleware = [Middleware(Entrance, self._metrics, frozenset(route.path for route in routes))]
-        if self._server.api_key is not None:
-            middleware.append(Middleware(Keys, self._server.api_key, _PUBLIC))
+        paths = {route.path for route in routes}
         return Starlette(
             routes=routes,
-            middleware=middleware,
+            middleware=entrance(self._server, self._metrics, paths, _PUBLIC),
             exception_handlers={HTTPException: _refuse_status},
             lifespan=self._lifespan,
         )

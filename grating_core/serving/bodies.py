@@ -33,9 +33,14 @@ def parsed(body: bytes, most_entries: int) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise invalid("the body must be a JSON object with fields such as query and documents")
     for name, value in found.items():
-        if isinstance(value, list) and len(value) > most_entries:
-            raise too_large(f"{name[:80]} has {len(value)} entries; this server takes {most_entries} at most")
+        check_entries(name, value, most_entries)
     return found
+
+
+def check_entries(name: str, value: Any, most: int) -> None:
+    """Refuse a field that is a list with more entries than the server takes, before anybody looks at each."""
+    if isinstance(value, list) and len(value) > most:
+        raise too_large(f"{name[:80]} has {len(value)} entries; this server takes {most} at most")
 
 
 def checked(kind: type[AnyBody], found: dict[str, Any]) -> AnyBody:
@@ -53,8 +58,10 @@ def checked(kind: type[AnyBody], found: dict[str, Any]) -> AnyBody:
 @contextmanager
 def _no_collecting() -> Iterator[None]:
     """Keep the garbage collector from looking through millions of new objects again and again."""
+    collects = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if collects:  # whoever embeds the application may have switched it off
+            gc.enable()

@@ -6,11 +6,13 @@ import hmac
 import logging
 import re
 import uuid
+from collections.abc import Collection
 from hashlib import sha256
 from time import perf_counter
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -18,9 +20,27 @@ from grating_core.serving.calls import Left
 from grating_core.serving.errors import Refused, failed, told
 from grating_core.serving.logs import cause, tell
 from grating_core.serving.metrics import Metrics
+from grating_core.settings import ServeSettings
 
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _LEFT = 499  # what a log has for a client that did not wait
+
+
+def entrance(
+    server: ServeSettings, metrics: Metrics, paths: Collection[str], public: Collection[str] = ()
+) -> list[Middleware]:
+    """Return what every request of an application comes through.
+
+    Args:
+        server: The server's settings.
+        metrics: The metrics to count in.
+        paths: The paths that are counted by name.
+        public: The paths that need no key.
+    """
+    found = [Middleware(Entrance, metrics, frozenset(paths))]
+    if server.api_key is not None:
+        found.append(Middleware(Keys, server.api_key, frozenset(public)))
+    return found
 
 
 class Entrance:

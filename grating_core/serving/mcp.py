@@ -29,16 +29,15 @@ from mcp.types import (
 )
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
 
 from grating_core import __version__
 from grating_core.context import Passage, Selector, join_passages
 from grating_core.forking import run_in_thread
 from grating_core.requests import Request
 from grating_core.results import RankedDocument
-from grating_core.serving.bodies import checked
-from grating_core.serving.entrance import Entrance, Keys
-from grating_core.serving.errors import Refused, failed, overdue, too_large
+from grating_core.serving.bodies import check_entries, checked
+from grating_core.serving.entrance import entrance
+from grating_core.serving.errors import Refused, failed, overdue
 from grating_core.serving.logs import cause, tell
 from grating_core.serving.metrics import Metrics
 from grating_core.serving.models import ServedModel, ServedModels
@@ -185,9 +184,7 @@ class Tools:
         protocol = self._protocol.streamable_http_app(
             streamable_http_path=PATH, host=server.host, max_request_body_size=server.max_body
         )
-        middleware = [Middleware(Entrance, Metrics(self._models), frozenset({PATH}))]
-        if server.api_key is not None:
-            middleware.append(Middleware(Keys, server.api_key, frozenset[str]()))
+        middleware = entrance(server, Metrics(self._models), {PATH})
         return Starlette(routes=protocol.routes, middleware=middleware, lifespan=self._lifespan)
 
     @asynccontextmanager
@@ -230,9 +227,7 @@ class Tools:
         )
 
     async def _answer(self, tool: type[Arguments], found: dict[str, Any]) -> BaseModel:
-        documents, most = found.get("documents"), self._server.max_documents
-        if isinstance(documents, list) and len(documents) > most:
-            raise too_large(f"documents has {len(documents)} entries; this server takes {most} at most")
+        check_entries("documents", found.get("documents"), self._server.max_documents)
         try:
             async with asyncio.timeout(self._server.deadline):
                 return await checked(tool, found).call(self._models.default)
