@@ -59,7 +59,9 @@ def advance(
     slices = _slices(count, slice_tokens)
     try:
         model.prepare(ids)
-        hidden = model.embed(ids, torch.zeros_like(ids), positions)
+        hidden = torch.empty(count, model.width, dtype=model.dtype, device=model.device)
+        for part in slices:
+            model.embed(ids[part], torch.zeros_like(ids[part]), positions[part], hidden[part])
         for number, kept in enumerate(cache, 1):
             with model.layer(number) as layer:
                 turned = None if layer.spec.rotary is None else angles[layer.spec.rotary]

@@ -144,9 +144,9 @@ def _run_layer(
     positions = batch.positions
     if not number:
         # Embedded again by the first layer, for those that are left: that costs less than keeping the states.
-        for part in batch.slices(slice_tokens):
+        for part, states in hidden.visit(batch.slices(slice_tokens, changed=False), read=False):
             if part.queries:
-                see(_embed(model, batch, part, positions), list(part.parts))
+                see(_embed(model, batch, part, states), list(part.parts))
         return
     first, last = number == 1, number == model.depth
     only = model.spec.pooling if last else "mean"
@@ -156,7 +156,7 @@ def _run_layer(
         for part, states in hidden.visit(slices, read=not first):
             tokens = part.tokens.stop - part.tokens.start
             if first:
-                states[:tokens] = _embed(model, batch, part, positions)
+                _embed(model, batch, part, states)
             rows = part.rows if layer.fills else tokens
             places = None
             if layer.spec.rotary is not None:
@@ -167,6 +167,9 @@ def _run_layer(
             see(output, parts)
 
 
-def _embed(model: CrossEncoder, batch: RaggedBatch, part: Slice, positions: Tensor) -> Tensor:
-    """Return the hidden states of a slice before the first layer, ``[T, D]``."""
-    return model.embed(batch.input_ids[part.tokens], batch.token_type_ids[part.tokens], positions[part.tokens])
+def _embed(model: CrossEncoder, batch: RaggedBatch, part: Slice, states: Tensor) -> Tensor:
+    """Write the states of a slice before the first layer into its first rows, and return these, ``[T, D]``."""
+    tokens = part.tokens
+    output = states[: tokens.stop - tokens.start]
+    model.embed(batch.input_ids[tokens], batch.token_type_ids[tokens], batch.positions[tokens], output)
+    return output

@@ -29,6 +29,7 @@ class Kernels:
         chain: See :func:`grating_core.kernels.reference.chain`.
         normed_rows: See :func:`grating_core.kernels.reference.normed_rows`.
         turn_heads: See :func:`grating_core.kernels.reference.turn_heads`.
+        embed: See :func:`grating_core.kernels.reference.embed`.
         pack_in_place: See :func:`grating_core.kernels.compiled.pack_in_place`; None where torch computes.
         attention: See :func:`grating_core.kernels.compiled.attention`; None where torch computes.
         features: See :func:`grating_core.kernels.features.features`; None where torch computes.
@@ -40,6 +41,7 @@ class Kernels:
     chain: Callable[..., None]
     normed_rows: Callable[..., tuple[Tensor | None, Rows | None]]
     turn_heads: Callable[..., None]
+    embed: Callable[..., None]
     pack_in_place: Callable[[Tensor], Tensor] | None = None
     attention: Callable[..., Tensor] | None = None
     features: Callable[..., Tensor] | None = None
@@ -66,6 +68,7 @@ def kernels() -> Kernels:
         compiled.chain,
         compiled.normed_rows,
         compiled.turn_heads,
+        compiled.embed,
         compiled.pack_in_place,
         compiled.attention,
         compiled.features,
@@ -73,4 +76,12 @@ def kernels() -> Kernels:
 
 
 def _of_torch(reason: str) -> Kernels:
-    return Kernels(None, reason, reference.linear, reference.chain, reference.normed_rows, reference.turn_heads)
+    return Kernels(
+        None,
+        reason,
+        reference.linear,
+        reference.chain,
+        reference.normed_rows,
+        reference.turn_heads,
+        reference.embed,
+    )

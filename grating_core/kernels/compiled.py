@@ -17,11 +17,13 @@ from torch import Tensor
 
 from grating_core.kernels.features import SIMILARITIES
 from grating_core.kernels.loading import DTYPES, started
-from grating_core.kernels.operands import Finished, Map, Norm, Rows, Span, Texts, Then, Weight
+from grating_core.kernels.operands import Finished, Lookup, Map, Norm, Rows, Span, Texts, Then, Weight
 from grating_core.kernels.structs import (
     AttentionStruct,
+    EmbedStruct,
     FeaturesStruct,
     LinearStruct,
+    LookupStruct,
     NormStruct,
     RowsStruct,
     SpanStruct,
@@ -40,6 +42,8 @@ _ACTIVATIONS = {
 }
 _NORMS = {"layer": 1, "rms": 2}
 _POOLINGS = {"first": 0, "last": 1, "mean": 2}
+
+_NO_ROW = 2
 
 _NO_NORM = NormStruct()
 _NO_WEIGHT = WeightStruct()
@@ -156,6 +160,22 @@ def turn_heads(states: Tensor, heads: int, norm: Norm | None, cosine: Tensor | N
     )
 
 
+def embed(lookups: Sequence[Lookup], factor: float, norm: Norm | None, output: Tensor) -> None:
+    """See :func:`grating_core.kernels.reference.embed`."""
+    tables = [LookupStruct(table.data_ptr(), len(table), rows.data_ptr()) for table, rows in lookups]
+    call = EmbedStruct(
+        DTYPES[output.dtype],
+        len(tables),
+        factor,
+        *output.shape,
+        (LookupStruct * 3)(*tables),
+        _norm(norm),
+        _rows(output),
+    )
+    lib = started()
+    _check(lib.gk_run_embed(ctypes.byref(call)))
+
+
 def attention(
     query: Tensor,
     spans: Sequence[Span],
@@ -250,6 +270,8 @@ def new_rows(count: int, width: int) -> Rows:
 
 
 def _check(failed: int) -> None:
+    if failed == _NO_ROW:
+        raise IndexError("A table of embeddings lacks the row of a token.")
     if failed:
         raise MemoryError("The kernels got no memory for intermediate results.")
 

@@ -106,6 +106,18 @@ class Finished(NamedTuple):
     rows: Rows | None
 
 
+class Lookup(NamedTuple):
+    """A lookup takes a row of a table for each token.
+
+    Attributes:
+        table: The table, ``[rows, D]``, contiguous.
+        rows: The number of the row of each token, int64 ``[T]``, contiguous.
+    """
+
+    table: Tensor
+    rows: Tensor
+
+
 class Span(NamedTuple):
     """A span is consecutive queries of one sequence, with the keys and values that they may see.
 

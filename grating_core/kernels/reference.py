@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import pad
 
 from grating_core.kernels.activations import ACTIVATIONS
-from grating_core.kernels.operands import Finished, Map, Norm, Rows, Then, Weight
+from grating_core.kernels.operands import Finished, Lookup, Map, Norm, Rows, Then, Weight
 from grating_core.kernels.packing import quantized_rows, unpacked
 
 _FAR = 1e4  # from here on an activation is its argument, or one, and below zero it is zero, or minus one
@@ -112,6 +114,25 @@ def turn_heads(states: Tensor, heads: int, norm: Norm | None, cosine: Tensor | N
         cosine, sine = cosine[:, None], sine[:, None]
         found = torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1)
     states.copy_(found.flatten(1))
+
+
+def embed(lookups: Sequence[Lookup], factor: float, norm: Norm | None, output: Tensor) -> None:
+    """Write ``norm(factor * first + second + …)`` for each token, of its rows of one to three tables.
+
+    Args:
+        lookups: The tables and rows. The tables have the dtype of the output.
+        factor: The factor of the first table's rows.
+        norm: The norm of the sum; None for none.
+        output: The states that are written, ``[T, D]``; rows may have any stride.
+
+    Raises:
+        IndexError: A table lacks a row.
+    """
+    first, *others = lookups
+    states = functional.embedding(first.rows, first.table).float() * factor
+    for table, rows in others:
+        states += functional.embedding(rows, table)
+    output.copy_(states if norm is None else normed(states, norm))
 
 
 def normed(states: Tensor, norm: Norm) -> Tensor:

@@ -90,6 +90,27 @@ class AttentionStruct(Structure):
     ]
 
 
+class LookupStruct(Structure):
+    """This class mirrors ``gk_lookup``."""
+
+    _fields_ = [("table", c_void_p), ("count", c_int64), ("rows", c_void_p)]
+
+
+class EmbedStruct(Structure):
+    """This class mirrors ``gk_embed``."""
+
+    _fields_ = [
+        ("states", c_int32),
+        ("tables", c_int32),
+        ("factor", c_float),
+        ("count", c_int64),
+        ("width", c_int64),
+        ("lookups", LookupStruct * 3),
+        ("norm", NormStruct),
+        ("output", RowsStruct),
+    ]
+
+
 class FeaturesStruct(Structure):
     """This class mirrors ``gk_features``, whose sequences are ten numbers each."""
 

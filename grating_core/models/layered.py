@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from grating_core.columns.companion import ColumnFile
+from grating_core.kernels import reference
 from grating_core.kernels.choice import kernels
+from grating_core.kernels.operands import Lookup, Norm
 from grating_core.layers import layer as plain
 from grating_core.layers import packed_steps
 from grating_core.layers.layer import Mlp
@@ -128,6 +129,8 @@ class LayeredModel:
         """How the layers are packed; None if they are not."""
         self.products = torch.int8 if parts.packing is not None and parts.packing.quantized else parts.dtype
         """The dtype of the layers' products."""
+        self._factor = torch.tensor(parts.spec.scale, dtype=parts.dtype).item()  # rounded, as transformers does
+        self._norm = _norm(parts.spec, parts.outside)
         self.work = work_per_token(parts.spec, parts.dtype, parts.packing, pruned=parts.columns is not None)
 
     @property
@@ -181,24 +184,28 @@ class LayeredModel:
         """Stop reading, and close the files."""
         self._parts.close()
 
-    def embed(self, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor) -> Tensor:
-        """Return the hidden states before the first layer, ``[T, D]``, from int64 tensors ``[T]`` on the CPU.
+    def embed(self, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor, output: Tensor) -> None:
+        """Write the hidden states before the first layer.
 
-        Positions count from 0 within each sequence.
+        Args:
+            input_ids: Token ids, int64 ``[T]``, on the CPU.
+            token_type_ids: The types of the tokens, of the same kind.
+            positions: The positions of the tokens, counted from 0 within each sequence, of the same kind.
+            output: Where the states are written, ``[T, D]``.
         """
-        outside, spec, device = self.outside, self.spec, self.device
-        rows = self._parts.rows
-        hidden = (
-            rows(input_ids) if rows is not None else embedding(sent(input_ids, device), outside["table.weight"])
-        )
-        if spec.scale != 1:
-            hidden = hidden * torch.tensor(spec.scale, dtype=self.dtype)  # a number on the CPU goes with the call
+        outside, spec, rows = self.outside, self.spec, self._parts.rows
+        if rows is None:
+            found = [(outside["table.weight"], input_ids)]
+        else:
+            found = [(rows(input_ids), torch.arange(len(input_ids)))]
         if spec.types:
             types = token_type_ids if spec.typed else torch.zeros_like(token_type_ids)
-            hidden = hidden + embedding(sent(types, device), outside["types.weight"])
+            found.append((outside["types.weight"], types))
         if spec.positions:
-            hidden = hidden + embedding(sent(positions + spec.first_position, device), outside["positions.weight"])
-        return normed(hidden, outside, "embedding_norm", spec.norm)
+            found.append((outside["positions.weight"][spec.first_position :], positions))
+        lookups = [Lookup(table, sent(numbers, self.device)) for table, numbers in found]
+        compiled = self.device.type == "cpu" and kernels().has(self.dtype)
+        (kernels().embed if compiled else reference.embed)(lookups, self._factor, self._norm, output)
 
     def angles(self, positions: Tensor) -> dict[Rotary, Angles]:
         """Return the angles at positions, int64 ``[T]``, for each kind of rotary positions that layers have."""
@@ -209,6 +216,15 @@ class LayeredModel:
     def normed(self, states: Tensor) -> Tensor:
         """Return states ``[…, D]`` in the head's dtype after the norm between the last layer and the head."""
         return normed(states, self.outside, "final_norm", self.spec.norm)
+
+
+def _norm(spec: ModelSpec, outside: Weights) -> Norm | None:
+    """Return the norm of embeddings; None for none."""
+    weight, bias = outside.get("embedding_norm.weight"), outside.get("embedding_norm.bias")
+    if weight is None:
+        return None
+    norm = spec.norm
+    return Norm(norm.kind, norm.eps, norm.offset, weight.float(), None if bias is None else bias.float())
 
 
 def work_per_token(

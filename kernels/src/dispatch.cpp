@@ -140,6 +140,7 @@ int32_t gk_run_linear(const gk_linear* l) { return l->rows ? chosen->linear(host
 int32_t gk_run_chain(const gk_linear steps[3]) { return steps->rows ? chosen->chain(host, steps) : 0; }
 int32_t gk_run_attention(const gk_attention* a) { return a->count ? chosen->attention(host, a) : 0; }
 int32_t gk_run_features(const gk_features* f) { return f->count ? chosen->features(host, f) : 0; }
+int32_t gk_run_embed(const gk_embed* e) { return e->count ? chosen->embed(host, e) : 0; }
 int32_t gk_run_rows(int32_t states, int64_t rows, int64_t width, const gk_rows* x, const gk_norm* norm, const gk_rows* output,
                     const gk_rows* quantised) {
     return rows ? chosen->rows(host, states, rows, width, x, norm, output, quantised) : 0;

@@ -1,5 +1,5 @@
 // The C interface of grating-kernels. Python reads it with ctypes: grating_kernels/__init__.py mirrors each struct.
-// Strides count elements. All functions but the first three return 0, or GK_NO_MEMORY.
+// Strides count elements. All functions but the first five return 0, or what went wrong.
 #pragma once
 
 #include <stdint.h>
@@ -11,8 +11,10 @@
 #endif
 
 // Raised whenever a struct or the meaning of a function changes: a module of another version is refused.
-#define GK_VERSION 3
+#define GK_VERSION 4
 #define GK_NO_MEMORY 1
+#define GK_NO_ROW 2  // a table lacks a row
+#define GK_TABLES 3
 
 enum gk_dtype { GK_INT8 = 0, GK_BF16 = 1, GK_F32 = 2 };
 enum gk_activation { GK_NONE = 0, GK_GELU = 1, GK_GELU_TANH = 2, GK_SILU = 3, GK_RELU = 4, GK_TANH = 5 };
@@ -125,6 +127,25 @@ struct gk_features {
     int64_t output_stride;
 };
 
+// A row of a table for each token. The table [count, width] is contiguous.
+struct gk_lookup {
+    const void* table;
+    int64_t count;
+    const int64_t* rows;
+};
+
+// output = norm(factor * first + second + ...), for each token, of its rows of the tables.
+struct gk_embed {
+    int32_t states;  // dtype of tables and output: GK_BF16 or GK_F32
+    int32_t tables;  // number of lookups, at least one
+    float factor;
+    int64_t count;   // of tokens
+    int64_t width;
+    gk_lookup lookups[GK_TABLES];
+    gk_norm norm;
+    gk_rows output;
+};
+
 // The pool of the host: what torch_parallel_for of torch's C interface is.
 typedef int32_t (*gk_parallel)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
 
@@ -147,6 +168,7 @@ GK_API int32_t gk_run_linear(const gk_linear*);
 GK_API int32_t gk_run_chain(const gk_linear steps[3]);
 GK_API int32_t gk_run_attention(const gk_attention*);
 GK_API int32_t gk_run_features(const gk_features*);
+GK_API int32_t gk_run_embed(const gk_embed*);
 // The rows of `norm(x)`, states of the dtype `states` [rows, width]: as states, or quantised, or both.
 GK_API int32_t gk_run_rows(
     int32_t states, int64_t rows, int64_t width, const gk_rows* x, const gk_norm* norm, const gk_rows* output,

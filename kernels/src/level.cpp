@@ -4,6 +4,7 @@
 
 #include "activations.h"
 #include "attention.h"
+#include "embed.h"
 #include "linear.h"
 #include "pack.h"
 #include "rows.h"
@@ -180,6 +181,12 @@ void features_task(const void* at, int64_t begin, int64_t end, int32_t* failed) 
 }
 int32_t features(const Host& host, const gk_features* f) { return spread(host, f->count, features_task, f); }
 
+void embed_task(const void* at, int64_t begin, int64_t end, int32_t* failed) {
+    const gk_embed& e = *(const gk_embed*)at;
+    if (int32_t code = e.states == GK_BF16 ? run_embed<bf16>(e, begin, end) : run_embed<float>(e, begin, end)) *failed = code;
+}
+int32_t embed(const Host& host, const gk_embed* e) { return spread(host, e->count, embed_task, e); }
+
 void pack_task(const void* at, int64_t begin, int64_t end, int32_t* failed) {
     if (pack_blocks(*(const PackJob*)at, begin, end)) *failed = GK_NO_MEMORY;
 }
@@ -193,4 +200,4 @@ void start() { start_activations(); }
 }  // namespace
 
 extern const Level GK_NAME(gk_level_, GK_LEVEL);
-const Level GK_NAME(gk_level_, GK_LEVEL) = {HAS_BF16, start, linear, chain, attention, features, rows, heads, pack};
+const Level GK_NAME(gk_level_, GK_LEVEL) = {HAS_BF16, start, linear, chain, attention, features, embed, rows, heads, pack};

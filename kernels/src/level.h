@@ -16,6 +16,7 @@ struct Level {
     int32_t (*chain)(const Host&, const gk_linear*);
     int32_t (*attention)(const Host&, const gk_attention*);
     int32_t (*features)(const Host&, const gk_features*);
+    int32_t (*embed)(const Host&, const gk_embed*);
     int32_t (*rows)(const Host&, int32_t, int64_t, int64_t, const gk_rows*, const gk_norm*, const gk_rows*, const gk_rows*);
     int32_t (*heads)(const Host&, int32_t, int64_t, int64_t, int64_t, const gk_rows*, const gk_norm*, const float*, const float*);
     int32_t (*pack)(const Host&, int32_t, void*, int64_t, int64_t);

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from grating_core.kernels import compiled
 from grating_core.kernels.loading import has, levels, start
-from grating_core.kernels.operands import Map, Norm, Rows, Span, Then, Weight
+from grating_core.kernels.operands import Lookup, Map, Norm, Rows, Span, Then, Weight
 from grating_core.kernels.packing import packed_weight
 
 PAGE = mmap.PAGESIZE
@@ -82,6 +82,12 @@ def attention(states: torch.dtype, count: int, size: int) -> None:
     compiled.turn_heads(query, 2, Norm("rms", 1e-5, 0.0, at_the_end(torch.randn(size))), angles, angles)
 
 
+def embed(states: torch.dtype, count: int, width: int) -> None:
+    table, rows = at_the_end(torch.randn(3, width).to(states)), at_the_end(torch.randint(0, 3, (count,)))
+    output = at_the_end(torch.empty(count, width, dtype=states))
+    compiled.embed([Lookup(table, rows)] * 3, 1.0, norm_of(width), output)
+
+
 def main() -> None:
     if "short" in sys.argv:
         start()
@@ -99,6 +105,8 @@ def main() -> None:
                 for states in (torch.bfloat16, torch.float32):
                     for size in (32, 80):
                         attention(states, count, size)
+                    for width in (1, 33, 64, 100):
+                        embed(states, count, width)
         print(level)
 
 
