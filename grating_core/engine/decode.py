@@ -14,11 +14,11 @@ from torch.nn.functional import pad
 
 from grating_core.engine.ragged import filled
 from grating_core.errors import ScoreError
+from grating_core.kernels.operands import Seen, Span
 from grating_core.layers.attention import ragged_attention
 from grating_core.layers.keys_values import KeysValues
 from grating_core.layers.rotary import Angles
 from grating_core.layers.sending import sent
-from grating_core.layers.spans import Span
 from grating_core.memory.meter import PeakMemory
 from grating_core.models.causal_lm import CausalLM
 from grating_core.models.layered import Layer
@@ -97,8 +97,9 @@ def _step(layer: Layer, hidden: Tensor, angles: Angles | None, kept: KeysValues)
         angles = angles and Angles(*(pad(part, (0, 0, 0, fill)) for part in angles))
     states = steps.prepared(spec, weights, hidden)
     key, value = steps.keys_and_values(spec, weights, states, angles)
-    kept.extend(key[:, :tokens], value[:, :tokens])
+    kept.extend(key[:tokens], value[:tokens])
     query = steps.queries(spec, weights, states, angles)
-    attended = ragged_attention(spec, query, [Span(slice(0, tokens), kept.key, kept.value, first)])
+    span = Span(0, tokens, first, kept.tokens, 0)
+    attended = ragged_attention(spec, query, Seen(kept.key, kept.value), [span])
     output: Tensor = steps.finished(spec, weights, hidden, attended, mlp)
     return output[:tokens]

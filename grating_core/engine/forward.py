@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
 from time import perf_counter
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from torch.nn.functional import pad
 
 from grating_core.engine.contest import Contest, Scores
 from grating_core.engine.head import HeadReader
-from grating_core.engine.ragged import Part, RaggedBatch, Slice
+from grating_core.engine.ragged import RaggedBatch, Slice
 from grating_core.engine.walk import Walk
 from grating_core.forking import Interrupted
 from grating_core.layers.rotary import Angles
@@ -28,8 +27,8 @@ from grating_core.memory.hidden import HiddenStates
 from grating_core.memory.meter import Meter, PeakMemory
 from grating_core.models.cross_encoder import CrossEncoder
 
-See = Callable[[Tensor, list[Part]], None]
-"""A function that is given the states of some tokens after a layer, and whose tokens they are."""
+See = Callable[[Tensor, Slice], None]
+"""A function that is given the states after a layer of the tokens that are asked for, and their slice."""
 
 
 @torch.inference_mode()
@@ -71,12 +70,11 @@ def forward(
         if not readers:  # before the first layer, only a lens reads scores
             continue
 
-        def see(states: Tensor, parts: list[Part], readers: Mapping[int, Reader] = readers) -> None:
+        def see(states: Tensor, part: Slice, readers: Mapping[int, Reader] = readers) -> None:
             if all(contest.abandoned() for contest in contests if contest.alive):
                 raise Interrupted
-            for request, own in groupby(parts, key=lambda part: part.piece.request):
-                if request in readers:
-                    readers[request].see(states, list(own))
+            if part.asked and part.request in readers:
+                readers[part.request].see(states, part.asked)
 
         _run_layer(model, number, batch, hidden, angles, slice_tokens, see)
         if peak is not None:
@@ -102,9 +100,9 @@ def forward(
             return
         if still < left:
             left = still
-            batch, index = batch.select({request: contest.alive for request, contest in enumerate(contests)})
+            batch, runs = batch.select({request: contest.alive for request, contest in enumerate(contests)})
             if number:
-                hidden.keep(index)
+                hidden.keep(runs)
 
 
 class _Unread(NamedTuple):
@@ -141,30 +139,28 @@ def _run_layer(
     see: See,
 ) -> None:
     """Put the hidden states through a layer, slice by slice, and show them afterwards; layer 0 only embeds."""
-    positions = batch.positions
     if not number:
         # Embedded again by the first layer, for those that are left: that costs less than keeping the states.
-        for part, states in hidden.visit(batch.slices(slice_tokens, changed=False), read=False):
+        for part, states in hidden.visit(batch.slices(slice_tokens), read=False, write=False):
             if part.queries:
-                see(_embed(model, batch, part, states), list(part.parts))
+                see(_embed(model, batch, part, states), part)
         return
     first, last = number == 1, number == model.depth
-    only = model.spec.pooling if last else "mean"
-    slices = batch.slices(slice_tokens, changed=not last, only=only)
+    slices = batch.slices(slice_tokens, model.spec.pooling if last else "mean")
     with model.layer(number) as layer:
-        walk = Walk(layer, None if layer.spec.rotary is None else angles[layer.spec.rotary], only)
-        for part, states in hidden.visit(slices, read=not first):
+        walk = Walk(layer, None if layer.spec.rotary is None else angles[layer.spec.rotary])
+        for part, states in hidden.visit(slices, read=not first, write=not last):
             tokens = part.tokens.stop - part.tokens.start
             if first:
                 _embed(model, batch, part, states)
             rows = part.rows if layer.fills else tokens
             places = None
             if layer.spec.rotary is not None:
-                places = sent(pad(positions[part.tokens], (0, rows - tokens)), model.device)
-            output, parts = walk.step(part, states[:rows], places)
-            if part.changed and output.data_ptr() != states.data_ptr():
+                places = sent(pad(batch.positions[part.tokens], (0, rows - tokens)), model.device)
+            output = walk.step(part, states[:rows], places)
+            if part.changed and not last and output.data_ptr() != states.data_ptr():
                 states[:tokens] = output[:tokens]
-            see(output, parts)
+            see(output, part)
 
 
 def _embed(model: CrossEncoder, batch: RaggedBatch, part: Slice, states: Tensor) -> Tensor:

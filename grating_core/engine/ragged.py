@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, compress, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from grating_core.kernels.operands import Span, Texts
 from grating_core.layers.sending import numbers_of
+from grating_core.lens.features import texts_of
 from grating_core.memory.hidden import FILL
 from grating_core.models.family import Pooling
 from grating_core.text.pairs import Segments, TokenisedPair
@@ -41,7 +43,7 @@ class Piece:
     segments: Segments | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Part:
     """A part is what a slice has of a piece.
 
@@ -56,54 +58,99 @@ class Part:
     start: int
 
     @property
+    def length(self) -> int:
+        """The number of tokens."""
+        return int(self.rows.stop - self.rows.start)
+
+    @property
     def stop(self) -> int:
         """The number of the token after the last, in the piece."""
-        return self.start + int(self.rows.stop - self.rows.start)
+        return self.start + self.length
 
     @property
     def whole(self) -> bool:
         """Whether the slice has the whole piece."""
-        return self.stop - self.start == self.piece.length
+        return self.length == self.piece.length
+
+    @cached_property
+    def texts(self) -> Texts | None:
+        """Where a lens finds the texts of a sequence, see :func:`grating_core.lens.features.texts_of`."""
+        return texts_of(self)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Slice:
-    """A slice is consecutive tokens that go through a step of a layer together.
+    """A slice is consecutive tokens of one request that go through a step of a layer together.
 
     Attributes:
         tokens: Place on the token axis.
         parts: What the slice has of each piece, in order.
+        only: ``"first"`` or ``"last"`` if only the output of that token of each sequence is needed; ``"mean"`` for
+            the output of all tokens.
         keys: Whether the slice's keys and values are computed in this step.
         queries: Whether the slice's queries and output are computed in this step.
-        changed: Whether the hidden states that this step leaves are needed.
     """
 
     tokens: slice
     parts: tuple[Part, ...]
+    only: Pooling = "mean"
     keys: bool = True
     queries: bool = True
-    changed: bool = True
 
     @property
     def rows(self) -> int:
         """The number of rows that are computed, fill included."""
         return filled(self.tokens.stop - self.tokens.start)
 
-    def asked(self, only: Pooling) -> list[tuple[Part, Part]]:
-        """Return each part whose output is asked for, and what of it is asked for.
+    @property
+    def changed(self) -> bool:
+        """Whether the step leaves other hidden states."""
+        return self.queries
 
-        Args:
-            only: ``"first"`` or ``"last"`` if only the output of that token of each sequence is needed, whose rows
-                are then counted from 0 without gaps; ``"mean"`` for the output of all tokens.
-        """
-        if only == "mean":
-            return [(part, part) for part in self.parts]
+    @property
+    def request(self) -> int:
+        """The number of the request."""
+        return self.parts[0].piece.request
+
+    @property
+    def whole(self) -> bool:
+        """Whether the slice has its pieces whole, and not a part of one piece."""
+        return self.parts[0].whole
+
+    @cached_property
+    def _found(self) -> list[tuple[Part, Part]]:
+        """Each part whose output is asked for, and what of it."""
+        if not self.queries or self.only == "mean":
+            return [(part, part) for part in self.parts if self.queries]
         found = list[tuple[Part, Part]]()
         for part in self.parts:
-            place = 0 if only == "first" else part.piece.length - 1
+            place = 0 if self.only == "first" else part.piece.length - 1
             if part.piece.candidate is not None and part.start <= place < part.stop:
                 row = len(found)
                 found.append((part, Part(part.piece, slice(row, row + 1), place)))
+        return found
+
+    @cached_property
+    def asked(self) -> list[Part]:
+        """Whose output is asked for. Single tokens have their rows counted from 0 without gaps."""
+        return [wanted for _, wanted in self._found]
+
+    @cached_property
+    def places(self) -> list[int] | None:
+        """The rows of the single tokens that are asked for; None where all tokens are."""
+        if self.only == "mean":
+            return None
+        return [part.rows.start + wanted.start - part.start for part, wanted in self._found]
+
+    @cached_property
+    def spans(self) -> list[Span]:
+        """What the queries attend to: keys of this slice, or all that are kept of a piece."""
+        found = []
+        for part, wanted in self._found:
+            before, length = part.piece.before, part.piece.length
+            place, shared = (part.rows.start, before) if part.whole else (0, 0)
+            first = before + wanted.start
+            found.append(Span(wanted.rows.start, wanted.length, first, before + length, place, shared))
         return found
 
 
@@ -159,7 +206,7 @@ class RaggedBatch:
         """The number of tokens of the longest sequence, what it shares included."""
         return max(piece.before + piece.length for piece in self.pieces)
 
-    @property
+    @cached_property
     def tokens_by_request(self) -> Counter[int]:
         """The number of tokens of each request."""
         found = Counter[int]()
@@ -172,70 +219,73 @@ class RaggedBatch:
         """The positions of all tokens, int64 ``[T]``, counted from 0 within each sequence."""
         return numbers_of([slice(piece.before, piece.before + piece.length) for piece in self.pieces])
 
-    def slices(self, most: int, *, changed: bool = True, only: Pooling = "mean") -> list[Slice]:
+    @cached_property
+    def _slices(self) -> dict[tuple[int, Pooling], list[Slice]]:
+        return {}
+
+    def slices(self, most: int, only: Pooling = "mean") -> list[Slice]:
         """Divide the batch into slices of at most ``most`` tokens, in the order in which they go through a layer.
 
         A piece that is longer goes through the layer twice: first its keys and values, then the rest. A slice
-        belongs to one request, so that a request is computed bit by bit as it would be alone.
+        belongs to one request, so that a request is computed bit by bit as it would be alone. The same slices
+        are returned again.
 
         Args:
             most: The most tokens of a slice.
-            changed: Whether hidden states after the layer are needed.
-            only: See :meth:`Slice.asked`.
+            only: See :class:`Slice`.
         """
-        found: list[Slice] = []
-        start, waiting = 0, list[Piece]()
+        if (most, only) not in self._slices:
+            self._slices[most, only] = list(self._divided(most, only))
+        return self._slices[most, only]
 
-        def flush() -> None:
-            nonlocal start
-            if waiting:
-                ends = list(accumulate((piece.length for piece in waiting), initial=0))
-                parts = (Part(p, slice(a, b), 0) for p, (a, b) in zip(waiting, pairwise(ends), strict=True))
-                found.append(Slice(slice(start, start + ends[-1]), tuple(parts), changed=changed))
-                start += ends[-1]
-                waiting.clear()
-
-        room = most
+    def _divided(self, most: int, only: Pooling) -> Iterator[Slice]:
+        start, end, parts = 0, 0, list[Part]()
         for piece in self.pieces:
-            if piece.length > room or (waiting and piece.request != waiting[0].request):
-                flush()
-                room = most
+            stop = end + piece.length
+            if parts and (stop - start > most or piece.request != parts[0].piece.request):
+                yield Slice(slice(start, end), tuple(parts), only)
+                start, parts = end, []
             if piece.length > most:
-                found += _twice(piece, start, most, changed, only)
-                start += piece.length
+                yield from _twice(piece, start, most, only)
+                start = stop
             else:
-                waiting.append(piece)
-                room -= piece.length
-        flush()
-        return found
+                parts.append(Part(piece, slice(end - start, stop - start), 0))
+            end = stop
+        if parts:
+            yield Slice(slice(start, end), tuple(parts), only)
 
-    def select(self, keep: Mapping[int, Collection[int]]) -> tuple[RaggedBatch, Tensor]:
-        """Return the batch of some candidates only, and where its tokens were, int64 and ascending.
+    def select(self, keep: Mapping[int, Collection[int]]) -> tuple[RaggedBatch, list[slice]]:
+        """Return the batch of some candidates only, and where its tokens were: runs in rising order.
 
         Args:
             keep: Numbers of the candidates to keep, by request. Without any, a request leaves as a whole.
         """
-        kept = [
-            bool(keep.get(piece.request)) and (piece.candidate is None or piece.candidate in keep[piece.request])
-            for piece in self.pieces
-        ]
-        ends = accumulate(piece.length for piece in self.pieces)
-        runs = [slice(end - piece.length, end) for piece, end in zip(self.pieces, ends, strict=True)]
-        index = numbers_of(list(compress(runs, kept)))
-        pieces = tuple(compress(self.pieces, kept))
-        return RaggedBatch(self.input_ids[index], self.token_type_ids[index], pieces), index
+        pieces, runs, end = list[Piece](), list[slice](), 0
+        for piece in self.pieces:
+            start, end = end, end + piece.length
+            kept = keep.get(piece.request)
+            if kept and (piece.candidate is None or piece.candidate in kept):
+                pieces.append(piece)
+                if runs and runs[-1].stop == start:
+                    start = runs.pop().start
+                runs.append(slice(start, end))
+        ids, types = (
+            torch.cat([numbers[run] for run in runs]) if runs else numbers[:0]
+            for numbers in (self.input_ids, self.token_type_ids)
+        )
+        return RaggedBatch(ids, types, tuple(pieces)), runs
 
 
-def _twice(piece: Piece, start: int, most: int, changed: bool, only: Pooling) -> Iterator[Slice]:
+def _twice(piece: Piece, start: int, most: int, only: Pooling) -> Iterator[Slice]:
     """Yield the slices of a long piece that begins at ``start``: first for keys and values, then for the rest."""
     count = -(-piece.length // most)
     edges = [piece.length * number // count for number in range(count + 1)]
     places = [(slice(start + a, start + b), (Part(piece, slice(0, b - a), a),)) for a, b in pairwise(edges)]
     for tokens, parts in places:
-        yield Slice(tokens, parts, queries=False, changed=False)
+        yield Slice(tokens, parts, only, queries=False)
     for tokens, parts in places:
-        rest = Slice(tokens, parts, keys=False, changed=changed)
-        if rest.asked(only):
+        rest = Slice(tokens, parts, only, keys=False)
+        if rest.asked:
             yield rest
 
 

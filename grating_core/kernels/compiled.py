@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_int32, c_int64, c_void_p
+from ctypes import Array, c_int32, c_int64, c_void_p
+from itertools import chain as one_by_one
 
 import torch
 from torch import Tensor
 
 from grating_core.kernels.features import SIMILARITIES
 from grating_core.kernels.loading import DTYPES, started
-from grating_core.kernels.operands import Finished, Lookup, Map, Norm, Rows, Span, Texts, Then, Weight
+from grating_core.kernels.operands import Finished, Lookup, Map, Norm, Rows, Seen, Span, Texts, Then, Weight
 from grating_core.kernels.structs import (
     AttentionStruct,
     EmbedStruct,
@@ -26,7 +27,6 @@ from grating_core.kernels.structs import (
     LookupStruct,
     NormStruct,
     RowsStruct,
-    SpanStruct,
     WeightStruct,
 )
 
@@ -178,6 +178,7 @@ def embed(lookups: Sequence[Lookup], factor: float, norm: Norm | None, output: T
 
 def attention(
     query: Tensor,
+    seen: Seen,
     spans: Sequence[Span],
     *,
     heads: int,
@@ -191,6 +192,7 @@ def attention(
 
     Args:
         query: Queries, ``[T, heads * head size]``; rows may have any stride.
+        seen: Keys and values.
         spans: The spans, in rising order of their rows.
         heads: Number of heads of the query.
         key_heads: Number of heads of keys and values.
@@ -205,10 +207,10 @@ def attention(
     output = torch.empty(query.shape, dtype=query.dtype)
     end = 0
     for span in spans:
-        output[end : span.rows.start] = 0
-        end = span.rows.stop
+        if end < span.start:
+            output[end : span.start] = 0
+        end = span.start + span.length
     output[end:] = 0
-    array = (SpanStruct * len(spans))(*map(_span, spans))
     call = AttentionStruct(
         DTYPES[query.dtype],
         causal,
@@ -218,11 +220,12 @@ def attention(
         window or 0,
         scaling,
         softcap or 0.0,
-        query.data_ptr(),
-        query.stride(0),
-        output.data_ptr(),
-        output.stride(0),
-        array,
+        *_by_row(query),
+        *_by_row(seen.key),
+        *_by_row(seen.value),
+        *((None, 0) * 2 if seen.shared is None else (*_by_row(seen.shared[0]), *_by_row(seen.shared[1]))),
+        *_by_row(output),
+        _array(spans),
         len(spans),
     )
     lib = started()
@@ -236,26 +239,18 @@ def features(
     """See :func:`grating_core.kernels.features.features`. Rows of prefix and states are contiguous."""
     count, width = len(sequences), states.shape[1]
     output = torch.empty(count, 5 * width + SIMILARITIES if similarities else 4 * width)
-    step = width * states.element_size()
-    shared = len(prefix)
-    bases = prefix.data_ptr(), states.data_ptr() - shared * step
-    numbers: list[int] = []
-    for own, query, document in sequences:
-        numbers += bases[1] + own.start * step, own.stop - own.start
-        for text in (query, document):
-            for run in text:
-                numbers += bases[run.start >= shared] + run.start * step, run.stop - run.start
-            numbers += (0, 0) * (2 - len(text))
     call = FeaturesStruct(
         DTYPES[states.dtype],
         _POOLINGS[pooling],
         similarities,
         width,
         width,
-        (c_int64 * len(numbers))(*numbers),
+        prefix.data_ptr(),
+        prefix.shape[0],
+        states.data_ptr(),
+        _array([one.numbers for one in sequences]),
         count,
-        output.data_ptr(),
-        output.stride(0),
+        *_by_row(output),
     )
     lib = started()
     _check(lib.gk_run_features(ctypes.byref(call)))
@@ -278,6 +273,15 @@ def _check(failed: int) -> None:
 
 def _at(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _by_row(states: Tensor) -> tuple[int, int]:
+    return states.data_ptr(), states.stride(0)
+
+
+def _array(rows: Sequence[tuple[int, ...]]) -> Array[c_int64]:
+    numbers = tuple(one_by_one.from_iterable(rows))
+    return (c_int64 * len(numbers))(*numbers)
 
 
 def _new(wanted: bool, count: int, width: int, dtype: torch.dtype) -> Tensor | None:
@@ -304,23 +308,4 @@ def _norm(norm: Norm | None) -> NormStruct:
         _NO_NORM
         if norm is None
         else NormStruct(_NORMS[norm.kind], norm.eps, norm.offset, norm.weight.data_ptr(), _at(norm.bias))
-    )
-
-
-def _span(span: Span) -> SpanStruct:
-    shared = span.shared_key, span.shared_value
-    return SpanStruct(
-        span.rows.start,
-        span.rows.stop - span.rows.start,
-        span.first,
-        span.key.shape[0] + (0 if shared[0] is None else shared[0].shape[0]),
-        span.key.data_ptr(),
-        span.key.stride(0),
-        span.value.data_ptr(),
-        span.value.stride(0),
-        _at(shared[0]),
-        _at(shared[1]),
-        0 if shared[0] is None else shared[0].stride(0),
-        0 if shared[1] is None else shared[1].stride(0),
-        0 if shared[0] is None else shared[0].shape[0],
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -119,26 +121,58 @@ class Lookup(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A span is consecutive queries of one sequence, with the keys and values that they may see.
+    """A span is consecutive queries of one sequence, and the keys that they may see. Rows are those of a call.
 
     Attributes:
-        rows: Place of the queries among those of the call.
-        key: Keys, ``[M, key heads, head size]``; the last two dimensions are contiguous.
-        value: Values of the same shape.
-        first: Position of the first query among all keys.
-        shared_key: Keys that stand before ``key`` and lie elsewhere; None for none.
-        shared_value: Values of the same shape.
+        start: Row of the first query.
+        length: Number of queries.
+        first: Position of the first query among all keys that the span may see.
+        keys: Number of these keys.
+        place: Row of the first of them that is not shared.
+        shared: How many of the call's shared keys come before it: all, or none.
     """
 
-    rows: slice
+    start: int
+    length: int
+    first: int
+    keys: int
+    place: int
+    shared: int = 0
+
+    @property
+    def rows(self) -> slice:
+        """The rows of the queries."""
+        return slice(self.start, self.start + self.length)
+
+    @property
+    def own(self) -> slice:
+        """The rows of the keys that are not shared."""
+        return slice(self.place, self.place + self.keys - self.shared)
+
+
+class Seen(NamedTuple):
+    """This class holds the keys and values of a call.
+
+    Attributes:
+        key: Keys, ``[T, key heads, head size]``; the last two dimensions are contiguous.
+        value: Values of the same shape.
+        shared: Keys and values that come before those of some spans, and lie elsewhere; None for none.
+    """
+
     key: Tensor
     value: Tensor
-    first: int
-    shared_key: Tensor | None = None
-    shared_value: Tensor | None = None
+    shared: tuple[Tensor, Tensor] | None = None
+
+    def of(self, span: Span) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of a span, each in one piece."""
+        key, value = self.key[span.own], self.value[span.own]
+        if self.shared is None or not span.shared:
+            return key, value
+        return torch.cat((self.shared[0], key)), torch.cat((self.shared[1], value))
 
 
-class Texts(NamedTuple):
+@dataclass(frozen=True)
+class Texts:
     """This class says where a sequence and its two texts are, in a shared prefix of P rows and what follows it.
 
     Attributes:
@@ -150,3 +184,10 @@ class Texts(NamedTuple):
     own: slice
     query: tuple[slice, ...]
     document: tuple[slice, ...]
+
+    @cached_property
+    def numbers(self) -> tuple[int, ...]:
+        """Ten numbers: the first row and the number of rows of the sequence, and of two runs of each text."""
+        none = slice(0, 0)
+        runs = (self.own, *(run for text in (self.query, self.document) for run in (*text, none, none)[:2]))
+        return tuple(number for run in runs for number in (run.start, run.stop - run.start))

@@ -49,28 +49,8 @@ class LinearStruct(Structure):
     ]
 
 
-class SpanStruct(Structure):
-    """This class mirrors ``gk_span``."""
-
-    _fields_ = [
-        ("start", c_int64),
-        ("length", c_int64),
-        ("first", c_int64),
-        ("keys", c_int64),
-        ("key", c_void_p),
-        ("key_stride", c_int64),
-        ("value", c_void_p),
-        ("value_stride", c_int64),
-        ("shared_key", c_void_p),
-        ("shared_value", c_void_p),
-        ("shared_key_stride", c_int64),
-        ("shared_value_stride", c_int64),
-        ("shared", c_int64),
-    ]
-
-
 class AttentionStruct(Structure):
-    """This class mirrors ``gk_attention``."""
+    """This class mirrors ``gk_attention``, whose spans are the numbers of :class:`~.operands.Span`."""
 
     _fields_ = [
         ("states", c_int32),
@@ -83,9 +63,17 @@ class AttentionStruct(Structure):
         ("softcap", c_float),
         ("query", c_void_p),
         ("query_stride", c_int64),
+        ("key", c_void_p),
+        ("key_stride", c_int64),
+        ("value", c_void_p),
+        ("value_stride", c_int64),
+        ("shared_key", c_void_p),
+        ("shared_key_stride", c_int64),
+        ("shared_value", c_void_p),
+        ("shared_value_stride", c_int64),
         ("output", c_void_p),
         ("output_stride", c_int64),
-        ("spans", POINTER(SpanStruct)),
+        ("spans", POINTER(c_int64)),
         ("count", c_int64),
     ]
 
@@ -112,7 +100,7 @@ class EmbedStruct(Structure):
 
 
 class FeaturesStruct(Structure):
-    """This class mirrors ``gk_features``, whose sequences are ten numbers each."""
+    """This class mirrors ``gk_features``, whose sequences are the ten numbers of :class:`~.operands.Texts`."""
 
     _fields_ = [
         ("states", c_int32),
@@ -120,6 +108,9 @@ class FeaturesStruct(Structure):
         ("similarities", c_int32),
         ("width", c_int64),
         ("stride", c_int64),
+        ("prefix", c_void_p),
+        ("shared", c_int64),
+        ("own", c_void_p),
         ("sequences", POINTER(c_int64)),
         ("count", c_int64),
         ("output", c_void_p),

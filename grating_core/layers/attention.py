@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from grating_core.kernels import operands
 from grating_core.kernels.choice import kernels
-from grating_core.layers.spans import Span
+from grating_core.kernels.operands import Seen, Span
 from grating_core.layers.spec import LayerSpec
 from grating_core.layers.varlen import pack, serves, varlen_attention
 
@@ -20,56 +19,43 @@ _BLOCK = 256  # queries a step where a mask is needed; under a window one step t
 _PRODUCTS = 1 << 22  # the most products of queries and keys that are in memory where they are bounded
 
 
-def ragged_attention(spec: LayerSpec, query: Tensor, spans: Iterable[Span]) -> Tensor:
+def ragged_attention(spec: LayerSpec, query: Tensor, seen: Seen, spans: Sequence[Span]) -> Tensor:
     """Attend within each span.
 
     Args:
         spec: The layer's spec.
-        query: Queries of a slice, ``[heads, T, head size]``.
+        query: Queries of a slice, ``[T, heads, head size]``.
+        seen: Keys and values.
         spans: Spans in rising order of their rows. Rows that are in no span are fill.
 
     Returns:
         The attention's output, ``[T, heads, head size]``; zero for the fill.
     """
-    if query.shape[1] > 1 and serves(spec, query):
-        spans = [Span(span.rows, *span.joined, span.first) for span in spans]
-        if (packing := pack(spec, spans)) is not None:
-            return varlen_attention(spec, query, spans, packing)
+    if len(query) > 1 and serves(spec, query) and (packing := pack(spec, spans)) is not None:
+        return varlen_attention(spec, query, seen, spans, packing)
     attention = kernels().attention
     if attention is not None and query.device.type == "cpu" and kernels().has(query.dtype):
-        return _compiled(spec, query, spans, attention)
-    output = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
+        attended: Tensor = attention(
+            query.flatten(1),
+            seen,
+            spans,
+            heads=spec.heads,
+            key_heads=spec.key_heads,
+            causal=spec.causal,
+            scaling=spec.scaling,
+            window=spec.window,
+            softcap=spec.softcap,
+        )
+        return attended.view(query.shape)
+    output = torch.empty_like(query)
     end = 0
     for span in spans:
-        output[end : span.rows.start] = 0
-        output[span.rows] = attend(spec, query[:, span.rows], *span.joined, span.first).transpose(0, 1)
+        asked, key, value = (states.transpose(0, 1) for states in (query[span.rows], *seen.of(span)))
+        output[end : span.start] = 0
+        output[span.rows] = attend(spec, asked, key, value, span.first).transpose(0, 1)
         end = span.rows.stop
     output[end:] = 0
     return output
-
-
-def _compiled(spec: LayerSpec, query: Tensor, spans: Iterable[Span], attention: Callable[..., Tensor]) -> Tensor:
-    tokens = []
-    for rows, key, value, first, shared in spans:
-        before = (None, None) if shared is None else map(_by_token, shared)
-        tokens.append(operands.Span(rows, _by_token(key), _by_token(value), first, *before))
-    attended = attention(
-        _by_token(query).flatten(1),
-        tokens,
-        heads=spec.heads,
-        key_heads=spec.key_heads,
-        causal=spec.causal,
-        scaling=spec.scaling,
-        window=spec.window,
-        softcap=spec.softcap,
-    )
-    return attended.view(-1, spec.heads, spec.head_size)
-
-
-def _by_token(states: Tensor) -> Tensor:
-    """Return states ``[heads, T, head size]`` as ``[T, heads, head size]``; a token's heads lie side by side."""
-    found = states.transpose(0, 1)
-    return found if found.stride()[1:] == (found.shape[2], 1) else found.contiguous()
 
 
 def attend(spec: LayerSpec, query: Tensor, key: Tensor, value: Tensor, first: int) -> Tensor:

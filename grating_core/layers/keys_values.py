@@ -19,23 +19,23 @@ class KeysValues:
     """
 
     def __init__(self, spec: LayerSpec, capacity: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (2, capacity, spec.key_heads, spec.head_size)  # token by token, as products give them
+        shape = (2, capacity, spec.key_heads, spec.head_size)
         self._kept = torch.empty(shape, dtype=dtype, device=device)
         self.tokens = 0
         """The number of tokens whose keys and values are here."""
 
     def extend(self, key: Tensor, value: Tensor) -> None:
-        """Add the keys and values of the next T tokens, ``[key heads, T, head size]`` each."""
-        start, self.tokens = self.tokens, self.tokens + key.shape[1]
-        self._kept[0, start : self.tokens] = key.transpose(0, 1)
-        self._kept[1, start : self.tokens] = value.transpose(0, 1)
+        """Add the keys and values of the next T tokens, ``[T, key heads, head size]`` each."""
+        start, self.tokens = self.tokens, self.tokens + len(key)
+        self._kept[0, start : self.tokens] = key
+        self._kept[1, start : self.tokens] = value
 
     @property
     def key(self) -> Tensor:
-        """The keys of all tokens so far, ``[key heads, tokens, head size]``."""
-        return self._kept[0, : self.tokens].transpose(0, 1)
+        """The keys of all tokens so far, ``[tokens, key heads, head size]``."""
+        return self._kept[0, : self.tokens]
 
     @property
     def value(self) -> Tensor:
-        """The values of all tokens so far, ``[key heads, tokens, head size]``."""
-        return self._kept[1, : self.tokens].transpose(0, 1)
+        """The values of all tokens so far, ``[tokens, key heads, head size]``."""
+        return self._kept[1, : self.tokens]

@@ -21,14 +21,14 @@ def prepared(spec: LayerSpec, weights: Weights, hidden: Tensor) -> Tensor:
 
 
 def queries(spec: LayerSpec, weights: Weights, states: Tensor, angles: Angles | None) -> Tensor:
-    """Return the queries of prepared states ``[T, D]``, ``[heads, T, head size]``."""
+    """Return the queries of prepared states ``[T, D]``, ``[T, heads, head size]``."""
     return _heads(spec, weights, states, angles, "query", spec.heads)
 
 
 def keys_and_values(
     spec: LayerSpec, weights: Weights, states: Tensor, angles: Angles | None
 ) -> tuple[Tensor, Tensor]:
-    """Return keys and values of prepared states ``[T, D]``, ``[key heads, T, head size]`` each."""
+    """Return keys and values of prepared states ``[T, D]``, ``[T, key heads, head size]`` each."""
     key = _heads(spec, weights, states, angles, "key", spec.key_heads)
     return key, _heads(spec, weights, states, None, "value", spec.key_heads)
 
@@ -36,7 +36,7 @@ def keys_and_values(
 def _heads(
     spec: LayerSpec, weights: Weights, states: Tensor, angles: Angles | None, role: str, heads: int
 ) -> Tensor:
-    found = linear(states, weights, role).view(len(states), heads, spec.head_size).transpose(0, 1)
+    found = linear(states, weights, role).view(len(states), heads, spec.head_size)
     found = normed(found, weights, f"{role}_norm", spec.norm)
     return found if angles is None else rotated(found, angles)
 

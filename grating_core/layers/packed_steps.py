@@ -46,14 +46,14 @@ def prepared(spec: LayerSpec, layer: PackedLayer, hidden: Tensor) -> Inputs:
 
 
 def queries(spec: LayerSpec, layer: PackedLayer, inputs: Inputs, angles: Angles | None) -> Tensor:
-    """Return the queries of prepared inputs, ``[heads, T, head size]``. Angles are float32."""
+    """Return the queries of prepared inputs, ``[T, heads, head size]``. Angles are float32."""
     return _heads(spec, layer, inputs, angles, "query", spec.heads)
 
 
 def keys_and_values(
     spec: LayerSpec, layer: PackedLayer, inputs: Inputs, angles: Angles | None
 ) -> tuple[Tensor, Tensor]:
-    """Return keys and values of prepared inputs, ``[key heads, T, head size]`` each."""
+    """Return keys and values of prepared inputs, ``[T, key heads, head size]`` each."""
     key = _heads(spec, layer, inputs, angles, "key", spec.key_heads)
     return key, _heads(spec, layer, inputs, None, "value", spec.key_heads)
 
@@ -67,7 +67,7 @@ def _heads(
     norm = layer.norms.get(f"{role}_norm")
     if norm is not None or angles is not None:
         kernels().turn_heads(found, heads, norm, *(angles or (None, None)))
-    return found.view(len(found), heads, spec.head_size).transpose(0, 1)
+    return found.view(len(found), heads, spec.head_size)
 
 
 def finished(

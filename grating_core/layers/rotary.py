@@ -36,14 +36,15 @@ def angles(rotary: Rotary, positions: Tensor, dtype: torch.dtype) -> Angles:
 
 
 def rotated(states: Tensor, by: Angles) -> Tensor:
-    """Return states ``[heads, T, head size]`` turned by the angles of their T tokens.
+    """Return states ``[T, heads, head size]`` turned by the angles of their T tokens.
 
     Entry i of the first half of a head and entry i of its second half are a pair.
     """
     half = by.sine.shape[-1]
-    output = (states.view(*states.shape[:-1], 2, half) * by.cosine[:, None]).flatten(-2)
-    output[..., :half].addcmul_(states[..., half:], by.sine, value=-1)
-    output[..., half:].addcmul_(states[..., :half], by.sine)
+    output = (states.view(*states.shape[:-1], 2, half) * by.cosine[:, None, None]).flatten(-2)
+    sine = by.sine[:, None]
+    output[..., :half].addcmul_(states[..., half:], sine, value=-1)
+    output[..., half:].addcmul_(states[..., :half], sine)
     return output
 
 

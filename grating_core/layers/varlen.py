@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from grating_core.layers.keys_values import KeysValues
+from grating_core.kernels.operands import Seen, Span
 from grating_core.layers.sending import numbers_of, sent
-from grating_core.layers.spans import Span
 from grating_core.layers.spec import LayerSpec
 
 _LARGEST_HEAD = 256  # entries of a head; a size has to be a multiple of 8 as well
@@ -66,10 +65,10 @@ def pack(spec: LayerSpec, spans: Sequence[Span]) -> Packing | None:
     Returns:
         The packing; None if rows lie between the spans, or if no single call has such a window.
     """
-    counts = [span.rows.stop - span.rows.start for span in spans]
-    lengths = [span.key.shape[1] for span in spans]
+    counts = [span.length for span in spans]
+    lengths = [span.keys for span in spans]
     queries = tuple(accumulate(counts, initial=0))
-    if any(span.rows.start != start for span, start in zip(spans, queries, strict=False)):
+    if any(span.start != start for span, start in zip(spans, queries, strict=False)):
         return None
     seen = [slice(0, length) for length in lengths]
     before = behind = -1
@@ -92,12 +91,15 @@ def pack(spec: LayerSpec, spans: Sequence[Span]) -> Packing | None:
     return Packing(tuple(seen), queries, keys, (before, behind))
 
 
-def varlen_attention(spec: LayerSpec, query: Tensor, spans: Sequence[Span], packing: Packing) -> Tensor:
+def varlen_attention(
+    spec: LayerSpec, query: Tensor, seen: Seen, spans: Sequence[Span], packing: Packing
+) -> Tensor:
     """Attend within each span, in one call.
 
     Args:
         spec: The layer's spec.
-        query: Queries of a slice, ``[heads, T, head size]``, of a kind that :func:`serves` takes.
+        query: Queries of a slice, ``[T, heads, head size]``, of a kind that :func:`serves` takes.
+        seen: Keys and values.
         spans: The spans.
         packing: How they lie one behind the other.
 
@@ -106,14 +108,11 @@ def varlen_attention(spec: LayerSpec, query: Tensor, spans: Sequence[Span], pack
     """
     from torch.nn.attention.varlen import varlen_attn  # only needed here
 
-    key = joined([span.key[:, seen] for span, seen in zip(spans, packing.seen, strict=True)])
-    value = joined([span.value[:, seen] for span, seen in zip(spans, packing.seen, strict=True)])
     bounds = sent(torch.tensor([packing.queries, packing.keys], dtype=torch.int32), query.device)
     count = packing.queries[-1]
     attended = varlen_attn(
-        query[:, :count].transpose(0, 1),
-        key.transpose(0, 1),
-        value.transpose(0, 1),
+        query[:count],
+        *packed(seen, spans, packing.seen),
         bounds[0],
         bounds[1],
         max(end - start for start, end in pairwise(packing.queries)),
@@ -124,41 +123,31 @@ def varlen_attention(spec: LayerSpec, query: Tensor, spans: Sequence[Span], pack
         num_splits=1,  # otherwise the longest sequence decides how sums are split, and so how they are rounded
     )
     assert isinstance(attended, Tensor)
-    fill = query.shape[1] - count
+    fill = len(query) - count
     return pad(attended, (0, 0, 0, 0, 0, fill)) if fill else attended
 
 
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Return parts ``[heads, M, head size]`` one behind the other; a view if they already lie so in memory."""
-    first = parts[0]
-    memory, place, tokens = first.untyped_storage().data_ptr(), first.storage_offset(), 0
-    for part in parts:
-        lies_behind = part.storage_offset() == place and part.untyped_storage().data_ptr() == memory
-        if not lies_behind or part.stride() != first.stride():
-            return torch.cat(list(parts), dim=1)
-        place += part.shape[1] * part.stride(1)
-        tokens += part.shape[1]
-    return first.as_strided((first.shape[0], tokens, first.shape[2]), first.stride())
-
-
-def gathered(
-    shared: KeysValues, key: Tensor, value: Tensor, places: Sequence[slice]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Put the tokens that all sequences share before the own tokens of each, with one index for all.
+def packed(seen: Seen, spans: Sequence[Span], parts: Sequence[slice]) -> tuple[Tensor, Tensor]:
+    """Return a part of the keys of each span, one behind the other, and the values: views if they lie so already.
 
     Args:
-        shared: Keys and values of the shared tokens.
-        key: Keys of own tokens, ``[key heads, T, head size]``.
-        value: Values of the same shape.
-        places: Place of each sequence's own tokens.
-
-    Returns:
-        Keys and values of each sequence: views that lie one behind the other.
+        seen: Keys and values.
+        spans: The spans.
+        parts: The part of each span, among all keys that the span may see.
     """
-    before = shared.tokens
-    runs = [run for own in places for run in (slice(0, before), slice(before + own.start, before + own.stop))]
+    key, value = seen.key, seen.value
+    before = 0
+    if seen.shared is not None:
+        key, value = torch.cat((seen.shared[0], key)), torch.cat((seen.shared[1], value))
+        before = len(seen.shared[0])
+    runs = []
+    for span, part in zip(spans, parts, strict=True):
+        runs.append(slice(min(part.start, span.shared), min(part.stop, span.shared)))
+        own = before + span.place - span.shared
+        runs.append(slice(own + max(part.start, span.shared), own + max(part.stop, span.shared)))
+    runs = [run for run in runs if run.start < run.stop]
+    if all(one.stop == following.start for one, following in pairwise(runs)):
+        whole = slice(runs[0].start, runs[-1].stop)
+        return key[whole], value[whole]
     index = sent(numbers_of(runs), key.device)
-    lengths = [before + own.stop - own.start for own in places]
-    keys = torch.split(torch.cat((shared.key, key), dim=1).index_select(1, index), lengths, dim=1)
-    values = torch.split(torch.cat((shared.value, value), dim=1).index_select(1, index), lengths, dim=1)
-    return zip(keys, values, strict=True)
+    return key.index_select(0, index), value.index_select(0, index)

@@ -60,6 +60,10 @@ class Part(Protocol):
     def start(self) -> int:
         """The number of the part's first token in the piece."""
 
+    @property
+    def texts(self) -> Texts | None:
+        """Where the texts are, see :func:`texts_of`."""
+
 
 class Reader(Protocol):
     """A reader gives a score to each sequence of one request, by the hidden states after one layer."""
@@ -124,11 +128,11 @@ class Features:
                 for part in some:
                     found += self._of_part(self._prefix, states[part.rows], part)
             else:
-                found.append(self._of_whole(self._prefix, states, list(some)))
+                texts = [part.texts for part in some if part.texts is not None]
+                found.append(self._of_whole(self._prefix, states, texts))
         return torch.cat(found)
 
-    def _of_whole(self, prefix: Tensor, states: Tensor, parts: Sequence[Part]) -> Tensor:
-        texts = [_texts(len(prefix), part) for part in parts]
+    def _of_whole(self, prefix: Tensor, states: Tensor, texts: list[Texts]) -> Tensor:
         compiled = kernels().features
         if is_together(states.device):
             look = together_features
@@ -154,28 +158,30 @@ class Features:
 
 
 def _query_length(part: Part) -> int | None:
-    """Return the number of query tokens of a sequence that is whole; None for what is looked at part by part."""
-    piece = part.piece
-    if piece.segments is None or part.rows.stop - part.rows.start < piece.length or _copied(part) > _ALONE:
+    """Return the number of query tokens of a sequence that is looked at as a whole; None for other parts."""
+    texts, segments = part.texts, part.piece.segments
+    return None if texts is None or segments is None else segments.query[1] - segments.query[0]
+
+
+def texts_of(part: Part) -> Texts | None:
+    """Return where a sequence and its texts are, behind the prefix's rows and in them.
+
+    Args:
+        part: What a slice has of a piece.
+
+    Returns:
+        The rows; None for the prefix, and for what is looked at part by part: a sequence that the slice does not
+        have whole, or of which too much would be copied.
+    """
+    before, segments = part.piece.before, part.piece.segments
+    if segments is None or part.rows.stop - part.rows.start < part.piece.length:
         return None
-    start, stop = piece.segments.query
-    return stop - start
-
-
-def _copied(part: Part) -> int:
-    """Return how many tokens are copied for a sequence: the query's, and those of the document in the prefix."""
-    piece = part.piece
-    segments = piece.segments or Segments()
-    (asked, end), (told, last) = segments.query, segments.document
-    return end - asked + max(0, min(last, piece.before) - told)
-
-
-def _texts(shared: int, part: Part) -> Texts:
-    """Return where a whole sequence and its texts are, behind a prefix of some tokens and in it."""
-    start, before = shared + part.rows.start, part.piece.before
-    segments = part.piece.segments or Segments()
+    start = before + part.rows.start
     query, document = (_runs(before, start, text) for text in (segments.query, segments.document))
-    return Texts(slice(start, shared + part.rows.stop), query, document)
+    (asked, end), (told, last) = segments.query, segments.document
+    if end - asked + max(0, min(last, before) - told) > _ALONE:
+        return None
+    return Texts(slice(start, before + part.rows.stop), query, document)
 
 
 def _runs(before: int, own: int, span: Span) -> tuple[slice, ...]:

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from ctypes import memmove
 from io import FileIO
 from itertools import pairwise
 from math import prod
@@ -26,7 +27,6 @@ from grating_core.memory.checkpoint import read_at
 from grating_core.memory.meter import Meter
 
 FILL = 64  # the most rows that computing adds to a span
-_GATHERED = 4096  # tokens that are moved at a time when candidates are dropped
 
 
 class Span(Protocol):
@@ -42,7 +42,7 @@ class Span(Protocol):
 
     @property
     def changed(self) -> bool:
-        """Whether the states that the caller leaves are needed later."""
+        """Whether the caller leaves other states."""
 
 
 AnySpan = TypeVar("AnySpan", bound=Span)
@@ -68,12 +68,15 @@ class HiddenInMemory:
         else:
             self._states = torch.zeros(shape, dtype=dtype, device=device)
 
-    def visit(self, spans: Sequence[AnySpan], *, read: bool = True) -> Iterator[tuple[AnySpan, Tensor]]:
+    def visit(
+        self, spans: Sequence[AnySpan], *, read: bool = True, write: bool = True
+    ) -> Iterator[tuple[AnySpan, Tensor]]:
         """Go through the spans in their order.
 
         Args:
             spans: The spans. Those that are changed do not overlap.
             read: Whether the caller needs the states from before.
+            write: Whether the states that the caller leaves are needed later.
 
         Returns:
             Each span with its states ``[rows, D]``: first the span's tokens, then fill with arbitrary values. If
@@ -82,14 +85,21 @@ class HiddenInMemory:
         for span in spans:  # the fill of a span is the beginning of the next span
             yield span, self._states[span.tokens.start : span.tokens.start + span.rows]
 
-    def keep(self, index: Tensor) -> None:
-        """Keep only the tokens at ``index`` on the token axis, int64 and ascending, on the CPU."""
-        if self._states.is_cuda:  # from pinned memory the copy waits in line, and the CPU goes on
-            index = index.pin_memory().to(self._states.device, non_blocking=True)
-        # Tokens only move forward, so moving them piece by piece never overwrites a token that has to move later.
-        for start in range(0, len(index), _GATHERED):
-            part = index[start : start + _GATHERED]
-            self._states[start : start + len(part)] = self._states[part]
+    def keep(self, runs: Sequence[slice]) -> None:
+        """Keep only the tokens of some runs on the token axis, which rise and do not touch."""
+        end = 0
+        for run in runs:
+            # Tokens only move forward, so moving a run never overwrites a token that has to move later.
+            if end < run.start:
+                self._move(self._states[run], self._states[end : end + _length(run)])
+            end += _length(run)
+
+    def _move(self, states: Tensor, place: Tensor) -> None:
+        """Move states to a place that they may overlap."""
+        if states.device.type == "cpu":
+            memmove(place.data_ptr(), states.data_ptr(), states.nbytes)
+        else:
+            place.copy_(states.clone())
 
 
 class HiddenOnDisk:
@@ -142,7 +152,9 @@ class HiddenOnDisk:
         self._mover.close()
         self._file.close()
 
-    def visit(self, spans: Sequence[AnySpan], *, read: bool = True) -> Iterator[tuple[AnySpan, Tensor]]:
+    def visit(
+        self, spans: Sequence[AnySpan], *, read: bool = True, write: bool = True
+    ) -> Iterator[tuple[AnySpan, Tensor]]:
         """See :meth:`HiddenInMemory.visit`; raises :class:`StorageError` when the disk fails."""
         moves: list[Future[None]] = []
         busy: list[Future[None] | None] = [None] * len(self._buffers)  # the last move of each buffer
@@ -163,7 +175,7 @@ class HiddenOnDisk:
             states = self._buffers[place][: span.rows]
             part = states.to(self._device)
             yield span, part
-            if span.changed:
+            if write and span.changed:
                 if part is not states:
                     states.copy_(part)
                 move(self._write, number)
@@ -171,9 +183,9 @@ class HiddenOnDisk:
         for done in moves:
             self._wait(done)
 
-    def keep(self, index: Tensor) -> None:
+    def keep(self, runs: Sequence[slice]) -> None:
         """See :meth:`HiddenInMemory.keep`. Dropped states stay in the file, but are not read any more."""
-        self._where = self._where[index]
+        self._where = torch.cat([self._where[run] for run in runs])
 
     def _wait(self, move: Future[None] | None) -> None:
         if move is None:

@@ -93,14 +93,15 @@ template <class S> struct Bench {
     // Packs keys and values of a head, in whole panels.
     void pack(const gk_span& s, int64_t head, Range range) {
         const int64_t at = head * a.head_size;
-        const Tokens<S> key = {(const S*)s.key, (const S*)s.shared_key, s.key_stride, s.shared_key_stride, s.shared, s.keys, at};
+        const S *own = (const S*)a.key + s.place * a.key_stride, *shared = (const S*)a.shared_key;
+        const Tokens<S> key = {own, shared, a.key_stride, a.shared_key_stride, s.shared, s.keys, at};
         packed = range;
         pack_keys<T>(key, range.begin, range.end, a.head_size, inner, keys.of<char>());
         finite &= pack_values<T>(values_of(s, head), range.begin, range.end, a.head_size, columns, value_block(), values.of<char>());
     }
     Tokens<S> values_of(const gk_span& s, int64_t head) const {
-        const S *own = (const S*)s.value, *shared = (const S*)s.shared_value;
-        return {own, shared, s.value_stride, s.shared_value_stride, s.shared, s.keys, head * a.head_size};
+        const S *own = (const S*)a.value + s.place * a.value_stride, *shared = (const S*)a.shared_value;
+        return {own, shared, a.value_stride, a.shared_value_stride, s.shared, s.keys, head * a.head_size};
     }
     int64_t value_block() const { return room * sizeof(T) * 16; }
 

@@ -73,15 +73,8 @@ struct gk_span {
     int64_t length;       // number of queries
     int64_t first;        // position of the first query among the keys
     int64_t keys;         // number of keys and values
-    const void* key;      // [keys, key_heads, head_size], with a stride for each token
-    int64_t key_stride;
-    const void* value;
-    int64_t value_stride;
-    const void* shared_key;    // the first `shared` keys and values lie elsewhere; null for none
-    const void* shared_value;
-    int64_t shared_key_stride;
-    int64_t shared_value_stride;
-    int64_t shared;
+    int64_t place;        // row of the first of them that is not shared
+    int64_t shared;       // number of shared ones, which come first
 };
 
 struct gk_attention {
@@ -95,15 +88,23 @@ struct gk_attention {
     float softcap;        // 0 for none
     const void* query;    // [rows, heads, head_size]
     int64_t query_stride;
+    const void* key;      // [rows, key_heads, head_size], with a stride for each row
+    int64_t key_stride;
+    const void* value;
+    int64_t value_stride;
+    const void* shared_key;    // the first keys and values of some spans; null for none
+    int64_t shared_key_stride;
+    const void* shared_value;
+    int64_t shared_value_stride;
     void* output;         // [rows, heads, head_size]
     int64_t output_stride;
     const gk_span* spans;
     int64_t count;
 };
 
-// States of consecutive tokens that lie behind each other.
+// Rows of states that lie behind each other. Those of the shared prefix come first.
 struct gk_run {
-    const void* states;
+    int64_t first;
     int64_t count;
 };
 
@@ -121,6 +122,9 @@ struct gk_features {
     int32_t similarities;  // whether the tokens of the texts are compared
     int64_t width;
     int64_t stride;        // of states
+    const void* prefix;    // the first rows
+    int64_t shared;        // number of rows of the prefix
+    const void* own;       // the rows behind the prefix
     const gk_sequence* sequences;
     int64_t count;
     float* output;         // [count, 4 width], or [count, 5 width + 5] with similarities

@@ -14,12 +14,13 @@ constexpr int SIMILARITIES = 5;
 
 // Rows of states, which may lie in two places.
 template <class S> struct Text {
-    const gk_run* runs;
-    int64_t stride, length;
-    Text(const gk_run* runs, int64_t stride) : runs(runs), stride(stride), length(runs[0].count + runs[1].count) {}
-    const S* operator[](int64_t row) const {
-        const bool first = row < runs[0].count;
-        return (const S*)runs[first ? 0 : 1].states + (first ? row : row - runs[0].count) * stride;
+    const S *before, *behind;
+    int64_t stride, first, length;
+    Text(const gk_features& f, const gk_run& one, const gk_run& other)
+        : before(rows_of(f, one)), behind(rows_of(f, other)), stride(f.stride), first(one.count), length(one.count + other.count) {}
+    const S* operator[](int64_t row) const { return row < first ? before + row * stride : behind + (row - first) * stride; }
+    static const S* rows_of(const gk_features& f, const gk_run& run) {
+        return run.first < f.shared ? (const S*)f.prefix + run.first * f.stride : (const S*)f.own + (run.first - f.shared) * f.stride;
     }
 };
 
@@ -148,10 +149,8 @@ template <class S> class Comparison {
 // The features of one sequence: 4 * width numbers, and with similarities width + 5 more.
 template <class S> bool look(const gk_features& f, const gk_sequence& one, float* found) {
     const int64_t width = f.width;
-    const Text<S> query(one.query, f.stride), document(one.document, f.stride);
+    const Text<S> states(f, one.own, {f.shared, 0}), query(f, one.query[0], one.query[1]), document(f, one.document[0], one.document[1]);
     float *read = found, *asked = found + width, *told = asked + width, *both = told + width, *compared = both + width;
-    const gk_run own[2] = {one.own, {}};
-    const Text<S> states(own, f.stride);
     if (f.pooling == GK_MEAN) average(states, width, read);
     else copy_row(states[f.pooling == GK_LAST ? states.length - 1 : 0], width, read);
     average(query, width, asked);

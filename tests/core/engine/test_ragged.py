@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grating_core.engine.ragged import Piece, RaggedBatch, common_prefix, filled
+from grating_core.layers.sending import numbers_of
 from grating_core.text.pairs import TokenisedPair
 
 Sequences = list[list[list[int]]]  # of one request: the token ids of each window of each candidate
@@ -119,6 +120,12 @@ def test_slices_take_every_token_once_through_each_step(
             if part.queries:  # nobody attends to keys that are not there yet
                 assert there[first] == one.piece.length
         assert len({one.piece.request for one in part.parts}) == 1
+    for part in slices:  # spans name all keys of a sequence: of the slice, or all that are kept
+        for one, span in zip(part.asked, part.spans, strict=True):
+            assert (span.rows, span.first) == (one.rows, one.piece.before + one.start)
+            assert span.keys == one.piece.before + one.piece.length
+            assert span.own == (one.rows if one.whole else slice(0, span.keys))
+    assert batch.slices(most) is slices
     # A slice holds as many whole pieces of a request as this order allows.
     for part, following in pairwise(slices):
         whole = all(one.whole for one in (*part.parts, *following.parts))
@@ -132,13 +139,14 @@ def test_only_the_tokens_that_the_head_reads_are_asked_for_at_the_end(
 ) -> None:
     batch = pack(sequences_of(requests, prefix), share_prefix=True)
     found = []
-    for part in batch.slices(most, changed=False, only=only):
-        assert not part.changed
-        asked = part.asked(only) if part.queries else []
-        assert [wanted.rows for _, wanted in asked] == [slice(row, row + 1) for row in range(len(asked))]
+    for part in batch.slices(most, only):
+        assert [one.rows for one in part.asked] == [slice(row, row + 1) for row in range(len(part.asked))]
+        assert [(span.rows, span.first) for span in part.spans] == [
+            (one.rows, one.piece.before + one.start) for one in part.asked
+        ]
         found += [
-            (one.piece, int(batch.input_ids[part.tokens.start + one.rows.start + wanted.start - one.start]))
-            for one, wanted in asked
+            (one.piece, int(batch.input_ids[part.tokens.start + place]))
+            for one, place in zip(part.asked, part.places, strict=True)
         ]
     ends = zip(batch.pieces, accumulate(piece.length for piece in batch.pieces), strict=True)
     places = [(p, end - (p.length if only == "first" else 1)) for p, end in ends if p.candidate is not None]
@@ -154,7 +162,9 @@ def test_selecting_is_packing_only_the_kept(
         for number, candidates in enumerate(requests)
     }
     whole = pack(sequences_of(requests, prefix), share_prefix=True)
-    selected, index = whole.select(keep)
+    selected, runs = whole.select(keep)
+    index = numbers_of(runs)
+    assert all(one.stop < following.start for one, following in pairwise(runs))
     assert unpacked(selected) == [one for one in unpacked(whole) if one[1] in keep[one[0]]]
     assert torch.equal(selected.input_ids, whole.input_ids[index])
     assert torch.equal(selected.token_type_ids, whole.token_type_ids[index])

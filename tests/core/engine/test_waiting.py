@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from grating_core.engine import walk
 from grating_core.engine.contest import Contest
 from grating_core.engine.forward import forward
 from grating_core.engine.ragged import RaggedBatch
@@ -60,8 +59,7 @@ def test_without_decisions_only_the_last_scores_are_waited_for(
 ) -> None:
     """Some sequences fit into a slice with others, and some do not fit into one."""
     if one_call:  # torch's own function for CUDA tells, without computing, whether it takes what it is given
-        for module in (attention, walk):
-            monkeypatch.setattr(module, "serves", serves_16_bits)
+        monkeypatch.setattr(attention, "serves", serves_16_bits)
     directory = save_model(tmp_path, family)
     shape = StoredCrossEncoder(directory, device=META, dtype=torch.bfloat16).shape
     for lens in (None, random_lens(shape.width, shape.pooling).to(META)):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from grating_core.kernels import compiled
 from grating_core.kernels.loading import has, levels, start
-from grating_core.kernels.operands import Lookup, Map, Norm, Rows, Span, Then, Weight
+from grating_core.kernels.operands import Lookup, Map, Norm, Rows, Seen, Span, Then, Weight
 from grating_core.kernels.packing import packed_weight
 
 PAGE = mmap.PAGESIZE
@@ -76,8 +76,8 @@ def chain(dtype: torch.dtype, count: int, width: int, inner: int) -> None:
 
 def attention(states: torch.dtype, count: int, size: int) -> None:
     query, key, value = (at_the_end(torch.randn(count, 2 * size).to(states)) for _ in range(3))
-    span = Span(slice(0, count), key.view(count, 2, size), value.view(count, 2, size), 0)
-    compiled.attention(query, [span], heads=2, key_heads=2, causal=True, scaling=0.1)
+    seen = Seen(key.view(count, 2, size), value.view(count, 2, size))
+    compiled.attention(query, seen, [Span(0, count, 0, count, 0)], heads=2, key_heads=2, causal=True, scaling=0.1)
     angles = at_the_end(torch.rand(count, size // 2))
     compiled.turn_heads(query, 2, Norm("rms", 1e-5, 0.0, at_the_end(torch.randn(size))), angles, angles)
 

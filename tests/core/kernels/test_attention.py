@@ -12,7 +12,7 @@ from torch import Tensor
 
 from grating_core.kernels.compiled import attention
 from grating_core.kernels.loading import KernelsError, levels, start
-from grating_core.kernels.operands import Span
+from grating_core.kernels.operands import Seen, Span
 
 BOUND = {torch.float32: 2e-5, torch.bfloat16: 0.04}
 
@@ -92,28 +92,36 @@ def by_definition(rules: Rules, states: Given) -> Tensor:
     return attended.masked_fill(spoiled.repeat_interleave(groups, 0), torch.nan).transpose(0, 1)
 
 
-def span_of(piece: Piece, states: Given, start: int) -> tuple[Tensor, Span]:
-    """Return the queries of a piece, and its span from row ``start`` on. No tensor has room behind its end."""
-    stop = piece.first + piece.queries
-    keys = min(piece.keys, len(states.key))
-    own = slice(piece.shared, keys), slice(0, piece.shared)
-    key, shared_key = (states.key[part].clone() for part in own)
-    value, shared_value = (states.value[part].clone() for part in own)
-    rows = slice(start, start + piece.queries)
-    shared = (shared_key, shared_value) if piece.shared else (None, None)
-    return states.query[piece.first : stop].clone(), Span(rows, key, value, piece.first, *shared)
+def sharing(pieces: Sequence[Piece], states: Sequence[Given]) -> list[Piece]:
+    """Let pieces that share keys share those of the first of them, if they have so many; the states change."""
+    count, first = next(
+        ((piece.shared, one) for piece, one in zip(pieces, states, strict=True) if piece.shared), (0, None)
+    )
+    found = []
+    for piece, one in zip(pieces, states, strict=True):
+        shared = count if piece.shared and count <= piece.keys else 0
+        if first is not None and shared:
+            one.key[:shared], one.value[:shared] = first.key[:shared].clone(), first.value[:shared].clone()
+        found.append(piece._replace(shared=shared))
+    return found
 
 
 def attend(rules: Rules, pieces: Sequence[tuple[Piece, Given]]) -> list[Tensor]:
     """Attend with pieces of sequences in one call, and return the output of each, ``[queries, heads, size]``."""
-    queries, spans, start = [], [], 0
+    queries, spans, keys, values, start, place = [], [], [], [], 0, 0
+    shared = None
     for piece, states in pieces:
-        query, span = span_of(piece, states, start)
-        queries.append(query)
-        spans.append(span)
-        start += piece.queries
+        if piece.shared:
+            shared = states.key[: piece.shared].clone(), states.value[: piece.shared].clone()
+        own = slice(piece.shared, piece.keys)
+        queries.append(states.query[piece.first : piece.first + piece.queries])
+        keys.append(states.key[own])
+        values.append(states.value[own])
+        spans.append(Span(start, piece.queries, piece.first, piece.keys, place, piece.shared))
+        start, place = start + piece.queries, place + piece.keys - piece.shared
     output = attention(
         torch.cat(queries).flatten(1),
+        Seen(torch.cat(keys), torch.cat(values), shared),
         spans,
         heads=rules.heads,
         key_heads=rules.key_heads,
@@ -154,6 +162,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 @given(rules=RULES, batch=st.lists(pieces(), min_size=1, max_size=4))
 def test_follows_the_definition(dtype: torch.dtype, rules: Rules, batch: list[Piece]) -> None:
     states = [random_states(rules, piece.keys, dtype, seed) for seed, piece in enumerate(batch)]
+    batch = sharing(batch, states)
     for piece, given_, found in zip(
         batch, states, attend(rules, list(zip(batch, states, strict=True))), strict=True
     ):
@@ -185,6 +194,7 @@ def test_a_query_does_not_depend_on_what_is_computed_beside_it(
     dtype: torch.dtype, rules: Rules, piece: Piece, other: Piece, threads: int
 ) -> None:
     states, others = random_states(rules, piece.keys, dtype), random_states(rules, other.keys, dtype, 1)
+    piece, other = sharing([piece, other], [states, others])
     expected = whole(rules, states)[piece.first : piece.first + piece.queries]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -250,8 +260,10 @@ def test_rows_in_no_span_are_zero_and_rows_may_have_any_stride() -> None:
     together = torch.cat([part.flatten(1) for part in states], 1)
     query, key, value = together.split(rules.heads * rules.size, 1)
     shape = (rules.heads, rules.size)
-    span = Span(slice(2, 18), key[2:18].unflatten(1, shape), value[2:18].unflatten(1, shape), 0)
-    found = attention(query, [span], heads=4, key_heads=4, causal=False, scaling=rules.scaling)
+    seen = Seen(key.unflatten(1, shape), value.unflatten(1, shape))
+    found = attention(
+        query, seen, [Span(2, 16, 0, 16, 2)], heads=4, key_heads=4, causal=False, scaling=rules.scaling
+    )
     assert not found[:2].any()
     assert not found[18:].any()
     expected = whole(rules, Given(*(part[2:18] for part in states)))

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from grating_core.kernels.operands import Seen, Span
 from grating_core.layers.attention import attend, ragged_attention
 from grating_core.layers.keys_values import KeysValues
-from grating_core.layers.spans import Span
 from grating_core.layers.spec import LayerSpec, Norm
 
 HEADS, SIZE = 2, 8
@@ -64,16 +64,20 @@ def test_each_sequence_attends_to_itself_and_fill_stays_zero(
 ) -> None:
     spec = replace(SPEC, **rules)
     states = random_states(sum(lengths) + fill, spec.key_heads)
-    query, key, value = states
     spans, expected, start = [], [], 0
     for length in lengths:
         rows = slice(start, start + length)
-        spans.append(Span(rows, key[:, rows], value[:, rows], 0))
+        spans.append(Span(start, length, 0, length, start))
         expected.append(dense_attention(spec, tuple(state[:, rows] for state in states)).transpose(0, 1))
         start += length
-    output = ragged_attention(spec, query, spans)
+    output = attended(spec, states, spans)
     torch.testing.assert_close(output[:start], torch.cat(expected), atol=1e-5, rtol=1e-5)
     assert not output[start:].any()
+
+
+def attended(spec: LayerSpec, states: States, spans: list[Span]) -> Tensor:
+    query, key, value = (one.transpose(0, 1).contiguous() for one in states)
+    return ragged_attention(spec, query, Seen(key, value), spans)
 
 
 @given(
@@ -136,8 +140,9 @@ def test_piece_by_piece_with_the_keys_of_those_before(
     outputs = []
     for tokens in pieces:
         new = slice(kept.tokens, kept.tokens + tokens)
-        kept.extend(key[:, new], value[:, new])
-        outputs.append(attend(spec, query[:, new], kept.key, kept.value, new.start))
+        kept.extend(key[:, new].transpose(0, 1), value[:, new].transpose(0, 1))
+        seen = kept.key.transpose(0, 1), kept.value.transpose(0, 1)
+        outputs.append(attend(spec, query[:, new], *seen, new.start))
     assert kept.tokens == sum(pieces)
     torch.testing.assert_close(torch.cat(outputs, 1), dense_attention(spec, states), atol=1e-5, rtol=1e-5)
 
@@ -146,10 +151,8 @@ def test_a_broken_sequence_stays_alone() -> None:
     states = random_states(15)
 
     def output() -> Tensor:
-        spans = [
-            Span(rows, states[1][:, rows], states[2][:, rows], 0) for rows in map(slice, (0, 4, 10), (4, 10, 15))
-        ]
-        return ragged_attention(SPEC, states[0], spans)
+        spans = [Span(start, stop - start, 0, stop - start, start) for start, stop in ((0, 4), (4, 10), (10, 15))]
+        return attended(SPEC, states, spans)
 
     sound = output()
     for tensor in states:

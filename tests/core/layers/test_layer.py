@@ -63,7 +63,7 @@ class Layer:
             *(keys_and_values(self.spec, weights, *self._prepared(weights, hidden, part)) for part in ranges),
             strict=True,
         )
-        key, value = torch.cat(keys, dim=1), torch.cat(values, dim=1)
+        key, value = torch.cat(keys), torch.cat(values)
         output = []
         for part in ranges:
             query = queries(self.spec, weights, *self._prepared(weights, hidden, part))
@@ -80,6 +80,7 @@ class Layer:
 def attend_plainly(spec: LayerSpec, query: Tensor, key: Tensor, value: Tensor, first: int) -> Tensor:
     """What the spec says of attention, with all products in memory: ``[T, heads, head size]``."""
     group = spec.heads // spec.key_heads
+    query, key, value = (states.transpose(0, 1) for states in (query, key, value))
     scores = query @ key.repeat_interleave(group, 0).transpose(1, 2) * spec.scaling
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)

@@ -15,14 +15,12 @@ from torch import Tensor
 from torch.nn.attention import varlen as torch_varlen
 from torch.nn.functional import scaled_dot_product_attention
 
-from grating_core.engine import walk
+from grating_core.kernels.operands import Seen, Span
 from grating_core.layers import attention
 from grating_core.layers.attention import attend, ragged_attention
-from grating_core.layers.keys_values import KeysValues
 from grating_core.layers.sending import numbers_of
-from grating_core.layers.spans import Span
 from grating_core.layers.spec import LayerSpec, Norm
-from grating_core.layers.varlen import gathered, joined, pack, serves, varlen_attention
+from grating_core.layers.varlen import pack, packed, serves, varlen_attention
 from tests.core.parity import load
 
 HEADS, SIZE = 4, 8
@@ -98,15 +96,17 @@ def reference() -> Iterator[Calls]:
 
 
 def random_states(tokens: int, heads: int) -> Tensor:
-    """States as a layer makes them: by token, seen by head."""
     chance = torch.Generator().manual_seed(tokens)
-    return torch.randn(tokens, heads, SIZE, generator=chance).transpose(0, 1)
+    return torch.randn(tokens, heads, SIZE, generator=chance)
 
 
-def plain(spec: LayerSpec, query: Tensor, spans: list[Span]) -> Tensor:
-    """The same spans, one after another, by the path of the CPU."""
-    parts = [attend(spec, query[:, span.rows], span.key, span.value, span.first) for span in spans]
-    return torch.cat(parts, dim=1).transpose(0, 1)
+def plain(spec: LayerSpec, query: Tensor, seen: Seen, spans: list[Span]) -> Tensor:
+    """The same spans, one after another, by the path of torch."""
+    found = []
+    for span in spans:
+        states = (one.transpose(0, 1) for one in (query[span.rows], *seen.of(span)))
+        found.append(attend(spec, *states, span.first).transpose(0, 1))
+    return torch.cat(found)
 
 
 RULES = {
@@ -130,7 +130,7 @@ def test_one_call_attends_as_span_by_span(
     spec = replace(SPEC, **rules)
     chance = torch.Generator().manual_seed(seed)
     key = random_states(sum(lengths) + fill, spec.key_heads)
-    value = random_states(sum(lengths) + fill, spec.key_heads).flip(1)
+    seen = Seen(key, key.flip(0))
     spans, start, row = [], 0, 0
     for length in lengths:
         first = int(torch.randint(length, (), generator=chance))
@@ -138,8 +138,7 @@ def test_one_call_attends_as_span_by_span(
         first, count = {"all": (0, length), "first": (0, 1), "last": (length - 1, 1), "some": (first, count)}[
             asked
         ]
-        seen = slice(start, start + length)
-        spans.append(Span(slice(row, row + count), key[:, seen], value[:, seen], first))
+        spans.append(Span(row, count, first, length, start))
         start, row = start + length, row + count
     query = random_states(row + fill, HEADS)
     packing = pack(spec, spans)
@@ -149,8 +148,8 @@ def test_one_call_attends_as_span_by_span(
         assert not spec.causal
         return
     with reference() as calls:
-        output = varlen_attention(spec, query, spans, packing)
-    torch.testing.assert_close(output[:row], plain(spec, query, spans), atol=1e-5, rtol=1e-5)
+        output = varlen_attention(spec, query, seen, spans, packing)
+    torch.testing.assert_close(output[:row], plain(spec, query, seen, spans), atol=1e-5, rtol=1e-5)
     assert output.shape == (row + fill, HEADS, SIZE)
     assert not output[row:].any()
     assert calls == [(row, len(lengths))]
@@ -158,49 +157,47 @@ def test_one_call_attends_as_span_by_span(
 
 @given(
     shared=st.integers(1, 20),
-    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=5),
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    prefix=st.booleans(),
     rules=st.fixed_dictionaries(RULES),
 )
-def test_sequences_with_a_shared_prefix_are_gathered_by_one_index(
-    shared: int, lengths: list[int], rules: dict[str, object]
+def test_sequences_with_a_shared_prefix_are_packed_by_one_index(
+    shared: int, lengths: list[int], prefix: bool, rules: dict[str, object]
 ) -> None:
-    """A sequence without tokens of its own is the prefix itself."""
+    """The slice may begin with the prefix itself."""
     spec = replace(SPEC, **rules | {"causal": True})
-    key, value = random_states(sum(lengths), spec.key_heads), random_states(sum(lengths), spec.key_heads).flip(1)
-    prefix = KeysValues(spec, shared + 3, dtype=torch.float32, device=torch.device("cpu"))
-    prefix.extend(random_states(shared, spec.key_heads), random_states(shared, spec.key_heads).flip(1))
-    ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    places = [slice(start, end) for start, end in pairwise(ends)]
-    found = list(gathered(prefix, key, value, places))
-    assert len(found) == len(lengths)
-    for place, (keys, values) in zip(places, found, strict=True):
-        assert torch.equal(keys, torch.cat((prefix.key, key[:, place]), dim=1))
-        assert torch.equal(values, torch.cat((prefix.value, value[:, place]), dim=1))
-    if 0 not in lengths:
-        query = random_states(sum(lengths) + 1, HEADS)
-        spans = [Span(place, *seen, shared) for place, seen in zip(places, found, strict=True)]
-        packing = pack(spec, spans)
-        assert packing is not None
-        assert joined([span.key for span in spans]).data_ptr() == found[0][0].data_ptr()  # no second copy
-        with reference():
-            output = varlen_attention(spec, query, spans, packing)
-        torch.testing.assert_close(output[: ends[-1]], plain(spec, query, spans), atol=1e-5, rtol=1e-5)
+    before = random_states(shared, spec.key_heads)
+    own = random_states(sum(lengths) + shared * prefix, spec.key_heads)
+    seen = Seen(own, own.flip(0), (before, before.flip(0)))
+    spans = [Span(0, shared, 0, shared, 0)] if prefix else []
+    for length in lengths:
+        start = spans[-1].rows.stop if spans else 0
+        spans.append(Span(start, length, shared, shared + length, start, shared))
+    packing = pack(spec, spans)
+    assert packing is not None
+    expected = [torch.cat(parts) for parts in zip(*map(seen.of, spans), strict=True)]
+    for found, states in zip(packed(seen, spans, packing.seen), expected, strict=True):
+        assert torch.equal(found, states)
+    query = random_states(len(own) + 1, HEADS)
+    with reference():
+        output = varlen_attention(spec, query, seen, spans, packing)
+    torch.testing.assert_close(output[: len(own)], plain(spec, query, seen, spans), atol=1e-5, rtol=1e-5)
 
 
-def test_parts_are_joined_without_a_copy_where_they_lie_one_behind_the_other() -> None:
-    states = random_states(20, 2)
-    parts = [states[:, 3:4], states[:, 4:9], states[:, 9:20]]
-    assert torch.equal(joined(parts), states[:, 3:])
-    assert joined(parts).data_ptr() == parts[0].data_ptr()
-    for others in (parts[::-1], parts[::2], [parts[0], parts[1].clone()], [parts[0], states.clone()[:, 4:9]]):
-        found = joined(others)
-        assert torch.equal(found, torch.cat(others, dim=1))
-        assert found.data_ptr() != others[0].data_ptr()
+def test_keys_are_packed_without_a_copy_where_they_lie_one_behind_the_other() -> None:
+    seen = Seen(random_states(20, 2), random_states(20, 2).flip(0))
+    spans = [Span(0, 1, 0, 1, 3), Span(1, 5, 0, 5, 4), Span(6, 11, 0, 11, 9)]
+    whole = [slice(0, span.keys) for span in spans]
+    for found, states in zip(packed(seen, spans, whole), seen[:2], strict=True):
+        assert torch.equal(found, states[3:])
+        assert found.data_ptr() == states[3:].data_ptr()
+    found = packed(seen, spans, [slice(0, 1), slice(2, 4), slice(5, 11)])
+    for one, states in zip(found, seen[:2], strict=True):
+        assert torch.equal(one, torch.cat((states[3:4], states[6:8], states[14:20])))
 
 
 def test_spans_with_rows_between_them_are_left_to_the_plain_path() -> None:
-    key = random_states(9, HEADS)
-    spans = [Span(slice(0, 4), key[:, :4], key[:, :4], 0), Span(slice(5, 9), key[:, 5:], key[:, 5:], 0)]
+    spans = [Span(0, 4, 0, 4, 0), Span(5, 4, 0, 4, 5)]
     assert pack(SPEC, spans) is None
     assert pack(SPEC, [spans[1]]) is None
 
@@ -221,8 +218,7 @@ def test_a_cpu_keeps_its_own_path() -> None:
 def served() -> Iterator[Calls]:
     """Sends every slice of the CPU, in float32, the way that CUDA goes in 16 bits; but for bounded products."""
     with pytest.MonkeyPatch.context() as patch, reference() as calls:
-        for module in (walk, attention):
-            patch.setattr(module, "serves", lambda spec, states: spec.softcap is None)
+        patch.setattr(attention, "serves", lambda spec, states: spec.softcap is None)
         yield calls
 
 
@@ -248,11 +244,13 @@ def test_torch_computes_what_the_reference_says(dtype: torch.dtype, causal: bool
     """On a GPU: the packed call against the plain path in float32."""
     spec = replace(SPEC, key_heads=2, causal=causal, window=window)
     states = [random_states(73, heads).to("cuda", dtype) for heads in (HEADS, 2, 2)]
-    rows = [slice(0, 1), slice(1, 41), slice(41, 70)]
-    spans = [Span(one, states[1][:, one], states[2][:, one], 0) for one in rows]
+    spans = [Span(0, 1, 0, 1, 0), Span(1, 40, 0, 40, 1), Span(41, 29, 0, 29, 41)]
+    seen = Seen(*states[1:])
     if not serves(spec, states[0]):
         pytest.skip("this GPU has no such kernels")
-    output = ragged_attention(spec, states[0], spans)
-    wide = [Span(one, states[1][:, one].float(), states[2][:, one].float(), 0) for one in rows]
-    torch.testing.assert_close(output[:70].float(), plain(spec, states[0].float(), wide), atol=0.02, rtol=0.02)
+    output = ragged_attention(spec, states[0], seen, spans)
+    wide = Seen(*(one.float() for one in states[1:]))
+    torch.testing.assert_close(
+        output[:70].float(), plain(spec, states[0].float(), wide, spans), atol=0.02, rtol=0.02
+    )
     assert not output[70:].any()
