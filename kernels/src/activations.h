@@ -11,41 +11,60 @@ namespace {
 
 // At plus and minus infinity every activation is its limit, but for an error below 1e-36.
 
-// GELU(x) = x / 2 + h(|x|), where h(a) = a (Phi(a) - 1/2) for the normal distribution's Phi.
 #if defined(__AVX512F__)
-// h is a cubic polynomial in each of 32 intervals, with an error of 1e-6; from 4.96 on h(a) = a / 2.
+// Through the `count` Chebyshev points between two ends, a polynomial by Newton's divided differences: its coefficients at
+// powers of the distance from `origin`.
+template <class F> void interpolate(F f, double begin, double end, double origin, int count, double* c) {
+    double t[4], d[4];
+    for (int k = 0; k < count; k++) {
+        t[k] = (begin + end) / 2 - (end - begin) / 2 * cos(3.14159265358979 * (2 * k + 1) / (2 * count)) - origin;
+        d[k] = f(origin + t[k]);
+    }
+    for (int order = 1; order < count; order++)
+        for (int k = count - 1; k >= order; k--) d[k] = (d[k] - d[k - 1]) / (t[k] - t[k - order]);
+    for (int power = 0; power < count; power++) c[power] = 0;
+    for (int k = count - 1; k >= 0; k--) {  // c = c * (t - t[k]) + d[k]
+        for (int power = count - 1; power > 0; power--) c[power] = c[power - 1] - t[k] * c[power];
+        c[0] = d[k] - t[k] * c[0];
+    }
+}
+
+// For states of float32, GELU(x) = x / 2 + h(|x|), where h(a) = a (Phi(a) - 1/2) for the normal distribution's Phi. h is a
+// cubic polynomial in each of 32 intervals, with an error of 1e-6; from 4.96 on h(a) = a / 2.
 constexpr float gelu_step = 0.16f;
 alignas(64) float gelu_table[4][32];
 
+// For states of bf16, GELU(x) = max(x, 0) - g(|x|), where g(a) = a Phi(-a). g is a quadratic polynomial in each of 31 intervals
+// about multiples of the step, with an error of 1.4e-5, and zero in the last one.
+constexpr float short_step = 0.15f, short_end = 31 * short_step;
+alignas(64) float short_table[3][32];
+
 void start_activations() {
-    const double step = gelu_step, pi = 3.14159265358979;
     auto h = [](double a) { return 0.5 * a * erf(a / sqrt(2.0)); };
+    auto g = [](double a) { return -0.5 * a * erfc(a / sqrt(2.0)); };
     for (int i = 0; i < 31; i++) {
-        // Through the four Chebyshev points of the interval, by Newton's divided differences.
-        double t[4], d[4];
-        for (int k = 0; k < 4; k++) {
-            t[k] = step / 2 * (1 - cos(pi * (2 * k + 1) / 8));
-            d[k] = h(i * step + t[k]);
-        }
-        for (int order = 1; order < 4; order++)
-            for (int k = 3; k >= order; k--) d[k] = (d[k] - d[k - 1]) / (t[k] - t[k - order]);
-        double c[4] = {d[3], 0, 0, 0};
-        for (int k = 2; k >= 0; k--) {  // c = c * (t - t[k]) + d[k]
-            for (int power = 3; power > 0; power--) c[power] = c[power - 1] - t[k] * c[power];
-            c[0] = d[k] - t[k] * c[0];
-        }
+        double c[4];
+        interpolate(h, double(gelu_step) * i, double(gelu_step) * (i + 1), double(gelu_step) * i, 4, c);
         for (int power = 0; power < 4; power++) gelu_table[power][i] = float(c[power]);
+        interpolate(g, short_step * (i - 0.5), short_step * (i + 0.5), 0, 3, c);
+        for (int power = 0; power < 3; power++) short_table[power][i] = float(c[power]);
     }
-    gelu_table[0][31] = float(31 * step / 2);
+    gelu_table[0][31] = float(31 * double(gelu_step) / 2);
     gelu_table[1][31] = 0.5f;
     gelu_table[2][31] = gelu_table[3][31] = 0;
+    for (int power = 0; power < 3; power++) short_table[power][31] = 0;
+    // As exact beside zero as elsewhere, measured by the result: g(a) = -a / 2 + a^2 / sqrt(2 pi) and a term of a^4.
+    short_table[0][0] = 0;
+    short_table[1][0] = -0.5f;
+    short_table[2][0] = 0.398942f;
 }
 
-inline vf of_table(const float* table, __m512i index) {
+GK_INLINE vf of_table(const float* table, __m512i index) {
     return (vf)_mm512_permutex2var_ps(_mm512_load_ps(table), index, _mm512_load_ps(table + 16));
 }
 
-inline vf gelu(vf x) {
+// As exact as states of type S need it.
+template <class S> GK_INLINE vf gelu(vf x) {
     x = maximum(all(-FLT_MAX), x);
     vf a = minimum(all(FLT_MAX), absolute(x));
     __m512i index = _mm512_cvttps_epi32((__m512)minimum(a * (1 / gelu_step), all(31.0f)));
@@ -56,11 +75,17 @@ inline vf gelu(vf x) {
     h = fma(h, t, of_table(gelu_table[0], index));
     return fma(x, all(0.5f), h);
 }
+template <> GK_INLINE vf gelu<bf16>(vf x) {
+    const vf a = (vf)_mm512_range_ps((__m512)x, _mm512_set1_ps(short_end), 10);  // the smaller magnitude
+    const __m512i index = (__m512i)fma(a, all(1 / short_step), all(12582912.0f));  // in the lowest bits
+    const vf c = fma(a, of_table(short_table[2], index), of_table(short_table[1], index));
+    return fma(a, c, of_table(short_table[0], index) + maximum(all(0), x));
+}
 #else
 void start_activations() {}
 
 // The error function by Abramowitz and Stegun, 7.1.26: an error of 1.5e-7.
-inline vf gelu(vf x) {
+template <class S> GK_INLINE vf gelu(vf x) {
     x = maximum(all(-FLT_MAX), x);
     vf a = absolute(x) * 0.70710678f;
     vf t = reciprocal(1.0f + 0.3275911f * a);
@@ -73,11 +98,11 @@ inline vf gelu(vf x) {
 }
 #endif
 
-inline vf sigmoid(vf x) { return reciprocal(1.0f + exponential(-x)); }
+GK_INLINE vf sigmoid(vf x) { return reciprocal(1.0f + exponential(-x)); }
 // Below -88 the sigmoid stays what it is there, so that the products by it are bounded there as well.
-inline vf silu(vf x) { return maximum(all(-88), x) * sigmoid(x); }
-inline vf tanh(vf x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }
-inline vf gelu_tanh(vf x) { return maximum(all(-88), x) * sigmoid(x * (1.5957691216f + 0.0713548162f * x * x)); }
-inline vf relu(vf x) { return maximum(all(0), x); }
+GK_INLINE vf silu(vf x) { return maximum(all(-88), x) * sigmoid(x); }
+GK_INLINE vf tanh(vf x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }
+GK_INLINE vf gelu_tanh(vf x) { return maximum(all(-88), x) * sigmoid(x * (1.5957691216f + 0.0713548162f * x * x)); }
+GK_INLINE vf relu(vf x) { return maximum(all(0), x); }
 
 }  // namespace

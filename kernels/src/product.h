@@ -21,9 +21,10 @@ inline int64_t padded_inner(int32_t dtype, int64_t inner) { return up(inner, 64 
 inline int64_t block_bytes(int32_t dtype, int64_t inner) { return padded_inner(dtype, inner) * item(dtype) * 16; }
 
 // What happens beside a product: strips bring memory from `ahead` on into the cache, groups * 32 bytes; tiles call step()
-// after each 64 bytes of inner entries.
+// after each 64 bytes of inner entries, and add to the sums of a block [rows, 32] at `from`, if it is not null.
 struct Idle {
     const char* ahead;
+    const float* from = nullptr;
     void step() {}
 };
 
@@ -48,18 +49,32 @@ struct Session {
     ~Session() { _tile_release(); }
 };
 
-// After each step of inner entries the processor gets something else to do: the tiles multiply beside it.
+// The sums begin with those of a block [rows, 32], or with zero if it is null.
+inline void begin_sums(const float* from, int64_t rows) {
+    if (!from) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        return;
+    }
+    _tile_loadd(0, from, COLUMNS * 4);
+    _tile_loadd(1, from + 16, COLUMNS * 4);
+    if (rows <= 16) return;
+    _tile_loadd(2, from + 16 * COLUMNS, COLUMNS * 4);
+    _tile_loadd(3, from + 16 * COLUMNS + 16, COLUMNS * 4);
+}
+
+// After each step of inner entries the processor gets something else to do: the tiles multiply beside it. What is read of the
+// weights does not push the rows out of the first-level cache.
 #define GK_TILE_PRODUCT(dot)                                                       \
     const int64_t bytes = groups * 4;                                              \
-    _tile_zero(0);                                                                 \
-    _tile_zero(1);                                                                 \
+    begin_sums(meanwhile.from, rows);                                              \
     if (rows > 16) {                                                               \
-        _tile_zero(2);                                                             \
-        _tile_zero(3);                                                             \
         for (int64_t k = 0; k < bytes; k += 64) {                                  \
-            _tile_loadd(6, w + k * 16, 64);                                        \
+            _tile_stream_loadd(6, w + k * 16, 64);                                 \
             _tile_loadd(4, x + k, stride);                                         \
-            _tile_loadd(7, w + block + k * 16, 64);                                \
+            _tile_stream_loadd(7, w + block + k * 16, 64);                         \
             dot(0, 4, 6);                                                          \
             _tile_loadd(5, x + 16 * stride + k, stride);                           \
             dot(1, 4, 7);                                                          \
@@ -71,9 +86,9 @@ struct Session {
         _tile_stored(3, y + 16 * ldy + 16, ldy * 4);                               \
     } else {                                                                       \
         for (int64_t k = 0; k < bytes; k += 64) {                                  \
-            _tile_loadd(6, w + k * 16, 64);                                        \
+            _tile_stream_loadd(6, w + k * 16, 64);                                 \
             _tile_loadd(4, x + k, stride);                                         \
-            _tile_loadd(7, w + block + k * 16, 64);                                \
+            _tile_stream_loadd(7, w + block + k * 16, 64);                         \
             dot(0, 4, 6);                                                          \
             dot(1, 4, 7);                                                          \
             meanwhile.step();                                                      \

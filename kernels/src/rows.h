@@ -16,7 +16,7 @@ constexpr float least = 1e-30f;
 struct Extent {
     vi above = {};
     vu below = {};
-    void add(vf x) {
+    GK_INLINE void add(vf x) {
         above = maximum(above, bits<vi>(x));
         below = maximum(below, bits<vu>(x));
     }
@@ -31,6 +31,33 @@ struct Extent {
     }
 };
 
+// The extent of a row of n states.
+template <class S> inline Extent extent_of(const S* y, int64_t n) {
+    Extent found;
+    int64_t i = 0;
+    for (; i + W <= n; i += W) found.add(load(y + i));
+    if (i < n) found.add(load_some(y + i, n - i));
+    return found;
+}
+#if defined(__AVX512BW__)
+// The bits of bf16 have the same order.
+template <> inline Extent extent_of(const bf16* y, int64_t n) {
+    __m512i above = {}, below = {};
+    for (int64_t i = 0; i < n; i += 32) {
+        const __m512i x = _mm512_maskz_loadu_epi16(n - i < 32 ? (1u << (n - i)) - 1 : ~0u, y + i);
+        above = _mm512_max_epi16(above, x);
+        below = _mm512_max_epu16(below, x);
+    }
+    // Of the two words of a lane, the larger one.
+    Extent found;
+    found.above = maximum((vi)above, (vi)above << 16);
+    found.below = maximum((vu)below, (vu)below << 16);
+    found.above &= int32_t(0xffff0000);
+    found.below &= 0xffff0000u;
+    return found;
+}
+#endif
+
 // Quantises a row of n states by its range, and fills with zeros to a multiple of 64. Of a row that is not finite the scale is
 // NaN, so that whatever is computed from the row is NaN.
 template <class S>
@@ -43,15 +70,17 @@ inline void quantise(const S* y, int64_t n, const Extent& extent, int8_t* q, flo
         memset(q, 0, up(n, 64));
         return;
     }
-    const vf by = all(127.0f / half);
+    const vf by = all(127.0f / half), shift = -middle * by;
+    auto entry = [&](vf x) { return rounded(fma(x, by, shift)); };
     scale[0] = half * (1.0f / 127.0f);
     scale[1] = middle;
     int64_t i = 0;
-    for (; i + W <= n; i += W) store(q + i, rounded((load(y + i) - middle) * by));
-    if (i < n) {
-        int8_t rest[W];
-        store(rest, rounded((load_some(y + i, n - i) - middle) * by));
-        memcpy(q + i, rest, n - i);
+    for (; i + 4 * W <= n; i += 4 * W)
+        store_four(q + i, entry(load(y + i)), entry(load(y + i + W)), entry(load(y + i + 2 * W)), entry(load(y + i + 3 * W)));
+    for (; i < n; i += W) {
+        int8_t some[W];
+        store(some, entry(load_at(y, i, n)));
+        memcpy(q + i, some, smaller<int64_t>(W, n - i));
     }
     memset(q + n, 0, up(n, 64) - n);
 }
@@ -60,24 +89,30 @@ inline void quantise(const S* y, int64_t n, const Extent& extent, int8_t* q, flo
 struct Normed {
     float mean = 0, factor = 1;
 };
+// The sum of what add(sum, begin, end) adds for each vector of n entries. Four sums grow beside each other, because each waits for
+// its last addition.
+template <class Add> GK_INLINE float total(int64_t n, Add add) {
+    vf s[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * W <= n; i += 4 * W)
+        for (int k = 0; k < 4; k++) add(s[k], i + k * W, i + k * W + W);
+    for (; i < n; i += W) add(s[0], i, n);
+    return sum((s[0] + s[1]) + (s[2] + s[3]));
+}
 inline Normed measure(const float* y, int64_t n, const gk_norm& norm) {
     Normed found;
-    if (norm.kind == GK_LAYER_NORM) {
-        vf s = {};
-        for (int64_t i = 0; i < n; i += W) s += load_at(y, i, n);
-        found.mean = sum(s) / n;
-    }
-    vf squares = {};
-    for (int64_t i = 0; i < n; i += W) {
-        vf d = first(load_at(y, i, n) - found.mean, n - i);
-        squares = fma(d, d, squares);
-    }
-    found.factor = 1.0f / sqrtf(sum(squares) / n + norm.eps);
+    if (norm.kind == GK_LAYER_NORM)
+        found.mean = total(n, [&](vf& s, int64_t i, int64_t end) GK_ALWAYS { s += load_at(y, i, end); }) / n;
+    const float squares = total(n, [&](vf& s, int64_t i, int64_t end) GK_ALWAYS {
+        const vf d = first(load_at(y, i, end) - found.mean, end - i);
+        s = fma(d, d, s);
+    });
+    found.factor = 1.0f / sqrtf(squares / n + norm.eps);
     return found;
 }
-inline vf apply(const gk_norm& norm, const Normed& found, vf x, int64_t i, int64_t n) {
-    vf y = (x - found.mean) * found.factor * (load_at(norm.weight, i, n) + norm.offset);
-    return norm.bias ? y + load_at(norm.bias, i, n) : y;
+GK_INLINE vf apply(const gk_norm& norm, const Normed& found, vf x, int64_t i, int64_t n) {
+    const vf weight = (load_at(norm.weight, i, n) + norm.offset) * found.factor;
+    return norm.bias ? fma(x - found.mean, weight, load_at(norm.bias, i, n)) : (x - found.mean) * weight;
 }
 inline void normalise(float* y, int64_t n, const gk_norm& norm) {
     const Normed found = measure(y, n, norm);
@@ -89,22 +124,18 @@ template <class S> inline S* row_of(const gk_rows& rows, int64_t row) { return (
 // The end of every row: norm, output and quantised output of n floats, which are overwritten.
 template <class S>
 inline void end_row(float* y, int64_t n, const gk_norm& norm, const gk_rows& output, const gk_rows& quantised, int64_t row) {
-    Extent extent;
     Normed found;
     if (norm.kind) found = measure(y, n, norm);
-    S* out = output.data ? row_of<S>(output, row) : nullptr;
-    for (int64_t i = 0; i < n; i += W) {
-        vf x = load_at(y, i, n);
-        if (norm.kind) x = apply(norm, found, x, i, n);
-        if (out) store_at(out, i, n, x);
-        if (quantised.data) {
-            x = as_state<S>(x);
-            extent.add(first(x, n - i));
-            store_at(y, i, n, x);
-        }
-    }
-    if (quantised.data)
-        quantise(y, n, extent, row_of<int8_t>(quantised, row), quantised.scale + 2 * row);
+    auto state = [&](int64_t i, int64_t end) GK_ALWAYS {
+        const vf x = load_at(y, i, end);
+        return norm.kind ? apply(norm, found, x, i, end) : x;
+    };
+    // States are no longer than floats, so that they can take the place of those that have been read.
+    S* out = output.data ? row_of<S>(output, row) : (S*)y;
+    int64_t i = 0;
+    for (; i + 2 * W <= n; i += 2 * W) store_pair(out + i, state(i, i + W), state(i + W, i + 2 * W));
+    for (; i < n; i += W) store_at(out, i, n, state(i, n));
+    if (quantised.data) quantise(out, n, extent_of(out, n), row_of<int8_t>(quantised, row), quantised.scale + 2 * row);
 }
 
 template <class S>

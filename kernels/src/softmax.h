@@ -25,7 +25,7 @@ struct Flushing {
 constexpr int64_t QUERIES = 16;  // rows of a block: with the keys and values that they see they stay in the first-level cache
 
 // 2^x, x <= 0, as exact as states of the type S need it. It is zero far below zero, and NaN of NaN.
-template <class S> inline vf power(vf x) {
+template <class S> GK_INLINE vf power(vf x) {
     // x is a whole number and f: the number below x for bf16, the nearest one for float32.
     constexpr bool below = sizeof(S) == 2;
 #if defined(__AVX512F__)
@@ -52,16 +52,6 @@ template <class S> inline vf power(vf x) {
 #else
     const vf y = bits<vf>(bits<vi>(p) + (rounded(n) << 23));
     return where(vi(x < -126.0f), vf{}, where(vi(x == x), y, x));
-#endif
-}
-
-inline void store_pair(float* to, vf a, vf b) { store(to, a), store(to + W, b); }
-inline void store_pair(bf16* to, vf a, vf b) {
-#if defined(__AVX512BF16__)
-    const __m512bh y = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-    memcpy(to, &y, sizeof y);
-#else
-    store(to, a), store(to + W, b);
 #endif
 }
 

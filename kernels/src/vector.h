@@ -24,6 +24,10 @@ constexpr int W = 8;
 constexpr int W = 4;
 #endif
 
+// Compilers give up on many small functions in one source, although a call costs more than what these compute.
+#define GK_ALWAYS __attribute__((always_inline))
+#define GK_INLINE inline GK_ALWAYS
+
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
@@ -42,7 +46,7 @@ template <class To, class From> inline To bits(From from) {
     return to;
 }
 
-inline vf all(float x) {
+GK_INLINE vf all(float x) {
 #if defined(__AVX512F__)
     return (vf)_mm512_set1_ps(x);
 #elif defined(__AVX2__)
@@ -53,15 +57,15 @@ inline vf all(float x) {
     return vf{x, x, x, x};
 #endif
 }
-inline vf load(const float* p) { vf x; memcpy(&x, p, sizeof x); return x; }
-inline void store(float* p, vf x) { memcpy(p, &x, sizeof x); }
-inline vi load(const int32_t* p) { vi x; memcpy(&x, p, sizeof x); return x; }
-inline vf load(const bf16* p) {
+GK_INLINE vf load(const float* p) { vf x; memcpy(&x, p, sizeof x); return x; }
+GK_INLINE void store(float* p, vf x) { memcpy(p, &x, sizeof x); }
+GK_INLINE vi load(const int32_t* p) { vi x; memcpy(&x, p, sizeof x); return x; }
+GK_INLINE vf load(const bf16* p) {
     vh x;
     memcpy(&x, p, sizeof x);
     return bits<vf>(__builtin_convertvector(x, vu) << 16);
 }
-inline void store(bf16* p, vf x) {
+GK_INLINE void store(bf16* p, vf x) {
 #if defined(__AVX512BF16__)
     __m256bh y = _mm512_cvtneps_pbh((__m512)x);
     memcpy(p, &y, sizeof y);
@@ -74,36 +78,47 @@ inline void store(bf16* p, vf x) {
 #endif
 }
 
+// Two vectors side by side.
+template <class T> GK_INLINE void store_pair(T* p, vf a, vf b) { store(p, a), store(p + W, b); }
+template <> GK_INLINE void store_pair(bf16* p, vf a, vf b) {
+#if defined(__AVX512BF16__)
+    const __m512bh y = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    memcpy(p, &y, sizeof y);
+#else
+    store(p, a), store(p + W, b);
+#endif
+}
+
 // As a state of this type has it.
-template <class S> inline vf as_state(vf x) {
+template <class S> GK_INLINE vf as_state(vf x) {
     S y[W];
     store(y, x);
     return load(y);
 }
-template <> inline vf as_state<float>(vf x) { return x; }
+template <> GK_INLINE vf as_state<float>(vf x) { return x; }
 
 // The first n < W entries; the others are zero.
-template <class T> inline vf load_some(const T* p, int64_t n) {
+template <class T> GK_INLINE vf load_some(const T* p, int64_t n) {
     T x[W] = {};
     memcpy(x, p, n * sizeof(T));
     return load(x);
 }
-template <class T> inline void store_some(T* p, vf x, int64_t n) {
+template <class T> GK_INLINE void store_some(T* p, vf x, int64_t n) {
     T y[W];
     store(y, x);
     memcpy(p, y, n * sizeof(T));
 }
-template <class T> inline vf load_at(const T* p, int64_t i, int64_t n) {
+template <class T> GK_INLINE vf load_at(const T* p, int64_t i, int64_t n) {
     return n - i >= W ? load(p + i) : load_some(p + i, n - i);
 }
-template <class T> inline void store_at(T* p, int64_t i, int64_t n, vf x) {
+template <class T> GK_INLINE void store_at(T* p, int64_t i, int64_t n, vf x) {
     if (n - i >= W) store(p + i, x);
     else store_some(p + i, x, n - i);
 }
 
 // a b + c with one rounding where the level has it. The compiler must not choose, because the same row would get other bits
 // in another place.
-inline vf fma(vf a, vf b, vf c) {
+GK_INLINE vf fma(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
     return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__AVX2__)
@@ -116,7 +131,7 @@ inline vf fma(vf a, vf b, vf c) {
 }
 
 // Of a NaN in b, both functions return the NaN.
-inline vf maximum(vf a, vf b) {
+GK_INLINE vf maximum(vf a, vf b) {
 #if defined(__AVX512F__)
     return (vf)_mm512_max_ps((__m512)a, (__m512)b);
 #elif defined(__AVX2__)
@@ -127,25 +142,25 @@ inline vf maximum(vf a, vf b) {
     return a > b ? a : b;
 #endif
 }
-inline vf minimum(vf a, vf b) {
+GK_INLINE vf minimum(vf a, vf b) {
 #if defined(__AVX512F__)
     return (vf)_mm512_min_ps((__m512)a, (__m512)b);
 #else
     return -maximum(-a, -b);
 #endif
 }
-inline vf absolute(vf x) { return bits<vf>(bits<vu>(x) & 0x7fffffffu); }
-inline vf where(vi mask, vf yes, vf no) { return bits<vf>((mask & bits<vi>(yes)) | (~mask & bits<vi>(no))); }
-inline vi is_finite(vf x) { return vi(x * 0.0f == 0.0f); }
-inline vi counting() {
+GK_INLINE vf absolute(vf x) { return bits<vf>(bits<vu>(x) & 0x7fffffffu); }
+GK_INLINE vf where(vi mask, vf yes, vf no) { return bits<vf>((mask & bits<vi>(yes)) | (~mask & bits<vi>(no))); }
+GK_INLINE vi is_finite(vf x) { return vi(x * 0.0f == 0.0f); }
+GK_INLINE vi counting() {
     vi x;
     for (int i = 0; i < W; i++) x[i] = i;
     return x;
 }
 // Zero from entry n on.
-inline vf first(vf x, int64_t n) { return n >= W ? x : bits<vf>(bits<vi>(x) & vi(counting() < vi{} + int32_t(n))); }
+GK_INLINE vf first(vf x, int64_t n) { return n >= W ? x : bits<vf>(bits<vi>(x) & vi(counting() < vi{} + int32_t(n))); }
 
-inline float sum(vf x) {
+GK_INLINE float sum(vf x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)x);
 #else
@@ -156,7 +171,7 @@ inline float sum(vf x) {
     return s[0];
 #endif
 }
-inline float top(vf x) {
+GK_INLINE float top(vf x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps((__m512)x);
 #else
@@ -169,7 +184,7 @@ inline float top(vf x) {
 }
 
 // To the nearest whole number, ties to even; |x| < 2^22.
-inline vi rounded(vf x) {
+GK_INLINE vi rounded(vf x) {
 #if defined(__AVX512F__)
     return (vi)_mm512_cvtps_epi32((__m512)x);
 #elif defined(__AVX2__)
@@ -178,7 +193,7 @@ inline vi rounded(vf x) {
     return bits<vi>(x + 12582912.0f) - 0x4b400000;
 #endif
 }
-inline vi maximum(vi a, vi b) {
+GK_INLINE vi maximum(vi a, vi b) {
 #if defined(__AVX512F__)
     return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
@@ -189,7 +204,7 @@ inline vi maximum(vi a, vi b) {
     return a > b ? a : b;
 #endif
 }
-inline vu maximum(vu a, vu b) {
+GK_INLINE vu maximum(vu a, vu b) {
 #if defined(__AVX512F__)
     return (vu)_mm512_max_epu32((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
@@ -200,12 +215,17 @@ inline vu maximum(vu a, vu b) {
     return a > b ? a : b;
 #endif
 }
-template <class V> inline auto top(V x) {
+#if defined(__AVX512F__)
+GK_INLINE int32_t top(vi x) { return _mm512_reduce_max_epi32((__m512i)x); }
+GK_INLINE uint32_t top(vu x) { return _mm512_reduce_max_epu32((__m512i)x); }
+#else
+template <class V> GK_INLINE auto top(V x) {
     auto m = x[0];
     for (int i = 1; i < W; i++) m = x[i] > m ? x[i] : m;
     return m;
 }
-inline void store(int8_t* p, vi x) {
+#endif
+GK_INLINE void store(int8_t* p, vi x) {
 #if defined(__AVX512F__)
     _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)x));
 #else
@@ -213,8 +233,19 @@ inline void store(int8_t* p, vi x) {
     memcpy(p, &y, sizeof y);
 #endif
 }
+// Four vectors side by side, of entries that fit into 8 bits.
+GK_INLINE void store_four(int8_t* p, vi a, vi b, vi c, vi d) {
+#if defined(__AVX512BW__)
+    // Packing works within each 16 bytes, which then hold four entries of each vector.
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i words = _mm512_packs_epi32((__m512i)a, (__m512i)b), more = _mm512_packs_epi32((__m512i)c, (__m512i)d);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(words, more)));
+#else
+    store(p, a), store(p + W, b), store(p + 2 * W, c), store(p + 3 * W, d);
+#endif
+}
 
-inline vf reciprocal(vf x) {
+GK_INLINE vf reciprocal(vf x) {
 #if defined(__AVX512F__)
     vf r = (vf)_mm512_rcp14_ps((__m512)x);
     return r * fma(-x, r, all(2.0f));
@@ -224,7 +255,7 @@ inline vf reciprocal(vf x) {
 }
 
 // e^x, at least e^-87. The polynomial of 2^f, |f| <= 1/2, has a relative error of 8e-8.
-inline vf exponential(vf x) {
+GK_INLINE vf exponential(vf x) {
     vf y = minimum(all(127.0f), maximum(all(-126.0f), x * 1.44269504089f));
     vf n = (y + 12582912.0f) - 12582912.0f;
     vf f = y - n;

@@ -25,7 +25,7 @@ except KernelsError as error:
 
 pytestmark = pytest.mark.usefixtures("best_level")
 
-WIDTHS = st.sampled_from([1, 2, 3, 5, 16, 31, 32, 33, 63, 64, 65, 100, 127, 257])
+WIDTHS = st.sampled_from([1, 2, 3, 5, 16, 31, 32, 33, 63, 64, 65, 100, 127, 257, 700])
 COUNTS = st.sampled_from([1, 2, 3, 7, 15, 16, 17, 31, 33, 100, 130])
 FAULTS = {
     "NaN": torch.nan,
@@ -180,6 +180,25 @@ def test_an_activation_has_its_limits(level, name):
     for found in (compiled.linear(*call).output, reference.linear(*call).output):
         torch.testing.assert_close(found, wanted, atol=2e-6, rtol=2e-6, equal_nan=True)
     assert wanted[0] == (1 if name == "tanh" else torch.inf)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_of_short_states_is_exact_before_it_is_rounded(level, name):
+    """The error is a small part of what the rounding to bf16, and then to 8 bits, may change."""
+    start(level)
+    x = torch.cat((torch.linspace(-12, 12, 4801), torch.tensor([torch.inf, -torch.inf, torch.nan, 1e-6, -1e-6])))
+    # The bias is in float32, so that the rounding of x is not part of the error.
+    weight = packed_weight(torch.zeros(len(x), 1), x, torch.int8)
+    found = compiled.linear(rows_of(torch.ones(1, 1), torch.int8), weight, Then(torch.bfloat16, name)).output[0]
+    wanted = ACTIVATIONS[name](x.double().clamp(min=-1e300))
+    finite = wanted.isfinite()
+    assert torch.equal(found.isfinite(), finite)
+    wanted = wanted.where(finite, 0)
+    error = (found.double().where(finite, 0) - wanted).abs()
+    rounding = torch.ldexp(torch.tensor(1.0), torch.frexp(wanted).exponent - 9)
+    assert (error <= rounding + 2e-5).all(), (error - rounding).max()
+    assert error[-2:].max() < 1e-8
 
 
 @pytest.mark.parametrize("level", LEVELS)
