@@ -54,7 +54,7 @@ class Reranker(Loaded[Scorer, RerankSettings]):
         self._template = scorer.template
         self._turn = scorer.turn
         self._calls = Threads(1, "grating-rerank")
-        self._passes = Passes(scorer.run, scorer.turn, self._calls, scorer.pass_tokens)
+        self._passes = Passes(scorer.run, scorer.turn, self._calls, scorer.pass_tokens, scorer.lanes)
         self._sampling = sampling
         self.plan = scorer.plan
         """The plan of the memory budget; None without a budget."""
@@ -180,7 +180,8 @@ class Reranker(Loaded[Scorer, RerankSettings]):
         """Rank the documents of several requests, which go through the layers together.
 
         Each result is the one that its request would have alone. Together they take less time where requests are
-        small, and under a memory budget, because weights are read once for many. The errors are those of
+        small, because two passes then run at a time, and under a memory budget, because weights are read once for
+        many. The errors are those of
         :meth:`rerank`; the message of a ``ValueError`` names the request's index.
 
         Args:

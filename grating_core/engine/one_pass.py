@@ -41,7 +41,7 @@ def run_pass(
     """Take jobs through the layers together. Each ends as soon as it is decided, with an outcome or its own error.
 
     Args:
-        model: The cross-encoder. Only one pass at a time may use it.
+        model: The cross-encoder. Only one pass at a time may use it, unless all of it is resident.
         jobs: The jobs, at least one.
         slice_tokens: The most tokens that are computed at once.
         plan: The plan of the memory budget; None without a budget.

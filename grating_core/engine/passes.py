@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from grating_core.engine.job import Job
+from grating_core.engine.lanes import Lanes
 from grating_core.forking import Interrupted, Lock, Threads, tell_of_forks
 from grating_core.lifetime import closed_error
 
@@ -20,9 +21,9 @@ class Passes(Generic[Found]):
     """This class gives every caller a place in a pass, in the order in which they come.
 
     A caller who finds nobody else computes its own jobs in its own thread. Callers who come meanwhile wait. A
-    single thread then takes the waiting jobs through the layers together, as many at a time as fit into a pass. So
-    no caller computes for others, and whatever interrupts a caller does not touch others. Callers with several
-    jobs take turns, job by job.
+    single thread then takes the waiting jobs through the layers together, as many at a time as fit into a pass.
+    With lanes, two passes run at a time whenever several jobs wait. So no caller computes for others, and whatever
+    interrupts a caller does not touch others. Callers with several jobs take turns, job by job.
 
     Args:
         run: Function that computes jobs in one pass and ends each as soon as it can. A job that it leaves
@@ -30,15 +31,22 @@ class Passes(Generic[Found]):
         turn: The lock of the model.
         thread: The one thread, which is closed elsewhere.
         most_tokens: The most tokens of a pass. A job with more is a pass by itself.
+        lanes: The lanes, which are closed here; None if only one pass at a time may use the model.
     """
 
     def __init__(
-        self, run: Callable[[Sequence[Job[Found]]], None], turn: Lock, thread: Threads, most_tokens: int
+        self,
+        run: Callable[[Sequence[Job[Found]]], None],
+        turn: Lock,
+        thread: Threads,
+        most_tokens: int,
+        lanes: Lanes | None = None,
     ) -> None:
         self._run = run
         self._turn = turn
         self._most_tokens = most_tokens
         self._thread = thread
+        self._lanes = lanes
         self._closed = False
         self.after_fork()
         tell_of_forks(self)
@@ -48,8 +56,10 @@ class Passes(Generic[Found]):
         self._changing = threading.Lock()
         self._waiting: deque[deque[Job[Found]]] = deque()  # each caller's jobs
         self._led = False  # whether the thread is at work, as it is whenever somebody waits
+        self._choosing = threading.Lock()  # held by a lane that takes jobs
+        self._in_lanes = False  # whether both lanes found somebody who waits
         self._open: set[Future[Found]] = set()  # the futures of jobs that have not ended
-        self._computing: int | None = None  # the thread that computes a pass
+        self._computing: set[int] = set()  # the threads that compute passes
 
     @property
     def waiting(self) -> int:
@@ -57,7 +67,7 @@ class Passes(Generic[Found]):
         return len(self._waiting)
 
     def compute(self, jobs: Sequence[Job[Found]], *, show_progress: bool = False) -> list[Found]:
-        """Compute jobs, in this thread if nobody else is there.
+        """Compute jobs: in this thread if nobody else is there, but several jobs in lanes if there are some.
 
         Args:
             jobs: The jobs.
@@ -74,10 +84,12 @@ class Passes(Generic[Found]):
             _show_progress(jobs)
         own, found = deque([deque(jobs)]), []
         try:
+            if self._lanes is not None and len(jobs) > 1:
+                self._wait_with(own.popleft())
             for job in jobs:
                 while own and not job.over and self._take_turn():
                     try:
-                        self._pass(own)
+                        self._pass(self._next(own), own=True)
                     finally:
                         self._turn.__exit__()
                 if own and not job.over:
@@ -117,10 +129,12 @@ class Passes(Generic[Found]):
         for future in list(self._open):
             with suppress(CancelledError):
                 future.exception()
+        if self._lanes is not None:
+            self._lanes.close()
 
     def _refuse_nested(self) -> None:
         """Refuse to wait for the pass that this thread computes, which would be for ever."""
-        if self._computing == threading.get_ident():
+        if threading.get_ident() in self._computing:
             raise RuntimeError("a pruning policy called the reranker that waits for its routes")
 
     def _admit(self, jobs: Sequence[Job[Found]]) -> None:
@@ -159,22 +173,45 @@ class Passes(Generic[Found]):
                     self._led = False
                     return
             with self._turn:
-                self._pass(self._waiting)
+                if self._lanes is not None and self._jobs_waiting() > 1:
+                    self._in_lanes = True
+                    self._lanes.run(self._fill_lane)
+                else:
+                    self._pass(self._next(self._waiting))
 
-    def _pass(self, waiting: deque[deque[Job[Found]]]) -> None:
-        """Take the next jobs out of those that wait, and compute them. The caller has the turn."""
-        self._computing = threading.get_ident()
+    def _fill_lane(self) -> None:
+        """Run passes until one of the lanes finds nobody who waits. The leading thread then decides again."""
+        while jobs := self._half():
+            self._pass(jobs)
+
+    def _half(self) -> list[Job[Found]]:
+        """Take jobs for a lane, and leave half of them to the other. None end both lanes."""
+        with self._choosing:
+            if not self._in_lanes:
+                return []
+            half = -(-self._jobs_waiting() // 2)
+            jobs = self._next(self._waiting, most=half)
+            self._in_lanes = bool(jobs)
+            return jobs
+
+    def _jobs_waiting(self) -> int:
+        """Count the jobs that wait. Only one thread at a time takes jobs, and that thread asks."""
+        with self._changing:
+            return sum(map(len, self._waiting))
+
+    def _pass(self, jobs: Sequence[Job[Found]], *, own: bool = False) -> None:
+        """Compute jobs in one pass, see :meth:`_carry_out`. Somebody holds the turn for it."""
+        self._computing.add(threading.get_ident())
         try:
-            if jobs := self._next(waiting):
-                self._carry_out(jobs, own=waiting is not self._waiting)
+            self._carry_out(jobs, own=own)
         finally:
-            self._computing = None
+            self._computing.discard(threading.get_ident())
 
-    def _next(self, waiting: deque[deque[Job[Found]]]) -> list[Job[Found]]:
-        """Take a job of each caller in turn, as long as they fit into a pass."""
+    def _next(self, waiting: deque[deque[Job[Found]]], most: int | None = None) -> list[Job[Found]]:
+        """Take a job of each caller in turn, as long as they fit into a pass, and ``most`` jobs at most."""
         found: list[Job[Found]] = []
         room = self._most_tokens
-        while waiting:
+        while waiting and len(found) != most:
             job = waiting[0][0]
             if not job.over:
                 try:
@@ -198,6 +235,8 @@ class Passes(Generic[Found]):
             jobs: The jobs.
             own: Whether all are jobs of the caller whose thread this is, which Ctrl-C then stops.
         """
+        if not jobs:
+            return
         try:
             self._run(jobs)
         except BaseException as error:
@@ -216,6 +255,11 @@ class Passes(Generic[Found]):
 def _show_progress(jobs: Sequence[Job[Any]]) -> None:
     from tqdm import tqdm
 
-    bar = tqdm(total=len(jobs), unit="group")
+    bar, updating = tqdm(total=len(jobs), unit="group"), threading.Lock()
+
+    def update(ended: Future[Any]) -> None:
+        with updating:
+            bar.update()
+
     for job in jobs:
-        job.future.add_done_callback(lambda _: bar.update())
+        job.future.add_done_callback(update)

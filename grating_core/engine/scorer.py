@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from grating_core.engine.job import Job
+from grating_core.engine.lanes import Lanes
 from grating_core.engine.one_pass import Outcome, run_pass
 from grating_core.forking import Lock
 from grating_core.lens.features import Provisional
@@ -30,7 +31,7 @@ _GROUP = 256  # pairs whose scores are one job
 
 
 class Scorer:
-    """A scorer computes requests with one model. One thread at a time has the turn to compute.
+    """A scorer computes requests with one model. One thread at a time has the turn to compute, or to fill lanes.
 
     Args:
         model: The cross-encoder, which is closed with the scorer.
@@ -45,7 +46,13 @@ class Scorer:
         usual = _SLICE_TOKENS.get(model.device.type, tokens_of_slice(model.work))
         self.slice_tokens = plan.slice_tokens if plan else usual
         """The most tokens that are computed at once. A longer sequence is divided."""
-        self.pass_tokens = plan.pass_tokens if plan else max(PASS_TOKENS, self.slice_tokens)
+        # Only compiled kernels give the same bits with any number of threads, and only a resident model may be
+        # used by two passes.
+        side_by_side = plan is None and model.kernels != "torch" and Lanes.work_here()
+        self.lanes = Lanes() if side_by_side else None
+        """The lanes of passes that run side by side; None if only one pass at a time may use the model."""
+        usual_pass = self.slice_tokens if side_by_side else max(PASS_TOKENS, self.slice_tokens)
+        self.pass_tokens = plan.pass_tokens if plan else usual_pass
         """The most tokens of several jobs that go through the layers together."""
         self.turn = Lock()
         """The lock that is held by whoever computes."""

@@ -107,8 +107,8 @@ class LayeredModel:
     """A layered model has embeddings, layers and a head.
 
     Everything runs on a packed token axis without padding: hidden states are ``[T, D]`` in the compute dtype.
-    T counts the tokens of all sequences together. Only one pass at a time may use the object,
-    because a pass changes what is in memory for the next.
+    T counts the tokens of all sequences together. Only one pass at a time may use the object if anything of it is
+    read from disk, because a pass changes what is in memory for the next.
 
     Args:
         parts: The parts; :meth:`close` closes them.

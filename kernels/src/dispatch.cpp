@@ -95,7 +95,8 @@ Found find() { return Found(); }
 #endif
 
 const Level* chosen = nullptr;
-Host host{nullptr, 1};
+gk_parallel pool = nullptr;
+thread_local Host host{nullptr, 1};  // each thread that calls may compute with another number of threads
 
 }  // namespace
 
@@ -113,6 +114,7 @@ const char* gk_start(gk_parallel parallel, int32_t threads, const char* name) {
     GK_LEVELS(GK_TRY)
 #undef GK_TRY
     if (!started) return nullptr;
+    pool = parallel;
     host = {parallel, threads};
     chosen->start();
     return started;
@@ -131,7 +133,7 @@ void gk_levels(char* names, int32_t size) {
 }
 
 int32_t gk_has(int32_t dtype) { return chosen && (dtype != GK_BF16 || chosen->bf16); }
-void gk_threads(int32_t threads) { host.threads = threads; }
+void gk_threads(int32_t threads) { host = {pool, threads}; }
 
 int32_t gk_pack(int32_t dtype, void* matrix, int64_t columns, int64_t inner) {
     return chosen->pack(host, dtype, matrix, columns, inner);

@@ -160,6 +160,7 @@ GK_API const char* gk_start(gk_parallel parallel, int32_t threads, const char* l
 GK_API void gk_levels(char* names, int32_t size);
 // Whether products of this dtype are compiled for the level that was chosen.
 GK_API int32_t gk_has(int32_t dtype);
+// Sets the number of threads of the calls that this thread makes.
 GK_API void gk_threads(int32_t threads);
 
 // Packs a matrix [columns, inner] in its own memory; it must need no padding, see pack.h.

@@ -1,6 +1,6 @@
 """Tiny random models of every family, and the real bundled one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -141,3 +141,12 @@ def spill_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def without_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibration does not look at 8 bits, as where no kernels compute them: it would take ten times as long."""
     monkeypatch.setattr("grating_core.reranker.knows_8_bits", lambda scorer: False)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Let threads that begin now compute with two threads, whatever the processor has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

@@ -179,6 +179,23 @@ def test_requests_with_a_lens_of_the_real_model(bundled: Reranker) -> None:
         assert 0 < one.trace.compute_share < 1
 
 
+def test_passes_side_by_side_give_what_each_request_has_alone(bundled: Reranker, two_threads: None) -> None:
+    source = random.Random(3)
+    words = ["sea", "blue", "sky", "salt", "a", "of"]
+    texts = [random_text(source.randint(1, 90), source, words) for _ in range(24)]
+    requests = [
+        Request(f"why is the {word} blue?", source.sample(texts, source.randint(1, 24)), 4, scores=scores)
+        for word in ("sea", "sky", "salt")
+        for scores in ("exact", "estimated")
+    ]
+    with load(bundled.model_path, pruning="auto") as reranker, ThreadPoolExecutor(6) as pool:
+        alone = [reranker.rerank_many([request])[0] for request in requests]
+        assert_same(reranker.rerank_many(requests), alone)
+        in_threads = list(pool.map(lambda request: reranker.rerank_many([request])[0], requests))
+    assert_same(in_threads, alone)
+    assert {(result.trace.bytes_read, result.trace.seconds_waited) for result in in_threads} == {(0, 0)}
+
+
 def test_threads_and_tasks_that_share_passes_get_the_results_that_they_would_have_alone(
     tiny_bert: Path, spill_directory: Path
 ) -> None:
@@ -303,19 +320,22 @@ async def test_a_cancelled_task_stops_computing_and_the_others_of_its_pass_go_on
 
 
 class Interrupted(Off):
-    """Somebody presses Ctrl-C while the main thread computes and others come."""
+    """Somebody presses Ctrl-C while requests of the main thread are computed and others come."""
 
-    computing = threading.Event()
+    def __init__(self) -> None:
+        self.computing = threading.Event()
 
     def route(self, layer: int, scores: np.ndarray, top_k: int) -> Sequence[Route]:
-        if threading.current_thread() is threading.main_thread():
+        if not self.computing.is_set():
             self.computing.set()
             sleep(0.05)
-            signal.raise_signal(signal.SIGINT)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         return super().route(layer, scores, top_k)
 
 
-def test_ctrl_c_in_the_main_thread_leaves_the_others_their_results(tiny_bert: Path) -> None:
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system sends no signals to threads")
+@pytest.mark.parametrize("count", [1, 3])
+def test_ctrl_c_in_the_main_thread_leaves_the_others_their_results(tiny_bert: Path, count: int) -> None:
     policy = Interrupted()
     with load(tiny_bert, pruning=policy) as reranker, ThreadPoolExecutor(3) as pool:
 
@@ -325,7 +345,7 @@ def test_ctrl_c_in_the_main_thread_leaves_the_others_their_results(tiny_bert: Pa
 
         others = [pool.submit(come) for _ in range(3)]
         with pytest.raises(KeyboardInterrupt):
-            reranker.rerank_many([Request("w1", DOCUMENTS, 2)] * 3)
+            reranker.rerank_many([Request("w1", DOCUMENTS, 2)] * count)
         assert_same(
             [other.result(30) for other in others],
             reranker.rerank_many([Request("w1", DOCUMENTS, 2, pruning=Off())] * 3),
