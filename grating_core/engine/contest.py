@@ -139,6 +139,8 @@ class Contest:
 
 def _best_windows(scores: Scores, windows: list[int]) -> Scores:
     """Return the score of each candidate's best window; NaN if a window of it has one that is not finite."""
+    if len(windows) == len(scores):
+        return scores
     starts = np.cumsum((0, *windows[:-1]))
     best: Scores = np.maximum.reduceat(scores, starts)
     finite = np.logical_and.reduceat(np.isfinite(scores), starts)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from time import perf_counter
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -23,7 +25,7 @@ from grating_core.layers.rotary import Angles
 from grating_core.layers.sending import sent
 from grating_core.layers.spec import Rotary
 from grating_core.lens.features import Provisional, Reader
-from grating_core.memory.hidden import HiddenStates
+from grating_core.memory.hidden import HiddenInMemory, HiddenStates
 from grating_core.memory.meter import Meter, PeakMemory
 from grating_core.models.cross_encoder import CrossEncoder
 
@@ -60,6 +62,7 @@ def forward(
     left = sum(len(contest.alive) for contest in contests)
     model.prepare(batch.input_ids)
     angles = model.angles(torch.arange(batch.longest, device=model.device))
+    embedded = False  # whether the states before the first layer are there
     for number in range(model.depth + 1):
         started = perf_counter()
         readers = {
@@ -76,7 +79,9 @@ def forward(
             if part.asked and part.request in readers:
                 readers[part.request].see(states, part.asked)
 
-        _run_layer(model, number, batch, hidden, angles, slice_tokens, see)
+        _run_layer(model, number, batch, hidden, angles, slice_tokens, see, embed=not embedded)
+        # States that are kept on disk are embedded again by the first layer: that costs less than keeping them.
+        embedded = bool(number) or isinstance(hidden, HiddenInMemory)
         if peak is not None:
             peak.look()
         tokens = batch.tokens_by_request
@@ -101,7 +106,7 @@ def forward(
         if still < left:
             left = still
             batch, runs = batch.select({request: contest.alive for request, contest in enumerate(contests)})
-            if number:
+            if number or embedded:
                 hidden.keep(runs)
 
 
@@ -118,8 +123,10 @@ class _Unread(NamedTuple):
 
 def _read(unread: Sequence[_Unread]) -> list[Scores]:
     """Return the scores as numbers. This waits for the device, once for all of them."""
-    scores = torch.cat([one.scores for one in unread]).cpu().double()
-    return [part.numpy() for part in torch.split(scores, [len(one.scores) for one in unread])]
+    found = (torch.cat([one.scores for one in unread]) if len(unread) > 1 else unread[0].scores).cpu()
+    scores = found.numpy().astype(np.float64)
+    ends = list(accumulate((len(one.scores) for one in unread), initial=0))
+    return [scores[start:end] for start, end in pairwise(ends)]
 
 
 def _reader(model: CrossEncoder, number: int, lens: Provisional | None) -> Reader | None:
@@ -137,21 +144,22 @@ def _run_layer(
     angles: Mapping[Rotary, Angles],
     slice_tokens: int,
     see: See,
+    *,
+    embed: bool,
 ) -> None:
     """Put the hidden states through a layer, slice by slice, and show them afterwards; layer 0 only embeds."""
     if not number:
-        # Embedded again by the first layer, for those that are left: that costs less than keeping the states.
         for part, states in hidden.visit(batch.slices(slice_tokens), read=False, write=False):
             if part.queries:
                 see(_embed(model, batch, part, states), part)
         return
-    first, last = number == 1, number == model.depth
+    last = number == model.depth
     slices = batch.slices(slice_tokens, model.spec.pooling if last else "mean")
     with model.layer(number) as layer:
         walk = Walk(layer, None if layer.spec.rotary is None else angles[layer.spec.rotary])
-        for part, states in hidden.visit(slices, read=not first, write=not last):
+        for part, states in hidden.visit(slices, read=not embed, write=not last):
             tokens = part.tokens.stop - part.tokens.start
-            if first:
+            if embed:
                 _embed(model, batch, part, states)
             rows = part.rows if layer.fills else tokens
             places = None

@@ -210,7 +210,8 @@ def attention(
         if end < span.start:
             output[end : span.start] = 0
         end = span.start + span.length
-    output[end:] = 0
+    if end < len(output):
+        output[end:] = 0
     call = AttentionStruct(
         DTYPES[query.dtype],
         causal,

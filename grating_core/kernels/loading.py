@@ -22,6 +22,7 @@ class KernelsError(RuntimeError):
 
 
 _lib: ctypes.CDLL | None = None
+_threads = 0  # that the module was told
 
 
 def start(level: str | None = None) -> str:
@@ -36,7 +37,7 @@ def start(level: str | None = None) -> str:
     Raises:
         KernelsError: The module is not built, is of another version, or the processor lacks the level.
     """
-    global _lib
+    global _lib, _threads
     lib = _lib or _load()
     pool = ctypes.cast(_torch().torch_parallel_for, c_void_p)
     lib.gk_start.restype = c_char_p
@@ -44,7 +45,7 @@ def start(level: str | None = None) -> str:
     chosen = lib.gk_start(pool, torch.get_num_threads(), level.encode() if level is not None else None)
     if chosen is None:
         raise KernelsError(f"This processor has no level {level!r} of the kernels; it has {', '.join(levels())}.")
-    _lib = lib
+    _lib, _threads = lib, 0
     return str(chosen.decode())
 
 
@@ -99,7 +100,10 @@ def started() -> ctypes.CDLL:
     Raises:
         KernelsError: :func:`start` was not called.
     """
+    global _threads
     if _lib is None:
         raise KernelsError("The kernels were not started.")
-    _lib.gk_threads(c_int32(torch.get_num_threads()))
+    if (threads := torch.get_num_threads()) != _threads:
+        _lib.gk_threads(c_int32(threads))
+        _threads = threads
     return _lib

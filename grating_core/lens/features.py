@@ -119,10 +119,9 @@ class Features:
         Returns:
             The features of the sequences that end here, float32 ``[N, F]`` with F of :func:`feature_count`.
         """
-        width = states.shape[1]
         if self._prefix is None:
-            self._prefix = states.new_empty(0, width)
-        found = [states.new_empty(0, feature_count(width, self._similarities), dtype=torch.float32)]
+            self._prefix = states[:0]
+        found = list[Tensor]()
         for asked, some in groupby(parts, _query_length):
             if asked is None:
                 for part in some:
@@ -130,7 +129,10 @@ class Features:
             else:
                 texts = [part.texts for part in some if part.texts is not None]
                 found.append(self._of_whole(self._prefix, states, texts))
-        return torch.cat(found)
+        if len(found) == 1:
+            return found[0]
+        none = states.new_empty(0, feature_count(states.shape[1], self._similarities), dtype=torch.float32)
+        return torch.cat((none, *found))
 
     def _of_whole(self, prefix: Tensor, states: Tensor, texts: list[Texts]) -> Tensor:
         compiled = kernels().features
@@ -273,8 +275,8 @@ class _Estimates:
 
     def see(self, states: Tensor, parts: Sequence[Part]) -> None:
         """See :meth:`Reader.see`."""
-        self._found.append(self._features.see(states, parts) @ self._layer.weight + self._layer.bias)
+        self._found.append(torch.addmv(self._layer.bias, self._features.see(states, parts), self._layer.weight))
 
     def scores(self) -> Tensor:
         """See :meth:`Reader.scores`."""
-        return torch.cat(self._found)
+        return self._found[0] if len(self._found) == 1 else torch.cat(self._found)

@@ -18,6 +18,10 @@ template <class S> int32_t run_embed(const gk_embed& e, int64_t begin, int64_t e
             if (row < 0 || row >= e.lookups[t].count) return GK_NO_ROW;
             from[t] = (const S*)e.lookups[t].table + row * e.width;
         }
+        if (token + 2 < end) {  // the processor does not foresee which row is next
+            const char* ahead = (const char*)e.lookups[0].table + e.lookups[0].rows[token + 2] * e.width * sizeof(S);
+            for (int64_t i = 0; i < e.width * int64_t(sizeof(S)); i += 64) __builtin_prefetch(ahead + i);
+        }
         for (int64_t i = 0; i < e.width; i += W) {
             vf x = load_at(from[0], i, e.width) * e.factor;
             for (int32_t t = 1; t < e.tables; t++) x += load_at(from[t], i, e.width);
