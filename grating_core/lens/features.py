@@ -275,8 +275,9 @@ class _Estimates:
 
     def see(self, states: Tensor, parts: Sequence[Part]) -> None:
         """See :meth:`Reader.see`."""
-        self._found.append(torch.addmv(self._layer.bias, self._features.see(states, parts), self._layer.weight))
+        self._found.append(self._features.see(states, parts) @ self._layer.weight)
 
     def scores(self) -> Tensor:
         """See :meth:`Reader.scores`."""
-        return self._found[0] if len(self._found) == 1 else torch.cat(self._found)
+        found = self._found[0] if len(self._found) == 1 else torch.cat(self._found)
+        return found + self._layer.bias
