@@ -5,7 +5,6 @@ This is the only way in: reranking, generating, the command line and the benchma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Protocol
 import torch
 
 from grating_core.columns.install import mlp_pruning
+from grating_core.engine.recount import Recount
 from grating_core.engine.scorer import Scorer
 from grating_core.errors import StorageError, UnsupportedModelError
 from grating_core.files.places import expanded
@@ -31,7 +31,7 @@ from grating_core.models.family import Family
 from grating_core.models.gguf import GgufModel
 from grating_core.models.hub import Hub
 from grating_core.models.identity import fingerprint
-from grating_core.models.packing import Packing
+from grating_core.models.packing import QUANTIZED, Packing
 from grating_core.models.placement import choose_device, choose_dtype, states_dtype
 from grating_core.pruning import ClusterPolicy, Off, PruningPolicy
 from grating_core.settings import GenerationSettings, ModelSettings, RerankSettings
@@ -71,9 +71,14 @@ class StoredReranker(Protocol):
         """Try whether layers in this packing can be streamed; raise ``StorageError`` if not."""
 
     def load(
-        self, plan: MemoryPlan | None, answers: tuple[int, int | None] | None, packing: Packing | None
+        self,
+        plan: MemoryPlan | None,
+        answers: tuple[int, int | None] | None,
+        packing: Packing | None,
+        *,
+        lossless: bool,
     ) -> CrossEncoder:
-        """Read the weights."""
+        """Read the weights, and all layers without a loss as well if ``lossless``."""
 
     def close(self) -> None:
         """Close the files."""
@@ -88,14 +93,12 @@ class OpenReranker:
         stored: The reranker's files.
         prompt: The question to the model; None if the tokenizer joins the two texts without a question.
         window: The most tokens of a pair.
-        kept: The kinds of products that are kept out of 8 bits; None for those that the lens says.
     """
 
     settings: RerankSettings
     stored: StoredReranker
     prompt: Prompt | None
     window: int
-    kept: Sequence[str] | None = None
 
     @property
     def directory(self) -> Path:
@@ -129,15 +132,22 @@ class OpenReranker:
         dtype = self.settings.dtype
         if dtype not in ("auto", "int8"):
             return None
-        kept = self.kept
-        if kept is None:
-            found = None if self.lens is None else self.lens.int8
-            fast = self.stored.device.type == "cpu" and kernels().has(torch.int8)
-            if dtype == "auto" and not (fast and found is not None and found.agrees):
-                return None
-            kept = () if found is None else found.kept
-        packing = Packing.int8(self.stored.dtype, kept)
-        return None if dtype == "auto" and not self._streams(packing) else packing
+        packing = Packing(self.stored.dtype, QUANTIZED)
+        if dtype == "int8":
+            return packing
+        fast = self.stored.device.type == "cpu" and kernels().has(torch.int8)
+        found = None if self.lens is None else self.lens.int8
+        agrees = found is not None and found.agrees(alone=self.settings.budget is not None)
+        return packing if fast and agrees and self._streams(packing) else None
+
+    @property
+    def doubt(self) -> float | None:
+        """The distance from the bar of the top K within which scores are recounted without 8 bits; None for never.
+
+        A budget has no room for the layers without 8 bits.
+        """
+        found = None if self.packing is None or self.lens is None else self.lens.int8
+        return None if found is None or self.settings.budget is not None else found.recounts.doubt
 
     def _streams(self, packing: Packing) -> bool:
         """Tell whether layers in this packing can be streamed, if the budget streams any; the log says why not."""
@@ -172,12 +182,16 @@ class OpenReranker:
         lens, wanted = self.lens, "lens"
         if lens is not None and self.packing is not None:
             # Margins for the model without 8 bits promise nothing of the model with them.
-            lens, wanted = lens.in_8_bits(), "lens with margins for 8 bits"
+            lens, wanted = lens.in_8_bits(alone=self.doubt is None), "lens with margins for 8 bits"
         lens = None if lens is None else lens.to(self.stored.device)
         return ByLens(float(self.settings.target), self.settings.guarantee, lens, str(self.directory), wanted)
 
-    def load(self) -> Scorer:
+    def load(self, *, recounts: bool = True) -> Scorer:
         """Read tokenizer and weights.
+
+        Args:
+            recounts: Whether a model in 8 bits may keep the layers without 8 bits as well, to recount what is in
+                doubt.
 
         Raises:
             ModelNotFoundError: The files are damaged.
@@ -196,7 +210,11 @@ class OpenReranker:
             rows=self.stored.vocabulary,
         )
         plan = _with_tokenizer(self.plan, before)
-        return Scorer(self.stored.load(plan, template.answers, self.packing), template, plan)
+        doubt = self.doubt if recounts else None
+        model = self.stored.load(plan, template.answers, self.packing, lossless=doubt is not None)
+        lossless = model.lossless()
+        recount = None if doubt is None or lossless is None else Recount(lossless, doubt)
+        return Scorer(model, template, plan, recount)
 
     def close(self) -> None:
         """Close the files. A model that was loaded from them can then read no more weights."""
@@ -254,12 +272,11 @@ class OpenLanguageModel:
         self.stored.close()
 
 
-def open_reranker(settings: RerankSettings, kept: Sequence[str] | None = None) -> OpenReranker:
+def open_reranker(settings: RerankSettings) -> OpenReranker:
     """Find a reranker and read everything but its weights.
 
     Args:
         settings: The reranker's settings.
-        kept: The kinds of products that are kept out of 8 bits; None for those that the lens says.
 
     Raises:
         ModelNotFoundError: The name leads to no usable weights.
@@ -284,16 +301,16 @@ def open_reranker(settings: RerankSettings, kept: Sequence[str] | None = None) -
         prompt = find_prompt(settings.template, str(settings.model), directory, stored.family)
         usual = usual_length(prompt, stored.family)
         window = find_window(directory, stored.window, settings.max_length, usual)
-        opened = OpenReranker(settings, stored, prompt, window, kept)
+        opened = OpenReranker(settings, stored, prompt, window)
         _ = opened.plan  # a budget that is too small is refused here
         return opened
 
 
-def load_unpruned(settings: RerankSettings, dtype: str, kept: Sequence[str] | None) -> Scorer:
+def load_unpruned(settings: RerankSettings, dtype: str) -> Scorer:
     """Load the model of some settings again, in another dtype; see :func:`open_reranker`."""
-    opened = open_reranker(replace(settings, dtype=dtype, pruning="off", lens=None, recalibrate=0.0), kept)
+    opened = open_reranker(replace(settings, dtype=dtype, pruning="off", lens=None, recalibrate=0.0))
     with closed_on_error(opened):
-        return opened.load()
+        return opened.load(recounts=False)
 
 
 def open_language_model(settings: GenerationSettings) -> OpenLanguageModel:

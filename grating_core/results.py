@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp
 from typing import Any, Literal
@@ -92,6 +93,8 @@ class Trace:
             None without a memory budget.
         kernels: The level of the compiled kernels that computed the layers, such as ``"avx512"``; ``"torch"`` if
             torch computed them. ``grating doctor`` says why.
+        recounted: Indices of the documents that were scored again without 8 bits, because their place in the top K
+            was in doubt.
     """
 
     layers: tuple[LayerTrace, ...]
@@ -107,13 +110,25 @@ class Trace:
     embedding_hit_rate: float | None = None
     peak_memory: int | None = None
     kernels: str = "torch"
+    recounted: tuple[int, ...] = ()
 
     @property
     def compute_share(self) -> float:
-        """Tokens × layers computed, as a share of those of the unpruned run; 1.0 where there were none."""
-        repeated = self.shared_prefix * (sum(self.windows) - 1)
-        full = (sum(self.lengths) - repeated) * self.depth if self.lengths else 0
-        return sum(layer.tokens for layer in self.layers) / full if full else 1.0
+        """Tokens × layers computed, as a share of those of the unpruned run; 1.0 where there were none.
+
+        What a recount computed counts as well.
+        """
+        full = self._work(range(len(self.lengths)))
+        done = sum(layer.tokens for layer in self.layers) + self._work(self.recounted)
+        return done / full if full else 1.0
+
+    def _work(self, candidates: Sequence[int]) -> int:
+        """Return the tokens × layers of some candidates without pruning."""
+        if not candidates:
+            return 0
+        shared = self.shared_prefix
+        repeated = shared * (sum(self.windows[index] for index in candidates) - 1) if shared else 0
+        return (sum(self.lengths[index] for index in candidates) - repeated) * self.depth
 
     def summary(self) -> dict[str, Any]:
         """Return what a log or a tracing tool shows: numbers and lists of numbers, as JSON can hold them.
@@ -121,7 +136,8 @@ class Trace:
         Returns:
             ``candidates`` and ``tokens`` (how many), ``alive`` (candidates computed, layer by layer),
             ``compute_share``, and of the attributes ``depth``, ``truncated``, ``seconds``, ``seconds_waited``,
-            ``bytes_read``, ``bytes_spilled``, ``embedding_hit_rate``, ``peak_memory`` and ``kernels``.
+            ``bytes_read``, ``bytes_spilled``, ``embedding_hit_rate``, ``peak_memory``, ``kernels`` and
+            ``recounted``.
         """
         return {
             "candidates": len(self.lengths),
@@ -137,6 +153,7 @@ class Trace:
             "embedding_hit_rate": self.embedding_hit_rate,
             "peak_memory": self.peak_memory,
             "kernels": self.kernels,
+            "recounted": list(self.recounted),
         }
 
 

@@ -65,7 +65,9 @@ def calibrate(
             f"{1 - 1 / (summary.measured + 1):.3f} at most: take more --requests, or a lower --target."
         )
     if found.int8 is not None:
-        shares = ", ".join(f"{share:.1%} of the top {top_k}" for top_k, share in found.int8.agreement.items())
-        kept = f", with these products kept out of them: {', '.join(found.int8.kept)}" if found.int8.kept else ""
-        show(f"In 8 bits the model itself keeps {shares}{kept}.")
+        alone, recounted = (
+            ", ".join(f"{share:.1%} of the top {top_k}" for top_k, share in agreement.items())
+            for agreement in (found.int8.agreement, found.int8.recounts.agreement)
+        )
+        show(f"In 8 bits the model itself keeps {alone}; with recounts, {recounted}.")
     show(f"The lens is in {directory}." if directory else "From now on pruning='auto' finds it for this model.")

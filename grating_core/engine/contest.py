@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from grating_core.forking import Interrupted
 from grating_core.lens.pruning import Pruning
 from grating_core.memory.meter import Meter
 from grating_core.pruning import Off, PruningPolicy, Route
+from grating_core.pruning.recount import in_doubt
 from grating_core.results import LayerTrace
 
 Scores = NDArray[np.float64]
@@ -60,6 +61,8 @@ class Contest:
         """The candidates that go on, ascending; empty when the contest is over."""
         self.error: Exception | None = None
         """Why the contest ended without a result; None if it did not."""
+        self.recounted: tuple[int, ...] = ()
+        """The candidates that were scored again when all others were decided."""
         self.usage = Meter()
         """What the pass has used so far."""
         self.abandoned = abandoned
@@ -92,6 +95,34 @@ class Contest:
         except Exception as error:  # a policy is the user's code; its failure is not the other requests'
             self.error, self.alive = error, []
 
+    def in_doubt(self, doubt: float) -> list[int]:
+        """Return the candidates whose place a recount decides, when the contest is over.
+
+        Args:
+            doubt: How far scores may be off, see :func:`grating_core.pruning.recount.in_doubt`.
+        """
+        if self.error is not None or self.layers[-1].layer < self.depth:
+            return []
+        last = self.layers[-1]
+        places = sum(not winner.estimated for winner in self.winners)
+        marked = in_doubt(np.array([last.scores]), np.array([places]), doubt)[0]
+        return [candidate for candidate, is_marked in zip(last.alive, marked, strict=True) if is_marked]
+
+    def settle(self, candidates: Sequence[int], recounted: Contest) -> None:
+        """Take over the scores of some candidates, or the error, from the contest in which they were recounted."""
+        self.error = recounted.error
+        if self.error is not None:
+            return
+        last = self.layers[-1]
+        found = dict(zip(last.alive, last.scores, strict=True))
+        found |= zip(candidates, recounted.layers[-1].scores, strict=True)
+        scores = np.array([found[candidate] for candidate in last.alive])
+        self.layers[-1] = replace(last, scores=_plain(scores))
+        early = [winner for winner in self.winners if winner.estimated]
+        others = _best(last.alive, scores, range(len(scores)), estimated=False)
+        self.winners = (early + others)[: self._top_k]
+        self.recounted = tuple(candidates)
+
     def _decide(self, number: int, scores: Scores, tokens: int, seconds: float, usage: Meter) -> None:
         alive, last = self.alive, number == self.depth
         best = _best_windows(scores, [self._windows[candidate] for candidate in alive])
@@ -114,11 +145,11 @@ class Contest:
         stop = () if self.pruning.exact else (Route.SELECTED,)
         stopped = [i for i, route in enumerate(routes) if route in stop]
         going_on = [i for i, route in enumerate(routes) if route not in (Route.DROPPED, *stop)]
-        self.winners += self._best(best, stopped, estimated=True)
+        self.winners += _best(alive, best, stopped, estimated=True)
         places = self._top_k - len(self.winners)
         decided = undecided and not self.pruning.exact and places in (0, len(going_on))
         if decided or last:
-            self.winners += self._best(best, going_on, estimated=decided)[:places]
+            self.winners += _best(alive, best, going_on, estimated=decided)[:places]
             going_on = []
         self.alive = [alive[i] for i in going_on]
 
@@ -131,10 +162,11 @@ class Contest:
                 f"dtype='float32'"
             )
 
-    def _best(self, scores: Scores, chosen: list[int], *, estimated: bool) -> list[Winner]:
-        """Return the chosen candidates by falling score; equal scores keep their order."""
-        order = sorted(chosen, key=lambda i: -scores[i])
-        return [Winner(self.alive[i], float(scores[i]), estimated) for i in order]
+
+def _best(alive: Sequence[int], scores: Scores, chosen: Sequence[int], *, estimated: bool) -> list[Winner]:
+    """Return the chosen of those alive by falling score; equal scores keep their order."""
+    order = sorted(chosen, key=lambda i: -scores[i])
+    return [Winner(alive[i], float(scores[i]), estimated) for i in order]
 
 
 def _best_windows(scores: Scores, windows: list[int]) -> Scores:

@@ -24,7 +24,7 @@ class Job(Generic[Found]):
     Args:
         encode: Function that makes the pairs of one candidate or more: the windows of each. It is called once, by
             whoever asks for the pairs first.
-        top_k: Number of candidates to find, from 1 to the number of candidates.
+        top_k: Number of candidates to find, from 1 to the number of candidates; None for all.
         pruning: How candidates stop early.
         first_number: The number by which the caller knows the first candidate; for messages.
         pause: Function that says whether to give the job up; None never says so.
@@ -34,7 +34,7 @@ class Job(Generic[Found]):
         self,
         encode: Callable[[], Sequence[Sequence[TokenisedPair]]],
         *,
-        top_k: int = 1,
+        top_k: int | None = None,
         pruning: Pruning = UNPRUNED,
         first_number: int = 0,
         pause: Callable[[], bool] | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,27 +11,23 @@ from grating_core.engine.scorer import Scorer
 from grating_core.kernels.choice import kernels
 from grating_core.lens.observations import Observe
 from grating_core.lens.quantized import Model
-from grating_core.models.packing import Packing
 
 
-def observing(scorer: Scorer, load: Callable[[str, Sequence[str] | None], Scorer] | None) -> Model:
+def observing(scorer: Scorer, load: Callable[[str], Scorer] | None) -> Model:
     """Return the function that opens a model for calibration.
 
     Args:
         scorer: The model as it is.
-        load: Function that loads the model in a dtype, and in 8 bits but for some kinds of products; None if only
-            the model as it is can be observed.
+        load: Function that loads the model in a dtype; None if only the model as it is can be observed.
     """
     model = scorer.model
-    own = model.packing if model.products == torch.int8 else None
 
     @contextmanager
-    def opened(kept: Sequence[str] | None) -> Iterator[Observe]:
-        wanted = None if kept is None else Packing.int8(model.dtype, kept)
-        if wanted == own or load is None:
+    def opened(in_8_bits: bool) -> Iterator[Observe]:
+        if load is None or in_8_bits == (model.products == torch.int8):
             yield scorer.observe
             return
-        other = load(str(model.dtype).removeprefix("torch.") if wanted is None else "int8", kept)
+        other = load("int8" if in_8_bits else str(model.dtype).removeprefix("torch."))
         try:
             yield other.observe
         finally:

@@ -11,6 +11,7 @@ from grating_core.engine.contest import Contest, Winner
 from grating_core.engine.forward import forward
 from grating_core.engine.job import Job
 from grating_core.engine.ragged import Encoded, RaggedBatch, filled
+from grating_core.engine.recount import Recount
 from grating_core.files.places import cache_directory
 from grating_core.memory.hidden import HiddenInMemory, HiddenOnDisk, HiddenStates
 from grating_core.memory.meter import PeakMemory
@@ -36,7 +37,12 @@ class Outcome:
 
 
 def run_pass(
-    model: CrossEncoder, jobs: Sequence[Job[Outcome]], *, slice_tokens: int, plan: MemoryPlan | None = None
+    model: CrossEncoder,
+    jobs: Sequence[Job[Outcome]],
+    *,
+    slice_tokens: int,
+    plan: MemoryPlan | None = None,
+    recount: Recount | None = None,
 ) -> None:
     """Take jobs through the layers together. Each ends as soon as it is decided, with an outcome or its own error.
 
@@ -45,6 +51,7 @@ def run_pass(
         jobs: The jobs, at least one.
         slice_tokens: The most tokens that are computed at once.
         plan: The plan of the memory budget; None without a budget.
+        recount: What decides close contests of a model in 8 bits; None if nothing does.
 
     Raises:
         Interrupted: Nobody waits for any of the jobs any more.
@@ -56,7 +63,7 @@ def run_pass(
         Contest(
             tuple(map(len, job.encoded)),
             job.pruning,
-            job.top_k,
+            job.top_k or len(job.encoded),
             model.depth,
             first_number=job.first_number,
             abandoned=job.given_up,
@@ -70,6 +77,8 @@ def run_pass(
         with _room(model, batch, slice_tokens, plan) as hidden:
             for number in forward(model, batch, hidden, contests, slice_tokens=slice_tokens, peak=peak):
                 job, contest = jobs[number], contests[number]
+                if recount is not None:
+                    recount.settle(job, contest, slice_tokens=slice_tokens)
                 if contest.error is not None:
                     job.fail(contest.error)
                     continue
@@ -100,6 +109,7 @@ def _trace(
         embedding_hit_rate=usage.hit_rate,
         peak_memory=peak,
         kernels=kernels,
+        recounted=contest.recounted,
     )
 
 

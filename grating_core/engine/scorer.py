@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from grating_core.engine.job import Job
 from grating_core.engine.lanes import Lanes
 from grating_core.engine.one_pass import Outcome, run_pass
+from grating_core.engine.recount import Recount
 from grating_core.forking import Lock
 from grating_core.lens.features import Provisional
 from grating_core.lens.pruning import Pruning
@@ -37,10 +38,19 @@ class Scorer:
         model: The cross-encoder, which is closed with the scorer.
         template: The template that makes token ids of queries and documents.
         plan: The plan of the memory budget; None without a budget.
+        recount: What decides close contests of a model in 8 bits; None if nothing does.
     """
 
-    def __init__(self, model: CrossEncoder, template: Template, plan: MemoryPlan | None = None) -> None:
+    def __init__(
+        self,
+        model: CrossEncoder,
+        template: Template,
+        plan: MemoryPlan | None = None,
+        recount: Recount | None = None,
+    ) -> None:
         self.model = model
+        self.recount = recount
+        """What decides close contests of a model in 8 bits; None if nothing does."""
         self.template = template
         self.plan = plan
         usual = _SLICE_TOKENS.get(model.device.type, tokens_of_slice(model.work))
@@ -97,18 +107,17 @@ class Scorer:
 
     def run(self, jobs: Sequence[Job[Outcome]]) -> None:
         """Take jobs through the layers together, see :func:`run_pass`. The caller holds the turn."""
+        self._run(self.model, jobs)
+
+    def _run(self, model: CrossEncoder, jobs: Sequence[Job[Outcome]]) -> None:
         if self._closed:  # while the caller waited
             raise closed_error("Reranker")
-        run_pass(self.model, jobs, slice_tokens=self.slice_tokens, plan=self.plan)
+        run_pass(model, jobs, slice_tokens=self.slice_tokens, plan=self.plan, recount=self.recount)
 
-    def alone(self, job: Job[Outcome]) -> Outcome:
-        """Compute one job in this thread.
-
-        Raises:
-            Interrupted: The job's ``pause`` said to give up.
-        """
+    def _alone(self, model: CrossEncoder, job: Job[Outcome]) -> Outcome:
+        """Compute one job in this thread."""
         with self.turn:
-            self.run([job])
+            self._run(model, [job])
         return job.future.result()
 
     def full_scores(self, request: Logged, pause: Callable[[], bool]) -> tuple[float, ...]:
@@ -127,7 +136,8 @@ class Scorer:
             return pause()
 
         encode = partial(self.template.encode, request.query, request.documents)
-        return self.alone(Job(encode, pause=caught_up)).trace.layers[-1].scores
+        model = self.model if self.recount is None else self.recount.model
+        return self._alone(model, Job(encode, pause=caught_up)).trace.layers[-1].scores
 
     def observe(self, request: Request, observer: Provisional) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Compute a request to the end while an observer reads the hidden states after each layer.
@@ -142,5 +152,5 @@ class Scorer:
             that all candidates share do not count.
         """
         candidates = [windows[:1] for windows in self.template.encode(request.query, request.documents)]
-        trace = self.alone(Job(lambda: candidates, pruning=Pruning(Off(), observer))).trace
+        trace = self._alone(self.model, Job(lambda: candidates, pruning=Pruning(Off(), observer))).trace
         return np.array(trace.layers[-1].scores, dtype=np.float32), np.array(trace.lengths) - trace.shared_prefix

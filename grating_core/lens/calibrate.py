@@ -74,7 +74,7 @@ def calibrate(
     """
     made = _requests_of(documents, queries, effort)
     require_room_for_lens(directory, shape)
-    with model(None) as observe:
+    with model(False) as observe:
         full = [observe_all(observe, some, shape, show_progress=show_progress) for some in made]
     in_8_bits = None
     if quantizes and effort.candidates > 5:

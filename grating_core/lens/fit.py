@@ -7,6 +7,8 @@ fitted on some, the margins come from the others.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from tqdm import tqdm
 from grating_core.lens.features import LayerMap, Lens
 from grating_core.lens.observations import Floats, Observations
 from grating_core.lens.quantized import Quantized
-from grating_core.lens.store import CalibratedLens, Int8, Summary
+from grating_core.lens.store import CalibratedLens, Int8, Recounts, Summary
 from grating_core.pruning import Margins
 from grating_core.pruning.conformal import Requests, calibrate_margins, replay_pruning
 
@@ -72,14 +74,13 @@ def fit(
         [_requests(*one, left) for one in zip(some, corpora, found, strict=True)]
         for some, found in zip(seen, estimates, strict=True)
     ]
-    margins = calibrate_margins(groups, np.array(spread), show_progress=show_progress)
+    calibrated = partial(calibrate_margins, spread=np.array(spread), show_progress=show_progress)
+    margins = calibrated(groups)
     int8 = None
     if quantized is not None:
-        int8 = Int8(
-            quantized.kept,
-            quantized.agreement,
-            calibrate_margins(others[0], np.array(spread), show_progress=show_progress),
-        )
+        recounted = [replace(some, doubt=quantized.doubt) for some in others[0]]
+        recounts = Recounts(quantized.doubt, quantized.recounted, calibrated(recounted))
+        int8 = Int8(quantized.agreement, calibrated(others[0]), recounts)
     fitted = sum(map(len, corpora)) if cut is None else cut
     summary = _summarise(groups, margins, fitted=fitted, top_k=top_k, target=target)
     return CalibratedLens(Lens(maps, pooling), margins, fingerprint, summary, int8)

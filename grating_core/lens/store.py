@@ -24,9 +24,8 @@ from grating_core.files.places import cache_directory, go_on_without_cache, is_k
 from grating_core.files.reading import check_regular, read_json
 from grating_core.files.writing import replacing, require_room
 from grating_core.lens.features import LayerMap, Lens, compares_tokens, feature_count
-from grating_core.lens.quantized import agrees
+from grating_core.lens.quantized import Agreement, agrees
 from grating_core.models.cross_encoder import Shape
-from grating_core.models.packing import KINDS
 from grating_core.pruning import Margins
 
 _TENSORS = "lens.safetensors"
@@ -35,6 +34,7 @@ _FORMAT = 1
 _BESIDE_MAPS = 1 << 18  # the most bytes of margins, names and the description
 _WAY_OUT = "delete the directory, or calibrate again"
 _FIELDS = {"fingerprint": str, "sha256": str, "pooling": str, "layers": int, "summary": dict}
+_IN_8_BITS = ("int8.margins", "int8.recounts.margins")
 _PACKAGED = Path(__file__).parent / "packaged"
 
 _log = logging.getLogger("grating")
@@ -66,23 +66,37 @@ class Summary:
 
 
 @dataclass(frozen=True)
+class Recounts:
+    """This class holds what calibration measured of recounts, see :mod:`grating_core.pruning.recount`.
+
+    Attributes:
+        doubt: The distance from the bar within which scores in 8 bits are in doubt.
+        agreement: Share of the top K of the model without 8 bits that is found with recounts, by K.
+        margins: The margins for the model in 8 bits with recounts.
+    """
+
+    doubt: float
+    agreement: Agreement
+    margins: Margins
+
+
+@dataclass(frozen=True)
 class Int8:
     """This class holds what calibration measured of the model in 8 bits.
 
     Attributes:
-        kept: The kinds of products that are kept out of 8 bits, see :data:`grating_core.models.packing.KINDS`.
         agreement: Share of the top K of the model without 8 bits that it has in its own top K, by K.
         margins: The margins for the model in 8 bits. They promise the top K of the model without 8 bits.
+        recounts: What was measured of the model in 8 bits with recounts.
     """
 
-    kept: tuple[str, ...]
-    agreement: Mapping[int, float]
+    agreement: Agreement
     margins: Margins
+    recounts: Recounts
 
-    @property
-    def agrees(self) -> bool:
-        """Whether the model in 8 bits may take the place of the model without them."""
-        return agrees(self.agreement)
+    def agrees(self, *, alone: bool) -> bool:
+        """Tell whether the model in 8 bits, alone or with recounts, may replace the model without them."""
+        return agrees(self.agreement if alone else self.recounts.agreement)
 
 
 @dataclass(frozen=True)
@@ -107,9 +121,15 @@ class CalibratedLens:
         """Return the same object with the lens on a device."""
         return replace(self, lens=self.lens.to(device))
 
-    def in_8_bits(self) -> CalibratedLens | None:
-        """Return the same object with the margins for the model in 8 bits; None if there are none."""
-        return None if self.int8 is None else replace(self, margins=self.int8.margins)
+    def in_8_bits(self, *, alone: bool) -> CalibratedLens | None:
+        """Return the same object with the margins for the model in 8 bits; None if there are none.
+
+        Args:
+            alone: Whether nothing is recounted.
+        """
+        if self.int8 is None:
+            return None
+        return replace(self, margins=self.int8.margins if alone else self.int8.recounts.margins)
 
     def save(self, directory: Path) -> None:
         """Write ``lens.safetensors`` and ``lens.json``. A lens that is there is replaced whole or not at all.
@@ -127,7 +147,8 @@ class CalibratedLens:
             "summary": asdict(self.summary),
         }
         if self.int8 is not None:
-            description["int8"] = {"kept": self.int8.kept, "agreement": self.int8.agreement}
+            recounts = {"doubt": self.int8.recounts.doubt, "agreement": self.int8.recounts.agreement}
+            description["int8"] = {"agreement": self.int8.agreement, "recounts": recounts}
         text = (json.dumps(description, indent=2) + "\n").encode()
         tensors, last = directory / _TENSORS, directory / _DESCRIPTION
         with locked(last), locked(tensors):
@@ -159,7 +180,7 @@ class CalibratedLens:
             summary = _read_summary(description["summary"], len(maps))
             int8 = None
             if (fields := description.get("int8")) is not None:
-                int8 = _read_int8(fields, _read_margins(tensors, "int8.margins", len(maps)))
+                int8 = _read_int8(fields, *(_read_margins(tensors, name, len(maps)) for name in _IN_8_BITS))
             return cls(Lens(maps, description["pooling"]), margins, description["fingerprint"], summary, int8)
         except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise _damaged(directory, error) from error
@@ -253,7 +274,7 @@ def _tensors(calibrated: CalibratedLens) -> dict[str, Tensor]:
         tensors[f"layer.{number}.bias"] = layer.bias
     sets = {"margins": calibrated.margins}
     if calibrated.int8 is not None:
-        sets["int8.margins"] = calibrated.int8.margins
+        sets |= zip(_IN_8_BITS, (calibrated.int8.margins, calibrated.int8.recounts.margins), strict=True)
     for prefix, margins in sets.items():
         for name in Margins.__annotations__:
             tensors[f"{prefix}.{name}"] = torch.tensor(getattr(margins, name))
@@ -267,13 +288,18 @@ def _read_margins(tensors: Mapping[str, Tensor], prefix: str, layers: int) -> Ma
     return margins
 
 
-def _read_int8(fields: dict[str, Any], margins: Margins) -> Int8:
-    kept, agreement = fields["kept"], {int(top_k): share for top_k, share in fields["agreement"].items()}
-    if not isinstance(kept, list) or not set(kept) <= KINDS.keys():
-        raise ValueError(f"int8 has kept={kept!r}, which are not all kinds of products")
+def _read_int8(fields: dict[str, Any], margins: Margins, recounted: Margins) -> Int8:
+    recounts = fields["recounts"]
+    if not _is_number(doubt := recounts["doubt"]) or doubt < 0:
+        raise ValueError(f"int8 has doubt={doubt!r}, which is no distance")
+    return Int8(_read_agreement(fields), margins, Recounts(doubt, _read_agreement(recounts), recounted))
+
+
+def _read_agreement(fields: dict[str, Any]) -> Agreement:
+    agreement = {int(top_k): share for top_k, share in fields["agreement"].items()}
     if not all(_is_number(share) and 0 <= share <= 1 for share in agreement.values()):
         raise ValueError(f"int8 has the shares {agreement} as agreement")
-    return Int8(tuple(kept), agreement, margins)
+    return agreement
 
 
 def _describe(directory: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from grating_core.errors import ModelNotFoundError, UnsupportedModelError
 from grating_core.layers.linear import Weights
 from grating_core.memory.group import TensorGroup
 from grating_core.memory.header import FLOATS, StoredTensor
+from grating_core.memory.meter import Meter
 from grating_core.memory.plan import MemoryPlan, ModelSizes, make_plan
 from grating_core.models.family import ModelSpec, Pooling
 from grating_core.models.layered import LayeredModel, unpacked_bytes, work_per_token
@@ -49,6 +50,13 @@ class CrossEncoder(LayeredModel):
     def shape(self) -> Shape:
         """The shape that a lens must have."""
         return Shape.of(self.spec)
+
+    def lossless(self) -> CrossEncoder | None:
+        """Return the same model with the layers without 8 bits; None if they are not in memory."""
+        if (found := self._parts.lossless) is None:
+            return None
+        parts = replace(self._parts, layers=found.layers, packing=found.packing, meter=Meter(), lossless=None)
+        return CrossEncoder(parts)
 
     def score(self, states: Tensor, number: int) -> Tensor:
         """Read relevance scores with the model's own head.
@@ -121,6 +129,8 @@ class StoredCrossEncoder(StoredModel):
         plan: MemoryPlan | None,
         answers: tuple[int, int | None] | None = None,
         packing: Packing | None = None,
+        *,
+        lossless: bool = False,
     ) -> CrossEncoder:
         """Read the weights.
 
@@ -128,6 +138,7 @@ class StoredCrossEncoder(StoredModel):
             plan: What to keep in memory; None for everything.
             answers: The tokens of yes and no, if the family asks a question; no may be None.
             packing: How the layers are packed; None for without a loss.
+            lossless: Whether to read all layers without a loss as well, see :meth:`CrossEncoder.lossless`.
 
         Raises:
             ModelNotFoundError: The files cannot be read.
@@ -135,9 +146,9 @@ class StoredCrossEncoder(StoredModel):
             StorageError: That file cannot be written.
         """
         if not self.family.asks:
-            return CrossEncoder(self._load(plan, packing=packing))
+            return CrossEncoder(self._load(plan, packing=packing, lossless=lossless))
         assert answers is not None
-        return CrossEncoder(self._load(plan, [self._answer_rows(answers)], packing))
+        return CrossEncoder(self._load(plan, [self._answer_rows(answers)], packing, lossless=lossless))
 
     def _head_shapes(self) -> dict[str, TensorShape]:
         # Which rows are the answers' is known only when the tokenizer has been read.

@@ -20,7 +20,7 @@ from grating_core.models.adapter import Adapter
 from grating_core.models.cross_encoder import CrossEncoder, Shape
 from grating_core.models.directory import describe
 from grating_core.models.families import find_family
-from grating_core.models.layered import Parts
+from grating_core.models.layered import LosslessLayers, Parts
 from grating_core.models.layout import head_names, layer_by_role, layer_names, outside_by_role, outside_names
 from grating_core.models.packing import Packing
 from grating_core.models.stored import OUTPUT
@@ -97,7 +97,12 @@ class GgufModel:
         """Do nothing, because no layer of a GGUF file is streamed."""
 
     def load(
-        self, plan: MemoryPlan | None, answers: tuple[int, int | None] | None, packing: Packing | None
+        self,
+        plan: MemoryPlan | None,
+        answers: tuple[int, int | None] | None,
+        packing: Packing | None,
+        *,
+        lossless: bool = False,
     ) -> CrossEncoder:
         """Load the model onto its device, with only the answers' rows of its output embedding.
 
@@ -105,6 +110,7 @@ class GgufModel:
             plan: Always None, because a GGUF file takes no memory budget.
             answers: The tokens of yes and no; no may be None.
             packing: How the layers are packed; None for without a loss.
+            lossless: Whether to keep all layers without a loss as well.
 
         Raises:
             ModelNotFoundError: The file is damaged.
@@ -125,9 +131,11 @@ class GgufModel:
         outside = dict(outside_by_role(family, spec, named))
         outside["final_norm.weight"] = outside["final_norm.weight"].float()
         layers: dict[int, Weights | PackedLayer] = {}
+        beside: dict[int, Weights | PackedLayer] = {}
         for number, layer in enumerate(spec.layers, 1):
             weights = layer_by_role(family, layer, number, named)
             layers[number] = self._placed(weights) if packing is None else packing.packed(layer, weights)
+            beside |= {number: self._placed(weights)} if lossless else {}
         return CrossEncoder(
             Parts(
                 family=family,
@@ -139,6 +147,7 @@ class GgufModel:
                 head=self._placed(head),
                 layers=layers,
                 packing=packing,
+                lossless=LosslessLayers(beside, None) if lossless else None,
             )
         )
 

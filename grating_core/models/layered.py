@@ -58,6 +58,18 @@ class Layer(NamedTuple):
         return kernels().level is None or not isinstance(self.weights, PackedLayer)
 
 
+class LosslessLayers(NamedTuple):
+    """This class holds all layers of a model without 8 bits.
+
+    Attributes:
+        layers: Weights by role, or packed, by number from 1.
+        packing: How they are packed; None if they are not.
+    """
+
+    layers: Mapping[int, Weights | PackedLayer]
+    packing: Packing | None
+
+
 @dataclass(frozen=True)
 class Parts:
     """This class holds the parts of a layered model.
@@ -77,6 +89,7 @@ class Parts:
         mlps: The functions in the place of the layers' MLPs; empty if the MLPs are dense.
         packing: How the layers are packed; None if they are not.
         packed: The companion file with packed layers; None without one.
+        lossless: The layers without 8 bits, beside those in 8 bits; None if they are not in memory.
         checkpoint: The files that streamer and row cache read; None without streamer and row cache.
     """
 
@@ -94,6 +107,7 @@ class Parts:
     mlps: Sequence[Mlp] = ()
     packing: Packing | None = None
     packed: PackedFile | None = None
+    lossless: LosslessLayers | None = None
     checkpoint: Checkpoint | None = None
 
     def close(self) -> None:

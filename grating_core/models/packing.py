@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,44 +22,21 @@ from grating_core.models.family import Family, ModelSpec
 from grating_core.models.layout import layer_by_role, layer_names
 from grating_core.models.packed_file import PackedFile, layer_bytes, open_packed
 
-KINDS: dict[str, tuple[Role, ...]] = {
-    "attention": ("query", "key", "value"),
-    "output": ("output",),
-    "inner": ("gate", "up"),
-    "down": ("down",),
-}
-"""The roles of each kind of products that may be kept out of 8 bits together."""
-QUANTIZED: frozenset[Role] = frozenset(role for roles in KINDS.values() for role in roles)
-"""The roles of all products of a layer."""
+QUANTIZED: frozenset[Role] = frozenset(("query", "key", "value", "output", "gate", "up", "down"))
+"""The roles of the products of a layer in 8 bits."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """A packing says which products of a layer are in 8 bits.
+    """A packing says in what a layer computes.
 
     Attributes:
-        states: The dtype of hidden states and of the other products: bfloat16 or float32.
+        states: The dtype of hidden states, and of products that are not in 8 bits: bfloat16 or float32.
         quantized: The roles of the products in 8 bits; none by default, which loses nothing.
     """
 
     states: torch.dtype
     quantized: frozenset[Role] = frozenset()
-
-    @classmethod
-    def int8(cls, states: torch.dtype, kept: Iterable[str] = ()) -> Packing:
-        """Return the packing of a model in 8 bits.
-
-        Args:
-            states: The dtype of hidden states and of what is kept.
-            kept: The kinds of products that are kept out of 8 bits, of :data:`KINDS`.
-        """
-        return cls(states, QUANTIZED.difference(role for kind in kept for role in KINDS[kind]))
-
-    @property
-    def name(self) -> str:
-        """The name that tells this packing from others, such as ``"int8"`` or ``"int8-down-bfloat16"``."""
-        kept = sorted(QUANTIZED - self.quantized)
-        return "-".join(("int8", *kept, str(self.states).removeprefix("torch."))) if kept else "int8"
 
     def packed(self, spec: LayerSpec, weights: Weights, *, in_place: bool = False) -> PackedLayer:
         """Pack the weights of a layer, which are given by role in any floating dtype.
@@ -150,7 +127,7 @@ class PackedLayers:
 
     def _path(self) -> Path:
         """Return the companion file. Raises ``StorageError`` if there is no place for it."""
-        return cache_directory() / "layers" / f"{self._fingerprint[:16]}-{self.packing.name}.safetensors"
+        return cache_directory() / "layers" / f"{self._fingerprint[:16]}-int8.safetensors"
 
     def packed(self, numbers: Collection[int]) -> Iterator[PackedLayer]:
         """Yield layers that are packed now. One layer at a time is in memory as it is on disk.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from grating_core.pruning.margins import GUARANTEES, MODES, Array, Margins
+from grating_core.pruning.recount import in_doubt
 
 _FACTORS = np.geomspace(0.25, 8, 56)
 _CANDIDATES = (5, 10, 20, 50, 100, 200, 500, 1000)
@@ -25,21 +26,27 @@ class Requests:
         scores: Final scores, float64 ``[R, N]``.
         tokens: Number of tokens of each candidate, int64 ``[R, N]``.
         promised: The final scores whose top K is promised, float64 ``[R, N]``; None for ``scores``.
+        doubt: The distance from the bar within which a recount gives a candidate its promised score; None without
+            a recount.
     """
 
     estimates: Array
     scores: Array
     tokens: NDArray[np.int64]
     promised: Array | None = None
+    doubt: float | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def first(self, candidates: int) -> Requests:
         """Return the same requests with only their first candidates."""
-        promised = None if self.promised is None else self.promised[:, :candidates]
-        return Requests(
-            self.estimates[:, :candidates], self.scores[:, :candidates], self.tokens[:, :candidates], promised
+        return replace(
+            self,
+            estimates=self.estimates[:, :candidates],
+            scores=self.scores[:, :candidates],
+            tokens=self.tokens[:, :candidates],
+            promised=None if self.promised is None else self.promised[:, :candidates],
         )
 
 
@@ -89,8 +96,13 @@ def replay_pruning(requests: Requests, top_k: int, *, drop: Array, select: Array
             selected |= alive & (decided & (places > 0))[:, None]
             alive &= ~decided[:, None]
         computed += (alive * requests.tokens).sum(1)
-    best = _best(np.where(alive, requests.scores, -np.inf), alive, top_k - selected.sum(1))
+    places, scores = top_k - selected.sum(1), np.where(alive, requests.scores, -np.inf)
     promised = requests.scores if requests.promised is None else requests.promised
+    if requests.doubt is not None:
+        again = in_doubt(scores, places, requests.doubt)
+        scores = np.where(again, promised, scores)
+        computed += (again * requests.tokens).sum(1) * layers
+    best = _best(scores, alive, places)
     top = _best(promised, np.ones_like(alive), np.full(count, top_k))
     lost = (top & ~(selected | best)).sum(1) / top_k
     return Replay(lost, computed / (layers * requests.tokens.sum(1)))

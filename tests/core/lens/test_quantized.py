@@ -1,8 +1,8 @@
-"""A model in 8 bits beside the same model without: agreement, kept products, margins, and what auto takes."""
+"""A model in 8 bits beside the same model without: agreement, recounts, margins, and what auto takes."""
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 from grating_core.errors import BudgetError, FileError
 from grating_core.kernels.choice import kernels
 from grating_core.lens.observations import observe_all
-from grating_core.lens.quantized import agrees, quantize
+from grating_core.lens.quantized import Quantized, agrees, quantize
 from grating_core.lens.store import CalibratedLens, lens_directory
 from grating_core.models.cross_encoder import Shape
-from grating_core.models.packing import KINDS, QUANTIZED
 from grating_core.models.placement import choose_dtype
 from grating_core.pruning.conformal import Requests, replay_pruning
 from grating_core.requests import Request
@@ -32,16 +31,15 @@ compiled = pytest.mark.skipif(not kernels().has(torch.int8), reason=f"no kernels
 
 
 class Noisy:
-    """A model whose scores are off by what each kind of products in 8 bits costs."""
+    """A model whose scores in 8 bits are off by some normal noise."""
 
-    def __init__(self, costs: dict[str, float]) -> None:
-        self.costs = costs
-        self.opened: list[tuple[str, ...]] = []
+    def __init__(self, noise: float) -> None:
+        self.noise = noise
+        self.opened: list[bool] = []
 
     @contextmanager
-    def __call__(self, kept: Sequence[str] | None) -> Iterator[object]:
-        self.opened.append(tuple(kept or ()))
-        noise = 0.0 if kept is None else sum(cost for kind, cost in self.costs.items() if kind not in kept)
+    def __call__(self, in_8_bits: bool) -> Iterator[object]:
+        self.opened.append(in_8_bits)
 
         def observe(request: Request, observer: object) -> tuple[np.ndarray, np.ndarray]:
             for parts in observer.features:
@@ -49,32 +47,34 @@ class Noisy:
             seed = sum(map(ord, request.query))
             scores = np.random.default_rng(seed).normal(size=len(request.documents))
             wrong = np.random.default_rng(seed + 1).normal(size=len(request.documents))
-            return (scores + noise * wrong).astype(np.float32), np.ones(len(request.documents), dtype=np.int64)
+            return (scores + in_8_bits * self.noise * wrong).astype(np.float32), np.ones(20, dtype=np.int64)
 
         yield observe
 
 
-def quantized(costs: dict[str, float]) -> tuple[Noisy, object]:
-    model = Noisy(costs)
+def quantized(noise: float) -> Quantized:
+    model = Noisy(noise)
     requests = [[Request(f"query {number}", [str(n) for n in range(20)]) for number in range(60)]]
     shape = Shape(2, 4, "first")
-    with model(None) as observe:
+    with model(False) as observe:
         full = [observe_all(observe, requests[0], shape)]
-    return model, quantize(model, requests, full, shape)
+    found = quantize(model, requests, full, shape)
+    assert model.opened == [False, True]
+    assert sorted(found.agreement) == sorted(found.recounted) == [1, 5, 10]
+    return found
 
 
-def test_nothing_is_kept_of_a_model_that_agrees(spill_directory: Path) -> None:
-    noisy, found = quantized(dict.fromkeys(KINDS, 0.0005))
-    assert found.kept == ()
+def test_a_model_that_agrees_has_little_doubt(spill_directory: Path) -> None:
+    found = quantized(0.0005)
     assert agrees(found.agreement)
-    assert sorted(found.agreement) == [1, 5, 10]
-    assert noisy.opened == [(), ()]
+    assert found.doubt < 0.0005
 
 
-def test_what_costs_most_is_kept_first(spill_directory: Path) -> None:
-    _, found = quantized({"attention": 0.0, "output": 0.2, "inner": 0.0, "down": 0.6})
-    assert found.kept == ("down", "output")
-    assert found.agreement == {1: 1.0, 5: 1.0, 10: 1.0}
+def test_recounts_make_up_for_noise(spill_directory: Path) -> None:
+    found = quantized(0.05)
+    assert found.agreement[5] < 0.97
+    assert found.recounted[5] >= 0.995
+    assert 0.02 < found.doubt < 0.2
 
 
 def test_the_promise_counts_both_losses() -> None:
@@ -89,6 +89,12 @@ def test_the_promise_counts_both_losses() -> None:
     for some in (requests, requests.first(20)):
         # Nothing is dropped, so that what is lost is what 8 bits lose.
         assert replay_pruning(some, 5, drop=np.array([np.inf]), select=None).lost == pytest.approx(expected)
+    recounted = replay_pruning(replace(requests, doubt=5.0), 5, drop=np.array([np.inf]), select=None)
+    assert not recounted.lost.any()
+    assert recounted.compute_share == pytest.approx(2.0)  # all are computed twice
+    some_again = replay_pruning(replace(requests, doubt=0.2), 5, drop=np.array([np.inf]), select=None)
+    assert 0 < some_again.lost.mean() < sum(expected) / 50
+    assert 1 < some_again.compute_share.mean() < 1.5
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +125,14 @@ def calibrated(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Calibra
 def check_calibrated(made: CalibratedLens, kept: CalibratedLens) -> None:
     assert made.int8 is not None
     assert kept.int8 is not None
-    assert (kept.int8.kept, kept.int8.agreement) == (made.int8.kept, made.int8.agreement)
-    assert sorted(made.int8.agreement) == [1, 5]
+    assert kept.int8.agreement == made.int8.agreement
+    assert (kept.int8.recounts.doubt, kept.int8.recounts.agreement) == (
+        made.int8.recounts.doubt,
+        made.int8.recounts.agreement,
+    )
+    assert sorted(made.int8.agreement) == sorted(made.int8.recounts.agreement) == [1, 5]
     assert np.array_equal(kept.int8.margins.bounds, made.int8.margins.bounds)
+    assert np.array_equal(kept.int8.recounts.margins.bounds, made.int8.recounts.margins.bounds)
 
 
 def put(lens: CalibratedLens, **int8: object) -> None:
@@ -150,14 +161,21 @@ def test_margins_for_other_products_do_not_prune_8_bits(
 def test_auto_takes_8_bits_where_they_agree(
     model: Path, calibrated: CalibratedLens, spill_directory: Path
 ) -> None:
-    for share, kept, expected in ((0.99, (), torch.int8), (0.99, ("down",), torch.int8), (0.98, (), None)):
-        put(calibrated, kept=kept, agreement={1: 1.0, 5: share})
+    recounts = calibrated.int8.recounts
+    for alone, recounted in ((0.9, 0.99), (0.9, 0.98), (0.99, 0.99)):
+        put(
+            calibrated,
+            agreement={1: 1.0, 5: alone},
+            recounts=replace(recounts, agreement={1: 1.0, 5: recounted}),
+        )
         with load(model, pruning="auto", dtype="auto") as reranker:
-            assert (reranker.dtype == torch.int8) == (expected == torch.int8)
-            if expected is not None:
-                packing = reranker.scorer.model.packing
-                assert packing is not None
-                assert packing.quantized == QUANTIZED.difference(kept)
+            assert (reranker.dtype == torch.int8) == (recounted == 0.99)
+            if recounted == 0.99:
+                assert np.array_equal(reranker.lens.margins.bounds, recounts.margins.bounds)
+        # Within a budget nothing is recounted.
+        with load(model, pruning="auto", dtype="auto", memory_budget="1GB") as reranker:
+            assert (reranker.dtype == torch.int8) == (alone == 0.99)
+            if alone == 0.99:
                 assert np.array_equal(reranker.lens.margins.bounds, calibrated.int8.margins.bounds)
         with load(model, pruning="off", dtype="int8") as reranker:  # who asks for 8 bits gets them
             assert reranker.dtype == torch.int8
@@ -170,7 +188,7 @@ def test_auto_takes_8_bits_where_they_agree(
 def test_auto_does_without_8_bits_where_they_cannot_be_stored(
     model: Path, calibrated: CalibratedLens, spill_directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    put(calibrated, kept=(), agreement={1: 1.0, 5: 1.0})
+    put(calibrated, agreement={1: 1.0, 5: 1.0})
     auto: dict[str, object] = {"pruning": "auto", "dtype": "auto"}
     with pytest.raises(BudgetError) as told:
         load(model, **auto, memory_budget=1)
@@ -191,7 +209,13 @@ def test_auto_does_without_8_bits_where_they_cannot_be_stored(
 @compiled
 def test_damaged_figures_are_refused(calibrated: CalibratedLens, spill_directory: Path) -> None:
     directory = lens_directory(calibrated.fingerprint)
-    for wrong in ({"kept": ("middle",)}, {"agreement": {5: 1.5}}, {"agreement": {5: float("nan")}}):
+    recounts = calibrated.int8.recounts
+    for wrong in (
+        {"recounts": replace(recounts, doubt=-1.0)},
+        {"recounts": replace(recounts, agreement={5: -0.5})},
+        {"agreement": {5: 1.5}},
+        {"agreement": {5: float("nan")}},
+    ):
         put(calibrated, **wrong)
         with pytest.raises(FileError, match=r"cannot be read.*int8 has"):
             CalibratedLens.load(directory)

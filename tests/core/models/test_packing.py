@@ -106,15 +106,6 @@ def test_layers_begin_at_sectors_and_matrices_at_cache_lines(tiny_bert: Path, sp
     assert path.name.endswith("-int8.safetensors")
 
 
-def test_kept_products_have_a_file_of_their_own(tiny_bert: Path, spill_directory: Path) -> None:
-    kept = Packing(torch.float32, QUANTIZED - {"down"})
-    expected = load_planned(tiny_bert, packing=kept).score(PAIRS)
-    load_planned(tiny_bert, packing=INT8, resident=()).close()
-    assert load_planned(tiny_bert, packing=kept, resident=()).score(PAIRS) == expected
-    assert len(list((spill_directory / "layers").glob("*-int8*.safetensors"))) == 2
-    assert (kept.name, INT8.name) == ("int8-down-float32", "int8")
-
-
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:5000], lambda data: b""])
 def test_a_damaged_file_is_refused_and_written_anew(tiny_bert: Path, spill_directory: Path, damage) -> None:
     expected = load_planned(tiny_bert, packing=INT8, resident=()).score(PAIRS)
