@@ -167,7 +167,8 @@ def load_grating(ready: Ready, *, directory: Path, dtype: str, pruning: PruningN
 
     def ask(question: Question) -> Facts:
         documents = question.request.documents
-        wanted = len(documents) if pruning == "off" else question.top_k  # all take the same time without pruning
+        # Without pruning and recounts, every K takes the same time.
+        wanted = len(documents) if pruning == "off" and dtype != "int8" else question.top_k
         result = reranker.rerank(question.request.query, documents, wanted)
         ranking = [ranked.index for ranked in result.ranking]
         return {"ranking": ranking, "way": None, "tokens": sum(result.trace.lengths)}
@@ -281,7 +282,7 @@ def measure(
 def ranked(worker: Worker, question: Question, top_k: int, ranking: list[int]) -> list[int]:
     """Return what a system that gave a ranking gives for another K.
 
-    With pruning, what is computed depends on K, so the system is asked again.
+    With pruning or recounts, what is computed depends on K, so the system is asked again.
     """
     if top_k == question.top_k or len(ranking) == len(question.request.documents):
         return ranking[:top_k]

@@ -69,8 +69,9 @@ class ModelSettings:
     dtype: str | torch.dtype = _setting(
         "auto",
         "'float32', 'bfloat16' or 'float16' for what the layers compute in; 'int8' for matrices in 8 bits, for "
-        "rerankers on the CPU. 'auto' takes bfloat16 where the processor has instructions for it, and float32 "
-        "elsewhere; or int8, if kernels for it are there and calibration found that it keeps 0.99 of the top 5.",
+        "rerankers on the CPU. Without a budget they keep the layers without 8 bits as well, which decide close "
+        "contests. 'auto' takes bfloat16 where the processor has instructions for it, and float32 elsewhere; or "
+        "int8, if kernels for it are there and calibration found that it keeps 0.99 of the top 5.",
         basic=True,
     )
     memory_budget: str | int | None = _setting(
