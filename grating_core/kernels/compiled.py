@@ -247,9 +247,8 @@ def features(
         width,
         width,
         prefix.data_ptr(),
-        prefix.shape[0],
         states.data_ptr(),
-        _array([one.numbers for one in sequences]),
+        _array(sequences),
         count,
         *_by_row(output),
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -171,23 +169,42 @@ class Seen(NamedTuple):
         return torch.cat((self.shared[0], key)), torch.cat((self.shared[1], value))
 
 
-@dataclass(frozen=True)
-class Texts:
-    """This class says where a sequence and its two texts are, in a shared prefix of P rows and what follows it.
+class Texts(NamedTuple):
+    """This class says where a sequence and its two texts are. The sequence may begin with a shared prefix.
 
     Attributes:
-        own: The rows of the sequence's own tokens, which follow the prefix.
-        query: The rows of the query: at most one run in the prefix, and then one behind it.
-        document: The rows of the document, likewise.
+        start: Row of the first of the sequence's own tokens, among those of a call.
+        length: Number of its own tokens.
+        query_start: Number of the query's first token in the sequence, the prefix included.
+        query_stop: Number of the token behind the query.
+        document_start: Number of the document's first token.
+        document_stop: Number of the token behind the document.
+        shared: Number of tokens of the prefix.
     """
 
-    own: slice
-    query: tuple[slice, ...]
-    document: tuple[slice, ...]
+    start: int
+    length: int
+    query_start: int
+    query_stop: int
+    document_start: int
+    document_stop: int
+    shared: int = 0
 
-    @cached_property
-    def numbers(self) -> tuple[int, ...]:
-        """Ten numbers: the first row and the number of rows of the sequence, and of two runs of each text."""
-        none = slice(0, 0)
-        runs = (self.own, *(run for text in (self.query, self.document) for run in (*text, none, none)[:2]))
-        return tuple(number for run in runs for number in (run.start, run.stop - run.start))
+    @property
+    def own(self) -> slice:
+        """The rows of the own tokens, if those of the prefix come first."""
+        return slice(self.shared + self.start, self.shared + self.start + self.length)
+
+    @property
+    def query(self) -> tuple[slice, ...]:
+        """The rows of the query: at most one run in the prefix, and then one behind it."""
+        return self._runs(self.query_start, self.query_stop)
+
+    @property
+    def document(self) -> tuple[slice, ...]:
+        """The rows of the document, likewise."""
+        return self._runs(self.document_start, self.document_stop)
+
+    def _runs(self, start: int, stop: int) -> tuple[slice, ...]:
+        runs = slice(start, min(stop, self.shared)), slice(self.start + max(start, self.shared), self.start + stop)
+        return tuple(run for run in runs if run.start < run.stop)

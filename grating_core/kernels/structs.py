@@ -100,7 +100,7 @@ class EmbedStruct(Structure):
 
 
 class FeaturesStruct(Structure):
-    """This class mirrors ``gk_features``, whose sequences are the ten numbers of :class:`~.operands.Texts`."""
+    """This class mirrors ``gk_features``, whose sequences are the numbers of :class:`~.operands.Texts`."""
 
     _fields_ = [
         ("states", c_int32),
@@ -109,7 +109,6 @@ class FeaturesStruct(Structure):
         ("width", c_int64),
         ("stride", c_int64),
         ("prefix", c_void_p),
-        ("shared", c_int64),
         ("own", c_void_p),
         ("sequences", POINTER(c_int64)),
         ("count", c_int64),

@@ -22,7 +22,7 @@ from grating_core.kernels.operands import Texts
 from grating_core.lens.partwise import PartwiseFeatures
 from grating_core.lens.together import is_together, together_features
 from grating_core.models.cross_encoder import Shape
-from grating_core.text.pairs import Segments, Span
+from grating_core.text.pairs import Segments
 
 # Beyond this part of the layers, token similarities add nothing to what the states themselves say.
 _SIMILARITY_PART = 6
@@ -161,36 +161,27 @@ class Features:
 
 def _query_length(part: Part) -> int | None:
     """Return the number of query tokens of a sequence that is looked at as a whole; None for other parts."""
-    texts, segments = part.texts, part.piece.segments
-    return None if texts is None or segments is None else segments.query[1] - segments.query[0]
+    texts = part.texts
+    return None if texts is None else texts.query_stop - texts.query_start
 
 
 def texts_of(part: Part) -> Texts | None:
-    """Return where a sequence and its texts are, behind the prefix's rows and in them.
+    """Return where a sequence and its texts are.
 
     Args:
         part: What a slice has of a piece.
 
     Returns:
-        The rows; None for the prefix, and for what is looked at part by part: a sequence that the slice does not
+        The places; None for the prefix, and for what is looked at part by part: a sequence that the slice does not
         have whole, or of which too much would be copied.
     """
     before, segments = part.piece.before, part.piece.segments
     if segments is None or part.rows.stop - part.rows.start < part.piece.length:
         return None
-    start = before + part.rows.start
-    query, document = (_runs(before, start, text) for text in (segments.query, segments.document))
     (asked, end), (told, last) = segments.query, segments.document
     if end - asked + max(0, min(last, before) - told) > _ALONE:
         return None
-    return Texts(slice(start, before + part.rows.stop), query, document)
-
-
-def _runs(before: int, own: int, span: Span) -> tuple[slice, ...]:
-    """Return the rows of a text, which may begin in the prefix, where the sequence's own tokens begin at a row."""
-    start, stop = span
-    runs = slice(start, min(stop, before)), slice(own + max(start, before) - before, own + stop - before)
-    return tuple(run for run in runs if run.start < run.stop)
+    return Texts(part.rows.start, part.piece.length, asked, end, told, last, before)
 
 
 def compares_tokens(number: int, depth: int) -> bool:

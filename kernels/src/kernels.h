@@ -102,17 +102,13 @@ struct gk_attention {
     int64_t count;
 };
 
-// Rows of states that lie behind each other. Those of the shared prefix come first.
-struct gk_run {
-    int64_t first;
-    int64_t count;
-};
-
-// A sequence, and the two texts in it. A text may lie in two places; the count of what is not there is 0.
+// A sequence, which may begin with a shared prefix, and two texts in it: the numbers of the first token and of that behind the last.
 struct gk_sequence {
-    gk_run own;
-    gk_run query[2];
-    gk_run document[2];
+    int64_t start;   // row of the first own token
+    int64_t length;  // number of own tokens
+    int64_t query[2];
+    int64_t document[2];
+    int64_t shared;  // number of tokens of the prefix
 };
 
 // The features of a lens, of sequences that are whole.
@@ -122,9 +118,8 @@ struct gk_features {
     int32_t similarities;  // whether the tokens of the texts are compared
     int64_t width;
     int64_t stride;        // of states
-    const void* prefix;    // the first rows
-    int64_t shared;        // number of rows of the prefix
-    const void* own;       // the rows behind the prefix
+    const void* prefix;    // states of the prefix
+    const void* own;       // states of all own tokens
     const gk_sequence* sequences;
     int64_t count;
     float* output;         // [count, 4 width], or [count, 5 width + 5] with similarities

@@ -16,12 +16,13 @@ constexpr int SIMILARITIES = 5;
 template <class S> struct Text {
     const S *before, *behind;
     int64_t stride, first, length;
-    Text(const gk_features& f, const gk_run& one, const gk_run& other)
-        : before(rows_of(f, one)), behind(rows_of(f, other)), stride(f.stride), first(one.count), length(one.count + other.count) {}
+    Text(const gk_features& f, const gk_sequence& one, int64_t start, int64_t stop)
+        : before((const S*)f.prefix + start * f.stride),
+          behind((const S*)f.own + (one.start + larger(start, one.shared) - one.shared) * f.stride),
+          stride(f.stride),
+          first(larger<int64_t>(smaller(stop, one.shared) - start, 0)),
+          length(stop - start) {}
     const S* operator[](int64_t row) const { return row < first ? before + row * stride : behind + (row - first) * stride; }
-    static const S* rows_of(const gk_features& f, const gk_run& run) {
-        return run.first < f.shared ? (const S*)f.prefix + run.first * f.stride : (const S*)f.own + (run.first - f.shared) * f.stride;
-    }
 };
 
 // The mean of what `row` adds to a sum for each row. Some columns at a time go through all rows.
@@ -149,7 +150,8 @@ template <class S> class Comparison {
 // The features of one sequence: 4 * width numbers, and with similarities width + 5 more.
 template <class S> bool look(const gk_features& f, const gk_sequence& one, float* found) {
     const int64_t width = f.width;
-    const Text<S> states(f, one.own, {f.shared, 0}), query(f, one.query[0], one.query[1]), document(f, one.document[0], one.document[1]);
+    const Text<S> query(f, one, one.query[0], one.query[1]), document(f, one, one.document[0], one.document[1]);
+    const Text<S> states(f, one, one.shared, one.shared + one.length);
     float *read = found, *asked = found + width, *told = asked + width, *both = told + width, *compared = both + width;
     if (f.pooling == GK_MEAN) average(states, width, read);
     else copy_row(states[f.pooling == GK_LAST ? states.length - 1 : 0], width, read);
