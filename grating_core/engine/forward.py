@@ -21,6 +21,7 @@ from grating_core.engine.head import HeadReader
 from grating_core.engine.ragged import RaggedBatch, Slice
 from grating_core.engine.walk import Walk
 from grating_core.forking import Interrupted
+from grating_core.kernels.room import Room
 from grating_core.layers.rotary import Angles
 from grating_core.layers.sending import sent
 from grating_core.layers.spec import Rotary
@@ -61,6 +62,7 @@ def forward(
     unread: list[_Unread] = []
     left = sum(len(contest.alive) for contest in contests)
     model.prepare(batch.input_ids)
+    room = Room()
     angles = model.angles(torch.arange(batch.longest, device=model.device))
     embedded = False  # whether the states before the first layer are there
     for number in range(model.depth + 1):
@@ -79,7 +81,7 @@ def forward(
             if part.asked and part.request in readers:
                 readers[part.request].see(states, part.asked)
 
-        _run_layer(model, number, batch, hidden, angles, slice_tokens, see, embed=not embedded)
+        _run_layer(model, number, batch, hidden, angles, slice_tokens, room, see, embed=not embedded)
         # States that are kept on disk are embedded again by the first layer: that costs less than keeping them.
         embedded = bool(number) or isinstance(hidden, HiddenInMemory)
         if peak is not None:
@@ -143,6 +145,7 @@ def _run_layer(
     hidden: HiddenStates,
     angles: Mapping[Rotary, Angles],
     slice_tokens: int,
+    room: Room,
     see: See,
     *,
     embed: bool,
@@ -156,7 +159,7 @@ def _run_layer(
     last = number == model.depth
     slices = batch.slices(slice_tokens, model.spec.pooling if last else "mean")
     with model.layer(number) as layer:
-        walk = Walk(layer, None if layer.spec.rotary is None else angles[layer.spec.rotary])
+        walk = Walk(layer, None if layer.spec.rotary is None else angles[layer.spec.rotary], room)
         for part, states in hidden.visit(slices, read=not embed, write=not last):
             tokens = part.tokens.stop - part.tokens.start
             if embed:

@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 from grating_core.engine.ragged import Slice, filled
 from grating_core.kernels.operands import Seen
+from grating_core.kernels.room import Room
 from grating_core.layers.attention import ragged_attention
 from grating_core.layers.keys_values import KeysValues
 from grating_core.layers.rotary import Angles
@@ -21,10 +22,12 @@ class Walk:
     Args:
         layer: The layer.
         angles: Angles at the positions from 0 on; None if the layer has no rotary positions.
+        room: The memory for intermediate results.
     """
 
-    def __init__(self, layer: Layer, angles: Angles | None) -> None:
+    def __init__(self, layer: Layer, angles: Angles | None, room: Room) -> None:
         self._layer = layer
+        self._room = room
         self._angles = angles
         self._shared: KeysValues | None = None  # of the tokens that the sequences of one request share
         self._long: KeysValues | None = None  # of a sequence that does not fit into a slice
@@ -45,7 +48,7 @@ class Walk:
         """
         spec, weights, mlp = self._layer
         steps = self._layer.steps
-        states = steps.prepared(spec, weights, hidden)
+        states = steps.prepared(spec, weights, hidden, self._room)
         turned = None if self._angles is None or positions is None else self._angles.at(positions)
         key = value = hidden
         if part.keys:
@@ -57,7 +60,7 @@ class Walk:
             rows = self._rows(part.places, hidden.device)
             hidden, states, turned = hidden[rows], states[rows], turned and turned.at(rows)
         query = steps.queries(spec, weights, states, turned)
-        attended = ragged_attention(spec, query, self._seen(part, key, value), part.spans)
+        attended = ragged_attention(spec, query, self._seen(part, key, value), part.spans, self._room)
         output: Tensor = steps.finished(spec, weights, hidden, attended, mlp)
         return output
 
@@ -67,17 +70,17 @@ class Walk:
         piece = one.piece
         if piece.candidate is None:
             if one.start == 0:
-                self._shared = self._room(piece.length, key)
+                self._shared = self._new(piece.length, key)
             _there(self._shared).extend(key[one.rows], value[one.rows])
         elif not one.whole:
             if one.start == 0:
-                self._long = self._room(piece.before + piece.length, key)
+                self._long = self._new(piece.before + piece.length, key)
                 if piece.before:
                     shared = _there(self._shared)
                     self._long.extend(shared.key, shared.value)
             _there(self._long).extend(key[one.rows], value[one.rows])
 
-    def _room(self, tokens: int, like: Tensor) -> KeysValues:
+    def _new(self, tokens: int, like: Tensor) -> KeysValues:
         return KeysValues(self._layer.spec, tokens, dtype=like.dtype, device=like.device)
 
     def _rows(self, places: list[int], device: torch.device) -> Tensor:

@@ -68,12 +68,18 @@ def pack_in_place(matrix: Tensor) -> Tensor:
 
 
 def linear(
-    x: Rows, weight: Weight, then: Then, *, gate: Weight | None = None, residual: Tensor | None = None
+    x: Rows,
+    weight: Weight,
+    then: Then,
+    *,
+    gate: Weight | None = None,
+    residual: Tensor | None = None,
+    into: Tensor | None = None,
 ) -> Finished:
     """See :func:`grating_core.kernels.reference.linear`."""
     count = len(x.data)
     total = _new(then.total, count, weight.columns, then.states)
-    output = _new(then.output, count, weight.columns, then.states)
+    output = into if then.output and into is not None else _new(then.output, count, weight.columns, then.states)
     rows = new_rows(count, weight.columns) if then.quantized else None
     call = _linear(x, Map(weight, then, gate), residual, total, output, rows)
     lib = started()
@@ -187,6 +193,7 @@ def attention(
     scaling: float,
     window: int | None = None,
     softcap: float | None = None,
+    into: Tensor | None = None,
 ) -> Tensor:
     """Attend within each span.
 
@@ -200,11 +207,12 @@ def attention(
         scaling: The factor of the products of queries and keys.
         window: Distance in tokens below which a token sees another; None for any distance.
         softcap: Bound of the scaled products, by a hyperbolic tangent; None for no bound.
+        into: States ``[T, heads * head size]`` whose memory the output takes; None for new memory.
 
     Returns:
         The attention's output, ``[T, heads * head size]``; zero for rows that are in no span.
     """
-    output = torch.empty(query.shape, dtype=query.dtype)
+    output = torch.empty(query.shape, dtype=query.dtype) if into is None else into
     end = 0
     for span in spans:
         if end < span.start:

@@ -17,7 +17,13 @@ _FAR = 1e4  # from here on an activation is its argument, or one, and below zero
 
 
 def linear(
-    x: Rows, weight: Weight, then: Then, *, gate: Weight | None = None, residual: Tensor | None = None
+    x: Rows,
+    weight: Weight,
+    then: Then,
+    *,
+    gate: Weight | None = None,
+    residual: Tensor | None = None,
+    into: Tensor | None = None,
 ) -> Finished:
     """Compute ``norm(residual + factor * first_norm(activation(x @ weight + bias)))`` for each row.
 
@@ -29,6 +35,7 @@ def linear(
         then: What follows the product.
         gate: The gate's weight, of the same shape; None for none.
         residual: States ``[T, columns]``; None for none.
+        into: States ``[T, columns]`` whose memory the output may take; None for new memory.
 
     Returns:
         What ``then`` asks for. A NaN in a row of x makes all that comes of the row NaN.

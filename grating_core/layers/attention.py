@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from grating_core.kernels.choice import kernels
 from grating_core.kernels.operands import Seen, Span
+from grating_core.kernels.room import Room
 from grating_core.layers.spec import LayerSpec
 from grating_core.layers.varlen import pack, serves, varlen_attention
 
@@ -19,7 +20,9 @@ _BLOCK = 256  # queries a step where a mask is needed; under a window one step t
 _PRODUCTS = 1 << 22  # the most products of queries and keys that are in memory where they are bounded
 
 
-def ragged_attention(spec: LayerSpec, query: Tensor, seen: Seen, spans: Sequence[Span]) -> Tensor:
+def ragged_attention(
+    spec: LayerSpec, query: Tensor, seen: Seen, spans: Sequence[Span], room: Room | None = None
+) -> Tensor:
     """Attend within each span.
 
     Args:
@@ -27,6 +30,7 @@ def ragged_attention(spec: LayerSpec, query: Tensor, seen: Seen, spans: Sequence
         query: Queries of a slice, ``[T, heads, head size]``.
         seen: Keys and values.
         spans: Spans in rising order of their rows. Rows that are in no span are fill.
+        room: The memory for the output of a compiled kernel; None for new memory.
 
     Returns:
         The attention's output, ``[T, heads, head size]``; zero for the fill.
@@ -45,6 +49,7 @@ def ragged_attention(spec: LayerSpec, query: Tensor, seen: Seen, spans: Sequence
             scaling=spec.scaling,
             window=spec.window,
             softcap=spec.softcap,
+            into=room and room.states("attended", len(query), spec.heads * spec.head_size, query.dtype),
         )
         return attended.view(query.shape)
     output = torch.empty_like(query)

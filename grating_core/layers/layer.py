@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from grating_core.kernels.room import Room
 from grating_core.layers.epilogues import activated, added, multiplied
 from grating_core.layers.linear import Weights, linear, normed
 from grating_core.layers.rotary import Angles, rotated
@@ -15,8 +16,11 @@ Mlp = Callable[[Tensor, Weights], Tensor]
 """A function of states ``[T, D]`` and the layer's weights that takes the place of a layer's own MLP."""
 
 
-def prepared(spec: LayerSpec, weights: Weights, hidden: Tensor) -> Tensor:
-    """Return what queries, keys and values are made of: the normed hidden states ``[T, D]``."""
+def prepared(spec: LayerSpec, weights: Weights, hidden: Tensor, room: Room | None = None) -> Tensor:
+    """Return what queries, keys and values are made of: the normed hidden states ``[T, D]``.
+
+    Torch makes new memory for each result, and leaves the room alone.
+    """
     return normed(hidden, weights, "input_norm", spec.norm)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from grating_core.kernels.choice import kernels
 from grating_core.kernels.operands import Map, Rows, Then, Weight
+from grating_core.kernels.room import Room
 from grating_core.layers.layer import Mlp
 from grating_core.layers.packed import PackedLayer
 from grating_core.layers.rotary import Angles
@@ -17,10 +18,17 @@ from grating_core.layers.spec import LayerSpec, Role
 
 @dataclass(frozen=True)
 class Inputs:
-    """Inputs are what products take: states ``[T, width]``, or their int8 rows, or both if both are needed."""
+    """Inputs are what products take: states ``[T, width]``, or their int8 rows, or both if both are needed.
+
+    Attributes:
+        states: The states.
+        rows: The int8 rows.
+        room: The memory for what is made of them; None for new memory.
+    """
 
     states: Tensor | None
     rows: Rows | None
+    room: Room | None = None
 
     def __getitem__(self, places: Tensor) -> Inputs:
         """Return the inputs at some places, int64 ``[T]``."""
@@ -28,7 +36,7 @@ class Inputs:
         if rows is not None:
             assert rows.scale is not None
             rows = Rows(rows.data[places], rows.scale[places])
-        return Inputs(None if self.states is None else self.states[places], rows)
+        return Inputs(None if self.states is None else self.states[places], rows, self.room)
 
     def of(self, weight: Weight) -> Rows:
         """Return the rows that a weight's product takes."""
@@ -39,10 +47,13 @@ class Inputs:
         return Rows(self.states)
 
 
-def prepared(spec: LayerSpec, layer: PackedLayer, hidden: Tensor) -> Inputs:
-    """Return what queries, keys and values are made of, from hidden states ``[T, D]``."""
-    states, rows = _wanted(layer, "query", "key", "value")
-    return _inputs(hidden, layer, states, rows, "input_norm")
+def prepared(spec: LayerSpec, layer: PackedLayer, hidden: Tensor, room: Room | None = None) -> Inputs:
+    """Return what queries, keys and values are made of, from hidden states ``[T, D]``.
+
+    Queries, keys and values will be in the room, until others of the same pass are.
+    """
+    inputs = _inputs(hidden, layer, *_wanted(layer, "query", "key", "value"), "input_norm")
+    return replace(inputs, room=room)
 
 
 def queries(spec: LayerSpec, layer: PackedLayer, inputs: Inputs, angles: Angles | None) -> Tensor:
@@ -62,7 +73,9 @@ def _heads(
     spec: LayerSpec, layer: PackedLayer, inputs: Inputs, angles: Angles | None, role: Role, heads: int
 ) -> Tensor:
     weight = layer.products[role]
-    found = kernels().linear(inputs.of(weight), weight, Then(layer.states)).output
+    x = inputs.of(weight)
+    into = inputs.room and inputs.room.states(role, len(x.data), weight.columns, layer.states)
+    found = kernels().linear(x, weight, Then(layer.states), into=into).output
     assert found is not None
     norm = layer.norms.get(f"{role}_norm")
     if norm is not None or angles is not None:
