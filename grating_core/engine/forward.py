@@ -78,8 +78,9 @@ def forward(
         def see(states: Tensor, part: Slice, readers: Mapping[int, Reader] = readers) -> None:
             if all(contest.abandoned() for contest in contests if contest.alive):
                 raise Interrupted
-            if part.asked and part.request in readers:
-                readers[part.request].see(states, part.asked)
+            for request, asked in part.asked_by_request:
+                if request in readers:
+                    readers[request].see(states, asked)
 
         _run_layer(model, number, batch, hidden, angles, slice_tokens, room, see, embed=not embedded)
         # States that are kept on disk are embedded again by the first layer: that costs less than keeping them.

@@ -70,7 +70,8 @@ def run_pass(
         )
         for job in jobs
     ]
-    batch = RaggedBatch.pack(requests, share_prefix=model.spec.causal)
+    mixed = model.kernels != "torch"  # compiled kernels give a token the same bits whatever is beside it
+    batch = RaggedBatch.pack(requests, share_prefix=model.spec.causal, mixed=mixed)
     shared = {piece.request: piece.length for piece in batch.pieces if piece.candidate is None}
     peak = None if plan is None else PeakMemory(model.device)
     try:

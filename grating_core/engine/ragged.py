@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Slice:
-    """A slice is consecutive tokens of one request that go through a step of a layer together.
+    """A slice is consecutive tokens that go through a step of a layer together: of one request, or whole requests.
 
     Attributes:
         tokens: Place on the token axis.
@@ -108,11 +108,6 @@ class Slice:
         return self.queries
 
     @property
-    def request(self) -> int:
-        """The number of the request."""
-        return self.parts[0].piece.request
-
-    @property
     def whole(self) -> bool:
         """Whether the slice has its pieces whole, and not a part of one piece."""
         return self.parts[0].whole
@@ -134,6 +129,11 @@ class Slice:
     def asked(self) -> list[Part]:
         """Whose output is asked for. Single tokens have their rows counted from 0 without gaps."""
         return [wanted for _, wanted in self._found]
+
+    @cached_property
+    def asked_by_request(self) -> list[tuple[int, list[Part]]]:
+        """Whose output is asked for, request by request."""
+        return [(number, list(own)) for number, own in groupby(self.asked, lambda part: part.piece.request)]
 
     @cached_property
     def places(self) -> list[int] | None:
@@ -165,20 +165,24 @@ class RaggedBatch:
         input_ids: Token ids, int64 ``[T]``.
         token_type_ids: Types of the tokens, int64 ``[T]``.
         pieces: The pieces along the token axis.
+        mixed: Whether a slice may have several requests.
     """
 
     input_ids: Tensor
     token_type_ids: Tensor
     pieces: tuple[Piece, ...]
+    mixed: bool = False
 
     @classmethod
-    def pack(cls, requests: Sequence[Encoded], *, share_prefix: bool) -> RaggedBatch:
+    def pack(cls, requests: Sequence[Encoded], *, share_prefix: bool, mixed: bool = False) -> RaggedBatch:
         """Join the sequences of all requests.
 
         Args:
             requests: The requests, each with a candidate or more.
             share_prefix: Whether to take once what all sequences of a request begin with. This is only right for
                 models whose tokens do not see what comes after them.
+            mixed: Whether a slice may have several requests. This is only right for kernels that give a token the
+                same bits whatever is computed beside it. Requests with a shared prefix are not mixed.
         """
         ids: list[int] = []
         types: list[int] = []
@@ -194,7 +198,7 @@ class RaggedBatch:
                 ids += pair.input_ids[prefix:]
                 types += pair.token_type_ids[prefix:]
                 pieces.append(Piece(request, number, len(pair.input_ids) - prefix, prefix, pair.segments))
-        return cls(torch.tensor(ids), torch.tensor(types), tuple(pieces))
+        return cls(torch.tensor(ids), torch.tensor(types), tuple(pieces), mixed and not share_prefix)
 
     @property
     def tokens(self) -> int:
@@ -226,9 +230,9 @@ class RaggedBatch:
     def slices(self, most: int, only: Pooling = "mean") -> list[Slice]:
         """Divide the batch into slices of at most ``most`` tokens, in the order in which they go through a layer.
 
-        A piece that is longer goes through the layer twice: first its keys and values, then the rest. A slice
-        belongs to one request, so that a request is computed bit by bit as it would be alone. The same slices
-        are returned again.
+        A piece that is longer goes through the layer twice: first its keys and values, then the rest. A request is
+        divided as it would be alone, and shares a slice with others only as a whole, so that it is computed bit by
+        bit as it would be alone. The same slices are returned again.
 
         Args:
             most: The most tokens of a slice.
@@ -242,7 +246,7 @@ class RaggedBatch:
         start, end, parts = 0, 0, list[Part]()
         for piece in self.pieces:
             stop = end + piece.length
-            if parts and (stop - start > most or piece.request != parts[0].piece.request):
+            if parts and (stop - start > most or not self._goes_on(parts[-1].piece, piece, most - (end - start))):
                 yield Slice(slice(start, end), tuple(parts), only)
                 start, parts = end, []
             if piece.length > most:
@@ -253,6 +257,12 @@ class RaggedBatch:
             end = stop
         if parts:
             yield Slice(slice(start, end), tuple(parts), only)
+
+    def _goes_on(self, before: Piece, piece: Piece, room: int) -> bool:
+        """Tell whether a piece may share a slice with the piece before it, where there is room for some tokens."""
+        if piece.request == before.request:
+            return True
+        return self.mixed and self.tokens_by_request[piece.request] <= room
 
     def select(self, keep: Mapping[int, Collection[int]]) -> tuple[RaggedBatch, list[slice]]:
         """Return the batch of some candidates only, and where its tokens were: runs in rising order.
@@ -273,7 +283,7 @@ class RaggedBatch:
             torch.cat([numbers[run] for run in runs]) if runs else numbers[:0]
             for numbers in (self.input_ids, self.token_type_ids)
         )
-        return RaggedBatch(ids, types, tuple(pieces)), runs
+        return RaggedBatch(ids, types, tuple(pieces), self.mixed), runs
 
 
 def _twice(piece: Piece, start: int, most: int, only: Pooling) -> Iterator[Slice]:

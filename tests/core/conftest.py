@@ -1,6 +1,7 @@
 """Tiny random models of every family, and the real bundled one."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -143,10 +144,16 @@ def without_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("grating_core.reranker.knows_8_bits", lambda scorer: False)
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """Let threads that begin now compute with two threads, whatever the processor has."""
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Compute with so many threads, as threads do that begin meanwhile, whatever the processor has."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(count)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    with torch_threads(2):
+        yield

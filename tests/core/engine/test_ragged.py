@@ -33,12 +33,12 @@ def sequences_of(requests: list[list[list[int]]], prefix: int = 0) -> list[Seque
     ]
 
 
-def pack(requests: list[Sequences], share_prefix: bool = False) -> RaggedBatch:
+def pack(requests: list[Sequences], share_prefix: bool = False, mixed: bool = False) -> RaggedBatch:
     pairs = [
         [[TokenisedPair(ids, [-token for token in ids]) for ids in windows] for windows in candidates]
         for candidates in requests
     ]
-    return RaggedBatch.pack(pairs, share_prefix=share_prefix)
+    return RaggedBatch.pack(pairs, share_prefix=share_prefix, mixed=mixed)
 
 
 def unpacked(batch: RaggedBatch) -> list[tuple[int, int, list[int], list[int]]]:
@@ -131,6 +131,29 @@ def test_slices_take_every_token_once_through_each_step(
         whole = all(one.whole for one in (*part.parts, *following.parts))
         if whole and part.parts[0].piece.request == following.parts[0].piece.request:
             assert len(everything[part.tokens]) + following.parts[0].piece.length > most
+
+
+@given(REQUESTS, st.integers(1, 400))
+def test_requests_share_slices_as_a_whole_and_are_divided_as_they_would_be_alone(
+    requests: list[list[list[int]]], most: int
+) -> None:
+    def divided(batch: RaggedBatch) -> list[list[tuple[int, int, int, int]]]:
+        """What each slice has of each of its requests, and to where its output goes."""
+        found = []
+        for part in batch.slices(most):
+            for _, own in part.asked_by_request or [(0, list(part.parts))]:
+                found.append([(one.piece.candidate, one.length, one.start, part.keys) for one in own])
+        return found
+
+    sequences = sequences_of(requests)
+    batch = pack(sequences, mixed=True)
+    assert divided(batch) == [own for one in sequences for own in divided(pack([one]))]
+    tokens = batch.tokens_by_request
+    for part, following in pairwise(batch.slices(most)):
+        first, second = part.parts[-1].piece.request, following.parts[0].piece.request
+        if first != second and part.parts[-1].whole:  # there was no room for the whole request
+            assert part.tokens.stop - part.tokens.start + tokens[second] > most
+    assert pack(sequences, share_prefix=True, mixed=True).mixed is False
 
 
 @given(REQUESTS, PREFIXES, st.integers(1, 100), st.sampled_from(["first", "last"]))

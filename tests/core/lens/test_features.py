@@ -207,7 +207,7 @@ def test_estimates_do_not_depend_on_the_shared_prefix(
     pack = RaggedBatch.pack
     prefixes = []
 
-    def pack_apart(requests: object, *, share_prefix: bool) -> RaggedBatch:
+    def pack_apart(requests: object, *, share_prefix: bool, mixed: bool) -> RaggedBatch:
         prefixes.append(pack(requests, share_prefix=share_prefix).pieces[-1].before)
         return pack(requests, share_prefix=False)
 
