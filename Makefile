@@ -116,6 +116,7 @@ benchmarks: bench-deps
 	$(BIN)/python -m benchmarks.memory --model bundled:ms-marco-minilm-l12
 	$(BIN)/python -m benchmarks.passes --model bundled:ms-marco-minilm-l12
 	$(BIN)/python -m benchmarks.passes
+	$(BIN)/python -m benchmarks.serve --data $(DATA)
 	$(BIN)/python -m benchmarks.applications --data $(DATA)
 	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.perplexity --data $(DATA)

@@ -68,8 +68,8 @@ def grating_command(directory: Path, port: int) -> list[str]:
 def infinity_command(python: Path, directory: Path, port: int) -> list[str]:
     """Return the command of infinity-emb's server for a model in a directory, in bfloat16 as grating takes it."""
     options = ["--engine", "torch", "--device", "cpu", "--dtype", "bfloat16", "--no-bettertransformer"]
-    where = ["--model-id", str(directory), "--served-model-name", "model", "--port", str(port)]
-    return [str(python.with_name("infinity_emb")), "v2", *where, *options]
+    where = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model"]
+    return [str(python.with_name("infinity_emb")), "v2", "--model-id", str(directory), *where, *options]
 
 
 @contextmanager
@@ -99,6 +99,12 @@ def free_port() -> int:
     """Return a port of this machine that nobody listens at."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
+
+
+def version_of(python: Path) -> str:
+    """Return the versions of infinity-emb and torch that are installed for a Python."""
+    asking = "from importlib.metadata import version as v; print(v('infinity-emb'), 'with torch', v('torch'))"
+    return subprocess.run([python, "-c", asking], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def bodies_of(requests: Sequence[Request]) -> list[bytes]:
@@ -172,6 +178,8 @@ def ask_server(
             return row(name, load, answer.facts, answer.seconds, (before, process.memory_info().rss / 1e6))
 
         closed = asked(f"{connections} connections", seconds=seconds)
+        if not closed["requests_per_second"]:
+            raise RuntimeError(f"{name} answered no request with status 200")
         rate = 2 * closed["requests_per_second"]
         return [closed, asked("twice the capacity", seconds=min(seconds, 60.0), rate=rate)]
 
@@ -207,8 +215,9 @@ def main(
     bare = rows[0]["requests_per_second"]
     for one in rows:
         one["times"] = one["requests_per_second"] / bare
-    setting = {"model": MODEL, "candidates": candidates, "top_k": TOP_K, "seconds": seconds}
-    write_result(output, "serve", rows, rounds=1, setting={**setting, "connections": connections})
+    setting: dict[str, Any] = {"model": MODEL, "candidates": candidates, "top_k": TOP_K, "seconds": seconds}
+    setting |= {"connections": connections, "peer": None if peer is None else version_of(peer_python)}
+    write_result(output, "serve", rows, rounds=1, setting=setting)
 
 
 if __name__ == "__main__":
