@@ -48,6 +48,7 @@ _NO_ROW = 2
 _NO_NORM = NormStruct()
 _NO_WEIGHT = WeightStruct()
 _NO_ROWS = RowsStruct()
+_SOMETHING = torch.empty(1, 1)
 
 
 def pack_in_place(matrix: Tensor) -> Tensor:
@@ -101,9 +102,12 @@ def chain(x: Rows, maps: tuple[Map, Map, Map], residual: Tensor) -> None:
 
 def _between(each: Map) -> tuple[Tensor | None, Tensor | None, Rows | None]:
     """Return something for what a map is asked for; the kernels look which is there, and keep it elsewhere."""
-    one = torch.empty(1, 1)
     then = each.then
-    return one if then.total else None, one if then.output else None, Rows(one, one) if then.quantized else None
+    return (
+        _SOMETHING if then.total else None,
+        _SOMETHING if then.output else None,
+        Rows(_SOMETHING, _SOMETHING) if then.quantized else None,
+    )
 
 
 def _linear(
@@ -149,15 +153,13 @@ def normed_rows(
     return found, rows
 
 
-def turn_heads(states: Tensor, heads: int, norm: Norm | None, cosine: Tensor | None, sine: Tensor | None) -> None:
+def turn_heads(states: Tensor, norm: Norm | None, cosine: Tensor | None, sine: Tensor | None) -> None:
     """See :func:`grating_core.kernels.reference.turn_heads`."""
     lib = started()
     _check(
         lib.gk_run_heads(
             c_int32(DTYPES[states.dtype]),
-            c_int64(states.shape[0]),
-            c_int64(heads),
-            c_int64(states.shape[1] // heads),
+            *map(c_int64, states.shape),
             ctypes.byref(_rows(states)),
             ctypes.byref(_norm(norm)),
             c_void_p(_at(cosine)),
@@ -187,8 +189,6 @@ def attention(
     seen: Seen,
     spans: Sequence[Span],
     *,
-    heads: int,
-    key_heads: int,
     causal: bool,
     scaling: float,
     window: int | None = None,
@@ -198,19 +198,17 @@ def attention(
     """Attend within each span.
 
     Args:
-        query: Queries, ``[T, heads * head size]``; rows may have any stride.
+        query: Queries, ``[T, heads, head size]``; rows may have any stride.
         seen: Keys and values.
         spans: The spans, in rising order of their rows.
-        heads: Number of heads of the query.
-        key_heads: Number of heads of keys and values.
         causal: Whether a token sees only those before it.
         scaling: The factor of the products of queries and keys.
         window: Distance in tokens below which a token sees another; None for any distance.
         softcap: Bound of the scaled products, by a hyperbolic tangent; None for no bound.
-        into: States ``[T, heads * head size]`` whose memory the output takes; None for new memory.
+        into: States of the same shape for the output; None for new memory.
 
     Returns:
-        The attention's output, ``[T, heads * head size]``; zero for rows that are in no span.
+        The attention's output, ``[T, heads, head size]``; zero for rows that are in no span.
     """
     output = torch.empty(query.shape, dtype=query.dtype) if into is None else into
     end = 0
@@ -223,9 +221,9 @@ def attention(
     call = AttentionStruct(
         DTYPES[query.dtype],
         causal,
-        heads,
-        key_heads,
-        query.shape[1] // heads,
+        query.shape[1],
+        seen.key.shape[1],
+        query.shape[2],
         window or 0,
         scaling,
         softcap or 0.0,

@@ -35,7 +35,7 @@ def linear(
         then: What follows the product.
         gate: The gate's weight, of the same shape; None for none.
         residual: States ``[T, columns]``; None for none.
-        into: States ``[T, columns]`` whose memory the output may take; None for new memory.
+        into: Contiguous states for the output, of as many entries; None for new memory.
 
     Returns:
         What ``then`` asks for. A NaN in a row of x makes all that comes of the row NaN.
@@ -52,9 +52,12 @@ def linear(
     total = states.to(then.states) if then.total else None
     if then.norm is not None:
         states = normed(states, then.norm)
+    output = states.to(then.states) if then.output else None
+    if output is not None and into is not None:
+        output = into.copy_(output.view(into.shape))
     return Finished(
         total,
-        states.to(then.states) if then.output else None,
+        output,
         _rows(states) if then.quantized else None,
     )
 
@@ -103,24 +106,23 @@ def normed_rows(
     return found.to(states.dtype) if output else None, _rows(found.to(states.dtype)) if quantized else None
 
 
-def turn_heads(states: Tensor, heads: int, norm: Norm | None, cosine: Tensor | None, sine: Tensor | None) -> None:
-    """Norm each head of states ``[T, heads * head size]``, and turn it by the angles of its token, in place.
+def turn_heads(states: Tensor, norm: Norm | None, cosine: Tensor | None, sine: Tensor | None) -> None:
+    """Norm each head of states ``[T, heads, head size]``, and turn it by the angles of its token, in place.
 
     Args:
         states: The states; rows may have any stride.
-        heads: Number of heads.
         norm: The norm of each head; None for none.
         cosine: Cosines, float32 ``[T, head size / 2]``; None if nothing is turned.
         sine: Sines of the same shape.
     """
-    found = states.float().reshape(len(states), heads, -1)
+    found = states.float()
     if norm is not None:
         found = normed(found, norm)
     if cosine is not None and sine is not None:
         first, second = found.chunk(2, -1)
         cosine, sine = cosine[:, None], sine[:, None]
         found = torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1)
-    states.copy_(found.flatten(1))
+    states.copy_(found)
 
 
 def embed(lookups: Sequence[Lookup], factor: float, norm: Norm | None, output: Tensor) -> None:

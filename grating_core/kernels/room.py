@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -15,17 +17,21 @@ class Room:
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
+        self._given: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
-    def states(self, purpose: str, count: int, width: int, dtype: torch.dtype) -> Tensor:
-        """Return states ``[count, width]`` to write to, on the CPU.
+    def states(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return states to write to, on the CPU.
 
         Args:
             purpose: What they are for. They lie where the states of this purpose lay before, which are lost.
-            count: Number of rows.
-            width: Number of entries of a row.
-            dtype: The dtype, the same for all states of a purpose.
+            shape: Their shape.
+            dtype: Their dtype, the same for all states of a purpose.
         """
-        kept = self._kept.get(purpose)
-        if kept is None or len(kept) < count * width:
-            kept = self._kept[purpose] = torch.empty(count * width, dtype=dtype)
-        return kept[: count * width].view(count, width)
+        found = self._given.get((purpose, shape))
+        if found is None:
+            kept, size = self._kept.get(purpose), prod(shape)
+            if kept is None or len(kept) < size:
+                kept = self._kept[purpose] = torch.empty(size, dtype=dtype)
+                self._given = {key: one for key, one in self._given.items() if key[0] != purpose}
+            found = self._given[purpose, shape] = kept[:size].view(shape)
+        return found

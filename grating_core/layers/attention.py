@@ -40,18 +40,16 @@ def ragged_attention(
     attention = kernels().attention
     if attention is not None and query.device.type == "cpu" and kernels().has(query.dtype):
         attended: Tensor = attention(
-            query.flatten(1),
+            query,
             seen,
             spans,
-            heads=spec.heads,
-            key_heads=spec.key_heads,
             causal=spec.causal,
             scaling=spec.scaling,
             window=spec.window,
             softcap=spec.softcap,
-            into=room and room.states("attended", len(query), spec.heads * spec.head_size, query.dtype),
+            into=None if room is None else room.states("attended", query.shape, query.dtype),
         )
-        return attended.view(query.shape)
+        return attended
     output = torch.empty_like(query)
     end = 0
     for span in spans:

@@ -74,13 +74,14 @@ def _heads(
 ) -> Tensor:
     weight = layer.products[role]
     x = inputs.of(weight)
-    into = inputs.room and inputs.room.states(role, len(x.data), weight.columns, layer.states)
-    found = kernels().linear(x, weight, Then(layer.states), into=into).output
-    assert found is not None
+    shape = x.data.shape[0], heads, spec.head_size
+    room = Room() if inputs.room is None else inputs.room
+    found = room.states(role, shape, layer.states)
+    kernels().linear(x, weight, Then(layer.states), into=found)
     norm = layer.norms.get(f"{role}_norm")
     if norm is not None or angles is not None:
-        kernels().turn_heads(found, heads, norm, *(angles or (None, None)))
-    return found.view(len(found), heads, spec.head_size)
+        kernels().turn_heads(found, norm, *(angles or (None, None)))
+    return found
 
 
 def finished(

@@ -75,11 +75,10 @@ def chain(dtype: torch.dtype, count: int, width: int, inner: int) -> None:
 
 
 def attention(states: torch.dtype, count: int, size: int) -> None:
-    query, key, value = (at_the_end(torch.randn(count, 2 * size).to(states)) for _ in range(3))
-    seen = Seen(key.view(count, 2, size), value.view(count, 2, size))
-    compiled.attention(query, seen, [Span(0, count, 0, count, 0)], heads=2, key_heads=2, causal=True, scaling=0.1)
+    query, key, value = (at_the_end(torch.randn(count, 2, size).to(states)) for _ in range(3))
+    compiled.attention(query, Seen(key, value), [Span(0, count, 0, count, 0)], causal=True, scaling=0.1)
     angles = at_the_end(torch.rand(count, size // 2))
-    compiled.turn_heads(query, 2, Norm("rms", 1e-5, 0.0, at_the_end(torch.randn(size))), angles, angles)
+    compiled.turn_heads(query, Norm("rms", 1e-5, 0.0, at_the_end(torch.randn(size))), angles, angles)
 
 
 def embed(states: torch.dtype, count: int, width: int) -> None:

@@ -120,17 +120,15 @@ def attend(rules: Rules, pieces: Sequence[tuple[Piece, Given]]) -> list[Tensor]:
         spans.append(Span(start, piece.queries, piece.first, piece.keys, place, piece.shared))
         start, place = start + piece.queries, place + piece.keys - piece.shared
     output = attention(
-        torch.cat(queries).flatten(1),
+        torch.cat(queries),
         Seen(torch.cat(keys), torch.cat(values), shared),
         spans,
-        heads=rules.heads,
-        key_heads=rules.key_heads,
         causal=rules.causal,
         scaling=rules.scaling,
         window=rules.window,
         softcap=rules.softcap,
     )
-    return [output[span.rows].unflatten(1, (rules.heads, rules.size)) for span in spans]
+    return [output[span.rows] for span in spans]
 
 
 def whole(rules: Rules, states: Given) -> Tensor:
@@ -258,16 +256,17 @@ def test_rows_in_no_span_are_zero_and_rows_may_have_any_stride() -> None:
     rules = Rules()
     states = random_states(rules, 20, torch.float32)
     together = torch.cat([part.flatten(1) for part in states], 1)
-    query, key, value = together.split(rules.heads * rules.size, 1)
-    shape = (rules.heads, rules.size)
-    seen = Seen(key.unflatten(1, shape), value.unflatten(1, shape))
+    shape = rules.heads, rules.size
+    query, key, value = (part.unflatten(1, shape) for part in together.split(rules.heads * rules.size, 1))
+    into = torch.full((20, *shape), torch.nan)
     found = attention(
-        query, seen, [Span(2, 16, 0, 16, 2)], heads=4, key_heads=4, causal=False, scaling=rules.scaling
+        query, Seen(key, value), [Span(2, 16, 0, 16, 2)], causal=False, scaling=rules.scaling, into=into
     )
+    assert found is into
     assert not found[:2].any()
     assert not found[18:].any()
     expected = whole(rules, Given(*(part[2:18] for part in states)))
-    assert torch.equal(found[2:18].unflatten(1, shape), expected)
+    assert torch.equal(found[2:18], expected)
 
 
 @DTYPES
