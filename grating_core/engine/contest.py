@@ -154,8 +154,9 @@ class Contest:
         self.alive = [alive[i] for i in going_on]
 
     def _refuse_broken(self, scores: Scores) -> None:
-        broken = np.flatnonzero(~np.isfinite(scores))
-        if len(broken):
+        finite = np.isfinite(scores)
+        if not finite.all():
+            broken = np.flatnonzero(~finite)
             raise ScoreError(
                 f"the model's score for document {self.alive[broken[0]] + self._first_number} is not a finite "
                 f"number ({len(broken)} such documents); the weights are damaged, or overflow in this dtype: try "

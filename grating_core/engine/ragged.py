@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -184,21 +185,21 @@ class RaggedBatch:
             mixed: Whether a slice may have several requests. This is only right for kernels that give a token the
                 same bits whatever is computed beside it. Requests with a shared prefix are not mixed.
         """
-        ids: list[int] = []
-        types: list[int] = []
+        ids, types = array("q"), array("q")  # of which torch makes tensors nine times as fast as of lists
         pieces: list[Piece] = []
         for request, candidates in enumerate(requests):
             sequences = [(number, pair) for number, windows in enumerate(candidates) for pair in windows]
             prefix = common_prefix([pair.input_ids for _, pair in sequences]) if share_prefix else 0
             if prefix:
-                ids += sequences[0][1].input_ids[:prefix]
-                types += sequences[0][1].token_type_ids[:prefix]
+                ids.extend(sequences[0][1].input_ids[:prefix])
+                types.extend(sequences[0][1].token_type_ids[:prefix])
                 pieces.append(Piece(request, None, prefix))
             for number, pair in sequences:
-                ids += pair.input_ids[prefix:]
-                types += pair.token_type_ids[prefix:]
+                ids.extend(pair.input_ids[prefix:])
+                types.extend(pair.token_type_ids[prefix:])
                 pieces.append(Piece(request, number, len(pair.input_ids) - prefix, prefix, pair.segments))
-        return cls(torch.tensor(ids), torch.tensor(types), tuple(pieces), mixed and not share_prefix)
+        input_ids, token_type_ids = (torch.frombuffer(numbers, dtype=torch.int64) for numbers in (ids, types))
+        return cls(input_ids, token_type_ids, tuple(pieces), mixed and not share_prefix)
 
     @property
     def tokens(self) -> int:

@@ -44,7 +44,7 @@ class MarginPolicy:
         selected = scores > ordered[top_k] + self.select[layer]
         return [
             Route.SELECTED if ahead else Route.DROPPED if behind else Route.DEFERRED
-            for ahead, behind in zip(selected, dropped, strict=True)
+            for ahead, behind in zip(selected.tolist(), dropped.tolist(), strict=True)
         ]
 
 

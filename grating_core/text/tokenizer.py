@@ -120,9 +120,10 @@ class TextTokenizer:
             group = texts[start : start + _GROUP]
             size = None if most is None else _CHARACTERS * (most + 1) + _MARGIN
             pieces = [before + encodable(text[:size]) for text in group]
-            for text, piece, found in zip(
-                group, pieces, self._twin.encode_batch(pieces, add_special_tokens=False), strict=True
-            ):
+            # Positions, which take a fifth of the time, only say where a text is divided.
+            whole = not before and (size is None or max(map(len, group)) <= size)
+            encode = self._twin.encode_batch_fast if whole else self._twin.encode_batch
+            for text, piece, found in zip(group, pieces, encode(pieces, add_special_tokens=False), strict=True):
                 if size is None or most is None or len(text) <= size:
                     yield self._divided(found, len(before), len(found))
                 else:
