@@ -61,7 +61,7 @@ class Scorer:
         side_by_side = plan is None and model.kernels != "torch" and Lanes.work_here()
         self.lanes = Lanes() if side_by_side else None
         """The lanes of passes that run side by side; None if only one pass at a time may use the model."""
-        usual_pass = self.slice_tokens if side_by_side else max(PASS_TOKENS, self.slice_tokens)
+        usual_pass = max(PASS_TOKENS // 2 if side_by_side else PASS_TOKENS, self.slice_tokens)
         self.pass_tokens = plan.pass_tokens if plan else usual_pass
         """The most tokens of several jobs that go through the layers together."""
         self.turn = Lock()
