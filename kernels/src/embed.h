@@ -27,7 +27,7 @@ template <class S> int32_t run_embed(const gk_embed& e, int64_t begin, int64_t e
             for (int32_t t = 1; t < e.tables; t++) x += load_at(from[t], i, e.width);
             store_at(y, i, e.width, x);
         }
-        end_row<S>(y, e.width, e.norm, e.output, {}, token);
+        end_rows<S>(y, 0, 1, e.width, e.norm, e.output, {}, token);
     }
     return 0;
 }

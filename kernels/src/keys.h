@@ -72,11 +72,37 @@ void pack_keys(const Tokens<S>& keys, int64_t begin, int64_t end, int64_t size, 
             }
 }
 
+#if defined(__AVX512BW__)
+// As pack_values does, where all values are finite: returns false if one is not.
+inline bool pack_pairs(const Tokens<bf16>& values, int64_t begin, int64_t end, int64_t size, int64_t columns, int64_t block, char* to) {
+    const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
+                                           35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16)), magnitude = _mm512_set1_epi16(0x7fff);
+    __m512i most = _mm512_setzero_si512();
+    auto entries = [&](int64_t at, int64_t i) GK_ALWAYS {
+        if (at >= values.count || i >= size) return _mm512_setzero_si512();
+        return _mm512_maskz_loadu_epi16(size - i < 32 ? (1u << (size - i)) - 1 : ~0u, values[at] + i);
+    };
+    for (int64_t at = begin; at < end; at += 2, to += 64)
+        for (int64_t i = 0; i < columns; i += 32) {
+            const __m512i a = entries(at, i), b = entries(at + 1, i);
+            most = _mm512_max_epu16(most, _mm512_max_epu16(_mm512_and_si512(magnitude, a), _mm512_and_si512(magnitude, b)));
+            _mm512_store_si512(to + i / 16 * block, _mm512_permutex2var_epi16(a, first, b));
+            _mm512_store_si512(to + (i / 16 + 1) * block, _mm512_permutex2var_epi16(a, second, b));
+        }
+    return !_mm512_cmpge_epu16_mask(most, _mm512_set1_epi16(0x7f80));
+}
+#endif
+
 // Packs the values from `begin` to `end`, which are multiples of 32, with zeros behind the last value. A row has `size` entries,
 // and `columns` when it is padded. `block` is the bytes from one block of 16 entries to the next. An entry that is not finite
 // becomes zero, because its product with the probability of a hidden key, which is zero, would be NaN. Returns whether there is none.
 template <class T, class S>
 bool pack_values(const Tokens<S>& values, int64_t begin, int64_t end, int64_t size, int64_t columns, int64_t block, char* to) {
+#if defined(__AVX512BW__)
+    if constexpr (std::is_same_v<T, bf16> && std::is_same_v<S, bf16>)
+        if (pack_pairs(values, begin, end, size, columns, block, to)) return true;
+#endif
     vi finite = ~vi{};
     auto entries = [&](int64_t at, int64_t i) {
         if (at >= values.count || i >= size) return vf{};

@@ -51,7 +51,9 @@ template <class S> void linear_columns(const void* at, int64_t begin, int64_t en
 }
 template <class S> void linear_ends(const void* at, int64_t begin, int64_t end, int32_t*) {
     const LinearJob& job = *(const LinearJob*)at;
-    for (int64_t row = begin; row < end; row++) finish_row<S>(*job.l, row, job.results + row * up(job.l->weight.columns, COLUMNS));
+    const int64_t stride = up(job.l->weight.columns, COLUMNS);
+    for (int64_t row = begin; row < end; row += AT_ONCE)
+        finish_complete<S>(*job.l, row, smaller(AT_ONCE, end - row), job.results + row * stride, stride);
 }
 
 template <class S> int32_t run_linear_of(const Host& host, const gk_linear& l) {

@@ -8,7 +8,8 @@
 
 namespace {
 
-constexpr int64_t BLOCK_BYTES = 512 << 10;  // of results of a block of rows: about half of a second-level cache
+// Of results of a block of rows: about half of a second-level cache.
+constexpr int64_t BLOCK_BYTES = TILES ? 1 << 20 : 512 << 10;
 
 // Up to 32 rows of x as the product reads them.
 struct Strip {
@@ -30,8 +31,8 @@ inline Strip strip_of(const gk_linear& l, int64_t row, int64_t rows, char* copy)
     return {copy, padded, rows};
 }
 
-constexpr int64_t TOGETHER = 4;             // strips that are multiplied by the same panels
-constexpr int64_t GROUP_BYTES = 512 << 10;  // of panels that stay in the second-level cache while strips pass
+constexpr int64_t TOGETHER = TILES ? 8 : 4;  // strips that are multiplied by the same panels
+constexpr int64_t GROUP_BYTES = 512 << 10;   // of panels that stay in the second-level cache while strips pass
 // Tiles read so fast that one of the factors has to lie in the first-level cache: inner entries of a strip stay there while
 // panels pass by. So many bytes of each row are multiplied at a time, at most.
 constexpr int64_t PART = 1024;
@@ -93,6 +94,7 @@ class Panels {
    private:
     // Strips bring the next panel into the cache, a part each. Tiles finish some rows in each step.
     struct Step {
+        static constexpr bool streams = true;
         const char* ahead;
         const float* from;
         Panels& panels;
@@ -163,22 +165,25 @@ class Panels {
     alignas(64) float gates[2][ROWS * COLUMNS];
 };
 
-// What follows when a row is complete.
-template <class S> inline void finish_row(const gk_linear& l, int64_t row, float* y) {
+// What follows when `count` rows, at most AT_ONCE, are complete.
+template <class S> inline void finish_complete(const gk_linear& l, int64_t row, int64_t count, float* y, int64_t stride) {
     const int64_t n = l.weight.columns;
-    if (l.first_norm.kind) normalise(y, n, l.first_norm);
-    const S* residual = l.residual.data ? row_of<S>(l.residual, row) : nullptr;
-    S* total = l.total.data ? row_of<S>(l.total, row) : nullptr;
-    auto add = [&](int64_t i, int64_t end) GK_ALWAYS {
-        vf x = load_at(y, i, end);
-        if (residual) x = fma(x, all(l.factor), load_at(residual, i, end));
-        store_at(y, i, end, x);
-        if (total) store_at(total, i, end, x);
-    };
-    int64_t i = residual || total ? 0 : n;
-    for (; i + W <= n; i += W) add(i, i + W);
-    if (i < n) add(i, n);
-    end_row<S>(y, n, l.norm, l.output, l.quantised, row);
+    for (int64_t r = 0; r < count; r++) {
+        float* at = y + r * stride;
+        if (l.first_norm.kind) normalise(at, n, l.first_norm);
+        const S* residual = l.residual.data ? row_of<S>(l.residual, row + r) : nullptr;
+        S* total = l.total.data ? row_of<S>(l.total, row + r) : nullptr;
+        auto add = [&](int64_t i, int64_t end) GK_ALWAYS {
+            vf x = load_at(at, i, end);
+            if (residual) x = fma(x, all(l.factor), load_at(residual, i, end));
+            store_at(at, i, end, x);
+            if (total) store_at(total, i, end, x);
+        };
+        int64_t i = residual || total ? 0 : n;
+        for (; i + W <= n; i += W) add(i, i + W);
+        if (i < n) add(i, n);
+    }
+    end_rows<S>(y, stride, count, n, l.norm, l.output, l.quantised, row);
 }
 
 inline bool only_output(const gk_linear& l) {
@@ -222,12 +227,11 @@ template <class S, class R> int32_t by_blocks(const gk_linear& l, int64_t begin,
                          results.of<R>() + s * ROWS * stride + panel * COLUMNS, stride, l.weight.columns - panel * COLUMNS,
                          strips.sums_of(s)};
         });
-        for (int64_t row = start; row < smaller(end, start + together * ROWS); row++) {
+        for (int64_t row = start, count; row < smaller(end, start + together * ROWS); row += count) {
             R* y = results.of<R>() + (row - start) * stride;
-            if (only_quantised(l))
-                quantise(y, l.weight.columns, extent_of(y, l.weight.columns), row_of<int8_t>(l.quantised, row),
-                         l.quantised.scale + 2 * row);
-            else finish_row<S>(l, row, (float*)y);
+            count = smaller(AT_ONCE, smaller(end, start + together * ROWS) - row);
+            if (only_quantised(l)) quantise_rows(y, stride, count, l.weight.columns, l.quantised, row);
+            else finish_complete<S>(l, row, count, (float*)y, stride);
         }
     }
     return 0;

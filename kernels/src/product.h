@@ -23,8 +23,9 @@ inline int64_t block_bytes(int32_t dtype, int64_t inner) { return padded_inner(d
 // What happens beside a product: strips bring memory from `ahead` on into the cache, groups * 32 bytes; tiles call step()
 // after each 64 bytes of inner entries, and add to the sums of a block [rows, 32] at `from`, if it is not null.
 struct Idle {
+    static constexpr bool streams = false;  // whether weights are read once, and should not push the rows out of the cache
+    static constexpr const float* from = nullptr;
     const char* ahead;
-    const float* from = nullptr;
     void step() {}
 };
 
@@ -65,16 +66,19 @@ inline void begin_sums(const float* from, int64_t rows) {
     _tile_loadd(3, from + 16 * COLUMNS + 16, COLUMNS * 4);
 }
 
-// After each step of inner entries the processor gets something else to do: the tiles multiply beside it. What is read of the
-// weights does not push the rows out of the first-level cache.
+#define GK_LOAD_WEIGHTS(tile, from) \
+    if (Meanwhile::streams) _tile_stream_loadd(tile, from, 64); \
+    else _tile_loadd(tile, from, 64);
+
+// After each step of inner entries the processor gets something else to do: the tiles multiply beside it.
 #define GK_TILE_PRODUCT(dot)                                                       \
     const int64_t bytes = groups * 4;                                              \
     begin_sums(meanwhile.from, rows);                                              \
     if (rows > 16) {                                                               \
         for (int64_t k = 0; k < bytes; k += 64) {                                  \
-            _tile_stream_loadd(6, w + k * 16, 64);                                 \
+            GK_LOAD_WEIGHTS(6, w + k * 16)                                         \
             _tile_loadd(4, x + k, stride);                                         \
-            _tile_stream_loadd(7, w + block + k * 16, 64);                         \
+            GK_LOAD_WEIGHTS(7, w + block + k * 16)                                 \
             dot(0, 4, 6);                                                          \
             _tile_loadd(5, x + 16 * stride + k, stride);                           \
             dot(1, 4, 7);                                                          \
@@ -86,9 +90,9 @@ inline void begin_sums(const float* from, int64_t rows) {
         _tile_stored(3, y + 16 * ldy + 16, ldy * 4);                               \
     } else {                                                                       \
         for (int64_t k = 0; k < bytes; k += 64) {                                  \
-            _tile_stream_loadd(6, w + k * 16, 64);                                 \
+            GK_LOAD_WEIGHTS(6, w + k * 16)                                         \
             _tile_loadd(4, x + k, stride);                                         \
-            _tile_stream_loadd(7, w + block + k * 16, 64);                         \
+            GK_LOAD_WEIGHTS(7, w + block + k * 16)                                 \
             dot(0, 4, 6);                                                          \
             dot(1, 4, 7);                                                          \
             meanwhile.step();                                                      \

@@ -21,7 +21,7 @@ struct Extent {
         below = maximum(below, bits<vu>(x));
     }
     // The middle of the range, and half of its length, which is NaN if an entry is not finite.
-    void measure(float& middle, float& half) const {
+    GK_INLINE void measure(float& middle, float& half) const {
         const int32_t most = top(above);
         const uint32_t lowest = top(below);
         const bool finite = most < 0x7f800000 && lowest < 0xff800000u;
@@ -32,7 +32,7 @@ struct Extent {
 };
 
 // The extent of a row of n states.
-template <class S> inline Extent extent_of(const S* y, int64_t n) {
+template <class S> GK_INLINE Extent extent_of(const S* y, int64_t n) {
     Extent found;
     int64_t i = 0;
     for (; i + W <= n; i += W) found.add(load(y + i));
@@ -41,7 +41,7 @@ template <class S> inline Extent extent_of(const S* y, int64_t n) {
 }
 #if defined(__AVX512BW__)
 // The bits of bf16 have the same order.
-template <> inline Extent extent_of(const bf16* y, int64_t n) {
+template <> GK_INLINE Extent extent_of(const bf16* y, int64_t n) {
     __m512i above = {}, below = {};
     for (int64_t i = 0; i < n; i += 32) {
         const __m512i x = _mm512_maskz_loadu_epi16(n - i < 32 ? (1u << (n - i)) - 1 : ~0u, y + i);
@@ -58,12 +58,10 @@ template <> inline Extent extent_of(const bf16* y, int64_t n) {
 }
 #endif
 
-// Quantises a row of n states by its range, and fills with zeros to a multiple of 64. Of a row that is not finite the scale is
-// NaN, so that whatever is computed from the row is NaN.
+// Quantises a row of n states by its range, which has this middle and half of its length, and fills with zeros to a multiple of
+// 64. Of a row that is not finite the scale is NaN, so that whatever is computed from the row is NaN.
 template <class S>
-inline void quantise(const S* y, int64_t n, const Extent& extent, int8_t* q, float* scale) {
-    float middle, half;
-    extent.measure(middle, half);
+inline void quantise(const S* y, int64_t n, float middle, float half, int8_t* q, float* scale) {
     if (!(half >= least)) {
         scale[0] = half < least ? 0.0f : NAN;
         scale[1] = 0;
@@ -82,7 +80,7 @@ inline void quantise(const S* y, int64_t n, const Extent& extent, int8_t* q, flo
         store(some, entry(load_at(y, i, n)));
         memcpy(q + i, some, smaller<int64_t>(W, n - i));
     }
-    memset(q + n, 0, up(n, 64) - n);
+    if (n % 64) memset(q + n, 0, up(n, 64) - n);
 }
 
 // The factor and the shift by which a norm changes a row of n floats, from the row's sum (layer) or sum of squares (RMS).
@@ -111,7 +109,9 @@ inline Normed measure(const float* y, int64_t n, const gk_norm& norm) {
     return found;
 }
 GK_INLINE vf apply(const gk_norm& norm, const Normed& found, vf x, int64_t i, int64_t n) {
-    const vf weight = (load_at(norm.weight, i, n) + norm.offset) * found.factor;
+    vf weight = load_at(norm.weight, i, n);
+    if (norm.offset != 0) weight += norm.offset;
+    weight *= found.factor;
     return norm.bias ? fma(x - found.mean, weight, load_at(norm.bias, i, n)) : (x - found.mean) * weight;
 }
 inline void normalise(float* y, int64_t n, const gk_norm& norm) {
@@ -121,33 +121,59 @@ inline void normalise(float* y, int64_t n, const gk_norm& norm) {
 
 template <class S> inline S* row_of(const gk_rows& rows, int64_t row) { return (S*)rows.data + row * rows.stride; }
 
-// The end of every row: norm, output and quantised output of n floats, which are overwritten.
+constexpr int64_t AT_ONCE = 4;  // rows that go through the same steps beside each other, because each step waits for sums of a row
+
+// Quantises `count` rows of n states with a stride.
 template <class S>
-inline void end_row(float* y, int64_t n, const gk_norm& norm, const gk_rows& output, const gk_rows& quantised, int64_t row) {
-    Normed found;
-    if (norm.kind) found = measure(y, n, norm);
-    auto state = [&](int64_t i, int64_t end) GK_ALWAYS {
-        const vf x = load_at(y, i, end);
-        return norm.kind ? apply(norm, found, x, i, end) : x;
-    };
+inline void quantise_rows(const S* y, int64_t stride, int64_t count, int64_t n, const gk_rows& quantised, int64_t row) {
+    float middle[AT_ONCE], half[AT_ONCE];
+    for (int64_t r = 0; r < count; r++) extent_of(y + r * stride, n).measure(middle[r], half[r]);
+    for (int64_t r = 0; r < count; r++)
+        quantise(y + r * stride, n, middle[r], half[r], row_of<int8_t>(quantised, row + r), quantised.scale + 2 * (row + r));
+}
+
+// The end of every row: norm, output and quantised output of `count` rows of n floats with a stride, which are overwritten.
+template <class S>
+inline void end_rows(float* y, int64_t stride, int64_t count, int64_t n, const gk_norm& norm, const gk_rows& output,
+                     const gk_rows& quantised, int64_t row) {
+    Normed found[AT_ONCE];
+    for (int64_t r = 0; norm.kind && r < count; r++) found[r] = measure(y + r * stride, n, norm);
     // States are no longer than floats, so that they can take the place of those that have been read.
-    S* out = output.data ? row_of<S>(output, row) : (S*)y;
-    int64_t i = 0;
-    for (; i + 2 * W <= n; i += 2 * W) store_pair(out + i, state(i, i + W), state(i + W, i + 2 * W));
-    for (; i < n; i += W) store_at(out, i, n, state(i, n));
-    if (quantised.data) quantise(out, n, extent_of(out, n), row_of<int8_t>(quantised, row), quantised.scale + 2 * row);
+    const int64_t step = stride * sizeof(float) / sizeof(S);
+    for (int64_t r = 0; r < count; r++) {
+        const float* from = y + r * stride;
+        auto state = [&](int64_t i, int64_t end) GK_ALWAYS {
+            const vf x = load_at(from, i, end);
+            return norm.kind ? apply(norm, found[r], x, i, end) : x;
+        };
+        S* out = output.data ? row_of<S>(output, row + r) : (S*)y + r * step;
+        int64_t i = 0;
+        for (; i + 2 * W <= n; i += 2 * W) store_pair(out + i, state(i, i + W), state(i + W, i + 2 * W));
+        for (; i < n; i += W) store_at(out, i, n, state(i, n));
+    }
+    if (!quantised.data) return;
+    if (output.data) quantise_rows(row_of<S>(output, row), output.stride, count, n, quantised, row);
+    else quantise_rows((const S*)y, step, count, n, quantised, row);
 }
 
 template <class S>
 int32_t run_rows(int64_t begin, int64_t end, int64_t width, const gk_rows& x, const gk_norm& norm, const gk_rows& output,
                  const gk_rows& quantised) {
-    Room room(up(width, 64) * 4);
+    const int64_t stride = up(width, 16);
+    Room room(AT_ONCE * stride * 4);
     float* y = room.of<float>();
     if (!y) return GK_NO_MEMORY;
-    for (int64_t row = begin; row < end; row++) {
-        const S* from = row_of<S>(x, row);
-        for (int64_t i = 0; i < width; i += W) store_at(y, i, width, load_at(from, i, width));
-        end_row<S>(y, width, norm, output, quantised, row);
+    for (int64_t row = begin, count; row < end; row += count) {
+        count = smaller(AT_ONCE, end - row);
+        if (!norm.kind && !output.data) {
+            quantise_rows(row_of<S>(x, row), x.stride, count, width, quantised, row);
+            continue;
+        }
+        for (int64_t r = 0; r < count; r++) {
+            const S* from = row_of<S>(x, row + r);
+            for (int64_t i = 0; i < width; i += W) store_at(y + r * stride, i, width, load_at(from, i, width));
+        }
+        end_rows<S>(y, stride, count, width, norm, output, quantised, row);
     }
     return 0;
 }
