@@ -22,6 +22,7 @@ from grating_core.lens.observations import Observer
 from grating_core.lens.pruning import Pruning
 from grating_core.pruning import Off
 from grating_core.requests import Request
+from grating_core.results import Trace
 from grating_core.text.pairs import Segments
 from tests.core.conftest import FAMILIES, WORDS, save_model
 from tests.core.parity import load, random_text
@@ -177,11 +178,17 @@ def test_features_of_large_states_are_computed_in_float32(
     torch.testing.assert_close(found, seen(states.float(), PIECES, pooling))
 
 
+def trace_of(reranker: Reranker, documents: list[str], pruning: Pruning) -> Trace:
+    job = reranker.scorer.job(Request(QUERY, documents, 1), pruning)
+    reranker.scorer.run([job])
+    return job.future.result().trace
+
+
 def read_layers(reranker: Reranker, documents: list[str]) -> np.ndarray:
     """The estimates of all layers but the last, ``[L, N]``."""
     scorer = reranker.scorer
     lens = random_lens(scorer.model.width, scorer.model.spec.pooling)
-    trace = scorer.alone(scorer.job(Request(QUERY, documents, 1), Pruning(Off(), lens))).trace
+    trace = trace_of(reranker, documents, Pruning(Off(), lens))
     return np.array([layer.scores for layer in trace.layers[:-1]])
 
 
@@ -228,7 +235,7 @@ def test_an_observer_sees_what_a_lens_would_see(tmp_path: Path) -> None:
         for parts, layer in zip(observer.features, lens.maps, strict=True)
     ]
     np.testing.assert_allclose(torch.stack(found), read_layers(reranker, DOCUMENTS), rtol=1e-4, atol=1e-3)
-    trace = scorer.alone(scorer.job(Request(QUERY, DOCUMENTS, 1), Pruning(Off()))).trace
+    trace = trace_of(reranker, DOCUMENTS, Pruning(Off()))
     assert trace.shared_prefix
     assert [own + trace.shared_prefix for own in tokens] == list(trace.lengths)
 
