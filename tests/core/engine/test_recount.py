@@ -8,6 +8,7 @@ import torch
 
 from grating_core import Request, Reranker
 from grating_core.engine.recount import Recount
+from grating_core.kernels.choice import kernels
 from grating_core.pruning import MarginPolicy
 from tests.core.conftest import WORDS
 from tests.core.parity import load, random_text
@@ -78,6 +79,7 @@ def test_early_winners_stay_where_they_are(tiny_bert: Path) -> None:
     assert {ranked.index for ranked in early}.isdisjoint(found.trace.recounted)
 
 
+@pytest.mark.skipif(kernels().level is None, reason="torch gives other bits for rows in another call")
 def test_together_each_is_recounted_as_alone(tiny_bert: Path) -> None:
     reranker, _ = recounting(tiny_bert, 0.05)
     requests = [(f"w{number} w2", TEXTS[number:], 3) for number in range(5)]
