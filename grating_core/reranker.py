@@ -30,7 +30,7 @@ from grating_core.pruning import PruningPolicy
 from grating_core.requests import Request, checked_requests
 from grating_core.results import RerankResult
 from grating_core.settings import PruningName, RerankSettings
-from grating_core.telemetry import reranking
+from grating_core.telemetry import reranking, scoring
 from grating_core.text.prompts import Prompt
 
 
@@ -218,8 +218,10 @@ class Reranker(Loaded[Scorer, RerankSettings]):
             ValueError: A pair is not two strings, or its query is empty; the message names its index.
             ScoreError, RuntimeError: See :meth:`rerank`.
         """
-        jobs = self.scorer.jobs_of_pairs(arguments.pairs("pairs", pairs))
-        found = self._passes.compute(jobs, show_progress=show_progress)
+        asked = arguments.pairs("pairs", pairs)
+        with scoring(self.name, len(asked)) as told:
+            found = self._passes.compute(self.scorer.jobs_of_pairs(asked), show_progress=show_progress)
+            told(sum(sum(outcome.trace.lengths) for outcome in found))
         return [score for outcome in found for score in outcome.trace.layers[-1].scores]
 
     def tail(self, text: str, tokens: int | None = None) -> str:

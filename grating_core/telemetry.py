@@ -64,6 +64,32 @@ def reranking(
         yield found
 
 
+@contextmanager
+def scoring(model: str, pairs: int) -> Iterator[Callable[[int], None]]:
+    """Have a span for scores of pairs, until the end of the ``with``.
+
+    Args:
+        model: The name of the model.
+        pairs: The number of pairs of a query and a text.
+
+    Yields:
+        A function that takes the number of tokens that were computed.
+    """
+    if (trace := _opentelemetry()) is None:
+        yield lambda tokens: None
+        return
+    asked = {
+        "openinference.span.kind": "RERANKER",
+        "reranker.model_name": model,
+        "gen_ai.operation.name": "rerank",
+        **_PROVIDER,
+        "gen_ai.request.model": model,
+        "gen_ai.rerank.candidate.count": pairs,
+    }
+    with _span(trace, f"score {model}", asked) as span:
+        yield lambda tokens: span.set_attribute("gen_ai.usage.input_tokens", tokens)
+
+
 def generating(
     stream: Generator[str, None, Generation],
     model: str,

@@ -16,8 +16,8 @@ from starlette.routing import Route
 
 from grating_core import __version__, telemetry
 from grating_core.forking import run_in_thread
-from grating_core.serving.bodies import checked, parsed
-from grating_core.serving.calls import read_body, unless_over
+from grating_core.serving.bodies import understood
+from grating_core.serving.calls import Reading, unless_over
 from grating_core.serving.dialects.cohere import RerankAnswer, RerankBody
 from grating_core.serving.dialects.tei import Info, Ranks, TextsBody, info
 from grating_core.serving.dialects.vllm import ScoreAnswer, ScoreBody
@@ -75,6 +75,7 @@ class Application:
         self._models = models
         self._server = server
         self._metrics = Metrics(models)
+        self._reading = Reading(server.max_body)
         self._document = document((*_POSTS, *_GETS), keyed=server.api_key is not None)
         self._docs = page(self._document)
         self._page = Page.load()
@@ -116,10 +117,17 @@ class Application:
 
         async def attempted(request: Request) -> Response:
             kind = bodies[0]
-            try:
-                found = parsed(await read_body(request, self._server.max_body), self._server.max_documents)
+
+            def find_kind(found: dict[str, Any]) -> type[Body]:
+                nonlocal kind
                 kind = next((body for body in bodies if body.field in found), kind)
-                return await self._answer(request, checked(kind, found))
+                return kind
+
+            try:
+                async with self._reading.body(request) as received:
+                    body = await understood(received, self._server.max_documents, find_kind)
+                    del received
+                return await self._answer(request, body)
             except Refused as refused:
                 request.state.record["refused"] = refused.kind
                 content = kind.refusal(refused, request.state.id)

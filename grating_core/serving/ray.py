@@ -24,7 +24,7 @@ from starlette.types import Message, Scope
 
 from grating_core.serving.app import Application
 from grating_core.serving.batches import BatchReranker
-from grating_core.serving.calls import Left, read_body, unless_over
+from grating_core.serving.calls import Left, Reading, unless_over
 from grating_core.serving.errors import Refused, told
 from grating_core.serving.logs import write_to
 from grating_core.serving.models import ServedModels
@@ -159,14 +159,15 @@ class Front:
     def __init__(self, replicas: DeploymentHandle, server: ServeSettings) -> None:
         self._replicas = replicas
         self._server = server
+        self._reading = Reading(server.max_body)
 
     async def __call__(self, request: Request) -> Response:
         """Answer a request."""
         try:
-            body = await read_body(request, self._server.max_body)
-            status, headers, content = await unless_over(
-                request, self._asked(request.scope, body), self._server.deadline
-            )
+            async with self._reading.body(request) as body:
+                status, headers, content = await unless_over(
+                    request, self._asked(request.scope, bytes(body)), self._server.deadline
+                )
         except Refused as refused:
             request_id = request.headers.get("x-request-id", "")
             return JSONResponse(told(refused, request_id), refused.status, refused.headers)

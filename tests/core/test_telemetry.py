@@ -81,6 +81,16 @@ def test_a_rerank_is_a_span_in_the_words_of_both_conventions(reranker: Reranker,
     }
 
 
+def test_scores_of_pairs_are_a_span(reranker: Reranker, spans) -> None:
+    reranker.score([(QUERY, text) for text in DOCUMENTS])
+    (span,) = spans()
+    assert span.name == f"score {BUNDLED}"
+    assert span.attributes["openinference.span.kind"] == "RERANKER"
+    assert span.attributes["gen_ai.rerank.candidate.count"] == len(DOCUMENTS)
+    assert span.attributes["gen_ai.usage.input_tokens"] == sum(reranker.rerank(QUERY, DOCUMENTS).trace.lengths)
+    assert not any("content" in name or "query" in name for name in span.attributes)
+
+
 @pytest.mark.parametrize("value", ["true", "SPAN_ONLY", "SPAN_AND_EVENT"])
 def test_texts_come_if_they_are_asked_for(
     value: str, reranker: Reranker, spans, monkeypatch: pytest.MonkeyPatch

@@ -1,5 +1,6 @@
 """What a server refuses, gives up and finishes. A policy that stands still holds requests where they are."""
 
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +57,49 @@ def test_a_large_body_is_refused_whether_announced_or_not(tiny_bert: Path, annou
         assert refused.status_code == 413
         assert "the body has more than 2000 bytes" in refused.json()["message"]
         assert httpx.post(f"{address}/rerank", json=BODY).status_code == 200
+
+
+def test_bodies_that_are_read_at_a_time_are_bounded_in_bytes(tiny_bert: Path) -> None:
+    """Sixteen of the largest size have room, whether their clients announced them or not."""
+    part, connections = b'{"query": "' + b"w" * 1900, []
+    with serving(load(tiny_bert), max_body=2000) as address:
+        port = int(address.rpartition(":")[2])
+        try:
+            for _ in range(16):
+                connections.append(socket.create_connection(("127.0.0.1", port)))
+                connections[-1].sendall(b"POST /rerank HTTP/1.1\r\nHost: a\r\nContent-Length: 2000\r\n\r\n" + part)
+            until(lambda: httpx.post(f"{address}/rerank", content=part.ljust(1990)).status_code == 429)
+            refused = httpx.post(f"{address}/rerank", content=iter([part[:1000], part[1000:].ljust(990)]))
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+            assert "too many large bodies" in refused.json()["message"]
+            assert httpx.post(f"{address}/rerank", json=BODY).status_code == 200  # a small one has room
+            assert httpx.get(f"{address}/health").status_code == 200
+        finally:
+            for connection in connections:
+                connection.close()
+        # Clients that leave make room.
+        until(lambda: httpx.post(f"{address}/rerank", json=BODY | {"more": "w" * 1800}).status_code == 200)
+
+
+@pytest.mark.parametrize("value", ["1,", "[],", '"a",', '"\\"",'])
+def test_a_body_of_too_many_values_is_refused_while_others_are_answered(tiny_bert: Path, value: str) -> None:
+    body = b'{"query": "w1", "more": [' + value.encode() * (3_900_000 // len(value)) + b'1], "documents": ["w2"]}'
+    with serving(load(tiny_bert)) as address, ThreadPoolExecutor(2) as pool:
+        refused = pool.submit(httpx.post, f"{address}/rerank", content=body, timeout=60)
+        longest = 0.0
+        while not refused.done():
+            started = monotonic()
+            assert httpx.get(f"{address}/health").status_code == 200
+            longest = max(longest, monotonic() - started)
+        assert (refused.result().status_code, "too many values" in refused.result().text) == (413, True)
+        assert longest < 1
+
+
+def test_a_large_body_of_texts_is_answered(tiny_bert: Path) -> None:
+    documents = ['w2, "w3" \\ ' * 700] * 300
+    with serving(load(tiny_bert)) as address:
+        answer = httpx.post(f"{address}/rerank", json=BODY | {"documents": documents}, timeout=60)
+        assert (answer.status_code, len(answer.json()["results"])) == (200, 1)
 
 
 def test_too_many_documents_or_tokens_are_refused_by_the_name_of_the_field(tiny_bert: Path) -> None:
