@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grating_core.layers.sending import sent
+from grating_core.layers.sending import integers, sent
 from grating_core.lens.features import Part
 from grating_core.lens.together import is_together, sums_of
 from grating_core.models.cross_encoder import CrossEncoder
@@ -39,7 +39,7 @@ class HeadReader:
             if 0 <= place - part.start < part.rows.stop - part.rows.start:
                 places.append(part.rows.start + place - part.start)
         if places:
-            read = states[sent(torch.tensor(places), states.device)]
+            read = states.index_select(0, sent(integers(places), states.device))
             self._states.append(self._model.normed(read.float()))
 
     def _sums(self, states: Tensor, parts: Sequence[Part]) -> Tensor:

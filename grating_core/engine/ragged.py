@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from grating_core.kernels.operands import Span, Texts
-from grating_core.layers.sending import numbers_of
+from grating_core.layers.sending import integers, numbers_of
 from grating_core.lens.features import texts_of
 from grating_core.memory.hidden import FILL
 from grating_core.models.family import Pooling
@@ -185,7 +185,7 @@ class RaggedBatch:
             mixed: Whether a slice may have several requests. This is only right for kernels that give a token the
                 same bits whatever is computed beside it. Requests with a shared prefix are not mixed.
         """
-        ids, types = array("q"), array("q")  # of which torch makes tensors nine times as fast as of lists
+        ids, types = array("q"), array("q")
         pieces: list[Piece] = []
         for request, candidates in enumerate(requests):
             sequences = [(number, pair) for number, windows in enumerate(candidates) for pair in windows]
@@ -198,8 +198,7 @@ class RaggedBatch:
                 ids.extend(pair.input_ids[prefix:])
                 types.extend(pair.token_type_ids[prefix:])
                 pieces.append(Piece(request, number, len(pair.input_ids) - prefix, prefix, pair.segments))
-        input_ids, token_type_ids = (torch.frombuffer(numbers, dtype=torch.int64) for numbers in (ids, types))
-        return cls(input_ids, token_type_ids, tuple(pieces), mixed and not share_prefix)
+        return cls(integers(ids), integers(types), tuple(pieces), mixed and not share_prefix)
 
     @property
     def tokens(self) -> int:

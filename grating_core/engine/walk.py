@@ -12,7 +12,7 @@ from grating_core.kernels.room import Room
 from grating_core.layers.attention import ragged_attention
 from grating_core.layers.keys_values import KeysValues
 from grating_core.layers.rotary import Angles
-from grating_core.layers.sending import sent
+from grating_core.layers.sending import integers, sent
 from grating_core.models.layered import Layer
 
 
@@ -86,7 +86,7 @@ class Walk:
     def _rows(self, places: list[int], device: torch.device) -> Tensor:
         """Return rows that are asked for, and fill, int64."""
         fill = filled(len(places)) - len(places) if self._layer.fills else 0
-        return sent(pad(torch.tensor(places), (0, fill)), device)
+        return sent(pad(integers(places), (0, fill)), device)
 
     def _seen(self, part: Slice, key: Tensor, value: Tensor) -> Seen:
         """Return the keys and values that a slice's spans name."""

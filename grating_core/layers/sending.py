@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,10 +20,16 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def integers(numbers: Iterable[int]) -> Tensor:
+    """Return integers as int64 on the CPU. Torch alone is slower with a list, up to nine times."""
+    found = array("q", numbers)
+    return torch.frombuffer(found, dtype=torch.int64) if found else torch.empty(0, dtype=torch.int64)
+
+
 def numbers_of(runs: Sequence[slice]) -> Tensor:
     """Return all numbers of runs of numbers, one run behind the other: int64 on the CPU."""
-    lengths = torch.tensor([run.stop - run.start for run in runs], dtype=torch.int64)
+    lengths = integers(run.stop - run.start for run in runs)
     ends = lengths.cumsum(0)
-    shifts = torch.tensor([run.start for run in runs], dtype=torch.int64) - (ends - lengths)
+    shifts = integers(run.start for run in runs) - (ends - lengths)
     total = int(ends[-1]) if len(runs) else 0
     return torch.arange(total) + shifts.repeat_interleave(lengths, output_size=total)
