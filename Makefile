@@ -1,4 +1,4 @@
-# make venv | kernels | demo | test | test-all | test-oldest | test-newest | check | docs | site | dist | image | format | lock. Each does its own set-up.
+# make venv | kernels | demo | test | test-all | test-ray | test-oldest | test-newest | check | docs | site | dist | image | format | lock. Each does its own set-up.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,17 +11,17 @@ TYPED := grating_core integrations/langchain/langchain_grating integrations/llam
 	integrations/llamaindex-llms/llama_index kernels/grating_kernels benchmarks
 KERNELS := kernels/CMakeLists.txt kernels/pyproject.toml $(wildcard kernels/src/* kernels/grating_kernels/*.py)
 # What depends on the neighbours most: the contract with them, layers made of torch's functions, scores, tokens and texts equal to
-# transformers', GGUF files, the lab's models, both adapters.
+# transformers', GGUF files, the lab's models, both adapters, the server, its tools and its spans.
 CONTRACT := tests/contract tests/core/layers tests/core/engine tests/core/memory/test_parity.py tests/core/lab \
 	tests/core/models/test_families.py tests/core/models/test_decoders.py tests/core/models/test_real_decoder.py \
-	tests/core/text/test_settled.py tests/core/test_generation.py tests/langchain tests/llamaindex tests/llamaindex_llms
+	tests/core/text/test_settled.py tests/core/test_generation.py tests/core/serving tests/core/test_telemetry.py tests/langchain tests/llamaindex tests/llamaindex_llms
 # A worker for each processor with one thread each: threads of several processes on the same processors spin.
 WORKERS := -n auto --dist worksteal
 ALONE := OMP_NUM_THREADS=1
 # The variable silences a notice about the theme's successor.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: venv kernels demo test test-all test-oldest test-newest check docs site dist image format lock bench-deps benchmarks benchmarks-docs clean
+.PHONY: venv kernels demo test test-all test-ray test-oldest test-newest check docs site dist image format lock bench-deps benchmarks benchmarks-docs clean
 
 venv: $(READY)
 
@@ -58,6 +58,15 @@ test: $(READY)
 # With made-up inputs that are new every time.
 test-all: $(READY)
 	$(ALONE) $(BIN)/python -m pytest $(WORKERS) --hypothesis-profile=fresh
+	$(MAKE) --no-print-directory test-ray
+
+# What runs on Ray, in an environment of its own: Ray brings thirty packages and hundreds of MB.
+test-ray: $(READY)
+	$(PYTHON) -m venv .venv-ray
+	UV=$(BIN)/uv scripts/install_torch.sh .venv-ray
+	$(BIN)/uv pip install --quiet --python .venv-ray --constraint requirements.lock --group test -e '.[demo,ray,telemetry]' \
+		$$(find $(VENV) -maxdepth 2 -path '*/kernels/*.whl')
+	$(ALONE) .venv-ray/bin/python -m pytest tests/core/serving/test_ray.py
 
 # The contract with the lowest and with the newest versions allowed, each in an environment of its own.
 test-oldest: RESOLUTION := lowest-direct
@@ -127,4 +136,4 @@ benchmarks-docs: $(READY)
 	$(BIN)/python -m benchmarks.render
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache site dist
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-ray .pytest_cache .mypy_cache .ruff_cache site dist
