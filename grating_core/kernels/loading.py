@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-VERSION = 4
+VERSION = 5
 """The version of the C interface, as kernels/src/kernels.h has it."""
 
 DTYPES = {torch.int8: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -22,7 +22,6 @@ class KernelsError(RuntimeError):
 
 
 _lib: ctypes.CDLL | None = None
-_threads = 0  # that the module was told
 
 
 def start(level: str | None = None) -> str:
@@ -37,7 +36,7 @@ def start(level: str | None = None) -> str:
     Raises:
         KernelsError: The module is not built, is of another version, or the processor lacks the level.
     """
-    global _lib, _threads
+    global _lib
     lib = _lib or _load()
     pool = ctypes.cast(_torch().torch_parallel_for, c_void_p)
     lib.gk_start.restype = c_char_p
@@ -45,7 +44,7 @@ def start(level: str | None = None) -> str:
     chosen = lib.gk_start(pool, torch.get_num_threads(), level.encode() if level is not None else None)
     if chosen is None:
         raise KernelsError(f"This processor has no level {level!r} of the kernels; it has {', '.join(levels())}.")
-    _lib, _threads = lib, 0
+    _lib = lib
     return str(chosen.decode())
 
 
@@ -100,10 +99,7 @@ def started() -> ctypes.CDLL:
     Raises:
         KernelsError: :func:`start` was not called.
     """
-    global _threads
     if _lib is None:
         raise KernelsError("The kernels were not started.")
-    if (threads := torch.get_num_threads()) != _threads:
-        _lib.gk_threads(c_int32(threads))
-        _threads = threads
+    _lib.gk_threads(c_int32(torch.get_num_threads()))
     return _lib
