@@ -60,13 +60,14 @@ class Connection:
             await reader.readexactly(int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0]))
             return int(head[9:12])
         except (OSError, EOFError):
-            self._streams = None
+            self.close()
             return 0
 
     def close(self) -> None:
         """Close the connection."""
         if self._streams is not None:
             self._streams[1].close()
+            self._streams = None
 
 
 def posted(path: str, body: bytes) -> bytes:
@@ -114,6 +115,7 @@ async def visit(
     else:
         await _open(seen, port, requests, ends, rate)
     watching.cancel()
+    await asyncio.wait([watching])
     return seen
 
 
@@ -152,8 +154,11 @@ async def _at_a_rate(call: Callable[[int], Awaitable[None]], ends: float, rate: 
 async def _watch(seen: Seen, port: int) -> None:
     """Ask again and again how the server is."""
     connection = Connection(port)
-    while True:
-        started = perf_counter()
-        await connection.ask(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
-        seen.health.append(perf_counter() - started)
-        await asyncio.sleep(_HEALTH_PAUSE)
+    try:
+        while True:
+            started = perf_counter()
+            await connection.ask(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            seen.health.append(perf_counter() - started)
+            await asyncio.sleep(_HEALTH_PAUSE)
+    finally:
+        connection.close()

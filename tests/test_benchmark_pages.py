@@ -13,13 +13,16 @@ import torch
 import typer
 from transformers import AutoTokenizer
 
-from benchmarks import generation, memory, peers
+from benchmarks import generation, memory, peers, serve, visitors
 from benchmarks.collections import Request
 from benchmarks.recipes import EncoderRecipe
 from benchmarks.render import DOCS, FIGURES, PAGES, page_names, provenance, render_page, wrong_figures
 from benchmarks.report import RESULTS, ROOT, Result, read_result, read_results, write_result
 from benchmarks.worker import System
 from grating_core.kernels.choice import kernels
+from tests.core.conftest import save_model
+from tests.core.parity import load
+from tests.core.serving.conftest import serving
 from tests.tiny_chat import save_chat_model
 
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
@@ -140,6 +143,23 @@ def test_a_language_model_in_a_process_of_its_own_is_watched(tmp_path: Path) -> 
     row = generation.measure(system, directory, ["The first one", "The second one"], weights_mb=1)
     assert row["tokens_per_second"] > 0
     assert row["read_mb_per_token"] == 0  # all of it is in memory
+
+
+@pytest.mark.parametrize("rate", [None, 200.0])
+def test_a_client_counts_what_a_server_answers_and_refuses(tmp_path: Path, rate: float | None) -> None:
+    bodies = serve.bodies_of(
+        [Request("w1", ["w2", "w3 w4", "w5"], [], {}), Request("w1", ["w2 " * 40] * 4, [], {})]
+    )
+    with serving(load(save_model(tmp_path, "bert")), name="model", queue_tokens=60) as address:
+        asked = {"port": int(address.rpartition(":")[2]), "path": "/v1/rerank", "seconds": 0.5, "connections": 4}
+        facts = visitors.load_client(lambda: None)({**asked, "bodies": [*bodies, b"{}"], "rate": rate})
+    row = serve.row("grating", "some", facts, 0.5, (100.0, 101.0))
+    assert facts["statuses"].keys() == {200, 422, 429}
+    assert (row["requests"], row["errors"]) == (sum(facts["statuses"].values()), facts["statuses"][422])
+    assert row["requests_per_second"] == 2 * facts["statuses"][200] == 2 * len(facts["accepted"])
+    assert 0 < row["refused_share"] < 1
+    assert 0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"]
+    assert 0 < row["health_p50_ms"] <= row["health_max_ms"]
 
 
 def test_lanes_and_batches_of_a_runtime_score_as_one_pair_at_a_time() -> None:
