@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -25,9 +24,8 @@ from grating_core.memory.meter import resident_memory
 from grating_core.memory.plan import MemoryPlan
 from grating_core.models.adapter import Adapter, find_adapter
 from grating_core.models.causal_lm import CausalLM, StoredCausalLM
-from grating_core.models.cross_encoder import CrossEncoder, Shape, StoredCrossEncoder
+from grating_core.models.cross_encoder import StoredCrossEncoder, StoredReranker
 from grating_core.models.directory import find_model, is_gguf
-from grating_core.models.family import Family
 from grating_core.models.gguf import GgufModel
 from grating_core.models.hub import Hub
 from grating_core.models.identity import fingerprint
@@ -41,47 +39,6 @@ from grating_core.text.prompts import Prompt, find_prompt, usual_length
 from grating_core.text.windows import find_window
 
 _USUAL_LENGTH = 4096  # tokens of a prompt and its continuation, if the user gives no limit
-
-
-class StoredReranker(Protocol):
-    """A stored reranker has files of any kind. Its configuration has been read, but no weights."""
-
-    directory: Path
-    device: torch.device
-    dtype: torch.dtype
-    adapter: Adapter | None
-    family: Family
-
-    @property
-    def window(self) -> int:
-        """The most tokens that the model can take."""
-
-    @property
-    def vocabulary(self) -> int:
-        """The number of rows of the embedding table."""
-
-    @property
-    def shape(self) -> Shape:
-        """The shape that a lens must have."""
-
-    def plan(self, window: int, budget: int, packing: Packing | None) -> MemoryPlan:
-        """Spend a memory budget in bytes on a model for pairs of up to ``window`` tokens."""
-
-    def require_file(self, packing: Packing) -> None:
-        """Try whether layers in this packing can be streamed; raise ``StorageError`` if not."""
-
-    def load(
-        self,
-        plan: MemoryPlan | None,
-        answers: tuple[int, int | None] | None,
-        packing: Packing | None,
-        *,
-        lossless: bool,
-    ) -> CrossEncoder:
-        """Read the weights, and all layers without a loss as well if ``lossless``."""
-
-    def close(self) -> None:
-        """Close the files."""
 
 
 @dataclass(frozen=True)

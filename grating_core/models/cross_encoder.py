@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
 from grating_core.layers.linear import Weights
-from grating_core.memory.group import TensorGroup
+from grating_core.memory.checkpoint import aligned_buffer
+from grating_core.memory.group import PIECE, TensorGroup
 from grating_core.memory.header import FLOATS, StoredTensor
 from grating_core.memory.meter import Meter
 from grating_core.memory.plan import MemoryPlan, ModelSizes, make_plan
-from grating_core.models.family import ModelSpec, Pooling
-from grating_core.models.layered import LayeredModel, unpacked_bytes, work_per_token
+from grating_core.models.adapter import Adapter
+from grating_core.models.family import Family, ModelSpec, Pooling
+from grating_core.models.layered import LayeredModel, LosslessLayers, unpacked_bytes, work_per_token
 from grating_core.models.layout import Shape as TensorShape
 from grating_core.models.packing import Packing
 from grating_core.models.stored import OUTPUT, StoredModel
@@ -69,6 +72,47 @@ class CrossEncoder(LayeredModel):
             The scores, float32 ``[N]``.
         """
         return self._parts.family.score(self.spec, self.head, states, number)
+
+
+class StoredReranker(Protocol):
+    """A stored reranker has files of any kind. Its configuration has been read, but no weights."""
+
+    directory: Path
+    device: torch.device
+    dtype: torch.dtype
+    adapter: Adapter | None
+    family: Family
+
+    @property
+    def window(self) -> int:
+        """The most tokens that the model can take."""
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of rows of the embedding table."""
+
+    @property
+    def shape(self) -> Shape:
+        """The shape that a lens must have."""
+
+    def plan(self, window: int, budget: int, packing: Packing | None) -> MemoryPlan:
+        """Spend a memory budget in bytes on a model for pairs of up to ``window`` tokens."""
+
+    def require_file(self, packing: Packing) -> None:
+        """Try whether layers in this packing can be streamed; raise ``StorageError`` if not."""
+
+    def load(
+        self,
+        plan: MemoryPlan | None,
+        answers: tuple[int, int | None] | None,
+        packing: Packing | None,
+        *,
+        lossless: bool,
+    ) -> CrossEncoder:
+        """Read the weights, and all layers without a loss as well if ``lossless``."""
+
+    def close(self) -> None:
+        """Close the files."""
 
 
 class StoredCrossEncoder(StoredModel):
@@ -145,10 +189,17 @@ class StoredCrossEncoder(StoredModel):
             FileError: The companion file with packed layers is damaged, or belongs to other weights.
             StorageError: That file cannot be written.
         """
-        if not self.family.asks:
-            return CrossEncoder(self._load(plan, packing=packing, lossless=lossless))
-        assert answers is not None
-        return CrossEncoder(self._load(plan, [self._answer_rows(answers)], packing, lossless=lossless))
+        # These layers come first, because the files are closed when all that is needed of them has been read.
+        beside = self._lossless() if lossless else None
+        rows = [self._answer_rows(answers)] if self.family.asks and answers is not None else []
+        return CrossEncoder(replace(self._load(plan, rows, packing), lossless=beside))
+
+    def _lossless(self) -> LosslessLayers:
+        """Read all layers without a loss."""
+        numbers, packing = tuple(self._layers), self._packing
+        packed = None if packing is None else self._packed(packing)
+        layers = self._resident(numbers, packed, None, aligned_buffer(PIECE))
+        return LosslessLayers(dict(zip(numbers, layers, strict=True)), packing)
 
     def _head_shapes(self) -> dict[str, TensorShape]:
         # Which rows are the answers' is known only when the tokenizer has been read.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from grating_core.models.adapter import Adapter
 from grating_core.models.agreement import check_stored, check_taken
 from grating_core.models.directory import blaming_config, read_config, read_headers, weight_files
 from grating_core.models.identity import fingerprint
-from grating_core.models.layered import LosslessLayers, Parts, kernels_work, work_per_token
+from grating_core.models.layered import Parts, kernels_work, work_per_token
 from grating_core.models.layout import (
     Shape,
     head_by_role,
@@ -235,12 +234,7 @@ class StoredModel(ABC):
         return PackedLayers(packing, self.family, self.spec, groups, identity)
 
     def _load(
-        self,
-        plan: MemoryPlan | None,
-        also: Sequence[TensorGroup] = (),
-        packing: Packing | None = None,
-        *,
-        lossless: bool = False,
+        self, plan: MemoryPlan | None, also: Sequence[TensorGroup] = (), packing: Packing | None = None
     ) -> Parts:
         """Read the resident weights, and make the readers of the others.
 
@@ -248,14 +242,12 @@ class StoredModel(ABC):
             plan: What to keep in memory; None for everything.
             also: Further tensors of the head to read.
             packing: How the layers are packed; None for without a loss.
-            lossless: Whether to read all layers without a loss as well.
 
         Raises:
             ModelNotFoundError: The files cannot be read.
             FileError: The companion file is damaged, or belongs to other weights.
             StorageError: The companion file cannot be written.
         """
-        beside = self._lossless() if lossless else None
         packing = packing or self._packing
         if packing is None:
             return self._parts(plan, also, None, None)
@@ -263,16 +255,9 @@ class StoredModel(ABC):
         # The companion file comes first, because writing it takes memory that the weights do not take yet.
         file = packed.open(needed=plan is not None and bool(plan.streamed))
         if file is None:
-            return replace(self._parts(plan, also, packed, None), lossless=beside)
+            return self._parts(plan, also, packed, None)
         with closed_on_error(file):
-            return replace(self._parts(plan, also, packed, file), lossless=beside)
-
-    def _lossless(self) -> LosslessLayers:
-        """Read all layers without a loss."""
-        numbers, packing = tuple(self._layers), self._packing
-        packed = None if packing is None else self._packed(packing)
-        layers = self._resident(numbers, packed, None, aligned_buffer(PIECE))
-        return LosslessLayers(dict(zip(numbers, layers, strict=True)), packing)
+            return self._parts(plan, also, packed, file)
 
     def _parts(
         self,
