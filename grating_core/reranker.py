@@ -293,19 +293,12 @@ class Reranker(Loaded[Scorer, RerankSettings]):
         if isinstance(self.pruning, ByLens):
             if self.settings is not None:
                 self.settings = replace(self.settings, lens=None if output is None else place)
-            used = self._in_8_bits(calibrated) if self.dtype == torch.int8 else calibrated
+            used = scorer.take_over(calibrated)
             self.pruning = replace(self.pruning, calibrated=used and used.to(scorer.model.device))
             if self.recalibration is not None:
                 self.recalibration.close()  # what it has learnt is for other margins
             self.recalibration = self._start_recalibration()
         return calibrated
-
-    def _in_8_bits(self, calibrated: CalibratedLens) -> CalibratedLens | None:
-        """Return a new lens with the margins for 8 bits; None if it has none. Recounts take over their doubt."""
-        recount, int8 = self.scorer.recount, calibrated.int8
-        if recount is not None and int8 is not None:
-            self.scorer.recount = replace(recount, doubt=int8.recounts.doubt)
-        return calibrated.in_8_bits(alone=recount is None)
 
     def close(self) -> None:
         """Free weights, files and threads. Later calls raise ``RuntimeError``; calls in progress end normally."""

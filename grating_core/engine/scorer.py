@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from time import perf_counter
@@ -19,6 +20,7 @@ from grating_core.forking import Lock
 from grating_core.lens.features import Provisional
 from grating_core.lens.pruning import Pruning
 from grating_core.lens.recalibrate import Logged
+from grating_core.lens.store import CalibratedLens
 from grating_core.lifetime import closed_error
 from grating_core.memory.plan import PASS_TOKENS, MemoryPlan, tokens_of_slice
 from grating_core.models.cross_encoder import CrossEncoder
@@ -138,6 +140,14 @@ class Scorer:
         encode = partial(self.template.encode, request.query, request.documents)
         model = self.model if self.recount is None else self.recount.model
         return self._alone(model, Job(encode, pause=caught_up)).trace.layers[-1].scores
+
+    def take_over(self, calibrated: CalibratedLens) -> CalibratedLens | None:
+        """Return a new lens with the margins for this model; None if it has none. Recounts take over its doubt."""
+        if self.model.products != torch.int8:
+            return calibrated
+        if self.recount is not None and calibrated.int8 is not None:
+            self.recount = replace(self.recount, doubt=calibrated.int8.recounts.doubt)
+        return calibrated.in_8_bits(alone=self.recount is None)
 
     def observe(self, request: Request, observer: Provisional) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Compute a request to the end while an observer reads the hidden states after each layer.
