@@ -82,9 +82,7 @@ class PeakMemory:
         now = resident_memory()
         self._seen = max(self._seen, now)
         if now > self._settled + _GROWTH:
-            # Only some C libraries can return memory.
-            if trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None:
-                trim(0)
+            return_freed_memory()
             self._settled = resident_memory()
 
     @property
@@ -94,6 +92,12 @@ class PeakMemory:
             return torch.cuda.max_memory_allocated(self._device)
         highest = _highest_memory()
         return highest if highest > self._before else self._seen
+
+
+def return_freed_memory() -> None:
+    """Return freed memory of the C library's allocator to the system, where the library can."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None:
+        trim(0)
 
 
 def resident_memory() -> int:

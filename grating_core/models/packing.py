@@ -18,6 +18,7 @@ from grating_core.layers.packed import Layout, PackedLayer, layer_of, layout_of,
 from grating_core.layers.spec import LayerSpec, Role
 from grating_core.memory.checkpoint import aligned_buffer
 from grating_core.memory.group import PIECE, TensorGroup
+from grating_core.memory.meter import return_freed_memory
 from grating_core.models.family import Family, ModelSpec
 from grating_core.models.layout import layer_by_role, layer_names
 from grating_core.models.packed_file import PackedFile, layer_bytes, open_packed
@@ -142,3 +143,5 @@ class PackedLayers:
             group.read(buffer, staging)
             weights = layer_by_role(self._family, spec, number, group.views(buffer))
             yield self.packing.packed(spec, weights)
+            # Copies that packing made lie between packed layers on the heap, and would double what these take.
+            return_freed_memory()
