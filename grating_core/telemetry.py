@@ -78,15 +78,7 @@ def scoring(model: str, pairs: int) -> Iterator[Callable[[int], None]]:
     if (trace := _opentelemetry()) is None:
         yield lambda tokens: None
         return
-    asked = {
-        "openinference.span.kind": "RERANKER",
-        "reranker.model_name": model,
-        "gen_ai.operation.name": "rerank",
-        **_PROVIDER,
-        "gen_ai.request.model": model,
-        "gen_ai.rerank.candidate.count": pairs,
-    }
-    with _span(trace, f"score {model}", asked) as span:
+    with _span(trace, f"score {model}", _of_model(model, pairs)) as span:
         yield lambda tokens: span.set_attribute("gen_ai.usage.input_tokens", tokens)
 
 
@@ -182,17 +174,20 @@ def _texts_are_asked_for() -> bool:
     return os.environ.get(CAPTURE, "").strip().lower() in _IN_SPANS
 
 
-def _of_request(model: str, request: Request) -> dict[str, Any]:
+def _of_model(model: str, candidates: int) -> dict[str, Any]:
     return {
         "openinference.span.kind": "RERANKER",
         "reranker.model_name": model,
-        "reranker.top_k": request.top_k,
         "gen_ai.operation.name": "rerank",
         **_PROVIDER,
         "gen_ai.request.model": model,
-        "gen_ai.rerank.candidate.count": len(request.documents),
-        "gen_ai.rerank.top_n": request.top_k,
+        "gen_ai.rerank.candidate.count": candidates,
     }
+
+
+def _of_request(model: str, request: Request) -> dict[str, Any]:
+    asked = _of_model(model, len(request.documents))
+    return asked | {"reranker.top_k": request.top_k, "gen_ai.rerank.top_n": request.top_k}
 
 
 def _of_result(result: RerankResult) -> dict[str, Any]:

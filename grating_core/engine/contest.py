@@ -37,7 +37,8 @@ class Contest:
         pruning: How candidates stop early.
         top_k: Number of candidates to find, from 1 to N.
         depth: Number of layers of the model.
-        first_number: The number by which the caller knows the first candidate; for messages.
+        numbers: The number by which the caller knows each candidate, for messages; None counts them from 0.
+        looks: Whether scores are read after every layer, and not only after the last.
         abandoned: Function that says whether nobody waits for the result any more.
     """
 
@@ -48,7 +49,8 @@ class Contest:
         top_k: int,
         depth: int,
         *,
-        first_number: int = 0,
+        numbers: Sequence[int] | None = None,
+        looks: bool = True,
         abandoned: Callable[[], bool] = lambda: False,
     ) -> None:
         self.pruning = pruning
@@ -69,7 +71,12 @@ class Contest:
         self.depth = depth
         self._windows = windows
         self._top_k = top_k
-        self._first_number = first_number
+        self._numbers = range(len(windows)) if numbers is None else numbers
+        self._looks = looks
+
+    def reads(self, number: int) -> bool:
+        """Tell whether the scores after a layer are read."""
+        return bool(self.alive) and (self._looks or number == self.depth)
 
     def decides(self, number: int) -> bool:
         """Tell whether the scores after a layer are needed at once. Otherwise they can be read later."""
@@ -158,7 +165,7 @@ class Contest:
         if not finite.all():
             broken = np.flatnonzero(~finite)
             raise ScoreError(
-                f"the model's score for document {self.alive[broken[0]] + self._first_number} is not a finite "
+                f"the model's score for document {self._numbers[self.alive[broken[0]]]} is not a finite "
                 f"number ({len(broken)} such documents); the weights are damaged, or overflow in this dtype: try "
                 f"dtype='float32'"
             )

@@ -70,9 +70,9 @@ def forward(
         readers = {
             request: reader
             for request, contest in enumerate(contests)
-            if contest.alive and (reader := _reader(model, number, contest.pruning.lens)) is not None
+            if contest.reads(number) and (reader := _reader(model, number, contest.pruning.lens)) is not None
         }
-        if not readers:  # before the first layer, only a lens reads scores
+        if not number and not readers:  # before the first layer, only a lens reads scores
             continue
 
         def see(states: Tensor, part: Slice, readers: Mapping[int, Reader] = readers) -> None:

@@ -65,7 +65,7 @@ def run_pass(
             job.pruning,
             job.top_k or len(job.encoded),
             model.depth,
-            first_number=job.first_number,
+            numbers=range(job.first_number, job.first_number + len(job.encoded)),
             abandoned=job.given_up,
         )
         for job in jobs

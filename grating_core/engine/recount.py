@@ -33,7 +33,7 @@ class Recount:
             return
         again = [job.encoded[candidate] for candidate in candidates]
         windows = tuple(map(len, again))
-        recounted = Contest(windows, UNPRUNED, len(again), self.model.depth)
+        recounted = Contest(windows, UNPRUNED, len(again), self.model.depth, numbers=candidates, looks=False)
         batch = RaggedBatch.pack([again], share_prefix=self.model.spec.causal)
         hidden = HiddenInMemory(batch.tokens, self.model.width, self.model.dtype, self.model.device)
         for _ in forward(self.model, batch, hidden, [recounted], slice_tokens=slice_tokens):

@@ -191,7 +191,10 @@ class StoredCrossEncoder(StoredModel):
         """
         # These layers come first, because the files are closed when all that is needed of them has been read.
         beside = self._lossless() if lossless else None
-        rows = [self._answer_rows(answers)] if self.family.asks and answers is not None else []
+        rows = []
+        if self.family.asks:
+            assert answers is not None
+            rows.append(self._answer_rows(answers))
         return CrossEncoder(replace(self._load(plan, rows, packing), lossless=beside))
 
     def _lossless(self) -> LosslessLayers:

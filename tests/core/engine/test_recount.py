@@ -8,6 +8,7 @@ import torch
 
 from grating_core import Request, Reranker
 from grating_core.engine.recount import Recount
+from grating_core.errors import ScoreError
 from grating_core.kernels.choice import kernels
 from grating_core.pruning import MarginPolicy
 from tests.core.conftest import WORDS
@@ -64,6 +65,18 @@ def test_only_those_near_the_bar_are_recounted(tiny_bert: Path) -> None:
         same = scores[ranked.index] == ranked.score
         assert same == (ranked.index in near)
     assert [ranked.score for ranked in found.ranking] == sorted((r.score for r in found.ranking), reverse=True)
+
+
+def test_a_broken_score_is_told_by_the_number_of_its_document(tiny_bert: Path) -> None:
+    ordered = load(tiny_bert, dtype="int8").rerank("w1 w2", TEXTS, len(TEXTS)).ranking
+    near = sorted(ranked.index for ranked in ordered[-2:])
+    assert near[0] > 0
+    reranker, _ = recounting(tiny_bert, (ordered[-2].score - ordered[-1].score) / 2 + 1e-6)
+    for weight in reranker.scorer.recount.model.head.values():
+        weight.fill_(torch.nan)
+    with pytest.raises(ScoreError, match=rf"score for document {near[0]} is not a finite number \(2 such"):
+        reranker.rerank("w1 w2", TEXTS, len(TEXTS) - 1)
+    assert reranker.score([("w1 w2", "w3")])  # nothing is recounted there
 
 
 def test_early_winners_stay_where_they_are(tiny_bert: Path) -> None:
