@@ -7,8 +7,9 @@ import os
 import stat
 import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
+from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class Checkpoint:
     checkpoint stays closed.
 
     Args:
-        paths: The files.
+        paths: The files; as a mapping, each with what comes before the names of its tensors.
         lasting: Whether the files will be read again and again, and may change meanwhile. Reads of whole sectors
             then bypass the page cache where the file system allows it, because the copy out of the cache takes
             time from computing. The checkpoint also remembers samples of every tensor, and checksums of what was
@@ -42,16 +43,20 @@ class Checkpoint:
         FileError: A file cannot be read, or is not safetensors.
     """
 
-    def __init__(self, paths: Sequence[Path], *, lasting: bool = False) -> None:
+    def __init__(self, paths: Iterable[Path] | Mapping[Path, str], *, lasting: bool = False) -> None:
         self._files: dict[Path, _File] = {}
         self.tensors: dict[str, StoredTensor] = {}
         try:
             for path in paths:
                 self._files[path] = file = _File(path, lasting)
-                if repeated := self.tensors.keys() & file.tensors.keys():
+                before = paths[path] if isinstance(paths, Mapping) else ""
+                found = {
+                    before + name: replace(tensor, name=before + name) for name, tensor in file.tensors.items()
+                }
+                if repeated := self.tensors.keys() & found.keys():
                     name = min(repeated)
                     raise FileError(f"{name} is both in {self.tensors[name].path} and in {path}")
-                self.tensors |= file.tensors
+                self.tensors |= found
         except BaseException:
             self.close()
             raise

@@ -6,7 +6,8 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from grating_core.errors import FileError, GratingError, ModelNotFoundError, UnsupportedModelError
@@ -17,13 +18,20 @@ from grating_core.memory.header import StoredTensor
 from grating_core.models.agreement import check_implemented, check_values
 from grating_core.models.bundled import BUNDLED_PREFIX, bundled_model
 from grating_core.models.elsewhere import known_elsewhere
-from grating_core.models.families import find_family
+from grating_core.models.families import find_family, find_transformer
 from grating_core.models.family import Configuration, Family, Fields
 from grating_core.models.hub import MODEL_FILES, Hub
+from grating_core.models.modules import (
+    activation_function,
+    check_width,
+    is_inside,
+    read_head,
+    read_list,
+    transformer_folder,
+)
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_MODULES = ("Transformer", "LogitScore")  # LogitScore does what a prompt's answers do
 
 
 def find_model(name: str, *, hub: Hub | None = None, show_progress: bool = False) -> Path:
@@ -72,8 +80,9 @@ def _is_whole(directory: Path) -> bool:
     try:
         if (directory / "adapter_config.json").is_file():
             return (directory / "adapter_model.safetensors").is_file()
-        return (directory / "config.json").is_file() and has_tokenizer(directory) and bool(weight_files(directory))
-    except (ModelNotFoundError, OSError):
+        folder = transformer_folder(directory)
+        return (folder / "config.json").is_file() and has_tokenizer(folder) and bool(weight_files(directory))
+    except (GratingError, OSError):
         return False
 
 
@@ -97,17 +106,19 @@ def read_config(directory: Path) -> Configuration:
         UnsupportedModelError: grating does not run this architecture, does not implement one of the settings, or
             the model does not have exactly one label.
     """
-    path = directory / "config.json"
+    head = read_head(directory)
+    path = transformer_folder(directory) / "config.json"
     try:
         stated = read_json(path)
         architectures = list(stated.get("architectures") or [])
     except FileNotFoundError as error:
-        raise ModelNotFoundError(f"{directory} is not a model directory: it has no config.json") from error
+        raise ModelNotFoundError(f"{path.parent} is not a model directory: it has no config.json") from error
     except (ValueError, OSError, AttributeError, TypeError) as error:
         raise ModelNotFoundError(f"{path} cannot be read as a configuration: {error}") from error
-    configuration = describe(path, stated, find_family(architectures))
-    check_modules(directory)
-    return configuration
+    family = find_family(architectures) if head is None else head.instead_of(find_transformer(architectures))
+    fields, spec, family = describe(path, stated, family)
+    check_width(directory, spec)
+    return Configuration(fields, replace(spec, activation_fn=activation_function(directory, stated)), family)
 
 
 def describe(path: Path, stated: Fields, family: Family) -> Configuration:
@@ -161,12 +172,21 @@ def blaming_config(config: Path) -> Iterator[None]:
         raise ModelNotFoundError(f"{config} does not describe a model that fits its weights: {reason}") from error
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """Return the safetensors files of a model directory.
+def weight_files(directory: Path) -> dict[Path, str]:
+    """Return the safetensors files of a model directory, with what comes before the names of their tensors.
 
     Raises:
         ModelNotFoundError: The files are not all there.
     """
+    head = read_head(directory)
+    files = dict.fromkeys(_files(transformer_folder(directory)), "")
+    for folder in () if head is None else head.folders:
+        files |= dict.fromkeys(_files(directory / folder), f"{folder}/")
+    return files
+
+
+def _files(directory: Path) -> list[Path]:
+    """Return the safetensors files of one folder."""
     index = directory / _INDEX
     if index.exists():
         try:
@@ -174,7 +194,7 @@ def weight_files(directory: Path) -> list[Path]:
             files = [directory / name for name in names]
         except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
             raise ModelNotFoundError(f"{index} cannot be read: {error!r}") from error
-        if strangers := [name for name in names if not _is_inside(name)]:
+        if strangers := [name for name in names if not is_inside(name)]:
             raise ModelNotFoundError(
                 f"{index} names {strangers[0]!r}, which is not a file in the model's own directory"
             )
@@ -187,12 +207,6 @@ def weight_files(directory: Path) -> list[Path]:
             f"(pytorch_model.bin): convert pickled weights with save_pretrained first"
         )
     return files
-
-
-def _is_inside(name: str) -> bool:
-    """Tell whether a relative path stays in its directory, on every system."""
-    paths = (PurePosixPath(name), PureWindowsPath(name))
-    return bool(name) and not any(path.anchor or ".." in path.parts for path in paths)
 
 
 def read_headers(directory: Path) -> dict[str, StoredTensor]:
@@ -211,36 +225,13 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
     return checkpoint.tensors
 
 
-def check_modules(directory: Path) -> None:
-    """Refuse a sentence-transformers model with further modules that change the score.
-
-    Raises:
-        ModelNotFoundError: The model's ``modules.json`` cannot be read.
-        UnsupportedModelError: The model has such modules; the message names them.
-    """
-    if others := [kind for kind in _modules(directory) if kind not in _MODULES]:
-        raise UnsupportedModelError(
-            f"{directory / 'modules.json'} has {', '.join(others)} after the transformer, which change the score "
-            f"and are not supported. Take a checkpoint whose head is part of the transformers model"
-        )
-
-
-def _modules(directory: Path) -> list[str]:
-    """Return the classes of the modules that a sentence-transformers model has."""
-    path = directory / "modules.json"
-    try:
-        return [str(module["type"]).rpartition(".")[2] for module in read_json_or(path, [])]
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ModelNotFoundError(f"{path} cannot be read: {error!r}") from error
-
-
 def check_answers(directory: Path) -> None:
     """Refuse a model whose answers only a module of sentence-transformers names.
 
     Raises:
         UnsupportedModelError: The model is such a one.
     """
-    if "LogitScore" in _modules(directory):
+    if any(kind == "LogitScore" for kind, _ in read_list(directory)):
         raise UnsupportedModelError(
             f"{directory / 'modules.json'} has LogitScore, whose token ids make the score. grating does not read "
             f"them: pass template=Prompt(pieces, yes, no), with these tokens as texts"

@@ -18,6 +18,38 @@ Pooling = Literal["first", "last", "mean"]
 
 
 @dataclass(frozen=True)
+class HeadModule:
+    """A module is a step of a head that is made of several, as sentence-transformers stores it.
+
+    Attributes:
+        role: The module's role, which is the name of its folder.
+        parts: The linear maps and norms that it has weights for: ``"linear"``, ``"residual"``, ``"norm"``.
+        biased: The parts that have a bias.
+        rows: Number of features that it gives; None for as many as it reads.
+        columns: Number of features that it reads; None for any number.
+        function: Name of the activation behind the linear map, see :data:`grating_core.models.heads.FUNCTIONS`.
+        residual: Whether what it reads is added to what it gives.
+        source: The name of what it reads; pooling gives ``"sentence_embedding"``.
+        target: The name of what it gives; ``"scores"`` are the model's.
+    """
+
+    role: Role
+    parts: tuple[str, ...]
+    biased: frozenset[str]
+    rows: int | None
+    columns: int | None
+    function: str
+    residual: bool
+    source: str
+    target: str
+
+    def shape(self, part: str) -> tuple[int, ...]:
+        """Return the shape of a part's weight."""
+        rows, columns = self.rows or 0, self.columns or 0
+        return (columns,) if part == "norm" else (rows, columns)
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A model spec describes a whole model.
 
@@ -38,6 +70,9 @@ class ModelSpec:
         first_head: The first layer with a head of its own, for a model with several heads.
         typed: Whether a pair's document has the second token type; if not, all tokens have the first.
         tied: Whether the embedding table is the output embedding as well, where none is stored.
+        modules: The steps of a head that is made of modules.
+        activation_fn: The class of the function that the model was trained with to make scores of logits, such as
+            ``"torch.nn.modules.activation.Sigmoid"``; None if its files do not say. grating's scores are logits.
     """
 
     width: int
@@ -56,6 +91,8 @@ class ModelSpec:
     first_head: int = 1
     typed: bool = False
     tied: bool = False
+    modules: tuple[HeadModule, ...] = ()
+    activation_fn: str | None = None
 
     @property
     def depth(self) -> int:

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from grating_core.kernels.activations import ACTIVATIONS
 from grating_core.layers.linear import Weights, linear, normed
-from grating_core.models.family import ModelSpec
+from grating_core.layers.spec import Norm
+from grating_core.models.family import HeadModule, ModelSpec
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "Identity": lambda states: states,
+    "Tanh": torch.tanh,
+    "GELU": functional.gelu,
+    "ReLU": torch.relu,
+    "SiLU": functional.silu,
+    "Sigmoid": torch.sigmoid,
+}
+"""The activations of modules, by the names of torch's classes."""
+_NORM = Norm("layer", 1e-5)  # as torch.nn.LayerNorm computes
 
 # All of these take (spec, weights, states, number): float32 states [N, D] after layer number, to scores [N].
 
@@ -37,6 +52,26 @@ def score_answer(spec: ModelSpec, weights: Weights, states: Tensor, number: int)
 def score_layerwise(spec: ModelSpec, weights: Weights, states: Tensor, number: int) -> Tensor:
     """Return the scores of the layer's own head; layers before the first head are read with the first."""
     return linear(states, weights, f"heads.{max(0, number - spec.first_head)}")[:, 0]
+
+
+def score_modules(spec: ModelSpec, weights: Weights, states: Tensor, number: int) -> Tensor:
+    """Return the scores of a head that is made of modules."""
+    features = {"sentence_embedding": states}
+    for module in spec.modules:
+        features[module.target] = _computed(module, weights, features[module.source])
+    return features["scores"][:, 0]
+
+
+def _computed(module: HeadModule, weights: Weights, states: Tensor) -> Tensor:
+    """Return what a module makes of the features ``[N, in]`` that it reads."""
+    if not module.parts:
+        return functional.normalize(states, dim=-1)
+    if module.parts == ("norm",):
+        return normed(states, weights, f"{module.role}/norm", _NORM)
+    output = FUNCTIONS[module.function](linear(states, weights, f"{module.role}/linear"))
+    if not module.residual:
+        return output
+    return output + (linear(states, weights, f"{module.role}/residual") if "residual" in module.parts else states)
 
 
 def softcapped(logits: Tensor, bound: float | None) -> Tensor:

@@ -94,8 +94,9 @@ def head_by_role(family: Family, spec: ModelSpec, stored: Mapping[str, Tensor]) 
 def _head_parts(family: Family, spec: ModelSpec) -> Iterator[tuple[str, Role, str, Shape]]:
     """Yield name, role, kind and shape of each tensor of the head."""
     rows = {"dense": spec.width, "vocabulary": spec.vocabulary}
+    own = {f"{module.role}/{part}": module.shape(part) for module in spec.modules for part in module.parts}
     for pattern, role in family.head.items():
-        shape = (spec.width,) if role == "norm" else (rows.get(role, 1), spec.width)
+        shape = own.get(role) or ((spec.width,) if role == "norm" else (rows.get(role, 1), spec.width))
         for number in range(spec.depth - spec.first_head + 1 if "{}" in pattern else 1):
             yield pattern.format(number), role.format(number), "weight", shape
             if role in spec.biased:

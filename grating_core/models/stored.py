@@ -175,9 +175,10 @@ class StoredModel(ABC):
                     f"supported; use the checkpoint in float32, float16 or bfloat16"
                 )
             if stored[name].shape != shape:
+                config = stored[name].path.with_name("config.json")
                 raise ModelNotFoundError(
-                    f"{self.directory / 'config.json'} does not describe a model that fits its weights: {name} "
-                    f"should be {list(shape)} and is stored as {list(stored[name].shape)}"
+                    f"{config} does not describe a model that fits its weights: {name} should be {list(shape)} "
+                    f"and is stored as {list(stored[name].shape)}"
                 )
         return {name: stored[name] for name in wanted}
 
@@ -273,11 +274,7 @@ class StoredModel(ABC):
         rest = self._rest(None if plan is None else plan.sizes.window)
         named: dict[str, Tensor] = {}
         with _blaming_weights():
-            for group in (
-                *rest,
-                *also,
-                *([self._embedding] if table_resident else ()),
-            ):
+            for group in (*rest, *also, *([self._embedding] if table_resident else ())):
                 named |= self._read(group, staging)
         layers = dict(zip(numbers, self._resident(numbers, packed, file, staging), strict=True))
         if self.adapter is not None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grating_core import GratingError, ModelNotFoundError, Prompt, StreamedCausalLM, UnsupportedModelError
+from grating_core import GratingError, ModelNotFoundError, StreamedCausalLM, UnsupportedModelError
 from grating_core.memory.meter import resident_memory
 from grating_core.models.families import FAMILIES
 from tests.core.conftest import DECODER, SIZES, WORDS, save_model, save_tokenizer
@@ -292,32 +292,6 @@ def test_a_named_pipe_is_no_file(copy: Callable[[str], Path], file: str) -> None
     os.mkfifo(directory / file)
     with pytest.raises(ModelNotFoundError, match=f"{file} is not a regular file"):
         load(directory)
-
-
-@pytest.mark.parametrize("kind", ["Dense", "LayerNorm", "Pooling", "Normalize"])
-def test_modules_that_change_the_score_are_refused_by_name(copy: Callable[[str], Path], kind: str) -> None:
-    modules = [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
-        {"idx": 1, "name": "1", "path": f"1_{kind}", "type": f"sentence_transformers.models.{kind}"},
-    ]
-    directory = copy("bert")
-    (directory / "modules.json").write_text(json.dumps(modules[:1]))
-    assert len(load(directory).score(PAIRS)) == 3
-    (directory / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(UnsupportedModelError, match=rf"modules\.json has {kind} "):
-        load(directory)
-
-
-def test_a_score_head_of_token_ids_is_refused_unless_the_answers_are_said(copy: Callable[[str], Path]) -> None:
-    directory = copy("lm")
-    kind = "sentence_transformers.cross_encoder.modules.logit_score.LogitScore"
-    (directory / "modules.json").write_text(
-        json.dumps([{"path": "", "type": "a.Transformer"}, {"path": "1_LogitScore", "type": kind}])
-    )
-    with pytest.raises(UnsupportedModelError, match=r"modules\.json has LogitScore.*template=Prompt"):
-        load(directory)
-    prompt = Prompt(pieces=("w1 {query}", "w2 {document}", "w3"), yes="w4", no="w5")
-    assert len(load(directory, template=prompt).score(PAIRS)) == 3
 
 
 def test_a_tokenizer_with_more_tokens_than_rows_is_refused(copy: Callable[[str], Path]) -> None:

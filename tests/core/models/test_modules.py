@@ -1,0 +1,168 @@
+"""Heads made of sentence-transformers' modules, against its own CrossEncoder on the same files."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from sentence_transformers import CrossEncoder
+from sentence_transformers.base.modules import Dense, Transformer
+from sentence_transformers.base.modules.normalize import Normalize
+from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm, Pooling
+from torch import nn
+
+from grating_core import ModelNotFoundError, UnsupportedModelError
+from tests.core.conftest import FAMILIES, WORDS, randomise, save_tokenizer
+from tests.core.parity import TOLERANCE, load, random_text
+
+WIDTH = 32
+LENGTHS = [1, 0, 5, 17, 2, 90, 40, 300, 33, 1]  # length 1, none at all, and more than the window holds
+HEADS: dict[str, Callable[[], list[nn.Module]]] = {
+    "ettin": lambda: [
+        Pooling(WIDTH, "cls"),
+        Dense(WIDTH, WIDTH, bias=False, activation_function=nn.GELU()),
+        LayerNorm(WIDTH),
+        Dense(WIDTH, 1, activation_function=nn.Identity(), module_output_name="scores"),
+    ],
+    "mean": lambda: [
+        Pooling(WIDTH, "mean"),
+        LayerNorm(WIDTH),
+        Dense(WIDTH, 7, activation_function=nn.SiLU(), module_output_name="small", use_residual=True),
+        Dropout(0.5),
+        Dense(7, 7, activation_function=nn.ReLU(), module_input_name="small", use_residual=True),
+        Dense(7, 1, activation_function=nn.Sigmoid(), module_input_name="small", module_output_name="scores"),
+    ],
+    "last": lambda: [Pooling(WIDTH, "lasttoken"), Normalize(), Dense(WIDTH, 1, module_output_name="scores")],
+}
+
+
+def save_modular(directory: Path, family: str, head: str, **settings: object) -> Path:
+    """A tiny reranker as CrossEncoder saves it: the family's transformer, and a head of modules."""
+    torch.manual_seed(0)
+    base = directory / "base"
+    randomise(FAMILIES[family]()).base_model.save_pretrained(base)
+    save_tokenizer(base, types=family == "bert")
+    modules = HEADS[head]()
+    for module in modules:
+        for name, weight in module.named_parameters():
+            nn.init.normal_(weight, mean=float("norm.weight" in name), std=0.3)
+    CrossEncoder(modules=[Transformer(str(base)), *modules], device="cpu", **settings).save_pretrained(
+        str(directory / "model")
+    )
+    shutil.rmtree(base)
+    return directory / "model"
+
+
+def reference(directory: Path, pairs: list[tuple[str, str]]) -> list[float]:
+    model = CrossEncoder(str(directory), device="cpu", local_files_only=True)
+    return [float(score) for score in model.predict(pairs, activation_fn=nn.Identity())]
+
+
+@pytest.fixture
+def ettin(tmp_path: Path) -> Path:
+    return save_modular(tmp_path, "modernbert-cls", "ettin")
+
+
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [*((family, "ettin") for family in ("bert", "roberta", "xlm-roberta", "modernbert-cls")),
+     ("bert", "mean"), ("modernbert-mean", "mean"), ("roberta", "last"), ("qwen3", "last")],
+)  # fmt: skip
+def test_scores_equal_the_cross_encoders(tmp_path: Path, family: str, head: str) -> None:
+    seed = random.randrange(10**6)
+    print("seed", seed)  # shown when the test fails
+    source = random.Random(seed)
+    query = random_text(3, source, WORDS)
+    pairs = [(query, random_text(length, source, WORDS)) for length in LENGTHS]
+    directory = save_modular(tmp_path, family, head)
+    expected = reference(directory, pairs)
+    assert max(expected) - min(expected) > 100 * TOLERANCE
+    assert load(directory).score(pairs) == pytest.approx(expected, abs=TOLERANCE)
+    assert load(directory, slice_tokens=130).score(pairs) == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_the_function_that_the_model_was_trained_with_is_known(ettin: Path) -> None:
+    assert load(ettin).scorer.model.spec.activation_fn == "torch.nn.modules.activation.Sigmoid"
+
+
+def change(directory: Path, file: str, **fields: object) -> None:
+    path = directory / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_code_of_a_module_is_never_run(ettin: Path) -> None:
+    modules = json.loads((ettin / "modules.json").read_text())
+    modules[2]["type"] = "head.Dense"
+    (ettin / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(UnsupportedModelError, match=r"module head\.Dense, whose code.*is never run"):
+        load(ettin)
+
+
+def test_an_embedding_model_is_no_reranker(ettin: Path) -> None:
+    change(ettin, "config_sentence_transformers.json", model_type="SentenceTransformer")
+    with pytest.raises(UnsupportedModelError, match="makes embeddings, and no reranker"):
+        load(ettin)
+    (ettin / "modules.json").unlink()
+    with pytest.raises(UnsupportedModelError, match=r"ModernBertModel.*makes embeddings.*no head"):
+        load(ettin)
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "told"),
+    [
+        ("1_Pooling/config.json", {"pooling_mode": "max"}, "pooling_mode='max'"),
+        ("1_Pooling/config.json", {"pooling_mode": ["cls", "mean"]}, "pooling_mode='cls, mean'"),
+        ("2_Dense/config.json", {"activation_function": "torch.nn.modules.activation.Hardtanh"}, "Hardtanh"),
+        ("2_Dense/config.json", {"activation_function": "evil.GELU"}, r"'evil\.GELU'"),
+        ("2_Dense/config.json", {"module_input_name": "token_embeddings"}, "module_input_name='token_embeddings'"),
+        ("4_Dense/config.json", {"module_output_name": "sentence_embedding"}, "give no scores"),
+        ("4_Dense/config.json", {"out_features": 2}, "give 2 scores"),
+    ],
+)
+def test_what_changes_the_score_is_refused_by_name(
+    ettin: Path, file: str, fields: dict[str, object], told: str
+) -> None:
+    change(ettin, file, **fields)
+    with pytest.raises(UnsupportedModelError, match=told):
+        load(ettin)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("modules.json", b"{", "modules.json cannot be read"),
+        ("modules.json", b'[{"path": ""}]', "modules.json cannot be read: it lacks 'type'"),
+        ("1_Pooling/config.json", None, r"1_Pooling/config.json is missing"),
+        ("2_Dense/config.json", b"[]", r"2_Dense/config.json cannot be read"),
+        ("2_Dense/config.json", b"{}", r"2_Dense/config.json cannot be read: it lacks 'out_features'"),
+        ("2_Dense/model.safetensors", None, "2_Dense lacks model.safetensors"),
+        ("2_Dense/model.safetensors", b"x", "as safetensors"),
+        ("4_Dense/config.json", b'{"in_features": 31, "out_features": 1}', "4_Dense/config.json.* 31 features"),
+    ],
+)
+def test_damaged_modules_are_told_apart(ettin: Path, file: str, content: bytes | None, told: str) -> None:
+    path = ettin / file
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(ModelNotFoundError, match=told):
+        load(ettin)
+
+
+def test_a_module_of_another_model_is_refused(ettin: Path, tmp_path: Path) -> None:
+    change(ettin, "1_Pooling/config.json", embedding_dimension=48)
+    change(ettin, "2_Dense/config.json", in_features=48)
+    with pytest.raises(ModelNotFoundError, match=r"2_Dense/config\.json.* 48 features.* have 32"):
+        load(ettin)
+    change(ettin, "1_Pooling/config.json", embedding_dimension=32)
+    change(ettin, "2_Dense/config.json", in_features=32, bias=True)
+    with pytest.raises(ModelNotFoundError, match=r"lack 1 tensors.*2_Dense/linear\.bias"):
+        load(ettin)
+
+
+def test_modules_without_pooling_are_refused(ettin: Path) -> None:
+    modules = json.loads((ettin / "modules.json").read_text())
+    (ettin / "modules.json").write_text(json.dumps([modules[0], *modules[2:]]))
+    with pytest.raises(UnsupportedModelError, match=r"has Transformer, Dense, LayerNorm, Dense"):
+        load(ettin)
