@@ -50,6 +50,7 @@ class LayerTrace:
         routes: The policy's decision for each candidate after the layer. With ``scores="exact"`` a selected
             candidate is still computed to the end.
         scores: Provisional score of each candidate, by the head or by a lens; after the last layer, the score.
+            There are none after a layer that nobody looked at.
         tokens: Number of tokens computed; 0 for layer 0.
         seconds: Seconds of the layer, with reading scores and deciding. Where nothing has to be decided, a GPU
             may still compute when they are over.

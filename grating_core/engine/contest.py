@@ -74,9 +74,13 @@ class Contest:
         self._numbers = range(len(windows)) if numbers is None else numbers
         self._looks = looks
 
+    def follows(self, number: int) -> bool:
+        """Tell whether a layer gets a record."""
+        return bool(self.alive) and (self._looks or number == self.depth)
+
     def reads(self, number: int) -> bool:
         """Tell whether the scores after a layer are read."""
-        return bool(self.alive) and (self._looks or number == self.depth)
+        return self.follows(number) and (number == self.depth or self.pruning.looks(number))
 
     def decides(self, number: int) -> bool:
         """Tell whether the scores after a layer are needed at once. Otherwise they can be read later."""
@@ -89,7 +93,7 @@ class Contest:
 
         Args:
             number: The layer; 0 stands for the token embeddings.
-            scores: Scores of the sequences of all that are alive.
+            scores: Scores of the sequences of all that are alive; none after a layer that is not looked at.
             tokens: Number of the request's tokens that were computed.
             seconds: Seconds that the layer took, of the whole pass.
             usage: What the pass used since the layer before.
@@ -131,11 +135,11 @@ class Contest:
         self.recounted = tuple(candidates)
 
     def _decide(self, number: int, scores: Scores, tokens: int, seconds: float, usage: Meter) -> None:
-        alive, last = self.alive, number == self.depth
-        best = _best_windows(scores, [self._windows[candidate] for candidate in alive])
+        alive, last, unseen = self.alive, number == self.depth, not len(scores)
+        best = scores if unseen else _best_windows(scores, [self._windows[candidate] for candidate in alive])
         self._refuse_broken(best)
         wanted = self._top_k - len(self.winners)
-        undecided = not last and wanted < len(alive)
+        undecided = not (last or unseen) and wanted < len(alive)
         routes = _routes(self.pruning.policy, number, best, wanted) if undecided else [Route.DEFERRED] * len(alive)
         self.layers.append(
             LayerTrace(

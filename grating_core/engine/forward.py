@@ -89,10 +89,14 @@ def forward(
             peak.look()
         tokens = batch.tokens_by_request
         now = replace(model.meter)
-        for request, reader in readers.items():
+        for request, contest in enumerate(contests):
+            reader = readers.get(request)
+            if reader is None and not (number and contest.follows(number)):
+                continue
+            scores = torch.empty(0, device=model.device) if reader is None else reader.scores()
             usage, before[request] = now.since(before[request]), now
             count, seconds = tokens[request] if number else 0, perf_counter() - started
-            unread.append(_Unread(request, number, reader.scores(), count, seconds, usage))
+            unread.append(_Unread(request, number, scores, count, seconds, usage))
         if not any(contests[request].decides(number) for request in readers):
             continue
         for one, found in zip(unread, _read(unread), strict=True):
@@ -114,7 +118,10 @@ def forward(
 
 
 class _Unread(NamedTuple):
-    """This class holds scores of a request that may not be computed yet, and how they came about."""
+    """This class holds scores of a request that may not be computed yet, and how they came about.
+
+    There are no scores of a layer that is not looked at.
+    """
 
     request: int
     number: int

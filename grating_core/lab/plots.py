@@ -46,7 +46,7 @@ def plot_trajectories(result: RerankResult, path: Path) -> None:
     ranks = {ranked.index: rank for rank, ranked in enumerate(result.ranking, 1)}
     ends = []
     for candidate in range(len(trace.lengths)):
-        computed = [layer for layer in trace.layers if candidate in layer.alive]
+        computed = [layer for layer in trace.layers if layer.scores and candidate in layer.alive]
         scores = [layer.scores[layer.alive.index(candidate)] for layer in computed]
         last = computed[-1].layer
         style = _line(won=candidate in ranks, stopped=last < trace.depth, winners=len(ranks))

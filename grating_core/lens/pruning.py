@@ -47,6 +47,10 @@ class Pruning:
     lens: Provisional | None = None
     exact: bool = True
 
+    def looks(self, number: int) -> bool:
+        """Tell whether the scores after a layer are read, which is not the last."""
+        return not isinstance(self.policy, MarginPolicy) or self.policy.looks(number)
+
 
 def pruning_of(request: Request, by: PruningPolicy | ByLens, factor: float) -> Pruning:
     """Decide how a request is pruned: by its own policy or target, or as the reranker prunes.

@@ -9,6 +9,7 @@ exchangeable with those, the expected loss is then at most 1 - target.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -31,11 +32,15 @@ class MarginPolicy:
 
     Attributes:
         drop: Margin for dropping after each layer, from layer 0 (the token embeddings). Infinity drops nothing.
-        select: Margin for selecting after each layer.
+        select: Margin for selecting after each layer. Infinity selects nothing.
     """
 
     drop: tuple[float, ...]
     select: tuple[float, ...]
+
+    def looks(self, layer: int) -> bool:
+        """Tell whether anything can be decided after a layer. Otherwise nobody needs to read its scores."""
+        return min(self.drop[layer], self.select[layer]) < math.inf
 
     def route(self, layer: int, scores: Array, top_k: int) -> Sequence[Route]:
         """See :meth:`grating_core.PruningPolicy.route`."""

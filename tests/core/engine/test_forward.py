@@ -21,7 +21,7 @@ from grating_core.engine.ragged import filled
 from grating_core.errors import ScoreError
 from grating_core.layers import layer as plain_steps
 from grating_core.layers import packed_steps
-from grating_core.pruning import Off
+from grating_core.pruning import MarginPolicy, Off
 from tests.core.conftest import WORDS, save_model
 from tests.core.parity import load, random_text
 
@@ -117,6 +117,21 @@ def test_cluster_pruning_on_the_real_model(bundled: Reranker) -> None:
             assert {r.index: r.score for r in result.ranking} == pytest.approx(
                 {r.index: expected[r.index] for r in result.ranking}, abs=1e-4
             )
+
+
+def test_a_layer_where_nothing_can_be_decided_is_not_looked_at(tiny_bert: Path, full: dict[int, float]) -> None:
+    depth = load(tiny_bert).scorer.model.depth
+    never = (float("inf"),) * depth
+    unseen = MarginPolicy(never, never)
+    once = MarginPolicy((*never[:1], 0.0, *never[2:]), never)
+    assert [unseen.looks(1), once.looks(0), once.looks(1)] == [False, False, True]
+    result = load(tiny_bert, pruning=unseen).rerank(QUERY, DOCUMENTS, 3)
+    assert [ranked.index for ranked in result.ranking] == sorted(full, key=lambda i: -full[i])[:3]
+    assert [bool(layer.scores) for layer in result.trace.layers] == [False] * (depth - 1) + [True]
+    assert result.trace.compute_share == 1.0
+    result = load(tiny_bert, pruning=once).rerank(QUERY, DOCUMENTS, 3)
+    assert [len(layer.alive) for layer in result.trace.layers] == [len(DOCUMENTS)] + [3] * (depth - 1)
+    assert [bool(layer.scores) for layer in result.trace.layers] == [True] + [False] * (depth - 2) + [True]
 
 
 S, D, L = Route.SELECTED, Route.DEFERRED, Route.DROPPED
