@@ -35,7 +35,7 @@ class HeadModule:
 
     role: Role
     parts: tuple[str, ...]
-    biased: frozenset[str]
+    biased: tuple[str, ...]
     rows: int | None
     columns: int | None
     function: str

@@ -11,6 +11,7 @@ from grating_core.memory.checkpoint import Checkpoint
 from grating_core.memory.header import StoredTensor
 from grating_core.models.adapter import Adapter
 from grating_core.models.directory import is_gguf, weight_files
+from grating_core.models.modules import read_head
 
 _SAMPLE = 512  # bytes
 _SAMPLES_OF_FILE = 64
@@ -23,6 +24,7 @@ def fingerprint(model: Path, adapter: Adapter | None = None, asked: str = "") ->
 
     * the model's tensors: the name, type and shape of each, and a few of its bytes, at its beginning and in its
       middle. Reading all bytes would take as long as loading;
+    * the settings of the modules that its head is made of;
     * the adapter that is merged into them: every byte of it, and the scales in its configuration;
     * the question that the model is asked, and the answers whose logits are the score, but not the instruction.
 
@@ -45,6 +47,8 @@ def fingerprint(model: Path, adapter: Adapter | None = None, asked: str = "") ->
         checkpoint = Checkpoint(weight_files(model))
         checkpoint.close()  # only the places of the tensors are needed
         _add_tensors(digest, checkpoint.tensors.values())
+        if (head := read_head(model)) is not None:
+            digest.update(f"{head} ".encode())
     if adapter is not None:
         digest.update(f"adapter {adapter.identity} ".encode())
     digest.update(asked.encode())

@@ -236,7 +236,7 @@ def _dense(path: Path, role: str, fields: Mapping[str, Any]) -> HeadModule:
     return HeadModule(
         role=role,
         parts=("linear", "residual") if residual and rows != columns else ("linear",),
-        biased=frozenset({"linear"}) if fields.get("bias", True) else frozenset(),
+        biased=("linear",) if fields.get("bias", True) else (),
         rows=rows,
         columns=columns,
         function=function,
@@ -248,13 +248,13 @@ def _dense(path: Path, role: str, fields: Mapping[str, Any]) -> HeadModule:
 
 def _norm(path: Path, role: str, fields: Mapping[str, Any]) -> HeadModule:
     width = int(fields["dimension"])
-    return HeadModule(role, ("norm",), frozenset({"norm"}), width, width, "", False, _EMBEDDING, _EMBEDDING)
+    return HeadModule(role, ("norm",), ("norm",), width, width, "", False, _EMBEDDING, _EMBEDDING)
 
 
 def _normalize(path: Path, role: str, fields: Mapping[str, Any]) -> HeadModule:
     source = str(fields.get("module_input_name") or _EMBEDDING)
     target = str(fields.get("module_output_name") or source)
-    return HeadModule(role, (), frozenset(), None, None, "", False, source, target)
+    return HeadModule(role, (), (), None, None, "", False, source, target)
 
 
 _READERS: dict[str, Callable[[Path, str, Mapping[str, Any]], HeadModule]] = {

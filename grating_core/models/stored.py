@@ -38,6 +38,7 @@ from grating_core.models.layout import (
     outside_by_role,
     outside_names,
 )
+from grating_core.models.modules import transformer_folder
 from grating_core.models.packed_file import PackedFile
 from grating_core.models.packing import PackedLayers, Packing
 
@@ -76,8 +77,9 @@ class StoredModel(ABC):
         self.config = read_config(directory)
         self.family, self.spec = self.config.family, self.config.spec
         self._check_family()
-        with blaming_config(directory / "config.json"):
-            check_stored(directory / "config.json", self.config, read_headers(directory))
+        path = transformer_folder(directory) / "config.json"
+        with blaming_config(path):
+            check_stored(path, self.config, read_headers(directory))
         try:
             self._checkpoint = Checkpoint(weight_files(directory), lasting=lasting)
         except (FileError, OSError) as error:

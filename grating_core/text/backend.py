@@ -10,11 +10,14 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, Unigram
+from tokenizers.normalizers import Lowercase, Sequence
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
-from grating_core.files.reading import parse_json, read_json_or
+from grating_core.files.reading import parse_json
 from grating_core.models.directory import has_tokenizer, is_gguf
 from grating_core.models.gguf import gguf_tokenizer
+from grating_core.models.modules import read_object, transformer_folder
+from grating_core.text.inputs import read_inputs
 from grating_core.text.settled import OPTIONS, TYPES, added_tokens, settled, with_steps
 
 _PROBE = "Aa é 漢 🎉 1 [SEP]"  # something for every step of a tokenizer, and a character that few know
@@ -43,7 +46,9 @@ def load_backend(directory: Path, rows: int | None = None) -> tuple[Tokenizer, b
     if is_gguf(directory):
         backend, has_types = gguf_tokenizer(directory)[0], False
     else:
-        backend, has_types = _from_files(directory)
+        backend, has_types = _from_files(transformer_folder(directory))
+    if read_inputs(directory).lowercase:
+        _make_lowercase(backend)
     token, last = max(backend.get_vocab(with_added_tokens=True).items(), key=itemgetter(1), default=("", -1))
     if rows is not None and last >= rows:  # fewer tokens are usual
         raise ModelNotFoundError(
@@ -53,6 +58,15 @@ def load_backend(directory: Path, rows: int | None = None) -> tuple[Tokenizer, b
     backend.no_padding()
     backend.no_truncation()
     return backend, has_types
+
+
+def _make_lowercase(backend: Tokenizer) -> None:
+    """Add a step that makes capital letters small, before all others, if there is none."""
+    steps = parse_json(backend.to_str())["normalizer"] or {}
+    steps = steps.get("normalizers", [steps])
+    if not any(step.get("type") == "Lowercase" for step in steps):
+        found = [backend.normalizer] if backend.normalizer is not None else []
+        backend.normalizer = Sequence([Lowercase(), *found])
 
 
 def _from_files(directory: Path) -> tuple[Tokenizer, bool]:
@@ -89,17 +103,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
     """
     if is_gguf(directory):
         return gguf_tokenizer(directory)[1]
-    return _read_object(directory / "tokenizer_config.json")
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        found = read_json_or(path, {})
-        if not isinstance(found, dict):
-            raise TypeError("it is not a JSON object")
-    except (ValueError, TypeError, OSError) as error:
-        raise ModelNotFoundError(f"{path} cannot be read: {error}") from error
-    return found
+    return read_object(transformer_folder(directory) / "tokenizer_config.json")
 
 
 def _reference(directory: Path) -> tuple[Any, bool]:
@@ -113,7 +117,7 @@ def _with_settings(directory: Path, settings: dict[str, Any]) -> tuple[Any, bool
     """Return the tokenizer of ``tokenizer.json``, with the steps that transformers makes from the settings."""
     whole = Tokenizer.from_file(str(directory / "tokenizer.json"))
     names = ("config.json", "special_tokens_map.json", "added_tokens.json")
-    files = {"tokenizer_config.json": settings} | {name: _read_object(directory / name) for name in names}
+    files = {"tokenizer_config.json": settings} | {name: read_object(directory / name) for name in names}
     if found := settled(whole, files):
         return found
     try:

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from grating_core.errors import ModelNotFoundError
 from grating_core.files.reading import read_json
+from grating_core.models.modules import transformer_folder
 from grating_core.text.backend import load_backend, read_settings
 from grating_core.text.messages import Messages, checked_messages, merged, without_system
 from grating_core.text.streamed import TextStream
@@ -82,6 +83,7 @@ class ChatFormat:
 
 
 def _read_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
+    directory = transformer_folder(directory)
     # Newer models keep the template in a file of its own, older ones in the settings, alone or in a list by name.
     if (path := directory / "chat_template.jinja").is_file():
         return path.read_text(encoding="utf-8")

@@ -11,6 +11,7 @@ from pathlib import Path
 from grating_core.arguments import LongDocuments
 from grating_core.errors import UnsupportedModelError
 from grating_core.text.chat import load_tokenizer
+from grating_core.text.inputs import read_inputs
 from grating_core.text.prompts import Prompt
 from grating_core.text.tokenizer import TextTokenizer, alike, encodable
 from grating_core.text.windows import divided
@@ -123,12 +124,20 @@ class PairTemplate(Template):
         window: The most tokens a pair may have.
         long_documents: The treatment of a document that does not fit: its end is cut, or it becomes windows.
         has_types: Whether the model is told which text a token belongs to.
+        prompt: The text that goes before a query.
     """
 
     def __init__(
-        self, tokenizer: TextTokenizer, window: int, long_documents: LongDocuments, *, has_types: bool
+        self,
+        tokenizer: TextTokenizer,
+        window: int,
+        long_documents: LongDocuments,
+        *,
+        has_types: bool,
+        prompt: str = "",
     ) -> None:
         super().__init__(tokenizer, window, long_documents)
+        self._prompt = tokenizer.written(prompt)
         # This pair shows what the tokenizer puts around two texts. A pair with an empty text would not show it:
         # the library then says that no token comes from either text.
         pair = tokenizer.backend.encode("a", "a")
@@ -140,7 +149,7 @@ class PairTemplate(Template):
 
     def encode(self, query: str, documents: Sequence[str]) -> list[list[TokenisedPair]]:
         """See :meth:`Template.encode`."""
-        question = self._question(query)
+        question = self._question(self._prompt + query)
         room = self.window - len(self._lead) - len(self._gap) - len(self._trail) - len(question)
         self._check_room(room, query)
         return [
@@ -294,4 +303,5 @@ def load_template(
         raise ValueError(
             f"instruction={instruction!r}: this model takes only query and document; leave the instruction out"
         )
-    return PairTemplate(tokenizer, window, long_documents, has_types=has_types)
+    inputs = read_inputs(directory)
+    return PairTemplate(tokenizer, window, long_documents, has_types=has_types, prompt=inputs.prompt)

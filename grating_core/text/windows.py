@@ -9,6 +9,7 @@ from typing import TypeGuard
 
 from grating_core.arguments import LongDocuments
 from grating_core.text.backend import read_settings
+from grating_core.text.inputs import read_inputs
 
 _SMALLEST = 8  # tokens of a window
 _OVERLAP = 8  # one in so many tokens of a window comes again in the next window
@@ -32,7 +33,11 @@ def find_window(directory: Path, model_window: int, max_length: int | None, usua
         raise ValueError(
             f"max_length={max_length} does not fit this model; use {_SMALLEST} to {model_window} tokens, or None"
         )
-    stated = read_settings(directory).get("model_max_length")
+    stated = read_inputs(directory).longest
+    if stated is None:
+        stated = read_settings(directory).get("model_max_length")
+    elif max_length is None and _is_window(stated):
+        usual = None
     window = min(model_window, int(stated)) if _is_window(stated) else model_window
     return max_length or min(window, usual or window)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder
 from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.base.modules.normalize import Normalize
@@ -15,6 +16,7 @@ from sentence_transformers.sentence_transformer.modules import Dropout, LayerNor
 from torch import nn
 
 from grating_core import ModelNotFoundError, UnsupportedModelError
+from grating_core.models.identity import fingerprint
 from tests.core.conftest import FAMILIES, WORDS, randomise, save_tokenizer
 from tests.core.parity import TOLERANCE, load, random_text
 
@@ -74,14 +76,80 @@ def ettin(tmp_path: Path) -> Path:
 def test_scores_equal_the_cross_encoders(tmp_path: Path, family: str, head: str) -> None:
     seed = random.randrange(10**6)
     print("seed", seed)  # shown when the test fails
-    source = random.Random(seed)
-    query = random_text(3, source, WORDS)
-    pairs = [(query, random_text(length, source, WORDS)) for length in LENGTHS]
+    pairs = pairs_of(random.Random(seed))
     directory = save_modular(tmp_path, family, head)
     expected = reference(directory, pairs)
     assert max(expected) - min(expected) > 100 * TOLERANCE
     assert load(directory).score(pairs) == pytest.approx(expected, abs=TOLERANCE)
     assert load(directory, slice_tokens=130).score(pairs) == pytest.approx(expected, abs=TOLERANCE)
+
+
+def pairs_of(source: random.Random) -> list[tuple[str, str]]:
+    query = random_text(3, source, WORDS)
+    return [(query, random_text(length, source, WORDS)) for length in LENGTHS]
+
+
+def test_a_prompt_goes_before_the_query(tmp_path: Path) -> None:
+    settings = {"prompts": {"web": "w7 w8 w9 ", "none": ""}, "default_prompt_name": "web"}
+    directory = save_modular(tmp_path, "modernbert-cls", "ettin", **settings)
+    pairs = pairs_of(random.Random(1))
+    expected = reference(directory, pairs)
+    assert load(directory).score(pairs) == pytest.approx(expected, abs=TOLERANCE)
+    change(directory, "config_sentence_transformers.json", default_prompt_name="none")
+    assert load(directory).score(pairs) == pytest.approx(reference(directory, pairs), abs=TOLERANCE)
+    assert load(directory).score(pairs) != pytest.approx(expected, abs=TOLERANCE)
+    change(directory, "config_sentence_transformers.json", default_prompt_name="other")
+    with pytest.raises(ModelNotFoundError, match="default_prompt_name='other', which is none of its prompts"):
+        load(directory)
+    change(directory, "config_sentence_transformers.json", default_prompt_name="web")
+    change(directory, "1_Pooling/config.json", include_prompt=False)
+    with pytest.raises(UnsupportedModelError, match="include_prompt=false"):
+        load(directory)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_seq_length": 20},
+        {"max_seq_length": 30, "processor_kwargs": {"model_max_length": 20, "padding_side": "left"}},
+        {"max_seq_length": 30, "processing_kwargs": {"text": {"max_length": 20, "padding": "longest"}}},
+        {"do_lower_case": True, "model_kwargs": {"attn_implementation": "eager"}},
+    ],
+)
+def test_the_settings_of_the_transformer_are_honoured(ettin: Path, fields: dict[str, object]) -> None:
+    pairs = [(query.upper(), text.title()) if "do_lower_case" in fields else (query, text)
+             for query, text in pairs_of(random.Random(2))]  # fmt: skip
+    before = load(ettin).score(pairs)
+    change(ettin, "sentence_bert_config.json", **fields)
+    found = load(ettin).score(pairs)
+    assert found == pytest.approx(reference(ettin, pairs), abs=TOLERANCE)
+    assert found != pytest.approx(before, abs=TOLERANCE)
+
+
+def test_the_transformer_may_have_a_folder_of_its_own(ettin: Path) -> None:
+    pairs = pairs_of(random.Random(3))
+    change(ettin, "sentence_bert_config.json", max_seq_length=20)
+    expected = load(ettin).score(pairs)
+    modules = json.loads((ettin / "modules.json").read_text())
+    (ettin / (folder := "0_Transformer")).mkdir()
+    for path in ettin.iterdir():
+        if path.is_file() and path.name not in ("modules.json", "config_sentence_transformers.json"):
+            path.rename(ettin / folder / path.name)
+    (ettin / "modules.json").write_text(json.dumps([modules[0] | {"path": folder}, *modules[1:]]))
+    assert load(ettin).score(pairs) == expected
+    assert expected == pytest.approx(reference(ettin, pairs), abs=TOLERANCE)
+
+
+def test_another_module_is_another_model(ettin: Path) -> None:
+    found = [fingerprint(ettin)]
+    weights = load_file(ettin / "2_Dense/model.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()}, ettin / "2_Dense/model.safetensors")
+    found.append(fingerprint(ettin))
+    change(ettin, "2_Dense/config.json", activation_function="torch.nn.modules.activation.Tanh")
+    found.append(fingerprint(ettin))
+    change(ettin, "1_Pooling/config.json", pooling_mode="mean")
+    found.append(fingerprint(ettin))
+    assert len(set(found)) == 4
 
 
 def test_the_function_that_the_model_was_trained_with_is_known(ettin: Path) -> None:
@@ -120,6 +188,16 @@ def test_an_embedding_model_is_no_reranker(ettin: Path) -> None:
         ("2_Dense/config.json", {"module_input_name": "token_embeddings"}, "module_input_name='token_embeddings'"),
         ("4_Dense/config.json", {"module_output_name": "sentence_embedding"}, "give no scores"),
         ("4_Dense/config.json", {"out_features": 2}, "give 2 scores"),
+        ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, "transformer_task='fill-mask'"),
+        ("sentence_bert_config.json", {"tokenizer_name_or_path": "x"}, "tokenizer_name_or_path"),
+        ("sentence_bert_config.json", {"processor_kwargs": {"truncation_side": "left"}}, "truncation_side"),
+        ("sentence_bert_config.json", {"config_args": {"hidden_act": "relu"}}, r"config_args\.hidden_act"),
+        ("sentence_bert_config.json", {"modality_config": {"image": {}}}, "is for image"),
+        (
+            "sentence_bert_config.json",
+            {"modality_config": {"text": {"method": "forward", "method_output_name": ["hidden_states", -2]}}},
+            "hidden_states",
+        ),
     ],
 )
 def test_what_changes_the_score_is_refused_by_name(
