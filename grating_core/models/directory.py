@@ -29,6 +29,7 @@ from grating_core.models.modules import (
     read_list,
     transformer_folder,
 )
+from grating_core.models.pickled import remedy
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -203,8 +204,8 @@ def _files(directory: Path) -> list[Path]:
     absent = [path.name for path in files if not os.path.isfile(path)]  # noqa: PTH113 - as in find_model
     if absent:
         raise ModelNotFoundError(
-            f"{directory} lacks {', '.join(absent)}. Only safetensors are loaded, never pickled weights "
-            f"(pytorch_model.bin): convert pickled weights with save_pretrained first"
+            f"{directory} lacks {', '.join(absent)}. Only safetensors are loaded, never pickled weights"
+            f"{remedy(directory) or ': fetch the model again'}"
         )
     return files
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from fnmatch import fnmatch
 from glob import escape
 from pathlib import Path
 
@@ -21,14 +23,18 @@ from huggingface_hub.errors import (
 
 from grating_core.errors import ModelNotFoundError
 from grating_core.models.hub import MODEL_FILES, Hub
+from grating_core.models.pickled import PATTERN, remedy_on_hub
 
 _VOCABULARY = ("vocab.txt", "vocab.json", "merges.txt")  # tokenizer.json contains the same
 # These settings change what is computed. The cache keeps the hub's list of files, so it shows which a model has.
 _SETTINGS = (
     "config.json", "generation_config.json", "modules.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "chat_template.*", "adapter_config.json",
-    "model.safetensors.index.json",
+    "model.safetensors.index.json", "config_sentence_transformers.json", "sentence_bert_config.json",
+    "[0-9]*_*/config.json", "[0-9]*_*/model.safetensors",
 )  # fmt: skip
+# A module of sentence-transformers, in a folder such as 1_Pooling. Other folders hold exports to other formats.
+_IN_MODULE = re.compile(r"\d+_[A-Za-z]\w*/[^/]+")
 PATIENCE = 10.0
 """Seconds to wait for a hub that does not answer."""
 _ANSWERED = (RevisionNotFoundError, LocalTokenNotFoundError)  # another attempt would not change these errors
@@ -56,6 +62,8 @@ def fetch(hub: Hub, hub_id: str, is_whole: Callable[[Path], bool]) -> Path:
         if hub.local_files_only or constants.HF_HUB_OFFLINE:
             return kept or _snapshot(hub, hub_id, _SETTINGS, local_files_only=True)
         return _fetched(hub, hub_id, kept)
+    except ModelNotFoundError:
+        raise
     except Exception as error:  # a hub may send anything, which may cause any error
         if kept is None or isinstance(error, _ANSWERED) or not is_whole(kept):
             raise _refusal(hub, hub_id, error) from error
@@ -69,7 +77,7 @@ def _fetched(hub: Hub, hub_id: str, kept: Path | None) -> Path:
     # The hub is asked here first, with a limit of time, because the library that fetches files has no limit.
     version = hub.revision or constants.DEFAULT_REVISION
     found = HfApi(token=hub.token).model_info(hub_id, revision=version, timeout=PATIENCE)
-    files = [escape(name) for name in _needed(file.rfilename for file in found.siblings or [])]
+    files = [escape(name) for name in _needed(hub_id, [file.rfilename for file in found.siblings or []])]
     directory = _snapshot(replace(hub, revision=found.sha), hub_id, files)
     if directory != kept:
         _snapshot(hub, hub_id, files)  # a version becomes the newest in the cache when all its files are there
@@ -93,7 +101,6 @@ def _snapshot(hub: Hub, hub_id: str, files: Iterable[str], *, local_files_only: 
             cache_dir=hub.cache_dir,
             local_files_only=local_files_only,
             allow_patterns=list(files),
-            ignore_patterns=["*/*"],  # subfolders hold exports to other formats
         )
     )
 
@@ -107,9 +114,16 @@ def _refusal(hub: Hub, hub_id: str, error: Exception) -> ModelNotFoundError:
     )
 
 
-def _needed(names: Iterable[str]) -> list[str]:
+def _needed(hub_id: str, names: Iterable[str]) -> list[str]:
     """Return those of the hub's files that are needed."""
-    found = [name for name in names if name.endswith(MODEL_FILES) and "/" not in name]
+    own = [name for name in names if "/" not in name or _IN_MODULE.fullmatch(name)]
+    found = [name for name in own if name.endswith(MODEL_FILES)]
+    pickled = [name for name in own if fnmatch(name, PATTERN)]
+    if pickled and not any(name.endswith(".safetensors") for name in found):
+        raise ModelNotFoundError(
+            f"model={hub_id!r} has no safetensors on the hub, and grating never loads pickled weights"
+            f"{remedy_on_hub(hub_id, pickled)}"
+        )
     if "tokenizer.json" in found:
         found = [name for name in found if name not in _VOCABULARY and not name.endswith(".model")]
     if "config.json" not in found and "adapter_config.json" not in found:

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from grating_core import ModelNotFoundError, Reranker
 from grating_core.models import fetching
 from tests.core.models.test_hub import FIRST, NAME, PAIRS, SECOND, TOKEN, cached
+from tests.core.models.test_modules import save_modular
 from tests.core.parity import load
 
 QUICK = {"dtype": "float32", "device": "cpu", "pruning": "off"}
@@ -186,15 +187,16 @@ def publishing(
     source: Path, commit: str, damage: Callable[[str, bytes], bytes] = lambda name, data: data
 ) -> Answer:
     """A hub that has one model; what it sends of a file may be something else."""
-    files = {path.name: path.read_bytes() for path in source.iterdir()} | {"vocab.txt": b"w1\nw2\n"}
+    paths = [path for path in source.rglob("*") if path.is_file()]
+    files = {path.relative_to(source).as_posix(): path.read_bytes() for path in paths} | {"vocab.txt": b"w1\nw2\n"}
 
     def answer(request: BaseHTTPRequestHandler) -> None:
         send: Callable[..., None] = request.send  # type: ignore[attr-defined]
         path = request.path.partition("?")[0]
         if "/resolve/" in path:
-            name = path.rpartition("/")[2]
+            name = path.partition("/resolve/")[2].partition("/")[2]
             body = files[name] if request.command == "HEAD" else damage(name, files[name])
-            send(200, body, ETag=f'"{name}-{commit}"', X_Repo_Commit=commit)
+            send(200, body, ETag=f'"{name.replace("/", "-")}-{commit}"', X_Repo_Commit=commit)
         elif "/tree/" in path:
             entries = [
                 {"type": "file", "path": name, "size": len(data), "oid": f"{name}-{commit}"}
@@ -218,6 +220,34 @@ def test_a_hub_is_asked_for_no_file_that_is_not_needed(server: Server, tmp_path:
     server.answer = reset
     with Reranker.from_pretrained(NAME, cache_dir=tmp_path, **QUICK) as again:
         assert again.model_path == reranker.model_path
+
+
+def test_the_folders_of_modules_are_fetched_and_no_others(server: Server, tmp_path: Path) -> None:
+    source = save_modular(tmp_path / "source", "modernbert-cls", "ettin")
+    (source / "onnx").mkdir()
+    (source / "onnx" / "config.json").write_text("{}")
+    server.answer = publishing(source, FIRST)
+    how = {"cache_dir": tmp_path / "cache", **QUICK}
+    with Reranker.from_pretrained(NAME, **how) as reranker:
+        assert reranker.score(PAIRS) == load(source).score(PAIRS)
+    assert not any("onnx" in path for path in server.asked)
+    server.answer = reset
+    with Reranker.from_pretrained(NAME, **how) as again:
+        assert again.model_path == reranker.model_path
+    (reranker.model_path / "2_Dense" / "model.safetensors").unlink()
+    with pytest.raises(ModelNotFoundError, match="the hub cannot be used"):  # what is in the cache is not whole
+        Reranker.from_pretrained(NAME, **how)
+
+
+def test_pickled_weights_on_a_hub_are_named_with_a_command(
+    server: Server, tmp_path: Path, tiny_bert: Path
+) -> None:
+    source = Path(shutil.copytree(tiny_bert, tmp_path / "source"))
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    server.answer = publishing(source, FIRST)
+    with pytest.raises(ModelNotFoundError, match=r"never loads pickled weights: .*pytorch_model\.bin.*python -c"):
+        Reranker.from_pretrained(NAME, cache_dir=tmp_path / "cache", **QUICK)
+    assert not any("pytorch_model.bin" in path for path in server.asked)
 
 
 def test_a_newer_version_that_does_not_arrive_whole(server: Server, tmp_path: Path, tiny_bert: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from grating_core import GratingError, ModelNotFoundError, Reranker, StreamedCau
 from grating_core.cli.commands import app
 from grating_core.errors import FileError
 from grating_core.lab.distill import distill
+from grating_core.models.pickled import remedy
 from grating_core.opening import open_reranker
 from grating_core.settings import RerankSettings
 from tests.core.conftest import save_model
@@ -106,12 +108,24 @@ def test_missing_tensors_are_named(directory: Path) -> None:
         load(directory)
 
 
+def run_shown(message: str) -> None:
+    """Run the command that a message shows."""
+    exec(shlex.split(message[message.index("python -c") :])[2], {})
+
+
 def test_pickles_are_never_opened(directory: Path) -> None:
-    weights = load_file(directory / "model.safetensors")
+    expected, weights = load(directory).score(PAIRS), load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
     torch.save(weights, directory / "pytorch_model.bin")
-    with pytest.raises(ModelNotFoundError, match="never pickled weights"):
+    with pytest.raises(ModelNotFoundError, match=r"never pickled weights: .* pytorch_model\.bin") as refused:
         load(directory)
+    run_shown(str(refused.value))
+    assert load(directory).score(PAIRS) == expected
+    (directory / "model.safetensors").unlink()
+    change_config(directory, architectures=["Unheard"])  # transformers does not have it
+    run_shown(remedy(directory))
+    change_config(directory, architectures=["BertForSequenceClassification"])
+    assert load(directory).score(PAIRS) == expected
 
 
 def test_code_in_a_checkpoint_is_never_run(directory: Path, tmp_path: Path) -> None:

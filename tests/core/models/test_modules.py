@@ -18,6 +18,7 @@ from torch import nn
 from grating_core import ModelNotFoundError, UnsupportedModelError
 from grating_core.models.identity import fingerprint
 from tests.core.conftest import FAMILIES, WORDS, randomise, save_tokenizer
+from tests.core.models.test_directory import run_shown
 from tests.core.parity import TOLERANCE, load, random_text
 
 WIDTH = 32
@@ -226,6 +227,18 @@ def test_damaged_modules_are_told_apart(ettin: Path, file: str, content: bytes |
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(ModelNotFoundError, match=told):
         load(ettin)
+
+
+def test_pickled_weights_of_a_module_are_named_with_a_command(ettin: Path) -> None:
+    pairs = pairs_of(random.Random(4))
+    expected = load(ettin).score(pairs)
+    path = ettin / "2_Dense/model.safetensors"
+    torch.save(load_file(path), path.with_name("pytorch_model.bin"))
+    path.unlink()
+    with pytest.raises(ModelNotFoundError, match=r"2_Dense lacks model\.safetensors.*never pickled") as refused:
+        load(ettin)
+    run_shown(str(refused.value))
+    assert load(ettin).score(pairs) == expected
 
 
 def test_a_module_of_another_model_is_refused(ettin: Path, tmp_path: Path) -> None:
