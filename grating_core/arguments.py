@@ -107,6 +107,33 @@ def check_target(target: Any) -> None:
         raise ValueError(f"target={target!r} must be a number between 0 and 1, such as 0.98")
 
 
+def check_threshold(score_threshold: Any, *, raw_scores: bool, scores: str) -> None:
+    """Check the score below which documents are left out.
+
+    Args:
+        score_threshold: The threshold; None for none.
+        raw_scores: Whether it is a raw score, and no probability.
+        scores: ``"exact"`` or ``"estimated"``.
+
+    Raises:
+        ValueError: It is no finite number, or no probability, or the scores are estimates, whose level may be off.
+    """
+    if score_threshold is None:
+        return
+    told = f"score_threshold={score_threshold!r}"
+    if not is_number(score_threshold):
+        raise ValueError(f"{told} must be a finite number; None leaves nothing out")
+    if not raw_scores and not 0 <= score_threshold <= 1:
+        raise ValueError(
+            f"{told} must be a probability from 0 to 1, unless raw_scores are asked for, which may be any number"
+        )
+    if scores == "estimated":
+        raise ValueError(
+            f"{told} and scores='estimated' exclude each other: the level of an estimate may be off. Use "
+            f"scores='exact'"
+        )
+
+
 def check_query(query: str) -> None:
     """Raise ``ValueError`` for a query that is not a string, or blank."""
     if not isinstance(query, str) or not query.strip():

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
+from math import inf
 
 from semantic_text_splitter import TextSplitter
 
@@ -37,6 +38,7 @@ class Passage:
         score: The model's relevance score of the best chunk in the passage: a raw logit, higher is more relevant.
             None if everything fitted, so that nothing was judged.
         tokens: Number of tokens of the passage.
+        probability: The score as a probability from 0 to 1; None if nothing was judged.
     """
 
     document: int
@@ -45,6 +47,7 @@ class Passage:
     text: str
     score: float | None
     tokens: int
+    probability: float | None = None
 
 
 def select_context(
@@ -136,7 +139,8 @@ class Selector:
         top_k = -(-self._max_tokens * len(chunks) // max(1, sum(chunk.tokens for chunk in chunks)))
         asked = self._reranker.tail(query.strip())
         ranking = yield Request(asked, [chunk.text for chunk in chunks], top_k)
-        kept = source.fill([replace(chunks[best.index], score=best.score) for best in ranking], self._max_tokens)
+        judged = [replace(chunks[best.index], score=best.score, probability=best.probability) for best in ranking]
+        kept = source.fill(judged, self._max_tokens)
         # A whole text may have a few more tokens than its parts together.
         while not source.fit(passages := source.merged(kept), self._max_tokens):
             kept.pop()
@@ -191,10 +195,6 @@ def _separator(before: Passage, after: Passage) -> str:
 
 def _place(passage: Passage) -> tuple[int, int]:
     return passage.document, passage.start
-
-
-def _scores(chunks: Iterable[Passage]) -> list[float]:
-    return [chunk.score for chunk in chunks if chunk.score is not None]
 
 
 class Source:
@@ -255,18 +255,22 @@ class Source:
                 runs[-1].append(chunk)
             else:
                 runs.append([chunk])
-        return [
-            self._cut(run[0].document, run[0].start, run[-1].end, max(_scores(run), default=None)) for run in runs
-        ]
+        return [self._joined(run) for run in runs]
 
     def fit(self, passages: list[Passage], max_tokens: int) -> bool:
         """Say whether the passages are within the budget, joined as well as one by one."""
         sizes = [passage.tokens for passage in passages]
         return not passages or max(sum(sizes), self._count(join_passages(passages))) <= max_tokens
 
-    def _cut(self, document: int, start: int, end: int, score: float | None = None) -> Passage:
+    def _joined(self, run: list[Passage]) -> Passage:
+        """Return a passage of chunks that adjoin, with the score of the best."""
+        whole = self._cut(run[0].document, run[0].start, run[-1].end)
+        best = max(run, key=lambda chunk: -inf if chunk.score is None else chunk.score)
+        return replace(whole, score=best.score, probability=best.probability)
+
+    def _cut(self, document: int, start: int, end: int) -> Passage:
         text = self._texts[document][start:end]
-        return Passage(document, start, end, text, score, self._count(text))
+        return Passage(document, start, end, text, None, self._count(text))
 
     def _estimate(self, text: str) -> int:
         """Count tokens roughly: each word by itself, and only once, because a splitter asks often."""

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from grating_core.arguments import Scores, check_query, check_target, elements, texts, whole_number
+from grating_core.arguments import (
+    Scores,
+    check_query,
+    check_target,
+    check_threshold,
+    elements,
+    texts,
+    whole_number,
+)
 from grating_core.pruning import PruningPolicy
 
 
@@ -20,6 +29,8 @@ class Request:
         scores: ``"exact"`` or ``"estimated"``, see :meth:`Reranker.rerank`.
         pruning: The policy of this request alone; None takes the reranker's own pruning.
         target: The target of this request alone, which needs a lens; None takes the reranker's own target.
+        score_threshold: The least probability of a document that is returned; None leaves none out.
+        raw_scores: Whether the threshold is a raw score, and no probability.
     """
 
     query: str
@@ -28,11 +39,19 @@ class Request:
     scores: Scores = field(default="exact", kw_only=True)
     pruning: PruningPolicy | None = field(default=None, kw_only=True)
     target: float | None = field(default=None, kw_only=True)
+    score_threshold: float | None = field(default=None, kw_only=True)
+    raw_scores: bool = field(default=False, kw_only=True)
 
     @classmethod
-    def of(cls, query: str, documents: Iterable[str], top_k: int, scores: Scores) -> Request:
+    def of(cls, query: str, documents: Iterable[str], top_k: int, **wanted: Any) -> Request:
         """Return a checked request, see :meth:`checked`. The documents may come from a generator."""
-        return cls(query, texts("documents", documents), top_k, scores=scores).checked()
+        return cls(query, texts("documents", documents), top_k, **wanted).checked()
+
+    def keeps(self, score: float, probability: float) -> bool:
+        """Tell whether a document is at or above the threshold, by its raw score or its probability."""
+        if self.score_threshold is None:
+            return True
+        return (score if self.raw_scores else probability) >= self.score_threshold
 
     def checked(self) -> Request:
         """Return the request with its documents in a list and a K that is an int.
@@ -50,6 +69,7 @@ class Request:
             check_target(self.target)
             if self.pruning is not None:
                 raise ValueError(f"target={self.target} and pruning={self.pruning!r} exclude each other")
+        check_threshold(self.score_threshold, raw_scores=self.raw_scores, scores=self.scores)
         return replace(self, documents=documents, top_k=whole_number("top_k", self.top_k))
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +10,17 @@ import torch
 
 from grating_core import arguments
 from grating_core.arguments import Guarantee, LongDocuments, Scores, whole_number
+from grating_core.calibrating import Calibrated
 from grating_core.engine.job import Job
-from grating_core.engine.observing import knows_8_bits, observing
 from grating_core.engine.one_pass import Outcome
 from grating_core.engine.passes import Passes
 from grating_core.engine.scorer import Scorer
-from grating_core.files.places import expanded
 from grating_core.forking import Threads
-from grating_core.lens.calibrate import Effort, calibrate
 from grating_core.lens.pruning import ByLens, pruning_of
-from grating_core.lens.recalibrate import Recalibration, calling, for_a_caller, start_recalibration
+from grating_core.lens.recalibrate import calling, for_a_caller
 from grating_core.lens.state import Sampling
-from grating_core.lens.store import CalibratedLens, lens_directory
-from grating_core.lifetime import Loaded, closed_on_error
-from grating_core.opening import load_unpruned, open_reranker
+from grating_core.lifetime import closed_on_error
+from grating_core.opening import open_reranker
 from grating_core.pruning import PruningPolicy
 from grating_core.requests import Request, checked_requests
 from grating_core.results import RerankResult
@@ -34,7 +29,7 @@ from grating_core.telemetry import reranking, scoring
 from grating_core.text.prompts import Prompt
 
 
-class Reranker(Loaded[Scorer, RerankSettings]):
+class Reranker(Calibrated):
     """A reranker finds the K of N documents that answer a query best, with a cross-encoder.
 
     All documents go through the model together, layer by layer, packed without padding. Those that cannot reach
@@ -55,17 +50,11 @@ class Reranker(Loaded[Scorer, RerankSettings]):
         self._turn = scorer.turn
         self._calls = Threads(1, "grating-rerank")
         self._passes = Passes(scorer.run, scorer.turn, self._calls, scorer.pass_tokens, scorer.lanes)
-        self._sampling = sampling
         self.plan = scorer.plan
         """The plan of the memory budget; None without a budget."""
         self.model_path = model_path
         """The local directory that the weights were read from."""
-        self.identity = identity
-        """The identity of the model and of its question. A lens belongs to one identity."""
-        self.pruning = pruning
-        """How candidates are dropped early."""
-        self.recalibration = self._start_recalibration()
-        """The recalibration and its results; None if it is off, or if there is no lens yet to recalibrate."""
+        super().__init__(identity, pruning, sampling)
 
     @classmethod
     def from_pretrained(  # noqa: D417 - the settings describe the other arguments
@@ -136,7 +125,14 @@ class Reranker(Loaded[Scorer, RerankSettings]):
             return cls(opened.load(), opened.directory, opened.identity, pruning, sampling)
 
     def rerank(
-        self, query: str, documents: Iterable[str], top_k: int = 10, *, scores: Scores = "exact"
+        self,
+        query: str,
+        documents: Iterable[str],
+        top_k: int = 10,
+        *,
+        scores: Scores = "exact",
+        score_threshold: float | None = None,
+        raw_scores: bool = False,
     ) -> RerankResult:
         """Rank the documents by relevance to the query and return the best.
 
@@ -148,22 +144,38 @@ class Reranker(Loaded[Scorer, RerankSettings]):
             scores: ``"exact"`` computes what is returned through every layer, so its scores are the full model's.
                 ``"estimated"`` lets sure winners stop early as well, which is faster. Their scores are estimates
                 and marked so, and they rank before those that went on.
+            score_threshold: The least probability of a document that is returned, from 0 to 1. Fewer than
+                ``top_k`` may come back, or none: "nothing here is relevant" is an answer. None leaves none out. A
+                threshold needs exact scores, because the level of an estimate may be off.
+            raw_scores: Whether the threshold is a raw score, such as -3.5, and no probability.
 
         Returns:
-            The top ``min(top_k, N)`` documents, best first, and the trace.
+            The top ``min(top_k, N)`` documents, best first, without those below the threshold; and the trace.
 
         Raises:
             ValueError: An argument is not usable; the message names it. Raised before any computing.
             ScoreError: The model gave a score that is not a finite number.
             RuntimeError: The reranker has been closed.
         """
-        return self._rerank([Request.of(query, documents, top_k, scores)])[0]
+        wanted = Request.of(
+            query, documents, top_k, scores=scores, score_threshold=score_threshold, raw_scores=raw_scores
+        )
+        return self._rerank([wanted])[0]
 
     async def arerank(
-        self, query: str, documents: Iterable[str], top_k: int = 10, *, scores: Scores = "exact"
+        self,
+        query: str,
+        documents: Iterable[str],
+        top_k: int = 10,
+        *,
+        scores: Scores = "exact",
+        score_threshold: float | None = None,
+        raw_scores: bool = False,
     ) -> RerankResult:
         """Await what :meth:`rerank` returns. Waiting holds no thread; cancelling the task ends its computing."""
-        request = Request.of(query, documents, top_k, scores)
+        request = Request.of(
+            query, documents, top_k, scores=scores, score_threshold=score_threshold, raw_scores=raw_scores
+        )
         return await self.awaited(request, self.job(request))
 
     def job(self, request: Request) -> Job[Outcome]:
@@ -201,7 +213,7 @@ class Reranker(Loaded[Scorer, RerankSettings]):
     def _result(self, request: Request, outcome: Outcome) -> RerankResult:
         if self.recalibration is not None:
             self.recalibration.saw(request, [winner.index for winner in outcome.winners])
-        return outcome.result(request.documents)
+        return outcome.result(request, self.probability)
 
     @for_a_caller
     def score(self, pairs: Iterable[tuple[str, str]], *, show_progress: bool = False) -> list[float]:
@@ -212,7 +224,7 @@ class Reranker(Loaded[Scorer, RerankSettings]):
             show_progress: Whether to show a progress bar on standard error.
 
         Returns:
-            Scores in the order of the pairs.
+            Raw scores in the order of the pairs. :meth:`probability` turns one into a probability.
 
         Raises:
             ValueError: A pair is not two strings, or its query is empty; the message names its index.
@@ -237,80 +249,10 @@ class Reranker(Loaded[Scorer, RerankSettings]):
         tokens = self.max_length // 2 if tokens is None else whole_number("tokens", tokens)
         return self._template.tail(text, tokens)
 
-    @property
-    def lens(self) -> CalibratedLens | None:
-        """The lens that this reranker prunes by, with its margins; None without a lens."""
-        return self.pruning.calibrated if isinstance(self.pruning, ByLens) else None
-
-    @for_a_caller
-    def calibrate(
-        self,
-        documents: Iterable[str] | Mapping[str, Iterable[str]],
-        queries: Iterable[str] | Mapping[str, Iterable[str]] | None = None,
-        *,
-        top_k: int = 5,
-        candidates: int = 20,
-        requests: int = 600,
-        output: str | Path | None = None,
-        seed: int = 0,
-        show_progress: bool = False,
-    ) -> CalibratedLens:
-        """Fit a lens to this model on texts of your own, and find the margins that keep a promise.
-
-        This takes as long as ``requests`` requests without pruning, twice where 8 bits have kernels, and some
-        hundred MB beside a budget. This reranker, and every later ``pruning="auto"`` of this model, uses the lens.
-
-        Args:
-            documents: Texts like those that will be reranked, more than ``candidates``. No judgements are needed.
-                With several corpora by name, the promise holds for corpora that the lens has not seen.
-            queries: Questions like those that will be asked, or the questions of each corpus by name. None makes
-                queries of titles or leading sentences.
-            top_k: The K for which the summary says what is saved and lost. The lens works for any K.
-            candidates: Number of documents of a request. Larger requests save less.
-            requests: Number of requests to compute; fewer if there are fewer queries. With n requests no promise
-                above 1 - 2.5 / (n + 1) can be made.
-            output: Directory of the lens; None for grating's cache.
-            seed: Seed of the choice of queries.
-            show_progress: Whether to show progress bars on standard error.
-
-        Returns:
-            The lens. Its ``summary`` says how much it saves and loses.
-
-        Raises:
-            ValueError: An argument is not usable, or there is too little text; the message names it.
-            StorageError: The output cannot be written, or grating's cache has no room for the observations.
-        """
-        scorer = self.scorer
-        place = lens_directory(self.identity) if output is None else expanded(output)
-        effort = Effort(top_k=top_k, candidates=candidates, requests=requests, seed=seed)
-        target = self.pruning.target if isinstance(self.pruning, ByLens) else RerankSettings.target
-        again = None if self.settings is None else partial(load_unpruned, self.settings)
-        calibrated = calibrate(
-            observing(scorer, again), scorer.model.shape, self.identity, documents, queries, effort,
-            quantizes=again is not None and knows_8_bits(scorer), target=target, directory=place,
-            show_progress=show_progress,
-        )  # fmt: skip
-        if isinstance(self.pruning, ByLens):
-            if self.settings is not None:
-                self.settings = replace(self.settings, lens=None if output is None else place)
-            used = scorer.take_over(calibrated)
-            self.pruning = replace(self.pruning, calibrated=used and used.to(scorer.model.device))
-            if self.recalibration is not None:
-                self.recalibration.close()  # what it has learnt is for other margins
-            self.recalibration = self._start_recalibration()
-        return calibrated
-
     def close(self) -> None:
         """Free weights, files and threads. Later calls raise ``RuntimeError``; calls in progress end normally."""
         self._passes.close()
-        if self.recalibration is not None:
-            self.recalibration.close()
         super().close()
-
-    @property
-    def scorer(self) -> Scorer:
-        """The scorer, which computes the requests. Raises ``RuntimeError`` when the reranker has been closed."""
-        return self._model()
 
     @property
     def device(self) -> torch.device:
@@ -330,6 +272,3 @@ class Reranker(Loaded[Scorer, RerankSettings]):
     def count_tokens(self, text: str) -> int:
         """Count the tokens that the model's tokenizer makes of a text, without special tokens."""
         return self._template.count_tokens(text)
-
-    def _start_recalibration(self) -> Recalibration[Scorer] | None:
-        return start_recalibration(self.scorer, Scorer.full_scores, self.pruning, self.identity, self._sampling)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp
 from typing import Any, Literal
 
 from grating_core.pruning import Route
@@ -18,24 +17,17 @@ class RankedDocument:
         index: Position of the document in the caller's list.
         score: The model's relevance score: a raw logit, higher is more relevant.
         text: The document.
+        probability: The score as a probability from 0 to 1, see :meth:`Reranker.probability`.
         estimated: Whether the score is an estimate that was read before the last layer; never with
-            ``scores="exact"``. The level of a lens' estimate may be off: compare it only with other estimates of
-            the same request.
+            ``scores="exact"``. The level of a lens' estimate may be off, and so may its probability: compare it
+            only with other estimates of the same request.
     """
 
     index: int
     score: float
     text: str
+    probability: float
     estimated: bool = False
-
-    @property
-    def probability(self) -> float:
-        """The score as a probability between 0 and 1, by the logistic function that rerankers are trained with.
-
-        For a model that answers a question, this is the softmax over yes and no.
-        """
-        odds = exp(-abs(self.score))  # a large exponent would overflow
-        return (1.0 if self.score >= 0 else odds) / (1.0 + odds)
 
 
 @dataclass(frozen=True)
@@ -163,7 +155,8 @@ class RerankResult:
     """This class holds the result of :meth:`Reranker.rerank`.
 
     Attributes:
-        ranking: The top ``min(top_k, N)`` documents, best first. Equal scores keep the caller's order.
+        ranking: The top ``min(top_k, N)`` documents, best first, without those below a threshold. Equal scores
+            keep the caller's order.
         trace: The record of how the ranking came about.
     """
 

@@ -103,7 +103,7 @@ def check_adapters(random, full):
     asked = random.choice(["", " ", "\n"]) if blank else query
     best = full.rerank(query, documents, top_n).ranking
     wanted = range(min(top_n, len(documents))) if blank else [ranked.index for ranked in best]
-    scores = [None] * len(wanted) if blank else [ranked.score for ranked in best]
+    scores = [None] * len(wanted) if blank else [ranked.probability for ranked in best]
 
     given = [Document(text, id=str(index)) for index, text in enumerate(documents)]
     kept = LangChainRerank(reranker=full, top_n=top_n).compress_documents(given, asked)

@@ -14,13 +14,13 @@ CORE = ROOT / "grating_core"
 ROOMS = [
     "errors", "arguments", "forking", "files", "lifetime", "pruning", "requests", "results", "memory", "kernels",
     "layers", "columns", "models", "text", "lens", "engine", "settings", "telemetry", "opening",
-    "reranker", "generation", "context",
+    "calibrating", "reranker", "generation", "context",
     "frameworks", "lab", "demo", "door", "serving", "cli",
 ]  # fmt: skip
 BESIDE = [("pruning", "memory"), ("reranker", "generation")]  # neither imports the other
 
 LINES = 350
-FEWER_LINES = {"generation.py": 300, "reranker.py": 335}
+FEWER_LINES = {"generation.py": 300, "reranker.py": 300}
 
 # Names with an underscore that are not private: their libraries have them for whoever extends or ends something.
 FOREIGN = {

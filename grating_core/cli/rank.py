@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from math import isfinite
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from grating_core.arguments import check_threshold
 from grating_core.cli.inputs import Record, read_records
 from grating_core.cli.options import BUNDLED, InputOptions, Takes
 from grating_core.cli.output import err, show, tell, write_json, write_json_lines
@@ -40,22 +40,18 @@ class WantedOptions:
     """These options say what a ranking is to hold.
 
     Attributes:
-        score_threshold: The score below which documents are left out: a raw logit such as 0.0, no probability.
+        score_threshold: The probability, from 0 to 1, below which documents are left out.
+        raw_scores: Take the threshold as a raw logit, such as -3.5, and no probability.
         scores: Whether sure winners go through every layer ('exact') or stop early as well ('estimated').
     """
 
     top_k: int = 5
     score_threshold: float | None = None
+    raw_scores: bool = False
     scores: Literal["exact", "estimated"] = "exact"
 
     def __post_init__(self) -> None:
-        if self.score_threshold is not None and not isfinite(self.score_threshold):
-            raise ValueError(f"score_threshold={self.score_threshold} must be a finite number, such as 0.0")
-        if self.score_threshold is not None and self.scores == "estimated":
-            raise ValueError(
-                f"score_threshold={self.score_threshold} needs --scores exact: estimates only compare with each "
-                f"other"
-            )
+        check_threshold(self.score_threshold, raw_scores=self.raw_scores, scores=self.scores)
 
 
 def rerank(
@@ -141,7 +137,7 @@ class _Ranked:
 
 
 def _ranked(asked: AskedOptions, settings: RerankSettings, wanted: WantedOptions) -> _Ranked:
-    """Read documents, rank them, and leave out what scores below a threshold."""
+    """Read documents and rank them."""
     records = read_records(asked.input, format=asked.input_format, field=asked.field)
     for number, record in enumerate(records):
         if asked.id_field is not None and asked.id_field not in (record.fields or {}):
@@ -152,15 +148,11 @@ def _ranked(asked: AskedOptions, settings: RerankSettings, wanted: WantedOptions
         from grating_core.reranker import Reranker
 
         with Reranker.open(settings) as reranker:
-            result = reranker.rerank(
-                asked.query, [record.text for record in records], wanted.top_k, scores=wanted.scores
-            )
-    if (threshold := wanted.score_threshold) is not None:
-        kept = [ranked for ranked in result.ranking if ranked.score >= threshold]
-        if result.ranking and not kept:
-            tell(
-                f"No document scores {threshold:g} or more; the best has {result.ranking[0].score:.3f}. Scores "
-                f"are raw logits: a probability p is a logit of log(p / (1 - p))."
-            )
-        result = replace(result, ranking=kept)
+            result = reranker.rerank(asked.query, [record.text for record in records], **asdict(wanted))
+            if records and not result.ranking:
+                best = max(result.trace.layers[-1].scores)
+                tell(
+                    f"No document reaches the threshold of {wanted.score_threshold:g}; the best has a score of "
+                    f"{best:.3f}, a probability of {reranker.probability(best):.3g}."
+                )
     return _Ranked(asked.query, records, asked.id_field or "id", result)

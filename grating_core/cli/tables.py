@@ -30,11 +30,12 @@ def ranking_table(result: RerankResult, ids: Sequence[Any] = ()) -> Table:
         ids: The names of the documents, None for one without; no names for none with.
     """
     named = any(id is not None for id in ids)
-    table = plain_table("rank", "score", "index", *(["id"] if named else ()), "text", numbers=3)
+    table = plain_table("rank", "score", "probability", "index", *(["id"] if named else ()), "text", numbers=4)
     for place, ranked in enumerate(result.ranking):
         score = f"{ranked.score:.3f}{' (estimate)' if ranked.estimated else ''}"
         name = ("" if ids[place] is None else str(ids[place]),) if named else ()
-        table.add_row(str(place + 1), score, str(ranked.index), *name, _shortened(ranked.text))
+        probability = f"{ranked.probability:.3f}"
+        table.add_row(str(place + 1), score, probability, str(ranked.index), *name, _shortened(ranked.text))
     return table
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -17,6 +17,7 @@ from grating_core.memory.hidden import HiddenInMemory, HiddenOnDisk, HiddenState
 from grating_core.memory.meter import PeakMemory
 from grating_core.memory.plan import MemoryPlan
 from grating_core.models.cross_encoder import CrossEncoder
+from grating_core.requests import Request
 from grating_core.results import RankedDocument, RerankResult, Trace
 
 
@@ -27,11 +28,17 @@ class Outcome:
     winners: list[Winner]
     trace: Trace
 
-    def result(self, documents: Sequence[str]) -> RerankResult:
-        """Return the result for a caller with these documents."""
+    def result(self, request: Request, probability: Callable[[float], float]) -> RerankResult:
+        """Return the result of a request.
+
+        Args:
+            request: The request.
+            probability: Function that turns a score into a probability.
+        """
         ranking = [
-            RankedDocument(winner.index, winner.score, documents[winner.index], winner.estimated)
-            for winner in self.winners
+            RankedDocument(won.index, won.score, request.documents[won.index], chance, won.estimated)
+            for won in self.winners
+            if request.keeps(won.score, chance := probability(won.score))
         ]
         return RerankResult(ranking, self.trace)
 

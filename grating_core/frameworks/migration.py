@@ -22,19 +22,20 @@ _RENAMED = {
 _HERE = "the model runs on this machine and asks no service; leave it out"
 _NO_LLM = "no language model is prompted; name a reranker with model= and leave it out"
 _ASKED = "instruction= and template= say what a decoder is asked"
+_SCALE = "raw_scores= says whether scores are raw logits or probabilities"
 _ADVICE = {
     # sentence-transformers' CrossEncoder, and what wraps it
-    "activation_fn": "scores are raw logits; apply the function to the scores",
+    "activation_fn": _SCALE,
     "backend": "there is only one; leave it out",
     "batch_size": "all candidates go through the model together, within memory_budget= if you set one",
     "config_kwargs": "the configuration is read as it is; leave it out",
-    "default_activation_function": "scores are raw logits; apply the function to the scores",
+    "default_activation_function": _SCALE,
     "num_labels": "a reranker has one; leave it out",
     "prompts": _ASKED,
     "tokenizer_kwargs": "the tokenizer is read as it is, and max_length= bounds what it makes; leave it out",
     "trust_remote_code": "code that comes with a model is never run; leave it out",
     # FlagEmbedding
-    "normalize": "scores are raw logits; 1 / (1 + math.exp(-score)) is the probability",
+    "normalize": _SCALE,
     "use_bf16": "write dtype='bfloat16'",
     "use_fp16": "write dtype='float16'; without it dtype='auto' takes what the processor is fast with",
     # language models as rerankers

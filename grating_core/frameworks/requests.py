@@ -1,9 +1,7 @@
-"""Frameworks hand over queries, lists of documents, positions and thresholds; here they are checked."""
+"""Frameworks hand over queries, lists of documents and positions; here they are checked."""
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Iterable
 from numbers import Integral
 from typing import TypeVar
@@ -58,43 +56,3 @@ def position(value: object) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int | Integral):
         return None
     return int(value) if int(value) >= 0 else None
-
-
-def check_threshold(threshold: float | None, scores: str) -> None:
-    """Check the score below which a document is left out, and warn of one that may be meant as a probability.
-
-    Args:
-        threshold: A raw logit, or None.
-        scores: ``"exact"`` or ``"estimated"``.
-
-    Raises:
-        ValueError: It is no finite number, or the scores are estimates, whose level may be off.
-    """
-    if threshold is None:
-        return
-    if not math.isfinite(threshold):
-        raise ValueError(f"score_threshold={threshold} must be a finite number; None leaves nothing out")
-    if scores == "estimated":
-        raise ValueError(
-            f"score_threshold={threshold} and scores='estimated' exclude each other: the level of an estimate may "
-            f"be off. Use scores='exact'"
-        )
-    if 0 <= threshold <= 1:
-        warnings.warn(
-            f"score_threshold={threshold} is read as a raw logit, which is the probability "
-            f"{1 / (1 + math.exp(-threshold)):.2f}. {_as_logit(threshold)}",
-            stacklevel=6,
-        )
-
-
-def _as_logit(probability: float) -> str:
-    """Return what somebody who meant a probability should write."""
-    if probability == 0:
-        return "If you mean the probability 0, which keeps everything, leave it out"
-    if probability == 1:
-        return "No document has the probability 1; that of a lower one, p, is math.log(p / (1 - p))"
-    logit = math.log(probability / (1 - probability))
-    return (
-        f"If you mean the probability {probability}, write math.log({probability} / (1 - {probability})), which "
-        f"is {logit:.2f}"
-    )

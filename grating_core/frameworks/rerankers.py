@@ -16,9 +16,10 @@ from pydantic import (
     model_validator,
 )
 
+from grating_core.arguments import check_threshold
 from grating_core.context import Passage, Selector
 from grating_core.frameworks.fields import ModelFields, fields_of
-from grating_core.frameworks.requests import check_threshold, is_blank
+from grating_core.frameworks.requests import is_blank
 from grating_core.pruning import ClusterPolicy, Off, PruningPolicy
 from grating_core.reranker import Reranker
 from grating_core.results import RankedDocument, RerankResult
@@ -35,6 +36,13 @@ if TYPE_CHECKING:
         show_progress: bool = Field(init=False)
 else:
     _Fields = create_model("_Fields", __base__=ModelFields, **fields_of(RerankSettings, model=DEFAULT_MODEL))
+
+
+RAW_SCORES = Field(
+    default=False,
+    description="Whether scores are raw logits in the place of probabilities: those that come back, and the "
+    "threshold.",
+)
 
 
 class RerankerFields(_Fields):  # type: ignore[misc]
@@ -125,9 +133,10 @@ class RankingFields(RerankerFields):  # type: ignore[misc]
     )
     score_threshold: float | None = Field(
         default=None,
-        description="What has a lower score is left out. The threshold is a raw logit: log(p / (1 - p)) for a "
-        "probability p. It needs exact scores, because the level of an estimate may be off.",
+        description="What has a lower score is left out, so that fewer may come back, or none. The threshold is a "
+        "probability from 0 to 1. It needs exact scores, because the level of an estimate may be off.",
     )
+    raw_scores: bool = RAW_SCORES
     max_query_tokens: int | None = Field(
         default=None,
         ge=1,
@@ -137,24 +146,26 @@ class RankingFields(RerankerFields):  # type: ignore[misc]
 
     @model_validator(mode="after")
     def _check_threshold(self) -> Self:
-        check_threshold(self.score_threshold, self.scores)
+        check_threshold(self.score_threshold, raw_scores=self.raw_scores, scores=self.scores)
         return self
 
     def _ranked(self, query: str, texts: list[str], top_n: int | None) -> RerankResult:
         """Rank texts; None keeps all of them."""
-        return self.reranker.rerank(*self._request(query, texts, top_n), scores=self.scores)
+        return self.reranker.rerank(*self._request(query, texts, top_n), **self._wanted)
 
     async def _aranked(self, query: str, texts: list[str], top_n: int | None) -> RerankResult:
-        return await self.reranker.arerank(*self._request(query, texts, top_n), scores=self.scores)
+        return await self.reranker.arerank(*self._request(query, texts, top_n), **self._wanted)
+
+    @property
+    def _wanted(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("scores", "score_threshold", "raw_scores")}
 
     def _request(self, query: str, texts: list[str], top_n: int | None) -> tuple[str, list[str], int]:
         top_k = max(1, len(texts)) if top_n is None else int(top_n)
         return self.reranker.tail(query, self.max_query_tokens), texts, top_k
 
-    def _kept(self, result: RerankResult) -> list[RankedDocument]:
-        """Return what does not score below the threshold."""
-        threshold = self.score_threshold
-        return [ranked for ranked in result.ranking if threshold is None or ranked.score >= threshold]
+    def _score(self, ranked: RankedDocument) -> float:
+        return ranked.score if self.raw_scores else ranked.probability
 
 
 class SelectingFields(RerankerFields):  # type: ignore[misc]
@@ -171,8 +182,12 @@ class SelectingFields(RerankerFields):  # type: ignore[misc]
         description="A function that says how many tokens a text has, such as llm.get_num_tokens. None takes the "
         "reranker's tokenizer.",
     )
+    raw_scores: bool = RAW_SCORES
 
     def _passages(self, query: str, texts: list[str]) -> list[Passage]:
         """Return the best passages of texts; after a blank query their beginning, as much as fits."""
         selector = Selector(self.reranker, self.max_tokens, self.chunk_tokens, self.count_tokens)
         return selector.leading(texts) if is_blank(query) else selector.best(query, texts)
+
+    def _score(self, passage: Passage) -> float | None:
+        return passage.score if self.raw_scores else passage.probability

@@ -27,8 +27,10 @@ class BatchReranker:
     A row has one of two forms:
 
     * ``query`` and ``documents``, a list of N texts. The row gets ``ranking``, the positions of its best
-      ``min(top_k, N)`` documents, best first, and ``scores``, their scores in the same order.
-    * ``query`` and ``text``. The row gets ``score``, the score of the pair by the full model.
+      ``min(top_k, N)`` documents, best first, and ``scores`` and ``probabilities`` in the same order.
+    * ``query`` and ``text``. The row gets ``score`` and ``probability`` of the pair by the full model.
+
+    Scores are raw logits.
 
     The model is loaded with the first batch. Pickling keeps only the settings, without a ``token``.
 
@@ -56,7 +58,8 @@ class BatchReranker:
             return _with_columns(batch, self._ranked(batch["query"], batch["documents"]))
         if {"query", "text"} <= set(columns):
             scores = self._reranker.score(zip(batch["query"], batch["text"], strict=True))
-            return _with_columns(batch, {"score": np.array(scores, dtype=np.float64)})
+            probabilities = list(map(self._reranker.probability, scores))
+            return _with_columns(batch, {"score": np.array(scores), "probability": np.array(probabilities)})
         raise ValueError(f"the batch must have the columns query and documents, or query and text, not {columns}")
 
     def load(self) -> None:
@@ -69,6 +72,7 @@ class BatchReranker:
         return {
             "ranking": _lists([[ranked.index for ranked in result.ranking] for result in results]),
             "scores": _lists([[ranked.score for ranked in result.ranking] for result in results]),
+            "probabilities": _lists([[ranked.probability for ranked in result.ranking] for result in results]),
         }
 
     @cached_property

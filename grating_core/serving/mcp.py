@@ -70,7 +70,9 @@ class Place(BaseModel):
     document: int = Field(description="The document's position in documents, from 0.")
     start: int = Field(description="The position of the first character.")
     end: int = Field(description="The position after the last character.")
-    score: float | None = Field(description="The best part's raw score; null if everything fitted.")
+    score: float | None = Field(
+        description="The probability that the best part answers the query, from 0 to 1; null if everything fitted."
+    )
     tokens: int
 
     @classmethod
@@ -80,7 +82,7 @@ class Place(BaseModel):
             document=passage.document,
             start=passage.start,
             end=passage.end,
-            score=passage.score,
+            score=passage.probability,
             tokens=passage.tokens,
         )
 
@@ -120,11 +122,18 @@ class Rerank(Arguments):
     answer: ClassVar[type[BaseModel]] = Ranking
 
     top_n: int | None = Field(default=None, ge=1, description="How many documents to return; null returns all.")
+    score_threshold: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="The least score of a returned document; null leaves none out. The results may be empty.",
+    )
 
     async def call(self, model: ServedModel) -> Ranking:
         """See :meth:`Arguments.call`."""
         top_k = self.top_n or max(1, len(self.documents))
-        (found,) = await model.ranked([Request(self.query, self.documents, top_k)], "documents")
+        request = Request(self.query, self.documents, top_k, score_threshold=self.score_threshold)
+        (found,) = await model.ranked([request], "documents")
         return Ranking(
             results=[
                 Result(index=ranked.index, score=ranked.probability, text=ranked.text) for ranked in found.ranking

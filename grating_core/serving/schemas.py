@@ -7,9 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
+from grating_core.arguments import check_threshold
 from grating_core.pruning import ClusterPolicy, Off, PruningPolicy
 from grating_core.requests import Request
 from grating_core.results import LayerTrace, RankedDocument, RerankResult
@@ -61,7 +71,13 @@ class Wishes(BaseModel):
     deadline_ms: int | None = Field(
         default=None, ge=1, description="The most milliseconds that the answer may take; null as served."
     )
-    raw_scores: bool = Field(default=False, description="Whether scores are raw logits, not probabilities.")
+    score_threshold: float | None = Field(
+        default=None,
+        description="The least score of a document in the answer, from 0 to 1; null leaves none out.",
+    )
+    raw_scores: bool = Field(
+        default=False, description="Whether scores and the threshold are raw logits, not probabilities."
+    )
     trace: bool = Field(
         default=False, description="Whether the answer tells layer by layer who was still computed."
     )
@@ -153,6 +169,11 @@ class Body(BaseModel):
     model: str | None = Field(default=None, description="The name of the model; null takes the server's first.")
     grating: Wishes = Field(default_factory=Wishes, description="What only grating does.")
 
+    @model_validator(mode="after")
+    def _check_threshold(self) -> Self:
+        check_threshold(self.grating.score_threshold, raw_scores=self.raw, scores=self.grating.scores)
+        return self
+
     @property
     def cuts(self) -> bool:
         """Whether long documents are cut. Otherwise they are refused."""
@@ -181,7 +202,16 @@ class Body(BaseModel):
         wishes, policy = self.grating, _POLICIES.get(self.grating.pruning)
         target = None if policy is not None else wishes.target
         top_k = top_n or max(1, len(documents))
-        return Request(query, documents, top_k, scores=wishes.scores, pruning=policy, target=target)
+        return Request(
+            query,
+            documents,
+            top_k,
+            scores=wishes.scores,
+            pruning=policy,
+            target=target,
+            score_threshold=wishes.score_threshold,
+            raw_scores=self.raw,
+        )
 
     def score(self, ranked: RankedDocument) -> float:
         """Return the score that the answer has for a document."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 
 import pytest
 
@@ -47,18 +46,10 @@ def test_the_summary_is_json_and_counts_candidates() -> None:
 
 
 def test_results_are_values() -> None:
-    document = RankedDocument(3, 1.5, "text")
-    assert document == RankedDocument(index=3, score=1.5, text="text", estimated=False)
+    document = RankedDocument(3, 1.5, "text", 0.8)
+    assert document == RankedDocument(index=3, score=1.5, text="text", probability=0.8, estimated=False)
     with pytest.raises(dataclasses.FrozenInstanceError):
         document.score = 2.0  # type: ignore[misc]
-
-
-@pytest.mark.parametrize(
-    ("score", "probability"),
-    [(0.0, 0.5), (math.log(3), 0.75), (-math.log(3), 0.25), (800.0, 1.0), (-800.0, 0.0), (-40.0, math.exp(-40))],
-)
-def test_a_probability_is_the_logistic_function_of_the_score(score: float, probability: float) -> None:
-    assert RankedDocument(0, score, "").probability == pytest.approx(probability, rel=1e-12)
 
 
 def test_routes_are_written_as_their_words() -> None:

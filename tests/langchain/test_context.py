@@ -45,7 +45,7 @@ def test_selects_as_the_function_does(reranker, long_documents):
         QUERY, [d.page_content for d in before], reranker=reranker, max_tokens=150, chunk_tokens=50
     )
     assert [document.page_content for document in passages] == [passage.text for passage in wanted]
-    assert [document.metadata["relevance_score"] for document in passages] == [p.score for p in wanted]
+    assert [document.metadata["relevance_score"] for document in passages] == [p.probability for p in wanted]
     for document in passages:
         (original,) = [d for d in before if d.metadata["source"] == document.metadata["source"]]
         start = document.metadata["start_index"]

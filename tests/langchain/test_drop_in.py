@@ -1,6 +1,5 @@
 """Calls written for other rerankers, with import and class name changed."""
 
-import warnings
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -115,27 +114,12 @@ def test_what_asks_for_nothing_means_not_given(model, reranker):
     assert GratingCrossEncoder(model=model, dtype=None).reranker is asked.reranker
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.3, 1])
-def test_a_threshold_that_looks_like_a_probability(model, threshold):
-    """FlashRank's and Cohere's scores are probabilities; here it would leave out most that is relevant."""
-    with pytest.warns(UserWarning, match="raw logit") as heard:
-        GratingRerank(model=model, score_threshold=threshold)
-    ours = [warning for warning in heard if "raw logit" in str(warning.message)]
-    assert [warning.filename for warning in ours] == [__file__], "it points to whoever wrote it, once"
-    if threshold == 0.3:
-        assert "math.log(0.3 / (1 - 0.3)), which is -0.85" in str(heard[0].message)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for other in (None, -0.85, 1.1):
-            GratingRerank(model=model, score_threshold=other)
-
-
 def test_rerank_as_cohere_and_jina_do(reranker, documents):
     texts = [document.page_content for document in documents]
 
     def wanted(top_n):
         ranking = reranker.rerank(QUERY, texts, top_n).ranking
-        return [{"index": ranked.index, "relevance_score": ranked.score} for ranked in ranking]
+        return [{"index": ranked.index, "relevance_score": ranked.probability} for ranked in ranking]
 
     compressor = GratingRerank(reranker=reranker, top_n=2)
     assert compressor.rerank(documents, QUERY) == wanted(2)

@@ -35,9 +35,9 @@ def compressor(reranker):
 
 
 def expected(reranker, documents, top_n, query=QUERY):
-    """What the reranker itself says, as (id, score)."""
+    """What the reranker itself says, as (id, probability)."""
     result = reranker.rerank(query, [document.page_content for document in documents], top_n)
-    return [(documents[ranked.index].id, ranked.score) for ranked in result.ranking]
+    return [(documents[ranked.index].id, ranked.probability) for ranked in result.ranking]
 
 
 def found(documents):
@@ -110,7 +110,7 @@ async def test_empty_query(compressor, documents, query):
     assert [document.id for document in kept] == [document.id for document in documents[: compressor.top_n]]
     assert all("relevance_score" not in document.metadata for document in kept)
     assert documents[1].metadata["relevance_score"] == 3.0
-    wide = GratingRerank(reranker=compressor.reranker, top_n=None, score_threshold=5.0)
+    wide = GratingRerank(reranker=compressor.reranker, top_n=None, score_threshold=0.99)
     assert len(wide.compress_documents(documents, query)) == len(documents)
     assert wide.rerank(documents, query, top_n=2) == [{"index": n, "relevance_score": None} for n in (0, 1)]
 
@@ -211,15 +211,27 @@ async def test_what_scores_below_the_threshold_is_left_out(reranker, documents):
     compressor = GratingRerank(reranker=reranker, top_n=4, score_threshold=threshold)
     assert found(compressor.compress_documents(documents, QUERY)) == wanted[:2]
     assert found(await compressor.acompress_documents(documents, QUERY)) == wanted[:2]
-    compressor.score_threshold = 1000.0
+    compressor.score_threshold = 1.0
     assert compressor.compress_documents(documents, QUERY) == []
-    compressor.score_threshold = 0.0  # a logit like any other, not "off"
-    assert found(compressor.compress_documents(documents, QUERY)) == [pair for pair in wanted if pair[1] >= 0]
+    compressor.score_threshold = 0.0  # FlashRank's default, which keeps everything
+    assert found(compressor.compress_documents(documents, QUERY)) == wanted
+
+
+def test_raw_scores_and_a_raw_threshold(reranker, documents):
+    raw = reranker.rerank(QUERY, [document.page_content for document in documents], 4).ranking
+    compressor = GratingRerank(reranker=reranker, top_n=4, raw_scores=True, score_threshold=raw[1].score)
+    wanted = [(documents[ranked.index].id, ranked.score) for ranked in raw[:2]]
+    assert found(compressor.compress_documents(documents, QUERY)) == wanted
+    assert wanted[0][1] > 1
+    compressor.score_threshold = -50.0
+    assert len(compressor.compress_documents(documents, QUERY)) == 4
+    with pytest.raises(ValueError, match=r"score_threshold=-50\.0 must be a probability from 0 to 1"):
+        compressor.raw_scores = False
 
 
 def test_estimates_are_not_compared_with_a_threshold(model):
-    with pytest.raises(ValueError, match=r"score_threshold=-3\.0 and scores='estimated' exclude each other"):
-        GratingRerank(model=model, scores="estimated", score_threshold=-3.0)
+    with pytest.raises(ValueError, match=r"score_threshold=0\.5 and scores='estimated' exclude each other"):
+        GratingRerank(model=model, scores="estimated", score_threshold=0.5)
 
 
 def test_metadata_with_a_prefix(model, documents):
@@ -307,7 +319,8 @@ def test_a_decoder_with_its_own_question(documents, tmp_path):
     with Reranker.from_pretrained(
         tmp_path, template=prompt, instruction="w5", dtype="float32", device="cpu"
     ) as reranker:
-        assert scores == pytest.approx(reranker.score([("w6 w7", text.page_content) for text in found]), abs=1e-4)
+        raw = reranker.score([("w6 w7", text.page_content) for text in found])
+        assert scores == pytest.approx(list(map(reranker.probability, raw)), abs=1e-4)
 
 
 async def test_of_a_long_query_the_end_is_used(model, documents):

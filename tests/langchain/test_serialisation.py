@@ -25,7 +25,9 @@ class Keeps:
 @pytest.fixture(params=["numbers", "policy", "prompt"])
 def compressor(request, model, tmp_path):
     if request.param == "numbers":
-        return GratingRerank(model=model, top_n=None, score_threshold=-1.5, prefix_metadata="rank_")
+        return GratingRerank(
+            model=model, top_n=None, score_threshold=-1.5, raw_scores=True, prefix_metadata="rank_"
+        )
     if request.param == "policy":
         return GratingRerank(model=model, pruning=ClusterPolicy(dispersion_threshold=float("inf"), clusters=3))
     return GratingRerank(model=str(save_decoder(tmp_path, "qwen3")), template=PROMPT, device="cpu")

@@ -100,7 +100,7 @@ async def test_what_was_flushed_comes_back_as_the_reranker_picks(reranker, memor
 
 
 async def test_nothing_comes_back_below_the_threshold(reranker, memory):
-    remembering = memory(GratingRerank(reranker=reranker, score_threshold=-9.0, metadata_mode="none"))
+    remembering = memory(GratingRerank(reranker=reranker, score_threshold=0.0001, metadata_mode="none"))
     await talk(remembering)
     assert (await recalled(remembering)).count("role='user'") == 1
     assert await recalled(remembering, "How do I bleed a radiator?") == ""
@@ -117,7 +117,7 @@ async def test_the_blocks_metadata_is_not_judged_if_you_say_so(reranker, memory,
         assert text.startswith(judged)
         texts = [node.get_content(metadata_mode=mode) for node in retrieved]
         query = f"{CONVERSATION[5][1]} {QUESTION}"
-        assert best.score == reranker.rerank(query, texts, 1).ranking[0].score
+        assert best.score == reranker.rerank(query, texts, 1).ranking[0].probability
 
 
 async def test_a_long_message_is_asked_by_its_end(reranker, memory):

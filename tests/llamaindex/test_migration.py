@@ -1,6 +1,5 @@
 """Calls written for other rerankers, with nothing changed but import and class name."""
 
-import math
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -64,7 +63,7 @@ def test_a_call_works_as_it_is(args, named, wanted):
     [
         ({"use_fp16": True}, "use_fp16 has no place in GratingRerank: write dtype='float16'"),
         ({"model": MockLLM()}, r"model=MockLLM\(…\) must be a name"),
-        ({"cross_encoder_kwargs": {"activation_fn": torch.sigmoid}}, "activation_fn .*raw logits"),
+        ({"cross_encoder_kwargs": {"activation_fn": torch.sigmoid}}, "activation_fn .*raw_scores="),
         (
             {"cross_encoder_kwargs": {"model_kwargs": {"attn_implementation": "eager"}}},
             "attn_implementation has no",
@@ -105,14 +104,6 @@ def test_names_at_services():
         assert refusal.value.__context__ is None
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.3, 1])
-def test_a_threshold_that_looks_like_a_probability(threshold):
-    with pytest.warns(UserWarning, match="raw logit") as heard:
-        GratingRerank(model=MODEL, score_threshold=threshold)
-    ours = [warning for warning in heard if "raw logit" in str(warning.message)]
-    assert [warning.filename for warning in ours] == [__file__], "it points to whoever wrote it, once"
-
-
 @pytest.mark.parametrize(
     ("args", "named"), [((MockLLM(),), {}), ((1, "m", "cpu", True, True, 6), {}), ((None,), {})]
 )
@@ -147,7 +138,7 @@ def test_a_directory_of_that_name_is_yours(reranker, tmp_path, monkeypatch):
 
 
 def test_ranks_as_what_it_replaces(reranker, nodes):
-    """The same weights in SentenceTransformerRerank, whose scores a probability is turned into by a sigmoid."""
+    """The same weights in SentenceTransformerRerank, whose scores are probabilities as well."""
     arguments = (3, str(reranker.model_path), "cpu", True)
     theirs = SentenceTransformerRerank(*arguments).postprocess_nodes(
         [node.model_copy(deep=True) for node in nodes], query_str=QUERY
@@ -155,5 +146,4 @@ def test_ranks_as_what_it_replaces(reranker, nodes):
     ours = GratingRerank(*arguments, dtype="float32").postprocess_nodes(nodes, query_str=QUERY)
     assert [node.node_id for node in ours] == [node.node_id for node in theirs]
     assert [node.metadata for node in ours] == [node.metadata for node in theirs]
-    probabilities = [1 / (1 + math.exp(-node.score)) for node in ours]
-    assert probabilities == pytest.approx([float(node.score) for node in theirs], abs=1e-4)
+    assert [node.score for node in ours] == pytest.approx([float(node.score) for node in theirs], abs=1e-4)

@@ -28,10 +28,10 @@ def postprocessor(reranker):
 
 
 def expected(reranker, nodes, top_n, query=QUERY):
-    """What the reranker itself says, as (id, score)."""
+    """What the reranker itself says, as (id, probability)."""
     texts = [node.node.get_content(metadata_mode=MetadataMode.EMBED) for node in nodes]
     result = reranker.rerank(query, texts, top_n)
-    return [(nodes[ranked.index].node_id, ranked.score) for ranked in result.ranking]
+    return [(nodes[ranked.index].node_id, ranked.probability) for ranked in result.ranking]
 
 
 def found(nodes):
@@ -53,7 +53,7 @@ def test_estimated_scores_keep_the_rerankers_order(model, nodes):
     result = postprocessor.reranker.rerank(QUERY, texts, 5, scores="estimated")
     assert any(ranked.estimated for ranked in result.ranking)
     assert found(postprocessor.postprocess_nodes(nodes, query_str=QUERY)) == [
-        (nodes[ranked.index].node_id, ranked.score) for ranked in result.ranking
+        (nodes[ranked.index].node_id, ranked.probability) for ranked in result.ranking
     ]
 
 
@@ -85,9 +85,10 @@ def test_scores_the_text_as_it_is_embedded(reranker, nodes, postprocessor):
         excluded_llm_metadata_keys=["title"],
     )
     (ranked,) = postprocessor.postprocess_nodes([NodeWithScore(node=only_metadata)], query_str=QUERY)
-    assert [ranked.score] == reranker.score(
-        [(QUERY, "title: Berlin has 3.7 million inhabitants\n\nSee the title.")]
-    )
+    (raw,) = reranker.score([(QUERY, "title: Berlin has 3.7 million inhabitants\n\nSee the title.")])
+    assert ranked.score == reranker.probability(raw)
+    as_logits = GratingRerank(reranker=reranker, raw_scores=True)
+    assert as_logits.postprocess_nodes([NodeWithScore(node=only_metadata)], query_str=QUERY)[0].score == raw
 
     without = [NodeWithScore(node=TextNode(id_=node.node_id, text=node.text)) for node in nodes]
     assert found(postprocessor.postprocess_nodes(nodes, query_str=QUERY)) == found(
@@ -138,7 +139,8 @@ def test_the_metadata_that_is_judged(reranker, mode):
     (ranked,) = GratingRerank(reranker=reranker, metadata_mode=mode).postprocess_nodes(
         [NodeWithScore(node=node)], query_str=QUERY
     )
-    assert [ranked.score] == reranker.score([(QUERY, node.get_content(metadata_mode=mode))])
+    (raw,) = reranker.score([(QUERY, node.get_content(metadata_mode=mode))])
+    assert ranked.score == reranker.probability(raw)
 
 
 def test_a_long_query_is_asked_by_its_end(reranker, nodes):
@@ -156,7 +158,7 @@ def test_a_long_query_is_asked_by_its_end(reranker, nodes):
 @pytest.mark.parametrize("place", [0, 1, 7])
 async def test_the_score_threshold(reranker, nodes, place):
     everything = GratingRerank(reranker=reranker, top_n=8).postprocess_nodes(nodes, query_str=QUERY)
-    for above in (0, 1e-4):
+    for above in (0, 1e-9):
         postprocessor = GratingRerank(reranker=reranker, top_n=8, score_threshold=everything[place].score + above)
         wanted = everything[: place + (not above)]
         assert postprocessor.postprocess_nodes(nodes, query_str=QUERY) == wanted
@@ -313,5 +315,5 @@ def test_a_decoder_with_its_own_question(nodes, tmp_path):
         tmp_path, template=prompt, instruction="w5", dtype="float32", device="cpu"
     ) as reranker:
         texts = [node.node.get_content(metadata_mode=MetadataMode.EMBED) for node in found]
-        expected = reranker.score([("w6 w7", text) for text in texts])
+        expected = list(map(reranker.probability, reranker.score([("w6 w7", text) for text in texts])))
     assert [node.score for node in found] == pytest.approx(expected, abs=1e-4)

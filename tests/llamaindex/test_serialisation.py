@@ -57,8 +57,8 @@ ways = pytest.mark.parametrize("way", [through_json, through_dict, through_pickl
 @pytest.mark.parametrize("pruning", ["auto", "off", "cluster", ClusterPolicy(3.0, clusters=3)])
 def test_settings_come_back_and_share_the_model(model, nodes, pruning, way):
     postprocessor = GratingRerank(
-        model=model, top_n=2, pruning=pruning, score_threshold=-3.5, metadata_mode="none", max_query_tokens=20,
-        keep_retrieval_score=True, target=0.9,
+        model=model, top_n=2, pruning=pruning, score_threshold=-3.5, raw_scores=True, metadata_mode="none",
+        max_query_tokens=20, keep_retrieval_score=True, target=0.9,
     )  # fmt: skip
     twin = way(postprocessor)
     assert settings_of(twin) == settings_of(postprocessor)

@@ -59,11 +59,13 @@ class ScoreBody(Body):
     use_activation: UseActivation = None
 
     @model_validator(mode="after")
-    def _check_lengths(self) -> Self:
+    def _check_pairs(self) -> Self:
         if len(self.text_1) not in (1, len(self.text_2)):
             raise ValueError(
                 f"text_1 has {len(self.text_1)} texts and text_2 has {len(self.text_2)}; give one, or as many"
             )
+        if self.grating.score_threshold is not None:
+            raise ValueError("score_threshold leaves out documents of a ranking, and this answer has every score")
         return self
 
     @property

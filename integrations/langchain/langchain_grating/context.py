@@ -81,15 +81,15 @@ class GratingContextSelector(SelectingFields, RerankerSettings, BaseDocumentComp
             documents = [Document(documents)]
         documents = checked_items("documents", documents, Document, "Document(text)")
         passages = self._passages(query, [document.page_content for document in documents])
-        return [_cut(documents[passage.document], passage) for passage in passages]
+        return [_cut(documents[passage.document], passage, self._score(passage)) for passage in passages]
 
 
-def _cut(document: Document, passage: Passage) -> Document:
+def _cut(document: Document, passage: Passage, score: float | None) -> Document:
     metadata = copied(dict(document.metadata))
     # The document may itself have been cut out of a longer one.
     metadata["start_index"] = (position(metadata.get("start_index")) or 0) + passage.start
-    if passage.score is not None:
-        metadata["relevance_score"] = passage.score
+    if score is not None:
+        metadata["relevance_score"] = score
     whole = passage.text == document.page_content
     known = {"page_content": passage.text, "id": document.id if whole else None, "metadata": metadata}
     return document.model_copy(update=known)

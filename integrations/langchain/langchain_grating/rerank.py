@@ -23,7 +23,7 @@ from langchain_grating.settings import RerankerSettings
 class GratingRerank(RankingFields, RerankerSettings, BaseDocumentCompressor):  # type: ignore[misc]
     """This class keeps the ``top_n`` documents that answer the query best, best first.
 
-    Each is a copy of the caller's document with ``relevance_score`` in its metadata, and
+    Each is a copy of the caller's document with ``relevance_score`` in its metadata, a probability, and
     ``relevance_score_estimated`` where the score is an estimate (only with ``scores="estimated"``).
 
     In LangChain's callbacks it is a chain of its own name, within whatever run it is called from, whose outputs
@@ -104,8 +104,8 @@ class GratingRerank(RankingFields, RerankerSettings, BaseDocumentCompressor):  #
         wanted = self.top_n if top_n == -1 else top_n
         if is_blank(query):
             return [{"index": index, "relevance_score": None} for index in range(len(texts))][:wanted]
-        kept = self._kept(self._ranked(query, texts, wanted))
-        return [{"index": ranked.index, **_scores(ranked)} for ranked in kept]
+        ranking = self._ranked(query, texts, wanted).ranking
+        return [{"index": ranked.index, **self._scores(ranked)} for ranked in ranking]
 
     @property
     def _run(self) -> RunnableLambda[dict[str, Any], dict[str, Any]]:
@@ -128,7 +128,7 @@ class GratingRerank(RankingFields, RerankerSettings, BaseDocumentCompressor):  #
         return self._outputs(documents, await self._aranked(query, _texts(documents), self.top_n))
 
     def _outputs(self, documents: list[Document], result: RerankResult) -> dict[str, Any]:
-        kept = [self._with_scores(documents[ranked.index], _scores(ranked)) for ranked in self._kept(result)]
+        kept = [self._with_scores(documents[ranked.index], self._scores(ranked)) for ranked in result.ranking]
         return {"documents": kept, "trace": result.trace.summary()}
 
     def _unranked(self, documents: list[Document]) -> dict[str, Any]:
@@ -137,6 +137,11 @@ class GratingRerank(RankingFields, RerankerSettings, BaseDocumentCompressor):  #
             "documents": [self._with_scores(document, {}) for document in documents[: self.top_n]],
             "trace": None,
         }
+
+    def _scores(self, ranked: RankedDocument) -> dict[str, float]:
+        """Return the metadata of a score. Only an estimate is marked."""
+        marks = {"relevance_score_estimated": True} if ranked.estimated else {}
+        return {"relevance_score": self._score(ranked), **marks}
 
     def _with_scores(self, document: Document, scores: Mapping[str, float]) -> Document:
         metadata = copied(dict(document.metadata))
@@ -148,12 +153,6 @@ class GratingRerank(RankingFields, RerankerSettings, BaseDocumentCompressor):  #
 
 def _checked(given: Mapping[str, Any]) -> tuple[str, list[Document]]:
     return given["query"], checked_items("documents", given["documents"], Document, "Document(text)")
-
-
-def _scores(ranked: RankedDocument) -> dict[str, float]:
-    """Return the metadata of a score. Only an estimate is marked."""
-    marks = {"relevance_score_estimated": True} if ranked.estimated else {}
-    return {"relevance_score": ranked.score, **marks}
 
 
 def _texts(documents: list[Document]) -> list[str]:

@@ -29,7 +29,7 @@ class GratingStore(BaseStore):
     It wraps any store. A search with a query takes the wrapped store's best ``candidates`` and returns those that
     answer the query best; everything else is the wrapped store's own doing, as are opening and closing it.
 
-    A reranked item has the model's raw logit as its score. Behind the reranked items follow, in the wrapped
+    A reranked item has a probability as its score. Behind the reranked items follow, in the wrapped
     store's order and with None as their score: items that an indexed store found without a vector
     (``index=False``), items without any text, and all beyond the first ``candidates``. Pages of the same
     ``limit`` therefore fit together, without gaps and repetitions.
@@ -39,6 +39,7 @@ class GratingStore(BaseStore):
         reranker: The reranker.
         candidates: How many of the wrapped store's items are reranked.
         fields: Where an item's text lies.
+        raw_scores: Whether scores are raw logits in the place of probabilities.
 
     Example:
         .. code-block:: python
@@ -55,6 +56,7 @@ class GratingStore(BaseStore):
         *,
         candidates: int = 50,
         fields: Sequence[str] | None = None,
+        raw_scores: bool = False,
     ) -> None:
         """Wrap a store.
 
@@ -69,6 +71,7 @@ class GratingStore(BaseStore):
                 ``"messages[*].content"``; what they lead to is judged as one text. ``"$"`` means every string in
                 the value, and so is an item judged that has nothing at these paths. None for the fields that the
                 wrapped store indexes, ``["$"]`` if it does not say.
+            raw_scores: Whether scores are raw logits in the place of probabilities.
 
         Raises:
             ValueError: An argument is not usable; the message names it.
@@ -85,6 +88,7 @@ class GratingStore(BaseStore):
         self.reranker = reranker if isinstance(reranker, Reranker) else Reranker.shared(reranker)
         self.candidates = candidates
         self.fields = _indexed_fields(store) if fields is None else list(fields)
+        self.raw_scores = raw_scores
         self.supports_ttl = store.supports_ttl
         self.ttl_config = store.ttl_config
 
@@ -152,14 +156,18 @@ class GratingStore(BaseStore):
         """Return indices and scores of texts, best first: the first page's, or all of them for a later page."""
         # Agents search with whole messages, whose last words say what they are about.
         query = self.reranker.tail(cast(str, op.query))
-        best = [(ranked.index, ranked.score) for ranked in self.reranker.rerank(query, texts, op.limit).ranking]
+        best = self._ranked(query, texts, op.limit)
         if op.offset == 0:
             return best
         # A larger top_k instead would prune less and might find what the first page has missed: later pages
         # are what that page left, so that none of it comes twice or never.
         left = sorted(set(range(len(texts))) - {index for index, _ in best})
-        rest = self.reranker.rerank(query, [texts[index] for index in left], self.candidates).ranking
-        return best + [(left[ranked.index], ranked.score) for ranked in rest]
+        rest = self._ranked(query, [texts[index] for index in left], self.candidates)
+        return best + [(left[index], score) for index, score in rest]
+
+    def _ranked(self, query: str, texts: list[str], top_k: int) -> list[tuple[int, float]]:
+        ranking = self.reranker.rerank(query, texts, top_k).ranking
+        return [(ranked.index, ranked.score if self.raw_scores else ranked.probability) for ranked in ranking]
 
 
 def _asks(op: Op) -> TypeGuard[SearchOp]:

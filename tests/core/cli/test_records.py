@@ -13,7 +13,7 @@ from grating_core.models.placement import thread_advice
 from tests.core.cli.conftest import DOCUMENTS, QUERY, grating
 
 RECORDS = [{"id": f"doc-{n}", "title": f"T{n}", "text": text, "n": [n]} for n, text in enumerate(DOCUMENTS)]
-ENTRY = ["rank", "id", "index", "score", "text", "estimated", "record"]
+ENTRY = ["rank", "id", "index", "score", "text", "probability", "estimated", "record"]
 
 
 @pytest.fixture
@@ -56,15 +56,18 @@ def test_records_come_back_whole_with_their_ids(stored: str) -> None:
     assert "'isbn'" in refused.stderr
 
 
-def test_a_threshold_is_a_raw_logit(stored: str, bundled: Reranker) -> None:
+def test_a_threshold_is_a_probability_unless_raw_scores_are_asked_for(stored: str, bundled: Reranker) -> None:
     scores = bundled.score([(QUERY, text) for text in DOCUMENTS])
     best, second, _ = sorted(scores, reverse=True)
+    middle = (best + second) / 2
     asked = ("-i", stored, "--format", "jsonl", "--dtype", "float32", "--score-threshold")
-    kept = [json.loads(line) for line in ranked(*asked, str((best + second) / 2)).stdout.splitlines()]
-    assert [entry["index"] for entry in kept] == [1]
-    nothing = ranked(*asked, "99")
+    for threshold in ((str(bundled.probability(middle)),), (str(middle), "--raw-scores")):
+        (kept,) = [json.loads(line) for line in ranked(*asked, *threshold).stdout.splitlines()]
+        assert kept["index"] == 1
+        assert kept["probability"] == bundled.probability(kept["score"])
+    nothing = ranked(*asked, "1")
     assert nothing.stdout == ""
-    assert f"the best has {best:.3f}" in " ".join(nothing.stderr.split())
+    assert f"the best has a score of {best:.3f}" in " ".join(nothing.stderr.split())
     refused = grating("rerank", "-q", QUERY, "-i", stored, "--score-threshold", "1", "--scores", "estimated")
     assert refused.exit_code == 2
     assert "--score-threshold" in refused.stderr
@@ -80,6 +83,7 @@ def test_a_threshold_is_a_raw_logit(stored: str, bundled: Reranker) -> None:
         (["--memory-budget", "lots"], "--memory-budget"),
         (["--target", "1.5"], "--target"),
         (["--score-threshold", "nan"], "--score-threshold"),
+        (["--score-threshold", "-3.5"], "--score-threshold"),
         (["--score-threshold", "-inf"], "--score-threshold"),
         (["--max-length", "0"], "--max-length"),
         (["--format", "xml"], "--format"),

@@ -19,7 +19,9 @@ def result(routes: list[tuple[Route, ...]], winners: dict[int, bool]) -> RerankR
         scores = tuple(float(-index - number) for index in alive)
         layers.append(LayerTrace(number, alive, decided, scores, tokens=len(alive), seconds=0.1))
         alive = tuple(index for index, route in zip(alive, decided, strict=True) if route is DEFERRED)
-    ranking = [RankedDocument(index, -float(index), "text", estimated) for index, estimated in winners.items()]
+    ranking = [
+        RankedDocument(index, -float(index), "text", 0.5, estimated) for index, estimated in winners.items()
+    ]
     return RerankResult(ranking, Trace(tuple(layers), 2, (1, 1, 1, 1), (), 0.1, windows=(1, 1, 1, 1)))
 
 

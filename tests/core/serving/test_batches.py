@@ -59,12 +59,14 @@ def requests(count: int) -> Rows:
 def test_a_row_with_documents_gets_their_ranking(rank: BatchReranker, library: Reranker, make: Make) -> None:
     rows = requests(20)
     batch = rank(make(rows))
-    assert list(batch) == ["id", "query", "documents", "ranking", "scores"]
+    assert list(batch) == ["id", "query", "documents", "ranking", "scores", "probabilities"]
     assert list(batch["id"]) == rows["id"]
     wanted = library.rerank_many(map(Request, rows["query"], rows["documents"], [3] * 20))
     for ranking, scores, result in zip(batch["ranking"], batch["scores"], wanted, strict=True):
         assert ranking == [ranked.index for ranked in result.ranking]
         assert scores == pytest.approx([ranked.score for ranked in result.ranking], abs=1e-4)
+    for probabilities, scores in zip(batch["probabilities"], batch["scores"], strict=True):
+        assert probabilities == [library.probability(score) for score in scores]
 
 
 def test_a_row_with_a_text_gets_its_score(rank: BatchReranker, library: Reranker, make: Make) -> None:
@@ -75,6 +77,7 @@ def test_a_row_with_a_text_gets_its_score(rank: BatchReranker, library: Reranker
     assert batch["score"].dtype == np.float64
     wanted = library.score(zip(rows["query"], rows["text"], strict=True))
     assert list(batch["score"]) == pytest.approx(wanted, abs=1e-4)
+    assert list(batch["probability"]) == [library.probability(score) for score in batch["score"]]
 
 
 def test_the_rows_of_a_data_frame_keep_their_names(rank: BatchReranker) -> None:
@@ -83,7 +86,9 @@ def test_the_rows_of_a_data_frame_keep_their_names(rank: BatchReranker) -> None:
     assert list(frame) == ["id", "query", "documents"]  # the caller's own is not changed
 
 
-@pytest.mark.parametrize("added", [("documents", ["ranking", "scores"]), ("text", ["score"])], ids=str)
+@pytest.mark.parametrize(
+    "added", [("documents", ["ranking", "scores", "probabilities"]), ("text", ["score", "probability"])], ids=str
+)
 def test_an_empty_batch_gets_empty_columns(rank: BatchReranker, make: Make, added: tuple[str, list[str]]) -> None:
     batch = rank(make({"query": [], added[0]: []}))
     assert {name: len(batch[name]) for name in added[1]} == dict.fromkeys(added[1], 0)

@@ -61,6 +61,24 @@ def test_raw_scores_are_logits(client: httpx.Client, wish: dict[str, Any], logit
     assert scores == pytest.approx([logits[index] for index in ORDER], abs=1e-3)
 
 
+def test_a_threshold_is_on_the_scale_of_the_scores(client: httpx.Client, logits: list[float]) -> None:
+    asked = {"query": QUERY, "documents": DOCUMENTS}
+    for index, raw in ((ORDER[0], False), (ORDER[1], False), (ORDER[1], True)):
+        threshold = logits[index] - 1e-2 if raw else 0.9 * sigmoid(logits[index])
+        wishes = {"score_threshold": threshold, "raw_scores": raw}
+        for body in ({"documents": DOCUMENTS}, {"texts": DOCUMENTS}):
+            answer = ask(client, "/rerank", query=QUERY, grating=wishes, **body)
+            found = answer if isinstance(answer, list) else answer["results"]
+            assert [result["index"] for result in found] == ORDER[: ORDER.index(index) + 1]
+    assert ask(client, "/rerank", **asked, grating={"score_threshold": 1})["results"] == []
+    for wishes in ({"score_threshold": -3.5}, {"score_threshold": 0.5, "scores": "estimated"}):
+        refused = client.post("/rerank", json={**asked, "grating": wishes})
+        assert refused.status_code == 422
+        assert "score_threshold=" in refused.json()["message"]
+    pairs = {"text_1": QUERY, "text_2": DOCUMENTS, "grating": {"score_threshold": 0.5}}
+    assert client.post("/score", json=pairs).status_code == 422
+
+
 def test_documents_may_be_objects_with_text(client: httpx.Client) -> None:
     documents = [{"text": text, "id": number} for number, text in enumerate(DOCUMENTS)]
     answer = ask(client, "/v1/rerank", query=QUERY, documents=documents)

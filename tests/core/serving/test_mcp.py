@@ -85,6 +85,12 @@ async def use(client: "mcp.Client", reranker: Reranker) -> None:
         assert one["score"] == pytest.approx(ranked.probability, abs=1e-6)
     assert json.loads(answer.content[0].text) == answer.structured_content
 
+    strict = {"query": QUERY, "documents": DOCUMENTS, "score_threshold": 0.5}
+    answer = await client.call_tool("rerank", strict)
+    assert [one["index"] for one in answer.structured_content["results"]] == [
+        ranked.index for ranked in reranker.rerank(QUERY, DOCUMENTS, score_threshold=0.5).ranking
+    ]
+
     objects = [{"text": text, "title": "ignored"} for text in DOCUMENTS]
     answer = await client.call_tool("rerank", {"query": QUERY, "documents": objects})
     assert [one["index"] for one in answer.structured_content["results"]] == ORDER

@@ -24,7 +24,7 @@ dispatcher = get_dispatcher(__name__)
 
 
 class GratingRerank(RankingFields, RerankerSettings):  # type: ignore[misc]
-    """This class keeps the ``top_n`` nodes that answer the query best, best first.
+    """This class keeps the ``top_n`` nodes that answer the query best, best first. Their scores are probabilities.
 
     The model is loaded on construction, and shared with whoever uses the same settings. The caller's nodes and
     their scores are left as they are. The arguments of ``SentenceTransformerRerank`` and ``FlashRankRerank``
@@ -91,7 +91,7 @@ class GratingRerank(RankingFields, RerankerSettings):  # type: ignore[misc]
 
     def _ended(self, event: EventContext, nodes: list[NodeWithScore], result: RerankResult) -> list[NodeWithScore]:
         """Tell those who listen what came out, and return the nodes."""
-        reranked = [self._with_score(nodes[ranked.index], ranked.score) for ranked in self._kept(result)]
+        reranked = [self._with_score(nodes[ranked.index], self._score(ranked)) for ranked in result.ranking]
         trace = result.trace.summary()
         event.on_end(payload={EventPayload.NODES: reranked, EventPayload.ADDITIONAL_KWARGS: {"trace": trace}})
         dispatcher.event(ReRankEndEvent(nodes=reranked, tags={"trace": trace}))

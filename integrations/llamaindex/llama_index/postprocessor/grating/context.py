@@ -51,12 +51,12 @@ class GratingContextSelector(SelectingFields, RerankerSettings):  # type: ignore
         passages = self._passages(query.query_str, texts)
         if is_blank(query.query_str):  # nothing was judged
             nodes = [NodeWithScore(node=node.node) for node in nodes]
-        return [_cut(nodes[passage.document], passage) for passage in passages]
+        return [_cut(nodes[passage.document], passage, self._score(passage)) for passage in passages]
 
 
-def _cut(retrieved: NodeWithScore, passage: Passage) -> NodeWithScore:
+def _cut(retrieved: NodeWithScore, passage: Passage, score: float | None) -> NodeWithScore:
     node = retrieved.node
-    score = retrieved.score if passage.score is None else passage.score
+    score = retrieved.score if score is None else score
     if passage.text == node.get_content(metadata_mode=MetadataMode.NONE):
         return NodeWithScore(node=node, score=score)
     return NodeWithScore(node=_part(node, passage), score=score)
