@@ -5,6 +5,7 @@ This is the only way in: reranking, generating, the command line and the benchma
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +39,7 @@ from grating_core.text.pairs import load_template
 from grating_core.text.prompts import Prompt, find_prompt, usual_length
 from grating_core.text.windows import find_window
 
+_log = logging.getLogger("grating")
 _USUAL_LENGTH = 4096  # tokens of a prompt and its continuation, if the user gives no limit
 
 
@@ -169,6 +171,8 @@ class OpenReranker:
         plan = _with_tokenizer(self.plan, before)
         doubt = self.doubt if recounts else None
         model = self.stored.load(plan, template.answers, self.packing, lossless=doubt is not None)
+        for note in model.notes:
+            _log.info("model %s: %s", self.directory, note)
         lossless = model.lossless()
         recount = None if doubt is None or lossless is None else Recount(lossless, doubt)
         return Scorer(model, template, plan, recount)

@@ -88,6 +88,7 @@ class Trace:
             torch computed them. ``grating doctor`` says why.
         recounted: Indices of the documents that were scored again without 8 bits, because their place in the top K
             was in doubt.
+        notes: Remarks in words, such as which of a classifier's two labels makes the score.
     """
 
     layers: tuple[LayerTrace, ...]
@@ -104,6 +105,7 @@ class Trace:
     peak_memory: int | None = None
     kernels: str = "torch"
     recounted: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def compute_share(self) -> float:
@@ -124,13 +126,13 @@ class Trace:
         return (sum(self.lengths[index] for index in candidates) - repeated) * self.depth
 
     def summary(self) -> dict[str, Any]:
-        """Return what a log or a tracing tool shows: numbers and lists of numbers, as JSON can hold them.
+        """Return what a log or a tracing tool shows: numbers, texts and lists of them, as JSON can hold them.
 
         Returns:
             ``candidates`` and ``tokens`` (how many), ``alive`` (candidates computed, layer by layer),
             ``compute_share``, and of the attributes ``depth``, ``truncated``, ``seconds``, ``seconds_waited``,
-            ``bytes_read``, ``bytes_spilled``, ``embedding_hit_rate``, ``peak_memory``, ``kernels`` and
-            ``recounted``.
+            ``bytes_read``, ``bytes_spilled``, ``embedding_hit_rate``, ``peak_memory``, ``kernels``,
+            ``recounted`` and ``notes``.
         """
         return {
             "candidates": len(self.lengths),
@@ -147,6 +149,7 @@ class Trace:
             "peak_memory": self.peak_memory,
             "kernels": self.kernels,
             "recounted": list(self.recounted),
+            "notes": list(self.notes),
         }
 
 

@@ -25,7 +25,7 @@ def models(as_json: bool = False) -> None:
         size = "made on first use" if model["bytes"] is None else f"{model['bytes'] / 1e6:,.0f} MB"
         table.add_row(model["name"], model["kind"], str(model["layers"] or ""), size)
     show(table, whole=True)
-    show("Supported, as safetensors and if classifiers with one label: " + ", ".join(FAMILIES) + ".")
+    show("Supported, as safetensors and if classifiers with one label or two: " + ", ".join(FAMILIES) + ".")
 
 
 def _bundled() -> Iterator[dict[str, Any]]:

@@ -91,16 +91,14 @@ def run_pass(
                     job.fail(contest.error)
                     continue
                 memory = None if peak is None else peak.bytes
-                trace = _trace(
-                    contest, requests[number], shared.get(number, 0), job.started, memory, model.kernels
-                )
+                trace = _trace(model, contest, requests[number], shared.get(number, 0), job.started, memory)
                 job.finish(Outcome(contest.winners, trace))
     finally:
         model.rewind()
 
 
 def _trace(
-    contest: Contest, candidates: Encoded, shared: int, started: float, peak: int | None, kernels: str
+    model: CrossEncoder, contest: Contest, candidates: Encoded, shared: int, started: float, peak: int | None
 ) -> Trace:
     usage = contest.usage
     return Trace(
@@ -116,8 +114,9 @@ def _trace(
         bytes_spilled=usage.bytes_spilled,
         embedding_hit_rate=usage.hit_rate,
         peak_memory=peak,
-        kernels=kernels,
+        kernels=model.kernels,
         recounted=contest.recounted,
+        notes=model.notes,
     )
 
 

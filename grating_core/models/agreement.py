@@ -21,7 +21,7 @@ _MOST_LAYERS = 10_000
 _WHOLE = {
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "intermediate_size", "head_dim", "max_position_embeddings", "type_vocab_size", "local_attention",
-    "start_layer",
+    "start_layer", "embedding_size",
 }  # fmt: skip
 _REAL = {
     "layer_norm_eps", "rms_norm_eps", "norm_eps", "rope_theta", "global_rope_theta", "local_rope_theta", "factor",
@@ -39,6 +39,7 @@ _ACTIVATIONS = {"hidden_act", "hidden_activation", "classifier_activation"}
 _KINDS: dict[str, tuple[Any, str]] = {
     "eos_token_id": (int | list, "a token's number, or a list of them"),
     "layer_types": (list, "a list of texts"),
+    "problem_type": (str, "a text"),
     **dict.fromkeys(("id2label", *_ROPE), (dict, "an object")),
 }
 _ITEMS: dict[str, type] = {"eos_token_id": int, "layer_types": str}  # of lists
@@ -59,6 +60,7 @@ _ROWS: dict[Any, str] = {
     "table": "vocab_size", "positions": "max_position_embeddings", "types": "type_vocab_size",
     "gate": "intermediate_size", "up": "intermediate_size",
 }  # fmt: skip
+_TABLES = ("table", "positions", "types")
 _HEADS: dict[Any, str] = {"query": "num_attention_heads", "key": "num_key_value_heads"}
 
 # These fields must have this value, if a configuration has them.
@@ -106,20 +108,20 @@ def check_values(path: Path, stated: Fields, family: Family) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         largest = _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST
         if name in _WHOLE and not (number and isinstance(value, int) and 1 <= value <= largest):
-            raise _senseless(path, name, value, "a whole number, 1 or more")
+            raise _senseless(path, family.field(name), value, "a whole number, 1 or more")
         if name in _REAL and not (number and 0 < value < math.inf):
             raise _senseless(path, name, value, "a number above 0")
         if name in _ROPE_NUMBERS and not number:
             raise _senseless(path, name, value, "a number")
         if isinstance(value, float) and not math.isfinite(value):
-            raise ModelNotFoundError(f"{path} has {name}={value}, which is no number")
+            raise ModelNotFoundError(f"{path} has {family.field(name)}={value}, which is no number")
     for name, default in family.defaults.items():
         value = stated.get(name, default)
         kind, wanted = _KINDS.get(name) or _KINDS_OF_DEFAULTS[type(default)]
         null = value is None and (default is None or name in _NULL)
         items = value if isinstance(value, list) else ()
         if not (null or _is(value, kind)) or not all(_is(item, _ITEMS[name]) for item in items):
-            raise _senseless(path, name, value, wanted)
+            raise _senseless(path, family.field(name), value, wanted)
 
 
 def _is(value: object, kind: Any) -> bool:
@@ -160,22 +162,12 @@ def check_implemented(path: Path, stated: Fields, fields: Fields, family: Family
             raise _unsupported(path, name, value)
     for name in _ACTIVATIONS & fields.keys():
         if fields[name] not in ACTIVATIONS:
-            raise _unsupported(path, name, fields[name])
+            raise _unsupported(path, family.field(name), fields[name])
     _check_layer_types(path, stated, fields)
     if "rope_parameters" in fields:
         _check_ropes(path, fields)
     if (pooling := fields.get("classifier_pooling", "cls")) not in ("cls", "mean"):
         raise _unsupported(path, "classifier_pooling", pooling)
-    if "num_labels" in fields and (labels := _labels(fields)) != 1:
-        raise UnsupportedModelError(
-            f"{path} describes {labels} labels; a reranker has one relevance score. "
-            f"Classifiers with several labels cannot rank"
-        )
-
-
-def _labels(fields: Fields) -> int:
-    named = fields["id2label"]
-    return int(fields["num_labels"]) if named is None else len({int(number) for number in named})
 
 
 def _check_layer_types(path: Path, stated: Fields, fields: Fields) -> None:
@@ -240,7 +232,7 @@ def check_stored(path: Path, configuration: Configuration, tensors: Mapping[str,
     numbers = [int(found[1]) for name in tensors if (found := layer.match(name))]
     if numbers and max(numbers) + 1 != spec.depth:
         raise ModelNotFoundError(
-            f"{path} has num_hidden_layers={spec.depth}, but its weights in {path.parent} have "
+            f"{path} has {family.field('num_hidden_layers')}={spec.depth}, but its weights in {path.parent} have "
             f"{max(numbers) + 1:,} layers"
         )
     names = {f"{name}.weight": role for name, role in family.outside.items()} | {
@@ -267,11 +259,14 @@ def check_stored(path: Path, configuration: Configuration, tensors: Mapping[str,
 
 def _said(configuration: Configuration, role: Role | tuple[Role, ...] | None, axis: int) -> str:
     """Return the fields that say the size of an axis of a role's weight, with their values; empty if none do."""
-    fields, spec, _ = configuration
+    fields, spec, family = configuration
     if axis == 0 and role in _HEADS and _HEADS[role] in fields:
-        return f"{_HEADS[role]}={fields[_HEADS[role]]} of head_dim={spec.layers[0].head_size}"
-    name = (_ROWS.get(role, "") if axis == 0 else "hidden_size") if role in _ROWS or role in _HEADS else ""
-    return f"{name}={fields[name]}" if name else ""
+        return f"{family.field(_HEADS[role])}={fields[_HEADS[role]]} of head_dim={spec.layers[0].head_size}"
+    if role not in _ROWS and role not in _HEADS:
+        return ""
+    wide = "embedding_size" if role in _TABLES and "embedding_size" in fields else "hidden_size"
+    name = _ROWS.get(role, "") if axis == 0 else wide
+    return f"{family.field(name)}={fields[name]}" if name in fields else ""
 
 
 def check_taken(family: Family, stored: Mapping[str, StoredTensor], wanted: Container[str]) -> None:

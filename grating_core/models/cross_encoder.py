@@ -54,6 +54,12 @@ class CrossEncoder(LayeredModel):
         """The shape that a lens must have."""
         return Shape.of(self.spec)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Remarks in words on how scores come about, for traces."""
+        remark = self.spec.labels.remark
+        return () if remark is None else (remark,)
+
     def lossless(self) -> CrossEncoder | None:
         """Return the same model with the layers without 8 bits; None if they are not in memory."""
         if (found := self._parts.lossless) is None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from grating_core.layers.spec import LayerSpec, Norm, Role
 from grating_core.models.family import Family, Fields, ModelSpec
 from grating_core.models.heads import score_answer, score_layerwise, score_linear
+from grating_core.models.labels import FIELDS as LABELS
 from grating_core.models.rope import FULL, SLIDING, stack
 
 
@@ -169,8 +170,6 @@ _GEMMA2 = {
     "tie_word_embeddings": True, "eos_token_id": 1, **_ROPE,
 }  # fmt: skip
 
-_LABELS = {"num_labels": 2, "id2label": None}
-
 _ASKED = Family(
     architecture="LlamaForCausalLM",
     defaults=_LLAMA,
@@ -190,7 +189,7 @@ def _both(name: str, described: Family) -> tuple[Family, Family]:
     return replace(described, architecture=f"{name}ForCausalLM"), replace(
         described,
         architecture=f"{name}ForSequenceClassification",
-        defaults={**described.defaults, **_LABELS},
+        defaults={**described.defaults, **LABELS},
         head={"score": "classifier"},
         score=score_linear,
         asks=False,

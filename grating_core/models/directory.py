@@ -21,6 +21,7 @@ from grating_core.models.elsewhere import known_elsewhere
 from grating_core.models.families import find_family, find_transformer
 from grating_core.models.family import Configuration, Family, Fields
 from grating_core.models.hub import MODEL_FILES, Hub
+from grating_core.models.labels import read_labels
 from grating_core.models.modules import (
     activation_function,
     check_width,
@@ -105,7 +106,7 @@ def read_config(directory: Path) -> Configuration:
     Raises:
         ModelNotFoundError: There is no readable ``config.json``, or its content makes no sense.
         UnsupportedModelError: grating does not run this architecture, does not implement one of the settings, or
-            the model does not have exactly one label.
+            the labels give no relevance score.
     """
     head = read_head(directory)
     path = transformer_folder(directory) / "config.json"
@@ -132,13 +133,17 @@ def describe(path: Path, stated: Fields, family: Family) -> Configuration:
 
     Raises:
         ModelNotFoundError: A value makes no sense.
-        UnsupportedModelError: grating does not implement a value, or the model does not have exactly one label.
+        UnsupportedModelError: grating does not implement a value, or the labels give no relevance score.
     """
     with blaming_config(path):
+        stated = family.usual(stated)
         check_values(path, stated, family)
         fields = {name: stated.get(name, default) for name, default in family.defaults.items()}
         check_implemented(path, stated, fields, family)
-        return Configuration(fields, family.spec(fields), family)
+        spec = family.spec(fields)
+        if "num_labels" in fields:
+            spec = replace(spec, labels=read_labels(path, stated))
+        return Configuration(fields, spec, family)
 
 
 def end_tokens(directory: Path, fields: Fields) -> frozenset[int]:

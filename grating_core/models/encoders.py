@@ -1,4 +1,4 @@
-"""Encoder families: BERT and RoBERTa with the norms behind the residual sums, ModernBERT with them before."""
+"""Encoder families that are built like BERT, with the norms behind the residual sums."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 from grating_core.layers.spec import LayerSpec, Norm
 from grating_core.models.family import Family, Fields, ModelSpec
 from grating_core.models.heads import score_dense
-from grating_core.models.rope import FULL, SLIDING, stack
+from grating_core.models.labels import FIELDS as LABELS
 
 
-def _layer(fields: Fields, norm: Norm, **own: Any) -> LayerSpec:
+def encoder_layer(fields: Fields, norm: Norm, **own: Any) -> LayerSpec:
     """Return the spec of a layer, with what all encoders have in common."""
     width, heads = fields["hidden_size"], fields["num_attention_heads"]
     if width % heads:
@@ -31,7 +31,9 @@ def _layer(fields: Fields, norm: Norm, **own: Any) -> LayerSpec:
 
 def _bert_spec(fields: Fields) -> ModelSpec:
     norm, biased = Norm("layer", fields["layer_norm_eps"]), frozenset(_LAYER.values())
-    layer = _layer(fields, norm, activation=fields["hidden_act"], gated=False, norm_behind=True, biased=biased)
+    layer = encoder_layer(
+        fields, norm, activation=fields["hidden_act"], gated=False, norm_behind=True, biased=biased
+    )
     return ModelSpec(
         width=layer.width,
         vocabulary=fields["vocab_size"],
@@ -41,7 +43,7 @@ def _bert_spec(fields: Fields) -> ModelSpec:
         pooling="first",
         types=fields["type_vocab_size"],
         positions=fields["max_position_embeddings"],
-        biased=frozenset({"embedding_norm", "dense", "classifier"}),
+        biased=frozenset({"embedding_norm", "projection", "dense", "classifier"}),
         typed=True,
     )
 
@@ -52,29 +54,16 @@ def _roberta_spec(fields: Fields) -> ModelSpec:
     return replace(spec, first_position=first, window=spec.positions - first, typed=False)
 
 
-def _modernbert_spec(fields: Fields) -> ModelSpec:
-    norm = Norm("layer", fields["norm_eps"])
-    biased = {
-        "norm_bias": {"input_norm", "mlp_norm", "embedding_norm", "final_norm", "norm"},
-        "attention_bias": {"query", "key", "value", "output"},
-        "mlp_bias": {"gate", "up", "down"},
-        "classifier_bias": {"dense"},
-    }
-    roles = frozenset({"classifier"}).union(*(roles for name, roles in biased.items() if fields[name]))
-    layer = _layer(fields, norm, activation=fields["hidden_activation"], gated=True, biased=roles)
-    every, depth = fields["global_attn_every_n_layers"], fields["num_hidden_layers"]
-    types = fields["layer_types"] or [SLIDING if number % every else FULL for number in range(depth)]
-    first, *others = stack(layer, fields, types, fields["local_attention"] // 2 + 1)
-    return ModelSpec(
-        width=layer.width,
-        vocabulary=fields["vocab_size"],
-        window=fields["max_position_embeddings"],
-        layers=(replace(first, absent=frozenset({"input_norm"})), *others),
-        norm=norm,
-        pooling="mean" if fields["classifier_pooling"] == "mean" else "first",
-        biased=roles,
-        activation=fields["classifier_activation"],
-    )
+def _electra_spec(fields: Fields) -> ModelSpec:
+    """Return BERT's spec, but tables as narrow as the configuration says, and always GELU in the head."""
+    spec, row = _bert_spec(fields), fields["embedding_size"]
+    return replace(spec, embedding=None if row == spec.width else row, activation="gelu")
+
+
+def _distilbert_spec(fields: Fields) -> ModelSpec:
+    """Return BERT's spec, but no token types, and ReLU in the head. Sinusoidal positions are stored too."""
+    spec = _bert_spec({**fields, "layer_norm_eps": 1e-12, "type_vocab_size": 0})
+    return replace(spec, activation="relu", typed=False)
 
 
 _LAYER = {
@@ -93,7 +82,7 @@ _BERT = Family(
     defaults={
         "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
         "intermediate_size": 3072, "hidden_act": "gelu", "max_position_embeddings": 512, "type_vocab_size": 2,
-        "layer_norm_eps": 1e-12, "num_labels": 2, "id2label": None,
+        "layer_norm_eps": 1e-12, **LABELS,
     },
     spec=_bert_spec,
     layers="bert.encoder.layer",
@@ -121,33 +110,50 @@ _XLM_ROBERTA = replace(
     architecture="XLMRobertaForSequenceClassification",
     defaults={**_ROBERTA.defaults, "vocab_size": 30522},
 )
-_MODERNBERT = Family(
-    architecture="ModernBertForSequenceClassification",
+_ELECTRA = replace(
+    _BERT,
+    architecture="ElectraForSequenceClassification",
     defaults={
-        "vocab_size": 50368, "hidden_size": 768, "num_hidden_layers": 22, "num_attention_heads": 12,
-        "intermediate_size": 1152, "hidden_activation": "gelu", "max_position_embeddings": 8192, "norm_eps": 1e-5,
-        "norm_bias": False, "attention_bias": False, "mlp_bias": False, "local_attention": 128,
-        "layer_types": None, "global_attn_every_n_layers": 3, "rope_parameters": None, "rope_scaling": None,
-        "global_rope_theta": 160_000.0, "local_rope_theta": 10_000.0, "classifier_pooling": "cls",
-        "classifier_bias": False, "classifier_activation": "gelu", "num_labels": 2, "id2label": None,
+        **_BERT.defaults, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024,
+        "embedding_size": 128,
     },
-    spec=_modernbert_spec,
-    layers="model.layers",
+    spec=_electra_spec,
+    layers="electra.encoder.layer",
+    outside={
+        **{name.replace("bert", "electra"): role for name, role in _BERT.outside.items()},
+        "electra.embeddings_project": "projection",
+    },
+    head={"classifier.dense": "dense", "classifier.out_proj": "classifier"},
+)  # fmt: skip
+_DISTILBERT = Family(
+    architecture="DistilBertForSequenceClassification",
+    defaults={
+        "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 12,
+        "intermediate_size": 3072, "hidden_act": "gelu", "max_position_embeddings": 512, **LABELS,
+    },
+    spec=_distilbert_spec,
+    layers="distilbert.transformer.layer",
     layer={
-        "attn_norm": "input_norm",
-        "attn.Wqkv": ("query", "key", "value"),
-        "attn.Wo": "output",
-        "mlp_norm": "mlp_norm",
-        "mlp.Wi": ("gate", "up"),
-        "mlp.Wo": "down",
+        "attention.q_lin": "query",
+        "attention.k_lin": "key",
+        "attention.v_lin": "value",
+        "attention.out_lin": "output",
+        "sa_layer_norm": "attention_norm",
+        "ffn.lin1": "up",
+        "ffn.lin2": "down",
+        "output_layer_norm": "output_norm",
     },
     outside={
-        "model.embeddings.tok_embeddings": "table",
-        "model.embeddings.norm": "embedding_norm",
-        "model.final_norm": "final_norm",
+        "distilbert.embeddings.word_embeddings": "table",
+        "distilbert.embeddings.position_embeddings": "positions",
+        "distilbert.embeddings.LayerNorm": "embedding_norm",
     },
-    head={"head.dense": "dense", "head.norm": "norm", "classifier": "classifier"},
+    head={"pre_classifier": "dense", "classifier": "classifier"},
     score=score_dense,
+    own_names={
+        "hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+        "intermediate_size": "hidden_dim", "hidden_act": "activation",
+    },
 )  # fmt: skip
 
-ENCODERS = (_BERT, _ROBERTA, _XLM_ROBERTA, _MODERNBERT)
+ENCODERS = (_BERT, _ROBERTA, _XLM_ROBERTA, _ELECTRA, _DISTILBERT)

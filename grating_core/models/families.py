@@ -8,17 +8,17 @@ from grating_core.errors import UnsupportedModelError
 from grating_core.models.decoders import DECODERS
 from grating_core.models.encoders import ENCODERS
 from grating_core.models.family import Family
+from grating_core.models.labels import FIELDS as LABELS
+from grating_core.models.modernbert import MODERNBERT
 
-FAMILIES: dict[str, Family] = {family.architecture: family for family in (*ENCODERS, *DECODERS)}
-
+FAMILIES: dict[str, Family] = {family.architecture: family for family in (*ENCODERS, MODERNBERT, *DECODERS)}
 
 _CLASSIFIER = "ForSequenceClassification"
-_LABELS = ("num_labels", "id2label")
 
 
 def _headless(family: Family) -> Family:
     """Return the family of a classifier without its head."""
-    defaults = {name: value for name, value in family.defaults.items() if name not in _LABELS}
+    defaults = {name: value for name, value in family.defaults.items() if name not in LABELS}
     return replace(family, defaults=defaults, head={})
 
 
@@ -76,6 +76,5 @@ def find_family(architectures: list[str] | None) -> Family:
                 f"and has no head that gives a score. Take a reranker, whose architecture ends in {_CLASSIFIER}"
             )
     raise UnsupportedModelError(
-        f"the model has architectures={architectures!r}; supported are "
-        f"{', '.join(FAMILIES)}; classifiers must have one label"
+        f"the model has architectures={architectures!r}; supported are {', '.join(FAMILIES)}"
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grating_core.layers.linear import Weights
 from grating_core.layers.spec import LayerSpec, Norm, Role
+from grating_core.models.labels import ONE, Labels
 
 Fields = Mapping[str, Any]
 """The fields of a ``config.json``, completed by the family's defaults."""
@@ -73,6 +74,8 @@ class ModelSpec:
         modules: The steps of a head that is made of modules.
         activation_fn: The class of the function that the model was trained with to make scores of logits, such as
             ``"torch.nn.modules.activation.Sigmoid"``; None if its files do not say. grating's scores are logits.
+        embedding: The width of the tables' rows, where a linear map brings them to D; None if it is D.
+        labels: The labels of a classifier.
     """
 
     width: int
@@ -93,6 +96,13 @@ class ModelSpec:
     tied: bool = False
     modules: tuple[HeadModule, ...] = ()
     activation_fn: str | None = None
+    embedding: int | None = None
+    labels: Labels = ONE
+
+    @property
+    def row(self) -> int:
+        """The width of the tables' rows."""
+        return self.embedding or self.width
 
     @property
     def depth(self) -> int:
@@ -118,7 +128,8 @@ class Family:
         layer: Roles of a layer's linear maps and norms, by their names behind the number. Where a tensor holds
             several roles, rows of one after the other, the roles are a tuple.
         outside: Roles of the tables and norms around the layers, by their names: ``"table"``, ``"positions"``,
-            ``"types"``, ``"embedding_norm"``, ``"final_norm"``.
+            ``"types"``, ``"embedding_norm"``, ``"projection"`` (behind that norm, if the tables have another width
+            than the layers), ``"final_norm"``.
         head: Roles of the head's linear maps and norms, by their names: ``"dense"``, ``"norm"``, ``"classifier"``,
             or ``"vocabulary"`` for an output embedding. A name and role with ``{}`` are those of several heads,
             numbered from 0.
@@ -128,6 +139,7 @@ class Family:
         fixed: Fields that must have this value, if a ``config.json`` has them.
         asks: Whether the score is the logit of an answer, so that a tokenizer must tell its rows.
         prompt: Name of the official prompt of all models of this architecture; None if they have none.
+        own_names: The family's own names of fields, by the usual ones, which only messages do not use.
     """
 
     architecture: str
@@ -142,6 +154,16 @@ class Family:
     fixed: Fields = field(default_factory=dict)
     asks: bool = False
     prompt: str | None = None
+    own_names: Mapping[str, str] = field(default_factory=dict)
+
+    def field(self, name: str) -> str:
+        """Return what the family's configurations call a field."""
+        return self.own_names.get(name, name)
+
+    def usual(self, stated: Fields) -> Fields:
+        """Return the fields of a ``config.json`` by their usual names."""
+        own = {usual: stated[name] for usual, name in self.own_names.items() if name in stated}
+        return {name: value for name, value in stated.items() if name not in self.own_names.values()} | own
 
 
 class Configuration(NamedTuple):

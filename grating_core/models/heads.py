@@ -30,12 +30,12 @@ _NORM = Norm("layer", 1e-5)  # as torch.nn.LayerNorm computes
 def score_dense(spec: ModelSpec, weights: Weights, states: Tensor, number: int) -> Tensor:
     """Return the scores of a classifier with a dense layer, an activation and perhaps a norm before it."""
     dense = ACTIVATIONS[spec.activation](linear(states, weights, "dense"))
-    return linear(normed(dense, weights, "norm", spec.norm), weights, "classifier")[:, 0]
+    return spec.labels.score(linear(normed(dense, weights, "norm", spec.norm), weights, "classifier"))
 
 
 def score_linear(spec: ModelSpec, weights: Weights, states: Tensor, number: int) -> Tensor:
     """Return the scores of a linear classifier."""
-    return linear(states, weights, "classifier")[:, 0]
+    return spec.labels.score(linear(states, weights, "classifier"))
 
 
 def score_answer(spec: ModelSpec, weights: Weights, states: Tensor, number: int) -> Tensor:

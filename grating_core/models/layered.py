@@ -17,7 +17,7 @@ from grating_core.kernels.operands import Lookup, Norm
 from grating_core.layers import layer as plain
 from grating_core.layers import packed_steps
 from grating_core.layers.layer import Mlp
-from grating_core.layers.linear import Weights, normed
+from grating_core.layers.linear import Weights, linear, normed
 from grating_core.layers.packed import PackedLayer
 from grating_core.layers.rotary import Angles, angles
 from grating_core.layers.sending import sent
@@ -219,7 +219,13 @@ class LayeredModel:
             found.append((outside["positions.weight"][spec.first_position :], positions))
         lookups = [Lookup(table, sent(numbers, self.device)) for table, numbers in found]
         compiled = self.device.type == "cpu" and kernels().has(self.dtype)
-        (kernels().embed if compiled else reference.embed)(lookups, self._factor, self._norm, output)
+        embed = kernels().embed if compiled else reference.embed
+        if spec.embedding is None:
+            embed(lookups, self._factor, self._norm, output)
+            return
+        narrow = output.new_empty(len(output), spec.embedding)
+        embed(lookups, self._factor, self._norm, narrow)
+        output.copy_(linear(narrow, outside, "projection"))
 
     def angles(self, positions: Tensor) -> dict[Rotary, Angles]:
         """Return the angles at positions, int64 ``[T]``, for each kind of rotary positions that layers have."""

@@ -59,12 +59,21 @@ def _layer_roles(family: Family, spec: LayerSpec) -> Iterator[tuple[str, tuple[R
 
 def outside_names(family: Family, spec: ModelSpec) -> dict[str, Shape]:
     """Return the names of the tensors around the layers, and their shapes."""
-    rows = {"table": spec.vocabulary, "positions": spec.positions, "types": spec.types}
+    shapes: dict[Role, Shape] = {
+        "table": (spec.vocabulary, spec.row),
+        "positions": (spec.positions, spec.row),
+        "types": (spec.types, spec.row),
+        "embedding_norm": (spec.row,),
+        "projection": (spec.width, spec.row),
+    }
     found: dict[str, Shape] = {}
     for name, role in family.outside.items():
-        found[f"{name}.weight"] = (rows[role], spec.width) if role in rows else (spec.width,)
+        if role == "projection" and spec.embedding is None:
+            continue
+        shape = shapes.get(role, (spec.width,))
+        found[f"{name}.weight"] = shape
         if role in spec.biased:
-            found[f"{name}.bias"] = (spec.width,)
+            found[f"{name}.bias"] = shape[:1]
     return found
 
 
@@ -93,7 +102,7 @@ def head_by_role(family: Family, spec: ModelSpec, stored: Mapping[str, Tensor]) 
 
 def _head_parts(family: Family, spec: ModelSpec) -> Iterator[tuple[str, Role, str, Shape]]:
     """Yield name, role, kind and shape of each tensor of the head."""
-    rows = {"dense": spec.width, "vocabulary": spec.vocabulary}
+    rows = {"dense": spec.width, "vocabulary": spec.vocabulary, "classifier": len(spec.labels)}
     own = {f"{module.role}/{part}": module.shape(part) for module in spec.modules for part in module.parts}
     for pattern, role in family.head.items():
         shape = own.get(role) or ((spec.width,) if role == "norm" else (rows.get(role, 1), spec.width))

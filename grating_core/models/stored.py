@@ -114,7 +114,7 @@ class StoredModel(ABC):
             layers=tuple(group.size for group in self._layers.values()),
             bytes_read=tuple(group.bytes_read for group in self._layers.values()),
             vocabulary=spec.vocabulary,
-            row=spec.width * self.dtype.itemsize,
+            row=spec.row * self.dtype.itemsize,
             rest=sum(group.size for group in self._rest(window)) + (self.adapter.size if self.adapter else 0),
             converted=any(group.converts for group in self._layers.values()),
             hidden=spec.width * self.dtype.itemsize,

@@ -10,6 +10,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    ElectraConfig,
+    ElectraForSequenceClassification,
     Gemma2Config,
     Gemma2ForSequenceClassification,
     GemmaConfig,
@@ -47,6 +51,8 @@ _MODERN = {"local_attention": 16, "max_position_embeddings": WINDOW, "bos_token_
            "cls_token_id": 0, "sep_token_id": 2}  # fmt: skip
 DECODER = {"num_key_value_heads": 2, "max_position_embeddings": WINDOW, "head_dim": 12}
 SLIDING = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}
+_DISTILBERT = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+               "intermediate_size": "hidden_dim"}  # fmt: skip
 _GLOBAL, _LOCAL = "full_attention", "sliding_attention"
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
@@ -56,6 +62,14 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "xlm-roberta": lambda: XLMRobertaForSequenceClassification(
         XLMRobertaConfig(**SIZES, max_position_embeddings=WINDOW + 2, type_vocab_size=1)
+    ),
+    "electra": lambda: ElectraForSequenceClassification(  # its tables are narrower than its layers
+        ElectraConfig(**SIZES, max_position_embeddings=WINDOW, embedding_size=20)
+    ),
+    "distilbert": lambda: DistilBertForSequenceClassification(
+        DistilBertConfig(
+            **{_DISTILBERT.get(name, name): value for name, value in SIZES.items()}, max_position_embeddings=WINDOW
+        )
     ),
     "modernbert-cls": lambda: ModernBertForSequenceClassification(
         ModernBertConfig(
@@ -111,7 +125,7 @@ def save_model(directory: Path, family: str, seed: int = 0, **saving: object) ->
     torch.manual_seed(seed)
     model = randomise(FAMILIES[family]())
     model.save_pretrained(directory, **saving)
-    save_tokenizer(directory, types=family == "bert")
+    save_tokenizer(directory, types=family in ("bert", "electra"))
     return directory
 
 
