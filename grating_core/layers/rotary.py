@@ -65,6 +65,17 @@ def linear(size: int, theta: float, *, factor: float) -> Rotary:
     return _made(frequencies(size, theta) / factor)
 
 
+def ntk(size: int, theta: float, *, factor: float) -> Rotary:
+    """Return rotary positions whose long waves turn more slowly by a factor, and short ones hardly.
+
+    The source is equation 6 of https://kexue.fm/archives/9706. A factor of 1 or less changes nothing, as in GTE's
+    own code.
+    """
+    if factor <= 1:
+        return plain(size, theta)
+    return _made(frequencies(size, theta * factor) / factor ** (2 / size))
+
+
 def dynamic(size: int, theta: float, *, factor: float, window: int) -> Rotary:
     """Return rotary positions whose frequencies change beyond a window of tokens; grating never goes beyond."""
     # Within the window the theta grows by a power of 1, or of what floating point makes of it.

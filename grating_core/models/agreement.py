@@ -107,8 +107,9 @@ def check_values(path: Path, stated: Fields, family: Family) -> None:
     for name, value in _numbers(stated):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         largest = _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST
-        if name in _WHOLE and not (number and isinstance(value, int) and 1 <= value <= largest):
-            raise _senseless(path, family.field(name), value, "a whole number, 1 or more")
+        least = 0 if name == "type_vocab_size" else 1
+        if name in _WHOLE and not (number and isinstance(value, int) and least <= value <= largest):
+            raise _senseless(path, family.field(name), value, f"a whole number, {least} or more")
         if name in _REAL and not (number and 0 < value < math.inf):
             raise _senseless(path, name, value, "a number above 0")
         if name in _ROPE_NUMBERS and not number:
@@ -165,7 +166,7 @@ def check_implemented(path: Path, stated: Fields, fields: Fields, family: Family
             raise _unsupported(path, family.field(name), fields[name])
     _check_layer_types(path, stated, fields)
     if "rope_parameters" in fields:
-        _check_ropes(path, fields)
+        _check_ropes(path, fields, family)
     if (pooling := fields.get("classifier_pooling", "cls")) not in ("cls", "mean"):
         raise _unsupported(path, "classifier_pooling", pooling)
 
@@ -182,20 +183,21 @@ def _check_layer_types(path: Path, stated: Fields, fields: Fields) -> None:
         )
 
 
-def _check_ropes(path: Path, fields: Fields) -> None:
+def _check_ropes(path: Path, fields: Fields, family: Family) -> None:
     stated = fields["rope_parameters"] or {}
     by_type = "rope_theta" not in fields
     if by_type and stated and not {FULL, SLIDING} & stated.keys():
         raise _unsupported(path, "rope_parameters", stated)
     for rope in read_ropes(fields).values():
         kind = rope["rope_type"]
-        if not isinstance(kind, str) or kind not in NEEDS:
+        if not isinstance(kind, str) or kind not in family.ropes:
             why = "with it a score depends on the other documents" if kind == "longrope" else ""
             raise _unsupported(path, "rope_type", kind, why)
         if lacks := [name for name in NEEDS[kind] if name not in rope]:
             raise ModelNotFoundError(f"{path} has rope_type={kind!r} without {lacks[0]}")
-        if (share := rope.get("partial_rotary_factor")) not in (None, 1):
-            raise _unsupported(path, "partial_rotary_factor", share)
+        for name, neutral in (("partial_rotary_factor", 1), ("mixed_b", None)):
+            if (value := rope.get(name)) not in (None, neutral):
+                raise _unsupported(path, name, value)
         if any(isinstance(value, dict) for value in rope.values()):
             raise _unsupported(path, "rope_parameters", stated)
 

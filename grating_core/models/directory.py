@@ -117,7 +117,11 @@ def read_config(directory: Path) -> Configuration:
         raise ModelNotFoundError(f"{path.parent} is not a model directory: it has no config.json") from error
     except (ValueError, OSError, AttributeError, TypeError) as error:
         raise ModelNotFoundError(f"{path} cannot be read as a configuration: {error}") from error
-    family = find_family(architectures) if head is None else head.instead_of(find_transformer(architectures))
+    family = (find_family if head is None else find_transformer)(architectures)
+    if family.variants:
+        family = family.fitting(read_headers(directory))
+    if head is not None:
+        family = head.instead_of(family)
     fields, spec, family = describe(path, stated, family)
     check_width(directory, spec)
     return Configuration(fields, replace(spec, activation_fn=activation_function(directory, stated)), family)

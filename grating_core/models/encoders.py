@@ -57,7 +57,8 @@ def _roberta_spec(fields: Fields) -> ModelSpec:
 def _electra_spec(fields: Fields) -> ModelSpec:
     """Return BERT's spec, but tables as narrow as the configuration says, and always GELU in the head."""
     spec, row = _bert_spec(fields), fields["embedding_size"]
-    return replace(spec, embedding=None if row == spec.width else row, activation="gelu")
+    absent = frozenset({"projection"} if row == spec.width else ())
+    return replace(spec, embedding=row, absent=absent, activation="gelu")
 
 
 def _distilbert_spec(fields: Fields) -> ModelSpec:
@@ -105,10 +106,11 @@ _ROBERTA = replace(
     outside={name.replace("bert", "roberta"): role for name, role in _BERT.outside.items()},
     head={"classifier.dense": "dense", "classifier.out_proj": "classifier"},
 )
-_XLM_ROBERTA = replace(
+XLM_ROBERTA = replace(
     _ROBERTA,
     architecture="XLMRobertaForSequenceClassification",
     defaults={**_ROBERTA.defaults, "vocab_size": 30522},
+    fixed={"lora_adaptations": None},
 )
 _ELECTRA = replace(
     _BERT,
@@ -156,4 +158,4 @@ _DISTILBERT = Family(
     },
 )  # fmt: skip
 
-ENCODERS = (_BERT, _ROBERTA, _XLM_ROBERTA, _ELECTRA, _DISTILBERT)
+ENCODERS = (_BERT, _ROBERTA, _ELECTRA, _DISTILBERT)

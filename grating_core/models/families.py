@@ -10,8 +10,11 @@ from grating_core.models.encoders import ENCODERS
 from grating_core.models.family import Family
 from grating_core.models.labels import FIELDS as LABELS
 from grating_core.models.modernbert import MODERNBERT
+from grating_core.models.remote import REMOTE
 
-FAMILIES: dict[str, Family] = {family.architecture: family for family in (*ENCODERS, MODERNBERT, *DECODERS)}
+FAMILIES: dict[str, Family] = {
+    family.architecture: family for family in (*ENCODERS, *REMOTE, MODERNBERT, *DECODERS)
+}
 
 _CLASSIFIER = "ForSequenceClassification"
 
@@ -19,7 +22,7 @@ _CLASSIFIER = "ForSequenceClassification"
 def _headless(family: Family) -> Family:
     """Return the family of a classifier without its head."""
     defaults = {name: value for name, value in family.defaults.items() if name not in LABELS}
-    return replace(family, defaults=defaults, head={})
+    return replace(family, defaults=defaults, head={}, variants=tuple(map(_headless, family.variants)))
 
 
 def _base(family: Family) -> Family:
@@ -30,6 +33,7 @@ def _base(family: Family) -> Family:
         architecture=f"{family.architecture.removesuffix(_CLASSIFIER)}Model",
         layers=family.layers.removeprefix(prefix),
         outside={name.removeprefix(prefix): role for name, role in family.outside.items()},
+        variants=tuple(map(_base, family.variants)),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -74,7 +74,8 @@ class ModelSpec:
         modules: The steps of a head that is made of modules.
         activation_fn: The class of the function that the model was trained with to make scores of logits, such as
             ``"torch.nn.modules.activation.Sigmoid"``; None if its files do not say. grating's scores are logits.
-        embedding: The width of the tables' rows, where a linear map brings them to D; None if it is D.
+        embedding: The width of the tables' rows; None for D. If it is another, a linear map brings them to D.
+        absent: The roles around the layers that the family has and this model lacks.
         labels: The labels of a classifier.
     """
 
@@ -97,6 +98,7 @@ class ModelSpec:
     modules: tuple[HeadModule, ...] = ()
     activation_fn: str | None = None
     embedding: int | None = None
+    absent: frozenset[Role] = frozenset()
     labels: Labels = ONE
 
     @property
@@ -139,6 +141,8 @@ class Family:
         fixed: Fields that must have this value, if a ``config.json`` has them.
         asks: Whether the score is the logit of an answer, so that a tokenizer must tell its rows.
         prompt: Name of the official prompt of all models of this architecture; None if they have none.
+        ropes: The kinds of rotary positions that the architecture knows.
+        variants: Families of the same architecture whose layers' tensors have other names.
         own_names: The family's own names of fields, by the usual ones, which only messages do not use.
     """
 
@@ -154,7 +158,17 @@ class Family:
     fixed: Fields = field(default_factory=dict)
     asks: bool = False
     prompt: str | None = None
+    ropes: tuple[str, ...] = ("default", "linear", "dynamic", "yarn", "llama3")
+    variants: tuple[Family, ...] = ()
     own_names: Mapping[str, str] = field(default_factory=dict)
+
+    def fitting(self, stored: Collection[str]) -> Family:
+        """Return the variant that the names of a checkpoint's tensors are of; the family itself if none is."""
+        for family in self.variants:
+            first = f"{family.layers}.0.{next(iter(family.layer))}."
+            if any(name.startswith(first) for name in stored):
+                return family
+        return self
 
     def field(self, name: str) -> str:
         """Return what the family's configurations call a field."""

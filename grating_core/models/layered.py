@@ -220,10 +220,10 @@ class LayeredModel:
         lookups = [Lookup(table, sent(numbers, self.device)) for table, numbers in found]
         compiled = self.device.type == "cpu" and kernels().has(self.dtype)
         embed = kernels().embed if compiled else reference.embed
-        if spec.embedding is None:
+        if spec.row == spec.width:
             embed(lookups, self._factor, self._norm, output)
             return
-        narrow = output.new_empty(len(output), spec.embedding)
+        narrow = output.new_empty(len(output), spec.row)
         embed(lookups, self._factor, self._norm, narrow)
         output.copy_(linear(narrow, outside, "projection"))
 

@@ -68,7 +68,7 @@ def outside_names(family: Family, spec: ModelSpec) -> dict[str, Shape]:
     }
     found: dict[str, Shape] = {}
     for name, role in family.outside.items():
-        if role == "projection" and spec.embedding is None:
+        if role in spec.absent:
             continue
         shape = shapes.get(role, (spec.width,))
         found[f"{name}.weight"] = shape

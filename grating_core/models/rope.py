@@ -19,6 +19,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "dynamic": ("factor",),
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "ntk": ("factor",),
 }
 """The kinds of rotary positions that grating implements, with the parameters that each must have."""
 
@@ -91,6 +92,8 @@ def make_rotary(rope: Mapping[str, Any], size: int) -> Rotary:
     factor, window = rope["factor"], rope[_FIRST_WINDOW]
     if kind == "linear":
         return rotary.linear(size, theta, factor=factor)
+    if kind == "ntk":
+        return rotary.ntk(size, theta, factor=factor)
     if kind == "dynamic":
         return rotary.dynamic(size, theta, factor=factor, window=rope["max_position_embeddings"])
     if kind == "llama3":
