@@ -29,6 +29,9 @@ class Walk:
         self._layer = layer
         self._room = room
         self._angles = angles
+        self._places: tuple[Tensor | None, Tensor | None] = (None, None)  # keys and queries of relative positions
+        if layer.spec.relative is not None:
+            self._places = layer.steps.positions(layer.spec, layer.weights, layer.table)
         self._shared: KeysValues | None = None  # of the tokens that the sequences of one request share
         self._long: KeysValues | None = None  # of a sequence that does not fit into a slice
 
@@ -46,7 +49,7 @@ class Walk:
             Hidden states after the layer, ``[rows, D]``, of the tokens that are asked for, perhaps with fill
             behind them.
         """
-        spec, weights, mlp = self._layer
+        spec, weights, mlp, _ = self._layer
         steps = self._layer.steps
         states = steps.prepared(spec, weights, hidden, self._room)
         turned = None if self._angles is None or positions is None else self._angles.at(positions)
@@ -60,7 +63,8 @@ class Walk:
             rows = self._rows(part.places, hidden.device)
             hidden, states, turned = hidden[rows], states[rows], turned and turned.at(rows)
         query = steps.queries(spec, weights, states, turned)
-        attended = ragged_attention(spec, query, self._seen(part, key, value), part.spans, self._room)
+        seen = self._seen(part, key, value)
+        attended = ragged_attention(spec, query, seen, part.spans, self._room, self._places)
         output: Tensor = steps.finished(spec, weights, hidden, attended, mlp)
         return output
 

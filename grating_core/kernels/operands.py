@@ -169,6 +169,26 @@ class Seen(NamedTuple):
         return torch.cat((self.shared[0], key)), torch.cat((self.shared[1], value))
 
 
+class Positions(NamedTuple):
+    """This class holds keys and queries of relative positions.
+
+    Attributes:
+        key: A key for each row of the table of positions, ``[rows, heads, head size]``; None for none.
+        query: A query for each row, likewise.
+        rows: The row of each distance of a query from a key, from the largest negative one on to the largest one:
+            int32 ``[2 * reach + 1]``.
+    """
+
+    key: Tensor | None
+    query: Tensor | None
+    rows: Tensor
+
+    @property
+    def reach(self) -> int:
+        """The largest distance that has a row."""
+        return len(self.rows) // 2
+
+
 class Texts(NamedTuple):
     """This class says where a sequence and its two texts are. The sequence may begin with a shared prefix.
 

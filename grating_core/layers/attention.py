@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from grating_core.kernels.choice import kernels
 from grating_core.kernels.operands import Seen, Span
 from grating_core.kernels.room import Room
+from grating_core.layers.relative import attend_relatively, positions_of
 from grating_core.layers.spec import LayerSpec
 from grating_core.layers.varlen import pack, serves, varlen_attention
 
@@ -21,7 +22,12 @@ _PRODUCTS = 1 << 22  # the most products of queries and keys that are in memory 
 
 
 def ragged_attention(
-    spec: LayerSpec, query: Tensor, seen: Seen, spans: Sequence[Span], room: Room | None = None
+    spec: LayerSpec,
+    query: Tensor,
+    seen: Seen,
+    spans: Sequence[Span],
+    room: Room | None = None,
+    places: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
     """Attend within each span.
 
@@ -31,15 +37,19 @@ def ragged_attention(
         seen: Keys and values.
         spans: Spans in rising order of their rows. Rows that are in no span are fill.
         room: The memory for the output of a compiled kernel; None for new memory.
+        places: Keys and queries of relative positions, ``[rows, heads, head size]`` each; None for none.
 
     Returns:
         The attention's output, ``[T, heads, head size]``; zero for the fill.
     """
     if len(query) > 1 and serves(spec, query) and (packing := pack(spec, spans)) is not None:
         return varlen_attention(spec, query, seen, spans, packing)
+    positions = None
+    if spec.relative is not None:
+        positions = positions_of(spec.relative, *places, max((span.keys for span in spans), default=1))
     attention = kernels().attention
-    if attention is not None and query.device.type == "cpu" and kernels().has(query.dtype):
-        attended: Tensor = attention(
+    if attention is not None and positions is None and query.device.type == "cpu" and kernels().has(query.dtype):
+        found: Tensor = attention(
             query,
             seen,
             spans,
@@ -49,13 +59,17 @@ def ragged_attention(
             softcap=spec.softcap,
             into=None if room is None else room.states("attended", query.shape, query.dtype),
         )
-        return attended
+        return found
     output = torch.empty_like(query)
     end = 0
     for span in spans:
         asked, key, value = (states.transpose(0, 1) for states in (query[span.rows], *seen.of(span)))
         output[end : span.start] = 0
-        output[span.rows] = attend(spec, asked, key, value, span.first).transpose(0, 1)
+        if positions is None:
+            attended = attend(spec, asked, key, value, span.first)
+        else:
+            attended = attend_relatively(spec, asked, key, value, span.first, positions)
+        output[span.rows] = attended.transpose(0, 1)
         end = span.rows.stop
     output[end:] = 0
     return output

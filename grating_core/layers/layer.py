@@ -37,6 +37,22 @@ def keys_and_values(
     return key, _heads(spec, weights, states, None, "value", spec.key_heads)
 
 
+def positions(spec: LayerSpec, weights: Weights, table: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return the keys and the queries of relative positions, ``[rows, heads, head size]`` each; None for none.
+
+    Args:
+        spec: The layer's spec, with relative positions.
+        weights: The layer's weights.
+        table: The table of positions, ``[rows, D]``.
+    """
+    assert spec.relative is not None
+    key, query = (
+        None if role is None else linear(table, weights, role).view(len(table), spec.heads, spec.head_size)
+        for role in (spec.relative.key, spec.relative.query)
+    )
+    return key, query
+
+
 def _heads(
     spec: LayerSpec, weights: Weights, states: Tensor, angles: Angles | None, role: str, heads: int
 ) -> Tensor:

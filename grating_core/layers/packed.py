@@ -14,7 +14,7 @@ from grating_core.kernels.packing import fits_in_place, packed_bytes, packed_wei
 from grating_core.layers.linear import Weights
 from grating_core.layers.spec import LayerSpec, Role
 
-_PRODUCTS = ("query", "key", "value", "output", "gate", "up", "down")
+_PRODUCTS = ("query", "key", "value", "output", "gate", "up", "down", "position_key", "position_query")
 _NORMS = ("input_norm", "query_norm", "key_norm", "attention_norm", "mlp_norm", "output_norm")
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -37,7 +37,9 @@ class PackedLayer(NamedTuple):
 
 def products_of(spec: LayerSpec) -> list[Role]:
     """Return the roles of a layer's products."""
-    return [role for role in _PRODUCTS if role != "gate" or spec.gated]
+    own = () if spec.relative is None else (spec.relative.key, spec.relative.query)
+    absent = {"position_key", "position_query"}.difference(own)
+    return [role for role in _PRODUCTS if role not in absent and (role != "gate" or spec.gated)]
 
 
 def packed_layer(

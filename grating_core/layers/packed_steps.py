@@ -69,6 +69,15 @@ def keys_and_values(
     return key, _heads(spec, layer, inputs, None, "value", spec.key_heads)
 
 
+def positions(spec: LayerSpec, layer: PackedLayer, table: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """See :func:`grating_core.layers.layer.positions`."""
+    assert spec.relative is not None
+    roles = spec.relative.key, spec.relative.query
+    inputs = _inputs(table, layer, *_wanted(layer, *(role for role in roles if role is not None)))
+    key, query = (None if role is None else _heads(spec, layer, inputs, None, role, spec.heads) for role in roles)
+    return key, query
+
+
 def _heads(
     spec: LayerSpec, layer: PackedLayer, inputs: Inputs, angles: Angles | None, role: Role, heads: int
 ) -> Tensor:

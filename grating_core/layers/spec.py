@@ -16,7 +16,8 @@ A linear map or norm of a role has a tensor ``role.weight`` and perhaps ``role.b
 * ``attention_norm``: the norm of that output, or behind the first residual sum;
 * ``mlp_norm``: the norm before the MLP;
 * ``gate``, ``up``, ``down``: the MLP, ``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` without a gate;
-* ``output_norm``: the norm of the MLP's output, or behind the second residual sum.
+* ``output_norm``: the norm of the MLP's output, or behind the second residual sum;
+* ``position_key``, ``position_query``: linear maps of the table of relative positions, see :class:`Relative`.
 
 Where a layer has no weights for a norm, the states pass that place unchanged.
 """
@@ -52,6 +53,29 @@ class Rotary:
 
 
 @dataclass(frozen=True)
+class Relative:
+    """Relative positions give keys and queries to distances between tokens (DeBERTa, arXiv 2006.03654).
+
+    A distance has a row of a table, and linear maps of the table are keys and queries of positions. The products
+    of a token's query with the keys of positions, and of a token's key with their queries, are added to the
+    products of queries and keys.
+
+    Attributes:
+        span: Number of rows for distances of one direction; the table has twice as many.
+        buckets: Whether distances beyond half of the span share rows, the more of them the farther away.
+        farthest: The distance in tokens of the last row, where distances share rows.
+        key: The role of the map that gives keys: ``"key"``, ``"position_key"``, or None for no such products.
+        query: The role of the map that gives queries: ``"query"``, ``"position_query"``, or None.
+    """
+
+    span: int
+    buckets: bool
+    farthest: int
+    key: Role | None
+    query: Role | None
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """A layer spec describes one layer.
 
@@ -70,6 +94,7 @@ class LayerSpec:
         window: Distance in tokens below which a token sees another; None for any distance.
         softcap: Bound of the scaled products, by a hyperbolic tangent; None for no bound.
         rotary: The rotary positions; None for none.
+        relative: The relative positions; None for none.
         residual: The factor of what a layer adds to the residual (MiniCPM has one).
         biased: The roles of linear maps and norms that have a bias.
         absent: The roles of the family that this layer lacks.
@@ -89,6 +114,7 @@ class LayerSpec:
     window: int | None = None
     softcap: float | None = None
     rotary: Rotary | None = None
+    relative: Relative | None = None
     residual: float = 1.0
     biased: frozenset[Role] = frozenset()
     absent: frozenset[Role] = frozenset()
@@ -104,6 +130,8 @@ class LayerSpec:
             "gate": (self.inner, self.width),
             "up": (self.inner, self.width),
             "down": (self.width, self.inner),
+            "position_query": (own, self.width),
+            "position_key": (own, self.width),
             "query_norm": (self.head_size,),
             "key_norm": (self.head_size,),
         }

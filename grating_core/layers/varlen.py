@@ -41,6 +41,7 @@ def serves(spec: LayerSpec, states: Tensor) -> bool:
         states.is_cuda
         and states.dtype in (torch.bfloat16, torch.float16)
         and spec.softcap is None
+        and spec.relative is None
         and spec.head_size <= _LARGEST_HEAD
         and spec.head_size % 8 == 0
         and _has_kernels(states.device)

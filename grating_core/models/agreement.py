@@ -33,16 +33,17 @@ _ROPE_NUMBERS = {
     "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "low_freq_factor",
     "high_freq_factor", "original_max_position_embeddings",
 }  # fmt: skip
-_ACTIVATIONS = {"hidden_act", "hidden_activation", "classifier_activation"}
+_ACTIVATIONS = {"hidden_act", "hidden_activation", "classifier_activation", "pooler_hidden_act"}
 
 # What a field must be, by its name, or else by the type of its default.
 _KINDS: dict[str, tuple[Any, str]] = {
     "eos_token_id": (int | list, "a token's number, or a list of them"),
     "layer_types": (list, "a list of texts"),
     "problem_type": (str, "a text"),
+    "pos_att_type": (str | list, "a text, or a list of texts"),
     **dict.fromkeys(("id2label", *_ROPE), (dict, "an object")),
 }
-_ITEMS: dict[str, type] = {"eos_token_id": int, "layer_types": str}  # of lists
+_ITEMS: dict[str, type] = {"eos_token_id": int, "layer_types": str, "pos_att_type": str}  # of lists
 _KINDS_OF_DEFAULTS: dict[type, tuple[Any, str]] = {
     bool: (bool, "true or false"),
     str: (str, "a text"),
@@ -53,6 +54,7 @@ _KINDS_OF_DEFAULTS: dict[type, tuple[Any, str]] = {
 # With null these have a meaning of their own; the other fields may be null only if that is their default.
 _NULL = {
     "num_key_value_heads", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "eos_token_id",
+    "share_att_key",
 }  # fmt: skip
 
 # The fields that say how many rows the weight of a role has, or how many heads.
@@ -85,7 +87,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
         (
             "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "sliding_window",
             "alibi", "use_alibi", "qk_norm", "use_qk_norm", "qk_layernorm", "clip_qkv", "parallel_attn",
-            "use_parallel_residual", "no_rope_layer_interval", "attn_temperature_tuning",
+            "use_parallel_residual", "no_rope_layer_interval", "attn_temperature_tuning", "conv_kernel_size",
         ),
         (),
     ),
@@ -159,7 +161,7 @@ def check_implemented(path: Path, stated: Fields, fields: Fields, family: Family
         if name not in family.defaults and not off and value not in (None, False, 0, *neutral):
             raise _unsupported(path, name, value)
     for name, only in {**(_CAUSAL if family.causal else _BOTH_WAYS), **family.fixed}.items():
-        if (value := stated.get(name)) not in (None, only):
+        if (value := stated.get(name)) not in (None, only(fields) if callable(only) else only):
             raise _unsupported(path, name, value)
     for name in _ACTIVATIONS & fields.keys():
         if fields[name] not in ACTIVATIONS:

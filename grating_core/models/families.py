@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from grating_core.errors import UnsupportedModelError
+from grating_core.models.deberta import DEBERTA
 from grating_core.models.decoders import DECODERS
 from grating_core.models.encoders import ENCODERS
 from grating_core.models.family import Family
@@ -13,7 +14,7 @@ from grating_core.models.modernbert import MODERNBERT
 from grating_core.models.remote import REMOTE
 
 FAMILIES: dict[str, Family] = {
-    family.architecture: family for family in (*ENCODERS, *REMOTE, MODERNBERT, *DECODERS)
+    family.architecture: family for family in (*ENCODERS, *REMOTE, MODERNBERT, DEBERTA, *DECODERS)
 }
 
 _CLASSIFIER = "ForSequenceClassification"

@@ -63,6 +63,7 @@ class ModelSpec:
         pooling: The token that the head reads: ``"first"``, ``"last"``, or ``"mean"`` of all.
         types: Number of token types; 0 if the model has none.
         positions: Number of rows of the table of positions; 0 if the model has none.
+        relative: Number of rows of the table of relative positions; 0 if the model has none.
         first_position: The row of a sequence's first token in the table of positions.
         scale: The factor of embeddings (Gemma and MiniCPM have one), rounded to the compute dtype.
         biased: The roles around the layers that have a bias.
@@ -87,6 +88,7 @@ class ModelSpec:
     pooling: Pooling
     types: int = 0
     positions: int = 0
+    relative: int = 0
     first_position: int = 0
     scale: float = 1.0
     biased: frozenset[Role] = frozenset()
@@ -131,14 +133,16 @@ class Family:
             several roles, rows of one after the other, the roles are a tuple.
         outside: Roles of the tables and norms around the layers, by their names: ``"table"``, ``"positions"``,
             ``"types"``, ``"embedding_norm"``, ``"projection"`` (behind that norm, if the tables have another width
-            than the layers), ``"final_norm"``.
+            than the layers), ``"final_norm"``, ``"relative"`` (the table of relative positions) and
+            ``"relative_norm"``.
         head: Roles of the head's linear maps and norms, by their names: ``"dense"``, ``"norm"``, ``"classifier"``,
             or ``"vocabulary"`` for an output embedding. A name and role with ``{}`` are those of several heads,
             numbered from 0.
         score: ``(spec, weights of the head, states, number) -> scores``, from float32 ``[N, D]`` after layer
             ``number`` to ``[N]``. The states have been through the final norm.
         causal: Whether a token sees only the tokens before it.
-        fixed: Fields that must have this value, if a ``config.json`` has them.
+        fixed: Fields that must have this value, if a ``config.json`` has them: a value, or what a function makes
+            of the other fields.
         asks: Whether the score is the logit of an answer, so that a tokenizer must tell its rows.
         prompt: Name of the official prompt of all models of this architecture; None if they have none.
         ropes: The kinds of rotary positions that the architecture knows.

@@ -19,6 +19,7 @@ from grating_core.layers import packed_steps
 from grating_core.layers.layer import Mlp
 from grating_core.layers.linear import Weights, linear, normed
 from grating_core.layers.packed import PackedLayer
+from grating_core.layers.relative import SCRATCH
 from grating_core.layers.rotary import Angles, angles
 from grating_core.layers.sending import sent
 from grating_core.layers.spec import LayerSpec, Rotary
@@ -41,11 +42,13 @@ class Layer(NamedTuple):
         spec: The layer's spec.
         weights: The layer's weights, by role, or packed.
         mlp: The function in the place of the layer's own MLP; None for its own.
+        table: The table of relative positions, ``[rows, D]``; None for none.
     """
 
     spec: LayerSpec
     weights: Weights | PackedLayer
     mlp: Mlp | None = None
+    table: Tensor | None = None
 
     @property
     def steps(self) -> Any:
@@ -145,6 +148,7 @@ class LayeredModel:
         """The dtype of the layers' products."""
         self._factor = torch.tensor(parts.spec.scale, dtype=parts.dtype).item()  # rounded, as transformers does
         self._norm = _norm(parts.spec, parts.outside)
+        self._relative = _relative(parts.spec, parts.outside)
         self.work = work_per_token(parts.spec, parts.dtype, parts.packing, pruned=parts.columns is not None)
 
     @property
@@ -174,20 +178,20 @@ class LayeredModel:
         Raises:
             FileError: The weights cannot be read from disk.
         """
-        parts, spec = self._parts, self.spec.layers[number - 1]
+        parts, spec, table = self._parts, self.spec.layers[number - 1], self._relative
         mlp = parts.mlps[number - 1] if parts.mlps else None
         if parts.streamer is None or number not in parts.streamer:
-            yield Layer(spec, parts.layers[number], mlp)
+            yield Layer(spec, parts.layers[number], mlp, table)
             return
         with parts.streamer.layer(number) as stored:
             if parts.packed is not None and parts.packing is not None:
-                yield Layer(spec, parts.packing.layer(spec, stored))
+                yield Layer(spec, parts.packing.layer(spec, stored), None, table)
                 return
             weights = layer_by_role(parts.family, spec, number, stored)
             if parts.packing is None:
-                yield Layer(spec, weights, mlp)
+                yield Layer(spec, weights, mlp, table)
             else:
-                yield Layer(spec, parts.packing.packed(spec, weights, in_place=True))
+                yield Layer(spec, parts.packing.packed(spec, weights, in_place=True), None, table)
 
     def rewind(self) -> None:
         """End a pass, so that the first layers of the next pass are read in advance."""
@@ -247,6 +251,12 @@ def _norm(spec: ModelSpec, outside: Weights) -> Norm | None:
     return Norm(norm.kind, norm.eps, norm.offset, weight.float(), None if bias is None else bias.float())
 
 
+def _relative(spec: ModelSpec, outside: Weights) -> Tensor | None:
+    """Return the table of relative positions as layers read it; None for none."""
+    table = outside.get("relative.weight")
+    return None if table is None else normed(table, outside, "relative_norm", spec.norm)
+
+
 def work_per_token(
     spec: ModelSpec, dtype: torch.dtype, packing: Packing | None = None, *, pruned: bool = False
 ) -> int:
@@ -281,6 +291,14 @@ def kernels_work(spec: ModelSpec, dtype: torch.dtype) -> int:
     layer = spec.layers[0]
     widest = max(layer.inner, layer.heads * layer.head_size)
     return torch.get_num_threads() * 2 * (_BLOCK + 4 * 32 * widest * dtype.itemsize)
+
+
+def relative_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Return the bytes that relative positions take: a normed table, a layer's keys and queries, and scratch."""
+    if not spec.relative:
+        return 0
+    layer = spec.layers[0]
+    return spec.relative * (spec.width + 2 * layer.heads * layer.head_size) * dtype.itemsize + SCRATCH
 
 
 def unpacked_bytes(spec: ModelSpec) -> int:

@@ -65,6 +65,7 @@ def outside_names(family: Family, spec: ModelSpec) -> dict[str, Shape]:
         "types": (spec.types, spec.row),
         "embedding_norm": (spec.row,),
         "projection": (spec.width, spec.row),
+        "relative": (spec.relative, spec.width),
     }
     found: dict[str, Shape] = {}
     for name, role in family.outside.items():

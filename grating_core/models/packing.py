@@ -23,7 +23,9 @@ from grating_core.models.family import Family, ModelSpec
 from grating_core.models.layout import layer_by_role, layer_names
 from grating_core.models.packed_file import PackedFile, layer_bytes, open_packed
 
-QUANTIZED: frozenset[Role] = frozenset(("query", "key", "value", "output", "gate", "up", "down"))
+QUANTIZED: frozenset[Role] = frozenset(
+    ("query", "key", "value", "output", "gate", "up", "down", "position_key", "position_query")
+)
 """The roles of the products of a layer in 8 bits."""
 
 

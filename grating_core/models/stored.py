@@ -27,7 +27,7 @@ from grating_core.models.adapter import Adapter
 from grating_core.models.agreement import check_stored, check_taken
 from grating_core.models.directory import blaming_config, read_config, read_headers, weight_files
 from grating_core.models.identity import fingerprint
-from grating_core.models.layered import Parts, kernels_work, work_per_token
+from grating_core.models.layered import Parts, kernels_work, relative_bytes, work_per_token
 from grating_core.models.layout import (
     Shape,
     head_by_role,
@@ -109,13 +109,13 @@ class StoredModel(ABC):
         Args:
             window: The number of tokens of the longest pair.
         """
-        spec, layer = self.spec, self.spec.layers[0]
+        spec, layer, adapter = self.spec, self.spec.layers[0], self.adapter.size if self.adapter else 0
         return ModelSizes(
             layers=tuple(group.size for group in self._layers.values()),
             bytes_read=tuple(group.bytes_read for group in self._layers.values()),
             vocabulary=spec.vocabulary,
             row=spec.row * self.dtype.itemsize,
-            rest=sum(group.size for group in self._rest(window)) + (self.adapter.size if self.adapter else 0),
+            rest=sum(group.size for group in self._rest(window)) + adapter + relative_bytes(spec, self.dtype),
             converted=any(group.converts for group in self._layers.values()),
             hidden=spec.width * self.dtype.itemsize,
             work=work_per_token(spec, self.dtype, self._packing, pruned=bool(self._apart())),
@@ -209,7 +209,8 @@ class StoredModel(ABC):
     def _rest(self, window: int | None) -> list[TensorGroup]:
         """Return what is always in memory, without the positions behind a window; None for all positions."""
         shorter: dict[str, StoredTensor] = {}
-        if window is not None and self.adapter is None and (name := self._outside_name("positions")):
+        if window is not None and self.adapter is None and self.spec.positions:
+            name = self._outside_name("positions")
             shorter[name] = self._tensors[name].beginning(self.spec.first_position + window)
         return [self._group(names, dtype, shorter) for names, dtype in self._always]
 

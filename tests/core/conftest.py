@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     ElectraConfig,
@@ -53,6 +55,12 @@ DECODER = {"num_key_value_heads": 2, "max_position_embeddings": WINDOW, "head_di
 SLIDING = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}
 _DISTILBERT = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
                "intermediate_size": "hidden_dim"}  # fmt: skip
+# Distances beyond 4 tokens share rows, and the longest sequences have distances that are clamped.
+DEBERTA = {
+    "relative_attention": True, "pos_att_type": "p2c|c2p", "share_att_key": True, "norm_rel_ebd": "layer_norm",
+    "position_buckets": 8, "max_relative_positions": 80, "position_biased_input": False,
+    "max_position_embeddings": WINDOW,
+}  # fmt: skip
 _GLOBAL, _LOCAL = "full_attention", "sliding_attention"
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
@@ -69,6 +77,14 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "distilbert": lambda: DistilBertForSequenceClassification(
         DistilBertConfig(
             **{_DISTILBERT.get(name, name): value for name, value in SIZES.items()}, max_position_embeddings=WINDOW
+        )
+    ),
+    "deberta-v3": lambda: DebertaV2ForSequenceClassification(DebertaV2Config(**SIZES, **DEBERTA)),
+    "deberta-v2": lambda: DebertaV2ForSequenceClassification(
+        DebertaV2Config(
+            **SIZES,
+            **(DEBERTA | {"share_att_key": False, "position_buckets": -1, "position_biased_input": True}),
+            type_vocab_size=2,
         )
     ),
     "modernbert-cls": lambda: ModernBertForSequenceClassification(
@@ -125,7 +141,7 @@ def save_model(directory: Path, family: str, seed: int = 0, **saving: object) ->
     torch.manual_seed(seed)
     model = randomise(FAMILIES[family]())
     model.save_pretrained(directory, **saving)
-    save_tokenizer(directory, types=family in ("bert", "electra"))
+    save_tokenizer(directory, types=family in ("bert", "electra", "deberta-v2"))
     return directory
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -18,20 +20,33 @@ from transformers import (
     ModernBertForSequenceClassification,
     PreTrainedModel,
 )
+from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
 
-from grating_core.layers.layer import finished, keys_and_values, prepared, queries
+from grating_core.layers.layer import finished, keys_and_values, positions, prepared, queries
 from grating_core.layers.linear import Weights
 from grating_core.layers.rotary import Angles, angles
-from grating_core.layers.spec import LayerSpec
+from grating_core.layers.spec import LayerSpec, Relative
 from grating_core.models.directory import describe
 from grating_core.models.families import find_family
 from grating_core.models.layout import layer_by_role
-from tests.core.conftest import DECODER, FAMILIES, SIZES, WINDOW, randomise
+from tests.core.conftest import DEBERTA, DECODER, FAMILIES, SIZES, WINDOW, randomise
 
 MINICPM = {"scale_depth": 1.4, "scale_emb": 3, "start_layer": 2}
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     **FAMILIES,
     "bert-relu": lambda: BertForSequenceClassification(BertConfig(**SIZES, hidden_act="relu")),
+    **{
+        f"deberta-{name}": lambda changes=changes: DebertaV2ForSequenceClassification(
+            DebertaV2Config(**SIZES, **(DEBERTA | changes))
+        )
+        for name, changes in {
+            "c2p": {"pos_att_type": ["c2p"]},
+            "p2c": {"pos_att_type": ["p2c"], "share_att_key": False},
+            "own-maps": {"share_att_key": False, "position_buckets": 32, "max_relative_positions": -1},
+            "without-products": {"pos_att_type": None, "norm_rel_ebd": "none"},
+            "not-relative": {"relative_attention": False},
+        }.items()
+    },
     "llama-biases": lambda: LlamaForSequenceClassification(
         LlamaConfig(**SIZES, **DECODER, attention_bias=True, mlp_bias=True)
     ),
@@ -49,11 +64,17 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 }  # fmt: skip
 
 
+Places = tuple[Tensor | None, Tensor | None]
+"""The keys and the queries of relative positions."""
+
+
 class Layer:
     """A layer of transformers' model, what it was given and gave, and the same layer by spec and roles."""
 
-    def __init__(self, spec: LayerSpec, weights: Weights, given: Tensor, gave: Tensor) -> None:
-        self.spec, self.weights, self.given, self.gave = spec, weights, given, gave
+    def __init__(
+        self, spec: LayerSpec, weights: Weights, table: Tensor | None, given: Tensor, gave: Tensor
+    ) -> None:
+        self.spec, self.weights, self.table, self.given, self.gave = spec, weights, table, given, gave
 
     def in_steps(self, ranges: list[slice], dtype: torch.dtype = torch.float32) -> Tensor:
         """What the layer gives when the steps run over ranges of tokens."""
@@ -64,10 +85,14 @@ class Layer:
             strict=True,
         )
         key, value = torch.cat(keys), torch.cat(values)
+        places: Places = (None, None)
+        if self.spec.relative is not None:
+            assert self.table is not None
+            places = positions(self.spec, weights, self.table.to(dtype))
         output = []
         for part in ranges:
             query = queries(self.spec, weights, *self._prepared(weights, hidden, part))
-            attended = attend_plainly(self.spec, query, key, value, part.start)
+            attended = attend_plainly(self.spec, query, key, value, part.start, places)
             output.append(finished(self.spec, weights, hidden[part], attended))
         return torch.cat(output)
 
@@ -77,11 +102,19 @@ class Layer:
         return prepared(self.spec, weights, hidden[part]), by
 
 
-def attend_plainly(spec: LayerSpec, query: Tensor, key: Tensor, value: Tensor, first: int) -> Tensor:
+def attend_plainly(
+    spec: LayerSpec, query: Tensor, key: Tensor, value: Tensor, first: int, places: Places = (None, None)
+) -> Tensor:
     """What the spec says of attention, with all products in memory: ``[T, heads, head size]``."""
     group = spec.heads // spec.key_heads
     query, key, value = (states.transpose(0, 1) for states in (query, key, value))
     scores = query @ key.repeat_interleave(group, 0).transpose(1, 2) * spec.scaling
+    if spec.relative is not None:
+        rows = rows_by_transformers(spec.relative, key.shape[1])[first : first + query.shape[1]]
+        if places[0] is not None:
+            scores += torch.einsum("hqd,qkhd->hqk", query, places[0][rows]) * spec.scaling
+        if places[1] is not None:
+            scores += torch.einsum("hkd,qkhd->hqk", key, places[1][rows]) * spec.scaling
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     distance = torch.arange(first, first + query.shape[1])[:, None] - torch.arange(key.shape[1])
@@ -90,6 +123,14 @@ def attend_plainly(spec: LayerSpec, query: Tensor, key: Tensor, value: Tensor, f
         hidden |= distance < 0
     shares = scores.float().masked_fill(hidden, -torch.inf).softmax(-1).to(value.dtype)
     return (shares @ value.repeat_interleave(group, 0)).transpose(0, 1)
+
+
+def rows_by_transformers(relative: Relative, tokens: int) -> Tensor:
+    """The row of the table of positions for each query and key: ``[T, T]``."""
+    states = torch.empty(1, tokens, 1)
+    buckets = relative.span if relative.buckets else -1
+    rows = build_relative_position(states, states, bucket_size=buckets, max_position=relative.farthest)[0]
+    return (rows + relative.span).clamp(0, 2 * relative.span - 1)
 
 
 @torch.inference_mode()
@@ -115,8 +156,13 @@ def layers_of(kind: str, tokens: int, dtype: torch.dtype = torch.float32) -> lis
         module.register_forward_hook(keep, with_kwargs=True)
     model(input_ids=torch.randint(3, SIZES["vocab_size"], (1, tokens)))
     stored = model.state_dict()
+    table = (
+        model.deberta.encoder.get_rel_embedding()
+        if isinstance(model, DebertaV2ForSequenceClassification)
+        else None
+    )
     return [
-        Layer(layer, layer_by_role(family, layer, number, stored), *passed)
+        Layer(layer, layer_by_role(family, layer, number, stored), table, *passed)
         for number, (layer, passed) in enumerate(zip(spec.layers, seen, strict=True), 1)
     ]
 

@@ -25,6 +25,7 @@ SMALL = {
     "num_labels": 1, "max_position_embeddings": 64, "pad_token_id": 2,
     "num_key_value_heads": 2,
 }  # fmt: skip
+DEBERTA = "DebertaV2ForSequenceClassification"
 MINICPM = "LayerWiseMiniCPMForCausalLM"
 KNOWN = [name for name in FAMILIES if name == MINICPM or hasattr(transformers, name)]  # to transformers
 FULL, LOCAL = "full_attention", "sliding_attention"
@@ -56,6 +57,10 @@ VALUES: dict[str, list[Any]] = {
     "intermediate_size": [40], "max_position_embeddings": [128], "type_vocab_size": [1, 3], "pad_token_id": [0, 5],
     "hidden_act": ["relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish"],
     "hidden_activation": ["relu", "gelu", "gelu_pytorch_tanh"], "classifier_activation": ["tanh", "silu"],
+    "relative_attention": [True, False], "max_relative_positions": [-1, 0, 50], "position_buckets": [-1, 0, 8, 10],
+    "pos_att_type": ["p2c|c2p", "c2p", " P2C ", ["c2p"], ["p2c", "c2p"], [], None], "share_att_key": [True, False],
+    "norm_rel_ebd": ["layer_norm", "none", "other | Layer_Norm"], "position_biased_input": [False, True],
+    "pooler_hidden_act": ["tanh", "gelu"],
     "layer_norm_eps": [1e-5], "norm_eps": [1e-3], "rms_norm_eps": [1e-5], "num_labels": [1],
     "id2label": [{"0": "a"}, {"0": "no", "1": "yes"}], "problem_type": ["regression", None],
     "embedding_size": [48, 20],
@@ -82,7 +87,8 @@ def values(name: str, field: str) -> list[Any]:
 
 
 def small(name: str) -> dict[str, Any]:
-    return SMALL | ({"start_layer": 1} if name == MINICPM else {})
+    own: dict[str, dict[str, Any]] = {MINICPM: {"start_layer": 1}, DEBERTA: {"relative_attention": True}}
+    return SMALL | own.get(name, {})
 
 
 def theirs(name: str, stated: dict[str, Any]) -> tuple[PreTrainedConfig, PreTrainedModel]:
@@ -121,15 +127,31 @@ def same_activation(name: str, module: Any) -> bool:
 def check_encoder_layer(spec: LayerSpec, layer: Any) -> None:
     attention = layer.attention if hasattr(layer, "attention") else layer.attn
     attention = getattr(attention, "self", attention)
+    kinds = getattr(attention, "pos_att_type", [])
     heads = getattr(attention, "num_attention_heads", None) or attention.config.num_attention_heads
     assert (spec.heads, spec.key_heads) == (heads, heads)
     assert spec.head_size == (getattr(attention, "attention_head_size", None) or attention.head_dim)
-    assert (spec.scaling, spec.causal, spec.softcap, spec.residual) == (spec.head_size**-0.5, False, None, 1)
+    assert spec.scaling == pytest.approx((spec.head_size * (1 + len(kinds))) ** -0.5)
+    assert (spec.causal, spec.softcap, spec.residual) == (False, None, 1)
     assert spec.window == getattr(attention, "sliding_window", None)
     assert spec.norm_behind is hasattr(layer, "attention")
     mlp = layer.mlp.act if hasattr(layer, "mlp") else None
     mlp = mlp or (layer.ffn.activation if hasattr(layer, "ffn") else layer.intermediate.intermediate_act_fn)
     assert same_activation(spec.activation, mlp)
+
+    check_relative(spec, attention, kinds)
+
+
+def check_relative(spec: LayerSpec, attention: Any, kinds: list[str]) -> None:
+    if spec.relative is None:
+        assert not kinds or not attention.relative_attention
+        return
+    whose = "" if attention.share_att_key else "position_"
+    assert spec.relative.key == (f"{whose}key" if "c2p" in kinds else None)
+    assert spec.relative.query == (f"{whose}query" if "p2c" in kinds else None)
+    assert spec.relative.span == attention.pos_ebd_size
+    assert spec.relative.buckets is (attention.position_buckets > 0)
+    assert spec.relative.farthest == attention.max_relative_positions
 
 
 def check_decoder_layer(spec: LayerSpec, layer: Any, config: Any) -> None:
@@ -193,7 +215,7 @@ def check_around(module: Any, config: Any, found: Configuration) -> None:
     family, spec = found.family, found.spec
     table = module.get_input_embeddings()
     for part, role in {**family.outside, **family.head}.items():
-        if "norm" in role:
+        if "norm" in role and role not in spec.absent:
             assert same_norm(spec.norm, module.get_submodule(part))
     first = module.roberta.embeddings.padding_idx + 1 if hasattr(module, "roberta") else 0
     assert (spec.first_position, spec.window) == (first, config.max_position_embeddings - first)
@@ -202,10 +224,12 @@ def check_around(module: Any, config: Any, found: Configuration) -> None:
     assert spec.tied == (family.causal and config.tie_word_embeddings)
     pooling = {"cls": "first", "mean": "mean"}[getattr(config, "classifier_pooling", "cls")]
     assert spec.pooling == ("last" if family.causal else pooling)
-    head = module.head.act if hasattr(module, "head") else torch.tanh
+    head = (
+        module.head.act if hasattr(module, "head") else ACTIVATIONS[getattr(config, "pooler_hidden_act", "tanh")]
+    )
     head = module.classifier.activation if hasattr(module, "electra") else head
     assert same_activation(spec.activation, torch.relu if hasattr(module, "distilbert") else head)
-    assert spec.typed is (hasattr(module, "bert") or hasattr(module, "electra"))
+    assert spec.typed is any(hasattr(module, body) for body in ("bert", "electra", "deberta"))
     if "num_labels" in found.fields:
         assert len(spec.labels) == config.num_labels
     if "eos_token_id" in found.fields:
@@ -297,6 +321,12 @@ def everywhere(field: str, value: Any, shown: str = "") -> list[tuple[str, str, 
         ("LlamaForCausalLM", "rope_parameters", {FULL: {"rope_type": "yarn", "factor": 2}}, "rope_parameters="),
         ("ModernBertForSequenceClassification", "rope_parameters", {"rope_type": "yarn"}, "rope_parameters="),
         ("LlamaForCausalLM", "sliding_window", 4096, "sliding_window=4096"),
+        *everywhere("pooler_hidden_act", "mish"),
+        (DEBERTA, "conv_kernel_size", 3, "conv_kernel_size=3"),
+        (DEBERTA, "embedding_size", 128, "embedding_size=128"),
+        (DEBERTA, "pooler_hidden_size", 16, "pooler_hidden_size=16"),
+        (DEBERTA, "attention_head_size", 32, "attention_head_size=32"),
+        (DEBERTA, "pos_att_type", ["p2c", "p2p"], "pos_att_type=['p2c', 'p2p']"),
         (MINICPM, "head_type", "raw", "head_type='raw'"),
         (MINICPM, "head_multi", False, "head_multi=False"),
         (MINICPM, "embedding_multiplier", 12, "embedding_multiplier=12"),
