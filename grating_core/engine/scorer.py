@@ -86,7 +86,8 @@ class Scorer:
         encode = partial(self.template.encode, query, documents)
         job: Job[Outcome] = Job(encode, top_k=min(request.top_k, len(documents)), pruning=pruning)
         if not documents:
-            job.finish(Outcome([], Trace((), self.model.depth, (), (), perf_counter() - job.started)))
+            seconds = perf_counter() - job.started
+            job.finish(Outcome([], Trace((), self.model.depth, (), (), seconds, notes=self.model.notes)))
         return job
 
     def jobs_of_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Job[Outcome]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from base64 import b64decode
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
@@ -161,14 +161,17 @@ def _tokens(**named: str) -> dict[str, str]:
 _USUAL = _tokens(bos="<s>", eos="</s>", sep="</s>", cls="<s>", unk="<unk>", pad="<pad>", mask="<mask>")
 _TEXT_END = _tokens(unk="<|endoftext|>", bos="<|endoftext|>", eos="<|endoftext|>")
 _PREFIX = frozenset({"add_prefix_space"})
+_BERT = TokenizerClass(
+    _bert,
+    frozenset({"do_lower_case", "strip_accents", "tokenize_chinese_chars"}),
+    _tokens(unk="[UNK]", sep="[SEP]", pad="[PAD]", cls="[CLS]", mask="[MASK]"),
+    _bert_ends,
+    has_types=True,
+)
 CLASSES = {
-    "BertTokenizer": TokenizerClass(
-        _bert,
-        frozenset({"do_lower_case", "strip_accents", "tokenize_chinese_chars"}),
-        _tokens(unk="[UNK]", sep="[SEP]", pad="[PAD]", cls="[CLS]", mask="[MASK]"),
-        _bert_ends,
-        has_types=True,
-    ),
+    "BertTokenizer": _BERT,
+    "ElectraTokenizer": _BERT,
+    "DistilBertTokenizer": replace(_BERT, has_types=False),
     "RobertaTokenizer": TokenizerClass(_bytes, _PREFIX | {"trim_offsets"}, _USUAL, _roberta_ends),
     "XLMRobertaTokenizer": TokenizerClass(_xlm_roberta, _PREFIX, _USUAL, _xlm_roberta_ends),
     "GPT2Tokenizer": TokenizerClass(_bytes, _PREFIX, _TEXT_END),
@@ -186,9 +189,10 @@ NO_CLASS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 """The names that take ``tokenizer.json`` as it is."""
 
 OF_MODELS = {
-    "bert": "BertTokenizer", "roberta": "RobertaTokenizer", "xlm-roberta": "XLMRobertaTokenizer",
+    "bert": "BertTokenizer", "electra": "BertTokenizer", "distilbert": "BertTokenizer",
+    "roberta": "RobertaTokenizer", "xlm-roberta": "XLMRobertaTokenizer",
     "modernbert": "TokenizersBackend", "mistral": "TokenizersBackend", "qwen2": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer", "gemma": "GemmaTokenizer", "gemma2": "GemmaTokenizer",
-    "llama": None, "minicpm": None,
+    "llama": None, "minicpm": None, "new": None,
 }  # fmt: skip
 """The class that transformers has for a model, by its ``model_type``; None if the settings have to say."""

@@ -138,12 +138,6 @@ def test_code_in_a_checkpoint_is_never_run(directory: Path, tmp_path: Path) -> N
     assert not proof.exists()
 
 
-def test_several_labels_are_refused(directory: Path) -> None:
-    change_config(directory, id2label={"0": "no", "1": "yes"}, label2id={"no": 0, "yes": 1})
-    with pytest.raises(UnsupportedModelError, match="2 labels"):
-        load(directory)
-
-
 def test_another_architecture_is_refused(directory: Path) -> None:
     change_config(directory, architectures=["BertForMaskedLM"])
     with pytest.raises(

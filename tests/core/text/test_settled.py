@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import (
     AutoTokenizer,
     BertTokenizer,
+    DistilBertTokenizer,
     GemmaTokenizer,
     GPT2Tokenizer,
     LlamaTokenizer,
@@ -42,7 +43,7 @@ def bytes_of(*tokens: str) -> dict[str, int]:
     return merged([*tokens, *sorted(pre_tokenizers.ByteLevel.alphabet())])
 
 
-def bert() -> Any:
+def bert(made: Any = BertTokenizer) -> Any:
     tokens = [
         "[PAD]",
         "[UNK]",
@@ -54,7 +55,7 @@ def bert() -> Any:
         "hello",
         "e",
     ]
-    return BertTokenizer({token: number for number, token in enumerate(dict.fromkeys(tokens))})
+    return made({token: number for number, token in enumerate(dict.fromkeys(tokens))})
 
 
 def xlm_roberta() -> Any:
@@ -76,8 +77,11 @@ def plain() -> Any:
 SPACED = ["▁", "▁He", "▁w", *(f"<0x{byte:02X}>" for byte in range(256)), *LETTERS]
 MADE: dict[str, Callable[[], Any]] = {
     "bert": bert,
+    "electra": bert,
+    "distilbert": lambda: bert(DistilBertTokenizer),
     "roberta": lambda: RobertaTokenizer(bytes_of(*USUAL, "<mask>"), MERGES),
     "xlm-roberta": xlm_roberta,
+    "gte": xlm_roberta,
     "qwen2": lambda: Qwen2Tokenizer(bytes_of(), MERGES),
     "qwen3": lambda: Qwen2Tokenizer(bytes_of(), MERGES, unk_token=None, eos_token="<|im_end|>"),
     "gemma": lambda: GemmaTokenizer(merged(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *SPACED]), MERGES),
@@ -85,9 +89,10 @@ MADE: dict[str, Callable[[], Any]] = {
     "modernbert": plain,
     "gpt2": lambda: GPT2Tokenizer(bytes_of("<|endoftext|>"), MERGES),
 }
-MODELS = {"gpt2": "llama"}  # what has this tokenizer; the others are named after their model
+MODELS = {"gpt2": "llama", "gte": "new"}  # what has this tokenizer; the others are named after their model
 CLASSES = [
-    "BertTokenizer", "RobertaTokenizerFast", "XLMRobertaTokenizer", "Qwen2Tokenizer", "GemmaTokenizerFast",
+    "BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "RobertaTokenizerFast", "XLMRobertaTokenizer",
+    "Qwen2Tokenizer", "GemmaTokenizerFast",
     "LlamaTokenizer", "LlamaTokenizerFast", "GPT2Tokenizer", "PreTrainedTokenizerFast", "TokenizersBackend", None,
 ]  # fmt: skip
 WORDS = ["<s>", "</s>", "[SEP]", "<unk>", "e", "<new>", "<other>"]
@@ -182,7 +187,7 @@ def test_what_transformers_writes_needs_no_transformers(kind: str, directories: 
     specials=st.none() | st.dictionaries(st.sampled_from(["sep_token", "unk_token"]), MAPPED, max_size=1),
     decoder=st.sampled_from(["none", "same", "none", "same", "other flags", "one less", "one more"]),
     listed=st.sampled_from([{}, {}, {"<new>": None}, {"<new>": 7}, {"<s>": 0}]),
-    model=st.sampled_from([*[None] * 9, *(MODELS.get(kind, kind) for kind in MADE), "mistral", "distilbert"]),
+    model=st.sampled_from([*[None] * 9, *(MODELS.get(kind, kind) for kind in MADE), "mistral", "mobilebert"]),
     steps=st.sampled_from([{}, {"normalizer": {"type": "Lowercase"}}, {"post_processor": None}]),
     declared=st.sampled_from([{}, {}, {"tokenizer_class": "RobertaTokenizer"}]),
     pair=st.tuples(TEXT, TEXT),
