@@ -86,7 +86,7 @@ def load_grating(
 ) -> Ask:
     """Load what this project offers."""
     import_all(directory)
-    with ready_after("grating_core.opening.PromptTokenizer", ready):
+    with ready_after("grating_core.opening.language_models.PromptTokenizer", ready):
         model = StreamedCausalLM.from_pretrained(
             directory,
             device="cpu",

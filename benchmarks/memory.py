@@ -70,7 +70,7 @@ def load_transformers(
 def load_grating(ready: Ready, *, directory: Path, max_length: int, memory_budget: int | None = None) -> Ask:
     """Load what this project offers, without pruning, so that all systems compute the same."""
     import_all(directory)
-    with ready_after("grating_core.opening.load_template", ready):
+    with ready_after("grating_core.opening.layered.load_template", ready):
         reranker = Reranker.from_pretrained(directory, memory_budget=memory_budget, **_settings(max_length))
 
     def rank(question: Question) -> Facts:

@@ -14,6 +14,7 @@ from benchmarks.collections import Request
 from benchmarks.worker import progress
 from grating_core import Reranker
 from grating_core.engine.head import HeadReader
+from grating_core.engine.observing import layered
 from grating_core.lens.features import Part, Reader
 from grating_core.lens.observations import Observations, Observer
 from grating_core.lens.store import CalibratedLens
@@ -110,7 +111,7 @@ def record_corpus(reranker: Reranker, name: str, requests: list[Request], candid
         candidates: How many they should have.
     """
     full = [request for request in requests if len(request.documents) == candidates]
-    scorer = reranker.scorer
+    scorer = layered(reranker.scorer)
     recording, heads, prefixes = Observations(expected=len(full)), [], []
     for request in track(full, f"{name}: computing without pruning", console=progress):
         observer = HeadObserver(scorer.model)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from grating_core.engine.observing import knows_8_bits, observing
+from grating_core.engine.observing import knows_8_bits, layered, observing
 from grating_core.engine.scorer import Scorer
 from grating_core.files.places import expanded
 from grating_core.lens.calibrate import Effort, calibrate
@@ -17,7 +17,7 @@ from grating_core.lens.recalibrate import Recalibration, for_a_caller, start_rec
 from grating_core.lens.state import Sampling
 from grating_core.lens.store import CalibratedLens, lens_directory
 from grating_core.lifetime import Loaded
-from grating_core.opening import load_unpruned
+from grating_core.opening.layered import load_unpruned
 from grating_core.pruning import PruningPolicy
 from grating_core.settings import RerankSettings
 
@@ -88,10 +88,10 @@ class Calibrated(Loaded[Scorer, RerankSettings]):
             The lens. Its ``summary`` says how much it saves and loses.
 
         Raises:
-            ValueError: An argument is not usable, or there is too little text; the message names it.
+            ValueError: An argument is not usable, there is too little text, or transformers computes the model.
             StorageError: The output cannot be written, or grating's cache has no room for the observations.
         """
-        scorer = self.scorer
+        scorer = layered(self.scorer)
         place = lens_directory(self.identity) if output is None else expanded(output)
         effort = Effort(top_k=top_k, candidates=candidates, requests=requests, seed=seed)
         target = self.pruning.target if isinstance(self.pruning, ByLens) else RerankSettings.target

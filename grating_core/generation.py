@@ -18,7 +18,7 @@ from grating_core.lifetime import Loaded, closed_on_error
 from grating_core.memory.meter import Meter, PeakMemory
 from grating_core.memory.plan import tokens_of_slice
 from grating_core.models.causal_lm import CausalLM
-from grating_core.opening import LoadedLanguageModel, open_language_model
+from grating_core.opening.language_models import LoadedLanguageModel, open_language_model
 from grating_core.results import FinishReason, Generation
 from grating_core.settings import AnswerSettings, GenerationSettings
 from grating_core.telemetry import generating

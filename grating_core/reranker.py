@@ -20,11 +20,11 @@ from grating_core.lens.pruning import ByLens, pruning_of
 from grating_core.lens.recalibrate import calling, for_a_caller
 from grating_core.lens.state import Sampling
 from grating_core.lifetime import closed_on_error
-from grating_core.opening import open_reranker
+from grating_core.opening.rerankers import open_reranker
 from grating_core.pruning import PruningPolicy
 from grating_core.requests import Request, checked_requests
 from grating_core.results import RerankResult
-from grating_core.settings import PruningName, RerankSettings
+from grating_core.settings import Engine, PruningName, RerankSettings
 from grating_core.telemetry import reranking, scoring
 from grating_core.text.prompts import Prompt
 
@@ -64,6 +64,7 @@ class Reranker(Calibrated):
         device: str | torch.device | None = RerankSettings.device,
         dtype: str | torch.dtype | None = RerankSettings.dtype,
         memory_budget: str | int | None = RerankSettings.memory_budget,
+        engine: Engine | None = RerankSettings.engine,
         pruning: PruningName | PruningPolicy | None = RerankSettings.pruning,
         target: float | None = RerankSettings.target,
         guarantee: Guarantee | None = RerankSettings.guarantee,

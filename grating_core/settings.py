@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from grating_core.pruning import PruningPolicy
     from grating_core.text.prompts import Prompt
 
+Engine = Literal["auto", "grating", "transformers"]
 PruningName = Literal["auto", "cluster", "off"]
 
 _PATHS = ("model", "lens", "adapter", "cache_dir")  # settings that may name a place on this machine
@@ -147,6 +148,12 @@ class ModelSettings:
 class RerankSettings(ModelSettings):
     """This class holds the settings of a reranker."""
 
+    engine: Engine = _setting(
+        "auto",
+        "What computes the layers. 'auto' takes grating's own layers where they know the architecture, and else "
+        "transformers' classifiers, which are slower, drop nothing early and take no memory budget. 'grating' "
+        "refuses other architectures; 'transformers' computes all classifiers so.",
+    )
     pruning: PruningName | PruningPolicy = _setting(
         "auto",
         "How candidates are dropped early. 'auto' uses the lens of the model and drops none where there is no "
@@ -189,6 +196,8 @@ class RerankSettings(ModelSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_target(self.target)
+        if not _is_one_of(Engine, self.engine):
+            raise ValueError(f"engine={self.engine!r} must be 'auto', 'grating' or 'transformers'")
         if not _is_one_of(Guarantee, self.guarantee):
             raise ValueError(f"guarantee={self.guarantee!r} must be 'share' or 'set'")
         if not _is_one_of(LongDocuments, self.long_documents):

@@ -12,7 +12,9 @@ from grating_core.settings import RerankSettings
 
 
 def calibrate(
-    settings: Annotated[RerankSettings, Takes(without=("pruning", "guarantee", "lens", "long_documents"))],
+    settings: Annotated[
+        RerankSettings, Takes(without=("engine", "pruning", "guarantee", "lens", "long_documents"))
+    ],
     corpus: list[Path],
     how_stored: InputOptions,
     queries: list[Path] | None = None,

@@ -65,7 +65,17 @@ def _replaceable(path: Any) -> Any:
 _PANELS = {
     "input": ("input", "corpus", "queries", "input_format", "field", "id_field"),
     "output": ("plot", "format", "as_json", "output"),
-    "model": ("model", "device", "dtype", "max_length", "long_documents", "template", "instruction", "adapter"),
+    "model": (
+        "model",
+        "engine",
+        "device",
+        "dtype",
+        "max_length",
+        "long_documents",
+        "template",
+        "instruction",
+        "adapter",
+    ),
     "pruning": ("pruning", "target", "guarantee", "lens", "recalibrate", "scores"),
     "memory": ("memory_budget", "mlp_density"),
     "hub": HUB,

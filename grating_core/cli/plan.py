@@ -29,7 +29,7 @@ def plan(
     """
     with err.status("Looking at the model ..."):
         from grating_core.memory.meter import resident_memory
-        from grating_core.opening import open_reranker
+        from grating_core.opening.rerankers import open_reranker
         from grating_core.text.pairs import load_template
 
         with closing(open_reranker(settings)) as opened:

@@ -7,13 +7,27 @@ from contextlib import contextmanager
 
 import torch
 
-from grating_core.engine.scorer import Scorer
+from grating_core.engine.scorer import LayerScorer, Scorer
 from grating_core.kernels.choice import kernels
 from grating_core.lens.observations import Observe
 from grating_core.lens.quantized import Model
 
 
-def observing(scorer: Scorer, load: Callable[[str], Scorer] | None) -> Model:
+def layered(scorer: Scorer) -> LayerScorer:
+    """Return a scorer whose layers can be observed.
+
+    Raises:
+        ValueError: transformers computes the model.
+    """
+    if isinstance(scorer, LayerScorer):
+        return scorer
+    raise ValueError(
+        "calibrate fits a lens to the states between layers, which engine='transformers' does not show: take a "
+        "model that grating's own layers compute"
+    )
+
+
+def observing(scorer: LayerScorer, load: Callable[[str], LayerScorer] | None) -> Model:
     """Return the function that opens a model for calibration.
 
     Args:
@@ -36,7 +50,7 @@ def observing(scorer: Scorer, load: Callable[[str], Scorer] | None) -> Model:
     return opened
 
 
-def knows_8_bits(scorer: Scorer) -> bool:
+def knows_8_bits(scorer: LayerScorer) -> bool:
     """Tell whether calibration looks at a model in 8 bits as well, which takes long without kernels for it."""
     model = scorer.model
     return model.products == torch.int8 or (model.device.type == "cpu" and kernels().has(torch.int8))

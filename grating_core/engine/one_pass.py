@@ -16,6 +16,7 @@ from grating_core.files.places import cache_directory
 from grating_core.memory.hidden import HiddenInMemory, HiddenOnDisk, HiddenStates
 from grating_core.memory.meter import PeakMemory
 from grating_core.memory.plan import MemoryPlan
+from grating_core.models.by_transformers import Classifier
 from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.requests import Request
 from grating_core.results import RankedDocument, RerankResult, Trace
@@ -91,15 +92,21 @@ def run_pass(
                     job.fail(contest.error)
                     continue
                 memory = None if peak is None else peak.bytes
-                trace = _trace(model, contest, requests[number], shared.get(number, 0), job.started, memory)
+                trace = trace_of(model, contest, requests[number], shared.get(number, 0), job.started, memory)
                 job.finish(Outcome(contest.winners, trace))
     finally:
         model.rewind()
 
 
-def _trace(
-    model: CrossEncoder, contest: Contest, candidates: Encoded, shared: int, started: float, peak: int | None
+def trace_of(
+    model: CrossEncoder | Classifier,
+    contest: Contest,
+    candidates: Encoded,
+    shared: int,
+    started: float,
+    peak: int | None,
 ) -> Trace:
+    """Return the trace of a contest that is over."""
     usage = contest.usage
     return Trace(
         layers=tuple(contest.layers),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from time import perf_counter
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -33,39 +35,45 @@ _SLICE_TOKENS = {"cuda": 32768, "mps": 8192}  # on the CPU it depends on the siz
 _GROUP = 256  # pairs whose scores are one job
 
 
-class Scorer:
+class Model(Protocol):
+    """This protocol is for models that a scorer computes with."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device that computes."""
+
+    @property
+    def products(self) -> torch.dtype:
+        """The dtype of the layers' products."""
+
+    @property
+    def depth(self) -> int:
+        """The number of layers; 1 for a model that is computed as a whole."""
+
+    def close(self) -> None:
+        """Free the weights, and close the files."""
+
+
+class Scorer(ABC):
     """A scorer computes requests with one model. One thread at a time has the turn to compute, or to fill lanes.
 
     Args:
-        model: The cross-encoder, which is closed with the scorer.
+        model: The model, which is closed with the scorer.
         template: The template that makes token ids of queries and documents.
-        plan: The plan of the memory budget; None without a budget.
-        recount: What decides close contests of a model in 8 bits; None if nothing does.
     """
 
-    def __init__(
-        self,
-        model: CrossEncoder,
-        template: Template,
-        plan: MemoryPlan | None = None,
-        recount: Recount | None = None,
-    ) -> None:
+    plan: MemoryPlan | None = None
+    """The plan of the memory budget; None without a budget."""
+    lanes: Lanes | None = None
+    """The lanes of passes that run side by side; None if only one pass at a time may use the model."""
+    slice_tokens: int
+    """The most tokens that are computed at once."""
+    pass_tokens: int
+    """The most tokens of several jobs that go through the model together."""
+
+    def __init__(self, model: Model, template: Template) -> None:
         self.model = model
-        self.recount = recount
-        """What decides close contests of a model in 8 bits; None if nothing does."""
         self.template = template
-        self.plan = plan
-        usual = _SLICE_TOKENS.get(model.device.type, tokens_of_slice(model.work))
-        self.slice_tokens = plan.slice_tokens if plan else usual
-        """The most tokens that are computed at once. A longer sequence is divided."""
-        # Only compiled kernels give the same bits with any number of threads, and only a resident model may be
-        # used by two passes.
-        side_by_side = plan is None and model.kernels != "torch" and Lanes.work_here()
-        self.lanes = Lanes() if side_by_side else None
-        """The lanes of passes that run side by side; None if only one pass at a time may use the model."""
-        usual_pass = max(PASS_TOKENS // 2 if side_by_side else PASS_TOKENS, self.slice_tokens)
-        self.pass_tokens = plan.pass_tokens if plan else usual_pass
-        """The most tokens of several jobs that go through the layers together."""
         self.turn = Lock()
         """The lock that is held by whoever computes."""
         self._closed = False
@@ -108,20 +116,20 @@ class Scorer:
             for windows in self.template.encode(query, [text for _, text in same])
         ]
 
-    def run(self, jobs: Sequence[Job[Outcome]]) -> None:
-        """Take jobs through the layers together, see :func:`run_pass`. The caller holds the turn."""
-        self._run(self.model, jobs)
+    def run(self, jobs: Sequence[Job[Outcome]], *, lossless: bool = False) -> None:
+        """Take jobs through the model together; each ends with an outcome or an error. The caller holds the turn.
 
-    def _run(self, model: CrossEncoder, jobs: Sequence[Job[Outcome]]) -> None:
+        Args:
+            jobs: The jobs, at least one.
+            lossless: Whether to compute without 8 bits, if the model has its layers without them as well.
+        """
         if self._closed:  # while the caller waited
             raise closed_error("Reranker")
-        run_pass(model, jobs, slice_tokens=self.slice_tokens, plan=self.plan, recount=self.recount)
+        self._run(jobs, lossless=lossless)
 
-    def _alone(self, model: CrossEncoder, job: Job[Outcome]) -> Outcome:
-        """Compute one job in this thread."""
-        with self.turn:
-            self._run(model, [job])
-        return job.future.result()
+    @abstractmethod
+    def _run(self, jobs: Sequence[Job[Outcome]], *, lossless: bool) -> None:
+        """Compute jobs, see :meth:`run`."""
 
     def full_scores(self, request: Logged, pause: Callable[[], bool]) -> tuple[float, ...]:
         """Compute the full model's score of each document of a request.
@@ -139,8 +147,50 @@ class Scorer:
             return pause()
 
         encode = partial(self.template.encode, request.query, request.documents)
-        model = self.model if self.recount is None else self.recount.model
-        return self._alone(model, Job(encode, pause=caught_up)).trace.layers[-1].scores
+        return self._alone(Job(encode, pause=caught_up), lossless=True).layers[-1].scores
+
+    def _alone(self, job: Job[Outcome], *, lossless: bool = False) -> Trace:
+        """Compute one job in this thread."""
+        with self.turn:
+            self.run([job], lossless=lossless)
+        return job.future.result().trace
+
+
+class LayerScorer(Scorer):
+    """A layer scorer computes with grating's own layers, so that candidates can stop after any layer.
+
+    Args:
+        model: The cross-encoder, which is closed with the scorer.
+        template: The template that makes token ids of queries and documents.
+        plan: The plan of the memory budget; None without a budget.
+        recount: What decides close contests of a model in 8 bits; None if nothing does.
+    """
+
+    model: CrossEncoder
+
+    def __init__(
+        self,
+        model: CrossEncoder,
+        template: Template,
+        plan: MemoryPlan | None = None,
+        recount: Recount | None = None,
+    ) -> None:
+        super().__init__(model, template)
+        self.recount = recount
+        """What decides close contests of a model in 8 bits; None if nothing does."""
+        self.plan = plan
+        usual = _SLICE_TOKENS.get(model.device.type, tokens_of_slice(model.work))
+        self.slice_tokens = plan.slice_tokens if plan else usual  # a longer sequence is divided
+        # Only compiled kernels give the same bits with any number of threads, and only a resident model may be
+        # used by two passes.
+        side_by_side = plan is None and model.kernels != "torch" and Lanes.work_here()
+        self.lanes = Lanes() if side_by_side else None
+        usual_pass = max(PASS_TOKENS // 2 if side_by_side else PASS_TOKENS, self.slice_tokens)
+        self.pass_tokens = plan.pass_tokens if plan else usual_pass
+
+    def _run(self, jobs: Sequence[Job[Outcome]], *, lossless: bool) -> None:
+        model = self.recount.model if lossless and self.recount is not None else self.model
+        run_pass(model, jobs, slice_tokens=self.slice_tokens, plan=self.plan, recount=self.recount)
 
     def take_over(self, calibrated: CalibratedLens) -> CalibratedLens | None:
         """Return a new lens with the margins for this model; None if it has none. Recounts take over its doubt."""
@@ -163,5 +213,5 @@ class Scorer:
             that all candidates share do not count.
         """
         candidates = [windows[:1] for windows in self.template.encode(request.query, request.documents)]
-        trace = self._alone(self.model, Job(lambda: candidates, pruning=Pruning(Off(), observer))).trace
+        trace = self._alone(Job(lambda: candidates, pruning=Pruning(Off(), observer)))
         return np.array(trace.layers[-1].scores, dtype=np.float32), np.array(trace.lengths) - trace.shared_prefix

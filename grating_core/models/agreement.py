@@ -213,6 +213,23 @@ def _unsupported(path: Path, name: str, value: object, why: str = "") -> Unsuppo
     return UnsupportedModelError(f"{path} has {name}={_shown(value)}: {reason}")
 
 
+def check_not_quantised(tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse quantised weights.
+
+    Args:
+        tensors: The stored tensors, by name.
+
+    Raises:
+        UnsupportedModelError: There are such weights; the message names the first.
+    """
+    for name, tensor in tensors.items():
+        if _QUANTISED.search(name):
+            raise UnsupportedModelError(
+                f"{tensor.path} stores {name}: its weights are quantised (AWQ, GPTQ, bitsandbytes or similar), "
+                f"which is not supported. Take the checkpoint it was made from, in float32, float16 or bfloat16"
+            )
+
+
 def check_stored(path: Path, configuration: Configuration, tensors: Mapping[str, StoredTensor]) -> None:
     """Refuse a configuration that belongs to another model than the weights.
 
@@ -225,12 +242,7 @@ def check_stored(path: Path, configuration: Configuration, tensors: Mapping[str,
         ModelNotFoundError: The configuration is such a one; the message names file, field and value.
         UnsupportedModelError: The weights are quantised.
     """
-    for name, tensor in tensors.items():
-        if _QUANTISED.search(name):
-            raise UnsupportedModelError(
-                f"{tensor.path} stores {name}: its weights are quantised (AWQ, GPTQ, bitsandbytes or similar), "
-                f"which is not supported. Take the checkpoint it was made from, in float32, float16 or bfloat16"
-            )
+    check_not_quantised(tensors)
     fields, spec, family = configuration
     layer = re.compile(rf"{re.escape(family.layers)}\.(\d{{1,9}})\.")
     numbers = [int(found[1]) for name in tensors if (found := layer.match(name))]

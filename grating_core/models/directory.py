@@ -108,23 +108,32 @@ def read_config(directory: Path) -> Configuration:
         UnsupportedModelError: grating does not run this architecture, does not implement one of the settings, or
             the labels give no relevance score.
     """
-    head = read_head(directory)
-    path = transformer_folder(directory) / "config.json"
-    try:
-        stated = read_json(path)
-        architectures = list(stated.get("architectures") or [])
-    except FileNotFoundError as error:
-        raise ModelNotFoundError(f"{path.parent} is not a model directory: it has no config.json") from error
-    except (ValueError, OSError, AttributeError, TypeError) as error:
-        raise ModelNotFoundError(f"{path} cannot be read as a configuration: {error}") from error
+    head, stated = read_head(directory), read_stated(directory)
+    architectures = stated["architectures"]
     family = (find_family if head is None else find_transformer)(architectures)
     if family.variants:
         family = family.fitting(read_headers(directory))
     if head is not None:
         family = head.instead_of(family)
-    fields, spec, family = describe(path, stated, family)
+    fields, spec, family = describe(transformer_folder(directory) / "config.json", stated, family)
     check_width(directory, spec)
     return Configuration(fields, replace(spec, activation_fn=activation_function(directory, stated)), family)
+
+
+def read_stated(directory: Path) -> Fields:
+    """Return what the ``config.json`` of a model directory says, with a list of architectures that may be empty.
+
+    Raises:
+        ModelNotFoundError: There is no readable ``config.json``.
+    """
+    path = transformer_folder(directory) / "config.json"
+    try:
+        stated = read_json(path)
+        return {**stated, "architectures": [str(name) for name in stated.get("architectures") or []]}
+    except FileNotFoundError as error:
+        raise ModelNotFoundError(f"{path.parent} is not a model directory: it has no config.json") from error
+    except (ValueError, OSError, AttributeError, TypeError) as error:
+        raise ModelNotFoundError(f"{path} cannot be read as a configuration: {error}") from error
 
 
 def describe(path: Path, stated: Fields, family: Family) -> Configuration:

@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from grating_core.errors import ModelNotFoundError
 from grating_core.models.directory import check_answers, is_gguf
-from grating_core.models.family import Family
 from grating_core.text.chat import ChatFormat
 
 _SLOT = re.compile(r"\{(instruction|query|document)\}")
@@ -152,7 +152,23 @@ _ANY_MODEL = (
 _ANY_INSTRUCTION = "Judge whether the document is relevant to the query."
 
 
-def find_prompt(template: Prompt | str | None, model: str, directory: Path, family: Family) -> Prompt | None:
+class Asked(Protocol):
+    """This protocol is for families: it says how their models are asked."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether a model may take a prompt."""
+
+    @property
+    def asks(self) -> bool:
+        """Whether the score is the logit of an answer."""
+
+    @property
+    def prompt(self) -> str | None:
+        """The name of the official prompt of all models of the family; None if they have none."""
+
+
+def find_prompt(template: Prompt | str | None, model: str, directory: Path, family: Asked) -> Prompt | None:
     """Find the prompt of a model; None if its tokenizer joins the two texts without a question.
 
     Args:
@@ -197,7 +213,7 @@ def _names(path: Path) -> list[str]:
     return [path.name, path.parent.parent.name] if path.parent.name == "snapshots" else [path.name]
 
 
-def usual_length(prompt: Prompt | None, family: Family) -> int | None:
+def usual_length(prompt: Prompt | None, family: Asked) -> int | None:
     """Return the most tokens of a pair if the user gives no limit; None for the model's whole window."""
     if prompt is not None:
         return prompt.max_length

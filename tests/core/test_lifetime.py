@@ -25,7 +25,7 @@ from grating_core.forking import Lock, Threads, computed, run_in_thread
 from grating_core.lens import recalibrate as recalibration
 from grating_core.memory import checkpoint
 from grating_core.memory.checkpoint import Checkpoint
-from grating_core.opening import open_reranker
+from grating_core.opening.layered import open_layered
 from grating_core.pruning import ClusterPolicy
 from tests.core.conftest import save_model
 from tests.core.forking import in_fork
@@ -207,7 +207,7 @@ def new_pruned(decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def pruning(mlp_density: float, *, show_progress: bool) -> MlpPruning:
         return MlpPruning(mlp_density, NO_PREFERENCE)
 
-    monkeypatch.setattr("grating_core.opening.mlp_pruning", pruning)
+    monkeypatch.setattr("grating_core.opening.language_models.mlp_pruning", pruning)
     settings = {"device": "cpu", "dtype": "float32", "mlp_density": 0.5, "max_length": 64}
     with pytest.raises(BudgetError) as told:
         StreamedCausalLM.from_pretrained(decoder, memory_budget=1000, **settings)
@@ -253,7 +253,7 @@ def test_a_fork_while_another_thread_loads_what_is_shared(
     tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process, reached, go = os.getpid(), threading.Event(), threading.Event()
-    find = open_reranker.__globals__["find_prompt"]
+    find = open_layered.__globals__["find_prompt"]
 
     def slow(*what: object) -> object:
         if os.getpid() == process:
@@ -261,7 +261,7 @@ def test_a_fork_while_another_thread_loads_what_is_shared(
             assert go.wait(30)
         return find(*what)
 
-    monkeypatch.setattr("grating_core.opening.find_prompt", slow)
+    monkeypatch.setattr("grating_core.opening.layered.find_prompt", slow)
     settings = {"device": "cpu", "dtype": "float32", "pruning": "off"}
     with ThreadPoolExecutor(1) as other:
         loading = other.submit(Reranker.shared, tiny_bert, **settings)

@@ -43,7 +43,7 @@ def no_preference(monkeypatch: pytest.MonkeyPatch) -> None:
     def pruning(mlp_density: float, *, show_progress: bool) -> MlpPruning:
         return MlpPruning(mlp_density, NO_PREFERENCE)
 
-    monkeypatch.setattr("grating_core.opening.mlp_pruning", pruning)
+    monkeypatch.setattr("grating_core.opening.language_models.mlp_pruning", pruning)
 
 
 def load_lm(directory: Path, **settings: object) -> StreamedCausalLM:

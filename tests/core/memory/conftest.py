@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 
 from grating_core import Prompt, Reranker, StreamedCausalLM
-from grating_core.engine.scorer import Scorer
+from grating_core.engine.scorer import LayerScorer
 from grating_core.memory.plan import MemoryPlan
 from grating_core.models.adapter import Adapter
 from grating_core.models.causal_lm import StoredCausalLM
 from grating_core.models.cross_encoder import StoredCrossEncoder
 from grating_core.models.packing import Packing
 from grating_core.models.stored import StoredModel
-from grating_core.opening import LoadedLanguageModel
+from grating_core.opening.language_models import LoadedLanguageModel
 from grating_core.pruning import Off, PruningPolicy
 from grating_core.text.chat import PromptTokenizer
 from grating_core.text.pairs import load_template
@@ -54,7 +54,7 @@ def load_planned(
     plan = planned(stored, window, slice_tokens, sizes=stored.sizes(window, packing), **changes)
     encoder = load_template(directory, window, prompt=template, asks=stored.family.asks)
     return Reranker(
-        Scorer(stored.load(plan, encoder.answers, packing), encoder, plan),
+        LayerScorer(stored.load(plan, encoder.answers, packing), encoder, plan),
         model_path=directory,
         identity="planned",
         pruning=pruning or Off(),

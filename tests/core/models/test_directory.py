@@ -20,7 +20,7 @@ from grating_core.cli.commands import app
 from grating_core.errors import FileError
 from grating_core.lab.distill import distill
 from grating_core.models.pickled import remedy
-from grating_core.opening import open_reranker
+from grating_core.opening.rerankers import open_reranker
 from grating_core.settings import RerankSettings
 from tests.core.conftest import save_model
 from tests.core.parity import TOLERANCE, load, padded_scores

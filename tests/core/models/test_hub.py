@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from grating_core import ModelNotFoundError, Reranker, StreamedCausalLM
 from grating_core.models.hub import Hub
-from grating_core.opening import open_reranker
+from grating_core.opening.rerankers import open_reranker
 from grating_core.settings import RerankSettings
 from tests.core.conftest import DECODER, SIZES, save_model, save_tokenizer
 from tests.core.parity import load

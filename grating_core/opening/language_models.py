@@ -1,0 +1,103 @@
+"""A language model is opened to generate text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from grating_core.columns.install import mlp_pruning
+from grating_core.errors import UnsupportedModelError
+from grating_core.lifetime import closed_on_error
+from grating_core.memory.meter import resident_memory
+from grating_core.memory.plan import MemoryPlan
+from grating_core.models.causal_lm import CausalLM, StoredCausalLM
+from grating_core.models.directory import is_gguf
+from grating_core.opening.found import find, with_tokenizer
+from grating_core.settings import GenerationSettings
+from grating_core.text.chat import PromptTokenizer
+from grating_core.text.windows import find_window
+
+_USUAL_LENGTH = 4096  # tokens of a prompt and its continuation, if the user gives no limit
+
+
+@dataclass(frozen=True)
+class LoadedLanguageModel:
+    """This class holds a loaded language model and its tokenizer.
+
+    Attributes:
+        model: The model.
+        tokenizer: The tokenizer, which makes tokens of prompts and text of tokens.
+        end_tokens: The tokens that end a text.
+        plan: The plan of the memory budget; None without a budget.
+    """
+
+    model: CausalLM
+    tokenizer: PromptTokenizer
+    end_tokens: frozenset[int]
+    plan: MemoryPlan | None
+
+
+@dataclass(frozen=True)
+class OpenLanguageModel:
+    """This class knows everything about a language model but its weights.
+
+    Attributes:
+        stored: The model's files.
+        window: The most tokens of a prompt together with its continuation.
+        plan: The plan of the memory budget; None without a budget.
+    """
+
+    stored: StoredCausalLM
+    window: int
+    plan: MemoryPlan | None
+
+    def load(self) -> LoadedLanguageModel:
+        """Read tokenizer and weights.
+
+        Raises:
+            ModelNotFoundError: The files are damaged.
+            UnsupportedModelError: The tokenizer has no Rust backend.
+            FileError: The file with the columns of the MLPs is damaged, or belongs to other weights.
+            StorageError: The file with the columns cannot be written.
+        """
+        before = resident_memory()
+        tokenizer = PromptTokenizer(self.stored.directory, rows=self.stored.vocabulary)
+        plan = with_tokenizer(self.plan, before)
+        ends = self.stored.end_tokens | tokenizer.end_tokens
+        return LoadedLanguageModel(self.stored.load(plan), tokenizer, ends, plan)
+
+    def close(self) -> None:
+        """Close the files. A model that was loaded from them can then read no more weights."""
+        self.stored.close()
+
+
+def open_language_model(settings: GenerationSettings) -> OpenLanguageModel:
+    """Find a language model and read everything but its weights.
+
+    Args:
+        settings: The model's settings.
+
+    Raises:
+        ModelNotFoundError: The name leads to no usable weights.
+        UnsupportedModelError: grating does not generate with weights of this kind.
+        BudgetError: The memory budget is too small; the message states the smallest that works.
+        ValueError: A setting does not fit this machine or this model.
+    """
+    device, dtype, directory, adapter = find(settings)
+    if is_gguf(directory):
+        raise UnsupportedModelError(
+            f"model={settings.model!r} is a GGUF file, but generating needs safetensors. Convert the file: "
+            f"AutoModelForCausalLM.from_pretrained({str(directory.parent)!r}, "
+            f"gguf_file={directory.name!r}).save_pretrained(DIRECTORY), and the AutoTokenizer likewise"
+        )
+    stored = StoredCausalLM(
+        directory,
+        device=device,
+        dtype=dtype,
+        adapter=adapter,
+        lasting=settings.budget is not None,
+        pruning=mlp_pruning(settings.mlp_density, show_progress=settings.show_progress),
+    )
+    with closed_on_error(stored):
+        window = find_window(directory, stored.window, settings.max_length, _USUAL_LENGTH)
+        plan = None if settings.budget is None else stored.plan(window, settings.budget)
+        return OpenLanguageModel(stored, window, plan)
