@@ -49,7 +49,7 @@ _COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
     bench: (f"grating bench {BUNDLED} --corpus documents.jsonl --queries queries.txt",),
     simulate: ("grating simulate MODEL --text book.txt --memory 50% --machine sata-ssd",),
     distill: ("grating distill MODEL --mlp-density 0.5 --text documents.jsonl --output recovered",),
-    models: ("grating models --json | jq -r '.models[].name'",),
+    models: ("grating models BAAI/bge-reranker-v2-m3", "grating models --json | jq -r '.models[].name'"),
     doctor: ("grating doctor",),
     demo: ('grating demo -q "How do I copy a list?"',),
 }

@@ -136,6 +136,7 @@ class Takes:
         beside: Those that are options of this command, though not of most.
         required: Those that have to be given.
         model: What the option ``--model`` is by default; None makes the model an argument.
+        optional: Whether the argument may be left out. The command then gets None instead of the settings.
     """
 
     names: tuple[str, ...] | None = None
@@ -143,6 +144,7 @@ class Takes:
     beside: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     model: str | None = None
+    optional: bool = False
 
     def options(self, settings: type[Any]) -> list[inspect.Parameter]:
         """Return an option for each setting that the command takes."""
@@ -151,7 +153,8 @@ class Takes:
         taken = [field for field in fields(settings) if field.name not in left_out]
         if self.names is not None:
             taken = [field for field in taken if field.name in ("model", *self.names)]
-        defaults = dict.fromkeys(self.required, _EMPTY) | {"model": self.model or _EMPTY}
+        model = self.model or (None if self.optional else _EMPTY)
+        defaults = dict.fromkeys(self.required, _EMPTY) | {"model": model}
         return [
             _option(
                 field.name,
@@ -176,6 +179,7 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
     texts = _TEXTS | described(function)[1]  # no texts under python -OO
     for name, given in inspect.signature(function).parameters.items():
         group, *marks = get_args(hints[name]) if get_origin(hints[name]) is Annotated else (hints[name],)
+        group = next((kind for kind in get_args(group) if is_dataclass(kind)), group)  # None may stand beside it
         if isinstance(group, type) and is_dataclass(group):
             options = marks[0].options(group) if marks else _options(group)
             groups[name] = group, [option.name for option in options]
@@ -214,7 +218,7 @@ def _options(group: type[Any]) -> list[inspect.Parameter]:
 
 def _option(name: str, default: Any, hint: Any, told: str) -> inspect.Parameter:
     kind, shown = _typed(hint), typer.Argument(help=told)
-    if name != "model" or default is not _EMPTY:
+    if name != "model" or isinstance(default, str):
         flags = [_FLAGS.get(name, _flag(name)), *([_SHORT[name]] if name in _SHORT else ())]
         panel = next((panel.capitalize() for panel, names in _PANELS.items() if name in names), None)
         shown = typer.Option(
@@ -240,6 +244,8 @@ def _typed(hint: Any) -> Any:
 
 def _made(group: type[Any], options: dict[str, Any]) -> Any:
     """Make a group of its options. What the group refuses is told by the name of the option."""
+    if options.get("model", "") is None:
+        return None
     if issubclass(group, ModelSettings):
         options["show_progress"] = True
     try:

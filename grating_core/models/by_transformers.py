@@ -199,7 +199,7 @@ class Classifier:
         batch = {"input_ids": padded(sequences, self._padding)}
         if self._takes_mask:
             batch["attention_mask"] = padded([[1] * len(row) for row in sequences], 0)
-        if self._takes_types:
+        if self._takes_types and any(map(any, types)):  # a model may have another meaning for zeros than for none
             batch["token_type_ids"] = padded(types, 0)
         found: Tensor = self._model(**batch, **self._always).logits
         return self._labels.score(found.float())

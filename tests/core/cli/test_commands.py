@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from grating_core import Reranker, StreamedCausalLM
+from grating_core import BudgetError, Reranker, StreamedCausalLM
 from tests.core.cli.conftest import DOCUMENTS, QUERY, grating
-from tests.core.conftest import WORDS
+from tests.core.conftest import BUNDLED, WORDS
+from tests.core.engine.test_padded import saved
 from tests.core.models.test_decoders import save_decoder
 from tests.core.parity import random_text
 from tests.core.text.test_prompts import save_qwen3_reranker
@@ -150,6 +151,46 @@ def test_models_and_doctor() -> None:
     assert "bundled:ms-marco-minilm-l12" in listed.stdout
     assert "ModernBertForSequenceClassification" in listed.stdout
     assert all(what in checked.stdout for what in ("torch", "device", "dtype", "cache"))
+
+
+def test_models_says_what_would_happen_to_a_model(tmp_path: Path) -> None:
+    done = grating("models", BUNDLED, "--device", "cpu", "--dtype", "float32", "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["architecture"], found["engine"], found["layers"]) == (
+        "BertForSequenceClassification",
+        "grating",
+        12,
+    )
+    assert (found["format"], found["lens"], found["dtype"], found["window"]) == (
+        "pair",
+        "packaged",
+        "float32",
+        512,
+    )
+    assert found["bytes"] == sum(path.stat().st_size for path in Path(found["path"]).glob("*.safetensors"))
+    with pytest.raises(BudgetError) as refused:
+        Reranker.from_pretrained(BUNDLED, device="cpu", dtype="float32", memory_budget=1)
+    assert found["smallest_budget"] == refused.value.smallest > found["smallest_budget_int8"] > 0
+    shown = grating("models", BUNDLED)
+    assert "comes with grating" in shown.stdout
+    prompted = save_qwen3_reranker(tmp_path / "Qwen3-Reranker-0.6B")
+    assert "the prompt qwen3-reranker" in grating("models", str(prompted)).stdout
+
+
+def test_models_says_who_computes_what_only_transformers_knows(tmp_path: Path) -> None:
+    directory = saved(tmp_path / "albert", "albert")
+    found = json.loads(grating("models", str(directory), "--json").stdout)
+    assert (found["engine"], found["architecture"]) == ("transformers", "AlbertForSequenceClassification")
+    assert (found["dtype"], found["lens"], found["smallest_budget"]) == ("float32", None, None)
+    assert "slower" in grating("models", str(directory)).stdout
+    refused = grating("models", str(directory), "--engine", "grating")
+    assert refused.exit_code == 2
+    assert "AlbertForSequenceClassification" in refused.stderr
+    unknown = grating("models", "monot5/base", "--local-files-only", "--json")
+    assert unknown.exit_code == 2
+    assert "monot5/base" in unknown.stderr
+    assert unknown.stdout == ""
 
 
 def test_demo_answers_a_question_of_the_users() -> None:

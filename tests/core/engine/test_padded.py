@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     AlbertConfig,
     AlbertForSequenceClassification,
@@ -184,7 +185,10 @@ def test_settings_of_gratings_own_layers_are_refused_by_name(
     albert: Path, tmp_path: Path, engine: str, setting: dict[str, object]
 ) -> None:
     if "adapter" in setting:
-        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
+        parts = {"x.lora_A.weight": torch.ones(1, 2), "x.lora_B.weight": torch.ones(2, 1)}
+        named = {f"base_model.model.{name}": part for name, part in parts.items()}
+        save_file(named, tmp_path / "adapter_model.safetensors")
         setting = {"adapter": tmp_path}
     with pytest.raises(ValueError, match=f"^{next(iter(setting))}=.*transformers computes AlbertFor.*leave"):
         Reranker.from_pretrained(albert, device="cpu", engine=engine, **setting)
