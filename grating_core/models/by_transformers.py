@@ -111,10 +111,7 @@ class StoredClassifier:
                 f"{self.architecture} no longer computes: the scores would be wrong"
             )
         with blaming_config(path):
-            if (labels := self._config.num_labels) != 1:
-                raise UnsupportedModelError(
-                    f"{path} describes {labels} labels; a reranker has one relevance score"
-                )
+            self._labels = read_labels(path, stated)
             self.window = _window(self._config, model)
             """The most tokens that the model can take."""
         self.vocabulary: int | None = getattr(self._config.get_text_config(), "vocab_size", None)

@@ -22,7 +22,6 @@ from grating_core.pruning import PruningPolicy
 from grating_core.settings import RerankSettings
 from grating_core.text.prompts import Prompt
 
-
 _log = logging.getLogger("grating")
 
 

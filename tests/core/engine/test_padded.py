@@ -232,6 +232,20 @@ def change(directory: Path, **fields: object) -> None:
 
 
 @pytest.mark.parametrize("engine", ["auto", "transformers"])
+def test_two_labels_score_as_with_gratings_own_layers(tmp_path: Path) -> None:
+    named = {"id2label": {0: "relevant", 1: "irrelevant"}, "label2id": {"relevant": 0, "irrelevant": 1}}
+    directory = saved(tmp_path, "albert", num_labels=2)
+    change(directory, **named)
+    model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+    batch = saved_tokenizer(directory)("w1 w2", "w3 w4 w5", return_tensors="pt")
+    with torch.inference_mode():
+        logits = model(**batch).logits[0]
+    with Reranker.from_pretrained(directory, device="cpu") as reranker:
+        result = reranker.rerank("w1 w2", ["w3 w4 w5"])
+    assert result.ranking[0].score == pytest.approx((logits[0] - logits[1]).item(), abs=TOLERANCE)
+    assert "less that of 'irrelevant'" in result.trace.notes[0]
+
+
 def test_what_is_no_classifier_of_transformers_is_refused(tmp_path: Path, engine: str) -> None:
     directory = saved(tmp_path, "albert")
     # Jina's first rerankers call themselves "bert", and are computed by code of their own.
