@@ -231,8 +231,7 @@ def change(directory: Path, **fields: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-@pytest.mark.parametrize("engine", ["auto", "transformers"])
-def test_two_labels_score_as_with_gratings_own_layers(tmp_path: Path) -> None:
+def test_two_labels_score_by_the_relevant_one(tmp_path: Path) -> None:
     named = {"id2label": {0: "relevant", 1: "irrelevant"}, "label2id": {"relevant": 0, "irrelevant": 1}}
     directory = saved(tmp_path, "albert", num_labels=2)
     change(directory, **named)
@@ -246,6 +245,7 @@ def test_two_labels_score_as_with_gratings_own_layers(tmp_path: Path) -> None:
     assert "less that of 'irrelevant'" in result.trace.notes[0]
 
 
+@pytest.mark.parametrize("engine", ["auto", "transformers"])
 def test_what_is_no_classifier_of_transformers_is_refused(tmp_path: Path, engine: str) -> None:
     directory = saved(tmp_path, "albert")
     # Jina's first rerankers call themselves "bert", and are computed by code of their own.
