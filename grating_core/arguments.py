@@ -134,6 +134,14 @@ def check_threshold(score_threshold: Any, *, raw_scores: bool, scores: str) -> N
         )
 
 
+def check_deadline(deadline: Any) -> None:
+    """Raise ``ValueError`` for a deadline that is neither a number of seconds above 0 nor None."""
+    if deadline is not None and (not is_number(deadline) or deadline <= 0):
+        raise ValueError(
+            f"deadline={deadline!r} must be a number of seconds above 0, such as 0.25; None sets no deadline"
+        )
+
+
 def check_query(query: str) -> None:
     """Raise ``ValueError`` for a query that is not a string, or blank."""
     if not isinstance(query, str) or not query.strip():

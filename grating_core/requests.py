@@ -8,6 +8,7 @@ from typing import Any
 
 from grating_core.arguments import (
     Scores,
+    check_deadline,
     check_query,
     check_target,
     check_threshold,
@@ -31,6 +32,7 @@ class Request:
         target: The target of this request alone, which needs a lens; None takes the reranker's own target.
         score_threshold: The least probability of a document that is returned; None leaves none out.
         raw_scores: Whether the threshold is a raw score, and no probability.
+        deadline: Seconds for the whole call, see :meth:`Reranker.rerank`; None takes as long as it takes.
     """
 
     query: str
@@ -41,6 +43,7 @@ class Request:
     target: float | None = field(default=None, kw_only=True)
     score_threshold: float | None = field(default=None, kw_only=True)
     raw_scores: bool = field(default=False, kw_only=True)
+    deadline: float | None = field(default=None, kw_only=True)
 
     @classmethod
     def of(cls, query: str, documents: Iterable[str], top_k: int, **wanted: Any) -> Request:
@@ -70,6 +73,7 @@ class Request:
             if self.pruning is not None:
                 raise ValueError(f"target={self.target} and pruning={self.pruning!r} exclude each other")
         check_threshold(self.score_threshold, raw_scores=self.raw_scores, scores=self.scores)
+        check_deadline(self.deadline)
         return replace(self, documents=documents, top_k=whole_number("top_k", self.top_k))
 
 

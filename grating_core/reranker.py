@@ -134,6 +134,7 @@ class Reranker(Calibrated):
         scores: Scores = "exact",
         score_threshold: float | None = None,
         raw_scores: bool = False,
+        deadline: float | None = None,
     ) -> RerankResult:
         """Rank the documents by relevance to the query and return the best.
 
@@ -149,6 +150,10 @@ class Reranker(Calibrated):
                 ``top_k`` may come back, or none: "nothing here is relevant" is an answer. None leaves none out. A
                 threshold needs exact scores, because the level of an estimate may be off.
             raw_scores: Whether the threshold is a raw score, such as -3.5, and no probability.
+            deadline: Seconds for the whole call; None takes as long as it takes. When time runs short, more
+                documents are dropped, and sure winners stop early. When it is over, the best ranking so far comes
+                back, with estimates marked and ``trace.cut_short`` true. Without a lens, the first documents are
+                computed that can be. What has no estimate comes last, with the lowest score before it, or 0.
 
         Returns:
             The top ``min(top_k, N)`` documents, best first, without those below the threshold; and the trace.
@@ -158,10 +163,8 @@ class Reranker(Calibrated):
             ScoreError: The model gave a score that is not a finite number.
             RuntimeError: The reranker has been closed.
         """
-        wanted = Request.of(
-            query, documents, top_k, scores=scores, score_threshold=score_threshold, raw_scores=raw_scores
-        )
-        return self._rerank([wanted])[0]
+        wanted = {"score_threshold": score_threshold, "raw_scores": raw_scores, "deadline": deadline}
+        return self._rerank([Request.of(query, documents, top_k, scores=scores, **wanted)])[0]
 
     async def arerank(
         self,
@@ -172,11 +175,11 @@ class Reranker(Calibrated):
         scores: Scores = "exact",
         score_threshold: float | None = None,
         raw_scores: bool = False,
+        deadline: float | None = None,
     ) -> RerankResult:
         """Await what :meth:`rerank` returns. Waiting holds no thread; cancelling the task ends its computing."""
-        request = Request.of(
-            query, documents, top_k, scores=scores, score_threshold=score_threshold, raw_scores=raw_scores
-        )
+        wanted = {"score_threshold": score_threshold, "raw_scores": raw_scores, "deadline": deadline}
+        request = Request.of(query, documents, top_k, scores=scores, **wanted)
         return await self.awaited(request, self.job(request))
 
     def job(self, request: Request) -> Job[Outcome]:
@@ -193,9 +196,8 @@ class Reranker(Calibrated):
         """Rank the documents of several requests, which go through the layers together.
 
         Each result is the one that its request would have alone. Together they take less time where requests are
-        small, because two passes then run at a time, and under a memory budget, because weights are read once for
-        many. The errors are those of
-        :meth:`rerank`; the message of a ``ValueError`` names the request's index.
+        small, because two passes run at a time, and under a memory budget, because weights are read once for all.
+        The errors are those of :meth:`rerank`; a ``ValueError`` names the request's index.
 
         Args:
             requests: The requests, in any form that has an order. Those that fit go into a pass, the rest follows.
@@ -212,7 +214,7 @@ class Reranker(Calibrated):
             return found([self._result(*pair) for pair in zip(requests, outcomes, strict=True)])
 
     def _result(self, request: Request, outcome: Outcome) -> RerankResult:
-        if self.recalibration is not None:
+        if self.recalibration is not None and not outcome.trace.cut_short:
             self.recalibration.saw(request, [winner.index for winner in outcome.winners])
         return outcome.result(request, self.probability)
 

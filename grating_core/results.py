@@ -19,8 +19,8 @@ class RankedDocument:
         text: The document.
         probability: The score as a probability from 0 to 1, see :meth:`Reranker.probability`.
         estimated: Whether the score is an estimate that was read before the last layer; never with
-            ``scores="exact"``. The level of a lens' estimate may be off, and so may its probability: compare it
-            only with other estimates of the same request.
+            ``scores="exact"``, unless time was short before a deadline. The level of a lens' estimate may be off,
+            and so may its probability: compare it only with other estimates of the same request.
     """
 
     index: int
@@ -89,6 +89,8 @@ class Trace:
         recounted: Indices of the documents that were scored again without 8 bits, because their place in the top K
             was in doubt.
         notes: Remarks in words, such as which of a classifier's two labels makes the score.
+        cut_short: Whether the request's deadline left no time for all that would have been computed without it.
+            Otherwise the result is the one without a deadline.
     """
 
     layers: tuple[LayerTrace, ...]
@@ -106,16 +108,17 @@ class Trace:
     kernels: str = "torch"
     recounted: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    cut_short: bool = False
 
     @property
     def compute_share(self) -> float:
-        """Tokens × layers computed, as a share of those of the unpruned run; 1.0 where there were none.
+        """Tokens × layers computed, as a share of those of the unpruned run; 1.0 without documents.
 
         What a recount computed counts as well.
         """
         full = self._work(range(len(self.lengths)))
         done = sum(layer.tokens for layer in self.layers) + self._work(self.recounted)
-        return done / full if full else 1.0
+        return done / full if full else float(not self.cut_short)
 
     def _work(self, candidates: Sequence[int]) -> int:
         """Return the tokens × layers of some candidates without pruning."""
@@ -132,7 +135,7 @@ class Trace:
             ``candidates`` and ``tokens`` (how many), ``alive`` (candidates computed, layer by layer),
             ``compute_share``, and of the attributes ``depth``, ``truncated``, ``seconds``, ``seconds_waited``,
             ``bytes_read``, ``bytes_spilled``, ``embedding_hit_rate``, ``peak_memory``, ``kernels``,
-            ``recounted`` and ``notes``.
+            ``recounted``, ``notes`` and ``cut_short``.
         """
         return {
             "candidates": len(self.lengths),
@@ -150,6 +153,7 @@ class Trace:
             "kernels": self.kernels,
             "recounted": list(self.recounted),
             "notes": list(self.notes),
+            "cut_short": self.cut_short,
         }
 
 

@@ -311,7 +311,7 @@ class ServeSettings:
     queue_tokens: int = _setting(
         262_144, "The most tokens of all requests that wait for a model. More are told to come again later."
     )
-    deadline: float = _setting(60.0, "The most seconds that a request may take.")
+    deadline: float = _setting(60.0, "The seconds after which the best ranking so far is the answer to a request.")
     drain: float = _setting(30.0, "The most seconds that requests in progress get when the server is stopped.")
 
     def __post_init__(self) -> None:

@@ -197,6 +197,7 @@ def _of_result(result: RerankResult) -> dict[str, Any]:
         "gen_ai.usage.input_tokens": sum(trace.lengths),
         "grating.compute_share": trace.compute_share,
         "grating.truncated_documents": len(trace.truncated),
+        "grating.cut_short": trace.cut_short,
     }
 
 

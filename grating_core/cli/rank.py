@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from grating_core.arguments import check_threshold
+from grating_core.arguments import check_deadline, check_threshold
 from grating_core.cli.inputs import Record, read_records
 from grating_core.cli.options import BUNDLED, InputOptions, Takes
 from grating_core.cli.output import err, show, tell, write_json, write_json_lines
@@ -43,14 +43,17 @@ class WantedOptions:
         score_threshold: The probability, from 0 to 1, below which documents are left out.
         raw_scores: Take the threshold as a raw logit, such as -3.5, and no probability.
         scores: Whether sure winners go through every layer ('exact') or stop early as well ('estimated').
+        deadline: The seconds for ranking, without loading. When they are over, the best ranking so far is printed.
     """
 
     top_k: int = 5
     score_threshold: float | None = None
     raw_scores: bool = False
     scores: Literal["exact", "estimated"] = "exact"
+    deadline: float | None = None
 
     def __post_init__(self) -> None:
+        check_deadline(self.deadline)
         check_threshold(self.score_threshold, raw_scores=self.raw_scores, scores=self.scores)
 
 
@@ -149,8 +152,8 @@ def _ranked(asked: AskedOptions, settings: RerankSettings, wanted: WantedOptions
 
         with Reranker.open(settings) as reranker:
             result = reranker.rerank(asked.query, [record.text for record in records], **asdict(wanted))
-            if records and not result.ranking:
-                best = max(result.trace.layers[-1].scores)
+            if result.trace.layers and not result.ranking:
+                best = max(result.trace.layers[-1].scores, default=0.0)
                 tell(
                     f"No document reaches the threshold of {wanted.score_threshold:g}; the best has a score of "
                     f"{best:.3f}, a probability of {reranker.probability(best):.3g}."

@@ -66,7 +66,7 @@ def closing_line(result: RerankResult) -> str:
     cut = f", {len(trace.truncated)} cut to the window" if trace.truncated else ""
     line = (
         f"{len(trace.lengths)} documents, {sum(trace.lengths):,} tokens{cut}; {trace.seconds:.2f} s, "
-        f"compute share {trace.compute_share:.2f}"
+        f"compute share {trace.compute_share:.2f}{', cut short by the deadline' if trace.cut_short else ''}"
     )
     if trace.peak_memory is None:
         return line

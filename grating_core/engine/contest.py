@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from grating_core.engine.watch import Deadline
 from grating_core.errors import ScoreError
 from grating_core.forking import Interrupted
 from grating_core.lens.pruning import Pruning
 from grating_core.memory.meter import Meter
-from grating_core.pruning import Off, PruningPolicy, Route
+from grating_core.pruning import MarginPolicy, Off, PruningPolicy, Route
+from grating_core.pruning.deadline import Race, first_that_fit
 from grating_core.pruning.recount import in_doubt
 from grating_core.results import LayerTrace
 
@@ -40,6 +42,8 @@ class Contest:
         numbers: The number by which the caller knows each candidate, for messages; None counts them from 0.
         looks: Whether scores are read after every layer, and not only after the last.
         abandoned: Function that says whether nobody waits for the result any more.
+        deadline: The time at which the contest ends with the best ranking so far; None for none.
+        lengths: Number of tokens of each candidate; with a deadline only.
     """
 
     def __init__(
@@ -52,8 +56,11 @@ class Contest:
         numbers: Sequence[int] | None = None,
         looks: bool = True,
         abandoned: Callable[[], bool] = lambda: False,
+        deadline: Deadline | None = None,
+        lengths: Sequence[int] = (),
     ) -> None:
         self.pruning = pruning
+        self.deadline = deadline
         self.winners: list[Winner] = []
         """The top K so far, best first. Candidates that stopped early rank before those that went on, whatever
         their scores: scores of different layers do not compare."""
@@ -65,6 +72,8 @@ class Contest:
         """Why the contest ended without a result; None if it did not."""
         self.recounted: tuple[int, ...] = ()
         """The candidates that were scored again when all others were decided."""
+        self.cut_short = False
+        """Whether the deadline decided something: who went on, or the end."""
         self.usage = Meter()
         """What the pass has used so far."""
         self.abandoned = abandoned
@@ -73,6 +82,55 @@ class Contest:
         self._top_k = top_k
         self._numbers = range(len(windows)) if numbers is None else numbers
         self._looks = looks
+        self._lengths = lengths
+        self._coming = 0  # the layer that is computed
+        self._beside = 0  # tokens of other requests in the pass
+        self._near = False  # whether the deadline may come before the last layer
+        self._estimates: dict[int, float] = {}  # of those alive, read last
+        self._left: list[int] = []  # who was left out in the caller's order, for want of time and of estimates
+
+    def look_at_the_clock(self, number: int, tokens: int) -> None:
+        """Prepare for a layer: see whether time is short, and before the first, who is computed without a lens.
+
+        Args:
+            number: The layer that follows.
+            tokens: Number of tokens that the whole pass has in it.
+        """
+        if self.deadline is None or not self.alive:
+            return
+        self._coming = number
+        self._beside = tokens - sum(self._lengths[candidate] for candidate in self.alive)
+        self._near = self.deadline.is_near(self.depth - max(number, 1) + 1, tokens)
+        if self.deadline.over:
+            self.end()
+        elif self._near and number == 1 and not self.layers:
+            self._hurry(0)
+
+    @property
+    def is_near(self) -> bool:
+        """Whether the deadline may come before the last layer."""
+        return self._near
+
+    def has_time_to_recount(self, candidates: Sequence[int]) -> bool:
+        """Tell whether some candidates may be computed once more, without 8 bits and so more slowly."""
+        if self.deadline is None:
+            return True
+        return not self.deadline.is_near(self.depth, sum(self._lengths[candidate] for candidate in candidates))
+
+    def is_late(self) -> bool:
+        """Tell whether the deadline is over, and nothing more may be computed."""
+        return bool(self.alive) and self.deadline is not None and self.deadline.over
+
+    def end(self) -> None:
+        """End the contest with what is known: the last estimates, else the caller's order."""
+        self.cut_short = True
+        places = self._top_k - len(self.winners)
+        if self.pruning.errors is None or not self._estimates:
+            self._left = self.alive + self._left
+        else:
+            scores = np.array([self._estimates[candidate] for candidate in self.alive])
+            self.winners += _best(self.alive, scores, range(len(scores)), estimated=True)[:places]
+        self._fill()
 
     def follows(self, number: int) -> bool:
         """Tell whether a layer gets a record."""
@@ -80,11 +138,11 @@ class Contest:
 
     def reads(self, number: int) -> bool:
         """Tell whether the scores after a layer are read."""
-        return self.follows(number) and (number == self.depth or self.pruning.looks(number))
+        return self.follows(number) and (number == self.depth or self._near or self.pruning.looks(number))
 
     def decides(self, number: int) -> bool:
         """Tell whether the scores after a layer are needed at once. Otherwise they can be read later."""
-        if number == self.depth or self.abandoned():
+        if number == self.depth or self._near or self.abandoned():
             return True
         return self._top_k - len(self.winners) < len(self.alive) and not isinstance(self.pruning.policy, Off)
 
@@ -112,7 +170,7 @@ class Contest:
         Args:
             doubt: How far scores may be off, see :func:`grating_core.pruning.recount.in_doubt`.
         """
-        if self.error is not None or self.layers[-1].layer < self.depth:
+        if self.error is not None or self.cut_short or self.layers[-1].layer < self.depth:
             return []
         last = self.layers[-1]
         places = sum(not winner.estimated for winner in self.winners)
@@ -161,8 +219,70 @@ class Contest:
         decided = undecided and not self.pruning.exact and places in (0, len(going_on))
         if decided or last:
             self.winners += _best(alive, best, going_on, estimated=decided)[:places]
-            going_on = []
+            self._fill()
+            return
         self.alive = [alive[i] for i in going_on]
+        if not unseen:
+            self._estimates = {alive[i]: float(best[i]) for i in going_on}
+            if self._near and number == self._coming:
+                self._hurry(number)
+
+    def _hurry(self, number: int) -> None:
+        """Let fewer candidates go on if not all that the policy wants can be computed in time after a layer."""
+        errors, deadline = self.pruning.errors, self.deadline
+        if deadline is None or deadline.watch.pace is None:
+            return
+        time = deadline.watch.pace, self._beside, deadline.planned
+        lengths = np.array([self._lengths[candidate] for candidate in self.alive])
+        if errors is None:
+            self._leave_out(self.alive[first_that_fit(lengths, self.depth - number, *time) :])
+            return
+        wanted = self._top_k - len(self.winners)
+        if not (0 < wanted < len(self.alive) and self._estimates):
+            return
+        policy = self.pruning.policy
+        margins = policy.drop if isinstance(policy, MarginPolicy) else (np.inf,) * self.depth
+        race = Race(
+            np.array([self._estimates[candidate] for candidate in self.alive]),
+            wanted,
+            lengths,
+            np.array(errors[number:]),
+            np.array(margins[number:]),
+        )
+        if race.fits(*time):
+            return
+        found = dict(zip(self.alive, race.routes(*time), strict=True))
+        self._note(found)
+        selected = [i for i, route in enumerate(found.values()) if route is Route.SELECTED]
+        self.winners += _best(self.alive, race.scores, selected, estimated=True)
+        self.alive = [candidate for candidate, route in found.items() if route is Route.DEFERRED]
+        if not self.alive:
+            self._fill()
+
+    def _leave_out(self, candidates: Sequence[int]) -> None:
+        """Let the last of those alive go no further, for want of time and of a lens."""
+        if candidates:
+            self._note(dict.fromkeys(candidates, Route.DROPPED))
+            self._left = [*candidates, *self._left]
+            self.alive = self.alive[: -len(candidates)]
+
+    def _note(self, routes: Mapping[int, Route]) -> None:
+        """Note what want of time has decided."""
+        self.cut_short = True
+        if self.layers:
+            last = self.layers[-1]
+            before = zip(last.alive, last.routes, strict=True)
+            self.layers[-1] = replace(last, routes=tuple(routes.get(one, route) for one, route in before))
+
+    def _fill(self) -> None:
+        """Give the places that are left to those who were left out, and end the contest.
+
+        They have the lowest score of all before them, or 0 if there is none.
+        """
+        lowest = min((winner.score for winner in self.winners), default=0.0)
+        places = self._top_k - len(self.winners)
+        self.winners += [Winner(candidate, lowest, True) for candidate in self._left[:places]]
+        self.alive = []
 
     def _refuse_broken(self, scores: Scores) -> None:
         finite = np.isfinite(scores)

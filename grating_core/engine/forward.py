@@ -20,6 +20,7 @@ from grating_core.engine.contest import Contest, Scores
 from grating_core.engine.head import HeadReader
 from grating_core.engine.ragged import RaggedBatch, Slice
 from grating_core.engine.walk import Walk
+from grating_core.engine.watch import Watch
 from grating_core.forking import Interrupted
 from grating_core.kernels.room import Room
 from grating_core.layers.rotary import Angles
@@ -43,6 +44,7 @@ def forward(
     *,
     slice_tokens: int,
     peak: PeakMemory | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[int]:
     """Take a pass through the layers, and yield the number of each request as soon as its contest is over.
 
@@ -53,6 +55,7 @@ def forward(
         contests: The contests of the requests.
         slice_tokens: The most tokens computed at once.
         peak: The meter of peak memory, which looks after every layer; None for none.
+        watch: The watch that learns what a layer takes; None if nobody needs to know.
 
     Raises:
         Interrupted: Nobody waits for any of the requests any more.
@@ -65,7 +68,21 @@ def forward(
     room = Room()
     angles = model.angles(torch.arange(batch.longest, device=model.device))
     embedded = False  # whether the states before the first layer are there
+    stint = _Stint(watch)
     for number in range(model.depth + 1):
+        for request, contest in enumerate(contests):
+            if contest.alive:
+                contest.look_at_the_clock(number, batch.tokens)
+                if not contest.alive:
+                    yield request
+        still = sum(len(contest.alive) for contest in contests)
+        if not still:
+            return
+        if still < left:
+            left = still
+            batch, runs = batch.select({request: contest.alive for request, contest in enumerate(contests)})
+            if number > 1 or embedded:
+                hidden.keep(runs)
         started = perf_counter()
         readers = {
             request: reader
@@ -82,11 +99,18 @@ def forward(
                 if request in readers:
                     readers[request].see(states, asked)
 
-        _run_layer(model, number, batch, hidden, angles, slice_tokens, room, see, embed=not embedded)
+        for _ in _run_layer(model, number, batch, hidden, angles, slice_tokens, room, see, embed=not embedded):
+            for request in _late(contests, model.device):
+                contests[request].end()
+                yield request
+            if not any(contest.alive for contest in contests):
+                return
         # States that are kept on disk are embedded again by the first layer: that costs less than keeping them.
         embedded = bool(number) or isinstance(hidden, HiddenInMemory)
         if peak is not None:
             peak.look()
+        if number:
+            stint.add(batch.tokens)
         tokens = batch.tokens_by_request
         now = replace(model.meter)
         for request, contest in enumerate(contests):
@@ -99,22 +123,50 @@ def forward(
             unread.append(_Unread(request, number, scores, count, seconds, usage))
         if not any(contests[request].decides(number) for request in readers):
             continue
-        for one, found in zip(unread, _read(unread), strict=True):
+        found = _read(unread)
+        stint.end()
+        for one, scores in zip(unread, found, strict=True):
             contest = contests[one.request]
             if contest.alive:
                 seconds = perf_counter() - started if one.number == number else one.seconds
-                contest.after(one.number, found, one.tokens, seconds, one.usage)
+                contest.after(one.number, scores, one.tokens, seconds, one.usage)
                 if not contest.alive:
                     yield one.request
         unread.clear()
-        still = sum(len(contest.alive) for contest in contests)
-        if not still:
-            return
-        if still < left:
-            left = still
-            batch, runs = batch.select({request: contest.alive for request, contest in enumerate(contests)})
-            if number or embedded:
-                hidden.keep(runs)
+
+
+def _late(contests: Sequence[Contest], device: torch.device) -> list[int]:
+    """Return the requests whose deadline is over. Work of another device is waited for if a deadline is near."""
+    if device.type != "cpu" and any(contest.alive and contest.is_near for contest in contests):
+        torch.accelerator.synchronize(device)
+    return [request for request, contest in enumerate(contests) if contest.is_late()]
+
+
+class _Stint:
+    """A stint is the work between two moments at which the device had done everything.
+
+    Args:
+        watch: The watch that learns from it; None for none.
+    """
+
+    def __init__(self, watch: Watch | None) -> None:
+        self._watch = watch
+        self._begin()
+
+    def add(self, tokens: int) -> None:
+        """Add a layer with so many tokens."""
+        self._layers += 1
+        self._tokens += tokens
+
+    def end(self) -> None:
+        """Tell the watch, and begin another stint."""
+        if self._watch is not None:
+            self._watch.learn(self._layers, self._tokens, self._watch.now() - self._started)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._layers = self._tokens = 0
+        self._started = 0.0 if self._watch is None else self._watch.now()
 
 
 class _Unread(NamedTuple):
@@ -157,10 +209,15 @@ def _run_layer(
     see: See,
     *,
     embed: bool,
-) -> None:
-    """Put the hidden states through a layer, slice by slice, and show them afterwards; layer 0 only embeds."""
+) -> Iterator[None]:
+    """Put the hidden states through a layer, slice by slice, and show them afterwards; layer 0 only embeds.
+
+    Yields:
+        None before each slice. Whoever asks for no more abandons the layer.
+    """
     if not number:
         for part, states in hidden.visit(batch.slices(slice_tokens), read=False, write=False):
+            yield
             if part.queries:
                 see(_embed(model, batch, part, states), part)
         return
@@ -169,6 +226,7 @@ def _run_layer(
     with model.layer(number) as layer:
         walk = Walk(layer, None if layer.spec.rotary is None else angles[layer.spec.rotary], room)
         for part, states in hidden.visit(slices, read=not embed, write=not last):
+            yield
             tokens = part.tokens.stop - part.tokens.start
             if embed:
                 _embed(model, batch, part, states)

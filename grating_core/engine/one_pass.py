@@ -12,6 +12,7 @@ from grating_core.engine.forward import forward
 from grating_core.engine.job import Job
 from grating_core.engine.ragged import Encoded, RaggedBatch, filled
 from grating_core.engine.recount import Recount
+from grating_core.engine.watch import Watch
 from grating_core.files.places import cache_directory
 from grating_core.memory.hidden import HiddenInMemory, HiddenOnDisk, HiddenStates
 from grating_core.memory.meter import PeakMemory
@@ -44,6 +45,19 @@ class Outcome:
         return RerankResult(ranking, self.trace)
 
 
+def unread_outcome(candidates: int, top_k: int, depth: int, seconds: float) -> Outcome:
+    """Return the outcome of a job of which no layer was computed in time: the caller's order.
+
+    Args:
+        candidates: Number N of candidates.
+        top_k: K, at most N.
+        depth: Number of layers of the model.
+        seconds: Seconds that the job had.
+    """
+    winners = [Winner(index, 0.0, True) for index in range(top_k)]
+    return Outcome(winners, Trace((), depth, (0,) * candidates, (), seconds, cut_short=True))
+
+
 def run_pass(
     model: CrossEncoder,
     jobs: Sequence[Job[Outcome]],
@@ -51,6 +65,7 @@ def run_pass(
     slice_tokens: int,
     plan: MemoryPlan | None = None,
     recount: Recount | None = None,
+    watch: Watch | None = None,
 ) -> None:
     """Take jobs through the layers together. Each ends as soon as it is decided, with an outcome or its own error.
 
@@ -60,6 +75,7 @@ def run_pass(
         slice_tokens: The most tokens that are computed at once.
         plan: The plan of the memory budget; None without a budget.
         recount: What decides close contests of a model in 8 bits; None if nothing does.
+        watch: The watch that learns what a layer takes; None if nobody needs to know.
 
     Raises:
         Interrupted: Nobody waits for any of the jobs any more.
@@ -67,6 +83,11 @@ def run_pass(
         StorageError: There is no room for hidden states. The jobs that have not ended stay so.
     """
     requests = [job.encoded for job in jobs]
+    for job in jobs:
+        job.begun = True
+    mixed = model.kernels != "torch"  # compiled kernels give a token the same bits whatever is beside it
+    batch = RaggedBatch.pack(requests, share_prefix=model.spec.causal, mixed=mixed)
+    lengths = batch.lengths
     contests = [
         Contest(
             tuple(map(len, job.encoded)),
@@ -75,16 +96,18 @@ def run_pass(
             model.depth,
             numbers=range(job.first_number, job.first_number + len(job.encoded)),
             abandoned=job.given_up,
+            deadline=job.deadline,
+            lengths=[lengths[number, candidate] for candidate in range(len(job.encoded))],
         )
-        for job in jobs
+        for number, job in enumerate(jobs)
     ]
-    mixed = model.kernels != "torch"  # compiled kernels give a token the same bits whatever is beside it
-    batch = RaggedBatch.pack(requests, share_prefix=model.spec.causal, mixed=mixed)
     shared = {piece.request: piece.length for piece in batch.pieces if piece.candidate is None}
     peak = None if plan is None else PeakMemory(model.device)
     try:
         with _room(model, batch, slice_tokens, plan) as hidden:
-            for number in forward(model, batch, hidden, contests, slice_tokens=slice_tokens, peak=peak):
+            for number in forward(
+                model, batch, hidden, contests, slice_tokens=slice_tokens, peak=peak, watch=watch
+            ):
                 job, contest = jobs[number], contests[number]
                 if recount is not None:
                     recount.settle(job, contest, slice_tokens=slice_tokens)
@@ -124,6 +147,7 @@ def trace_of(
         kernels=model.kernels,
         recounted=contest.recounted,
         notes=model.notes,
+        cut_short=contest.cut_short,
     )
 
 

@@ -94,7 +94,7 @@ class Passes(Generic[Found]):
                         self._turn.__exit__()
                 if own and not job.over:
                     self._wait_with(own.popleft())
-                found.append(job.future.result())
+                found.append(job.result())
             return found
         finally:
             for job in jobs:
@@ -108,12 +108,10 @@ class Passes(Generic[Found]):
             RuntimeError: :meth:`close` was called, or no thread can be started.
             Exception: The error of the job.
         """
-        import asyncio  # it takes long to import, and few programs need it
-
         self._admit([job])
         try:
             self._wait_with(deque([job]))
-            return await asyncio.wrap_future(job.future)
+            return await job.awaited()
         finally:
             job.future.cancel()
 
@@ -208,7 +206,10 @@ class Passes(Generic[Found]):
             self._computing.discard(threading.get_ident())
 
     def _next(self, waiting: deque[deque[Job[Found]]], most: int | None = None) -> list[Job[Found]]:
-        """Take a job of each caller in turn, as long as they fit into a pass, and ``most`` jobs at most."""
+        """Take a job of each caller in turn, as long as they fit into a pass, and ``most`` jobs at most.
+
+        A job with a deadline shares a pass only if even the whole pass is known to end in time.
+        """
         found: list[Job[Found]] = []
         room = self._most_tokens
         while waiting and len(found) != most:
@@ -219,7 +220,7 @@ class Passes(Generic[Found]):
                 except Exception as error:
                     job.fail(error)
                 else:
-                    if found and room < 0:
+                    if found and (room < 0 or not _in_time([*found, job])):
                         break
                     found.append(job)
             jobs = waiting.popleft()
@@ -250,6 +251,13 @@ class Passes(Generic[Found]):
                         self._carry_out([job], own=own)
         for job in jobs:
             job.fail(Interrupted())  # unless it has ended
+
+
+def _in_time(jobs: Sequence[Job[Any]]) -> bool:
+    """Tell whether one pass with all jobs is in time for each of them."""
+    deadlines = [job.deadline for job in jobs if job.deadline is not None]
+    tokens = sum(job.tokens for job in jobs) if deadlines else 0
+    return all(deadline.allows(tokens) for deadline in deadlines)
 
 
 def _show_progress(jobs: Sequence[Job[Any]]) -> None:

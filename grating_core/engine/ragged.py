@@ -218,6 +218,14 @@ class RaggedBatch:
             found[piece.request] += piece.length
         return found
 
+    @property
+    def lengths(self) -> Counter[tuple[int, int | None]]:
+        """The number of tokens of each request's candidates, without those that they share."""
+        found = Counter[tuple[int, int | None]]()
+        for piece in self.pieces:
+            found[piece.request, piece.candidate] += piece.length
+        return found
+
     @cached_property
     def positions(self) -> Tensor:
         """The positions of all tokens, int64 ``[T]``, counted from 0 within each sequence."""

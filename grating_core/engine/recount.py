@@ -27,9 +27,15 @@ class Recount:
     doubt: float
 
     def settle(self, job: Job[Any], contest: Contest, *, slice_tokens: int) -> None:
-        """Score those again who are in doubt when a contest is over. If that fails, the contest has an error."""
+        """Score those again who are in doubt when a contest is over, if there is time for it.
+
+        If that fails, the contest has an error.
+        """
         candidates = contest.in_doubt(self.doubt)
         if not candidates:
+            return
+        if not contest.has_time_to_recount(candidates):
+            contest.cut_short = True
             return
         again = [job.encoded[candidate] for candidate in candidates]
         windows = tuple(map(len, again))

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from grating_core.engine.job import Job
 from grating_core.engine.lanes import Lanes
-from grating_core.engine.one_pass import Outcome, run_pass
+from grating_core.engine.one_pass import Outcome, run_pass, unread_outcome
 from grating_core.engine.recount import Recount
+from grating_core.engine.watch import Deadline, Watch
 from grating_core.forking import Lock
 from grating_core.lens.features import Provisional
 from grating_core.lens.pruning import Pruning
@@ -33,6 +34,7 @@ from grating_core.text.pairs import Template, TokenisedPair
 
 _SLICE_TOKENS = {"cuda": 32768, "mps": 8192}  # on the CPU it depends on the size of the layers
 _GROUP = 256  # pairs whose scores are one job
+_ENCODED = 32  # documents that are tokenised between two looks at a watch
 
 
 class Model(Protocol):
@@ -74,6 +76,8 @@ class Scorer(ABC):
     def __init__(self, model: Model, template: Template) -> None:
         self.model = model
         self.template = template
+        self.watch = Watch(model.depth)
+        """The watch that knows what a layer takes."""
         self.turn = Lock()
         """The lock that is held by whoever computes."""
         self._closed = False
@@ -90,13 +94,29 @@ class Scorer(ABC):
             request: The request, checked.
             pruning: How candidates stop early.
         """
-        query, documents = request.query, request.documents
-        encode = partial(self.template.encode, query, documents)
-        job: Job[Outcome] = Job(encode, top_k=min(request.top_k, len(documents)), pruning=pruning)
+        query, documents, top_k = request.query, request.documents, min(request.top_k, len(request.documents))
+        if request.deadline is None:
+            job: Job[Outcome] = Job(partial(self.template.encode, query, documents), top_k=top_k, pruning=pruning)
+        else:
+            deadline = Deadline(self.watch.now() + request.deadline, self.watch)
+            encode = partial(self._encode_in_time, query, documents, deadline)
+            unread = partial(unread_outcome, self.model, len(documents), top_k, request.deadline)
+            job = Job(encode, top_k=top_k, pruning=pruning, deadline=deadline, unread=unread)
         if not documents:
             seconds = perf_counter() - job.started
             job.finish(Outcome([], Trace((), self.model.depth, (), (), seconds, notes=self.model.notes)))
         return job
+
+    def _encode_in_time(
+        self, query: str, documents: Sequence[str], deadline: Deadline
+    ) -> list[list[TokenisedPair]]:
+        """Return the windows of each candidate; no candidates at all if the deadline comes before all are done."""
+        found: list[list[TokenisedPair]] = []
+        for first in range(0, len(documents), _ENCODED):
+            if deadline.over:
+                return []
+            found += self.template.encode(query, documents[first : first + _ENCODED])
+        return found
 
     def jobs_of_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Job[Outcome]]:
         """Return the jobs of computing the full model's score of each pair of query and text.
@@ -125,7 +145,11 @@ class Scorer(ABC):
         """
         if self._closed:  # while the caller waited
             raise closed_error("Reranker")
-        self._run(jobs, lossless=lossless)
+        for job in jobs:
+            if job.deadline is not None and (job.deadline.over or not job.encoded):
+                job.finish(job.unread())
+        if jobs := [job for job in jobs if not job.over]:
+            self._run(jobs, lossless=lossless)
 
     @abstractmethod
     def _run(self, jobs: Sequence[Job[Outcome]], *, lossless: bool) -> None:
@@ -190,7 +214,10 @@ class LayerScorer(Scorer):
 
     def _run(self, jobs: Sequence[Job[Outcome]], *, lossless: bool) -> None:
         model = self.recount.model if lossless and self.recount is not None else self.model
-        run_pass(model, jobs, slice_tokens=self.slice_tokens, plan=self.plan, recount=self.recount)
+        watch = self.watch if model is self.model else None
+        run_pass(
+            model, jobs, slice_tokens=self.slice_tokens, plan=self.plan, recount=self.recount, watch=watch
+        )
 
     def take_over(self, calibrated: CalibratedLens) -> CalibratedLens | None:
         """Return a new lens with the margins for this model; None if it has none. Recounts take over its doubt."""

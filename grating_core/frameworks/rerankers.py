@@ -137,6 +137,13 @@ class RankingFields(RerankerFields):  # type: ignore[misc]
         "probability from 0 to 1. It needs exact scores, because the level of an estimate may be off.",
     )
     raw_scores: bool = RAW_SCORES
+    deadline: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds for a whole call. When they are over, the best ranking so far comes back, with "
+        "estimates marked. None takes as long as it takes.",
+    )
     max_query_tokens: int | None = Field(
         default=None,
         ge=1,
@@ -158,7 +165,7 @@ class RankingFields(RerankerFields):  # type: ignore[misc]
 
     @property
     def _wanted(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("scores", "score_threshold", "raw_scores")}
+        return {name: getattr(self, name) for name in ("scores", "score_threshold", "raw_scores", "deadline")}
 
     def _request(self, query: str, texts: list[str], top_n: int | None) -> tuple[str, list[str], int]:
         top_k = max(1, len(texts)) if top_n is None else int(top_n)

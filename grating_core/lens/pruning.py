@@ -41,11 +41,13 @@ class Pruning:
             scores with the model's own head, but not before the first layer.
         exact: Whether every winner is computed to the last layer, so that the policy only drops. Otherwise what
             the policy selects stops as well, and keeps its provisional score as an estimate.
+        errors: Typical errors of the lens's estimates, from layer 0 to the last but one; None without a lens.
     """
 
     policy: PruningPolicy
     lens: Provisional | None = None
     exact: bool = True
+    errors: tuple[float, ...] | None = None
 
     def looks(self, number: int) -> bool:
         """Tell whether the scores after a layer are read, which is not the last."""
@@ -65,7 +67,11 @@ def pruning_of(request: Request, by: PruningPolicy | ByLens, factor: float) -> P
     elif request.target is not None and isinstance(by, ByLens):
         by = replace(by, target=request.target)
     exact = request.scores == "exact"
-    return plan_pruning(by, len(request.documents), request.top_k, exact=exact, factor=factor)
+    pruning = plan_pruning(by, len(request.documents), request.top_k, exact=exact, factor=factor)
+    if request.deadline is None or not isinstance(by, ByLens) or by.calibrated is None:
+        return pruning
+    # Before a deadline the lens helps even where nobody is to be dropped.
+    return replace(pruning, lens=by.calibrated.lens, errors=tuple(by.calibrated.margins.drop.tolist()))
 
 
 def plan_pruning(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -144,15 +145,19 @@ class Application:
         seconds = self._server.deadline
         if body.grating.deadline_ms is not None:
             seconds = min(seconds, body.grating.deadline_ms / 1000)
+        if body.ranks:
+            requests = [replace(one, deadline=seconds) for one in requests]
         results = await unless_over(request, model.ranked(requests, body.field, cuts=body.cuts), seconds)
         self._metrics.ranked(model.name, results)
         record |= {
             "tokens": sum(sum(result.trace.lengths) for result in results),
             "truncated": sum(len(result.trace.truncated) for result in results),
+            "cut_short": sum(result.trace.cut_short for result in results),
             "compute_share": round(fmean([result.trace.compute_share for result in results] or [1.0]), 3),
         }
         answer = body.answer(results, Call(request.state.id, model.name, request.url.path))
-        return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
+        headers = {"X-Cut-Short": "true"} if record["cut_short"] else None
+        return Response(answer.model_dump_json(exclude_none=True), headers=headers, media_type="application/json")
 
     async def _health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})

@@ -16,6 +16,9 @@ Found = TypeVar("Found")
 _READING = 30.0  # seconds in which a body must have come
 _BODIES = 16  # bodies of the largest size that may be read at a time
 
+PATIENCE = 2.0
+"""So many seconds after its deadline a request is given up. Long before, the best ranking so far should come."""
+
 
 class Left(Exception):
     """The client has left, so nobody reads an answer."""
@@ -78,16 +81,16 @@ async def unless_over(request: Request, work: Coroutine[Any, Any, Found], second
     Args:
         request: The request, whose body has been read.
         work: The work.
-        seconds: The most seconds that it may take.
+        seconds: The seconds that it should take. The engine keeps them, and ends with the best ranking so far.
 
     Raises:
-        Refused: The work took longer.
+        Refused: The work took much longer.
         Left: The client has left.
         Exception: What the work raised.
     """
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
-        await asyncio.wait((working, leaving), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((working, leaving), timeout=seconds + PATIENCE, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
         if leaving.done():

@@ -11,6 +11,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Generator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 from mcp.server.context import ServerRequestContext
@@ -36,6 +37,7 @@ from grating_core.forking import run_in_thread
 from grating_core.requests import Request
 from grating_core.results import RankedDocument
 from grating_core.serving.bodies import check_entries, checked
+from grating_core.serving.calls import PATIENCE
 from grating_core.serving.entrance import entrance
 from grating_core.serving.errors import Refused, failed, overdue
 from grating_core.serving.logs import cause, tell
@@ -107,8 +109,8 @@ class Arguments(BaseModel):
     documents: list[Document] = Field(description=_DOCUMENTS)
 
     @abstractmethod
-    async def call(self, model: ServedModel) -> BaseModel:
-        """Return the answer of the tool."""
+    async def call(self, model: ServedModel, seconds: float) -> BaseModel:
+        """Return the answer of the tool, after so many seconds as good as it is by then."""
 
 
 class Rerank(Arguments):
@@ -129,10 +131,11 @@ class Rerank(Arguments):
         description="The least score of a returned document; null leaves none out. The results may be empty.",
     )
 
-    async def call(self, model: ServedModel) -> Ranking:
+    async def call(self, model: ServedModel, seconds: float) -> Ranking:
         """See :meth:`Arguments.call`."""
         top_k = self.top_n or max(1, len(self.documents))
-        request = Request(self.query, self.documents, top_k, score_threshold=self.score_threshold)
+        threshold = self.score_threshold
+        request = Request(self.query, self.documents, top_k, score_threshold=threshold, deadline=seconds)
         (found,) = await model.ranked([request], "documents")
         return Ranking(
             results=[
@@ -153,12 +156,12 @@ class SelectContext(Arguments):
 
     max_tokens: int = Field(default=2000, ge=1, description="The most tokens of all passages together.")
 
-    async def call(self, model: ServedModel) -> Context:
+    async def call(self, model: ServedModel, seconds: float) -> Context:
         """See :meth:`Arguments.call`."""
         steps = Selector(model.reranker, self.max_tokens).steps(self.query, self.documents)
         found = await run_in_thread(_next, steps, None)
         if isinstance(found, Request):
-            (result,) = await model.ranked([found], "documents")
+            (result,) = await model.ranked([replace(found, deadline=seconds)], "documents")
             found = await run_in_thread(_next, steps, result.ranking)
         assert isinstance(found, list)
         return Context(text=join_passages(found), passages=list(map(Place.of, found)))
@@ -238,8 +241,8 @@ class Tools:
     async def _answer(self, tool: type[Arguments], found: dict[str, Any]) -> BaseModel:
         check_entries("documents", found.get("documents"), self._server.max_documents)
         try:
-            async with asyncio.timeout(self._server.deadline):
-                return await checked(tool, found).call(self._models.default)
+            async with asyncio.timeout(self._server.deadline + PATIENCE):
+                return await checked(tool, found).call(self._models.default, self._server.deadline)
         except TimeoutError:
             raise overdue(self._server.deadline) from None
 

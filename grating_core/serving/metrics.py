@@ -35,6 +35,12 @@ class Metrics:
             "grating_truncated_documents", "Documents that were cut.", ("model",), registry=registry
         )
         self._tokens = Counter("grating_tokens", "Tokens ranked.", ("model",), registry=registry)
+        self._cut_short = Counter(
+            "grating_cut_short",
+            "Requests whose deadline came before all was computed.",
+            ("model",),
+            registry=registry,
+        )
         self._share = Histogram(
             "grating_compute_share", "Share of the unpruned work.", ("model",), buckets=_SHARES, registry=registry
         )
@@ -58,6 +64,7 @@ class Metrics:
             self._documents.labels(model).inc(len(trace.lengths))
             self._truncated.labels(model).inc(len(trace.truncated))
             self._tokens.labels(model).inc(sum(trace.lengths))
+            self._cut_short.labels(model).inc(trace.cut_short)
             self._share.labels(model).observe(trace.compute_share)
 
     def text(self) -> bytes:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from time import perf_counter
 from typing import Self
 
 from grating_core.engine.job import Job
@@ -51,10 +52,11 @@ class ServedModel:
         Raises:
             Refused: The queue is full, a limit is exceeded, the query is too long, or the model cannot compute.
         """
+        came = perf_counter()
         with self.queue.place() as place:
             place.take(sum(map(self._estimate, requests)))
             try:
-                jobs = await run_in_thread(self._encoded, requests)
+                jobs = await run_in_thread(self._encoded, requests, came)
             except ValueError as error:  # a query that fills the window
                 raise invalid(str(error)) from error
             tokens = self._checked_tokens(jobs, field, cuts=cuts)
@@ -66,9 +68,9 @@ class ServedModel:
             except ScoreError as error:
                 raise Refused(424, "backend", "The model gave a score that is not a finite number.") from error
 
-    def _encoded(self, requests: Sequence[Request]) -> list[Job[Outcome]]:
-        """Return the jobs of the requests, with their tokens. This takes long."""
-        jobs = [self.reranker.job(request.checked()) for request in requests]
+    def _encoded(self, requests: Sequence[Request], came: float) -> list[Job[Outcome]]:
+        """Return the jobs of the requests, which came some time ago, with their tokens. This takes long."""
+        jobs = [self.reranker.job(_since(came, request.checked())) for request in requests]
         for job in jobs:
             _ = job.tokens
         return jobs
@@ -96,6 +98,13 @@ class ServedModel:
                         f"send truncate: true to have it cut"
                     )
         return tokens
+
+
+def _since(came: float, request: Request) -> Request:
+    """Return the request with as much time as is left of its deadline."""
+    if request.deadline is None:
+        return request
+    return replace(request, deadline=max(1e-6, request.deadline - (perf_counter() - came)))
 
 
 def _characters(request: Request) -> int:

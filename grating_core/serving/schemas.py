@@ -69,7 +69,10 @@ class Wishes(BaseModel):
         default="exact", description="Whether sure winners go through every layer, or stop early with an estimate."
     )
     deadline_ms: int | None = Field(
-        default=None, ge=1, description="The most milliseconds that the answer may take; null as served."
+        default=None,
+        ge=1,
+        description="The milliseconds after which the best ranking so far is the answer; null, and at most, as "
+        "served.",
     )
     score_threshold: float | None = Field(
         default=None,
@@ -114,6 +117,7 @@ class Account(BaseModel):
     compute_share: float = Field(description="Tokens × layers computed, as a share of those without pruning.")
     estimated: Sequence[int] = Field(description="The documents in the results whose score is an estimate.")
     truncated: Sequence[int] = Field(description="The documents that did not fit and were cut.")
+    cut_short: bool = Field(description="Whether the deadline came before all was computed.")
     tokens: int = Field(description="The tokens of all documents, each with the query.")
     seconds: float = Field(description="Seconds of waiting and computing.")
     layers: Sequence[Layer] | None = Field(default=None, description="The trace, if it was asked for.")
@@ -126,6 +130,7 @@ class Account(BaseModel):
             compute_share=trace.compute_share,
             estimated=[ranked.index for ranked in result.ranking if ranked.estimated],
             truncated=trace.truncated,
+            cut_short=trace.cut_short,
             tokens=sum(trace.lengths),
             seconds=trace.seconds,
             layers=list(map(Layer.of, trace.layers)) if wishes.trace else None,
@@ -165,6 +170,9 @@ class Body(BaseModel):
 
     field: ClassVar[str]
     """The field of the documents."""
+
+    ranks: ClassVar[bool] = True
+    """Whether the answer is a ranking, of which a deadline leaves the best there is. Mere scores have no such."""
 
     model: str | None = Field(default=None, description="The name of the model; null takes the server's first.")
     grating: Wishes = Field(default_factory=Wishes, description="What only grating does.")

@@ -58,6 +58,8 @@ class ScoreBody(Body):
     )
     use_activation: UseActivation = None
 
+    ranks: ClassVar[bool] = False
+
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
         if len(self.text_1) not in (1, len(self.text_2)):

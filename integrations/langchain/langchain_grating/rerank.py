@@ -24,7 +24,8 @@ class GratingRerank(RankingFields, RerankerSettings, BaseDocumentCompressor):  #
     """This class keeps the ``top_n`` documents that answer the query best, best first.
 
     Each is a copy of the caller's document with ``relevance_score`` in its metadata, a probability, and
-    ``relevance_score_estimated`` where the score is an estimate (only with ``scores="estimated"``).
+    ``relevance_score_estimated`` where the score is an estimate (with ``scores="estimated"``, or when
+    a ``deadline`` came early).
 
     In LangChain's callbacks it is a chain of its own name, within whatever run it is called from, whose outputs
     are the documents and the ``trace``: :meth:`grating_core.Trace.summary`.
