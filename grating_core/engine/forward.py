@@ -125,11 +125,11 @@ def forward(
             continue
         found = _read(unread)
         stint.end()
-        for one, scores in zip(unread, found, strict=True):
+        for one, read in zip(unread, found, strict=True):
             contest = contests[one.request]
             if contest.alive:
                 seconds = perf_counter() - started if one.number == number else one.seconds
-                contest.after(one.number, scores, one.tokens, seconds, one.usage)
+                contest.after(one.number, read, one.tokens, seconds, one.usage)
                 if not contest.alive:
                     yield one.request
         unread.clear()

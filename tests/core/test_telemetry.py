@@ -77,6 +77,7 @@ def test_a_rerank_is_a_span_in_the_words_of_both_conventions(reranker: Reranker,
         "gen_ai.rerank.scores": (best.score, second.score),
         "gen_ai.usage.input_tokens": sum(result.trace.lengths),
         "grating.compute_share": result.trace.compute_share,
+        "grating.cut_short": False,
         "grating.truncated_documents": 0,
     }
 

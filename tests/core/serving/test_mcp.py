@@ -218,8 +218,8 @@ async def test_limits_and_deadlines_are_those_of_the_server() -> None:
     with tools(deadline=0.2) as (address, _):
         async with mcp.Client(address) as client:
             answer = await client.call_tool("rerank", {"query": QUERY, "documents": LONG})
-            assert answer.is_error
-            assert answer.content[0].text == "the answer was not there within the deadline of 200 ms"
+            assert not answer.is_error
+            assert len(answer.structured_content["results"]) == len(LONG)  # the best ranking by then
 
 
 async def test_a_key_is_asked_for_over_http() -> None:
