@@ -89,7 +89,7 @@ def _slices(count: int, most: int) -> list[slice]:
 
 def _step(layer: Layer, hidden: Tensor, angles: Angles | None, kept: KeysValues) -> Tensor:
     """Take the next tokens through a layer: hidden states ``[T, D]`` to hidden states of the same shape."""
-    spec, weights, mlp = layer
+    spec, weights, mlp, _ = layer
     steps = layer.steps
     tokens, first = len(hidden), kept.tokens
     if fill := filled(tokens) - tokens if layer.fills and tokens > 1 else 0:

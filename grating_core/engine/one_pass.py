@@ -45,17 +45,18 @@ class Outcome:
         return RerankResult(ranking, self.trace)
 
 
-def unread_outcome(candidates: int, top_k: int, depth: int, seconds: float) -> Outcome:
+def unread_outcome(depth: int, notes: tuple[str, ...], candidates: int, top_k: int, seconds: float) -> Outcome:
     """Return the outcome of a job of which no layer was computed in time: the caller's order.
 
     Args:
+        depth: Number of layers of the model.
+        notes: Remarks on the model.
         candidates: Number N of candidates.
         top_k: K, at most N.
-        depth: Number of layers of the model.
         seconds: Seconds that the job had.
     """
     winners = [Winner(index, 0.0, True) for index in range(top_k)]
-    return Outcome(winners, Trace((), depth, (0,) * candidates, (), seconds, cut_short=True))
+    return Outcome(winners, Trace((), depth, (0,) * candidates, (), seconds, notes=notes, cut_short=True))
 
 
 def run_pass(

@@ -52,6 +52,10 @@ class Model(Protocol):
     def depth(self) -> int:
         """The number of layers; 1 for a model that is computed as a whole."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Remarks on the model, for traces."""
+
     def close(self) -> None:
         """Free the weights, and close the files."""
 
@@ -100,7 +104,8 @@ class Scorer(ABC):
         else:
             deadline = Deadline(self.watch.now() + request.deadline, self.watch)
             encode = partial(self._encode_in_time, query, documents, deadline)
-            unread = partial(unread_outcome, self.model, len(documents), top_k, request.deadline)
+            model = self.model
+            unread = partial(unread_outcome, model.depth, model.notes, len(documents), top_k, request.deadline)
             job = Job(encode, top_k=top_k, pruning=pruning, deadline=deadline, unread=unread)
         if not documents:
             seconds = perf_counter() - job.started
@@ -215,9 +220,7 @@ class LayerScorer(Scorer):
     def _run(self, jobs: Sequence[Job[Outcome]], *, lossless: bool) -> None:
         model = self.recount.model if lossless and self.recount is not None else self.model
         watch = self.watch if model is self.model else None
-        run_pass(
-            model, jobs, slice_tokens=self.slice_tokens, plan=self.plan, recount=self.recount, watch=watch
-        )
+        run_pass(model, jobs, slice_tokens=self.slice_tokens, plan=self.plan, recount=self.recount, watch=watch)
 
     def take_over(self, calibrated: CalibratedLens) -> CalibratedLens | None:
         """Return a new lens with the margins for this model; None if it has none. Recounts take over its doubt."""
