@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from grating_core.layers.spec import Norm
+from grating_core.layers.spec import Norm, Role
 from grating_core.models.encoders import XLM_ROBERTA, encoder_layer
 from grating_core.models.family import Family, Fields, ModelSpec
 from grating_core.models.heads import score_dense
@@ -41,7 +41,7 @@ def _new_spec(fields: Fields) -> ModelSpec:
     )
 
 
-_REST = {
+_REST: dict[str, Role | tuple[Role, ...]] = {
     "attention.o_proj": "output",
     "attn_ln": "attention_norm",
     "mlp.up_gate_proj": ("up", "gate"),
