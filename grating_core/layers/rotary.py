@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -140,6 +141,24 @@ def yarn(
 def yarn_scale(factor: float, weight: float = 1.0) -> float:
     """Return the factor of the turned entries that YaRN recommends (arXiv 2309.00071, section 3.4)."""
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def longrope(size: int, theta: float, *, factors: Sequence[float], scale: float) -> Rotary:
+    """Return the rotary positions of LongRoPE (arXiv 2402.13753).
+
+    Args:
+        size: Number of entries of a head.
+        theta: The base of the frequencies.
+        factors: The factor by which each pair turns more slowly, ``size / 2`` numbers.
+        scale: The factor of the turned entries.
+    """
+    powers = theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    return _made(1.0 / (torch.tensor(factors, dtype=torch.float32) * powers), scale)
+
+
+def longrope_scale(factor: float, window: int) -> float:
+    """Return the factor of the turned entries that LongRoPE recommends for windows so many times the first one."""
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(window))
 
 
 def _made(found: Tensor, scale: float = 1.0) -> Rotary:

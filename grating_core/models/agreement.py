@@ -14,19 +14,20 @@ from grating_core.layers.spec import Role
 from grating_core.memory.header import StoredTensor
 from grating_core.models.family import Configuration, Family, Fields
 from grating_core.models.layout import layer_names, outside_names
-from grating_core.models.rope import FULL, NEEDS, SLIDING, read_ropes
+from grating_core.models.rope import FULL, NEEDS, SLIDING, by_type, read_ropes
 
 _LARGEST = 2**31
 _MOST_LAYERS = 10_000
 _WHOLE = {
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "intermediate_size", "head_dim", "max_position_embeddings", "type_vocab_size", "local_attention",
-    "start_layer", "embedding_size",
+    "start_layer", "embedding_size", "sliding_window_pattern",
 }  # fmt: skip
 _REAL = {
     "layer_norm_eps", "rms_norm_eps", "norm_eps", "rope_theta", "global_rope_theta", "local_rope_theta", "factor",
     "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "scale_emb", "scale_depth",
-    "embedding_multiplier", "residual_multiplier", "attention_multiplier",
+    "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling", "temperature",
+    "rope_local_base_freq",
 }  # fmt: skip
 _ROPE = ("rope_parameters", "rope_scaling")
 _ROPE_NUMBERS = {
@@ -41,6 +42,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "layer_types": (list, "a list of texts"),
     "problem_type": (str, "a text"),
     "pos_att_type": (str | list, "a text, or a list of texts"),
+    "final_logit_softcapping": (int | float, "a number"),
     **dict.fromkeys(("id2label", *_ROPE), (dict, "an object")),
 }
 _ITEMS: dict[str, type] = {"eos_token_id": int, "layer_types": str, "pos_att_type": str}  # of lists
@@ -64,6 +66,9 @@ _ROWS: dict[Any, str] = {
 }  # fmt: skip
 _TABLES = ("table", "positions", "types")
 _HEADS: dict[Any, str] = {"query": "num_attention_heads", "key": "num_key_value_heads"}
+
+# What heads can read, by the field that says it.
+_POOLINGS = {"classifier_pooling": ("cls", "mean"), "pooling": ("avg", "cls", "last")}
 
 # These fields must have this value, if a configuration has them.
 _CAUSAL = {"is_causal": True, "use_bidirectional_attention": False}
@@ -169,8 +174,9 @@ def check_implemented(path: Path, stated: Fields, fields: Fields, family: Family
     _check_layer_types(path, stated, fields)
     if "rope_parameters" in fields:
         _check_ropes(path, fields, family)
-    if (pooling := fields.get("classifier_pooling", "cls")) not in ("cls", "mean"):
-        raise _unsupported(path, "classifier_pooling", pooling)
+    for name, poolings in _POOLINGS.items():
+        if name in fields and fields[name] not in poolings:
+            raise _unsupported(path, name, fields[name])
 
 
 def _check_layer_types(path: Path, stated: Fields, fields: Fields) -> None:
@@ -187,14 +193,12 @@ def _check_layer_types(path: Path, stated: Fields, fields: Fields) -> None:
 
 def _check_ropes(path: Path, fields: Fields, family: Family) -> None:
     stated = fields["rope_parameters"] or {}
-    by_type = "rope_theta" not in fields
-    if by_type and stated and not {FULL, SLIDING} & stated.keys():
+    if by_type(fields) and stated and not {FULL, SLIDING} & stated.keys():
         raise _unsupported(path, "rope_parameters", stated)
     for rope in read_ropes(fields).values():
         kind = rope["rope_type"]
         if not isinstance(kind, str) or kind not in family.ropes:
-            why = "with it a score depends on the other documents" if kind == "longrope" else ""
-            raise _unsupported(path, "rope_type", kind, why)
+            raise _unsupported(path, "rope_type", kind)
         if lacks := [name for name in NEEDS[kind] if name not in rope]:
             raise ModelNotFoundError(f"{path} has rope_type={kind!r} without {lacks[0]}")
         for name, neutral in (("partial_rotary_factor", 1), ("mixed_b", None)):
@@ -208,8 +212,8 @@ def _senseless(path: Path, name: str, value: object, wanted: str) -> ModelNotFou
     return ModelNotFoundError(f"{path} has {name}={_shown(value)}, which must be {wanted}")
 
 
-def _unsupported(path: Path, name: str, value: object, why: str = "") -> UnsupportedModelError:
-    reason = why or "grating does not implement this, and without it the scores would be wrong"
+def _unsupported(path: Path, name: str, value: object) -> UnsupportedModelError:
+    reason = "grating does not implement this, and without it the scores would be wrong"
     return UnsupportedModelError(f"{path} has {name}={_shown(value)}: {reason}")
 
 

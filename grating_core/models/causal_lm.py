@@ -14,6 +14,7 @@ from grating_core.columns.install import MlpPruning, column_sizes, install, open
 from grating_core.errors import FileError, ModelNotFoundError, UnsupportedModelError
 from grating_core.files.places import cache_directory
 from grating_core.layers.linear import linear
+from grating_core.layers.spec import Role
 from grating_core.lifetime import closed_on_error
 from grating_core.memory.checkpoint import aligned_buffer
 from grating_core.memory.group import PIECE
@@ -24,6 +25,7 @@ from grating_core.models.families import FAMILIES
 from grating_core.models.heads import softcapped
 from grating_core.models.identity import fingerprint
 from grating_core.models.layered import LayeredModel
+from grating_core.models.layout import layer_by_role
 from grating_core.models.stored import OUTPUT, StoredModel
 
 _MATRICES = ("up", "gate", "down")  # of a gated MLP: W_u, W_g and W_d
@@ -42,7 +44,8 @@ class CausalLM(LayeredModel):
             The logits, float32 ``[V]``.
         """
         states = self.normed(hidden[-1:])
-        return softcapped(linear(states, self.head, "vocabulary")[0].float(), self.spec.softcap)
+        logits = linear(states, self.head, "vocabulary")[0].float() / self.spec.temperature
+        return softcapped(logits, self.spec.softcap)
 
 
 class StoredCausalLM(StoredModel):
@@ -156,12 +159,12 @@ class StoredCausalLM(StoredModel):
 
     @property
     def _mlps(self) -> list[list[str]]:
-        """The names of W_u, W_g and W_d of each layer, if they are pruned."""
+        """The names of the tensors that hold W_u, W_g and W_d of each layer, if they are pruned."""
         if self._pruning is None:
             return []
-        names = {role: name for name, role in self.family.layer.items()}
+        names = [name for name, held in self.family.layer.items() if not _roles(held).isdisjoint(_MATRICES)]
         layers = [f"{self.family.layers}.{index}" for index in range(self.spec.depth)]
-        return [[f"{layer}.{names[role]}.weight" for role in _MATRICES] for layer in layers]
+        return [[f"{layer}.{name}.weight" for name in names] for layer in layers]
 
     def _sort(self, in_layers: list[list[str]], outside: list[str], head: list[str]) -> None:
         if self._pruning is not None:
@@ -188,10 +191,15 @@ class StoredCausalLM(StoredModel):
         staging = aligned_buffer(PIECE)
         groups = [self._group(names, self.dtype) for names in self._mlps]
         buffer = aligned_buffer(max(group.size for group in groups))
-        for names, group in zip(self._mlps, groups, strict=True):
+        for number, (layer, group) in enumerate(zip(self.spec.layers, groups, strict=True), 1):
             try:
                 group.read(buffer, staging)
             except FileError as error:
                 raise ModelNotFoundError(f"{error}; delete the file and fetch the model again") from error
-            views = group.views(buffer)
-            yield views[names[0]], views[names[1]], views[names[2]]
+            found = layer_by_role(self.family, layer, number, group.views(buffer))
+            yield found["up.weight"], found["gate.weight"], found["down.weight"]
+
+
+def _roles(held: Role | tuple[Role, ...]) -> set[Role]:
+    """Return the roles that a tensor holds."""
+    return {held} if isinstance(held, str) else set(held)

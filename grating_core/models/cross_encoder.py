@@ -77,7 +77,7 @@ class CrossEncoder(LayeredModel):
         Returns:
             The scores, float32 ``[N]``.
         """
-        return self._parts.family.score(self.spec, self.head, states, number)
+        return self._parts.family.score(self.spec, self.head, states, number) / self.spec.temperature
 
 
 class StoredReranker(Protocol):
@@ -114,8 +114,9 @@ class StoredReranker(Protocol):
         packing: Packing | None,
         *,
         lossless: bool,
+        temperature: float,
     ) -> CrossEncoder:
-        """Read the weights, and all layers without a loss as well if ``lossless``."""
+        """Read the weights, and all layers without a loss as well if ``lossless``; divide scores as well."""
 
     def close(self) -> None:
         """Close the files."""
@@ -181,6 +182,7 @@ class StoredCrossEncoder(StoredModel):
         packing: Packing | None = None,
         *,
         lossless: bool = False,
+        temperature: float = 1.0,
     ) -> CrossEncoder:
         """Read the weights.
 
@@ -189,6 +191,7 @@ class StoredCrossEncoder(StoredModel):
             answers: The tokens of yes and no, if the family asks a question; no may be None.
             packing: How the layers are packed; None for without a loss.
             lossless: Whether to read all layers without a loss as well, see :meth:`CrossEncoder.lossless`.
+            temperature: The number that scores are divided by, beside the model's own.
 
         Raises:
             ModelNotFoundError: The files cannot be read.
@@ -201,7 +204,9 @@ class StoredCrossEncoder(StoredModel):
         if self.family.asks:
             assert answers is not None
             rows.append(self._answer_rows(answers))
-        return CrossEncoder(replace(self._load(plan, rows, packing), lossless=beside))
+        parts = self._load(plan, rows, packing)
+        spec = replace(parts.spec, temperature=temperature * parts.spec.temperature)
+        return CrossEncoder(replace(parts, spec=spec, lossless=beside))
 
     def _lossless(self) -> LosslessLayers:
         """Read all layers without a loss."""

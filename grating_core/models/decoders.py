@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from grating_core.layers.spec import LayerSpec, Norm, Role
-from grating_core.models.family import Family, Fields, ModelSpec
+from grating_core.models.family import Family, Fields, ModelSpec, Pooling
 from grating_core.models.heads import score_answer, score_layerwise, score_linear
 from grating_core.models.labels import FIELDS as LABELS
-from grating_core.models.rope import FULL, SLIDING, stack
+from grating_core.models.rope import FULL, SLIDING, longest, stack
 
 
-def _spec(
+def decoder_spec(
     fields: Fields,
     types: Sequence[str] = (),
     window: int | None = None,
@@ -20,6 +20,7 @@ def _spec(
     biased: frozenset[Role] = frozenset(),
     offset: float = 0.0,
     scale: float = 1.0,
+    scaling: float | None = None,
     residual: float = 1.0,
 ) -> ModelSpec:
     """Return the spec of a decoder that is built like Llama.
@@ -31,6 +32,7 @@ def _spec(
         biased: The roles that always have a bias.
         offset: See :class:`Norm`.
         scale: See :class:`ModelSpec`.
+        scaling: See :class:`LayerSpec`; None for one by the size of a head.
         residual: See :class:`LayerSpec`.
     """
     width, heads = fields["hidden_size"], fields["num_attention_heads"]
@@ -52,7 +54,7 @@ def _spec(
         activation=fields["hidden_act"],
         gated=True,
         causal=True,
-        scaling=fields.get("query_pre_attn_scalar", size) ** -0.5,
+        scaling=fields.get("query_pre_attn_scalar", size) ** -0.5 if scaling is None else scaling,
         softcap=fields.get("attn_logit_softcapping"),
         residual=residual,
         biased=biased,
@@ -60,7 +62,7 @@ def _spec(
     return ModelSpec(
         width=width,
         vocabulary=fields["vocab_size"],
-        window=fields["max_position_embeddings"],
+        window=longest(fields),
         layers=stack(layer, fields, types or [FULL] * fields["num_hidden_layers"], window),
         norm=norm,
         pooling="last",
@@ -71,43 +73,53 @@ def _spec(
 
 
 def _llama_spec(fields: Fields) -> ModelSpec:
-    return _spec(fields)
+    return decoder_spec(fields)
 
 
 def _mistral_spec(fields: Fields) -> ModelSpec:
     window, depth = fields["sliding_window"], fields["num_hidden_layers"]
-    return _spec(fields, [FULL if window is None else SLIDING] * depth, window)
+    return decoder_spec(fields, [FULL if window is None else SLIDING] * depth, window)
 
 
 def _qwen3_spec(fields: Fields, biased: frozenset[Role] = frozenset()) -> ModelSpec:
     window = fields["sliding_window"] if fields["use_sliding_window"] else None
     first = fields["num_hidden_layers"] if window is None else fields["max_window_layers"]
     types = [FULL if number < first else SLIDING for number in range(fields["num_hidden_layers"])]
-    return _spec(fields, fields["layer_types"] or types, window, biased=biased)
+    return decoder_spec(fields, fields["layer_types"] or types, window, biased=biased)
 
 
 def _qwen2_spec(fields: Fields) -> ModelSpec:
     return _qwen3_spec(fields, biased=frozenset({"query", "key", "value"}))
 
 
-def _gemma_spec(fields: Fields) -> ModelSpec:
-    # The first checkpoints name another activation than the one that they were trained with.
-    act = "gelu_pytorch_tanh" if fields["hidden_act"] == "gelu" else fields["hidden_act"]
-    return _spec({**fields, "hidden_act": act}, offset=1.0, scale=fields["hidden_size"] ** 0.5)
+def _granite_spec(fields: Fields) -> ModelSpec:
+    spec = decoder_spec(
+        fields,
+        scale=fields["embedding_multiplier"],
+        scaling=fields["attention_multiplier"],
+        residual=fields["residual_multiplier"],
+    )
+    return replace(spec, temperature=fields["logits_scaling"])
 
 
-def _gemma2_spec(fields: Fields) -> ModelSpec:
-    types = fields["layer_types"] or [FULL if i % 2 else SLIDING for i in range(fields["num_hidden_layers"])]
-    fields = {**fields, "hidden_act": fields["hidden_activation"]}
-    return _spec(fields, types, fields["sliding_window"], offset=1.0, scale=fields["hidden_size"] ** 0.5)
+def _bidirectional_spec(fields: Fields) -> ModelSpec:
+    spec = decoder_spec(fields)
+    return replace(
+        spec,
+        layers=tuple(replace(layer, causal=False) for layer in spec.layers),
+        pooling=_POOLINGS[fields["pooling"]],
+        temperature=fields["temperature"],
+    )
 
 
 def _minicpm_spec(fields: Fields) -> ModelSpec:
     residual = fields["scale_depth"] / fields["num_hidden_layers"] ** 0.5
-    return replace(_spec(fields, scale=fields["scale_emb"], residual=residual), first_head=fields["start_layer"])
+    return replace(
+        decoder_spec(fields, scale=fields["scale_emb"], residual=residual), first_head=fields["start_layer"]
+    )
 
 
-_LAYER = {
+LAYER = {
     "input_layernorm": "input_norm",
     "self_attn.q_proj": "query",
     "self_attn.k_proj": "key",
@@ -118,15 +130,16 @@ _LAYER = {
     "mlp.up_proj": "up",
     "mlp.down_proj": "down",
 }
-_QWEN3_LAYER = {**_LAYER, "self_attn.q_norm": "query_norm", "self_attn.k_norm": "key_norm"}
-_GEMMA2_LAYER = {
-    **_LAYER,
-    "post_attention_layernorm": "attention_norm",
-    "pre_feedforward_layernorm": "mlp_norm",
-    "post_feedforward_layernorm": "output_norm",
+_PHI3_LAYER: dict[str, Role | tuple[Role, ...]] = {
+    "input_layernorm": "input_norm",
+    "self_attn.qkv_proj": ("query", "key", "value"),
+    "self_attn.o_proj": "output",
+    "post_attention_layernorm": "mlp_norm",
+    "mlp.gate_up_proj": ("gate", "up"),
+    "mlp.down_proj": "down",
 }
-
-_ROPE = {
+NORMED_HEADS = {**LAYER, "self_attn.q_norm": "query_norm", "self_attn.k_norm": "key_norm"}
+ROPE = {
     "rope_parameters": None,
     "rope_scaling": None,
     "rope_theta": 10_000.0,
@@ -136,46 +149,46 @@ _LLAMA = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": None, "head_dim": None, "hidden_act": "silu",
     "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "attention_bias": False, "mlp_bias": False,
-    "tie_word_embeddings": False, "eos_token_id": 2, **_ROPE,
+    "tie_word_embeddings": False, "eos_token_id": 2, **ROPE,
 }  # fmt: skip
+_POOLINGS: dict[str, Pooling] = {"avg": "mean", "cls": "first", "last": "last"}
+"""What the head reads, by what the field ``pooling`` says."""
+
 _MINICPM = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": None, "hidden_act": "silu", "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6, "attention_bias": False, "scale_emb": 1.0, "scale_depth": 1.0, "start_layer": 8, **_ROPE,
+    "rms_norm_eps": 1e-6, "attention_bias": False, "scale_emb": 1.0, "scale_depth": 1.0, "start_layer": 8, **ROPE,
 }  # fmt: skip
 _MISTRAL = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": None, "hidden_act": "silu",
     "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "sliding_window": 4096,
-    "tie_word_embeddings": False, "eos_token_id": 2, **_ROPE,
+    "tie_word_embeddings": False, "eos_token_id": 2, **ROPE,
 }  # fmt: skip
 _QWEN2 = {
     "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": None, "hidden_act": "silu",
     "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "use_sliding_window": False, "sliding_window": 4096,
-    "max_window_layers": 28, "layer_types": None, "tie_word_embeddings": False, "eos_token_id": None, **_ROPE,
+    "max_window_layers": 28, "layer_types": None, "tie_word_embeddings": False, "eos_token_id": None, **ROPE,
 }  # fmt: skip
 _QWEN3 = {**_QWEN2, "head_dim": 128, "attention_bias": False}
-_GEMMA = {
-    "vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28,
-    "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh",
-    "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "attention_bias": False, "tie_word_embeddings": True,
-    "eos_token_id": 1, **_ROPE,
+_GRANITE = {
+    **_LLAMA, "embedding_multiplier": 1.0, "attention_multiplier": 1.0, "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
 }  # fmt: skip
-_GEMMA2 = {
-    "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
-    "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "attention_bias": False, "query_pre_attn_scalar": 256,
-    "sliding_window": 4096, "layer_types": None, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
-    "tie_word_embeddings": True, "eos_token_id": 1, **_ROPE,
+_PHI3 = {
+    "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": None, "hidden_act": "silu", "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5, "sliding_window": None, "tie_word_embeddings": False, "eos_token_id": 32000,
+    **ROPE, "original_max_position_embeddings": 4096,
 }  # fmt: skip
 
-_ASKED = Family(
+ASKED = Family(
     architecture="LlamaForCausalLM",
     defaults=_LLAMA,
     spec=_llama_spec,
     layers="model.layers",
-    layer=_LAYER,
+    layer=LAYER,
     outside={"model.embed_tokens": "table", "model.norm": "final_norm"},
     head={"lm_head": "vocabulary"},
     score=score_answer,
@@ -184,11 +197,17 @@ _ASKED = Family(
 )
 
 
-def _both(name: str, described: Family) -> tuple[Family, Family]:
-    """Return a decoder with the head of a language model, and with that of a classifier."""
+def both(name: str, described: Family, classifier: str | None = None) -> tuple[Family, Family]:
+    """Return a decoder with the head of a language model, and with that of a classifier.
+
+    Args:
+        name: What the names of both architectures begin with.
+        described: The decoder.
+        classifier: What the name of the classifier begins with, if it is another.
+    """
     return replace(described, architecture=f"{name}ForCausalLM"), replace(
         described,
-        architecture=f"{name}ForSequenceClassification",
+        architecture=f"{classifier or name}ForSequenceClassification",
         defaults={**described.defaults, **LABELS},
         head={"score": "classifier"},
         score=score_linear,
@@ -196,15 +215,30 @@ def _both(name: str, described: Family) -> tuple[Family, Family]:
     )
 
 
+# NVIDIA's rerankers; https://github.com/NVIDIA-NeMo/Automodel, components/models/llama_bidirectional/model.py
+_BIDIRECTIONAL = replace(
+    both("Llama", ASKED)[1],
+    architecture="LlamaBidirectionalForSequenceClassification",
+    defaults={**_LLAMA, **LABELS, "pooling": "avg", "temperature": 1.0},
+    spec=_bidirectional_spec,
+    causal=False,
+    fixed={"is_causal": False},
+    prompt="nemotron-rerank",
+)
+
 DECODERS: tuple[Family, ...] = (
-    *_both("Llama", _ASKED),
-    *_both("Mistral", replace(_ASKED, defaults=_MISTRAL, spec=_mistral_spec)),
-    *_both("Qwen2", replace(_ASKED, defaults=_QWEN2, spec=_qwen2_spec)),
-    *_both("Qwen3", replace(_ASKED, defaults=_QWEN3, spec=_qwen3_spec, layer=_QWEN3_LAYER)),
-    *_both("Gemma", replace(_ASKED, defaults=_GEMMA, spec=_gemma_spec)),
-    *_both("Gemma2", replace(_ASKED, defaults=_GEMMA2, spec=_gemma2_spec, layer=_GEMMA2_LAYER)),
+    *both("Llama", ASKED),
+    *both("Mistral", replace(ASKED, defaults=_MISTRAL, spec=_mistral_spec)),
+    *both("Qwen2", replace(ASKED, defaults=_QWEN2, spec=_qwen2_spec)),
+    *both("Qwen3", replace(ASKED, defaults=_QWEN3, spec=_qwen3_spec, layer=NORMED_HEADS)),
+    replace(ASKED, architecture="GraniteForCausalLM", defaults=_GRANITE, spec=_granite_spec),
+    *both(
+        "Phi3",
+        replace(ASKED, defaults=_PHI3, spec=_mistral_spec, layer=_PHI3_LAYER, ropes=("default", "longrope")),
+    ),
+    _BIDIRECTIONAL,
     replace(
-        _ASKED,
+        ASKED,
         architecture="LayerWiseMiniCPMForCausalLM",
         defaults=_MINICPM,
         spec=_minicpm_spec,

@@ -71,6 +71,7 @@ class ModelSpec:
         softcap: Bound of the logits, by a hyperbolic tangent; None for no bound.
         first_head: The first layer with a head of its own, for a model with several heads.
         typed: Whether a pair's document has the second token type; if not, all tokens have the first.
+        temperature: The number that the head's logits are divided by.
         tied: Whether the embedding table is the output embedding as well, where none is stored.
         modules: The steps of a head that is made of modules.
         activation_fn: The class of the function that the model was trained with to make scores of logits, such as
@@ -96,6 +97,7 @@ class ModelSpec:
     softcap: float | None = None
     first_head: int = 1
     typed: bool = False
+    temperature: float = 1.0
     tied: bool = False
     modules: tuple[HeadModule, ...] = ()
     activation_fn: str | None = None
@@ -162,7 +164,7 @@ class Family:
     fixed: Fields = field(default_factory=dict)
     asks: bool = False
     prompt: str | None = None
-    ropes: tuple[str, ...] = ("default", "linear", "dynamic", "yarn", "llama3")
+    ropes: tuple[str, ...] = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
     variants: tuple[Family, ...] = ()
     own_names: Mapping[str, str] = field(default_factory=dict)
 

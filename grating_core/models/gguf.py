@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ class GgufModel:
         packing: Packing | None,
         *,
         lossless: bool = False,
+        temperature: float = 1.0,
     ) -> CrossEncoder:
         """Load the model onto its device, with only the answers' rows of its output embedding.
 
@@ -111,6 +113,7 @@ class GgufModel:
             answers: The tokens of yes and no; no may be None.
             packing: How the layers are packed; None for without a loss.
             lossless: Whether to keep all layers without a loss as well.
+            temperature: The number that scores are divided by, beside the model's own.
 
         Raises:
             ModelNotFoundError: The file is damaged.
@@ -139,7 +142,7 @@ class GgufModel:
         return CrossEncoder(
             Parts(
                 family=family,
-                spec=spec,
+                spec=replace(spec, temperature=temperature * spec.temperature),
                 device=self.device,
                 dtype=self.dtype,
                 meter=Meter(),

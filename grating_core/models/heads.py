@@ -74,6 +74,11 @@ def _computed(module: HeadModule, weights: Weights, states: Tensor) -> Tensor:
     return output + (linear(states, weights, f"{module.role}/residual") if "residual" in module.parts else states)
 
 
+def score_first(spec: ModelSpec, weights: Weights, states: Tensor, number: int) -> Tensor:
+    """Return the scores of the first of several heads, within a bound; it reads every layer."""
+    return softcapped(linear(states, weights, "heads.0"), spec.softcap)[:, 0]
+
+
 def softcapped(logits: Tensor, bound: float | None) -> Tensor:
     """Return logits that stay within a bound (Gemma 2 has one); the logits themselves if it is None."""
     return logits if bound is None else bound * torch.tanh(logits / bound)

@@ -9,7 +9,7 @@ from grating_core.models.encoders import encoder_layer
 from grating_core.models.family import Family, Fields, ModelSpec
 from grating_core.models.heads import score_dense
 from grating_core.models.labels import FIELDS as LABELS
-from grating_core.models.rope import FULL, SLIDING, stack
+from grating_core.models.rope import FULL, SLIDING, longest, stack
 
 
 def _spec(fields: Fields) -> ModelSpec:
@@ -28,7 +28,7 @@ def _spec(fields: Fields) -> ModelSpec:
     return ModelSpec(
         width=layer.width,
         vocabulary=fields["vocab_size"],
-        window=fields["max_position_embeddings"],
+        window=longest(fields),
         layers=(replace(first, absent=frozenset({"input_norm"})), *others),
         norm=norm,
         pooling="mean" if fields["classifier_pooling"] == "mean" else "first",

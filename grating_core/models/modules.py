@@ -79,7 +79,9 @@ def _spec(spec: Callable[[Fields], ModelSpec], head: ModularHead, fields: Fields
     """Return the spec of a transformer with another head."""
     found = spec(fields)
     biased = {f"{module.role}/{part}" for module in head.modules for part in module.parts if part in module.biased}
-    return replace(found, pooling=head.pooling, modules=head.modules, biased=found.biased | biased)
+    return replace(
+        found, pooling=head.pooling, temperature=1.0, modules=head.modules, biased=found.biased | biased
+    )
 
 
 def read_list(directory: Path) -> list[Listed]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,11 +21,15 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "ntk": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
 }
 """The kinds of rotary positions that grating implements, with the parameters that each must have."""
 
-# The fields with the bases of the frequencies, if each type of layer has its own.
-_THETAS = {FULL: "global_rope_theta", SLIDING: "local_rope_theta"}
+# The fields with the bases of the frequencies, if each type of layer has its own: ModernBERT's, and Gemma 3's.
+_THETAS = (
+    {FULL: "global_rope_theta", SLIDING: "local_rope_theta"},
+    {FULL: "rope_theta", SLIDING: "rope_local_base_freq"},
+)
 _LARGEST_HEAD = 2**16  # entries; more are no head, but would take much memory
 _FIRST_WINDOW = "original_max_position_embeddings"
 
@@ -58,11 +63,14 @@ def read_ropes(fields: Fields) -> dict[str, dict[str, Any]]:
     Older configurations have ``rope_theta`` and ``rope_scaling``, newer ones have ``rope_parameters``.
     """
     parameters, scaling = fields["rope_parameters"] or {}, fields["rope_scaling"] or {}
+    thetas = _thetas(fields)
     found = {}
-    for kind, own_theta in _THETAS.items():
-        if own_theta in fields:
+    for kind in (FULL, SLIDING):
+        if thetas:
             own = parameters.get(kind) or {"rope_type": "default"}
-            rope = {"rope_theta": fields[own_theta], **own, **scaling}
+            # Gemma 3 scales only the positions of layers with full attention.
+            scaled = kind == FULL or "rope_theta" not in thetas.values()
+            rope = {"rope_theta": fields[thetas[kind]], **own, **(scaling if scaled else {})}
         else:
             rope = {"rope_theta": fields["rope_theta"], **(scaling or parameters)}
         rope.setdefault("rope_type", rope.get("type", "default"))
@@ -76,11 +84,32 @@ def read_ropes(fields: Fields) -> dict[str, dict[str, Any]]:
     return found
 
 
+def by_type(fields: Fields) -> bool:
+    """Tell whether each type of layer has rotary positions of its own."""
+    return bool(_thetas(fields))
+
+
+def _thetas(fields: Fields) -> dict[str, str]:
+    return next((thetas for thetas in _THETAS if thetas[SLIDING] in fields), {})
+
+
+def longest(fields: Fields) -> int:
+    """Return the most tokens that a model can take.
+
+    LongRoPE has other frequencies for sequences beyond the first window, so that tokens which sequences share
+    would have other states in a long one. grating stays within that window.
+    """
+    most: list[int] = [fields["max_position_embeddings"]]
+    for rope in read_ropes(fields).values():
+        most += [rope[_FIRST_WINDOW]] if rope["rope_type"] == "longrope" else []
+    return min(most)
+
+
 def make_rotary(rope: Mapping[str, Any], size: int) -> Rotary:
     """Return the rotary positions of heads of some size.
 
     Raises:
-        ValueError: No head has that size.
+        ValueError: No head has that size, or there are not as many factors as a head has pairs.
     """
     if size % 2 or not 0 < size <= _LARGEST_HEAD:
         raise ValueError(
@@ -89,6 +118,8 @@ def make_rotary(rope: Mapping[str, Any], size: int) -> Rotary:
     kind, theta = rope["rope_type"], rope["rope_theta"]
     if kind == "default":
         return rotary.plain(size, theta)
+    if kind == "longrope":
+        return _longrope(rope, size)
     factor, window = rope["factor"], rope[_FIRST_WINDOW]
     if kind == "linear":
         return rotary.linear(size, theta, factor=factor)
@@ -114,3 +145,21 @@ def make_rotary(rope: Mapping[str, Any], size: int) -> Rotary:
         whole=rope.get("truncate", True),
         scale=scale,
     )
+
+
+def _longrope(rope: Mapping[str, Any], size: int) -> Rotary:
+    factors, factor, window = rope["short_factor"], rope.get("factor"), rope[_FIRST_WINDOW]
+    for name in ("short_factor", "long_factor"):
+        given = rope[name]
+        if not isinstance(given, list) or len(given) != size // 2 or not all(map(_is_factor, given)):
+            raise ValueError(f"{name} must be a list of {size // 2} numbers above 0, one for each pair of a head")
+    if factor is None:
+        factor = rope["max_position_embeddings"] / window
+    scale = rope.get("attention_factor")
+    if scale is None:
+        scale = rotary.longrope_scale(factor, window)
+    return rotary.longrope(size, rope["rope_theta"], factors=factors, scale=scale)
+
+
+def _is_factor(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf

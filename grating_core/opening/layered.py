@@ -134,7 +134,13 @@ class OpenLayered(OpenReranker):
         )
         plan = with_tokenizer(self.plan, before)
         doubt = self.doubt if recounts else None
-        model = self.stored.load(plan, template.answers, self.packing, lossless=doubt is not None)
+        model = self.stored.load(
+            plan,
+            template.answers,
+            self.packing,
+            lossless=doubt is not None,
+            temperature=template.temperature,
+        )
         self.tell(model.notes)
         lossless = model.lossless()
         recount = None if doubt is None or lossless is None else Recount(lossless, doubt)

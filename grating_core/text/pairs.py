@@ -63,6 +63,8 @@ class Template(ABC):
 
     answers: tuple[int, int | None] | None = None
     """Token ids of the answers whose logits are the score, if the model is asked a question."""
+    temperature: float = 1.0
+    """The number that the score is divided by, beside the model's own."""
 
     def __init__(self, tokenizer: TextTokenizer, window: int, long_documents: LongDocuments) -> None:
         self._tokenizer = tokenizer
@@ -200,13 +202,17 @@ class PromptTemplate(Template):
         super().__init__(tokenizer, window, long_documents)
         if instruction is not None and not prompt.takes_instruction:
             raise ValueError(f"instruction={instruction!r}: the template has no slot {{instruction}} for it")
-        self._prompt = replace(prompt, pieces=tuple(map(tokenizer.written, prompt.pieces)))
+        self._prompt = replace(
+            prompt, pieces=tuple(map(tokenizer.written, prompt.pieces)), ending=tokenizer.written(prompt.ending)
+        )
+        self._ending = self._ids(self._prompt.ending)
+        self.temperature = prompt.temperature
         self._instruction = None if instruction is None else encodable(instruction)
         if asks:
             no = None if prompt.no is None else _answer(tokenizer, prompt.no)
             self.answers = _answer(tokenizer, prompt.yes), no
         before, head, tail = self._around("")
-        if (needed := len(before) + len(self._ids(head)) + len(tail)) >= window:
+        if (needed := len(before) + len(self._ids(head)) + len(self._ending) + len(tail)) >= window:
             raise ValueError(
                 f"max_length={window} is too small: the template alone has {needed} tokens; use at least "
                 f"{needed + 64}"
@@ -214,6 +220,8 @@ class PromptTemplate(Template):
 
     def encode(self, query: str, documents: Sequence[str]) -> list[list[TokenisedPair]]:
         """See :meth:`Template.encode`."""
+        if self._prompt.stripped:
+            query, documents = query.strip(), [document.strip() for document in documents]
         self._check_room(self.window - len(self._question(query)), query)
         before, head, after = self._around(encodable(query))
         empty_before, empty_head, empty_after = self._around("")
@@ -221,12 +229,13 @@ class PromptTemplate(Template):
         behind = _difference(after, empty_after)
         pairs: list[list[TokenisedPair]] = []
         # The text before the document goes along: the document's first word may share a token with a space there.
-        for found in self._tokenizer.encode(documents, self._most(self.window), before=head):
+        ended = [document + self._prompt.ending for document in documents]
+        for found in self._tokenizer.encode(ended, self._most(self.window), before=head):
             fixed = before + found.before
             room = self.window - len(fixed) - len(after)
-            self._check_room(room, query)
+            self._check_room(room - len(self._ending), query)
             pairs.append([])
-            for part, cut in divided(found.ids, room, self._long_documents):
+            for part, cut in self._parts(found.ids, room):
                 ids, end = fixed + part + after, len(fixed) + len(part)
                 # A token that the query's last characters share with the document belongs to the document.
                 asked = min(ahead[0], len(fixed)), min(ahead[1], len(fixed))
@@ -234,6 +243,14 @@ class PromptTemplate(Template):
                     asked = end + behind[0], end + behind[1]
                 pairs[-1].append(TokenisedPair(ids, [0] * len(ids), Segments(asked, (len(fixed), end)), cut))
         return pairs
+
+    def _parts(self, ids: list[int], room: int) -> list[tuple[list[int], bool]]:
+        """Return the tokens of a document, or of each of its windows, with its ending, and whether it was cut."""
+        if len(ids) <= room or not self._ending:
+            return list(divided(ids, room, self._long_documents))
+        *others, (last, cut) = divided(ids, room - len(self._ending), self._long_documents)
+        # What is not the document's end lacks the ending.
+        return [*((part + self._ending, False) for part, _ in others), (last + self._ending if cut else last, cut)]
 
     def _around(self, query: str) -> tuple[list[int], str, list[int]]:
         """Return the token ids before the document's piece, the text that it begins with, and the ids after it."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +15,7 @@ from grating_core.errors import ModelNotFoundError
 from grating_core.models.directory import check_answers, is_gguf
 from grating_core.text.chat import ChatFormat
 
+_log = logging.getLogger("grating")
 _SLOT = re.compile(r"\{(instruction|query|document)\}")
 
 
@@ -29,6 +32,9 @@ class Prompt:
         instruction: The instruction to judge by, if the user gives none.
         instruction_format: The format of an instruction in its slot. An empty instruction leaves the slot empty.
         max_length: The most tokens of a pair, if the user gives no limit.
+        temperature: The number that the score is divided by, so that its logistic function is the probability.
+        ending: The text behind each document that is tokenised together with it, because they may share a token.
+        stripped: Whether white space around query and document is left out.
 
     Raises:
         ValueError: There is no slot for the query or the document, or more than one for the document.
@@ -40,6 +46,9 @@ class Prompt:
     instruction: str = ""
     instruction_format: str = "{instruction}"
     max_length: int = 8192
+    temperature: float = 1.0
+    ending: str = ""
+    stripped: bool = False
 
     def __post_init__(self) -> None:
         pieces: object = self.pieces
@@ -60,8 +69,9 @@ class Prompt:
 
     @property
     def asked(self) -> str:
-        """The part of a model's identity that stands for the question: pieces and answers, not the instruction."""
-        return json.dumps((self.pieces, self.yes, self.no))
+        """The part of a model's identity that stands for the question and the score, but not the instruction."""
+        asked = (self.pieces, self.yes, self.no, self.temperature, self.ending, self.stripped)
+        return json.dumps(asked)
 
     def fill(self, query: str, instruction: str | None) -> tuple[list[str], str, list[str]]:
         """Return the pieces before the document's piece, the text that it begins with, and the pieces behind.
@@ -116,6 +126,36 @@ PROMPTS: dict[str, Prompt] = {
     "bge-reranker-v2-minicpm-layerwise": Prompt(
         pieces=("<s>", *_BGE.pieces[1:]), yes="Yes", no=None, instruction=_BGE.instruction, max_length=1024
     ),
+    # FlagEmbedding/inference/reranker/decoder_only/lightweight.py of https://github.com/FlagOpen/FlagEmbedding
+    "bge-reranker-v2.5-gemma2-lightweight": Prompt(
+        pieces=_BGE.pieces,
+        instruction="Predict whether passage B contains an answer to query A.",
+        max_length=1024,
+    ),
+    # https://huggingface.co/zeroentropy/zerank-1, modeling_zeranker.py: the query is the system's message.
+    "zerank": Prompt(
+        pieces=(
+            "<|im_start|>system\n{query}<|im_end|>\n<|im_start|>user\n{document}<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        yes="Yes",
+        no=None,
+        temperature=5.0,
+        stripped=True,
+    ),
+    # https://huggingface.co/ContextualAI/ctxl-rerank-v2-instruct-multilingual-1b: the logit of token 0, "!".
+    "ctxl-rerank-v2": Prompt(
+        pieces=(
+            "Check whether a given document contains information helpful to answer the query.\n"
+            "<Document> {document}",
+            "<Query> {query}{instruction} ??",
+        ),
+        yes="!",
+        no=None,
+        instruction_format=" {instruction}",
+        ending="\n",
+    ),
+    # https://huggingface.co/nvidia/llama-nemotron-rerank-1b-v2, whose tokenizer begins each text with that token.
+    "nemotron-rerank": Prompt(pieces=("<|begin_of_text|>question:{query} \n \n passage:{document}",)),
     # https://github.com/mixedbread-ai/mxbai-rerank, mxbai_rerank_v2.py
     "mxbai-rerank-v2": Prompt(
         pieces=(
@@ -142,7 +182,11 @@ _MODELS = {
     "qwen3-reranker": r"qwen3-reranker",
     "bge-reranker-v2-gemma": r"bge-reranker-v2-gemma",
     "bge-reranker-v2-minicpm-layerwise": r"bge-reranker-v2-minicpm",
+    "bge-reranker-v2.5-gemma2-lightweight": r"bge-reranker-v2\.5-gemma2",
     "mxbai-rerank-v2": r"mxbai-rerank-\w+-v2",
+    "zerank": r"zerank-[12]",
+    "ctxl-rerank-v2": r"ctxl-rerank-v2",
+    "nemotron-rerank": r"llama-nemotron-rerank-\d|nv-rerankqa-1b",
 }
 
 _ANY_MODEL = (
@@ -181,7 +225,7 @@ def find_prompt(template: Prompt | str | None, model: str, directory: Path, fami
         ModelNotFoundError: The tokenizer's settings or its chat template are damaged.
         ValueError: ``template`` is neither a prompt nor the name of one.
     """
-    if not family.causal:
+    if not family.causal and family.prompt is None:
         if template is None:
             return None
         raise ValueError(
@@ -196,13 +240,27 @@ def find_prompt(template: Prompt | str | None, model: str, directory: Path, fami
         raise ValueError(
             f"template={template!r} is not known; use one of {', '.join(PROMPTS)}, or a Prompt of your own"
         )
-    for name in (Path(model).name, *_names(directory.resolve()), family.prompt or ""):
+    for name in (Path(model).name, *_names(directory.resolve())):
         if prompt := official_prompt(name):
             return prompt
+    if family.prompt is not None:
+        return PROMPTS[family.prompt]
     if not family.asks:
         return None
     check_answers(directory)
+    _warn_once(model)
     return _chat_prompt(directory)
+
+
+@cache  # a model may be opened many times
+def _warn_once(model: str) -> None:
+    """Log that a model is asked a question that it was not trained with."""
+    _log.warning(
+        "model=%r is asked the default question, because no official prompt is known for this name. If it was "
+        "trained with one, set template= to its name (%s) or to a Prompt with its words",
+        model,
+        ", ".join(PROMPTS),
+    )
 
 
 def _names(path: Path) -> list[str]:

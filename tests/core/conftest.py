@@ -18,6 +18,8 @@ from transformers import (
     ElectraForSequenceClassification,
     Gemma2Config,
     Gemma2ForSequenceClassification,
+    Gemma3TextConfig,
+    Gemma3TextForSequenceClassification,
     GemmaConfig,
     GemmaForSequenceClassification,
     LlamaConfig,
@@ -26,6 +28,8 @@ from transformers import (
     MistralForSequenceClassification,
     ModernBertConfig,
     ModernBertForSequenceClassification,
+    Phi3Config,
+    Phi3ForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -39,6 +43,7 @@ from transformers import (
 )
 
 from grating_core import Reranker
+from tests.core.bidirectional import LlamaBidirectionalConfig, LlamaBidirectionalForSequenceClassification
 
 BUNDLED = "bundled:ms-marco-minilm-l12"
 WINDOW = 96
@@ -104,6 +109,15 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "gemma": lambda: GemmaForSequenceClassification(GemmaConfig(**SIZES, **DECODER)),
     "gemma2": lambda: Gemma2ForSequenceClassification(
         Gemma2Config(**SIZES, **DECODER, sliding_window=16, query_pre_attn_scalar=9, attn_logit_softcapping=2.0)
+    ),
+    "gemma3": lambda: Gemma3TextForSequenceClassification(
+        Gemma3TextConfig(**SIZES, **DECODER, sliding_window=16, query_pre_attn_scalar=9, sliding_window_pattern=3)
+    ),
+    "phi3": lambda: Phi3ForSequenceClassification(
+        Phi3Config(**SIZES, num_key_value_heads=2, max_position_embeddings=WINDOW, sliding_window=16)
+    ),
+    "llama-both-ways": lambda: LlamaBidirectionalForSequenceClassification(
+        LlamaBidirectionalConfig(**SIZES, **DECODER, pooling="avg", temperature=0.5)
     ),
 }
 

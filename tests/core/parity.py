@@ -11,6 +11,7 @@ import torch
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BatchEncoding,
     DynamicCache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,15 +32,21 @@ def saved_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 @torch.inference_mode()
 def padded_scores(directory: Path, pairs: list[tuple[str, str]]) -> list[float]:
     """Scores of one padded batch in float32 with transformers' eager attention."""
-    tokenizer = saved_tokenizer(directory)
     model = AutoModelForSequenceClassification.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    batch = tokenizer(
-        [query for query, _ in pairs], [text for _, text in pairs], padding=True, truncation="only_second",
-        return_tensors="pt", max_length=tokenizer.model_max_length,
-    )  # fmt: skip
-    return model(**batch).logits[:, 0].tolist()
+    return model(**padded(directory, pairs)).logits[:, 0].tolist()
+
+
+def padded(directory: Path, pairs: list[tuple[str, str]]) -> BatchEncoding:
+    """One padded batch, of pairs as the tokenizer joins them, or of the prompts of NVIDIA's rerankers."""
+    tokenizer = saved_tokenizer(directory)
+    how = {"padding": True, "return_tensors": "pt", "max_length": tokenizer.model_max_length}
+    if json.loads((directory / "config.json").read_text())["model_type"] == "llama_bidirec":
+        texts = [f"<|begin_of_text|>question:{query} \n \n passage:{text}" for query, text in pairs]
+        return tokenizer(texts, truncation=True, add_special_tokens=False, **how)
+    queries, documents = [query for query, _ in pairs], [text for _, text in pairs]
+    return tokenizer(queries, documents, truncation="only_second", **how)
 
 
 def random_text(words: int, source: random.Random, vocabulary: list[str]) -> str:

@@ -119,7 +119,6 @@ def test_an_optional_number_of_the_rotation_must_be_a_number(copy: Callable[[str
         load(directory)
 
 
-FACTORS = {"rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
 NONSENSE = [
     -1, 0, 1, 3, 7, 10**6, 10**9, 10**18, 10**400, -(10**30), 0.5, 1e308, float("nan"), float("inf"), True, False,
     None,
@@ -182,8 +181,8 @@ def test_damaged_configurations_are_refused_quickly_or_load_right(
         ("qwen3", "num_experts", 8),
         ("qwen3", "layer_types", ["full_attention"] * 4 + ["chunked_attention"]),
         ("qwen3", "layer_types", ["full_attention"] * 4 + ["linear_attention"]),
-        ("qwen3", "rope_parameters", {"rope_type": "longrope", "factor": 2.0} | FACTORS),
-        ("qwen3", "rope_scaling", {"type": "longrope", "factor": 2.0} | FACTORS),
+        ("qwen3", "rope_parameters", {"rope_type": "proportional", "rope_theta": 1e4}),
+        ("qwen3", "rope_scaling", {"type": "su", "factor": 2.0}),
     ],
 )
 def test_mathematics_that_are_not_implemented_are_refused_by_name(

@@ -16,12 +16,18 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -53,6 +59,30 @@ CAUSAL = {
         Gemma2Config(
             **SIZES, **DECODER, sliding_window=16, query_pre_attn_scalar=9, attn_logit_softcapping=2.0,
             final_logit_softcapping=3.0,
+        )
+    ),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **SIZES, **DECODER, sliding_window=16, query_pre_attn_scalar=9, sliding_window_pattern=3,
+            rope_parameters={
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        )
+    ),
+    "granite": lambda: GraniteForCausalLM(
+        GraniteConfig(
+            **SIZES, num_key_value_heads=2, max_position_embeddings=WINDOW, embedding_multiplier=3.0,
+            attention_multiplier=0.2, residual_multiplier=0.4, logits_scaling=0.5,
+        )
+    ),
+    "phi3": lambda: Phi3ForCausalLM(
+        Phi3Config(
+            **SIZES, num_key_value_heads=2, max_position_embeddings=4 * WINDOW,
+            original_max_position_embeddings=WINDOW,
+            rope_parameters={
+                "rope_type": "longrope", "short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [2.0, 3.0, 4.0, 5.0],
+            },
         )
     ),
 }  # fmt: skip
@@ -406,6 +436,45 @@ def test_minicpm_is_asked_as_it_was_trained(minicpm: Path) -> None:
     ids = token_ids(minicpm, "<s>", "A: w1 w2", "B: w3", instruction)
     assert trace.lengths == (len(ids),)
     assert trace.layers[-1].scores == pytest.approx([minicpm_scores(ids)[-1]], abs=TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def lightweight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Gemma 2 with the heads of bge-reranker-v2.5-gemma2-lightweight. transformers has its layers."""
+    directory = tmp_path_factory.mktemp("lightweight")
+    torch.manual_seed(5)
+    model = randomise(CAUSAL["gemma2"]())
+    own = {"start_layer": 3, "layer_sep": 1, "layer_wise": True, "architectures": ["CostWiseGemmaForCausalLM"]}
+    stated = model.config.to_dict() | own | {"model_type": "cost_wise_gemma"}
+    (directory / "config.json").write_text(json.dumps(stated))
+    weights = {name: weight.clone() for name, weight in model.state_dict().items() if name != "lm_head.weight"}
+    weights |= {f"lm_head.{number}.linear_head.weight": torch.randn(1, 32) for number in range(3)}
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    save_tokenizer(directory, types=False)
+    return directory
+
+
+@torch.inference_mode()
+def lightweight_scores(directory: Path, ids: list[int]) -> list[float]:
+    """The score after each layer, by the first head and within the bound, as the published code has it."""
+    model = CAUSAL["gemma2"]().eval()
+    model.set_attn_implementation("eager")
+    weights = load_file(directory / "model.safetensors")
+    model.load_state_dict(weights, strict=False)
+    states = model.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[1:]
+    last = [model.model.norm(one[0, -1]) for one in states[:-1]] + [states[-1][0, -1]]
+    return [float(3.0 * torch.tanh(weights["lm_head.0.linear_head.weight"][0] @ one / 3.0)) for one in last]
+
+
+def test_the_lightweight_gemma_reads_with_its_first_head(lightweight: Path) -> None:
+    asked = "Predict whether passage B contains an answer to query A."
+    texts = ["w20 w21", "w22", "w23 w24 w25 w26 w27"]
+    ids = [token_ids(lightweight, "<bos>", f"A: {QUERY}", f"B: {text}", asked) for text in texts]
+    expected = [lightweight_scores(lightweight, sequence) for sequence in ids]
+    layers = load(lightweight).rerank(QUERY, texts).trace.layers
+    for number in range(1, 6):
+        after = [scores[number - 1] for scores in expected]
+        assert layers[number - 1].scores == pytest.approx(after, abs=TOLERANCE)
 
 
 def test_a_minicpm_without_any_head_is_refused(minicpm: Path, tmp_path: Path) -> None:

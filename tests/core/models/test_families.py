@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 from grating_core import Reranker, UnsupportedModelError
 from grating_core.models.families import FAMILIES, find_family
 from tests.core.conftest import WINDOW, WORDS
-from tests.core.parity import TOLERANCE, load, padded_scores, random_text, saved_tokenizer
+from tests.core.parity import TOLERANCE, load, padded, padded_scores, random_text
 
 # Length 1, none at all, uneven lengths, and more than the window holds.
 LENGTHS = [1, 0, 5, 17, 2, 90, 40, 300, 33, 1]
@@ -46,7 +46,7 @@ def test_one_candidate_of_the_longest_window(tiny: Path) -> None:
 def test_provisional_scores_are_the_head_on_intermediate_states(tiny: Path) -> None:
     query, document = "w1 w2 w3", random_text(40, random.Random(2), WORDS)
     model = AutoModelForSequenceClassification.from_pretrained(tiny, attn_implementation="eager").eval()
-    batch = saved_tokenizer(tiny)(query, document, return_tensors="pt")
+    batch = padded(tiny, [(query, document)])
     layers = model.get_submodule(FAMILIES[model.config.architectures[0]].layers)
     expected = []
     for last in range(1, len(layers)):

@@ -18,6 +18,7 @@ from grating_core.models.directory import describe
 from grating_core.models.families import FAMILIES
 from grating_core.models.family import Configuration
 from grating_core.models.layout import head_names, layer_names, outside_names
+from tests.core.bidirectional import LlamaBidirectionalForSequenceClassification
 
 PATH = Path("somewhere", "config.json")
 SMALL = {
@@ -27,11 +28,15 @@ SMALL = {
 }  # fmt: skip
 DEBERTA = "DebertaV2ForSequenceClassification"
 MINICPM = "LayerWiseMiniCPMForCausalLM"
-KNOWN = [name for name in FAMILIES if name == MINICPM or hasattr(transformers, name)]  # to transformers
+LIGHTWEIGHT = "CostWiseGemmaForCausalLM"
+BIDIRECTIONAL = "LlamaBidirectionalForSequenceClassification"
+_WRITTEN_OUT = (MINICPM, LIGHTWEIGHT, BIDIRECTIONAL)
+KNOWN = [name for name in FAMILIES if name in _WRITTEN_OUT or hasattr(transformers, name)]  # to transformers
 FULL, LOCAL = "full_attention", "sliding_attention"
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
           "original_max_position_embeddings": 32, "rope_theta": 500.0}  # fmt: skip
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [4.0, 5.0, 6.0, 7.0]}
 ROPES = [
     {"rope_type": "default", "rope_theta": 77.0},
     {"type": "linear", "factor": 3.0},
@@ -42,9 +47,13 @@ ROPES = [
     YARN | {"attention_factor": 0.7},
     YARN | {"mscale": 0.707, "mscale_all_dim": 1.4, "rope_theta": 150},
     LLAMA3,
+    LONGROPE | {"factor": 4.0},
+    LONGROPE | {"original_max_position_embeddings": 16},
+    LONGROPE | {"attention_factor": 1.2, "original_max_position_embeddings": 16},
     None,
     {},
 ]
+PHI3_ROPES = [rope for rope in ROPES if not rope or rope.get("rope_type") in ("default", "longrope")]
 BY_TYPE = [
     {FULL: {"rope_type": "default", "rope_theta": 5000.0}, LOCAL: {"rope_type": "linear", "factor": 2.0}},
     {FULL: YARN},
@@ -73,22 +82,32 @@ VALUES: dict[str, list[Any]] = {
     "eos_token_id": [7, [3, 4], None], "sliding_window": [5, None], "use_sliding_window": [True],
     "max_window_layers": [0, 2], "query_pre_attn_scalar": [144], "attn_logit_softcapping": [20.0, None],
     "final_logit_softcapping": [10.0, None], "scale_emb": [12, 1.5], "scale_depth": [1.4], "start_layer": [2, 3],
+    "embedding_multiplier": [12, 1.5], "attention_multiplier": [0.1], "residual_multiplier": [0.22],
+    "logits_scaling": [8, 1.5], "sliding_window_pattern": [1, 2, 3], "rope_local_base_freq": [700.0],
+    "pooling": ["cls", "last"], "temperature": [0.5, 2],
 }  # fmt: skip
 
 
 def values(name: str, field: str) -> list[Any]:
-    refuses_null = {"num_key_value_heads": ("Gemma", "Mistral"), "sliding_window": ("Gemma",)}
+    refuses_null = {
+        "num_key_value_heads": ("Gemma", "CostWise", "Mistral"),
+        "sliding_window": ("Gemma", "CostWise"),
+    }
+    if field == "head_dim" and name.startswith("Gemma3"):
+        return [16]  # transformers makes its norms only for a size of its own
     if name.startswith(refuses_null.get(field, ("no",))):
         return [value for value in VALUES[field] if value is not None]
     if field in ("rope_parameters", "rope_scaling"):
-        nested = name.startswith("ModernBert") and field == "rope_parameters"
-        return BY_TYPE if nested else ROPES
+        if name.startswith(("ModernBert", "Gemma3")) and field == "rope_parameters":
+            # transformers cannot scale Gemma 3's full attention where other layers alone have rotary positions.
+            return BY_TYPE if name.startswith("ModernBert") else [one for one in BY_TYPE if not one or FULL in one]
+        return PHI3_ROPES if name.startswith("Phi3") else ROPES
     return VALUES[field]
 
 
 def small(name: str) -> dict[str, Any]:
-    own: dict[str, dict[str, Any]] = {MINICPM: {"start_layer": 1}, DEBERTA: {"relative_attention": True}}
-    return SMALL | own.get(name, {})
+    own: dict[str, Any] = {"start_layer": 1, "head_dim": 8, "relative_attention": True}
+    return SMALL | {field: value for field, value in own.items() if field in FAMILIES[name].defaults}
 
 
 def theirs(name: str, stated: dict[str, Any]) -> tuple[PreTrainedConfig, PreTrainedModel]:
@@ -101,6 +120,12 @@ def theirs(name: str, stated: dict[str, Any]) -> tuple[PreTrainedConfig, PreTrai
         config.residual_multiplier = stated.get("scale_depth", 1) / config.num_hidden_layers**0.5
         config.attention_multiplier = (config.hidden_size // config.num_attention_heads) ** -0.5
         made: type[PreTrainedModel] = transformers.GraniteForCausalLM
+    elif name == LIGHTWEIGHT:
+        made = transformers.Gemma2ForCausalLM
+        config = made.config_class.from_dict(stated)
+    elif name == BIDIRECTIONAL:
+        made = LlamaBidirectionalForSequenceClassification
+        config = made.config_class.from_dict(stated)
     else:
         made = getattr(transformers, name)
         # Most configurations take the usual names as well, and none takes all of them.
@@ -162,13 +187,11 @@ def check_decoder_layer(spec: LayerSpec, layer: Any, config: Any) -> None:
     )
     assert (spec.head_size, spec.scaling) == (attention.head_dim, attention.scaling)
     assert (spec.causal, spec.gated, spec.norm_behind) == (attention.is_causal, True, False)
-    window = (
-        config.sliding_window if config.model_type == "mistral" else getattr(attention, "sliding_window", None)
-    )
-    assert spec.window == window
+    every = config.model_type in ("mistral", "phi3")
+    assert spec.window == (config.sliding_window if every else getattr(attention, "sliding_window", None))
     assert spec.softcap == getattr(attention, "attn_logit_softcapping", None)
     assert spec.residual == getattr(layer, "residual_multiplier", 1)
-    assert same_activation(spec.activation, layer.mlp.act_fn)
+    assert same_activation(spec.activation, getattr(layer.mlp, "act_fn", None) or layer.mlp.activation_fn)
 
 
 def check_rotary(spec: LayerSpec, module: Any, config: Any, kind: str) -> None:
@@ -187,17 +210,18 @@ def check(name: str, stated: dict[str, Any], found: Configuration) -> None:
     for number, layer in enumerate(spec.layers, start=1):
         names |= layer_names(family, layer, number)
     stored = {weight: tuple(value.shape) for weight, value in module.state_dict().items()}
-    if name == MINICPM:  # its heads are not Granite's
+    if name in (MINICPM, LIGHTWEIGHT):  # their heads are not those of Granite and Gemma
         names = {weight: shape for weight, shape in names.items() if not weight.startswith("lm_head.")}
         del stored["lm_head.weight"]
-        assert len(head_names(family, spec)) == max(0, spec.depth - stated.get("start_layer", 8) + 1)
+        many = max(0, spec.depth - stated.get("start_layer", 8) + 1) if name == MINICPM else 1
+        assert len(head_names(family, spec)) == many
     assert names == stored
 
     layers = module.get_submodule(family.layers)
     types = getattr(config, "layer_types", [FULL] * len(layers))
     for layer, theirs_, kind in zip(spec.layers, layers, types, strict=True):
         assert layer.causal is family.causal
-        if family.causal:
+        if hasattr(theirs_, "self_attn"):
             check_decoder_layer(layer, theirs_, config)
         else:
             check_encoder_layer(layer, theirs_)
@@ -218,11 +242,18 @@ def check_around(module: Any, config: Any, found: Configuration) -> None:
         if "norm" in role and role not in spec.absent:
             assert same_norm(spec.norm, module.get_submodule(part))
     first = module.roberta.embeddings.padding_idx + 1 if hasattr(module, "roberta") else 0
-    assert (spec.first_position, spec.window) == (first, config.max_position_embeddings - first)
+    rope = getattr(config, "rope_parameters", None) or {}
+    scaled = [rope.get(FULL, rope), *([rope[LOCAL]] if LOCAL in rope else [])]
+    most, first_window = config.max_position_embeddings, "original_max_position_embeddings"
+    windows = [one.get(first_window, most) for one in scaled if one.get("rope_type") == "longrope"]
+    assert spec.window == min([most - first, *windows])
+    assert spec.first_position == first
+    assert spec.temperature == getattr(config, "logits_scaling", getattr(config, "temperature", None) or 1)
     assert spec.scale == getattr(table, "scalar_embed_scale", getattr(config, "embedding_multiplier", 1))
     assert spec.softcap == getattr(config, "final_logit_softcapping", None)
-    assert spec.tied == (family.causal and config.tie_word_embeddings)
-    pooling = {"cls": "first", "mean": "mean"}[getattr(config, "classifier_pooling", "cls")]
+    assert spec.tied == (hasattr(module, "model") and not hasattr(module, "head") and config.tie_word_embeddings)
+    said = getattr(config, "classifier_pooling", getattr(config, "pooling", "cls"))
+    pooling = {"cls": "first", "mean": "mean", "avg": "mean", "last": "last"}[said]
     assert spec.pooling == ("last" if family.causal else pooling)
     head = (
         module.head.act if hasattr(module, "head") else ACTIVATIONS[getattr(config, "pooler_hidden_act", "tanh")]
@@ -275,11 +306,12 @@ def test_null_is_what_it_is_for_transformers(name: str) -> None:
             found = describe(PATH, stated, FAMILIES[name])
         except ModelNotFoundError as error:
             assert FAMILIES[name].field(field) in str(error)  # noqa: PT017 - only some are refused
-            assert name == MINICPM or refused(name, stated), field
+            unused = name.startswith("Gemma3") and field == "rope_theta"  # all of so few layers are sliding
+            assert name in _WRITTEN_OUT or unused or refused(name, stated), field
             continue
         if refused(name, stated):
             assert field in ("head_dim", "num_key_value_heads"), field
-            stated = {key: value for key, value in stated.items() if key != "head_dim"}
+            stated = {key: value for key, value in stated.items() if key != field}
             stated |= {field: SMALL["num_attention_heads"]} if field == "num_key_value_heads" else {}
         check(name, stated, found)
 
@@ -312,9 +344,8 @@ def everywhere(field: str, value: Any, shown: str = "") -> list[tuple[str, str, 
         *everywhere("hidden_activation", "laplace"),
         *everywhere("classifier_activation", "mish"),
         *everywhere("classifier_pooling", "max"),
-        *everywhere("rope_scaling", {"rope_type": "longrope", "factor": 2.0}, "rope_type='longrope'"),
         *everywhere("rope_scaling", {"rope_type": "su"}, "rope_type='su'"),
-        *everywhere("rope_scaling", {"rope_type": "linear", "factor": 2, "partial_rotary_factor": 0.5},
+        *everywhere("rope_scaling", {"rope_type": "default", "partial_rotary_factor": 0.5},
                     "partial_rotary_factor=0.5"),
         *everywhere("layer_types", [FULL, LOCAL, LOCAL, "chunked_attention"], "layer_types=['chunked_attention']"),
         ("LlamaForCausalLM", "layer_types", [FULL, LOCAL, FULL, FULL], "layer_types=['sliding_attention']"),
@@ -329,10 +360,15 @@ def everywhere(field: str, value: Any, shown: str = "") -> list[tuple[str, str, 
         (DEBERTA, "pos_att_type", ["p2c", "p2p"], "pos_att_type=['p2c', 'p2p']"),
         (MINICPM, "head_type", "raw", "head_type='raw'"),
         (MINICPM, "head_multi", False, "head_multi=False"),
+        (LIGHTWEIGHT, "layer_wise", False, "layer_wise=False"),
         (MINICPM, "embedding_multiplier", 12, "embedding_multiplier=12"),
         *[(name, "is_decoder", True, "is_decoder=True") for name in FAMILIES if not FAMILIES[name].causal],
         *[(name, "use_bidirectional_attention", True, "use_bidirectional_attention=True") for name in FAMILIES
           if FAMILIES[name].causal],
+        (BIDIRECTIONAL, "is_causal", True, "is_causal=True"),
+        (BIDIRECTIONAL, "pooling", "weighted_avg", "pooling='weighted_avg'"),
+        ("Gemma3ForCausalLM", "attn_logit_softcapping", 50.0, "attn_logit_softcapping=50.0"),
+        ("Phi3ForCausalLM", "partial_rotary_factor", 0.75, "partial_rotary_factor=0.75"),
     ],
 )  # fmt: skip
 def test_what_is_not_implemented_is_refused_by_name_and_value(
@@ -348,6 +384,20 @@ def test_a_scaling_without_its_parameters_is_no_model(lacking: str) -> None:
     rope = {key: value for key, value in LLAMA3.items() if key != lacking}
     with pytest.raises(ModelNotFoundError, match=f"rope_type='llama3' without {lacking}"):
         describe(PATH, small("Qwen3ForCausalLM") | {"rope_parameters": rope}, FAMILIES["Qwen3ForCausalLM"])
+
+
+def test_a_phi_has_no_other_scaling() -> None:
+    """Its configurations of before 2024 call LongRoPE "yarn" or "su"."""
+    stated = small("Phi3ForCausalLM") | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}
+    with pytest.raises(UnsupportedModelError, match="rope_type='yarn'"):
+        describe(PATH, stated, FAMILIES["Phi3ForCausalLM"])
+
+
+@pytest.mark.parametrize("given", [[1.0, 2.0], [1.0, 2.0, 0, 4.0], "1", [1.0, 2.0, 3.0, None]])
+def test_factors_that_are_not_those_of_a_head(given: Any) -> None:
+    stated = small("LlamaForCausalLM") | {"rope_scaling": LONGROPE | {"long_factor": given}}
+    with pytest.raises(ModelNotFoundError, match="long_factor must be a list of 4 numbers"):
+        describe(PATH, stated, FAMILIES["LlamaForCausalLM"])
 
 
 @pytest.mark.parametrize("size", [9, 10**9])

@@ -6,8 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
+)
 
 from grating_core import ModelNotFoundError, Prompt, UnsupportedModelError
 from grating_core.models.families import find_family
@@ -16,10 +22,15 @@ from grating_core.text.prompts import PROMPTS, find_prompt, official_prompt
 from tests.core.conftest import DECODER, SIZES, randomise
 from tests.core.parity import TOLERANCE, load
 
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<bos>", "<s>"]
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<bos>", "<s>",
+            "<|begin_of_text|>"]  # fmt: skip
 # Enough merges for words that share a token with the space before them.
 MERGES = [("y", "e"), ("ye", "s"), ("n", "o"), ("Y", "es"), ("e", "s"), ("Ġ", "B"), ("ĠB", "er"), ("e", "r"),
-          ("B", "er"), ("l", "in"), ("i", "n"), ("ĠBer", "lin"), ("Ġ", "t"), ("Ċ", "Ċ"), (":", "Ġ")]  # fmt: skip
+          ("B", "er"), ("l", "in"), ("i", "n"), ("ĠBer", "lin"), ("Ġ", "t"), ("Ċ", "Ċ"), (":", "Ġ"),
+          (".", "Ċ"), ("Ġ", "Ċ")]  # fmt: skip
+# Qwen's own. A full stop and the line breaks behind it are one word.
+WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+         r"|\s+(?!\S)|\s+")  # fmt: skip
 QUERY = "How many people live in Berlin?"
 DOCUMENTS = ["Berlin has 3.7 million inhabitants.", "", " A leading space.", "yes\nno\n", "{query} <Document>: x",
              "Bread. " * 60]  # fmt: skip
@@ -32,7 +43,12 @@ def save_qwen3_reranker(parent: Path) -> Path:
     pieces = dict.fromkeys([*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, MERGES), "Yes"])
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     backend = Tokenizer(models.BPE(vocabulary, MERGES))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=SPECIALS[0], eos_token=SPECIALS[2], model_max_length=400,
@@ -100,20 +116,117 @@ def encoded(directory: Path, name: str, window: int, instruction: str | None = N
     return [pair.input_ids for (pair,) in template.encode(QUERY, DOCUMENTS)]
 
 
+@torch.inference_mode()
+def logits(directory: Path, texts: list[str], answer: str) -> list[float]:
+    """The logit of an answer after each text, which is tokenised as a whole."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    token = tokenizer.convert_tokens_to_ids(answer)
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    return [float(model(torch.tensor([sequence])).logits[0, -1, token]) for sequence in ids]
+
+
+def zerank_recipe(directory: Path, documents: list[str]) -> list[float]:
+    """modeling_zeranker.py of zeroentropy/zerank-1, before its logistic function, in Qwen3's chat format."""
+    texts = [
+        f"<|im_start|>system\n{QUERY.strip()}<|im_end|>\n<|im_start|>user\n{document.strip()}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+        for document in documents
+    ]
+    return [logit / 5.0 for logit in logits(directory, texts, "Yes")]
+
+
+@pytest.mark.parametrize("name", ["zerank-1-small", "zerank-2-reranker"])
+def test_zerank_as_in_its_code(directory: Path, tmp_path: Path, name: str) -> None:
+    expected = zerank_recipe(directory, DOCUMENTS)
+    reranker = load(copy(directory, tmp_path / name), max_length=700)
+    scores = reranker.score([(f"\n{QUERY} ", document) for document in DOCUMENTS])
+    assert scores == pytest.approx(expected, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("instruction", [None, "Prefer recent pages."])
+def test_ctxl_as_on_its_card(directory: Path, tmp_path: Path, instruction: str | None) -> None:
+    model = copy(directory, tmp_path / "ctxl-rerank-v2-instruct-multilingual-1b")
+    asked = QUERY if instruction is None else f"{QUERY} {instruction}"
+    texts = [
+        "Check whether a given document contains information helpful to answer the query.\n"
+        f"<Document> {document}\n<Query> {asked} ??"
+        for document in DOCUMENTS
+    ]
+    expected = logits(directory, texts, "!")
+    scores = load(model, max_length=700, instruction=instruction).score([(QUERY, text) for text in DOCUMENTS])
+    assert scores == pytest.approx(expected, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("long_documents", ["truncate", "windows"])
+def test_the_text_behind_a_cut_document_stays(directory: Path, long_documents: str) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    prompt = replace(PROMPTS["ctxl-rerank-v2"], no=None)
+    template = load_template(directory, 200, prompt=prompt, asks=True, long_documents=long_documents)
+    (pairs,) = template.encode(QUERY, [DOCUMENTS[-1]])
+    end = tokenizer.encode(f"\n<Query> {QUERY} ??", add_special_tokens=False)
+    assert len(pairs) == (1 if long_documents == "truncate" else 5)
+    assert all(len(pair.input_ids) <= 200 for pair in pairs)
+    assert all(pair.input_ids[-len(end) :] == end for pair in pairs[:1])
+    assert tokenizer.decode(pairs[-1].input_ids).endswith(f"\n<Query> {QUERY} ??")
+
+
+def test_nemotron_as_on_its_card(directory: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    texts = [f"<|begin_of_text|>question:{QUERY} \n \n passage:{document}" for document in DOCUMENTS]
+    expected = [tokenizer.encode(text, add_special_tokens=False)[:300] for text in texts]
+    assert encoded(directory, "nemotron-rerank", 300) == expected
+
+
+def save_classifier(directory: Path, target: Path, answers: dict[str, float]) -> Path:
+    """A conversion to a classifier: its head is a sum of rows of the output embedding."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    language_model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    config = Qwen3Config.from_pretrained(directory, num_labels=1)
+    model = Qwen3ForSequenceClassification(config)
+    model.model.load_state_dict(language_model.model.state_dict())
+    rows = language_model.lm_head.weight.detach()
+    row = sum(factor * rows[tokenizer.convert_tokens_to_ids(answer)] for answer, factor in answers.items())
+    model.score.weight.data[:] = row
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return target
+
+
+def test_conversions_to_classifiers_are_asked_as_well(directory: Path, tmp_path: Path) -> None:
+    pairs = [(QUERY, text) for text in DOCUMENTS]
+    qwen = save_classifier(directory, tmp_path / "Qwen3-Reranker-0.6B-seq-cls", {"yes": 1, "no": -1})
+    expected = qwen_recipe(directory, QUERY, DOCUMENTS, 400)
+    assert load(qwen).score(pairs) == pytest.approx(expected, abs=TOLERANCE)
+    zerank = save_classifier(directory, tmp_path / "zerank-2-reranker-seq", {"Yes": 1})
+    expected = zerank_recipe(directory, DOCUMENTS)
+    assert load(zerank, max_length=700).score(pairs) == pytest.approx(expected, abs=TOLERANCE)
+
+
+_BGE = "Given a query A and a passage B, determine whether the passage contains an answer to the query by " \
+       "providing a prediction of either 'Yes' or 'No'."  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("name", "bos"), [("bge-reranker-v2-gemma", "<bos>"), ("bge-reranker-v2-minicpm-layerwise", "<s>")]
+    ("name", "bos", "asked"),
+    [
+        ("bge-reranker-v2-gemma", "<bos>", _BGE),
+        ("bge-reranker-v2-minicpm-layerwise", "<s>", _BGE),
+        (
+            "bge-reranker-v2.5-gemma2-lightweight",
+            "<bos>",
+            "Predict whether passage B contains an answer to query A.",
+        ),
+    ],
 )
-def test_bge_as_on_its_card(directory: Path, name: str, bos: str) -> None:
+def test_bge_as_on_its_card(directory: Path, name: str, bos: str, asked: str) -> None:
     """get_inputs() of the card: the passage is cut so that prompt and separator still fit."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    prompt = ids(
-        "Given a query A and a passage B, determine whether the passage contains an answer to the query by "
-        "providing a prediction of either 'Yes' or 'No'."
-    )
+    prompt = ids(asked)
     expected = []
     for document in DOCUMENTS:
         after = ids("\n") + prompt
@@ -157,6 +270,20 @@ def test_mxbai_as_in_its_package(directory: Path, instruction: str | None) -> No
         ("BAAI/bge-reranker-v2-minicpm-layerwise", "bge-reranker-v2-minicpm-layerwise"),
         ("mixedbread-ai/mxbai-rerank-large-v2", "mxbai-rerank-v2"),
         ("mixedbread-ai/mxbai-rerank-base-v2", "mxbai-rerank-v2"),
+        ("tomaarsen/Qwen3-Reranker-4B-seq-cls", "qwen3-reranker"),
+        ("BAAI/bge-reranker-v2.5-gemma2-lightweight", "bge-reranker-v2.5-gemma2-lightweight"),
+        ("zeroentropy/zerank-1", "zerank"),
+        ("zeroentropy/zerank-1-small", "zerank"),
+        ("zeroentropy/zerank-1-small-reranker", "zerank"),
+        ("zeroentropy/zerank-2", "zerank"),
+        ("baseten-admin/zerank-2-reranker-seq", "zerank"),
+        ("ContextualAI/ctxl-rerank-v2-instruct-multilingual-1b", "ctxl-rerank-v2"),
+        ("ContextualAI/ctxl-rerank-v2-instruct-multilingual-2b", "ctxl-rerank-v2"),
+        ("ContextualAI/ctxl-rerank-v2-instruct-multilingual-6b", "ctxl-rerank-v2"),
+        ("sigridjineth/ctxl-rerank-v2-1b-seq-cls", "ctxl-rerank-v2"),
+        ("nvidia/llama-nemotron-rerank-1b-v2", "nemotron-rerank"),
+        ("nvidia/llama-3.2-nv-rerankqa-1b-v2", "nemotron-rerank"),
+        ("nvidia/llama-nemotron-rerank-vl-1b-v2", None),
         ("mixedbread-ai/mxbai-rerank-base-v1", None),
         ("BAAI/bge-reranker-v2-m3", None),
         ("Qwen/Qwen3-0.6B", None),
@@ -228,9 +355,19 @@ def test_strangers_cannot_close_the_prompt(directory: Path, tmp_path: Path, name
         assert attack in backend.decode(pair.input_ids)
 
 
-def test_a_model_without_a_chat_template_is_asked_in_plain_text(directory: Path, tmp_path: Path) -> None:
-    reranker = load(copy(directory, tmp_path / "SomeModel-1B"))
-    assert len(reranker.rerank(QUERY, DOCUMENTS, 3).ranking) == 3
+def test_a_model_without_a_chat_template_is_asked_in_plain_text(
+    directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = copy(directory, tmp_path / "SomeModel-1B")
+    assert len(load(model).rerank(QUERY, DOCUMENTS, 3).ranking) == 3
+    load(model)
+    (told,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert str(model) in told
+    assert "set template=" in told
+    caplog.clear()
+    load(model, template="qwen3-reranker")
+    load(directory)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

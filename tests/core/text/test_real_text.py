@@ -26,7 +26,8 @@ def expected(bundled: Reranker) -> list[float]:
 def test_every_family_has_a_tiny_model() -> None:
     # Models that transformers cannot make have tests of their own.
     tiny = {type(make()).__name__ for make in (*TINY.values(), *CAUSAL.values())}
-    assert tiny | {"LayerWiseMiniCPMForCausalLM", "NewForSequenceClassification"} == set(FAMILIES)
+    written_out = {"LayerWiseMiniCPMForCausalLM", "CostWiseGemmaForCausalLM", "NewForSequenceClassification"}
+    assert tiny | written_out == set(FAMILIES)
 
 
 # Token by token a passage takes seconds.
