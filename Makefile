@@ -121,6 +121,7 @@ benchmarks: bench-deps
 	$(BIN)/python -m benchmarks.latency --data $(DATA) --model smollm2-135m --requests 2 --timed 1 --rounds 2
 	$(BIN)/python -m benchmarks.cold
 	$(BIN)/python -m benchmarks.pruning --data $(DATA)
+	$(BIN)/python -m benchmarks.probabilities --data $(DATA)
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.memory --model bundled:ms-marco-minilm-l12
 	$(BIN)/python -m benchmarks.passes --model bundled:ms-marco-minilm-l12

@@ -16,6 +16,7 @@ from grating_core.engine.one_pass import Outcome
 from grating_core.engine.passes import Passes
 from grating_core.engine.scorer import Scorer
 from grating_core.forking import Threads
+from grating_core.lens.probability import Probability, logistic
 from grating_core.lens.pruning import ByLens, pruning_of
 from grating_core.lens.recalibrate import calling, for_a_caller
 from grating_core.lens.state import Sampling
@@ -44,6 +45,7 @@ class Reranker(Calibrated):
         identity: str,
         pruning: PruningPolicy | ByLens,
         sampling: Sampling | None = None,
+        probability: Probability = logistic,
     ) -> None:
         self._loaded: Scorer | None = scorer
         self._template = scorer.template
@@ -54,7 +56,7 @@ class Reranker(Calibrated):
         """The plan of the memory budget; None without a budget."""
         self.model_path = model_path
         """The local directory that the weights were read from."""
-        super().__init__(identity, pruning, sampling)
+        super().__init__(identity, pruning, sampling, probability)
 
     @classmethod
     def from_pretrained(  # noqa: D417 - the settings describe the other arguments
@@ -123,7 +125,7 @@ class Reranker(Calibrated):
         opened = open_reranker(settings)
         with closed_on_error(opened):
             pruning = opened.pruning()  # before the weights, because a lens may be missing
-            return cls(opened.load(), opened.directory, opened.identity, pruning, sampling)
+            return cls(opened.load(), opened.directory, opened.identity, pruning, sampling, opened.probability)
 
     def rerank(
         self,

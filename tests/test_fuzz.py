@@ -117,7 +117,8 @@ def check_adapters(random, full):
     assert [node.score for node in found] == scores
 
     pairs = [(asked, text) for text in documents]
-    assert GratingCrossEncoder(reranker=full).score(pairs) == ([0.0] * len(pairs) if blank else full.score(pairs))
+    raw = GratingCrossEncoder(reranker=full, raw_scores=True)
+    assert raw.score(pairs) == ([0.0] * len(pairs) if blank else full.score(pairs))
 
     sizes = {"max_tokens": random.randrange(1, 60), "chunk_tokens": random.randrange(1, 30), "count_tokens": len}
     passages = LangChainSelector(reranker=full, **sizes).compress_documents(given, asked)

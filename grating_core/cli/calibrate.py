@@ -7,6 +7,7 @@ from typing import Annotated
 
 from grating_core.cli.options import InputOptions, Takes
 from grating_core.cli.output import show
+from grating_core.cli.qrels import judged_candidates
 from grating_core.cli.tables import plain_table
 from grating_core.settings import RerankSettings
 
@@ -18,6 +19,8 @@ def calibrate(
     corpus: list[Path],
     how_stored: InputOptions,
     queries: list[Path] | None = None,
+    qrels: list[Path] | None = None,
+    id_field: str | None = None,
     directory: Path | None = None,
     candidates: int = 20,
     requests: int = 600,
@@ -29,6 +32,9 @@ def calibrate(
     Args:
         corpus: A file of documents. Several may be given, one for each kind of text.
         queries: A file of queries for each corpus, in their order.
+        qrels: A file of judgements for each corpus, in their order, by which probabilities are fitted as well. A
+            line has the ids of a query and of a document, and a grade, which is relevant above 0.
+        id_field: The JSON field or CSV column of the ids in qrels. The default is _id, or id.
         directory: The directory for the lens. The default is grating's cache.
         requests: The number of requests to compute, all corpora together.
         top_k: The number of best documents for which the summary says what is kept.
@@ -36,8 +42,17 @@ def calibrate(
     """
     if queries and len(queries) != len(corpus):
         raise ValueError(f"there are {len(queries)} files of queries for {len(corpus)} of documents")
+    if qrels and not len(qrels) == len(corpus) == len(queries or ()):
+        raise ValueError(
+            f"there are {len(qrels)} files of qrels for {len(corpus)} of documents with their queries"
+        )
     documents = {str(path): how_stored.documents(path) for path in corpus}
     asked = {str(path): how_stored.documents(file) for path, file in zip(corpus, queries or (), strict=False)}
+    judgements = [
+        judged
+        for files in zip(corpus, queries or (), qrels or (), strict=False)
+        for judged in judged_candidates(*files, how_stored, id_field, candidates)
+    ]
     from grating_core.reranker import Reranker
 
     with Reranker.open(settings) as reranker:
@@ -47,10 +62,12 @@ def calibrate(
             top_k=top_k,
             candidates=candidates,
             requests=requests,
+            judgements=judgements if qrels else None,
             output=directory,
             seed=seed,
             show_progress=True,
         )
+        fitted = reranker.fitted_probability
     summary = found.summary
     table = plain_table("layer", "γ of its estimates")
     for layer, gamma in enumerate(summary.gammas):
@@ -72,4 +89,6 @@ def calibrate(
             for agreement in (found.int8.agreement, found.int8.recounts.agreement)
         )
         show(f"In 8 bits the model itself keeps {alone}; with recounts, {recounted}.")
+    if qrels and fitted is not None:
+        show(f"Probabilities were fitted to {fitted.pairs:,} judged texts, {fitted.relevant:,} of them relevant.")
     show(f"The lens is in {directory}." if directory else "From now on pruning='auto' finds it for this model.")

@@ -63,7 +63,7 @@ def _replaceable(path: Any) -> Any:
 
 
 _PANELS = {
-    "input": ("input", "corpus", "queries", "input_format", "field", "id_field"),
+    "input": ("input", "corpus", "queries", "qrels", "input_format", "field", "id_field"),
     "output": ("plot", "format", "as_json", "output"),
     "model": (
         "model",

@@ -117,7 +117,22 @@ def read_config(directory: Path) -> Configuration:
         family = head.instead_of(family)
     fields, spec, family = describe(transformer_folder(directory) / "config.json", stated, family)
     check_width(directory, spec)
-    return Configuration(fields, replace(spec, activation_fn=activation_function(directory, stated)), family)
+    return Configuration(fields, spec, family)
+
+
+def shows_logits(directory: Path) -> bool:
+    """Tell whether sentence-transformers shows a model's raw scores, because its files name ``Identity``.
+
+    Args:
+        directory: The model's directory, or its GGUF file.
+
+    Raises:
+        ModelNotFoundError: The files are damaged.
+    """
+    if not directory.is_dir():
+        return False
+    activation = activation_function(directory, read_stated(directory)) or ""
+    return activation.startswith("torch.") and activation.endswith(".Identity")
 
 
 def read_stated(directory: Path) -> Fields:

@@ -74,8 +74,6 @@ class ModelSpec:
         temperature: The number that the head's logits are divided by.
         tied: Whether the embedding table is the output embedding as well, where none is stored.
         modules: The steps of a head that is made of modules.
-        activation_fn: The class of the function that the model was trained with to make scores of logits, such as
-            ``"torch.nn.modules.activation.Sigmoid"``; None if its files do not say. grating's scores are logits.
         embedding: The width of the tables' rows; None for D. If it is another, a linear map brings them to D.
         absent: The roles around the layers that the family has and this model lacks.
         labels: The labels of a classifier.
@@ -100,7 +98,6 @@ class ModelSpec:
     temperature: float = 1.0
     tied: bool = False
     modules: tuple[HeadModule, ...] = ()
-    activation_fn: str | None = None
     embedding: int | None = None
     absent: frozenset[Role] = frozenset()
     labels: Labels = ONE

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 
 from grating_core.engine.scorer import Scorer
+from grating_core.files.places import expanded
+from grating_core.lens.probability import Probability, find_probability
 from grating_core.lens.pruning import ByLens
 from grating_core.lens.store import CalibratedLens
 from grating_core.memory.plan import MemoryPlan
@@ -85,6 +87,12 @@ class OpenReranker(ABC):
         Raises:
             FileError: The lens in the settings is missing or damaged, or is for other weights.
         """
+
+    @property
+    def probability(self) -> Probability:
+        """The function from raw scores to probabilities: one that was fitted to judgements, or the logistic."""
+        lens = self.settings.lens
+        return find_probability(None if lens is None else expanded(lens), self.identity)
 
     @property
     @abstractmethod

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from grating_core import ClusterPolicy, Reranker
+from grating_core import ClusterPolicy, Request, Reranker
 from tests.core.conftest import BUNDLED
 from tests.core.parity import load
 from tests.core.policies import StandsStill
@@ -45,6 +45,12 @@ def test_no_documents_give_an_empty_ranking(bundled: Reranker, scores: str) -> N
         (QUERY, "one string", {}, "documents must be a list.*not a str"),
         (QUERY, None, {}, "documents must be a list.*not a NoneType"),
         (QUERY, DOCUMENTS, {"scores": "rough"}, "scores='rough'"),
+        (QUERY, DOCUMENTS, {"score_threshold": 1.5}, "score_threshold=1.5 must be a probability"),
+        (QUERY, DOCUMENTS, {"score_threshold": -3.5}, "score_threshold=-3.5 must be a probability"),
+        (QUERY, DOCUMENTS, {"score_threshold": float("nan")}, "score_threshold=nan must be a finite number"),
+        (QUERY, DOCUMENTS, {"score_threshold": "0.5"}, "score_threshold='0.5' must be a finite number"),
+        (QUERY, DOCUMENTS, {"score_threshold": float("inf"), "raw_scores": True}, "score_threshold=inf"),
+        (QUERY, DOCUMENTS, {"score_threshold": 0.5, "scores": "estimated"}, "score_threshold=0.5 and scores="),
         ("word " * 600, DOCUMENTS, {}, r"query has 600 tokens.*512"),
     ],
 )
@@ -112,6 +118,24 @@ def test_duplicates_are_all_kept(bundled: Reranker) -> None:
     result = bundled.rerank(QUERY, [*DOCUMENTS, *DOCUMENTS], top_k=4)
     assert sorted(ranked.index for ranked in result.ranking) == [1, 2, 4, 5]
     assert result.ranking[0].score == pytest.approx(result.ranking[1].score, abs=1e-4)
+
+
+def test_a_threshold_leaves_out_what_is_less_probable(bundled: Reranker) -> None:
+    everything = bundled.rerank(QUERY, DOCUMENTS, 3).ranking
+    assert [one.probability for one in everything] == [bundled.probability(one.score) for one in everything]
+    for place, one in enumerate(everything):
+        for asked in (
+            {"score_threshold": one.probability},
+            {"score_threshold": one.score, "raw_scores": True},
+        ):
+            (many,) = bundled.rerank_many([Request(QUERY, DOCUMENTS, 3, **asked)])
+            awaited = asyncio.run(bundled.arerank(QUERY, DOCUMENTS, 3, **asked))
+            for found in (bundled.rerank(QUERY, DOCUMENTS, 3, **asked), many, awaited):
+                assert found.ranking == everything[: place + 1]
+    nothing = bundled.rerank("Who discovered penicillin?", DOCUMENTS, 3, score_threshold=0.5)
+    assert nothing.ranking == []
+    assert len(nothing.trace.layers[-1].alive) == 3
+    assert bundled.rerank(QUERY, DOCUMENTS, 3, score_threshold=0.0).ranking == everything  # as FlashRank's default
 
 
 def test_score_keeps_the_order_of_pairs_with_different_queries(bundled: Reranker) -> None:

@@ -154,7 +154,9 @@ def test_another_module_is_another_model(ettin: Path) -> None:
 
 
 def test_the_function_that_the_model_was_trained_with_is_known(ettin: Path) -> None:
-    assert load(ettin).scorer.model.spec.activation_fn == "torch.nn.modules.activation.Sigmoid"
+    assert not load(ettin).shows_logits  # its files name a sigmoid
+    change(ettin, "config_sentence_transformers.json", activation_fn="torch.nn.modules.linear.Identity")
+    assert load(ettin).shows_logits
 
 
 def change(directory: Path, file: str, **fields: object) -> None:
