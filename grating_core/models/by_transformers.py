@@ -22,7 +22,7 @@ from grating_core.models.directory import (
     read_headers,
     read_stated,
 )
-from grating_core.models.families import FAMILIES
+from grating_core.models.families import BASES, FAMILIES
 from grating_core.models.family import Family, Fields
 from grating_core.models.labels import Labels, read_labels
 from grating_core.models.modules import LIST, read_head, transformer_folder
@@ -39,13 +39,17 @@ def needs_transformers(directory: Path) -> bool:
 
     Raises:
         ModelNotFoundError: There is no readable ``config.json``.
+        UnsupportedModelError: Only code that comes with the model computes it.
     """
-    if is_gguf(directory):
-        return False
-    if read_head(directory) is not None:
+    if is_gguf(directory) or read_head(directory) is not None:
         return False
     stated = read_stated(directory)
-    return not FAMILIES.keys() & set(stated["architectures"]) and _class_of(stated) is not None
+    named = set(stated["architectures"])
+    if named & (FAMILIES.keys() | BASES.keys()):
+        return False
+    if _class_of(stated) is None and stated.get("auto_map"):
+        raise _no_class(directory / "config.json", stated)
+    return _class_of(stated) is not None
 
 
 def _class_of(stated: Fields) -> str | None:
@@ -207,16 +211,21 @@ class Classifier:
 
 
 def _checked_class(path: Path, stated: Fields) -> str:
-    """Return the name of transformers' class for a classifier, after refusing what it would compute wrongly."""
-    if (found := _class_of(stated)) is not None:
-        return found
+    """Return the name of transformers' class for a classifier, after refusing what is none."""
+    if (found := _class_of(stated)) is None:
+        raise _no_class(path, stated)
+    return found
+
+
+def _no_class(path: Path, stated: Fields) -> UnsupportedModelError:
+    """Return the error for what transformers itself cannot load as a classifier."""
     named = ", ".join(stated["architectures"]) or "no architecture"
     why = (
         "engine='transformers' computes only what transformers loads as a classifier (…ForSequenceClassification)"
     )
     if stated.get("auto_map"):
         why = "it is computed by code that comes with the model, which grating never runs"
-    raise UnsupportedModelError(f"{path} names {named}: {why}")
+    return UnsupportedModelError(f"{path} names {named}: {why}")
 
 
 def _skeleton(directory: Path) -> tuple[Any, Any]:

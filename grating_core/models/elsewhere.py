@@ -43,6 +43,11 @@ _OWNERS = (
     (r"qwen3-reranker-.*", "Qwen"),
     (r"gte-.*rerank.*", "Alibaba-NLP"),
     (r"zerank-.*", "zeroentropy"),
+    (r"jina-reranker-.*-(en|multilingual)|jina-reranker-v3", "jinaai"),
+    (r"ctxl-rerank-.*-\d+b.*", "ContextualAI"),
+    (r"llama-.*rerank.*", "nvidia"),
+    (r"granite-embedding-reranker-.*", "ibm-granite"),
+    (r"monot5-.*", "castorini"),
 )
 """Patterns of names on the hub that lack their owner, and the owner."""
 
@@ -70,13 +75,13 @@ def known_elsewhere(name: str) -> str | None:
         return f"model={name!r} is FlashRank's name of a file that is not on the hub: take {_FLASHRANK[name]!r}"
     if found := _ADDRESS.match(name):
         return f"model={name!r} is the address of a model on the hub: write {found[1]!r}"
+    for pattern, owner in _OWNERS:
+        if re.fullmatch(pattern, name, re.IGNORECASE):
+            return f"model={name!r} lacks its owner: write '{owner}/{name}'"
     for pattern, owner, instead in _SERVICES:
         if re.fullmatch(pattern, name, re.IGNORECASE):
             return (
                 f"model={name!r} is {owner}'s name of a model that runs there: take one that runs here, "
                 f"such as {instead!r}"
             )
-    for pattern, owner in _OWNERS:
-        if re.fullmatch(pattern, name, re.IGNORECASE):
-            return f"model={name!r} lacks its owner: write '{owner}/{name}'"
     return None

@@ -81,6 +81,11 @@ def find_family(architectures: list[str] | None) -> Family:
                 f"the model has architectures={architectures!r}: it is a base model or one that makes embeddings, "
                 f"and has no head that gives a score. Take a reranker, whose architecture ends in {_CLASSIFIER}"
             )
+        if name.endswith("ForConditionalGeneration"):
+            raise UnsupportedModelError(
+                f"the model has architectures={architectures!r}: it reads with an encoder and writes its answer "
+                f"with a decoder, as monoT5 does, which grating does not run. Take a cross-encoder"
+            )
     raise UnsupportedModelError(
         f"the model has architectures={architectures!r}; supported are {', '.join(FAMILIES)}"
     )

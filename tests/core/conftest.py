@@ -185,7 +185,7 @@ def spill_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def without_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibration does not look at 8 bits, as where no kernels compute them: it would take ten times as long."""
-    monkeypatch.setattr("grating_core.reranker.knows_8_bits", lambda scorer: False)
+    monkeypatch.setattr("grating_core.calibrating.knows_8_bits", lambda scorer: False)
 
 
 @contextmanager
