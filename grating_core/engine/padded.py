@@ -91,17 +91,15 @@ class PaddedScorer(Scorer):
             for place, pair in enumerate(pair for windows in job.encoded for pair in windows)
         ]
         scores = [np.full(sum(map(len, job.encoded)), np.nan) for job in jobs]
-        given_up: set[int] = set()
         for batch in self._batches(rows):
-            given_up.update(number for number, job in enumerate(jobs) if job.given_up())
-            wanted = [row for row in batch if row.job not in given_up]
+            ended = {number for number, job in enumerate(jobs) if _ends_early(job)}
+            wanted = [row for row in batch if row.job not in ended]
             for row, score in zip(wanted, self._score([row.pair for row in wanted]), strict=True):
                 scores[row.job][row.place] = score
         seconds = perf_counter() - started
-        for number, (job, found) in enumerate(zip(jobs, scores, strict=True)):
-            if number in given_up:
-                job.fail(Interrupted())
-            else:
+        self.watch.learn(self.model.depth, sum(len(row.pair.input_ids) for row in rows), seconds)
+        for job, found in zip(jobs, scores, strict=True):
+            if not job.over:
                 _finish(self.model, job, found, seconds)
 
     def _batches(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
@@ -144,6 +142,15 @@ class PaddedScorer(Scorer):
             return False
         rounding = _ROUNDING.get(self.model.products, _USUAL_ROUNDING)
         return abs(alone - beside) <= rounding * max(1.0, abs(alone))
+
+
+def _ends_early(job: Job[Outcome]) -> bool:
+    """End a job that nobody waits for any more, or whose deadline is over; tell whether it has ended."""
+    if job.deadline is not None and job.deadline.over:
+        job.finish(job.unread())
+    elif job.given_up():
+        job.fail(Interrupted())
+    return job.over
 
 
 def _finish(model: Classifier, job: Job[Outcome], scores: NDArray[np.float64], seconds: float) -> None:

@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -145,6 +146,21 @@ def test_a_batch_has_a_bounded_number_of_tokens(albert: Path, monkeypatch: pytes
             "w1", [random_text(length, random.Random(6), WORDS) for length in (2, 90, 3, 40, 44, 2, 1)]
         )
     assert seen == [[94], [48, 44], [7, 6, 6, 5]]
+
+
+async def test_a_deadline_ends_with_the_callers_order(albert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Reranker.from_pretrained(albert, device="cpu") as reranker:
+        expected = reranker.rerank("w1", ["w2", "w3 w4"]).ranking
+        assert reranker.rerank("w1", ["w2", "w3 w4"], deadline=60).ranking == expected
+        score = reranker.scorer.model.score
+        monkeypatch.setattr(reranker.scorer.model, "score", lambda *of: (time.sleep(0.05), score(*of))[1])
+        reranker.scorer.slice_tokens = 1
+        result = reranker.rerank("w1", ["w2"] * 99, 2, deadline=0.2)
+        assert result.trace.cut_short
+        assert [ranked.index for ranked in result.ranking] == [0, 1]
+        assert result.trace.seconds < 1
+        awaited = await reranker.arerank("w1", ["w2"] * 99, 2, deadline=0.2)
+        assert awaited.trace.cut_short
 
 
 async def test_it_can_be_awaited_shared_pickled_forked_and_closed(albert: Path) -> None:
