@@ -33,6 +33,7 @@ class Request:
         score_threshold: The least probability of a document that is returned; None leaves none out.
         raw_scores: Whether the threshold is a raw score, and no probability.
         deadline: Seconds for the whole call, see :meth:`Reranker.rerank`; None takes as long as it takes.
+        highlights: Whether to find the sentences that carried the scores.
     """
 
     query: str
@@ -44,6 +45,7 @@ class Request:
     score_threshold: float | None = field(default=None, kw_only=True)
     raw_scores: bool = field(default=False, kw_only=True)
     deadline: float | None = field(default=None, kw_only=True)
+    highlights: bool = field(default=False, kw_only=True)
 
     @classmethod
     def of(cls, query: str, documents: Iterable[str], top_k: int, **wanted: Any) -> Request:

@@ -137,6 +137,7 @@ class Reranker(Calibrated):
         score_threshold: float | None = None,
         raw_scores: bool = False,
         deadline: float | None = None,
+        highlights: bool = False,
     ) -> RerankResult:
         """Rank the documents by relevance to the query and return the best.
 
@@ -156,6 +157,7 @@ class Reranker(Calibrated):
                 documents are dropped, and sure winners stop early. When it is over, the best ranking so far comes
                 back, with estimates marked and ``trace.cut_short`` true. Without a lens, the first documents are
                 computed that can be. What has no estimate comes last, with the lowest score before it, or 0.
+            highlights: Whether to find the sentences of each returned document that carried its score.
 
         Returns:
             The top ``min(top_k, N)`` documents, best first, without those below the threshold; and the trace.
@@ -165,7 +167,12 @@ class Reranker(Calibrated):
             ScoreError: The model gave a score that is not a finite number.
             RuntimeError: The reranker has been closed.
         """
-        wanted = {"score_threshold": score_threshold, "raw_scores": raw_scores, "deadline": deadline}
+        wanted = {
+            "score_threshold": score_threshold,
+            "raw_scores": raw_scores,
+            "deadline": deadline,
+            "highlights": highlights,
+        }
         return self._rerank([Request.of(query, documents, top_k, scores=scores, **wanted)])[0]
 
     async def arerank(
@@ -178,9 +185,15 @@ class Reranker(Calibrated):
         score_threshold: float | None = None,
         raw_scores: bool = False,
         deadline: float | None = None,
+        highlights: bool = False,
     ) -> RerankResult:
         """Await what :meth:`rerank` returns. Waiting holds no thread; cancelling the task ends its computing."""
-        wanted = {"score_threshold": score_threshold, "raw_scores": raw_scores, "deadline": deadline}
+        wanted = {
+            "score_threshold": score_threshold,
+            "raw_scores": raw_scores,
+            "deadline": deadline,
+            "highlights": highlights,
+        }
         request = Request.of(query, documents, top_k, scores=scores, **wanted)
         return await self.awaited(request, self.job(request))
 

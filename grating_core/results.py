@@ -10,6 +10,21 @@ from grating_core.pruning import Route
 
 
 @dataclass(frozen=True)
+class Highlight:
+    """A highlight is a sentence of a document that carried the document's score.
+
+    Attributes:
+        start: The place of its first character in the document.
+        stop: The place behind its last character.
+        worth: How much the sentence carries, from above 0 to 1: the best sentence of the document has 1.
+    """
+
+    start: int
+    stop: int
+    worth: float
+
+
+@dataclass(frozen=True)
 class RankedDocument:
     """A ranked document has a place in the ranking.
 
@@ -21,6 +36,8 @@ class RankedDocument:
         estimated: Whether the score is an estimate that was read before the last layer; never with
             ``scores="exact"``, unless time was short before a deadline. The level of a lens' estimate may be off,
             and so may its probability: compare it only with other estimates of the same request.
+        highlights: The sentences that carried the score, best first, if they were asked for. There are none where
+            a document has no text, or left the pass too early.
     """
 
     index: int
@@ -28,6 +45,7 @@ class RankedDocument:
     text: str
     probability: float
     estimated: bool = False
+    highlights: tuple[Highlight, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from grating_core.engine.highlights import Highlighter
 from grating_core.engine.watch import Deadline
 from grating_core.errors import ScoreError
 from grating_core.forking import Interrupted
@@ -44,6 +45,7 @@ class Contest:
         abandoned: Function that says whether nobody waits for the result any more.
         deadline: The time at which the contest ends with the best ranking so far; None for none.
         lengths: Number of tokens of each candidate; with a deadline only.
+        highlighter: What finds the sentences that carry the scores; None for nothing.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Contest:
         abandoned: Callable[[], bool] = lambda: False,
         deadline: Deadline | None = None,
         lengths: Sequence[int] = (),
+        highlighter: Highlighter | None = None,
     ) -> None:
         self.pruning = pruning
         self.deadline = deadline
@@ -77,6 +80,7 @@ class Contest:
         self.usage = Meter()
         """What the pass has used so far."""
         self.abandoned = abandoned
+        self.highlighter = highlighter
         self.depth = depth
         self._windows = windows
         self._top_k = top_k

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from time import perf_counter
 from typing import NamedTuple
 
@@ -18,10 +18,12 @@ from torch.nn.functional import pad
 
 from grating_core.engine.contest import Contest, Scores
 from grating_core.engine.head import HeadReader
+from grating_core.engine.highlights import Highlighter
 from grating_core.engine.ragged import RaggedBatch, Slice
 from grating_core.engine.walk import Walk
 from grating_core.engine.watch import Watch
 from grating_core.forking import Interrupted
+from grating_core.kernels.operands import Seen
 from grating_core.kernels.room import Room
 from grating_core.layers.rotary import Angles
 from grating_core.layers.sending import sent
@@ -67,6 +69,9 @@ def forward(
     model.prepare(batch.input_ids)
     room = Room()
     angles = model.angles(torch.arange(batch.longest, device=model.device))
+    highlighters = {
+        request: contest.highlighter for request, contest in enumerate(contests) if contest.highlighter is not None
+    }
     embedded = False  # whether the states before the first layer are there
     stint = _Stint(watch)
     for number in range(model.depth + 1):
@@ -92,14 +97,20 @@ def forward(
         if not number and not readers:  # before the first layer, only a lens reads scores
             continue
 
-        def see(states: Tensor, part: Slice, readers: Mapping[int, Reader] = readers) -> None:
+        def see(
+            states: Tensor, part: Slice, number: int = number, readers: Mapping[int, Reader] = readers
+        ) -> None:
             if all(contest.abandoned() for contest in contests if contest.alive):
                 raise Interrupted
             for request, asked in part.asked_by_request:
+                if request in highlighters:
+                    highlighters[request].see(number, states, asked)
                 if request in readers:
                     readers[request].see(states, asked)
 
-        for _ in _run_layer(model, number, batch, hidden, angles, slice_tokens, room, see, embed=not embedded):
+        for _ in _run_layer(
+            model, number, batch, hidden, angles, slice_tokens, room, see, highlighters, embed=not embedded
+        ):
             for request in _late(contests, model.device):
                 contests[request].end()
                 yield request
@@ -207,6 +218,7 @@ def _run_layer(
     slice_tokens: int,
     room: Room,
     see: See,
+    highlighters: Mapping[int, Highlighter],
     *,
     embed: bool,
 ) -> Iterator[None]:
@@ -224,7 +236,14 @@ def _run_layer(
     last = number == model.depth
     slices = batch.slices(slice_tokens, model.spec.pooling if last else "mean")
     with model.layer(number) as layer:
-        walk = Walk(layer, None if layer.spec.rotary is None else angles[layer.spec.rotary], room)
+        turned = None if layer.spec.rotary is None else angles[layer.spec.rotary]
+
+        def follow(part: Slice, seen: Seen) -> None:
+            for request, own in groupby(part.parts, lambda one: one.piece.request):
+                if request in highlighters:
+                    highlighters[request].follow(number, layer, turned, list(own), seen)
+
+        walk = Walk(layer, turned, room, follow if highlighters else None)
         for part, states in hidden.visit(slices, read=not embed, write=not last):
             yield
             tokens = part.tokens.stop - part.tokens.start

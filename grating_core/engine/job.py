@@ -8,6 +8,7 @@ from functools import cached_property
 from time import perf_counter
 from typing import Generic, TypeVar
 
+from grating_core.engine.highlights import Highlighter
 from grating_core.engine.watch import Deadline
 from grating_core.lens.pruning import Pruning
 from grating_core.pruning import Off
@@ -31,6 +32,7 @@ class Job(Generic[Found]):
         pause: Function that says whether to give the job up; None never says so.
         deadline: The time at which the job should end; None for none.
         unread: Function that returns what there is when not one layer was computed in time; with a deadline only.
+        highlighter: What finds the sentences that carry the scores; None for nothing.
     """
 
     def __init__(
@@ -43,11 +45,13 @@ class Job(Generic[Found]):
         pause: Callable[[], bool] | None = None,
         deadline: Deadline | None = None,
         unread: Callable[[], Found] | None = None,
+        highlighter: Highlighter | None = None,
     ) -> None:
         self.top_k = top_k
         self.pruning = pruning
         self.first_number = first_number
         self.deadline = deadline
+        self.highlighter = highlighter
         self.started = perf_counter()
         """The time at which the caller came."""
         self.begun = False

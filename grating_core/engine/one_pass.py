@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 
 from grating_core.engine.contest import Contest, Winner
@@ -20,7 +20,7 @@ from grating_core.memory.plan import MemoryPlan
 from grating_core.models.by_transformers import Classifier
 from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.requests import Request
-from grating_core.results import RankedDocument, RerankResult, Trace
+from grating_core.results import Highlight, RankedDocument, RerankResult, Trace
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Outcome:
 
     winners: list[Winner]
     trace: Trace
+    highlights: Mapping[int, tuple[Highlight, ...]] = field(default_factory=dict)
+    """The highlights of the winners, by their indices, if they were asked for."""
 
     def result(self, request: Request, probability: Callable[[float], float]) -> RerankResult:
         """Return the result of a request.
@@ -38,7 +40,14 @@ class Outcome:
             probability: Function that turns a score into a probability.
         """
         ranking = [
-            RankedDocument(won.index, won.score, request.documents[won.index], chance, won.estimated)
+            RankedDocument(
+                won.index,
+                won.score,
+                request.documents[won.index],
+                chance,
+                won.estimated,
+                self.highlights.get(won.index, ()),
+            )
             for won in self.winners
             if request.keeps(won.score, chance := probability(won.score))
         ]
@@ -99,6 +108,7 @@ def run_pass(
             abandoned=job.given_up,
             deadline=job.deadline,
             lengths=[lengths[number, candidate] for candidate in range(len(job.encoded))],
+            highlighter=job.highlighter,
         )
         for number, job in enumerate(jobs)
     ]
@@ -117,9 +127,14 @@ def run_pass(
                     continue
                 memory = None if peak is None else peak.bytes
                 trace = trace_of(model, contest, requests[number], shared.get(number, 0), job.started, memory)
-                job.finish(Outcome(contest.winners, trace))
+                job.finish(Outcome(contest.winners, trace, _highlights(model, contest)))
     finally:
         model.rewind()
+
+
+def _highlights(model: CrossEncoder, contest: Contest) -> dict[int, tuple[Highlight, ...]]:
+    finder = contest.highlighter
+    return {} if finder is None else {won.index: finder.found(model, won.index) for won in contest.winners}
 
 
 def trace_of(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from grating_core.engine.highlights import Highlighter
 from grating_core.engine.job import Job
 from grating_core.engine.lanes import Lanes
 from grating_core.engine.one_pass import Outcome, run_pass, unread_outcome
@@ -99,14 +100,23 @@ class Scorer(ABC):
             pruning: How candidates stop early.
         """
         query, documents, top_k = request.query, request.documents, min(request.top_k, len(request.documents))
+        finder = self.highlighter(documents) if request.highlights else None
         if request.deadline is None:
-            job: Job[Outcome] = Job(partial(self.template.encode, query, documents), top_k=top_k, pruning=pruning)
+            encode = partial(self.template.encode, query, documents)
+            job: Job[Outcome] = Job(encode, top_k=top_k, pruning=pruning, highlighter=finder)
         else:
             deadline = Deadline(self.watch.now() + request.deadline, self.watch)
-            encode = partial(self._encode_in_time, query, documents, deadline)
+            encode_in_time = partial(self._encode_in_time, query, documents, deadline)
             model = self.model
             unread = partial(unread_outcome, model.depth, model.notes, len(documents), top_k, request.deadline)
-            job = Job(encode, top_k=top_k, pruning=pruning, deadline=deadline, unread=unread)
+            job = Job(
+                encode_in_time,
+                top_k=top_k,
+                pruning=pruning,
+                deadline=deadline,
+                unread=unread,
+                highlighter=finder,
+            )
         if not documents:
             seconds = perf_counter() - job.started
             job.finish(Outcome([], Trace((), self.model.depth, (), (), seconds, notes=self.model.notes)))
@@ -122,6 +132,16 @@ class Scorer(ABC):
                 return []
             found += self.template.encode(query, documents[first : first + _ENCODED])
         return found
+
+    def highlighter(self, documents: Sequence[str]) -> Highlighter:
+        """Return what finds the highlights of a request's documents.
+
+        Raises:
+            ValueError: This scorer finds none.
+        """
+        raise ValueError(
+            "highlights=True needs grating's own layers, but transformers computes this model: leave it out"
+        )
 
     def jobs_of_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Job[Outcome]]:
         """Return the jobs of computing the full model's score of each pair of query and text.
@@ -221,6 +241,10 @@ class LayerScorer(Scorer):
         model = self.recount.model if lossless and self.recount is not None else self.model
         watch = self.watch if model is self.model else None
         run_pass(model, jobs, slice_tokens=self.slice_tokens, plan=self.plan, recount=self.recount, watch=watch)
+
+    def highlighter(self, documents: Sequence[str]) -> Highlighter:
+        """See :meth:`Scorer.highlighter`."""
+        return Highlighter.of(self.model.spec, self.template, documents)
 
     def take_over(self, calibrated: CalibratedLens) -> CalibratedLens | None:
         """Return a new lens with the margins for this model; None if it has none. Recounts take over its doubt."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -15,6 +17,9 @@ from grating_core.layers.rotary import Angles
 from grating_core.layers.sending import integers, sent
 from grating_core.models.layered import Layer
 
+Beside = Callable[[Slice, Seen], None]
+"""A function that is given a slice with queries, and the keys and values that they see."""
+
 
 class Walk:
     """A walk keeps the keys and values of one layer as long as tokens of a later slice attend to them.
@@ -23,12 +28,14 @@ class Walk:
         layer: The layer.
         angles: Angles at the positions from 0 on; None if the layer has no rotary positions.
         room: The memory for intermediate results.
+        beside: What else looks at the keys and values; None for nothing.
     """
 
-    def __init__(self, layer: Layer, angles: Angles | None, room: Room) -> None:
+    def __init__(self, layer: Layer, angles: Angles | None, room: Room, beside: Beside | None = None) -> None:
         self._layer = layer
         self._room = room
         self._angles = angles
+        self._beside = beside
         self._places: tuple[Tensor | None, Tensor | None] = (None, None)  # keys and queries of relative positions
         if layer.spec.relative is not None:
             self._places = layer.steps.positions(layer.spec, layer.weights, layer.table)
@@ -64,6 +71,8 @@ class Walk:
             hidden, states, turned = hidden[rows], states[rows], turned and turned.at(rows)
         query = steps.queries(spec, weights, states, turned)
         seen = self._seen(part, key, value)
+        if self._beside is not None:
+            self._beside(part, seen)
         attended = ragged_attention(spec, query, seen, part.spans, self._room, self._places)
         output: Tensor = steps.finished(spec, weights, hidden, attended, mlp)
         return output

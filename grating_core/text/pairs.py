@@ -68,7 +68,7 @@ class Template(ABC):
 
     def __init__(self, tokenizer: TextTokenizer, window: int, long_documents: LongDocuments) -> None:
         self._tokenizer = tokenizer
-        self._long_documents = long_documents
+        self.long_documents = long_documents
         self.window = window
 
     @abstractmethod
@@ -90,6 +90,10 @@ class Template(ABC):
         """Return how many tokens a text has, special tokens not counted."""
         return self._tokenizer.count(text)
 
+    def count_each(self, texts: Sequence[str]) -> list[int]:
+        """Return how many tokens each of the texts has, special tokens not counted."""
+        return [len(found.ids) for found in self._tokenizer.encode(texts)]
+
     def tail(self, text: str, tokens: int) -> str:
         """Return the last tokens of a text as text, or the whole text if it has no more tokens."""
         kept = self._tokenizer.tail(text, tokens)
@@ -99,7 +103,7 @@ class Template(ABC):
 
     def _most(self, room: int) -> int | None:
         """Return how many tokens of a document are used; None for all."""
-        return None if self._long_documents == "windows" else room
+        return None if self.long_documents == "windows" else room
 
     def _question(self, query: str) -> list[int]:
         # Only the beginning of a query that is too long is tokenised: the query is refused anyway.
@@ -155,7 +159,7 @@ class PairTemplate(Template):
         room = self.window - len(self._lead) - len(self._gap) - len(self._trail) - len(question)
         self._check_room(room, query)
         return [
-            [self._join(question, part, cut) for part, cut in divided(found.ids, room, self._long_documents)]
+            [self._join(question, part, cut) for part, cut in divided(found.ids, room, self.long_documents)]
             for found in self._tokenizer.encode(documents, self._most(room))
         ]
 
@@ -247,8 +251,8 @@ class PromptTemplate(Template):
     def _parts(self, ids: list[int], room: int) -> list[tuple[list[int], bool]]:
         """Return the tokens of a document, or of each of its windows, with its ending, and whether it was cut."""
         if len(ids) <= room or not self._ending:
-            return list(divided(ids, room, self._long_documents))
-        *others, (last, cut) = divided(ids, room - len(self._ending), self._long_documents)
+            return list(divided(ids, room, self.long_documents))
+        *others, (last, cut) = divided(ids, room - len(self._ending), self.long_documents)
         # What is not the document's end lacks the ending.
         return [*((part + self._ending, False) for part, _ in others), (last + self._ending if cut else last, cut)]
 

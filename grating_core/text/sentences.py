@@ -1,0 +1,28 @@
+"""Sentences of a text are found by their ends, and every character of the text is in one of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+_SHORTEST = 12  # characters; what is shorter goes with the sentence behind it: initials, numbers of a list
+_ENDS = re.compile(r"[.!?…]+[\"'”’»)\]]*(?=\s+[^\sa-z])|[。！？]+[”’」』）]*|(?:\s*\n){2,}|\n(?=\s*[-*•]\s)")
+
+
+def sentences(text: str) -> list[tuple[int, int]]:
+    """Return where each sentence of a text begins, and the character behind its end. White space leads a sentence.
+
+    Args:
+        text: The text, which may be empty. A sentence ends with its punctuation, a paragraph or an item of a list.
+    """
+    return list(_divided(text))
+
+
+def _divided(text: str) -> Iterator[tuple[int, int]]:
+    start = 0
+    for end in _ENDS.finditer(text):
+        if len(text[start : end.end()].strip()) >= _SHORTEST and text[end.end() :].strip():
+            yield start, end.end()
+            start = end.end()
+    if text[start:].strip():
+        yield start, len(text)

@@ -1,0 +1,106 @@
+"""Highlights are sentences of the returned documents, and finding them changes no score."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from grating_core import Request, Reranker
+from grating_core.pruning import MarginPolicy
+from tests.core.conftest import WORDS
+from tests.core.parity import load, random_text
+
+SOURCE = random.Random(11)
+QUERY = "w1 w2 w3"
+
+
+def text(*lengths: int) -> str:
+    """Return a text of sentences with so many words."""
+    return " ".join(f"W1 {random_text(length, SOURCE, WORDS)}." for length in lengths)
+
+
+TEXTS = [text(*lengths) for lengths in ((9, 5, 12, 7), (6,), (20, 4), (3, 3, 3, 3, 3, 3, 3, 3), (1,), (40, 30))]
+
+
+def test_highlights_change_no_score(tiny: Path) -> None:
+    reranker = load(tiny)
+    plain, found = (reranker.rerank(QUERY, TEXTS, 4, highlights=wanted) for wanted in (False, True))
+    assert [(one.index, one.score) for one in found.ranking] == [(one.index, one.score) for one in plain.ranking]
+    assert not any(one.highlights for one in plain.ranking)
+    for one in found.ranking:
+        assert one.highlights[0].worth == 1
+        worths = [highlight.worth for highlight in one.highlights]
+        assert worths == sorted(worths, reverse=True)
+        assert worths[-1] >= 0.5
+        for highlight in one.highlights:
+            sentence = one.text[highlight.start : highlight.stop]
+            assert sentence == sentence.strip()
+            assert (sentence[:3], sentence[-1]) == ("W1 ", ".")
+
+
+def test_a_single_sentence_alone_scores_what_its_document_does(tiny: Path) -> None:
+    reranker = load(tiny)
+    job = reranker.job(Request(QUERY, [TEXTS[1], TEXTS[4], TEXTS[0]], 3, highlights=True))
+    with reranker.scorer.turn:
+        reranker.scorer.run([job])
+    scores = job.future.result().trace.layers[-1].scores
+    assert job.highlighter is not None
+    model = reranker.scorer.model
+    for candidate in (0, 1):
+        alone = job.highlighter.alone(model, candidate)
+        if alone is None:  # a mean has no scoring token
+            assert model.shape.pooling == "mean" or model.spec.layers[0].relative is not None
+            continue
+        assert alone == pytest.approx([scores[candidate]], abs=1e-4)
+    several = job.highlighter.alone(model, 2)
+    assert several is None or (len(several) == 4 and np.isfinite(several).all())
+
+
+def test_highlights_do_not_depend_on_neighbours(tiny_bert: Path) -> None:
+    reranker = load(tiny_bert)
+    together = {one.index: one for one in reranker.rerank(QUERY, TEXTS, len(TEXTS), highlights=True).ranking}
+    for index, one in enumerate(TEXTS):
+        (single,) = reranker.rerank(QUERY, [one], 1, highlights=True).ranking
+        assert [highlight.start for highlight in single.highlights] == [
+            highlight.start for highlight in together[index].highlights
+        ]
+
+
+def test_what_has_no_sentence_has_no_highlight(tiny_bert: Path) -> None:
+    found = load(tiny_bert).rerank(QUERY, ["", " ", "w1"], 3, highlights=True)
+    highlights = {one.index: one.highlights for one in found.ranking}
+    assert highlights[0] == highlights[1] == ()
+    assert [(one.start, one.stop, one.worth) for one in highlights[2]] == [(0, 2, 1.0)]
+
+
+def test_highlights_lie_in_what_was_read(tiny_bert: Path) -> None:
+    reranker = load(tiny_bert, max_length=24)
+    found = reranker.rerank(QUERY, [text(8, 8, 8, 8, 8, 8)], 1, highlights=True)
+    assert found.trace.truncated == (0,)
+    assert all(one.start < 24 * 8 for one in found.ranking[0].highlights)
+
+
+def test_a_document_that_leaves_early_may_have_none(tiny_bert: Path) -> None:
+    reranker = load(tiny_bert)
+    depth = reranker.scorer.model.depth
+    early = MarginPolicy((0.0,) * (depth + 1), (0.0,) * (depth + 1))
+    request = Request(QUERY, TEXTS, 2, scores="estimated", pruning=early, highlights=True)
+    (found,) = reranker.rerank_many([request])
+    assert len(found.ranking) == 2
+
+
+def test_windows_are_refused(tiny_bert: Path) -> None:
+    reranker = load(tiny_bert, long_documents="windows")
+    with pytest.raises(ValueError, match="highlights=True"):
+        reranker.rerank(QUERY, TEXTS, 2, highlights=True)
+
+
+def test_the_sentence_that_answers_is_highlighted(bundled: Reranker) -> None:
+    document = (
+        "The city lies on a river. Many people visit it each year! Berlin had 3,520,031 inhabitants in 2015. "
+        "The weather is mild. Its zoo is the oldest in the country."
+    )
+    (found,) = bundled.rerank("How many people live in Berlin?", [document], 1, highlights=True).ranking
+    best = found.highlights[0]
+    assert document[best.start : best.stop] == "Berlin had 3,520,031 inhabitants in 2015."
