@@ -159,7 +159,7 @@ class Highlighter:
             copies = self._copies.get(candidate)
             states.append(self._own[candidate].expand(len(counts), -1) if copies is None else copies)
         after = _step(layer, angles, torch.cat(states), places, np.concatenate(keys), spans, seen)
-        for (_, candidate), own in zip(whole, after.split([len(some) for some in states]), strict=True):
+        for (_, candidate), own in zip(whole, torch.split(after, [len(some) for some in states]), strict=True):
             assert candidate is not None
             self._copies[candidate] = own
 
@@ -254,4 +254,4 @@ def _highlights(worth: NDArray[np.float64], places: Places) -> tuple[Highlight, 
     best = float(worth.max())
     shares = worth / best if best > 0 else np.ones_like(worth)
     order = [index for index in np.argsort(-shares, kind="stable").tolist() if shares[index] >= _SHOWN]
-    return tuple(Highlight(*places[index], float(shares[index])) for index in order)
+    return tuple(Highlight(places[index][0], places[index][1], float(shares[index])) for index in order)
