@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +305,27 @@ def check_taken(family: Family, stored: Mapping[str, StoredTensor], wanted: Cont
                 f"{tensor.path} stores {name}, which grating's {family.architecture} does not use: without it the "
                 f"scores would be wrong"
             )
+
+
+def check_complete(directory: Path, family: Family, stored: Container[str], wanted: Iterable[str]) -> None:
+    """Refuse weights that are not all there.
+
+    Raises:
+        ModelNotFoundError: Tensors are missing; the message names some, and says if they are the head.
+    """
+    missing = [name for name in wanted if name not in stored]
+    if not missing:
+        return
+    heads = tuple(f"{name}." for name in family.head if "{" not in name)
+    if heads and all(name.startswith(heads) for name in missing):
+        raise ModelNotFoundError(
+            f"the weights in {directory} lack {missing[0]}, the head that gives the score: they are those of a "
+            f"base model or of one that makes embeddings. Take a reranker, or the files that it was saved with"
+        )
+    raise ModelNotFoundError(
+        f"the weights in {directory} lack {len(missing)} tensors that {family.architecture} needs: "
+        f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
+    )
 
 
 def _shown(value: object) -> str:

@@ -24,7 +24,7 @@ from grating_core.memory.plan import MemoryPlan, ModelSizes
 from grating_core.memory.rows import RowCache
 from grating_core.memory.streamer import Streamer
 from grating_core.models.adapter import Adapter
-from grating_core.models.agreement import check_stored, check_taken
+from grating_core.models.agreement import check_complete, check_stored, check_taken
 from grating_core.models.directory import blaming_config, read_config, read_headers, weight_files
 from grating_core.models.identity import fingerprint
 from grating_core.models.layered import Parts, kernels_work, relative_bytes, work_per_token
@@ -164,12 +164,7 @@ class StoredModel(ABC):
     def _match(self, stored: Mapping[str, StoredTensor], wanted: Mapping[str, Shape]) -> dict[str, StoredTensor]:
         """Return the stored tensor for each wanted name."""
         check_taken(self.family, stored, wanted)
-        missing = [name for name in wanted if name not in stored]
-        if missing:
-            raise ModelNotFoundError(
-                f"the weights in {self.directory} lack {len(missing)} tensors that {self.family.architecture} "
-                f"needs: {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
-            )
+        check_complete(self.directory, self.family, stored, wanted)
         for name, shape in wanted.items():
             if stored[name].kind not in FLOATS:
                 raise UnsupportedModelError(

@@ -108,6 +108,15 @@ def test_missing_tensors_are_named(directory: Path) -> None:
         load(directory)
 
 
+def test_weights_without_a_head_are_no_reranker(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    weights = load_file(path)
+    del weights["classifier.weight"], weights["classifier.bias"]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ModelNotFoundError, match=r"lack classifier\.weight, the head.*makes embeddings"):
+        load(directory)
+
+
 def run_shown(message: str) -> None:
     """Run the command that a message shows."""
     exec(shlex.split(message[message.index("python -c") :])[2], {})

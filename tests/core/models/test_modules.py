@@ -15,7 +15,8 @@ from sentence_transformers.base.modules.normalize import Normalize
 from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm, Pooling
 from torch import nn
 
-from grating_core import ModelNotFoundError, UnsupportedModelError
+from grating_core import ModelNotFoundError, Reranker, UnsupportedModelError
+from grating_core.errors import BudgetError, FileError
 from grating_core.models.identity import fingerprint
 from tests.core.conftest import FAMILIES, WORDS, randomise, save_tokenizer
 from tests.core.models.test_directory import run_shown
@@ -88,6 +89,37 @@ def test_scores_equal_the_cross_encoders(tmp_path: Path, family: str, head: str)
 def pairs_of(source: random.Random) -> list[tuple[str, str]]:
     query = random_text(3, source, WORDS)
     return [(query, random_text(length, source, WORDS)) for length in LENGTHS]
+
+
+@pytest.mark.parametrize("head", ["ettin", "mean"])
+def test_streamed_and_in_8_bits(tmp_path: Path, spill_directory: Path, head: str) -> None:
+    directory = save_modular(tmp_path, "modernbert-cls", head)
+    pairs = pairs_of(random.Random(5))
+    expected = reference(directory, pairs)
+    with pytest.raises(BudgetError) as told:
+        load(directory, memory_budget="1KB")
+    streamed = load(directory, memory_budget=told.value.smallest)
+    assert streamed.plan is not None
+    assert streamed.plan.streamed
+    assert streamed.score(pairs) == pytest.approx(expected, abs=TOLERANCE)
+    rounded = load(directory, dtype="int8").score(pairs)
+    assert rounded == pytest.approx(expected, abs=0.2 * (max(expected) - min(expected)))
+
+
+@pytest.mark.usefixtures("without_8_bits", "spill_directory")
+def test_a_lens_knows_what_the_head_reads(ettin: Path, tmp_path: Path) -> None:
+    source = random.Random(6)
+    texts = [random_text(9, source, WORDS) for _ in range(60)]
+    reranker = load(ettin)
+    lens = reranker.calibrate(texts[:40], texts[20:], output=tmp_path / "lens", top_k=2, candidates=6, requests=20)
+    assert lens.lens.pooling == "first"
+    pruned = Reranker.from_pretrained(ettin, lens=tmp_path / "lens", dtype="float32", device="cpu")
+    expected = dict(enumerate(reranker.score([(texts[0], text) for text in texts])))
+    for ranked in pruned.rerank(texts[0], texts, top_k=3).ranking:
+        assert ranked.score == pytest.approx(expected[ranked.index], abs=TOLERANCE)
+    change(ettin, "1_Pooling/config.json", pooling_mode="mean")
+    with pytest.raises(FileError, match=r"other (weights|model)"):
+        Reranker.from_pretrained(ettin, lens=tmp_path / "lens", dtype="float32", device="cpu")
 
 
 def test_a_prompt_goes_before_the_query(tmp_path: Path) -> None:
@@ -250,7 +282,7 @@ def test_a_module_of_another_model_is_refused(ettin: Path, tmp_path: Path) -> No
         load(ettin)
     change(ettin, "1_Pooling/config.json", embedding_dimension=32)
     change(ettin, "2_Dense/config.json", in_features=32, bias=True)
-    with pytest.raises(ModelNotFoundError, match=r"lack 1 tensors.*2_Dense/linear\.bias"):
+    with pytest.raises(ModelNotFoundError, match=r"lack 2_Dense/linear\.bias, the head"):
         load(ettin)
 
 
