@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from grating_core.errors import FileError, GratingError, ModelNotFoundError, UnsupportedModelError
+from grating_core.errors import FileError, GratingError, ModelNotFoundError
 from grating_core.files.places import expanded, is_there
 from grating_core.files.reading import read_json, read_json_or
 from grating_core.memory.checkpoint import Checkpoint
@@ -27,7 +27,6 @@ from grating_core.models.modules import (
     check_width,
     is_inside,
     read_head,
-    read_list,
     transformer_folder,
 )
 from grating_core.models.pickled import remedy
@@ -257,19 +256,6 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
         ) from error
     checkpoint.close()
     return checkpoint.tensors
-
-
-def check_answers(directory: Path) -> None:
-    """Refuse a model whose answers only a module of sentence-transformers names.
-
-    Raises:
-        UnsupportedModelError: The model is such a one.
-    """
-    if any(kind == "LogitScore" for kind, _ in read_list(directory)):
-        raise UnsupportedModelError(
-            f"{directory / 'modules.json'} has LogitScore, whose token ids make the score. grating does not read "
-            f"them: pass template=Prompt(pieces, yes, no), with these tokens as texts"
-        )
 
 
 def describe_weights(directory: Path) -> dict[str, Any]:

@@ -40,8 +40,10 @@ class ChatFormat:
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """The tokens that begin and end a text, by the names that templates have for them."""
-        return {name: _content(self._settings.get(name)) for name in ("bos_token", "eos_token")}
+        """The tokenizer's special tokens, by the names that templates have for them."""
+        found = {name: value for name, value in self._settings.items() if isinstance(value, str | dict)}
+        named = [name for name, value in found.items() if name.endswith("_token") and _content(value)]
+        return {name: _content(found.get(name)) for name in ("bos_token", "eos_token", *named)}
 
     def controls(self, backend: Tokenizer) -> set[str]:
         """Return the tokens that have a meaning to the model beside those that its tokenizer calls special.
@@ -57,11 +59,11 @@ class ChatFormat:
         template = self._template or ""
         return added & (contents | {token for token in added if _MARK.fullmatch(token) and token in template})
 
-    def render(self, messages: Sequence[Mapping[str, str]], **variables: Any) -> str | None:
+    def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str | None:
         """Write messages as the model reads them, up to its answer; return None if it has no chat template.
 
         Args:
-            messages: Messages with ``role`` and ``content``.
+            messages: Messages with ``role`` and ``content``, a text or a list of parts.
             variables: Other variables of the template, by name.
 
         Raises:
@@ -71,13 +73,9 @@ class ChatFormat:
             return None
         from transformers.utils.chat_template_utils import render_jinja_template  # slow to import
 
-        specials: dict[str, Any] = self.special_tokens
+        values: dict[str, Any] = {"add_generation_prompt": True, **self.special_tokens, **variables}
         rendered: Any = render_jinja_template(
-            [[dict(message) for message in messages]],
-            chat_template=self._template,
-            add_generation_prompt=True,
-            **variables,
-            **specials,
+            [[dict(message) for message in messages]], chat_template=self._template, **values
         )
         return str(rendered[0][0])  # the text of the only conversation
 

@@ -56,6 +56,11 @@ class Inputs:
     structured: bool = False
     answers: tuple[int, int | None] | None = None
 
+    @property
+    def used(self) -> bool:
+        """Whether the model's files say more of a pair than its tokenizer does."""
+        return self.chat is not None or self.answers is not None
+
 
 @dataclass(frozen=True)
 class _Transformer:

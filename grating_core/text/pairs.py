@@ -131,6 +131,7 @@ class PairTemplate(Template):
         long_documents: The treatment of a document that does not fit: its end is cut, or it becomes windows.
         has_types: Whether the model is told which text a token belongs to.
         prompt: The text that goes before a query.
+        answers: The tokens whose logits are the score; None if it is not made of logits.
     """
 
     def __init__(
@@ -141,8 +142,10 @@ class PairTemplate(Template):
         *,
         has_types: bool,
         prompt: str = "",
+        answers: tuple[int, int | None] | None = None,
     ) -> None:
         super().__init__(tokenizer, window, long_documents)
+        self.answers = answers
         self._prompt = tokenizer.written(prompt)
         # This pair shows what the tokenizer puts around two texts. A pair with an empty text would not show it:
         # the library then says that no token comes from either text.
@@ -207,7 +210,10 @@ class PromptTemplate(Template):
         if instruction is not None and not prompt.takes_instruction:
             raise ValueError(f"instruction={instruction!r}: the template has no slot {{instruction}} for it")
         self._prompt = replace(
-            prompt, pieces=tuple(map(tokenizer.written, prompt.pieces)), ending=tokenizer.written(prompt.ending)
+            prompt,
+            pieces=tuple(map(tokenizer.written, prompt.pieces)),
+            ending=tokenizer.written(prompt.ending),
+            instruction_format=tokenizer.written(prompt.instruction_format),
         )
         self._ending = self._ids(self._prompt.ending)
         self.temperature = prompt.temperature
@@ -265,7 +271,9 @@ class PromptTemplate(Template):
         return [token for piece in pieces for token in self._tokenizer.ids(piece)]
 
 
-def _answer(tokenizer: TextTokenizer, word: str) -> int:
+def _answer(tokenizer: TextTokenizer, word: str | int) -> int:
+    if isinstance(word, int):
+        return word
     backend = tokenizer.backend
     ids: list[int] = backend.encode(word, add_special_tokens=False).ids
     unknown = getattr(backend.model, "unk_token", None)
@@ -325,4 +333,11 @@ def load_template(
             f"instruction={instruction!r}: this model takes only query and document; leave the instruction out"
         )
     inputs = read_inputs(directory)
-    return PairTemplate(tokenizer, window, long_documents, has_types=has_types, prompt=inputs.prompt)
+    return PairTemplate(
+        tokenizer,
+        window,
+        long_documents,
+        has_types=has_types,
+        prompt=inputs.prompt,
+        answers=inputs.answers,
+    )

@@ -11,9 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol
 
-from grating_core.errors import ModelNotFoundError
-from grating_core.models.directory import check_answers, is_gguf
+from grating_core.errors import ModelNotFoundError, UnsupportedModelError
+from grating_core.models.directory import is_gguf
 from grating_core.text.chat import ChatFormat
+from grating_core.text.inputs import Inputs, read_inputs
+from grating_core.text.rendered import pair_format
 
 _log = logging.getLogger("grating")
 _SLOT = re.compile(r"\{(instruction|query|document)\}")
@@ -27,7 +29,7 @@ class Prompt:
         pieces: The text of a pair, with the slots ``{instruction}``, ``{query}`` and ``{document}``. Each piece is
             tokenised on its own, because some models were trained so. Special tokens are written out. The document
             comes once; the text behind it in the same piece counts as a piece of its own.
-        yes: The answer whose logit is the score. It must be a single token of the model.
+        yes: The answer whose logit is the score. It must be a single token of the model, or is a token's number.
         no: The answer whose logit is subtracted from it; None to subtract nothing.
         instruction: The instruction to judge by, if the user gives none.
         instruction_format: The format of an instruction in its slot. An empty instruction leaves the slot empty.
@@ -41,8 +43,8 @@ class Prompt:
     """
 
     pieces: tuple[str, ...]
-    yes: str = "yes"
-    no: str | None = "no"
+    yes: str | int = "yes"
+    no: str | int | None = "no"
     instruction: str = ""
     instruction_format: str = "{instruction}"
     max_length: int = 8192
@@ -223,8 +225,11 @@ def find_prompt(template: Prompt | str | None, model: str, directory: Path, fami
 
     Raises:
         ModelNotFoundError: The tokenizer's settings or its chat template are damaged.
+        UnsupportedModelError: The model's own format cannot be used.
         ValueError: ``template`` is neither a prompt nor the name of one.
     """
+    if template is None and (inputs := read_inputs(directory)).used:
+        return _own_prompt(directory, inputs, family)
     if not family.causal and family.prompt is None:
         if template is None:
             return None
@@ -247,9 +252,29 @@ def find_prompt(template: Prompt | str | None, model: str, directory: Path, fami
         return PROMPTS[family.prompt]
     if not family.asks:
         return None
-    check_answers(directory)
     _warn_once(model)
     return _chat_prompt(directory)
+
+
+def _own_prompt(directory: Path, inputs: Inputs, family: Asked) -> Prompt | None:
+    """Return the prompt that a model's files describe; None if its tokenizer joins the texts."""
+    if family.asks != (inputs.answers is not None):
+        raise UnsupportedModelError(
+            f"{directory / 'modules.json'} does not fit the model's architecture: LogitScore reads logits of "
+            f"tokens, and other modules read something else. Pass template=Prompt(...)"
+        )
+    if inputs.chat is None:
+        return None
+    found, (yes, no) = pair_format(directory, inputs), inputs.answers or (0, None)
+    return Prompt(
+        pieces=found.pieces,
+        yes=yes,
+        no=no,
+        instruction=found.instruction,
+        instruction_format=found.instruction_format,
+        ending=found.ending,
+        stripped=found.stripped,
+    )
 
 
 @cache  # a model may be opened many times
