@@ -87,7 +87,7 @@ class Trace:
 
     Attributes:
         layers: One record for each layer that was computed.
-        depth: Number of layers of the model.
+        depth: Number of layers of the model; 1 if transformers computed it as a whole.
         lengths: Number of tokens of each candidate in all its windows, with query and special tokens.
         truncated: Indices of the documents whose end did not fit into the window.
         windows: Number of windows of each candidate: 1, or more with ``long_documents="windows"``.
@@ -103,7 +103,8 @@ class Trace:
             after a layer. On CUDA it is the most that torch had allocated on the device since the process began.
             None without a memory budget.
         kernels: The level of the compiled kernels that computed the layers, such as ``"avx512"``; ``"torch"`` if
-            torch computed them. ``grating doctor`` says why.
+            torch computed them (``grating doctor`` says why), and ``"transformers"`` if transformers computed the
+            model as a whole.
         recounted: Indices of the documents that were scored again without 8 bits, because their place in the top K
             was in doubt.
         notes: Remarks in words, such as which of a classifier's two labels makes the score.

@@ -198,8 +198,12 @@ def _cached() -> Iterator[dict[str, Any]]:
 
 
 def _described(directory: Path | None) -> dict[str, Any]:
-    from grating_core.models.directory import describe_weights
+    from grating_core.models.by_transformers import needs_transformers
+    from grating_core.models.directory import describe_weights, read_stated
 
     if directory is None:
         return {"architecture": None, "layers": None, "bytes": None}
+    if needs_transformers(directory):
+        (architecture, *_) = read_stated(directory)["architectures"]
+        return {"architecture": architecture, "layers": None, "bytes": _bytes(directory)}
     return describe_weights(directory)

@@ -11,6 +11,7 @@ from tests.core.cli.conftest import DOCUMENTS, QUERY, grating
 from tests.core.conftest import BUNDLED, WORDS
 from tests.core.engine.test_padded import saved
 from tests.core.models.test_decoders import save_decoder
+from tests.core.models.test_hub import FIRST, NAME, cached
 from tests.core.parity import random_text
 from tests.core.text.test_prompts import save_qwen3_reranker
 
@@ -187,6 +188,10 @@ def test_models_says_who_computes_what_only_transformers_knows(tmp_path: Path) -
     refused = grating("models", str(directory), "--engine", "grating")
     assert refused.exit_code == 2
     assert "AlbertForSequenceClassification" in refused.stderr
+    cached(tmp_path / "hub", FIRST, directory, "v1")
+    kept = ("models", NAME, "--cache-dir", str(tmp_path / "hub"), "--local-files-only", "--json")
+    assert json.loads(grating(*kept, "--revision", "v1").stdout)["path"].endswith(FIRST)
+    assert "v2" in grating(*kept, "--revision", "v2").stderr
     unknown = grating("models", "monot5/base", "--local-files-only", "--json")
     assert unknown.exit_code == 2
     assert "monot5/base" in unknown.stderr

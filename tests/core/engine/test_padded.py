@@ -194,7 +194,7 @@ async def test_it_can_be_awaited_shared_pickled_forked_and_closed(albert: Path) 
 @pytest.mark.parametrize(
     "setting",
     [{"memory_budget": "1GB"}, {"dtype": "int8"}, {"adapter": "adapter"}, {"lens": "lens"},
-     {"pruning": "cluster"}, {"pruning": ClusterPolicy()}],
+     {"pruning": "cluster"}, {"pruning": ClusterPolicy()}, {"recalibrate": 0.5}],
 )  # fmt: skip
 @pytest.mark.parametrize("engine", ["auto", "transformers"])
 def test_settings_of_gratings_own_layers_are_refused_by_name(
@@ -293,3 +293,7 @@ def test_a_decoder_and_a_gguf_file_are_refused_by_engine_transformers(tmp_path: 
     change(directory, architectures=["LlamaForCausalLM"])
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM.*ForSequenceClassification"):
         Reranker.from_pretrained(directory, engine="transformers")
+    file = tmp_path / "model.gguf"
+    file.touch()
+    with pytest.raises(UnsupportedModelError, match="GGUF file, which takes engine='grating'"):
+        Reranker.from_pretrained(file, engine="transformers")
