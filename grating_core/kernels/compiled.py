@@ -18,7 +18,19 @@ from torch import Tensor
 
 from grating_core.kernels.features import SIMILARITIES
 from grating_core.kernels.loading import DTYPES, started
-from grating_core.kernels.operands import Finished, Lookup, Map, Norm, Rows, Seen, Span, Texts, Then, Weight
+from grating_core.kernels.operands import (
+    Finished,
+    Lookup,
+    Map,
+    Norm,
+    Positions,
+    Rows,
+    Seen,
+    Span,
+    Texts,
+    Then,
+    Weight,
+)
 from grating_core.kernels.structs import (
     AttentionStruct,
     EmbedStruct,
@@ -193,6 +205,7 @@ def attention(
     scaling: float,
     window: int | None = None,
     softcap: float | None = None,
+    positions: Positions | None = None,
     into: Tensor | None = None,
 ) -> Tensor:
     """Attend within each span.
@@ -205,6 +218,8 @@ def attention(
         scaling: The factor of the products of queries and keys.
         window: Distance in tokens below which a token sees another; None for any distance.
         softcap: Bound of the scaled products, by a hyperbolic tangent; None for no bound.
+        positions: Keys and queries of relative positions, which reach the largest distance within a span, for as
+            many heads of keys as of queries; None for none.
         into: States of the same shape for the output; None for new memory.
 
     Returns:
@@ -234,6 +249,7 @@ def attention(
         *_by_row(output),
         _array(spans),
         len(spans),
+        *(() if positions is None else _positions(positions)),
     )
     lib = started()
     _check(lib.gk_run_attention(ctypes.byref(call)))
@@ -283,6 +299,11 @@ def _at(tensor: Tensor | None) -> int | None:
 
 def _by_row(states: Tensor) -> tuple[int, int]:
     return states.data_ptr(), states.stride(0)
+
+
+def _positions(positions: Positions) -> tuple[int | None, ...]:
+    key, query = ((None, 0) if one is None else _by_row(one) for one in (positions.key, positions.query))
+    return *key, *query, positions.rows.data_ptr(), positions.reach
 
 
 def _array(rows: Sequence[tuple[int, ...]]) -> Array[c_int64]:

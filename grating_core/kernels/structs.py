@@ -75,6 +75,12 @@ class AttentionStruct(Structure):
         ("output_stride", c_int64),
         ("spans", POINTER(c_int64)),
         ("count", c_int64),
+        ("position_key", c_void_p),
+        ("position_key_stride", c_int64),
+        ("position_query", c_void_p),
+        ("position_query_stride", c_int64),
+        ("position_rows", c_void_p),
+        ("reach", c_int64),
     ]
 
 

@@ -48,7 +48,7 @@ def ragged_attention(
     if spec.relative is not None:
         positions = positions_of(spec.relative, *places, max((span.keys for span in spans), default=1))
     attention = kernels().attention
-    if attention is not None and positions is None and query.device.type == "cpu" and kernels().has(query.dtype):
+    if attention is not None and query.device.type == "cpu" and kernels().has(query.dtype):
         found: Tensor = attention(
             query,
             seen,
@@ -57,6 +57,7 @@ def ragged_attention(
             scaling=spec.scaling,
             window=spec.window,
             softcap=spec.softcap,
+            positions=positions,
             into=None if room is None else room.states("attended", query.shape, query.dtype),
         )
         return found

@@ -290,15 +290,19 @@ def kernels_work(spec: ModelSpec, dtype: torch.dtype) -> int:
     """Return the bytes that compiled kernels take beside intermediate results, whatever the number of tokens."""
     layer = spec.layers[0]
     widest = max(layer.inner, layer.heads * layer.head_size)
-    return torch.get_num_threads() * 2 * (_BLOCK + 4 * 32 * widest * dtype.itemsize)
+    scratch = 2 * (_BLOCK + 4 * 32 * widest * dtype.itemsize)
+    if layer.relative is not None:
+        # One head of keys and queries of positions, with a column for each distance; and what comes of them.
+        scratch += (spec.window + 64) * (4 * (layer.head_size + 16) * dtype.itemsize + 4 * 192)
+    return torch.get_num_threads() * scratch
 
 
 def relative_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Return the bytes that relative positions take: a normed table, a layer's keys and queries, and scratch."""
+    """Return the bytes that relative positions take: a normed table, keys and queries, and torch's scratch."""
     if not spec.relative:
         return 0
-    layer = spec.layers[0]
-    return spec.relative * (spec.width + 2 * layer.heads * layer.head_size) * dtype.itemsize + SCRATCH
+    layer, scratch = spec.layers[0], 0 if kernels().level is not None else SCRATCH
+    return spec.relative * (spec.width + 2 * layer.heads * layer.head_size) * dtype.itemsize + scratch
 
 
 def unpacked_bytes(spec: ModelSpec) -> int:

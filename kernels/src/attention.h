@@ -6,12 +6,11 @@
 
 #include "kernels.h"
 #include "keys.h"
+#include "positions.h"
 #include "softmax.h"
 
 namespace {
 
-constexpr int64_t KEYS = 256;          // of a block
-constexpr int64_t SCORES = KEYS + 16;  // from one row of scores to the next: rows lie in different sets of the cache
 constexpr float LOG2_E = 1.44269504f;
 
 struct Range {
@@ -43,15 +42,19 @@ inline int64_t cost(const gk_attention& a, const gk_span& span, int64_t row) {
 // Whether a span is one block of rows: then keys are packed when they are needed, and room for one block of keys is enough.
 inline bool alone(const gk_attention& a, const gk_span& span) { return rows_of(a, span) <= QUERIES; }
 
-// Calls each(span, key head, row, place) for each block of rows; places count costs. Returns the cost of all.
+// Calls each(span, key head, row, place) for each block of rows; places count costs. Returns the cost of all. The positions of
+// a head serve all spans, and so come with the outer loop.
 template <class Each> inline int64_t walk(const gk_attention& a, Each each) {
+    const int64_t outer = a.position_rows ? a.key_heads : a.count, inner = a.position_rows ? a.count : a.key_heads;
     int64_t place = 0;
-    for (int64_t s = 0; s < a.count; s++)
-        for (int64_t head = 0; head < a.key_heads; head++)
-            for (int64_t row = 0; row < rows_of(a, a.spans[s]); row += QUERIES) {
-                each(a.spans[s], head, row, place);
-                place += cost(a, a.spans[s], row);
+    for (int64_t i = 0; i < outer; i++)
+        for (int64_t j = 0; j < inner; j++) {
+            const gk_span& span = a.spans[a.position_rows ? j : i];
+            for (int64_t row = 0; row < rows_of(a, span); row += QUERIES) {
+                each(span, a.position_rows ? i : j, row, place);
+                place += cost(a, span, row);
             }
+        }
     return place;
 }
 
@@ -73,10 +76,13 @@ template <class S> struct Bench {
     Session session;
     Flushing flushing;
     Softmax softmax;
+    Positions<S> positions;
     Range packed = {0, 0};
+    const gk_span* met = nullptr;  // the span and the row whose keys have met the queries of positions
+    int64_t met_row = 0;
     bool finite = true;  // whether all values that were packed are
 
-    Bench(const gk_attention& a, int64_t room)
+    Bench(const gk_attention& a, int64_t longest, int64_t room)
         : a(a),
           group(a.heads / a.key_heads),
           inner(up(a.head_size, LINE)),
@@ -87,17 +93,19 @@ template <class S> struct Bench {
           result(QUERIES * columns * 4),
           part(QUERIES * COLUMNS * 4),
           keys(room * inner * sizeof(T)),
-          values(room * columns * sizeof(T)) {}
-    bool ready() const { return query.at && scores.at && result.at && part.at && keys.at && values.at; }
+          values(room * columns * sizeof(T)),
+          positions(a, longest, room) {}
+    bool ready() const { return query.at && scores.at && result.at && part.at && keys.at && values.at && positions.ready(); }
 
     // Packs keys and values of a head, in whole panels.
     void pack(const gk_span& s, int64_t head, Range range) {
-        const int64_t at = head * a.head_size;
-        const S *own = (const S*)a.key + s.place * a.key_stride, *shared = (const S*)a.shared_key;
-        const Tokens<S> key = {own, shared, a.key_stride, a.shared_key_stride, s.shared, s.keys, at};
         packed = range;
-        pack_keys<T>(key, range.begin, range.end, a.head_size, inner, keys.of<char>());
+        pack_keys<T>(keys_of(s, head), range.begin, range.end, a.head_size, inner, keys.of<char>());
         finite &= pack_values<T>(values_of(s, head), range.begin, range.end, a.head_size, columns, value_block(), values.of<char>());
+    }
+    Tokens<S> keys_of(const gk_span& s, int64_t head) const {
+        const S *own = (const S*)a.key + s.place * a.key_stride, *shared = (const S*)a.shared_key;
+        return {own, shared, a.key_stride, a.shared_key_stride, s.shared, s.keys, head * a.head_size};
     }
     Tokens<S> values_of(const gk_span& s, int64_t head) const {
         const S *own = (const S*)a.value + s.place * a.value_stride, *shared = (const S*)a.shared_value;
@@ -115,6 +123,7 @@ template <class S> struct Bench {
             end = smaller(begin / KEYS * KEYS + KEYS, keys.end);
             if (alone(a, s)) pack(s, head, {begin, end});
             score(x, begin, end);
+            if (a.position_rows) place(x, s, head, row, begin, end);
             if (a.softcap > 0) bound(rows, end - begin);
             if (a.causal || a.window || s.keys < end) hide(s, row, rows, begin, end);
             softmax.add<S, T>(rows, scores.of<float>(), SCORES, end - begin, (a.softcap > 0 ? 1.0f : a.scaling) * LOG2_E);
@@ -170,6 +179,16 @@ template <class S> struct Bench {
                     scores.of<float>() + key - begin, SCORES);
     }
 
+    // Adds the products with relative positions.
+    void place(const Queries& x, const gk_span& s, int64_t head, int64_t row, int64_t begin, int64_t end) {
+        const int64_t first = row / TOKENS * TOKENS, last = smaller(first + TOKENS, s.length) - 1;
+        if (alone(a, s) || &s != met || first != met_row) {
+            positions.meet(keys_of(s, head), packed.begin, packed.end, s.first + first, s.first + last);
+            met = &s, met_row = first;
+        }
+        positions.add(x.x, x.stride, x.rows, s.first + row, begin, end, scores.of<float>());
+    }
+
     void bound(int64_t rows, int64_t n) {
         for (int64_t r = 0; r < rows; r++)
             for (int64_t i = 0; i < n; i += W) {
@@ -215,12 +234,13 @@ template <class S> struct Bench {
 
 // Computes the blocks of rows whose places are in [begin, end).
 template <class S> int32_t attend_blocks(const gk_attention& a, int64_t begin, int64_t end) {
-    int64_t room = 0;
+    int64_t room = 0, longest = 0;
     for (int64_t s = 0; s < a.count; s++) {
+        longest = larger(longest, a.spans[s].keys);
         const Range all = panels(a, a.spans[s], 0, a.spans[s].length - 1);
         room = larger(room, alone(a, a.spans[s]) ? smaller(KEYS, all.end - all.begin) : all.end - all.begin);
     }
-    Bench<S> bench(a, room);
+    Bench<S> bench(a, longest, room);
     if (!bench.ready()) return GK_NO_MEMORY;
     const gk_span* packed = nullptr;
     int64_t packed_head = 0;
@@ -228,9 +248,11 @@ template <class S> int32_t attend_blocks(const gk_attention& a, int64_t begin, i
         if (place < begin || place >= end) return;
         if (!alone(a, s) && (packed != &s || packed_head != head)) {
             bench.finite = true;
+            bench.met = nullptr;
             bench.pack(s, head, panels(a, s, 0, s.length - 1));
             packed = &s, packed_head = head;
         }
+        bench.positions.pack(head);
         bench.attend(s, head, row);
     });
     return 0;

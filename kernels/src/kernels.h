@@ -11,7 +11,7 @@
 #endif
 
 // Raised whenever a struct or the meaning of a function changes: a module of another version is refused.
-#define GK_VERSION 5
+#define GK_VERSION 6
 #define GK_NO_MEMORY 1
 #define GK_NO_ROW 2  // a table lacks a row
 #define GK_TABLES 3
@@ -100,6 +100,13 @@ struct gk_attention {
     int64_t output_stride;
     const gk_span* spans;
     int64_t count;
+    // Relative positions, which need as many heads of keys as of queries; null for none.
+    const void* position_key;      // [rows, heads, head_size]; null for no products of queries with them
+    int64_t position_key_stride;
+    const void* position_query;    // likewise, for products with keys
+    int64_t position_query_stride;
+    const int32_t* position_rows;  // the row of each distance of a query from a key, from -reach on to reach
+    int64_t reach;                 // at least the largest distance
 };
 
 // A sequence, which may begin with a shared prefix, and two texts in it: the numbers of the first token and of that behind the last.

@@ -17,6 +17,7 @@ template <class T> constexpr int64_t GROUP = 4 / sizeof(T);  // entries of four 
 template <class S> struct Tokens {
     const S *own, *shared;
     int64_t own_stride, shared_stride, shared_count, count, entry;
+    bool has(int64_t i) const { return i < count; }
     const S* operator[](int64_t i) const {
         return i < shared_count ? shared + i * shared_stride + entry : own + (i - shared_count) * own_stride + entry;
     }
@@ -54,10 +55,10 @@ inline void transpose(vi* x) {
     if constexpr (W > 8) exchange_rows<8>(x);
 }
 
-// Packs the keys from `begin` to `end`, which are multiples of 16, with zeros behind the last key. A row has `size` entries, and
+// Packs the keys from `begin` to `end`, which are multiples of 16, with zeros where there is no key. A row has `size` entries, and
 // `inner` when it is padded.
-template <class T, class S>
-void pack_keys(const Tokens<S>& keys, int64_t begin, int64_t end, int64_t size, int64_t inner, char* to) {
+template <class T, class Keys>
+void pack_keys(const Keys& keys, int64_t begin, int64_t end, int64_t size, int64_t inner, char* to) {
     const int64_t groups = inner / GROUP<T>;
     for (int64_t key = begin; key < end; key += 16, to += groups * 64)
         for (int64_t lane = 0; lane < 16; lane += W)
@@ -65,7 +66,7 @@ void pack_keys(const Tokens<S>& keys, int64_t begin, int64_t end, int64_t size, 
                 vi x[W];
                 for (int64_t r = 0; r < W; r++) {
                     const int64_t at = key + lane + r;
-                    x[r] = at < keys.count ? words_at<T>(keys[at], group * GROUP<T>, size) : vi{};
+                    x[r] = keys.has(at) ? words_at<T>(keys[at], group * GROUP<T>, size) : vi{};
                 }
                 transpose(x);
                 for (int64_t r = 0; r < W; r++) memcpy(to + (group + r) * 64 + lane * 4, &x[r], sizeof(vi));

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from grating_core.kernels import compiled
 from grating_core.kernels.loading import has, levels, start
-from grating_core.kernels.operands import Lookup, Map, Norm, Rows, Seen, Span, Then, Weight
+from grating_core.kernels.operands import Lookup, Map, Norm, Positions, Rows, Seen, Span, Then, Weight
 from grating_core.kernels.packing import packed_weight
 
 PAGE = mmap.PAGESIZE
@@ -77,6 +77,10 @@ def chain(dtype: torch.dtype, count: int, width: int, inner: int) -> None:
 def attention(states: torch.dtype, count: int, size: int) -> None:
     query, key, value = (at_the_end(torch.randn(count, 2, size).to(states)) for _ in range(3))
     compiled.attention(query, Seen(key, value), [Span(0, count, 0, count, 0)], causal=True, scaling=0.1)
+    places = (at_the_end(torch.randn(3, 2, size).to(states)) for _ in range(2))
+    rows = at_the_end(torch.randint(0, 3, (2 * count - 1,), dtype=torch.int32))
+    span, positions = Span(0, count, 0, count, 0), Positions(*places, rows)
+    compiled.attention(query, Seen(key, value), [span], causal=False, scaling=0.1, positions=positions)
     angles = at_the_end(torch.rand(count, size // 2))
     compiled.turn_heads(query, Norm("rms", 1e-5, 0.0, at_the_end(torch.randn(size))), angles, angles)
 

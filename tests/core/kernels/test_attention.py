@@ -12,7 +12,7 @@ from torch import Tensor
 
 from grating_core.kernels.compiled import attention
 from grating_core.kernels.loading import KernelsError, levels, start
-from grating_core.kernels.operands import Seen, Span
+from grating_core.kernels.operands import Positions, Seen, Span
 
 BOUND = {torch.float32: 2e-5, torch.bfloat16: 0.04}
 
@@ -39,6 +39,19 @@ class Rules:
     window: int | None = None
     softcap: float | None = None
     scaling: float = 0.2
+    places: str = (
+        ""  # which products with relative positions there are: of queries with keys, and of keys with queries
+    )
+
+    @property
+    def positions(self) -> Positions | None:
+        """Keys and queries of positions: far distances share a row, and rows lie in no order."""
+        if not self.places:
+            return None
+        generator = torch.Generator().manual_seed(7)
+        key, query = torch.randn(2, 90, self.heads, self.size, generator=generator)
+        rows = torch.randperm(90, generator=generator)[torch.arange(-1200, 1201).clamp(-44, 45) + 44]
+        return Positions(key if "k" in self.places else None, query if "q" in self.places else None, rows.int())
 
 
 class Piece(NamedTuple):
@@ -76,11 +89,19 @@ def by_definition(rules: Rules, states: Given) -> Tensor:
     """
     groups = rules.heads // rules.key_heads
     query, key, value = (part.double().transpose(0, 1) for part in states)
-    products = query @ key.repeat_interleave(groups, 0).mT * rules.scaling
-    if rules.softcap is not None:
-        products = rules.softcap * torch.tanh(products / rules.softcap)
+    products = query @ key.repeat_interleave(groups, 0).mT
     place = torch.arange(len(states.key))
     distance = place[:, None] - place
+    if (positions := rules.positions) is not None:
+        rows = positions.rows[distance + positions.reach].long().expand(rules.heads, -1, -1)
+        met = [None if one is None else one.to(states.key.dtype).double() for one in positions[:2]]
+        if met[0] is not None:
+            products += (query @ met[0].permute(1, 2, 0)).gather(-1, rows)
+        if met[1] is not None:
+            products += (key @ met[1].permute(1, 2, 0)).gather(-1, rows.mT).mT
+    products *= rules.scaling
+    if rules.softcap is not None:
+        products = rules.softcap * torch.tanh(products / rules.softcap)
     hidden = (distance < 0) & rules.causal
     if rules.window is not None:
         hidden |= distance.abs() >= rules.window
@@ -119,6 +140,11 @@ def attend(rules: Rules, pieces: Sequence[tuple[Piece, Given]]) -> list[Tensor]:
         values.append(states.value[own])
         spans.append(Span(start, piece.queries, piece.first, piece.keys, place, piece.shared))
         start, place = start + piece.queries, place + piece.keys - piece.shared
+    positions = rules.positions
+    if positions is not None:
+        dtype = queries[0].dtype
+        key, query = (None if one is None else one.to(dtype) for one in (positions.key, positions.query))
+        positions = Positions(key, query, positions.rows)
     output = attention(
         torch.cat(queries),
         Seen(torch.cat(keys), torch.cat(values), shared),
@@ -127,6 +153,7 @@ def attend(rules: Rules, pieces: Sequence[tuple[Piece, Given]]) -> list[Tensor]:
         scaling=rules.scaling,
         window=rules.window,
         softcap=rules.softcap,
+        positions=positions,
     )
     return [output[span.rows] for span in spans]
 
@@ -151,6 +178,14 @@ RULES = st.builds(
     window=st.none() | st.integers(1, 300),
     softcap=st.sampled_from([None, 0.5, 20.0]),
     scaling=st.sampled_from([0.05, 0.3]),
+) | st.builds(
+    Rules,
+    size=st.sampled_from([8, 31, 32, 64, 80]),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 300),
+    softcap=st.sampled_from([None, 20.0]),
+    scaling=st.sampled_from([0.05, 0.2]),
+    places=st.sampled_from(["k", "q", "kq"]),
 )
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
@@ -176,6 +211,8 @@ def test_follows_the_definition(dtype: torch.dtype, rules: Rules, batch: list[Pi
         Rules(key_heads=1, size=256, causal=True),
         Rules(key_heads=2, size=80, causal=True, window=40),
         Rules(size=64, window=300, softcap=5.0),
+        Rules(size=64, places="kq", scaling=0.07),
+        Rules(size=40, places="q", causal=True, window=200, scaling=0.1),
     ],
 )
 def test_long_sequences_follow_the_definition(dtype: torch.dtype, rules: Rules) -> None:
@@ -218,7 +255,9 @@ def test_scores_of_any_size_are_computed(dtype: torch.dtype, rules: Rules) -> No
 
 @DTYPES
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("rules", [Rules(), Rules(key_heads=2, causal=True), Rules(softcap=5.0, window=20)])
+@pytest.mark.parametrize(
+    "rules", [Rules(), Rules(key_heads=2, causal=True), Rules(softcap=5.0, window=20), Rules(places="kq")]
+)
 def test_what_is_not_finite_stays_where_it_is(dtype: torch.dtype, poison: float, rules: Rules) -> None:
     states, others = random_states(rules, 70, dtype), random_states(rules, 70, dtype, 1)
     clean = whole(rules, states)
