@@ -61,7 +61,7 @@ def attend_relatively(
     keys = key.shape[1]
     step = max(1, _PRODUCTS // (keys * spec.heads))
     blocks = []
-    for start, block in zip(range(first, first + query.shape[1], step), query.split(step, 1), strict=True):
+    for start, block in zip(range(first, first + query.shape[1], step), torch.split(query, step, 1), strict=True):
         distances = torch.arange(start, start + block.shape[1])[:, None] - torch.arange(keys)
         rows = positions.rows[distances + positions.reach].long()
         blocks.append(_attend_block(spec, block, key, value, rows, positions))
@@ -81,8 +81,8 @@ def _attend_block(
     if positions.query is not None:
         met = positions.query[used].permute(1, 2, 0)
         step = max(1, _PRODUCTS // (len(query) * met.shape[-1]))
-        parts = zip(scores.split(step, -1), key.split(step, 1), index.split(step, -1), strict=True)
-        for added, part, places in parts:
+        split = (torch.split(one, step, dim) for one, dim in ((scores, -1), (key, 1), (index, -1)))
+        for added, part, places in zip(*split, strict=True):
             added += (part @ met).gather(-1, places.mT).mT
     attended: Tensor = scores.mul_(spec.scaling).softmax(-1).to(value.dtype) @ value
     return attended
