@@ -170,6 +170,7 @@ def tables() -> dict[str, str]:
         "LlamaIndex": of_fields(llama_index_grating.GratingRerank, BaseNodePostprocessor),
         "the command": of_command("rerank"),
     }
+    chosen = of_function(select_context, "query", "text_or_documents", "reranker")
     selecting = {
         "LangChain": of_fields(langchain_grating.GratingContextSelector, LangChainSettings),
         "LlamaIndex": of_fields(llama_index_grating.GratingContextSelector, LlamaIndexSettings),
@@ -188,7 +189,7 @@ def tables() -> dict[str, str]:
         "reranking": table(first, reranking),
         "request": table(request, reranking, own(reranking, first, more, request)),
         "more of reranking": table(more, reranking),
-        "selecting": table(of_function(select_context, "query", "text_or_documents", "reranker"), selecting),
+        "selecting": table(chosen, selecting, own(selecting, chosen)),
         "generating": table(first_of_models, generating),
         "answer": table(answer, generating, own(generating, first_of_models, more_of_models, answer)),
         "more of generating": table(more_of_models, generating),

@@ -40,8 +40,7 @@ else:
 
 RAW_SCORES = Field(
     default=False,
-    description="Whether scores are raw logits in the place of probabilities: those that come back, and the "
-    "threshold.",
+    description="Whether scores are raw logits in the place of probabilities, and a threshold as well.",
 )
 
 
