@@ -64,13 +64,17 @@ def _report(opened: OpenReranker) -> dict[str, Any]:
 
 
 def _format(opened: OpenReranker) -> str:
-    """Return what a pair is written as: ``"pair"``, the name of a prompt, ``"chat"`` or ``"template"``."""
+    """Return how a pair is written: ``"pair"``, the name of a prompt, ``"own"``, ``"chat"`` or ``"template"``."""
+    from grating_core.text.inputs import read_inputs
     from grating_core.text.prompts import PROMPTS
 
     if opened.prompt is None:
         return "pair"
-    official = (name for name, prompt in PROMPTS.items() if prompt == opened.prompt)
-    return next(official, "chat" if opened.settings.template is None else "template")
+    if official := [name for name, prompt in PROMPTS.items() if prompt == opened.prompt]:
+        return official[0]
+    if opened.settings.template is not None:
+        return "template"
+    return "own" if read_inputs(opened.directory).used else "chat"
 
 
 def _lens(opened: OpenReranker) -> str | None:
@@ -124,6 +128,7 @@ def _told(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     formats = {
         "pair": "query and document, joined by the tokenizer",
         "chat": "a question with yes or no, in the model's chat format",
+        "own": "the format that the model's own files describe",
         "template": "the template that was given",
     }
     lenses = {

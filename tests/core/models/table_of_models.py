@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.core.conftest import DECODER, FAMILIES, SIZES, randomise, save_model
 from tests.core.engine.test_padded import saved
 from tests.core.models.test_decoders import MINICPM, minicpm_weights
+from tests.core.models.test_logit_scores import TEMPLATES, save_causal
 from tests.core.models.test_modules import save_modular
 from tests.core.models.test_remote import GTE, JINA, gte_weights, jina_weights, write
 from tests.core.text.test_prompts import save_qwen3_reranker
@@ -127,6 +128,7 @@ BUILDERS: dict[str, Build] = {
     "NewForSequenceClassification": lambda directory: write(directory, GTE, gte_weights(GTE)),
     "XLMRobertaForSequenceClassification of Jina": lambda directory: write(directory, JINA, jina_weights(JINA)),
     "ModernBertModel and modules": ettin,
+    "LlamaForCausalLM and LogitScore": lambda directory: save_causal(directory, TEMPLATES["structured"]),
     "CamembertForSequenceClassification": foreign("camembert"),
     "AlbertForSequenceClassification": foreign("albert"),
     "MPNetForSequenceClassification": foreign("mpnet"),
