@@ -43,6 +43,7 @@ class WantedOptions:
         score_threshold: The probability, from 0 to 1, below which documents are left out.
         raw_scores: Take the threshold as a raw logit, such as -3.5, and no probability.
         scores: Whether sure winners go through every layer ('exact') or stop early as well ('estimated').
+        highlights: Show which sentences carried the scores: in colour, or in JSON by place and worth.
         deadline: The seconds for ranking, without loading. When they are over, the best ranking so far is printed.
     """
 
@@ -51,6 +52,7 @@ class WantedOptions:
     raw_scores: bool = False
     scores: Literal["exact", "estimated"] = "exact"
     deadline: float | None = None
+    highlights: bool = False
 
     def __post_init__(self) -> None:
         check_deadline(self.deadline)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
+
+from grating_core.cli.output import visible
 
 if TYPE_CHECKING:
-    from grating_core.results import RerankResult
+    from grating_core.results import RankedDocument, RerankResult
+
+_SHOWN = 300  # characters of a text
 
 
 def plain_table(*headings: str, numbers: int = 0) -> Table:
@@ -35,7 +41,7 @@ def ranking_table(result: RerankResult, ids: Sequence[Any] = ()) -> Table:
         score = f"{ranked.score:.3f}{' (estimate)' if ranked.estimated else ''}"
         name = ("" if ids[place] is None else str(ids[place]),) if named else ()
         probability = f"{ranked.probability:.3f}"
-        table.add_row(str(place + 1), score, probability, str(ranked.index), *name, _shortened(ranked.text))
+        table.add_row(str(place + 1), score, probability, str(ranked.index), *name, _highlighted(ranked))
     return table
 
 
@@ -77,6 +83,18 @@ def closing_line(result: RerankResult) -> str:
     )
 
 
-def _shortened(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 300 else text[:299] + "…"
+def _highlighted(ranked: RankedDocument) -> Text:
+    """Return the beginning of a text with its highlights in colour, and the best one if it is not in there."""
+    parts = [0, *sorted({place for one in ranked.highlights for place in (one.start, one.stop)}), len(ranked.text)]
+    styles = {one.start: "bold green" if one.worth == 1 else "green" for one in ranked.highlights}
+    shown = Text()
+    for start, stop in pairwise(parts):
+        part = visible(" ".join(ranked.text[start:stop].split()))
+        style = styles.get(start, "")
+        if room := _SHOWN - len(shown):
+            shown.append(part if len(part) <= room else part[: room - 1] + "…", style)
+            shown.append(" " if part and len(part) < room else "")
+        elif style.startswith("bold"):
+            shown.append(f" … {part}", style)
+    shown.rstrip()
+    return shown

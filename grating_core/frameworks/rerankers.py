@@ -25,6 +25,9 @@ from grating_core.reranker import Reranker
 from grating_core.results import RankedDocument, RerankResult
 from grating_core.settings import RerankSettings
 
+HIGHLIGHTS = "highlights"
+"""The name of the metadata with the sentences that carried a score."""
+_WANTED = ("scores", "score_threshold", "raw_scores", "deadline", "highlights")
 DEFAULT_MODEL = "cross-encoder/ms-marco-MiniLM-L12-v2"
 
 if TYPE_CHECKING:
@@ -143,6 +146,12 @@ class RankingFields(RerankerFields):  # type: ignore[misc]
         description="Seconds for a whole call. When they are over, the best ranking so far comes back, with "
         "estimates marked. None takes as long as it takes.",
     )
+    highlights: bool = Field(
+        default=False,
+        description="Whether a document's metadata say which sentences carried its score: 'highlights' is a list "
+        "of dictionaries, best first, with text, worth (1 for the best), start and stop (places in the text "
+        "that was judged).",
+    )
     max_query_tokens: int | None = Field(
         default=None,
         ge=1,
@@ -164,7 +173,7 @@ class RankingFields(RerankerFields):  # type: ignore[misc]
 
     @property
     def _wanted(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("scores", "score_threshold", "raw_scores", "deadline")}
+        return {name: getattr(self, name) for name in _WANTED}
 
     def _request(self, query: str, texts: list[str], top_n: int | None) -> tuple[str, list[str], int]:
         top_k = max(1, len(texts)) if top_n is None else int(top_n)
@@ -172,6 +181,14 @@ class RankingFields(RerankerFields):  # type: ignore[misc]
 
     def _score(self, ranked: RankedDocument) -> float:
         return ranked.score if self.raw_scores else ranked.probability
+
+    def _highlights(self, ranked: RankedDocument) -> dict[str, list[dict[str, Any]]]:
+        """Return the metadata of highlights; none if they are not wanted."""
+        if not self.highlights:
+            return {}
+        return {
+            HIGHLIGHTS: [{"text": ranked.text[one.start : one.stop], **asdict(one)} for one in ranked.highlights]
+        }
 
 
 class SelectingFields(RerankerFields):  # type: ignore[misc]

@@ -59,6 +59,18 @@ async def test_async_equals_sync(compressor, documents):
     assert await compressor.acompress_documents(documents, QUERY) == ranked
 
 
+async def test_highlights_are_metadata(reranker, documents):
+    compressor = GratingRerank(reranker=reranker, top_n=2, highlights=True)
+    first = compressor.compress_documents(documents, QUERY)
+    assert await compressor.acompress_documents(documents, QUERY) == first
+    for document in first:
+        highlights = document.metadata["highlights"]
+        assert highlights[0]["worth"] == 1.0
+        assert all(one["text"] == document.page_content[one["start"] : one["stop"]] for one in highlights)
+    again = GratingRerank(reranker=reranker, top_n=2).compress_documents(first, QUERY)
+    assert not any("highlights" in document.metadata for document in again)
+
+
 async def test_keeps_everything_else_and_leaves_the_callers_documents_alone(compressor, documents):
     before = deepcopy(documents)
     for ranked in (

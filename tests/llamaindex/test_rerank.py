@@ -77,6 +77,16 @@ async def test_leaves_the_callers_nodes_alone(reranker, nodes, keep):
         assert node.text == original.text
 
 
+def test_highlights_are_metadata_that_no_model_reads(reranker, nodes):
+    postprocessor = GratingRerank(reranker=reranker, highlights=True, top_n=2)
+    for found in postprocessor.postprocess_nodes(nodes, query_str=QUERY):
+        judged = found.node.get_content(metadata_mode=MetadataMode.EMBED)
+        highlights = found.metadata["highlights"]
+        assert highlights[0]["worth"] == 1.0
+        assert all(one["text"] == judged[one["start"] : one["stop"]] for one in highlights)
+        assert "highlights" not in found.node.get_content(metadata_mode=MetadataMode.LLM)
+
+
 def test_scores_the_text_as_it_is_embedded(reranker, nodes, postprocessor):
     only_metadata = TextNode(
         text="See the title.",

@@ -15,7 +15,7 @@ from grating_core import RerankResult
 from grating_core.arguments import elements
 from grating_core.frameworks.nested import copied
 from grating_core.frameworks.requests import checked_items, is_blank
-from grating_core.frameworks.rerankers import RankingFields
+from grating_core.frameworks.rerankers import HIGHLIGHTS, RankingFields
 from grating_core.results import RankedDocument
 from langchain_grating.settings import RerankerSettings
 
@@ -25,7 +25,7 @@ class GratingRerank(RankingFields, RerankerSettings, BaseDocumentCompressor):  #
 
     Each is a copy of the caller's document with ``relevance_score`` in its metadata, a probability, and
     ``relevance_score_estimated`` where the score is an estimate (with ``scores="estimated"``, or when
-    a ``deadline`` came early).
+    a ``deadline`` came early). With ``highlights=True`` there are the sentences that carried the score as well.
 
     In LangChain's callbacks it is a chain of its own name, within whatever run it is called from, whose outputs
     are the documents and the ``trace``: :meth:`grating_core.Trace.summary`.
@@ -129,7 +129,10 @@ class GratingRerank(RankingFields, RerankerSettings, BaseDocumentCompressor):  #
         return self._outputs(documents, await self._aranked(query, _texts(documents), self.top_n))
 
     def _outputs(self, documents: list[Document], result: RerankResult) -> dict[str, Any]:
-        kept = [self._with_scores(documents[ranked.index], self._scores(ranked)) for ranked in result.ranking]
+        kept = [
+            self._with_scores(documents[ranked.index], {**self._scores(ranked), **self._highlights(ranked)})
+            for ranked in result.ranking
+        ]
         return {"documents": kept, "trace": result.trace.summary()}
 
     def _unranked(self, documents: list[Document]) -> dict[str, Any]:
@@ -144,9 +147,9 @@ class GratingRerank(RankingFields, RerankerSettings, BaseDocumentCompressor):  #
         marks = {"relevance_score_estimated": True} if ranked.estimated else {}
         return {"relevance_score": self._score(ranked), **marks}
 
-    def _with_scores(self, document: Document, scores: Mapping[str, float]) -> Document:
+    def _with_scores(self, document: Document, scores: Mapping[str, Any]) -> Document:
         metadata = copied(dict(document.metadata))
-        for name in ("relevance_score", "relevance_score_estimated"):  # an earlier reranking's
+        for name in ("relevance_score", "relevance_score_estimated", HIGHLIGHTS):  # an earlier reranking's
             metadata.pop(f"{self.prefix_metadata}{name}", None)
         metadata |= {f"{self.prefix_metadata}{name}": value for name, value in scores.items()}
         return document.model_copy(update={"metadata": metadata})

@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 from grating_core.cli.commands import app
 from grating_core.cli.output import show, tell_error, visible, write_json, write_text
+from grating_core.cli.tables import ranking_table
+from grating_core.results import Highlight, RankedDocument, RerankResult, Trace
 from tests.core.cli.conftest import DOCUMENTS, QUERY, grating
 
 TRICKS = {
@@ -114,6 +116,21 @@ def test_documents_with_escapes_are_ranked_and_shown_as_text(
     done = grating(command, "-q", "w1", "-i", str(path), "-m", str(tiny_bert), "-k", "20")
     assert done.exit_code == 0, done.stderr
     assert visible(done.stdout) == done.stdout
+
+
+def test_highlights_are_in_colour_and_let_no_escape_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "Nothing at all.\x1b[2J Here is \x1b]0;it\x07. " + "Words of no use. " * 30
+    best, other = text.index("Here"), text.rindex("Words")
+    highlights = (Highlight(best, best + 16, 1.0), Highlight(other, other + 16, 0.6))
+    ranked = RankedDocument(0, 1.0, text, 0.7, highlights=highlights)
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    show(ranking_table(RerankResult([ranked], Trace((), 1, (), (), 0.0))), whole=True)
+    shown = terminal.getvalue()
+    assert r"\x1b[2J" in shown
+    assert "\x1b[2J" not in shown
+    assert "\x1b[1;32mHere is \\x1b]0;it" in shown
 
 
 def test_output_is_written_whole_and_tried_first(tiny_bert: Path, tmp_path: Path) -> None:

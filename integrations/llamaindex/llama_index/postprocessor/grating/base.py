@@ -18,7 +18,8 @@ from llama_index.postprocessor.grating.settings import RerankerSettings, checked
 from grating_core import RerankResult
 from grating_core.frameworks.nested import copied
 from grating_core.frameworks.requests import is_blank
-from grating_core.frameworks.rerankers import RankingFields
+from grating_core.frameworks.rerankers import HIGHLIGHTS, RankingFields
+from grating_core.results import RankedDocument
 
 dispatcher = get_dispatcher(__name__)
 
@@ -28,7 +29,8 @@ class GratingRerank(RankingFields, RerankerSettings):  # type: ignore[misc]
 
     The model is loaded on construction, and shared with whoever uses the same settings. The caller's nodes and
     their scores are left as they are. The arguments of ``SentenceTransformerRerank`` and ``FlashRankRerank``
-    work as they are, also by position.
+    work as they are, also by position. With ``highlights=True`` a node's metadata have the sentences that carried
+    its score; language models and embeddings do not see them.
 
     Example:
         .. code-block:: python
@@ -91,15 +93,21 @@ class GratingRerank(RankingFields, RerankerSettings):  # type: ignore[misc]
 
     def _ended(self, event: EventContext, nodes: list[NodeWithScore], result: RerankResult) -> list[NodeWithScore]:
         """Tell those who listen what came out, and return the nodes."""
-        reranked = [self._with_score(nodes[ranked.index], self._score(ranked)) for ranked in result.ranking]
+        reranked = [self._with_score(nodes[ranked.index], ranked) for ranked in result.ranking]
         trace = result.trace.summary()
         event.on_end(payload={EventPayload.NODES: reranked, EventPayload.ADDITIONAL_KWARGS: {"trace": trace}})
         dispatcher.event(ReRankEndEvent(nodes=reranked, tags={"trace": trace}))
         return reranked
 
-    def _with_score(self, retrieved: NodeWithScore, score: float) -> NodeWithScore:
-        node = retrieved.node
+    def _with_score(self, retrieved: NodeWithScore, ranked: RankedDocument) -> NodeWithScore:
+        node, added = retrieved.node, dict[str, Any](self._highlights(ranked))
         if self.keep_retrieval_score:
-            metadata = {**copied(node.metadata), "retrieval_score": retrieved.score}
-            node = node.model_copy(update={"metadata": metadata})
-        return NodeWithScore(node=node, score=score)
+            added["retrieval_score"] = retrieved.score
+        if added:
+            # Highlights are for people: a language model has the text itself, and an embedding needs no more.
+            hidden = {
+                name: [*getattr(node, name), *({HIGHLIGHTS} & added.keys() - {*getattr(node, name)})]
+                for name in ("excluded_llm_metadata_keys", "excluded_embed_metadata_keys")
+            }
+            node = node.model_copy(update={"metadata": {**copied(node.metadata), **added}, **hidden})
+        return NodeWithScore(node=node, score=self._score(ranked))
