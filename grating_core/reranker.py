@@ -76,6 +76,7 @@ class Reranker(Calibrated):
         long_documents: LongDocuments | None = RerankSettings.long_documents,
         template: Prompt | str | None = RerankSettings.template,
         instruction: str | None = RerankSettings.instruction,
+        cutoff_layers: int | None = RerankSettings.cutoff_layers,
         adapter: str | Path | None = RerankSettings.adapter,
         revision: str | None = RerankSettings.revision,
         token: str | bool | None = RerankSettings.token,

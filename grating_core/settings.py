@@ -192,10 +192,17 @@ class RerankSettings(ModelSettings):
     instruction: str | None = _setting(
         None, "What a decoder is to judge by, if its template has a place for it. None takes the template's words."
     )
+    cutoff_layers: int | None = _setting(
+        None,
+        "The layer whose head gives the score, for models with heads behind several layers, such as "
+        "bge-reranker-v2-minicpm-layerwise. The layers behind it are left out. None takes the last.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_target(self.target)
+        if self.cutoff_layers is not None:
+            object.__setattr__(self, "cutoff_layers", whole_number("cutoff_layers", self.cutoff_layers))
         if not _is_one_of(Engine, self.engine):
             raise ValueError(f"engine={self.engine!r} must be 'auto', 'grating' or 'transformers'")
         if not _is_one_of(Guarantee, self.guarantee):

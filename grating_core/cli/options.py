@@ -74,6 +74,7 @@ _PANELS = {
         "long_documents",
         "template",
         "instruction",
+        "cutoff_layers",
         "adapter",
     ),
     "pruning": ("pruning", "target", "guarantee", "lens", "recalibrate", "scores"),

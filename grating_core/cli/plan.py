@@ -13,7 +13,7 @@ from grating_core.settings import RerankSettings
 if TYPE_CHECKING:
     from grating_core.memory.plan import MemoryPlan
 
-_PLANNED = ("device", "dtype", "memory_budget", "max_length", "adapter", "template", *HUB)
+_PLANNED = ("device", "dtype", "memory_budget", "max_length", "adapter", "template", "cutoff_layers", *HUB)
 
 
 def plan(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from grating_core.models.adapter import Adapter
 from grating_core.models.family import Family, ModelSpec, Pooling
 from grating_core.models.layered import LayeredModel, LosslessLayers, unpacked_bytes, work_per_token
 from grating_core.models.layout import Shape as TensorShape
+from grating_core.models.layout import layer_names
 from grating_core.models.packing import Packing
 from grating_core.models.stored import OUTPUT, StoredModel
 
@@ -123,9 +124,38 @@ class StoredReranker(Protocol):
 
 
 class StoredCrossEncoder(StoredModel):
-    """This class reads a stored reranker. The head of a model that is asked is the rows of the answers."""
+    """This class reads a stored reranker. The head of a model that is asked is the rows of the answers.
+
+    Args:
+        directory: See :class:`StoredModel`.
+        cutoff_layers: The layer whose head gives the score; None for the last. The layers behind it are not read.
+        how: See :class:`StoredModel`.
+
+    Raises:
+        ModelNotFoundError: See :class:`StoredModel`.
+        UnsupportedModelError: See :class:`StoredModel`; or the model has no layer with a head but the last.
+        ValueError: The layer has no head.
+    """
 
     _head_dtype = torch.float32
+
+    def __init__(self, directory: Path, *, cutoff_layers: int | None = None, **how: Any) -> None:
+        self._cutoff = cutoff_layers
+        super().__init__(directory, **how)
+
+    def _check_family(self) -> None:
+        if self._cutoff is None:
+            return
+        first, last = self.spec.first_head, self.spec.depth
+        if "start_layer" not in self.config.fields:
+            raise UnsupportedModelError(
+                f"cutoff_layers={self._cutoff} is for models with heads behind several layers, such as "
+                f"bge-reranker-v2-minicpm-layerwise; {self.directory} has one behind the last. Leave it out"
+            )
+        if not first <= self._cutoff <= last:
+            raise ValueError(f"cutoff_layers={self._cutoff} must be a layer with a head, from {first} to {last}")
+        self.spec = replace(self.spec, layers=self.spec.layers[: self._cutoff])
+        self._cut = f" cutoff_layers={self._cutoff}"
 
     @property
     def shape(self) -> Shape:
@@ -234,7 +264,9 @@ class StoredCrossEncoder(StoredModel):
                     f"floats [tokens, {self.spec.width}]"
                 )
             self._output = output
-        return super()._match(stored, wanted)
+        behind = list(enumerate(self.config.spec.layers, 1))[self.spec.depth :]
+        left_out = {name for number, layer in behind for name in layer_names(self.family, layer, number)}
+        return super()._match({name: one for name, one in stored.items() if name not in left_out}, wanted)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return super()._shapes() | ({OUTPUT: self._output.shape} if self.family.asks else {})

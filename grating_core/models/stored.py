@@ -70,9 +70,7 @@ class StoredModel(ABC):
         lasting: bool = False,
         adapter: Adapter | None = None,
     ) -> None:
-        self.directory = directory
-        self.device = device
-        self.dtype = dtype
+        self.directory, self.device, self.dtype = directory, device, dtype
         self.adapter = adapter
         self.config = read_config(directory)
         self.family, self.spec = self.config.family, self.config.spec
@@ -88,6 +86,8 @@ class StoredModel(ABC):
             ) from error
         with closed_on_error(self._checkpoint):
             self._take(self._checkpoint.tensors)
+
+    _cut = ""  # what distinguishes the model from one with all layers, in the names of companion files
 
     def close(self) -> None:
         """Close the files. A model that was loaded from them can then read no more weights."""
@@ -229,7 +229,7 @@ class StoredModel(ABC):
         groups, identity = self._layers, ""
         if packing.quantized:
             groups = {number: self._group(names) for number, names in enumerate(self._in_layers, 1)}
-            identity = fingerprint(self.directory, self.adapter)
+            identity = fingerprint(self.directory, self.adapter, self._cut)
         return PackedLayers(packing, self.family, self.spec, groups, identity)
 
     def _load(

@@ -9,7 +9,7 @@ import torch
 
 from grating_core.engine.recount import Recount
 from grating_core.engine.scorer import LayerScorer
-from grating_core.errors import StorageError
+from grating_core.errors import StorageError, UnsupportedModelError
 from grating_core.files.places import expanded
 from grating_core.kernels.choice import kernels
 from grating_core.lens.pruning import ByLens
@@ -164,6 +164,10 @@ def open_layered(settings: RerankSettings, found: Found) -> OpenLayered:
     dtype = states_dtype(products, device)
     stored: StoredReranker
     if is_gguf(directory):
+        if settings.cutoff_layers is not None:
+            raise UnsupportedModelError(
+                f"cutoff_layers={settings.cutoff_layers}: a GGUF model has a head behind its last layer only"
+            )
         stored = GgufModel(directory, device=device, dtype=dtype, adapter=adapter)
     else:
         stored = StoredCrossEncoder(
@@ -171,6 +175,7 @@ def open_layered(settings: RerankSettings, found: Found) -> OpenLayered:
             device=device,
             dtype=dtype,
             adapter=adapter,
+            cutoff_layers=settings.cutoff_layers,
             lasting=settings.budget is not None,
         )
     with closed_on_error(stored):

@@ -67,6 +67,8 @@ class OpenReranker(ABC):
     def identity(self) -> str:
         """The identity of the model and of its question, see :func:`grating_core.models.identity.fingerprint`."""
         asked = "" if self.prompt is None else self.prompt.asked
+        if (cutoff := self.settings.cutoff_layers) is not None:
+            asked += f" cutoff_layers={cutoff}"
         return fingerprint(self.directory, self.stored.adapter, asked)
 
     @property

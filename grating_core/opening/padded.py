@@ -99,6 +99,7 @@ def _refuse_settings(settings: RerankSettings, architecture: str) -> None:
         "dtype": (settings.dtype == "int8", "has no layers in 8 bits"),
         "adapter": (settings.adapter is not None, "gets no adapter: merge it into the model with PEFT first"),
         "recalibrate": (settings.recalibrate > 0, "has no margins to recalibrate"),
+        "cutoff_layers": (settings.cutoff_layers is not None, "knows no heads behind other layers"),
         "lens": (settings.lens is not None, "shows no states between layers to a lens"),
         "pruning": (settings.pruning not in ("auto", "off") and not isinstance(settings.pruning, Off),
                     "drops no document before the last layer"),

@@ -181,4 +181,5 @@ class ServedModels:
 
 def _for_another(settings: RerankSettings, model: str) -> RerankSettings:
     """Return the settings for another model, without those that fit only the first."""
-    return replace(settings, model=model, lens=None, adapter=None, revision=None, template=None, instruction=None)
+    own = ("lens", "adapter", "revision", "template", "instruction", "cutoff_layers")
+    return replace(settings, model=model, **dict.fromkeys(own))

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -228,8 +228,12 @@ def find_prompt(template: Prompt | str | None, model: str, directory: Path, fami
         UnsupportedModelError: The model's own format cannot be used.
         ValueError: ``template`` is neither a prompt nor the name of one.
     """
+    names = (Path(model).name, *_names(directory.resolve()))
+    official = next((prompt for name in names if (prompt := official_prompt(name))), None)
     if template is None and (inputs := read_inputs(directory)).used:
-        return _own_prompt(directory, inputs, family)
+        own = _own_prompt(directory, inputs, family)
+        # Such files do not say what the score is divided by.
+        return own if own is None or official is None else replace(own, temperature=official.temperature)
     if not family.causal and family.prompt is None:
         if template is None:
             return None
@@ -245,9 +249,8 @@ def find_prompt(template: Prompt | str | None, model: str, directory: Path, fami
         raise ValueError(
             f"template={template!r} is not known; use one of {', '.join(PROMPTS)}, or a Prompt of your own"
         )
-    for name in (Path(model).name, *_names(directory.resolve())):
-        if prompt := official_prompt(name):
-            return prompt
+    if official is not None:
+        return official
     if family.prompt is not None:
         return PROMPTS[family.prompt]
     if not family.asks:

@@ -35,7 +35,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from grating_core import ModelNotFoundError, Prompt, Reranker, UnsupportedModelError
+from grating_core import BudgetError, ModelNotFoundError, Prompt, Reranker, UnsupportedModelError
 from tests.core.conftest import DECODER, SIZES, SLIDING, WINDOW, WORDS, randomise, save_tokenizer
 from tests.core.memory.conftest import PLANS, load_planned
 from tests.core.memory.test_parity import DropHalf
@@ -426,6 +426,44 @@ def test_minicpm_has_a_head_for_every_later_layer(minicpm: Path, plan: str, spil
         assert layers[number - 1].scores == pytest.approx(after, abs=TOLERANCE)
 
 
+@pytest.mark.parametrize("cutoff", [3, 4, 5])
+def test_a_minicpm_may_end_at_any_layer_with_a_head(minicpm: Path, cutoff: int, spill_directory: Path) -> None:
+    prompt = Prompt(pieces=("<s>", "{query}", "{document}"))
+    texts = ["w20 w21", "w22", "w23 w24 w25 w26"]
+    expected = [minicpm_scores(token_ids(minicpm, "<s>", QUERY, text))[cutoff - 3] for text in texts]
+    with load(minicpm, template=prompt, cutoff_layers=cutoff) as reranker:
+        assert reranker.score([(QUERY, text) for text in texts]) == pytest.approx(expected, abs=TOLERANCE)
+        assert len(reranker.rerank(QUERY, texts).trace.layers) == cutoff
+    for dtype, how in (("float32", {"abs": TOLERANCE}), ("int8", {"abs": 1.0})):
+        settings = {"template": prompt, "cutoff_layers": cutoff, "dtype": dtype}
+        with pytest.raises(BudgetError) as told:
+            load(minicpm, memory_budget=1, **settings)
+        with load(minicpm, memory_budget=told.value.smallest, **settings) as reranker:
+            assert reranker.score([(QUERY, text) for text in texts]) == pytest.approx(expected, **how)
+
+
+def test_the_layers_behind_the_last_are_not_read(minicpm: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(minicpm, tmp_path / "model"))
+    expected = load(directory, cutoff_layers=4).score([(QUERY, "w20 w21")])
+    weights = load_file(directory / "model.safetensors")
+    for name, weight in weights.items():
+        if name.startswith(("model.layers.4.", "lm_head.2.")):
+            weight.fill_(math.nan)
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    assert load(directory, cutoff_layers=4).score([(QUERY, "w20 w21")]) == expected
+
+
+@pytest.mark.parametrize("cutoff", [0, 2, 6])
+def test_a_layer_without_a_head_is_no_last_one(minicpm: Path, cutoff: int) -> None:
+    with pytest.raises(ValueError, match=f"cutoff_layers={cutoff} must be"):
+        load(minicpm, cutoff_layers=cutoff)
+
+
+def test_other_models_have_one_head(qwen3: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="cutoff_layers=4 is for models with heads"):
+        load(qwen3, template=PROMPT, cutoff_layers=4)
+
+
 def test_minicpm_is_asked_as_it_was_trained(minicpm: Path) -> None:
     trace = load(minicpm).rerank("w1 w2", ["w3"]).trace
     instruction = (
@@ -471,6 +509,9 @@ def test_the_lightweight_gemma_reads_with_its_first_head(lightweight: Path) -> N
     texts = ["w20 w21", "w22", "w23 w24 w25 w26 w27"]
     ids = [token_ids(lightweight, "<bos>", f"A: {QUERY}", f"B: {text}", asked) for text in texts]
     expected = [lightweight_scores(lightweight, sequence) for sequence in ids]
+    assert load(lightweight, cutoff_layers=4).score([(QUERY, text) for text in texts]) == pytest.approx(
+        [scores[3] for scores in expected], abs=TOLERANCE
+    )
     layers = load(lightweight).rerank(QUERY, texts).trace.layers
     for number in range(1, 6):
         after = [scores[number - 1] for scores in expected]
