@@ -92,6 +92,30 @@ def _points(rows: list[Row], gain: str) -> tuple[list[Any], list[Any]]:
     return [row["compute_share"] for row in rows], [row[gain] for row in rows]
 
 
+def draw_deadline(result: Result, path: Path) -> None:
+    """Draw what is kept against the time that a request had: as measured, and replayed in three ways."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True)
+    styles = {"measured": ("black", "o"), "mixed": ("#0072B2", ""), "stop when it is over": ("#009E73", "")}
+    styles["drop at once"] = ("#E69F00", "")
+    top_k = result.setting["top_k"]
+    titles = {
+        "agreement": f"Share of the full model's top {top_k} that is kept",
+        "agreement_1": "Requests whose best document is the full model's",
+    }
+    for axes, (gain, title) in zip(panels, titles.items(), strict=True):
+        for way, (colour, marker) in styles.items():
+            rows = [row for row in result.rows if (row["collection"], row["way"]) == ("mean", way)]
+            label = way if marker else f"replayed: {way}"
+            shares, gains = [row["share"] for row in rows], [row[gain] for row in rows]
+            axes.plot(shares, gains, color=colour, marker=marker or None, markersize=4, label=label)
+        axes.set_title(title, fontsize=9)
+        axes.set(xlabel="deadline, as a share of the time without pruning", ylim=(None, 1.02))
+        axes.grid(alpha=0.3)
+    panels[0].legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
 def draw_gammas(result: Result, path: Path) -> None:
     """Draw γ by layer, of head and lens: a panel for each collection."""
     names = list(dict.fromkeys(row["collection"] for row in result.rows))

@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 import typer
 
-from benchmarks.figures import draw_gammas, draw_memory, draw_pruning
+from benchmarks.figures import draw_deadline, draw_gammas, draw_memory, draw_pruning
 from benchmarks.report import ROOT, Result, read_results
 
 PAGES = Path(__file__).parent / "pages"
@@ -27,6 +27,7 @@ FIGURES: dict[str, tuple[str, Callable[[Result, Path], None]]] = {
     "memory.png": ("memory-m3", draw_memory),
     "pruning.png": ("pruning", draw_pruning),
     "gammas.png": ("pruning-layers", draw_gammas),
+    "deadline.png": ("deadline", draw_deadline),
 }
 
 Results = Mapping[str, Result]
