@@ -94,7 +94,9 @@ class Contest:
         self._left: list[int] = []  # who was left out in the caller's order, for want of time and of estimates
 
     def look_at_the_clock(self, number: int, tokens: int) -> None:
-        """Prepare for a layer: see whether time is short, and before the first, who is computed without a lens.
+        """Prepare for a layer: see whether time is short, or over before the layer's end.
+
+        Before the first layer this also says who is computed where there is no lens.
 
         Args:
             number: The layer that follows.
@@ -105,10 +107,14 @@ class Contest:
         self._coming = number
         self._beside = tokens - sum(self._lengths[candidate] for candidate in self.alive)
         self._near = self.deadline.is_near(self.depth - max(number, 1) + 1, tokens)
-        if self.deadline.over:
-            self.end()
-        elif self._near and number == 1 and not self.layers:
+        if self._near and number == 1 and not self.layers:
             self._hurry(0)
+        pace = self.deadline.watch.pace
+        expected = 0.0
+        if number and pace is not None:
+            expected = pace.seconds_of(self._beside + sum(self._lengths[candidate] for candidate in self.alive))
+        if self.deadline.left <= expected:
+            self.end()
 
     @property
     def is_near(self) -> bool:
@@ -130,7 +136,7 @@ class Contest:
         self.cut_short = True
         places = self._top_k - len(self.winners)
         if self.pruning.errors is None or not self._estimates:
-            self._left = self.alive + self._left
+            self._left = sorted(self.alive + self._left)
         else:
             scores = np.array([self._estimates[candidate] for candidate in self.alive])
             self.winners += _best(self.alive, scores, range(len(scores)), estimated=True)[:places]
@@ -239,7 +245,7 @@ class Contest:
         time = deadline.watch.pace, self._beside, deadline.planned
         lengths = np.array([self._lengths[candidate] for candidate in self.alive])
         if errors is None:
-            self._leave_out(self.alive[first_that_fit(lengths, self.depth - number, *time) :])
+            self.leave_out(self.alive[first_that_fit(lengths, self.depth - number, *time) :])
             return
         wanted = self._top_k - len(self.winners)
         if not (0 < wanted < len(self.alive) and self._estimates):
@@ -263,12 +269,12 @@ class Contest:
         if not self.alive:
             self._fill()
 
-    def _leave_out(self, candidates: Sequence[int]) -> None:
-        """Let the last of those alive go no further, for want of time and of a lens."""
+    def leave_out(self, candidates: Sequence[int]) -> None:
+        """Let some of those alive go no further, for want of time and of estimates. They rank last."""
         if candidates:
             self._note(dict.fromkeys(candidates, Route.DROPPED))
-            self._left = [*candidates, *self._left]
-            self.alive = self.alive[: -len(candidates)]
+            self._left = sorted([*candidates, *self._left])
+            self.alive = sorted({*self.alive} - {*candidates})
 
     def _note(self, routes: Mapping[int, Route]) -> None:
         """Note what want of time has decided."""

@@ -5,13 +5,12 @@ Nothing is pruned or streamed. This is for architectures that grating's own laye
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from grating_core.engine.contest import Contest
 from grating_core.engine.job import UNPRUNED, Job
@@ -34,10 +33,11 @@ _USUAL_ROUNDING = 3e-2
 
 
 class _Row(NamedTuple):
-    """A row is one sequence of a pass: the number of its job, its place among the job's, and the sequence."""
+    """A row is one sequence of a pass: the numbers of its job, of its candidate and of its window, and itself."""
 
     job: int
-    place: int
+    candidate: int
+    window: int
     pair: TokenisedPair
 
 
@@ -86,21 +86,34 @@ class PaddedScorer(Scorer):
     def _run(self, jobs: Sequence[Job[Outcome]], *, lossless: bool) -> None:
         started = perf_counter()
         rows = [
-            _Row(number, place, pair)
+            _Row(number, candidate, window, pair)
             for number, job in enumerate(jobs)
-            for place, pair in enumerate(pair for windows in job.encoded for pair in windows)
+            for candidate, windows in enumerate(job.encoded)
+            for window, pair in enumerate(windows)
         ]
-        scores = [np.full(sum(map(len, job.encoded)), np.nan) for job in jobs]
+        contests = [_contest(self.model, job) for job in jobs]
+        tokens = sum(job.tokens for job in jobs)
+        for job, contest in zip(jobs, contests, strict=True):
+            job.begun = True
+            contest.look_at_the_clock(1, tokens)
+        rows = [row for row in rows if row.candidate in contests[row.job].alive]
+        scores: list[dict[tuple[int, int], float]] = [{} for _ in jobs]
+        given_up: set[int] = set()
+        computed = 0
         for batch in self._batches(rows):
-            ended = {number for number, job in enumerate(jobs) if _ends_early(job)}
-            wanted = [row for row in batch if row.job not in ended]
+            given_up.update(number for number, job in enumerate(jobs) if job.given_up())
+            over = given_up | {number for number, contest in enumerate(contests) if contest.is_late()}
+            wanted = [row for row in batch if row.job not in over]
             for row, score in zip(wanted, self._score([row.pair for row in wanted]), strict=True):
-                scores[row.job][row.place] = score
+                scores[row.job][row.candidate, row.window] = score
+            computed += sum(len(row.pair.input_ids) for row in wanted)
         seconds = perf_counter() - started
-        self.watch.learn(self.model.depth, sum(len(row.pair.input_ids) for row in rows), seconds)
-        for job, found in zip(jobs, scores, strict=True):
-            if not job.over:
-                _finish(self.model, job, found, seconds)
+        self.watch.learn(1, computed, seconds)
+        for number, (job, contest, found) in enumerate(zip(jobs, contests, scores, strict=True)):
+            if number in given_up:
+                job.fail(Interrupted())
+            else:
+                _finish(self.model, job, contest, found, seconds)
 
     def _batches(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
         """Yield rows of about the same length, padded no more tokens than are computed at once."""
@@ -144,26 +157,44 @@ class PaddedScorer(Scorer):
         return abs(alone - beside) <= rounding * max(1.0, abs(alone))
 
 
-def _ends_early(job: Job[Outcome]) -> bool:
-    """End a job that nobody waits for any more, or whose deadline is over; tell whether it has ended."""
-    if job.deadline is not None and job.deadline.over:
-        job.finish(job.unread())
-    elif job.given_up():
-        job.fail(Interrupted())
-    return job.over
-
-
-def _finish(model: Classifier, job: Job[Outcome], scores: NDArray[np.float64], seconds: float) -> None:
-    """End a job with its ranking, or with its own error. One layer stands for the whole model."""
+def _contest(model: Classifier, job: Job[Outcome]) -> Contest:
     candidates = job.encoded
-    contest = Contest(
+    return Contest(
         tuple(map(len, candidates)),
         UNPRUNED,
         job.top_k or len(candidates),
         model.depth,
         numbers=range(job.first_number, job.first_number + len(candidates)),
+        deadline=job.deadline,
+        lengths=[sum(len(pair.input_ids) for pair in windows) for windows in candidates],
     )
-    contest.after(model.depth, scores, job.tokens, seconds, Meter())
+
+
+def _finish(
+    model: Classifier,
+    job: Job[Outcome],
+    contest: Contest,
+    scores: Mapping[tuple[int, int], float],
+    seconds: float,
+) -> None:
+    """End a job with its ranking, or with its own error. One layer stands for the whole model.
+
+    Args:
+        model: The classifier.
+        job: The job.
+        contest: Its contest.
+        scores: The scores by candidate and window, as far as there was time for them.
+        seconds: Seconds of the pass.
+    """
+    candidates = job.encoded
+    places = {one: [(one, window) for window in range(len(candidates[one]))] for one in contest.alive}
+    contest.leave_out([one for one, own in places.items() if not scores.keys() >= {*own}])
+    if contest.alive:
+        found = np.array([scores[place] for one in contest.alive for place in places[one]])
+        tokens = sum(len(pair.input_ids) for one in contest.alive for pair in candidates[one])
+        contest.after(model.depth, found, tokens, seconds, Meter())
+    elif not contest.winners:
+        contest.end()
     if contest.error is not None:
         job.fail(contest.error)
         return
