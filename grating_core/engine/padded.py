@@ -84,7 +84,7 @@ class PaddedScorer(Scorer):
         return super().job(request, pruning)
 
     def _run(self, jobs: Sequence[Job[Outcome]], *, lossless: bool) -> None:
-        started = perf_counter()
+        started, began = perf_counter(), self.watch.now()
         rows = [
             _Row(number, candidate, window, pair)
             for number, job in enumerate(jobs)
@@ -108,7 +108,7 @@ class PaddedScorer(Scorer):
                 scores[row.job][row.candidate, row.window] = score
             computed += sum(len(row.pair.input_ids) for row in wanted)
         seconds = perf_counter() - started
-        self.watch.learn(1, computed, seconds)
+        self.watch.learn(1, computed, self.watch.now() - began)
         for number, (job, contest, found) in enumerate(zip(jobs, contests, scores, strict=True)):
             if number in given_up:
                 job.fail(Interrupted())
