@@ -266,6 +266,14 @@ def check_stored(path: Path, configuration: Configuration, tensors: Mapping[str,
                     f"{path} has {said}, which does not fit its weights: {tensors[name].path.name} stores {name} "
                     f"as {list(tensors[name].shape)}"
                 )
+    for name, role in family.head.items():
+        found = tensors.get(f"{name}.weight")
+        unnamed = fields.get("num_labels", 1) != 1 and fields["id2label"] is None
+        if role == "classifier" and unnamed and found and found.shape[:1] == (1,):
+            raise ModelNotFoundError(
+                f"{path} describes {fields['num_labels']} labels (without num_labels and id2label there are two), "
+                f'and {found.path.name} stores {name} of one label: write "num_labels": 1 into it'
+            )
     if spec.first_head > spec.depth:
         raise ModelNotFoundError(
             f"{path} has start_layer={spec.first_head}, but num_hidden_layers={spec.depth}: no layer has a head"

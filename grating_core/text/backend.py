@@ -71,7 +71,10 @@ def _make_lowercase(backend: Tokenizer) -> None:
 
 def _from_files(directory: Path) -> tuple[Tokenizer, bool]:
     if not has_tokenizer(directory):
-        raise ModelNotFoundError(f"{directory} has no tokenizer.json, vocabulary or sentencepiece model")
+        raise ModelNotFoundError(
+            f"{directory} has no tokenizer.json, vocabulary or sentencepiece model: fetch these files again, or "
+            f"save the tokenizer there that the model was trained with (AutoTokenizer's save_pretrained)"
+        )
     settings = read_settings(directory)
     try:
         if (directory / "tokenizer.json").is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from grating_core.text.tokenizer import TextTokenizer, alike, encodable
 from grating_core.text.windows import divided
 
 Span = tuple[int, int]  # first position, and the one after the last
+_MARK = re.compile(r"<\|[^<>|\s]+\|>")  # what a special token of a chat format looks like
 _COUNTED = 100_000  # characters of the longest query whose tokens an error message counts
 
 _log = logging.getLogger("grating")
@@ -216,6 +218,13 @@ class PromptTemplate(Template):
             instruction_format=tokenizer.written(prompt.instruction_format),
         )
         self._ending = self._ids(self._prompt.ending)
+        written = {mark for text in (*prompt.pieces, prompt.ending) for mark in _MARK.findall(text)}
+        if lacking := sorted(written - tokenizer.controls):
+            _log.warning(
+                "the prompt writes the special token %s, which the model's tokenizer does not have: the scores "
+                "are wrong, unless that is meant as text. Check tokenizer.json, or the prompt (template=)",
+                lacking[0],
+            )
         self.temperature = prompt.temperature
         self._instruction = None if instruction is None else encodable(instruction)
         if asks:
@@ -334,10 +343,5 @@ def load_template(
         )
     inputs = read_inputs(directory)
     return PairTemplate(
-        tokenizer,
-        window,
-        long_documents,
-        has_types=has_types,
-        prompt=inputs.prompt,
-        answers=inputs.answers,
+        tokenizer, window, long_documents, has_types=has_types, prompt=inputs.prompt, answers=inputs.answers
     )

@@ -117,6 +117,18 @@ def test_weights_without_a_head_are_no_reranker(directory: Path) -> None:
         load(directory)
 
 
+def test_labels_that_a_configuration_leaves_out_are_named(directory: Path) -> None:
+    path = directory / "config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({n: v for n, v in fields.items() if n not in ("id2label", "label2id", "num_labels")})
+    )
+    with pytest.raises(ModelNotFoundError, match=r'config\.json describes 2 labels.*write "num_labels": 1'):
+        load(directory)
+    change_config(directory, num_labels=1)
+    assert len(load(directory).score(PAIRS)) == 3
+
+
 def run_shown(message: str) -> None:
     """Run the command that a message shows."""
     exec(shlex.split(message[message.index("python -c") :])[2], {})

@@ -130,6 +130,16 @@ def test_a_prompt_of_the_user_wins(tmp_path: Path) -> None:
     assert own != pytest.approx(load(directory).score(random_pairs(random.Random(2))), abs=TOLERANCE)
 
 
+def test_a_special_token_that_the_tokenizer_lacks_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = save_causal(tmp_path, QUERY_BEHIND)
+    load(directory)
+    assert "special token" not in caplog.text
+    load(directory, template=Prompt(pieces=("<|im_start|>{query}<|turn|>{document}",), yes=5, no=6))
+    assert "writes the special token <|turn|>, which the model's tokenizer does not have" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("template", "kind", "told"),
     [
