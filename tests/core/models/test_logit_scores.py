@@ -183,3 +183,12 @@ def test_damaged_token_ids_are_refused(
     (directory / "1_LogitScore/config.json").write_text(json.dumps(fields))
     with pytest.raises(kind, match=told):
         load(directory)
+
+
+def test_a_model_known_by_name_keeps_what_its_score_is_divided_by(tmp_path: Path) -> None:
+    """The files of zerank-2 give the logit; its card makes the probability of a fifth of it."""
+    directory = save_causal(tmp_path, STRUCTURED, no=False)
+    pairs = random_pairs(random.Random(5))
+    expected = [score / 5.0 for score in load(directory).score(pairs)]
+    named = directory.rename(tmp_path / "zerank-2")
+    assert load(named).score(pairs) == pytest.approx(expected, abs=TOLERANCE)
