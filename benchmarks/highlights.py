@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from benchmarks.collections import Request, load_requests
 from benchmarks.report import RESULTS, Output, Row, write_result
-from grating_core import RankedDocument, Reranker
+from grating_core import Reranker
+from grating_core.results import RankedDocument
 from grating_core.text.sentences import sentences
 
 COLLECTIONS = ("cranfield", "cisi")
