@@ -24,6 +24,16 @@ from tests.core.parity import TOLERANCE, load, random_text
 
 WIDTH = 32
 LENGTHS = [1, 0, 5, 17, 2, 90, 40, 300, 33, 1]  # length 1, none at all, and more than the window holds
+ENCODERS = [
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "electra",
+    "distilbert",
+    "deberta-v3",
+    "deberta-v2",
+    "modernbert-cls",
+]
 HEADS: dict[str, Callable[[], list[nn.Module]]] = {
     "ettin": lambda: [
         Pooling(WIDTH, "cls"),
@@ -48,7 +58,7 @@ def save_modular(directory: Path, family: str, head: str, **settings: object) ->
     torch.manual_seed(0)
     base = directory / "base"
     randomise(FAMILIES[family]()).base_model.save_pretrained(base)
-    save_tokenizer(base, types=family == "bert")
+    save_tokenizer(base, types=family in ("bert", "electra", "deberta-v2"))
     modules = HEADS[head]()
     for module in modules:
         for name, weight in module.named_parameters():
@@ -72,8 +82,8 @@ def ettin(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("family", "head"),
-    [*((family, "ettin") for family in ("bert", "roberta", "xlm-roberta", "modernbert-cls")),
-     ("bert", "mean"), ("modernbert-mean", "mean"), ("roberta", "last"), ("qwen3", "last")],
+    [*((family, "ettin") for family in ENCODERS),
+     ("bert", "mean"), ("modernbert-mean", "mean"), ("roberta", "last"), ("qwen3", "last"), ("gemma3", "last")],
 )  # fmt: skip
 def test_scores_equal_the_cross_encoders(tmp_path: Path, family: str, head: str) -> None:
     seed = random.randrange(10**6)
