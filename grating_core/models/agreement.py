@@ -267,12 +267,12 @@ def check_stored(path: Path, configuration: Configuration, tensors: Mapping[str,
                     f"as {list(tensors[name].shape)}"
                 )
     for name, role in family.head.items():
-        found = tensors.get(f"{name}.weight")
+        weight = tensors.get(f"{name}.weight")
         unnamed = fields.get("num_labels", 1) != 1 and fields["id2label"] is None
-        if role == "classifier" and unnamed and found and found.shape[:1] == (1,):
+        if role == "classifier" and unnamed and weight is not None and weight.shape[:1] == (1,):
             raise ModelNotFoundError(
                 f"{path} describes {fields['num_labels']} labels (without num_labels and id2label there are two), "
-                f'and {found.path.name} stores {name} of one label: write "num_labels": 1 into it'
+                f'and {weight.path.name} stores {name} of one label: write "num_labels": 1 into it'
             )
     if spec.first_head > spec.depth:
         raise ModelNotFoundError(
