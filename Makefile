@@ -122,6 +122,7 @@ benchmarks: bench-deps
 	$(BIN)/python -m benchmarks.cold
 	$(BIN)/python -m benchmarks.pruning --data $(DATA)
 	$(BIN)/python -m benchmarks.probabilities --data $(DATA)
+	$(BIN)/python -m benchmarks.deadline --data $(DATA)
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.memory --model bundled:ms-marco-minilm-l12
 	$(BIN)/python -m benchmarks.passes --model bundled:ms-marco-minilm-l12

@@ -344,3 +344,18 @@ async def test_of_a_long_query_the_end_is_used(model, documents):
     assert compressor.rerank(documents, long)[0]["relevance_score"] == kept[0].metadata["relevance_score"]
     last = GratingRerank(model=model, top_n=3, pruning="off", max_query_tokens=7)
     assert last.compress_documents(documents, long) == compressor.compress_documents(documents, question)
+
+
+async def test_a_deadline_ends_with_the_first_documents_marked_as_estimates(reranker):
+    documents = [Document(f"text {number}") for number in range(20)]
+    compressor = GratingRerank(reranker=reranker, top_n=2, deadline=1e-6)
+    for kept in (
+        compressor.compress_documents(documents, "a question"),
+        await compressor.acompress_documents(documents, "a question"),
+    ):
+        assert [document.page_content for document in kept] == ["text 0", "text 1"]
+        assert all(document.metadata["relevance_score_estimated"] for document in kept)
+    kept = compressor.model_copy(update={"deadline": 100}).compress_documents(documents, "a question")
+    assert "relevance_score_estimated" not in kept[0].metadata
+    with pytest.raises(ValueError, match="deadline"):
+        GratingRerank(reranker=reranker, deadline=0)

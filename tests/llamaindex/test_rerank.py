@@ -327,3 +327,19 @@ def test_a_decoder_with_its_own_question(nodes, tmp_path):
         texts = [node.node.get_content(metadata_mode=MetadataMode.EMBED) for node in found]
         expected = list(map(reranker.probability, reranker.score([("w6 w7", text) for text in texts])))
     assert [node.score for node in found] == pytest.approx(expected, abs=1e-4)
+
+
+async def test_a_deadline_ends_with_the_first_nodes_marked_as_estimates(reranker, nodes):
+    hurried = GratingRerank(reranker=reranker, top_n=2, deadline=1e-6)
+    for kept in (
+        hurried.postprocess_nodes(nodes, query_str="a question"),
+        await hurried.apostprocess_nodes(nodes, query_str="a question"),
+    ):
+        assert [found.node.node_id for found in kept] == [found.node.node_id for found in nodes[:2]]
+        assert all(found.node.metadata["relevance_score_estimated"] for found in kept)
+        assert "estimated" not in kept[0].node.get_content(metadata_mode=MetadataMode.LLM)
+    assert "relevance_score_estimated" not in nodes[0].node.metadata
+    (calm,) = GratingRerank(reranker=reranker, top_n=1, deadline=100).postprocess_nodes(
+        nodes, query_str="a question"
+    )
+    assert "relevance_score_estimated" not in calm.node.metadata

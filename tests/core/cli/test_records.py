@@ -185,3 +185,14 @@ def test_the_cache_is_listed_and_cleared_by_kind_and_age(tmp_path: Path, monkeyp
     assert not (tmp_path / "activations" / "one").exists()
     for wrong in (["--kind", "shoes"], ["--older-than", "soon"]):
         assert grating("cache", "clear", *wrong).exit_code == 2
+
+
+def test_a_deadline_ends_with_the_first_documents_and_says_so(stored: str) -> None:
+    found = json.loads(ranked("-i", stored, "--format", "json", "--deadline", "0.000001").stdout)
+    assert found["cut_short"]
+    assert [one["index"] for one in found["ranking"]] == list(range(len(DOCUMENTS)))
+    assert all(one["estimated"] for one in found["ranking"])
+    assert "cut short by the deadline" in " ".join(ranked("-i", stored, "--deadline", "0.000001").stdout.split())
+    refused = grating("rerank", "-q", QUERY, "-i", stored, "--deadline", "0")
+    assert refused.exit_code == 2
+    assert "--deadline" in refused.stderr

@@ -23,6 +23,9 @@ from grating_core.results import RankedDocument
 
 dispatcher = get_dispatcher(__name__)
 
+ESTIMATED = "relevance_score_estimated"
+"""The name of the metadata that mark a score as an estimate."""
+
 
 class GratingRerank(RankingFields, RerankerSettings):  # type: ignore[misc]
     """This class keeps the ``top_n`` nodes that answer the query best, best first. Their scores are probabilities.
@@ -30,7 +33,8 @@ class GratingRerank(RankingFields, RerankerSettings):  # type: ignore[misc]
     The model is loaded on construction, and shared with whoever uses the same settings. The caller's nodes and
     their scores are left as they are. The arguments of ``SentenceTransformerRerank`` and ``FlashRankRerank``
     work as they are, also by position. With ``highlights=True`` a node's metadata have the sentences that carried
-    its score; language models and embeddings do not see them.
+    its score; language models and embeddings do not see them. Nor do they see ``relevance_score_estimated``, which
+    marks a score that is an estimate, with ``scores="estimated"`` or when a ``deadline`` came early.
 
     Example:
         .. code-block:: python
@@ -103,10 +107,15 @@ class GratingRerank(RankingFields, RerankerSettings):  # type: ignore[misc]
         node, added = retrieved.node, dict[str, Any](self._highlights(ranked))
         if self.keep_retrieval_score:
             added["retrieval_score"] = retrieved.score
+        if ranked.estimated:
+            added[ESTIMATED] = True
         if added:
-            # Highlights are for people: a language model has the text itself, and an embedding needs no more.
+            # These are for people: a language model has the text itself, and an embedding needs no more.
             hidden = {
-                name: [*getattr(node, name), *({HIGHLIGHTS} & added.keys() - {*getattr(node, name)})]
+                name: [
+                    *getattr(node, name),
+                    *sorted({HIGHLIGHTS, ESTIMATED} & added.keys() - {*getattr(node, name)}),
+                ]
                 for name in ("excluded_llm_metadata_keys", "excluded_embed_metadata_keys")
             }
             node = node.model_copy(update={"metadata": {**copied(node.metadata), **added}, **hidden})
