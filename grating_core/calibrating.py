@@ -63,7 +63,8 @@ class Calibrated(Loaded[Scorer, RerankSettings]):
 
         This is the mapping of :meth:`fit_probabilities`, if there is one for this model. Otherwise it is the
         logistic function of the score, which rerankers are trained with: of one label's logit, or of the
-        difference between two labels or between yes and no, where it is their softmax.
+        difference between two labels or between yes and no, where it is their softmax. A listwise model's score
+        is a cosine, which is shifted to the scale from 0 to 1.
         """
         return self._probability(score)
 

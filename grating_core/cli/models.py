@@ -64,12 +64,13 @@ def _report(opened: OpenReranker) -> dict[str, Any]:
 
 
 def _format(opened: OpenReranker) -> str:
-    """Return how a pair is written: ``"pair"``, the name of a prompt, ``"own"``, ``"chat"`` or ``"template"``."""
+    """Return how texts are written: ``pair``, ``list``, the name of a prompt, ``own``, ``chat``, ``template``."""
+    from grating_core.opening.listwise import OpenListwise
     from grating_core.text.inputs import read_inputs
     from grating_core.text.prompts import PROMPTS
 
     if opened.prompt is None:
-        return "pair"
+        return "list" if isinstance(opened, OpenListwise) else "pair"
     if official := [name for name, prompt in PROMPTS.items() if prompt == opened.prompt]:
         return official[0]
     if opened.settings.template is not None:
@@ -126,6 +127,7 @@ def _smallest_with(opened: OpenLayered, packing: Packing | None) -> int | None:
 def _told(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield a report in words."""
     formats = {
+        "list": "all documents in one prompt",
         "pair": "query and document, joined by the tokenizer",
         "chat": "a question with yes or no, in the model's chat format",
         "own": "the format that the model's own files describe",
@@ -146,7 +148,7 @@ def _told(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "input", formats.get(found["format"], f"the prompt {found['format']}")
     yield "window", f"{found['window']:,} tokens"
     yield "dtype", found["dtype"]
-    yield "lens", lenses[found["lens"]] if own else "none"
+    yield "lens", lenses[found["lens"]] if own and found["format"] != "list" else "none"
     budgets = {name: found[name] for name in _NO_BUDGET}
     sizes = [f"{size / 1e6:,.1f} MB{' with int8' * ('int8' in name)}" for name, size in budgets.items() if size]
     yield "smallest memory budget", ", ".join(sizes) or "none: all weights stay in memory"

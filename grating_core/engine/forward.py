@@ -108,7 +108,7 @@ def forward(
                 if request in readers:
                     readers[request].see(states, asked)
 
-        for _ in _run_layer(
+        for _ in run_layer(
             model, number, batch, hidden, angles, slice_tokens, room, see, highlighters, embed=not embedded
         ):
             for request in _late(contests, model.device):
@@ -209,7 +209,7 @@ def _reader(model: CrossEncoder, number: int, lens: Provisional | None) -> Reade
     return HeadReader(model, number) if number else None
 
 
-def _run_layer(
+def run_layer(
     model: CrossEncoder,
     number: int,
     batch: RaggedBatch,

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from grating_core.engine.listwise import ListScorer
 from grating_core.engine.scorer import LayerScorer, Scorer
 from grating_core.kernels.choice import kernels
 from grating_core.lens.observations import Observe
@@ -17,10 +18,15 @@ def layered(scorer: Scorer) -> LayerScorer:
     """Return a scorer whose layers can be observed.
 
     Raises:
-        ValueError: transformers computes the model.
+        ValueError: transformers computes the model, or the model reads several documents at once.
     """
     if isinstance(scorer, LayerScorer):
         return scorer
+    if isinstance(scorer, ListScorer):
+        raise ValueError(
+            "calibrate fits a lens that drops documents early, and a listwise model drops none, because it reads "
+            "all documents together: use it without a lens"
+        )
     raise ValueError(
         "calibrate fits a lens to the states between layers, which engine='transformers' does not show: take a "
         "model that grating's own layers compute"

@@ -115,7 +115,7 @@ def run_pass(
     shared = {piece.request: piece.length for piece in batch.pieces if piece.candidate is None}
     peak = None if plan is None else PeakMemory(model.device)
     try:
-        with _room(model, batch, slice_tokens, plan) as hidden:
+        with room_for(model, batch, slice_tokens, plan) as hidden:
             for number in forward(
                 model, batch, hidden, contests, slice_tokens=slice_tokens, peak=peak, watch=watch
             ):
@@ -168,7 +168,7 @@ def trace_of(
 
 
 @contextmanager
-def _room(
+def room_for(
     model: CrossEncoder, batch: RaggedBatch, slice_tokens: int, plan: MemoryPlan | None
 ) -> Iterator[HiddenStates]:
     """Provide room for the hidden states of a batch: in memory, or on disk if the plan says so."""

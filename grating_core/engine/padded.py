@@ -15,15 +15,12 @@ import torch
 from grating_core.engine.contest import Contest
 from grating_core.engine.job import UNPRUNED, Job
 from grating_core.engine.one_pass import Outcome, trace_of
-from grating_core.engine.scorer import Scorer
+from grating_core.engine.unpruned import UnprunedScorer
 from grating_core.errors import UnsupportedModelError
 from grating_core.forking import Interrupted
-from grating_core.lens.pruning import Pruning
 from grating_core.memory.meter import Meter
 from grating_core.memory.plan import PASS_TOKENS
 from grating_core.models.by_transformers import Classifier
-from grating_core.pruning import Off
-from grating_core.requests import Request
 from grating_core.text.pairs import Template, TokenisedPair
 
 _BATCH_TOKENS = {"cuda": 32768}
@@ -41,7 +38,7 @@ class _Row(NamedTuple):
     pair: TokenisedPair
 
 
-class PaddedScorer(Scorer):
+class PaddedScorer(UnprunedScorer):
     """A padded scorer computes with one of transformers' classifiers.
 
     Some models give a sequence another score if it is padded: a convolution or a mean over the sequence sees the
@@ -56,6 +53,7 @@ class PaddedScorer(Scorer):
     """
 
     model: Classifier
+    _who = "engine='transformers'"
 
     def __init__(self, model: Classifier, template: Template) -> None:
         super().__init__(model, template)
@@ -63,25 +61,6 @@ class PaddedScorer(Scorer):
         self.pass_tokens = max(PASS_TOKENS, self.slice_tokens)
         self.pads = self._may_pad()
         """Whether sequences of different lengths are computed together."""
-
-    def job(self, request: Request, pruning: Pruning) -> Job[Outcome]:
-        """See :meth:`Scorer.job`.
-
-        Raises:
-            ValueError: The request asks for what needs the states between layers.
-        """
-        asked = {
-            "scores": request.scores if request.scores != "exact" else None,
-            "pruning": None if isinstance(request.pruning, Off) else request.pruning,
-            "target": request.target,
-        }
-        for name, value in asked.items():
-            if value is not None:
-                raise ValueError(
-                    f"{name}={value!r}: engine='transformers' computes every document through all layers, so that "
-                    f"nothing is estimated or dropped; leave {name} out"
-                )
-        return super().job(request, pruning)
 
     def _run(self, jobs: Sequence[Job[Outcome]], *, lossless: bool) -> None:
         started, began = perf_counter(), self.watch.now()

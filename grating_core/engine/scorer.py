@@ -102,7 +102,7 @@ class Scorer(ABC):
         query, documents, top_k = request.query, request.documents, min(request.top_k, len(request.documents))
         finder = self.highlighter(documents) if request.highlights else None
         if request.deadline is None:
-            encode = partial(self.template.encode, query, documents)
+            encode = partial(self._encode, query, documents)
             job: Job[Outcome] = Job(encode, top_k=top_k, pruning=pruning, highlighter=finder)
         else:
             deadline = Deadline(self.watch.now() + request.deadline, self.watch)
@@ -121,6 +121,10 @@ class Scorer(ABC):
             seconds = perf_counter() - job.started
             job.finish(Outcome([], Trace((), self.model.depth, (), (), seconds, notes=self.model.notes)))
         return job
+
+    def _encode(self, query: str, documents: Sequence[str]) -> list[list[TokenisedPair]]:
+        """Return the windows of each candidate."""
+        return self.template.encode(query, documents)
 
     def _encode_in_time(
         self, query: str, documents: Sequence[str], deadline: Deadline

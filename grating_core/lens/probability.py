@@ -46,6 +46,11 @@ def logistic(score: float) -> float:
     return (1.0 if score >= 0 else odds) / (1.0 + odds)
 
 
+def between_0_and_1(cosine: float) -> float:
+    """Return a cosine on the scale from 0 to 1. This keeps the order; it is no chance that judgements confirm."""
+    return min(1.0, max(0.0, (1.0 + cosine) / 2.0))
+
+
 @dataclass(frozen=True)
 class FittedProbability:
     """This mapping from raw scores to probabilities was fitted to judgements. It never falls.
@@ -124,22 +129,23 @@ def fit_probability(scores: Sequence[float], relevant: Sequence[bool]) -> Fitted
     return FittedProbability(method, tuple(points.tolist()), tuple(logits.tolist()), len(found), positive)
 
 
-def find_probability(directory: Path | None, fingerprint: str) -> Probability:
-    """Return the mapping that was fitted for a model, or else the logistic function.
+def find_probability(directory: Path | None, fingerprint: str, otherwise: Probability = logistic) -> Probability:
+    """Return the mapping that was fitted for a model, or else its usual one.
 
     A mapping that cannot be used is left out with a warning.
 
     Args:
         directory: The directory of the model's lens; None for the one in grating's cache.
         fingerprint: Identity of the model.
+        otherwise: The model's usual mapping.
     """
     try:
         path = (lens_directory(fingerprint) if directory is None else directory) / _FILE
     except StorageError as error:
         go_on_without_cache(error)
-        return logistic
+        return otherwise
     if not is_kept(path):
-        return logistic
+        return otherwise
     try:
         stored = read_json(path)
         fitted: dict[str, Any] = stored["fitted"]
@@ -149,10 +155,8 @@ def find_probability(directory: Path | None, fingerprint: str) -> Probability:
             raise ValueError("it is for other weights, or another adapter or template")
         return FittedProbability(**fitted | {"scores": tuple(fitted["scores"]), "logits": tuple(fitted["logits"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        _log.warning(
-            "probabilities are the logistic function of scores, because %s cannot be used: %r", path, error
-        )
-        return logistic
+        _log.warning("probabilities are not those that were fitted, because %s cannot be used: %r", path, error)
+        return otherwise
 
 
 class Judged(NamedTuple):

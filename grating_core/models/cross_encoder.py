@@ -26,6 +26,10 @@ from grating_core.models.packing import Packing
 from grating_core.models.stored import OUTPUT, StoredModel
 
 _ANSWERS = ("yes.weight", "no.weight")
+_LISTWISE = (
+    "the model reads all documents of a block together, so that a score depends on the others, on their order and "
+    "on their number; every layer computes every document"
+)
 
 
 class Shape(NamedTuple):
@@ -58,8 +62,8 @@ class CrossEncoder(LayeredModel):
     @property
     def notes(self) -> tuple[str, ...]:
         """Remarks in words on how scores come about, for traces."""
-        remark = self.spec.labels.remark
-        return () if remark is None else (remark,)
+        listwise = _LISTWISE if self._parts.family.listwise else None
+        return tuple(remark for remark in (self.spec.labels.remark, listwise) if remark is not None)
 
     def lossless(self) -> CrossEncoder | None:
         """Return the same model with the layers without 8 bits; None if they are not in memory."""
@@ -76,7 +80,7 @@ class CrossEncoder(LayeredModel):
             number: The number of the layer that they come from.
 
         Returns:
-            The scores, float32 ``[N]``.
+            The scores, float32 ``[N]``; embeddings ``[N, E]`` if the model is listwise.
         """
         return self._parts.family.score(self.spec, self.head, states, number) / self.spec.temperature
 

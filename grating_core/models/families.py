@@ -11,11 +11,13 @@ from grating_core.models.encoders import ENCODERS
 from grating_core.models.family import Family
 from grating_core.models.gemma import GEMMAS
 from grating_core.models.labels import FIELDS as LABELS
+from grating_core.models.listwise import LISTWISE
 from grating_core.models.modernbert import MODERNBERT
 from grating_core.models.remote import REMOTE
 
 FAMILIES: dict[str, Family] = {
-    family.architecture: family for family in (*ENCODERS, *REMOTE, MODERNBERT, DEBERTA, *DECODERS, *GEMMAS)
+    family.architecture: family
+    for family in (*ENCODERS, *REMOTE, MODERNBERT, DEBERTA, *DECODERS, *GEMMAS, LISTWISE)
 }
 
 _CLASSIFIER = "ForSequenceClassification"

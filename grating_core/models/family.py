@@ -138,7 +138,8 @@ class Family:
             or ``"vocabulary"`` for an output embedding. A name and role with ``{}`` are those of several heads,
             numbered from 0.
         score: ``(spec, weights of the head, states, number) -> scores``, from float32 ``[N, D]`` after layer
-            ``number`` to ``[N]``. The states have been through the final norm.
+            ``number`` to ``[N]``, or to embeddings ``[N, E]`` if the family is listwise. The states have been
+            through the final norm.
         causal: Whether a token sees only the tokens before it.
         fixed: Fields that must have this value, if a ``config.json`` has them: a value, or what a function makes
             of the other fields.
@@ -147,6 +148,7 @@ class Family:
         ropes: The kinds of rotary positions that the architecture knows.
         variants: Families of the same architecture whose layers' tensors have other names.
         own_names: The family's own names of fields, by the usual ones, which only messages do not use.
+        listwise: Whether a sequence has all documents of a request, and a score is the cosine of embeddings.
     """
 
     architecture: str
@@ -164,6 +166,7 @@ class Family:
     ropes: tuple[str, ...] = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
     variants: tuple[Family, ...] = ()
     own_names: Mapping[str, str] = field(default_factory=dict)
+    listwise: bool = False
 
     def fitting(self, stored: Collection[str]) -> Family:
         """Return the variant that the names of a checkpoint's tensors are of; the family itself if none is."""

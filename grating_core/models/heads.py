@@ -56,10 +56,20 @@ def score_layerwise(spec: ModelSpec, weights: Weights, states: Tensor, number: i
 
 def score_modules(spec: ModelSpec, weights: Weights, states: Tensor, number: int) -> Tensor:
     """Return the scores of a head that is made of modules."""
+    return _features(spec, weights, states)["scores"][:, 0]
+
+
+def embed_modules(spec: ModelSpec, weights: Weights, states: Tensor, number: int) -> Tensor:
+    """Return the embeddings ``[N, E]`` of a head that is made of modules."""
+    return _features(spec, weights, states)["sentence_embedding"]
+
+
+def _features(spec: ModelSpec, weights: Weights, states: Tensor) -> dict[str, Tensor]:
+    """Return what the modules give, by name."""
     features = {"sentence_embedding": states}
     for module in spec.modules:
         features[module.target] = _computed(module, weights, features[module.source])
-    return features["scores"][:, 0]
+    return features
 
 
 def _computed(module: HeadModule, weights: Weights, states: Tensor) -> Tensor:

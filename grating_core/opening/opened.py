@@ -14,7 +14,7 @@ import torch
 
 from grating_core.engine.scorer import Scorer
 from grating_core.files.places import expanded
-from grating_core.lens.probability import Probability, find_probability
+from grating_core.lens.probability import Probability, find_probability, logistic
 from grating_core.lens.pruning import ByLens
 from grating_core.lens.store import CalibratedLens
 from grating_core.memory.plan import MemoryPlan
@@ -92,9 +92,14 @@ class OpenReranker(ABC):
 
     @property
     def probability(self) -> Probability:
-        """The function from raw scores to probabilities: one that was fitted to judgements, or the logistic."""
+        """The function from raw scores to probabilities: one that was fitted to judgements, or the usual."""
         lens = self.settings.lens
-        return find_probability(None if lens is None else expanded(lens), self.identity)
+        return find_probability(None if lens is None else expanded(lens), self.identity, self._usual_probability)
+
+    @property
+    def _usual_probability(self) -> Probability:
+        """The mapping without judgements."""
+        return logistic
 
     @property
     @abstractmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 from grating_core.models.by_transformers import needs_transformers
 from grating_core.opening.found import find
 from grating_core.opening.layered import open_layered
+from grating_core.opening.listwise import open_listwise, reads_lists
 from grating_core.opening.opened import OpenReranker
 from grating_core.opening.padded import open_padded
 from grating_core.settings import RerankSettings
@@ -26,4 +27,6 @@ def open_reranker(settings: RerankSettings) -> OpenReranker:
     auto = settings.engine == "auto"
     if settings.engine == "transformers" or (auto and needs_transformers(found.directory)):
         return open_padded(settings, found)
+    if reads_lists(found.directory):
+        return open_listwise(settings, found)
     return open_layered(settings, found)

@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.core.conftest import DECODER, FAMILIES, SIZES, randomise, save_model
+from tests.core.engine.test_listwise import save_listwise
 from tests.core.engine.test_padded import saved
 from tests.core.models.test_decoders import MINICPM, minicpm_weights
 from tests.core.models.test_logit_scores import TEMPLATES, save_causal
@@ -133,7 +134,7 @@ BUILDERS: dict[str, Build] = {
     "AlbertForSequenceClassification": foreign("albert"),
     "MPNetForSequenceClassification": foreign("mpnet"),
     "JinaBertForSequenceClassification": code_of_its_own("JinaBertForSequenceClassification", "bert"),
-    "JinaForRanking": code_of_its_own("JinaForRanking", "qwen3"),
+    "JinaForRanking": save_listwise,
     "T5ForConditionalGeneration": family("bert", architectures=["T5ForConditionalGeneration"], model_type="t5"),
     "XLMRobertaModel": family("xlm-roberta", architectures=["XLMRobertaModel"]),
     "DebertaV2ForSequenceClassification with three labels": three_labels,

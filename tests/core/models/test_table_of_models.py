@@ -66,7 +66,8 @@ def test_a_row_does_what_it_says(row: Row, tmp_path: Path) -> None:
         told = json.loads(done.stdout)
         engine = re.split("[,:;]", row.works)[0]
         assert told["engine"] == {"own layers": "grating"}.get(engine, engine)
-        usual = "chat" if "question" in row.works else "own" if "own files" in row.works else "pair"
+        kinds = {"question": "chat", "own files": "own", "all documents": "list"}
+        usual = next((kind for words, kind in kinds.items() if words in row.works), "pair")
         assert told["format"] == (prompt or usual)
         with Reranker.from_pretrained(directory, device="cpu", dtype="float32") as reranker:
             result = reranker.rerank("yes w1", ["w2", "w3 w4 no", ""], top_k=2)
