@@ -121,6 +121,7 @@ benchmarks: bench-deps
 	$(BIN)/python -m benchmarks.latency --data $(DATA) --model smollm2-135m --requests 2 --timed 1 --rounds 2
 	$(BIN)/python -m benchmarks.cold
 	$(BIN)/python -m benchmarks.pruning --data $(DATA)
+	$(BIN)/python -m benchmarks.promise --collection $(DATA)/cranfield --collection $(DATA)/cisi --collection $(DATA)/locomo
 	$(BIN)/python -m benchmarks.probabilities --data $(DATA)
 	$(BIN)/python -m benchmarks.deadline --data $(DATA)
 	$(BIN)/python -m benchmarks.memory

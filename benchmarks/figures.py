@@ -133,3 +133,36 @@ def draw_gammas(result: Result, path: Path) -> None:
     panels[0].set_ylabel("mean γ with the final scores")
     panels[-1].legend(loc="lower right")
     figure.savefig(path, dpi=150)
+
+
+def draw_promise(result: Result, path: Path) -> None:
+    """Draw what is kept of each corpus: a panel for each target, a column for each number of candidates and K."""
+    means = [row for row in result.rows if row["corpus"] == "mean"]
+    targets = sorted({row["target"] for row in means})
+    figure = Figure(figsize=(5.5 * len(targets), 4), layout="constrained")
+    panels = figure.subplots(1, len(targets), squeeze=False, sharey=True)[0]
+    for axes, target in zip(panels, targets, strict=True):
+        cells = [(row["candidates"], row["top_k"]) for row in means if row["target"] == target]
+        for place, (candidates, top_k) in enumerate(cells):
+            alike = [
+                row
+                for row in result.rows
+                if (row["candidates"], row["top_k"], row["target"]) == (candidates, top_k, target)
+            ]
+            corpora = [row["kept"] for row in alike if row["corpus"] != "mean"]
+            mean = [row["kept"] for row in alike if row["corpus"] == "mean"]
+            axes.plot(
+                [place] * len(corpora), corpora, "o", color="#0072B2", alpha=0.35, markersize=5, label="a corpus"
+            )
+            axes.plot([place], mean, "_", color="black", markersize=18, markeredgewidth=2, label="mean")
+        axes.axhline(target, color="#E69F00", label="target")
+        axes.set_xticks(
+            range(len(cells)), [f"{top_k} of {candidates}" for candidates, top_k in cells], rotation=45
+        )
+        axes.set_title(f"target={target}")
+        axes.grid(alpha=0.3, axis="y")
+    panels[0].set_ylabel("share of the top K that is kept")
+    handles, labels = panels[0].get_legend_handles_labels()
+    shown = dict(zip(labels, handles, strict=True))
+    panels[0].legend(shown.values(), shown.keys(), loc="lower right")
+    figure.savefig(path, dpi=150)

@@ -36,8 +36,11 @@ from benchmarks.replay import Outcome, SimilarityExit, agreement, ndcg, precisio
 from benchmarks.report import RESULTS, Output, Row, write_result
 from benchmarks.worker import progress
 from grating_core import ClusterPolicy, PruningPolicy, Reranker
+from grating_core.engine.observing import layered
+from grating_core.lens.features import look_costs
 from grating_core.lens.fit import gamma
 from grating_core.lens.store import CalibratedLens
+from grating_core.models.cross_encoder import Shape
 from grating_core.pruning import Margins, Off
 from grating_core.pruning.conformal import Requests, calibrate_margins, replay_pruning
 
@@ -175,7 +178,7 @@ def read_layers(corpus: Recorded, lens: CalibratedLens) -> list[Row]:
     ]
 
 
-def check_promise(corpora: Sequence[Recorded], lens: CalibratedLens, *, splits: int) -> list[Row]:
+def check_promise(corpora: Sequence[Recorded], lens: CalibratedLens, shape: Shape, *, splits: int) -> list[Row]:
     """Split the requests of all collections at random, and see how much is kept where nothing was calibrated.
 
     Beside a K that is simulated for the margins there is one that is not.
@@ -191,7 +194,7 @@ def check_promise(corpora: Sequence[Recorded], lens: CalibratedLens, *, splits: 
     for seed in track(range(splits), "splitting", console=progress):
         halves = np.array_split(np.random.default_rng(seed).permutation(len(scores)), 2)
         calibrated, tested = (Requests(estimates[half], scores[half], tokens[half]) for half in halves)
-        margins = calibrate_margins([calibrated], lens.margins.drop)
+        margins = calibrate_margins([[calibrated]], lens.margins.drop, look_costs(shape))
         for case in cases:
             found[case].append(_prune(tested, margins, *case))
     return [
@@ -234,7 +237,7 @@ def main(
     if candidates * 3 // 4 <= max(TOP_K):
         raise typer.BadParameter(f"--candidates {candidates} is too small: take {max(TOP_K) * 2} or more")
     with Reranker.from_pretrained(model) as reranker:
-        lens = reranker.lens
+        lens, shape = reranker.lens, layered(reranker.scorer).model.shape
         if lens is None:
             raise typer.BadParameter(f"--model {model} has no lens: calibrate one with 'grating calibrate'")
         corpora = [
@@ -247,7 +250,7 @@ def main(
     setting = {"model": model, "candidates": candidates, "requests": sum(len(one.requests) for one in corpora)}
     latency = [measure(model, corpus, corpus.requests[:timed], lens, top_k=5, rounds=rounds) for corpus in corpora]
     layers = [row for corpus in corpora for row in read_layers(corpus, lens)]
-    promise = check_promise(corpora, lens, splits=splits)
+    promise = check_promise(corpora, lens, shape, splits=splits)
     figures = ("compute_share", "agreement", "precision", "ndcg_10")
     write_result(output, "pruning", with_means(rows, *figures), rounds=1, setting=setting)
     write_result(output, "pruning-latency", latency, rounds=rounds, setting=setting)

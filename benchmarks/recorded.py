@@ -53,12 +53,12 @@ class Recorded:
     @property
     def similarities(self) -> Array:
         """float64 ``[R, N]``: the mean over query tokens of the largest cosine with a document token embedding."""
-        return self.recording.layer(0)[:, :, _BEST_MEAN].astype(np.float64)
+        return self.recording.layer(0)[:, _BEST_MEAN].reshape(len(self.requests), -1).astype(np.float64)
 
     def estimates(self, calibrated: CalibratedLens) -> Array:
         """Return float64 ``[R, N, L + 1]``: a lens's estimates after layers 0 to L - 1, and the final scores."""
         found = [
-            self.recording.layer(number) @ layer.weight.cpu().numpy() + float(layer.bias)
+            np.stack(self.recording.estimates(number, layer.weight.cpu().numpy())) + float(layer.bias)
             for number, layer in enumerate(calibrated.lens.maps)
         ]
         return np.stack([*found, self.head[:, :, -1]], axis=2).astype(np.float64)
@@ -112,7 +112,7 @@ def record_corpus(reranker: Reranker, name: str, requests: list[Request], candid
     """
     full = [request for request in requests if len(request.documents) == candidates]
     scorer = layered(reranker.scorer)
-    recording, heads, prefixes = Observations(expected=len(full)), [], []
+    recording, heads, prefixes = Observations(expected=len(full) * candidates), [], []
     for request in track(full, f"{name}: computing without pruning", console=progress):
         observer = HeadObserver(scorer.model)
         scores, tokens = scorer.observe(Asked(request.query, request.documents), observer)

@@ -108,9 +108,10 @@ class Calibrated(Loaded[Scorer, RerankSettings]):
             queries: Questions like those that will be asked, or the questions of each corpus by name. None makes
                 queries of titles or leading sentences.
             top_k: The K for which the summary says what is saved and lost. The lens works for any K.
-            candidates: Number of documents of a request. Larger requests save less.
+            candidates: Number of documents of a request. Every tenth request has five times as many, or as many as
+                there are, so that something is known of larger requests.
             requests: Number of requests to compute; fewer if there are fewer queries. With n requests no promise
-                above 1 - 2.5 / (n + 1) can be made.
+                above 1 - 1 / (n + 1) can be made, and for larger requests above 1 - 10 / (n + 10).
             judgements: Triples of query, text and whether the text is relevant, by which probabilities are fitted
                 as well, see :meth:`fit_probabilities`. None leaves them as they are.
             output: Directory of the lens; None for grating's cache.

@@ -74,14 +74,14 @@ def calibrate(
         table.add_row(str(layer), f"{gamma:.2f}")
     show(table)
     show(
-        f"Fitted on {summary.fitted} requests. On {summary.measured} others with {summary.candidates} candidates, "
+        f"Fitted on {summary.requests} requests. With {summary.candidates} candidates that a lens has not seen, "
         f"top {summary.top_k}, target {summary.target:.2f}: compute share {summary.compute_share:.2f}, "
         f"{summary.agreement:.1%} of the full model's top {summary.top_k} kept."
     )
     if summary.compute_share == 1:
         show(
-            f"That is: nothing will be pruned. {summary.measured} requests are evidence for a target of "
-            f"{1 - 1 / (summary.measured + 1):.3f} at most: take more --requests, or a lower --target."
+            f"That is: nothing will be pruned. {summary.requests} requests are evidence for a target of "
+            f"{1 - 1 / (summary.requests + 1):.3f} at most: take more --requests, or a lower --target."
         )
     if found.int8 is not None:
         alone, recounted = (

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from grating_core import arguments
 from grating_core.arguments import whole_number
+from grating_core.lens.features import look_costs
 from grating_core.lens.fit import fit
 from grating_core.lens.observations import observe_all
 from grating_core.lens.quantized import Model, quantize
@@ -83,6 +84,7 @@ def calibrate(
         full,
         pooling=shape.pooling,
         fingerprint=identity,
+        costs=look_costs(shape),
         top_k=effort.top_k,
         target=target,
         quantized=in_8_bits,
@@ -107,6 +109,7 @@ def _requests_of(
             candidates=effort.candidates,
             count=-(-effort.requests // len(corpora)),
             seed=effort.seed,
+            large=True,
         )
         for name, texts in corpora.items()
     ]

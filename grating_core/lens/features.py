@@ -26,6 +26,8 @@ from grating_core.text.pairs import Segments
 
 # Beyond this part of the layers, token similarities add nothing to what the states themselves say.
 _SIMILARITY_PART = 6
+# A look took so many layers of width 1, without similarities and with them, where it was measured: at this width.
+_LOOK, _LOOK_WITH_SIMILARITIES, _MEASURED = 12.0, 60.0, 384
 _ALONE = 1024  # tokens that are copied at once, at most, to look at one whole sequence
 
 
@@ -187,6 +189,18 @@ def texts_of(part: Part) -> Texts | None:
 def compares_tokens(number: int, depth: int) -> bool:
     """Say whether the similarities of tokens belong to the features of a layer."""
     return number <= depth // _SIMILARITY_PART
+
+
+def look_costs(shape: Shape) -> list[float]:
+    """Return what a look costs after each layer from 0, as a share of a layer's time.
+
+    A look goes through the states once, or compares them with the query's few tokens. A layer multiplies them with
+    matrices, so its work grows with the width as well, where it is wide.
+    """
+    costs = (
+        _LOOK_WITH_SIMILARITIES if compares_tokens(number, shape.depth) else _LOOK for number in range(shape.depth)
+    )
+    return [cost / max(shape.width, _MEASURED) for cost in costs]
 
 
 def feature_count(width: int, similarities: bool) -> int:

@@ -1,14 +1,15 @@
 """Fit a lens to a model's own scores, and find the margins with which it can be trusted.
 
-No judgements are needed: the model's final score is what the lens estimates. The requests are divided: the lens is
-fitted on some, the margins come from the others.
+No judgements are needed: the model's final score is what the lens estimates. Each request is estimated by a lens
+that has not seen its corpus, or its part of a single corpus. The margins come from these estimates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,30 @@ from tqdm import tqdm
 from grating_core.lens.features import LayerMap, Lens
 from grating_core.lens.observations import Floats, Observations
 from grating_core.lens.quantized import Quantized
+from grating_core.lens.ridge import Moments, moments
 from grating_core.lens.store import CalibratedLens, Int8, Recounts, Summary
 from grating_core.pruning import Margins
 from grating_core.pruning.conformal import Requests, calibrate_margins, replay_pruning
 
-_STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  # strengths of the ridge, for standardised features
-_FITTED = 0.6  # share of the requests that the lens is fitted on
-_VALIDATED = 5  # one in so many of these requests decides which strength is best
+_STRENGTHS = (0.1, 0.3, 1.0, 3.0)  # strengths of the ridge, for standardised features
+_PARTS = 5  # of a single corpus
+
+
+@dataclass(frozen=True)
+class Crossed:
+    """This class holds a lens, and what lenses that have not seen a corpus say of its requests.
+
+    Attributes:
+        lens: The lens, which has seen all corpora.
+        spread: Typical error of the other lenses after each layer, float64 ``[L]``.
+        corpora: The estimated requests of each corpus, in batches of as many candidates.
+        in_8_bits: The same of the model in 8 bits; None if nothing is known of it.
+    """
+
+    lens: Lens
+    spread: NDArray[np.float64]
+    corpora: list[list[Requests]]
+    in_8_bits: list[list[Requests]] | None
 
 
 def fit(
@@ -33,90 +51,167 @@ def fit(
     *,
     pooling: str,
     fingerprint: str,
+    costs: Sequence[float],
     top_k: int,
     target: float,
     quantized: Quantized | None = None,
     show_progress: bool = False,
 ) -> CalibratedLens:
-    """Fit a lens and find its margins, on requests that it was not fitted on.
-
-    With a single corpus, some requests are left for the margins. With several, a lens that was fitted on the
-    others estimates each corpus, so the margins are for a corpus that the lens has not seen. The returned lens has
-    seen all corpora.
+    """Fit a lens and find its margins.
 
     Args:
         corpora: Observations of the requests of each corpus.
         pooling: The token that the model's head reads.
         fingerprint: Identity of the model.
+        costs: What a look costs after each layer from 0, as a share of a layer.
         top_k: K of the summary.
         target: Promise of the summary.
         quantized: What the model in 8 bits gave for the same requests; None if nothing is known of it. Its margins
             promise the top K of the model without 8 bits.
         show_progress: Whether to show progress bars on standard error.
     """
-    depth = len(corpora[0].features)
-    cut = round(_FITTED * len(corpora[0])) if len(corpora) == 1 else None
-    left = slice(cut or 0, None)
-    maps, spread = [], []
-    seen = [corpora] if quantized is None else [corpora, quantized.corpora]
-    estimates: list[list[list[Floats]]] = [[[] for _ in corpora] for _ in seen]
-    for number in tqdm(range(depth), "Lens", unit="layer", disable=not show_progress):
-        features = [corpus.layer(number)[:cut] for corpus in corpora]
-        scores = [np.stack(corpus.scores[:cut]) for corpus in corpora]
-        strength, error = choose_strength(features, scores)
-        maps.append(fit_layer(features, scores, strength))
-        spread.append(error)
-        for index in range(len(corpora)):
-            layer = maps[-1] if cut is not None else _fit_without(index, features, scores, strength)
-            for some, found in zip(seen, estimates, strict=True):
-                found[index].append(some[index].layer(number)[left] @ layer.weight.numpy())
-    groups, *others = [
-        [_requests(*one, left) for one in zip(some, corpora, found, strict=True)]
-        for some, found in zip(seen, estimates, strict=True)
-    ]
-    calibrated = partial(calibrate_margins, spread=np.array(spread), show_progress=show_progress)
-    margins = calibrated(groups)
-    int8 = None
-    if quantized is not None:
-        recounted = [replace(some, doubt=quantized.doubt) for some in others[0]]
-        recounts = Recounts(quantized.doubt, quantized.recounted, calibrated(recounted))
-        int8 = Int8(quantized.agreement, calibrated(others[0]), recounts)
-    fitted = sum(map(len, corpora)) if cut is None else cut
-    summary = _summarise(groups, margins, fitted=fitted, top_k=top_k, target=target)
-    return CalibratedLens(Lens(maps, pooling), margins, fingerprint, summary, int8)
-
-
-def _requests(corpus: Observations, full: Observations, estimates: Sequence[Floats], left: slice) -> Requests:
-    """Return the requests of a corpus that are left, of which the top K of the full model is promised."""
-    return Requests(
-        np.stack(estimates, axis=2).astype(np.float64),
-        np.stack(corpus.scores[left]).astype(np.float64),
-        np.stack(corpus.tokens[left]),
-        None if corpus is full else np.stack(full.scores[left]).astype(np.float64),
+    crossed = cross_fit(
+        corpora, None if quantized is None else quantized.corpora, pooling=pooling, show_progress=show_progress
     )
 
+    def calibrated(groups: list[list[Requests]]) -> Margins:
+        return calibrate_margins(groups, crossed.spread, costs, show_progress=show_progress)
 
-def _fit_without(index: int, features: Sequence[Floats], scores: Sequence[Floats], strength: float) -> LayerMap:
-    """Fit the map of one layer to all corpora but one."""
-    others = [number for number in range(len(features)) if number != index]
-    return fit_layer([features[number] for number in others], [scores[number] for number in others], strength)
+    margins = calibrated(crossed.corpora)
+    int8 = None
+    if quantized is not None and crossed.in_8_bits is not None:
+        recounted = [[replace(some, doubt=quantized.doubt) for some in corpus] for corpus in crossed.in_8_bits]
+        recounts = Recounts(quantized.doubt, quantized.recounted, calibrated(recounted))
+        int8 = Int8(quantized.agreement, calibrated(crossed.in_8_bits), recounts)
+    summary = _summarise(crossed.corpora, margins, top_k=top_k, target=target)
+    return CalibratedLens(crossed.lens, margins, fingerprint, summary, int8)
 
 
-def _summarise(groups: Sequence[Requests], margins: Margins, *, fitted: int, top_k: int, target: float) -> Summary:
-    candidates = max(requests.scores.shape[1] for requests in groups)
+def cross_fit(
+    corpora: Sequence[Observations],
+    in_8_bits: Sequence[Observations] | None,
+    *,
+    pooling: str,
+    show_progress: bool = False,
+) -> Crossed:
+    """Fit a lens to all corpora, and for each corpus one to the others, which estimates its requests.
+
+    A single corpus is divided into parts, which take the place of corpora.
+
+    Args:
+        corpora: See :func:`fit`.
+        in_8_bits: Observations of the same requests by the model in 8 bits.
+        pooling: See :func:`fit`.
+        show_progress: See :func:`fit`.
+    """
+    depth = len(corpora[0].features)
+    folds = _folds(corpora)
+    seen = [corpora] if in_8_bits is None else [corpora, in_8_bits]
+    estimates: list[list[list[list[Floats]]]] = [[[] for _ in corpora] for _ in seen]  # by corpus and layer
+    maps, spread = [], []
+    for number in tqdm(range(depth), "Lens", unit="layer", disable=not show_progress):
+        layer = _fit_layer(corpora, folds, number)
+        maps.append(layer.map)
+        spread.append(layer.error)
+        for some, found in zip(seen, estimates, strict=True):
+            for index, (corpus, own) in enumerate(zip(some, folds, strict=True)):
+                found[index].append(_estimates(corpus, number, own, layer.weights))
+    groups, *others = [
+        [batches(corpus, full, found) for corpus, full, found in zip(some, corpora, estimated, strict=True)]
+        for some, estimated in zip(seen, estimates, strict=True)
+    ]
+    return Crossed(Lens(maps, pooling), np.array(spread), groups, others[0] if others else None)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer's map of all folds, the weights without each fold, and the error of these on it."""
+
+    map: LayerMap
+    weights: list[Floats]
+    error: float
+
+
+def _folds(corpora: Sequence[Observations]) -> list[NDArray[np.int64]]:
+    """Return the number of the fold of each request, for each corpus."""
+    if len(corpora) == 1:
+        return [np.arange(len(corpora[0])) % _PARTS]
+    return [np.full(len(corpus), index) for index, corpus in enumerate(corpora)]
+
+
+def _fit_layer(corpora: Sequence[Observations], folds: Sequence[NDArray[np.int64]], number: int) -> _Layer:
+    parts = [
+        _moments(corpus, number, own, fold)
+        for corpus, own in zip(corpora, folds, strict=True)
+        for fold in np.unique(own).tolist()
+    ]
+    total = reduce(add, parts)
+    without = {strength: [(total - part).solve(strength) for part in parts] for strength in _STRENGTHS}
+    errors = {
+        strength: float(np.mean([part.error(weight) for part, weight in zip(parts, weights, strict=True)]))
+        for strength, weights in without.items()
+    }
+    best = min(errors, key=errors.__getitem__)
+    weight = total.solve(best)
+    biases = [
+        np.mean(np.concatenate(corpus.scores)) - np.mean(np.concatenate(corpus.estimates(number, weight)))
+        for corpus in corpora
+    ]
+    layer = LayerMap(torch.from_numpy(weight), torch.tensor(float(np.mean(biases))))
+    return _Layer(layer, without[best], float(np.sqrt(errors[best])))
+
+
+def _moments(corpus: Observations, number: int, own: NDArray[np.int64], fold: int) -> Moments:
+    """Sum up the requests of a corpus that belong to a fold."""
+    features = corpus.layer(number)
+    ends = np.cumsum([len(found) for found in corpus.scores])
+    chosen = np.flatnonzero(own == fold)
+    rows = np.concatenate([np.arange(ends[i] - len(corpus.scores[i]), ends[i]) for i in chosen])
+    return moments(features if len(rows) == len(features) else features[rows], [corpus.scores[i] for i in chosen])
+
+
+def _estimates(
+    corpus: Observations, number: int, own: NDArray[np.int64], weights: Sequence[Floats]
+) -> list[Floats]:
+    """Estimate each request by the weights without its fold."""
+    found = {fold: corpus.estimates(number, weights[fold]) for fold in np.unique(own).tolist()}
+    return [found[fold][index] for index, fold in enumerate(own.tolist())]
+
+
+def batches(corpus: Observations, full: Observations, estimates: Sequence[list[Floats]]) -> list[Requests]:
+    """Return the requests of a corpus, of which the top K of the full model is promised."""
+    sizes = np.array([len(found) for found in corpus.scores])
+    return [
+        Requests(
+            np.stack([np.stack([layer[i] for i in alike]) for layer in estimates], axis=2).astype(np.float64),
+            np.stack([corpus.scores[i] for i in alike]).astype(np.float64),
+            np.stack([corpus.tokens[i] for i in alike]),
+            None if corpus is full else np.stack([full.scores[i] for i in alike]).astype(np.float64),
+        )
+        for size in np.unique(sizes)
+        for alike in [np.flatnonzero(sizes == size)]
+    ]
+
+
+def _summarise(corpora: Sequence[Sequence[Requests]], margins: Margins, *, top_k: int, target: float) -> Summary:
+    """Summarise what happens to requests of the most frequent size."""
+    batches = [requests for corpus in corpora for requests in corpus]
+    sizes = [requests.scores.shape[1] for requests in batches for _ in range(len(requests))]
+    candidates = max(set(sizes), key=sizes.count)
+    alike = [requests for requests in batches if requests.scores.shape[1] == candidates]
     policy = margins.policy(candidates, top_k, target=target, guarantee="share", exact=True)
-    outcomes = [replay_pruning(requests, top_k, drop=np.array(policy.drop), select=None) for requests in groups]
+    outcomes = [replay_pruning(requests, top_k, drop=np.array(policy.drop), select=None) for requests in alike]
     gammas = [
         [
             np.nan_to_num(gamma(estimates, scores))  # a request whose scores are all equal has no γ
-            for requests in groups
+            for requests in alike
             for estimates, scores in zip(requests.estimates[:, :, number], requests.scores, strict=True)
         ]
         for number in range(len(margins.drop))
     ]
     return Summary(
-        fitted=fitted,
-        measured=sum(map(len, groups)),
+        requests=len(sizes),
+        corpora=len(corpora),
         candidates=candidates,
         top_k=top_k,
         target=target,
@@ -124,53 +219,6 @@ def _summarise(groups: Sequence[Requests], margins: Margins, *, fitted: int, top
         compute_share=float(np.concatenate([outcome.compute_share for outcome in outcomes]).mean()),
         gammas=tuple(float(np.mean(found)) for found in gammas),
     )
-
-
-def choose_strength(features: Sequence[Floats], scores: Sequence[Floats]) -> tuple[float, float]:
-    """Find the strength of the ridge with the smallest error on requests that are left out, and that error.
-
-    Args:
-        features: Features of each corpus, ``[R, N, F]``.
-        scores: Final scores of each corpus, ``[R, N]``.
-    """
-    inputs, wanted, _ = _prepared(features, scores)
-    left_out = np.concatenate([np.repeat(np.arange(len(one)) % _VALIDATED == 0, one.shape[1]) for one in scores])
-    errors = {}
-    for strength in _STRENGTHS:
-        weight = _ridge(inputs[~left_out], wanted[~left_out], strength)
-        errors[strength] = float(np.sqrt(np.mean((inputs[left_out] @ weight - wanted[left_out]) ** 2)))
-    best = min(errors, key=errors.__getitem__)
-    return best, errors[best]
-
-
-def fit_layer(features: Sequence[Floats], scores: Sequence[Floats], strength: float) -> LayerMap:
-    """Fit the map of one layer. ``strength`` is the one that :func:`choose_strength` found for the same data."""
-    inputs, wanted, scale = _prepared(features, scores)
-    weight = _ridge(inputs, wanted, strength) / scale
-    mean = np.mean([one.mean((0, 1)) for one in features], axis=0)
-    bias = np.mean([one.mean() for one in scores]) - mean @ weight
-    return LayerMap(torch.from_numpy(weight.astype(np.float32)), torch.tensor(float(bias)))
-
-
-def _prepared(features: Sequence[Floats], scores: Sequence[Floats]) -> tuple[Floats, Floats, Floats]:
-    """Return features ``[n, F]``, centred by request and standardised; scores ``[n]``, centred; the scale."""
-    inputs = np.concatenate([_centred(one).reshape(-1, one.shape[-1]) for one in features])
-    wanted = np.concatenate([_centred(one).reshape(-1) for one in scores])
-    scale = inputs.std(0) + np.float32(1e-6)
-    inputs /= scale
-    return inputs, wanted, scale
-
-
-def _ridge(inputs: Floats, wanted: Floats, strength: float) -> Floats:
-    from sklearn.linear_model import Ridge  # slow to import
-
-    fitted = Ridge(alpha=strength * len(inputs), fit_intercept=False, solver="cholesky").fit(inputs, wanted)
-    return np.asarray(fitted.coef_, dtype=np.float32)
-
-
-def _centred(values: Floats) -> Floats:
-    """Subtract the mean of each request: only what differs within a request decides its ranking."""
-    return np.asarray(values - values.mean(1, keepdims=True))
 
 
 def gamma(estimates: NDArray[Any], scores: NDArray[Any], pairs: NDArray[np.bool_] | None = None) -> float:

@@ -21,6 +21,8 @@ from grating_core.requests import Request
 
 Floats = NDArray[np.float32]
 
+_ROWS = 8192  # candidates whose features are in memory at once
+
 
 class Observer:
     """An observer takes the place of a lens while a request is computed, and keeps the features.
@@ -74,23 +76,24 @@ class Observations:
     Attributes:
         scores: Final scores of each request, float32 ``[N]``.
         tokens: Numbers of tokens of each request's candidates, int64 ``[N]``.
-        features: A file for each layer from 0, with float32 ``[R · N, F]``. The files have no names and are gone
-            with this object. Only their owner may read them, because the features depend on the texts.
-        expected: Number of requests that there will be. Room for all is taken with the first.
+        features: A file for each layer from 0, with ``[n, F]`` of all n candidates. The files have no names and
+            are gone with this object. Only their owner may read them, because the features depend on the texts.
+        expected: Number of candidates that there will be. Room for all is taken with the first request.
     """
 
     scores: list[Floats] = field(default_factory=list)
     tokens: list[NDArray[np.int64]] = field(default_factory=list)
     features: list[Any] = field(default_factory=list)
     expected: int = 1
+    dtype: type[np.floating[Any]] = np.float32
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def add(self, observer: Observer, scores: Floats, tokens: NDArray[np.int64]) -> None:
-        """Keep one more request, with as many candidates as the others; raise ``StorageError`` without room."""
-        layers = [torch.cat(parts).numpy().tobytes() for parts in observer.features]
-        sizes = [self.expected * len(layer) for layer in layers]
+        """Keep one more request; raise ``StorageError`` without room."""
+        layers = [torch.cat(parts).numpy().astype(self.dtype) for parts in observer.features]
+        sizes = [self.expected * layer.itemsize * layer.shape[1] for layer in layers]
         # The usual place of temporary files may be in memory, so these go elsewhere.
         directory = cache_directory()
         with storing(directory / "calibration", sum(sizes)):
@@ -99,15 +102,23 @@ class Observations:
                     self.features.append(temporary_file(directory, size))
                     weakref.finalize(self, self.features[-1].close)
             for file, layer in zip(self.features, layers, strict=True):
-                file.write(layer)
+                file.write(layer.tobytes())
         self.scores.append(scores)
         self.tokens.append(tokens)
 
-    def layer(self, number: int) -> Floats:
-        """Return the features after a layer, float32 ``[R, N, F]``."""
+    def layer(self, number: int) -> NDArray[Any]:
+        """Return the features of all candidates after a layer, ``[n, F]``."""
         self.features[number].flush()
-        shape = (len(self.scores), len(self.scores[0]), -1)
-        return np.memmap(self.features[number], dtype=np.float32, mode="r").reshape(shape)
+        candidates = sum(map(len, self.scores))
+        return np.memmap(self.features[number], dtype=self.dtype, mode="r").reshape(candidates, -1)
+
+    def estimates(self, number: int, weight: Floats) -> list[Floats]:
+        """Return a map's estimates after a layer, float32 ``[N]`` for each request; no bias is added."""
+        ends = np.cumsum([len(found) for found in self.scores])
+        layer = self.layer(number)
+        starts = range(0, len(layer), _ROWS)
+        found = np.concatenate([layer[start : start + _ROWS].astype(np.float32) @ weight for start in starts])
+        return np.split(found, ends[:-1])
 
 
 def observe_all(
@@ -117,14 +128,14 @@ def observe_all(
 
     Args:
         observe: Function that computes one request.
-        requests: Requests with the same number of candidates.
+        requests: The requests.
         shape: Shape of the model.
         show_progress: Whether to show a progress bar on standard error.
 
     Raises:
         StorageError: There is no room in grating's cache.
     """
-    observations = Observations(expected=len(requests))
+    observations = Observations(expected=sum(len(request.documents) for request in requests))
     for request in tqdm(requests, "Calibrating", unit="request", disable=not show_progress):
         observer = Observer(shape.depth, shape.pooling)
         observations.add(observer, *observe(request, observer))

@@ -74,11 +74,17 @@ def quantize(
     """
     with model(True) as observe:
         found = [observe_all(observe, some, shape, show_progress=show_progress) for some in corpora]
+    return compare(found, full)
+
+
+def compare(found: Sequence[Observations], full: Sequence[Observations]) -> Quantized:
+    """Find the doubt of requests that were computed in 8 bits and without, see :func:`quantize`."""
     groups = [
-        (np.stack(some.scores).astype(np.float64), np.stack(whole.scores).astype(np.float64))
-        for some, whole in zip(found, full, strict=True)
+        (some[None].astype(np.float64), whole[None].astype(np.float64))
+        for corpus, same in zip(found, full, strict=True)
+        for some, whole in zip(corpus.scores, same.scores, strict=True)
     ]
-    off = np.concatenate([_off(*group).ravel() for group in groups])
+    off = np.concatenate([_off(*group)[0] for group in groups])
     doubt, recounted = 0.0, dict[int, float]()
     for doubt in np.quantile(off, _DOUBTS).tolist():
         recounted = _agreement(groups, doubt)

@@ -12,6 +12,7 @@ from grating_core.requests import Request
 
 _QUERY_WORDS = (4, 24)  # the fewest and the most words of a query that is made of a text
 FEWEST_REQUESTS = 20
+_LARGE = (10, 5)  # one request in so many is large, and has so many times the candidates
 
 
 def make_requests(
@@ -22,6 +23,7 @@ def make_requests(
     count: int,
     seed: int = 0,
     fewest: int = FEWEST_REQUESTS,
+    large: bool = False,
 ) -> list[Request]:
     """Make requests like those that will come: queries, each with the documents that share most words with it.
 
@@ -33,6 +35,7 @@ def make_requests(
         count: The most requests that are made.
         seed: Seed of the choice of queries.
         fewest: The fewest queries to choose from.
+        large: Whether every tenth request has five times as many candidates, or as many as there are.
 
     Raises:
         ValueError: There are too few documents for that many candidates, or too few queries.
@@ -55,11 +58,13 @@ def make_requests(
     index = TfidfVectorizer(sublinear_tf=True)
     known = index.fit_transform(texts)
     requests = []
-    for query, source in random.Random(seed).sample(asked, min(count, len(asked))):
+    every, times = _LARGE if large else (1, 1)
+    for number, (query, source) in enumerate(random.Random(seed).sample(asked, min(count, len(asked)))):
         likeness = (known @ index.transform([query]).T).toarray()[:, 0]
         if source is not None:
             likeness[source] = -1
-        best = np.argsort(-likeness, kind="stable")[:candidates]
+        size = candidates if number % every else min(times * candidates, len(texts) - 1)
+        best = np.argsort(-likeness, kind="stable")[:size]
         requests.append(Request(query, [texts[i] for i in best]))
     return requests
 

@@ -135,7 +135,9 @@ def state_path(identity: str, pruning: ClusterPolicy | Margins, sampling: Sampli
     if isinstance(pruning, ClusterPolicy):
         kind = f"cluster-{pruning.dispersion_threshold}-{pruning.clusters}"
     else:
-        margins = pruning.drop.tobytes() + pruning.select.tobytes() + pruning.bounds.tobytes()
+        margins = (
+            pruning.drop.tobytes() + pruning.select.tobytes() + pruning.bounds.tobytes() + pruning.looks.tobytes()
+        )
         kind = f"lens-{sha256(margins).hexdigest()[:8]}"
     name = f"{identity[:16]}-{kind}-{sampling.guarantee}-{sampling.target}.json"
     try:

@@ -30,7 +30,7 @@ from grating_core.pruning import Margins
 
 _TENSORS = "lens.safetensors"
 _DESCRIPTION = "lens.json"
-_FORMAT = 1
+_FORMAT = 2
 _BESIDE_MAPS = 1 << 18  # the most bytes of margins, names and the description
 _WAY_OUT = "delete the directory, or calibrate again"
 _FIELDS = {"fingerprint": str, "sha256": str, "pooling": str, "layers": int, "summary": dict}
@@ -42,12 +42,12 @@ _log = logging.getLogger("grating")
 
 @dataclass(frozen=True)
 class Summary:
-    """A summary says what calibration measured, on requests that the lens was not fitted on.
+    """A summary says what calibration measured, each time with a lens that had not seen the corpus.
 
     Attributes:
-        fitted: Number of requests that the lens was fitted on.
-        measured: Number of requests that the margins come from.
-        candidates: Number of candidates of each request.
+        requests: Number of requests that the lens was fitted on, and that the margins come from.
+        corpora: Number of corpora that they are from.
+        candidates: Number of candidates of most requests, and of those of the figures below.
         top_k: The K of the figures below.
         target: The promise of the figures below.
         agreement: Share of the full model's top K that was kept.
@@ -55,8 +55,8 @@ class Summary:
         gammas: Goodman and Kruskal's γ between the estimates after each layer, from layer 0, and the final scores.
     """
 
-    fitted: int
-    measured: int
+    requests: int
+    corpora: int
     candidates: int
     top_k: int
     target: float
@@ -325,10 +325,10 @@ def _describe(directory: Path) -> dict[str, Any]:
 
 def _read_summary(fields: dict[str, Any], layers: int) -> Summary:
     gammas = fields["gammas"]
-    whole = [fields[name] for name in ("fitted", "measured", "candidates", "top_k")]
+    whole = [fields[name] for name in ("requests", "corpora", "candidates", "top_k")]
     shares = [fields[name] for name in ("target", "agreement", "compute_share")]
     if not all(type(number) is int and number > 0 for number in whole):
-        raise ValueError(f"the summary has {whole} as numbers of requests, candidates and K")
+        raise ValueError(f"the summary has {whole} as numbers of requests, corpora, candidates and K")
     if len(gammas) != layers or not all(_is_number(number) for number in (*shares, *gammas)):
         raise ValueError(f"the summary has the shares {shares}, and the γ {gammas} for {layers} layers")
     return Summary(**fields | {"gammas": tuple(gammas)})

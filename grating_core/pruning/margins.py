@@ -4,7 +4,8 @@ The estimates of a lens are off by some typical error, which differs by layer. A
 *factor*; one factor for all layers is found by conformal risk control (Angelopoulos, Bates, Fisch, Lei & Schuster,
 "Conformal Risk Control", ICLR 2024, section 2): for n requests of calibration the whole pruning was replayed with
 every factor, and the smallest factor is taken for which (n · mean loss + 1) / (n + 1) ≤ 1 - target. For requests
-exchangeable with those, the expected loss is then at most 1 - target.
+exchangeable with those, the expected loss is then at most 1 - target. With several corpora, each of which a lens
+estimated that had not seen it, the promise is for the mean over corpora; their standard error is added to it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +66,7 @@ class Margins:
         bounds: Bounds on the expected loss, float64 ``[2, 2, C, G]``: for exact and estimated scores (axis 0), of
             the share of the top K and of whole sets (axis 1), in each cell with each factor. They never rise with
             the factor.
+        looks: The layers after which the lens looks, bool ``[C, L]``. Others were not looked at in the replays.
 
     Raises:
         ValueError: The arrays are damaged, because calibration finds no such margins.
@@ -75,15 +77,17 @@ class Margins:
     factors: Array
     cells: NDArray[np.int64]
     bounds: Array
+    looks: NDArray[np.bool_]
 
     def __post_init__(self) -> None:
         layers, factors, cells = len(self.drop), len(self.factors), len(self.cells)
-        wanted: dict[str, tuple[Array | NDArray[np.int64], type, tuple[int, ...]]] = {
+        wanted: dict[str, tuple[NDArray[Any], type, tuple[int, ...]]] = {
             "drop": (self.drop, np.float64, (layers,)),
             "select": (self.select, np.float64, (layers,)),
             "factors": (self.factors, np.float64, (factors,)),
             "cells": (self.cells, np.int64, (cells, 2)),
             "bounds": (self.bounds, np.float64, (len(MODES), len(GUARANTEES), cells, factors)),
+            "looks": (self.looks, np.bool_, (cells, layers)),
         }
         for name, (values, dtype, shape) in wanted.items():
             if values.dtype != dtype or values.shape != shape or not values.size:
@@ -115,7 +119,10 @@ class Margins:
             exact: Whether only hopeless candidates stop, and no sure winners.
         """
         factor = self.factor(candidates, top_k, target=target, guarantee=guarantee, exact=exact)
-        return MarginPolicy(tuple(factor * self.drop), tuple(factor * self.select))
+        # A look that some neighbour did without may lose more than was replayed, so it is left out.
+        looks = self.looks[self._cells(candidates, top_k)].all(0)
+        drop, select = (np.where(looks, factor * unit, np.inf) for unit in (self.drop, self.select))
+        return MarginPolicy(tuple(drop.tolist()), tuple(select.tolist()))
 
     def factor(self, candidates: int, top_k: int, *, target: float, guarantee: Guarantee, exact: bool) -> float:
         """Return the factor of one request; infinity if the promise cannot be made. Arguments: see :meth:`policy`.
@@ -126,14 +133,18 @@ class Margins:
         """
         risk = (1 - target) / max(1.0, candidates / float(self.cells[:, 0].max()))
         bounds = self.bounds[MODES.index("exact" if exact else "estimated"), GUARANTEES.index(guarantee)]
-        found = 0.0
+        enough = bounds[self._cells(candidates, top_k)] <= risk
+        factors = np.where(enough.any(1), self.factors[enough.argmax(1)], np.inf)
+        return float(factors.max())
+
+    def _cells(self, candidates: int, top_k: int) -> list[int]:
+        """Return the numbers of the cells next to a number of candidates and a K, below and above."""
+        found = []
         for number in _neighbours(self.cells[:, 0], candidates):
             rows = np.flatnonzero(self.cells[:, 0] == number)
             for wanted in _neighbours(self.cells[rows, 1], top_k):
-                row = rows[self.cells[rows, 1] == wanted][0]
-                enough = np.flatnonzero(bounds[row] <= risk)
-                found = max(found, self.factors[enough[0]] if len(enough) else np.inf)
-        return float(found)
+                found.append(int(rows[self.cells[rows, 1] == wanted][0]))
+        return found
 
 
 def _neighbours(replayed: NDArray[np.int64], value: int) -> set[int]:

@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -160,8 +161,9 @@ def test_a_damaged_state_is_left_with_a_warning(
 
 
 def test_what_was_learnt_is_for_one_pruning_and_one_goal() -> None:
-    margins = Margins(np.ones(2), np.ones(2), np.ones(1), np.ones((1, 2), dtype=np.int64), np.ones((2, 2, 1, 1)))
-    other = Margins(np.zeros(2), *(getattr(margins, name) for name in ("select", "factors", "cells", "bounds")))
+    cells, looks = np.ones((1, 2), dtype=np.int64), np.ones((1, 2), dtype=bool)
+    margins = Margins(np.ones(2), np.ones(2), np.ones(1), cells, np.ones((2, 2, 1, 1)), looks)
+    other = replace(margins, drop=np.zeros(2))
     goals = [SAMPLING, Sampling(1.0, 0.9, "share"), Sampling(1.0, 0.98, "set")]
     prunings = [ClusterPolicy(), ClusterPolicy(0.1), ClusterPolicy(clusters=3), margins, other]
     paths = {state_path(name, pruning, goal) for name in "ab" for pruning in prunings for goal in goals}
@@ -397,9 +399,8 @@ def test_requests_that_nothing_can_be_dropped_from_say_nothing(tiny_bert: Path, 
 def is_pruned_by(factor: float, reranker: Reranker, query: str, documents: list[str], top_k: int = 3) -> bool:
     """Whether a rerank drops what it should when margins or thresholds are multiplied."""
     pruning = plan_pruning(reranker.pruning, len(documents), top_k, exact=True, factor=factor)
-    asked = [
-        layer for layer in reranker.rerank(query, documents, top_k).trace.layers[:-1] if len(layer.alive) > top_k
-    ]
+    layers = reranker.rerank(query, documents, top_k).trace.layers[:-1]
+    asked = [layer for layer in layers if len(layer.alive) > top_k and layer.scores]
     routes = [list(pruning.policy.route(layer.layer, np.array(layer.scores), top_k)) for layer in asked]
     return bool(asked) and routes == [list(layer.routes) for layer in asked]
 

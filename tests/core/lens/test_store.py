@@ -33,10 +33,10 @@ def calibrated(identity: str) -> CalibratedLens:
     counts = [feature_count(WIDTH, compares_tokens(number, DEPTH)) for number in range(DEPTH)]
     maps = [LayerMap(torch.randn(count, generator=chance), torch.tensor(0.25)) for count in counts]
     spread = np.linspace(2, 1, DEPTH)
-    margins = Margins(
-        spread, spread, np.array([1.0, 2.0]), np.array([[10, 3]]), np.array([0.5, 0.01]) * np.ones((2, 2, 1, 2))
-    )
-    summary = Summary(30, 20, 10, 3, 0.98, 0.99, 0.6, (0.1, 0.2, 0.3, 0.4, 0.5))
+    bounds = np.array([0.5, 0.01]) * np.ones((2, 2, 1, 2))
+    looks = np.ones((1, DEPTH), dtype=bool)
+    margins = Margins(spread, spread, np.array([1.0, 2.0]), np.array([[10, 3]]), bounds, looks)
+    summary = Summary(30, 1, 10, 3, 0.98, 0.99, 0.6, (0.1, 0.2, 0.3, 0.4, 0.5))
     return CalibratedLens(Lens(maps, "first"), margins, identity, summary)
 
 
@@ -117,7 +117,7 @@ def test_damage_is_named(damage: object, message: str, tiny_bert: Path, tmp_path
 NOT_A_DESCRIPTION = ("", "{", "[]", "null", "7", '"lens"', "{}", "\x00" * 20, "[" * 100_000, '{"format": 1}')
 
 
-@pytest.mark.parametrize("text", [*NOT_A_DESCRIPTION, '{"format": 2, "anything": "new"}'])
+@pytest.mark.parametrize("text", [*NOT_A_DESCRIPTION, '{"format": 2}', '{"format": 3, "anything": "new"}'])
 def test_a_lens_in_the_cache_that_cannot_be_read_is_left_out_with_a_warning_once(
     text: str, tiny_bert: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -160,7 +160,8 @@ DAMAGE: dict[str, Damage] = {
     **{f"{name} is empty": change(name, lambda tensor: tensor.new_empty(0)) for name in TENSORS},
     **{
         f"{name} has {value}": change(name, lambda tensor, value=value: torch.full_like(tensor, value))
-        for name in TENSORS if name != "margins.cells" for value in (float("nan"), float("inf"))
+        for name in TENSORS if name not in ("margins.cells", "margins.looks")
+        for value in (float("nan"), float("inf"))
     },
     "one weight is NaN": change("layer.3.weight", put((7,), float("nan"))),
     "a margin is negative": change("margins.drop", put((2,), -1.0)),
@@ -174,11 +175,11 @@ DAMAGE: dict[str, Damage] = {
     "a cell twice": lambda d, t: t.update(
         {
             f"margins.{name}": t[f"margins.{name}"].repeat(times)
-            for name, times in (("cells", (2, 1)), ("bounds", (1, 1, 2, 1)))
+            for name, times in (("cells", (2, 1)), ("bounds", (1, 1, 2, 1)), ("looks", (2, 1)))
         }
     ),
     "margins of another depth": lambda d, t: t.update(
-        {name: t[name][:-1].clone() for name in ("margins.drop", "margins.select")}
+        {name: t[name][..., :-1].clone() for name in ("margins.drop", "margins.select", "margins.looks")}
     ),
     "a layer less": lambda d, t: (set_description("layers", 4)(d, t), set_summary("gammas", [0.1] * 4)(d, t)),
     **{f"layers={value!r}": set_description("layers", value) for value in (0, -1, 6, 10**9, "5", 5.0, None, True)},
@@ -188,7 +189,7 @@ DAMAGE: dict[str, Damage] = {
     **{f"summary={value!r}": set_description("summary", value) for value in ({}, [], None, "good", 1)},
     **{
         f"{name}={value!r}": set_summary(name, value)
-        for name in ("fitted", "top_k", "target", "agreement", "gammas")
+        for name in ("requests", "top_k", "target", "agreement", "gammas")
         for value in ("1", None, [], float("nan"), -float("inf"), True, {})
     },
     "gammas are words": set_summary("gammas", ["a"] * 5),
