@@ -94,6 +94,6 @@ def test_the_real_model_equals_transformers(bundled: Reranker) -> None:
 
 
 def test_an_unknown_architecture_is_told_what_is_supported() -> None:
-    for architectures in (["T5ForConditionalGeneration"], [], None):
+    for architectures in (["MambaForCausalLM"], [], None):
         with pytest.raises(UnsupportedModelError, match=r"BertForSequenceClassification.*ModernBert"):
             find_family(architectures)
