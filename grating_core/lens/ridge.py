@@ -61,8 +61,8 @@ class Moments:
         matrix = torch.from_numpy(self.features / scale[:, None] / scale)
         matrix.diagonal().add_(strength * self.rows)
         wanted = torch.from_numpy(self.scores / scale)[:, None]
-        found: Floats = torch.cholesky_solve(wanted, torch.linalg.cholesky(matrix))[:, 0].numpy() / scale
-        return found
+        solved: Floats = torch.cholesky_solve(wanted, torch.linalg.cholesky(matrix))[:, 0].numpy()
+        return solved / scale
 
     def error(self, weight: Floats) -> float:
         """Return the mean squared error of estimates with these weights, float32 ``[F]``."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from time import perf_counter
-from typing import Self
+from typing import Any, Self
 
 from grating_core.engine.job import Job
 from grating_core.engine.one_pass import Outcome
@@ -182,4 +182,5 @@ class ServedModels:
 def _for_another(settings: RerankSettings, model: str) -> RerankSettings:
     """Return the settings for another model, without those that fit only the first."""
     own = ("lens", "adapter", "revision", "template", "instruction", "cutoff_layers")
-    return replace(settings, model=model, **dict.fromkeys(own))
+    without: dict[str, Any] = dict.fromkeys(own)
+    return replace(settings, model=model, **without)
