@@ -164,5 +164,5 @@ def draw_promise(result: Result, path: Path) -> None:
     panels[0].set_ylabel("share of the top K that is kept")
     handles, labels = panels[0].get_legend_handles_labels()
     shown = dict(zip(labels, handles, strict=True))
-    panels[0].legend(shown.values(), shown.keys(), loc="lower right")
+    panels[-1].legend(shown.values(), shown.keys(), loc="lower left")
     figure.savefig(path, dpi=150)
