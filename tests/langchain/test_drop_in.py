@@ -92,7 +92,7 @@ def test_a_reranker_goes_elsewhere(reranker):
 
 @pytest.mark.parametrize("name", ["rerank-v3.5", "ms-marco-MultiBERT-L-12", "jina-reranker-v2-base-multilingual"])
 def test_names_at_services(name):
-    with pytest.raises(ModelNotFoundError, match=r"name of .*such as|take") as refusal:
+    with pytest.raises(ModelNotFoundError, match=r"name of .*such as|take|write 'jinaai/") as refusal:
         GratingRerank(model=name)
     assert "\n" not in str(refusal.value)
     assert refusal.value.__context__ is None

@@ -304,11 +304,11 @@ def test_the_readme_example_runs():
 
 
 def test_a_memory_budget_reaches_the_engine_and_leaves_the_ranking(reranker, nodes, model):
-    within = GratingRerank(model=model, memory_budget="110MB", device="cpu", top_n=4)
+    within = GratingRerank(model=model, memory_budget="110MB", device="cpu", top_n=3)
     assert within.reranker.plan.budget == 110_000_000
     assert within.reranker.plan.streamed
     ranked = within.postprocess_nodes(nodes, query_str=QUERY)
-    assert [node.node_id for node in ranked] == [name for name, _ in expected(reranker, nodes, 4)]
+    assert [node.node_id for node in ranked] == [name for name, _ in expected(reranker, nodes, 3)]
     with pytest.raises(ValueError, match=r"too small for this model, which needs \d+MB"):
         GratingRerank(model=model, memory_budget="1MB")
 

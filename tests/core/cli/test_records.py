@@ -13,7 +13,7 @@ from grating_core.models.placement import thread_advice
 from tests.core.cli.conftest import DOCUMENTS, QUERY, grating
 
 RECORDS = [{"id": f"doc-{n}", "title": f"T{n}", "text": text, "n": [n]} for n, text in enumerate(DOCUMENTS)]
-ENTRY = ["rank", "id", "index", "score", "text", "probability", "estimated", "record"]
+ENTRY = ["rank", "id", "index", "score", "text", "probability", "estimated", "highlights", "record"]
 
 
 @pytest.fixture

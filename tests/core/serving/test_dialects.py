@@ -198,6 +198,7 @@ def test_a_trace_has_every_layer(client: httpx.Client) -> None:
     answer = ask(client, "/rerank", query=QUERY, documents=DOCUMENTS, top_n=1, grating=wishes)
     layers = answer["grating"]["layers"]
     assert layers[0]["alive"] == [0, 1, 2]
-    assert all(len(layer["alive"]) == len(layer["scores"]) == len(layer["routes"]) for layer in layers)
+    assert all(len(layer["alive"]) == len(layer["routes"]) for layer in layers)
+    assert all(len(layer["scores"]) in (0, len(layer["alive"])) for layer in layers)  # not all are looked at
     assert 1 in layers[-1]["alive"]
     assert layers[-1]["scores"][layers[-1]["alive"].index(1)] == answer["results"][0]["relevance_score"]
