@@ -14,9 +14,14 @@ def find_gated_mlp(layer: nn.Module) -> Any:
     """Return the gated MLP of a decoder's layer, with ``gate_proj``, ``up_proj``, ``down_proj`` and ``act_fn``.
 
     Raises:
-        UnsupportedModelError: The layer has no gated MLP.
+        UnsupportedModelError: The layer has no gated MLP, or one whose gate and up matrices are one.
     """
     mlp = getattr(layer, "mlp", None)
+    if hasattr(mlp, "gate_up_proj"):
+        raise UnsupportedModelError(
+            f"a {type(layer).__name__} has one matrix, gate_up_proj, in place of gate_proj and up_proj. Such "
+            f"models run with mlp_density, but can be neither distilled nor simulated"
+        )
     if not all(hasattr(mlp, part) for part in ("gate_proj", "up_proj", "down_proj", "act_fn")):
         raise UnsupportedModelError(
             f"mlp_density is for models with gated MLPs (gate_proj, up_proj, down_proj), such as Llama, Qwen or "

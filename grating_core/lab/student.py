@@ -187,8 +187,9 @@ class Student:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return the logits ``[N, V]`` for last hidden states ``[N, D]``."""
-        logits: Tensor = self.module.lm_head(hidden)
-        cap = getattr(self.module.config, "final_logit_softcapping", None)
+        config = self.module.config
+        logits: Tensor = self.module.lm_head(hidden) / getattr(config, "logits_scaling", 1.0)  # Granite's
+        cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def hidden(self, mlps: Sequence[nn.Module], ids: Tensor) -> Tensor:

@@ -143,10 +143,14 @@ def save_tokenizer(directory: Path, *, types: bool) -> PreTrainedTokenizerFast:
 
 
 def randomise(model: PreTrainedModel) -> PreTrainedModel:
-    """Biases and norms start as zeros and ones, which would hide one that is missing or misplaced."""
+    """Biases and norms start as zeros and ones, which would hide one that is missing or misplaced.
+
+    Weights of Gemma's norms start as zeros too, since 1 is added. Norms of queries and keys twice as large would
+    make each attention a choice of one token, which any rounding changes.
+    """
     for name, weight in model.named_parameters():
         if name.endswith("bias") or "norm" in name.lower():
-            torch.nn.init.normal_(weight, mean=float(name.endswith("weight")), std=0.2)
+            torch.nn.init.normal_(weight, mean=float(weight.detach().mean()), std=0.2)
     return model
 
 

@@ -2,12 +2,14 @@
 
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from grating_core import BudgetError, StreamedCausalLM
@@ -50,10 +52,18 @@ def load_lm(directory: Path, **settings: object) -> StreamedCausalLM:
     return StreamedCausalLM.from_pretrained(directory, **{"dtype": "float32", "device": "cpu", **settings})
 
 
+def apart(mlp: nn.Module) -> object:
+    """A gated MLP with gate and up matrices of its own; in Phi-3's they are one, the gate above."""
+    if not hasattr(mlp, "gate_up_proj"):
+        return mlp
+    gate, up = (partial(linear, weight=weight) for weight in mlp.gate_up_proj.weight.chunk(2))
+    return SimpleNamespace(gate_proj=gate, up_proj=up, down_proj=mlp.down_proj, act_fn=mlp.activation_fn)
+
+
 def replace_mlps(model: nn.Module) -> None:
     layers = model.model.layers
     for layer, shares in zip(layers, allocate(DENSITY, len(layers)), strict=True):
-        layer.mlp = MaskedMlp(layer.mlp, shares)
+        layer.mlp = MaskedMlp(apart(layer.mlp), shares)
 
 
 @torch.inference_mode()

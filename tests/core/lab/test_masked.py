@@ -3,8 +3,9 @@ import random
 import pytest
 import torch
 from torch.nn.functional import silu
-from transformers import LlamaConfig, Starcoder2Config
+from transformers import LlamaConfig, Phi3Config, Starcoder2Config
 from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 from transformers.models.starcoder2.modeling_starcoder2 import Starcoder2DecoderLayer
 
 from benchmarks.perplexity import baseline_shares, make_mlp
@@ -64,4 +65,11 @@ def test_a_layer_without_a_gated_mlp_is_refused() -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
     layer = Starcoder2DecoderLayer(Starcoder2Config(**sizes), 0)
     with pytest.raises(UnsupportedModelError, match=r"gated MLPs.*a Starcoder2DecoderLayer has none"):
+        find_gated_mlp(layer)
+
+
+def test_a_layer_whose_matrices_are_one_is_refused() -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    layer = Phi3DecoderLayer(Phi3Config(**sizes, pad_token_id=0), 0)
+    with pytest.raises(UnsupportedModelError, match=r"a Phi3DecoderLayer has one matrix.*neither distilled"):
         find_gated_mlp(layer)

@@ -17,6 +17,7 @@ from grating_core.opening.language_models import LoadedLanguageModel
 from grating_core.pruning import Off, PruningPolicy
 from grating_core.text.chat import PromptTokenizer
 from grating_core.text.pairs import load_template
+from grating_core.text.prompts import find_prompt
 from tests.core.conftest import WINDOW
 
 # What a plan may do without, alone and together.
@@ -52,7 +53,8 @@ def load_planned(
         adapter=None if adapter is None else Adapter(adapter),
     )
     plan = planned(stored, window, slice_tokens, sizes=stored.sizes(window, packing), **changes)
-    encoder = load_template(directory, window, prompt=template, asks=stored.family.asks)
+    prompt = find_prompt(template, str(directory), directory, stored.family)
+    encoder = load_template(directory, window, prompt=prompt, asks=stored.family.asks)
     return Reranker(
         LayerScorer(stored.load(plan, encoder.answers, packing), encoder, plan),
         model_path=directory,
