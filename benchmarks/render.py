@@ -126,6 +126,15 @@ def _application(results: Results) -> list[float]:
     return [row["seconds"] for row in rows] + [row["quality"] for row in rows]
 
 
+def _promise(results: Results) -> list[float]:
+    (row,) = (
+        row
+        for row in results["promise"].rows
+        if (row["corpus"], row["candidates"], row["top_k"], row["target"]) == ("mean", 20, 5, 0.98)
+    )
+    return [5, 20, row["corpora"], 100 * row["compute_share"], 100 * row["kept"]]
+
+
 def _pruning(results: Results) -> list[float]:
     result = results["pruning"]
     row = result.row(collection="mean", policy="lens", value=0.98, scores="exact", top_k=5)
@@ -153,6 +162,7 @@ QUOTED: dict[str, tuple[str, Callable[[Results], list[float]]]] = {
     "latency": ("latency", _latency),
     "application": ("applications", _application),
     "pruning": ("pruning", _pruning),
+    "promise": ("promise", _promise),
     "memory": ("memory-m3", _memory),
 }
 """For each name in a mark the result, and what gives the figures of it that a line may quote."""

@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterator
 
 _SHORTEST = 12  # characters; what is shorter goes with the sentence behind it: initials, numbers of a list
-_ENDS = re.compile(r"[.!?…]+[\"'”’»)\]]*(?=\s+[^\sa-z])|[。！？]+[”’」』）]*|(?:\s*\n){2,}|\n(?=\s*[-*•]\s)")
+_OTHER = r"[。！？]+[”’」』）]*|(?:\s*\n){2,}|\n(?=\s*[-*•]\s)"
+_ENDS = re.compile(rf"[.!?…]+[\"'”’»)\]]*(?=\s+[^\sa-z])|{_OTHER}")
+_WITHOUT_CAPITALS = re.compile(rf"[.!?…]+[\"'”’»)\]]*(?=\s)|{_OTHER}")  # every word may begin a sentence
 
 
 def sentences(text: str) -> list[tuple[int, int]]:
@@ -20,7 +22,7 @@ def sentences(text: str) -> list[tuple[int, int]]:
 
 def _divided(text: str) -> Iterator[tuple[int, int]]:
     start = 0
-    for end in _ENDS.finditer(text):
+    for end in (_WITHOUT_CAPITALS if text.islower() else _ENDS).finditer(text):
         if len(text[start : end.end()].strip()) >= _SHORTEST and text[end.end() :].strip():
             yield start, end.end()
             start = end.end()

@@ -17,6 +17,7 @@ def parts(text: str) -> list[str]:
         ("It rains today. The sun shines tomorrow!", ["It rains today.", "The sun shines tomorrow!"]),
         ('He said "I will come." Nobody came.', ['He said "I will come."', "Nobody came."]),
         ("Flow of 3.5 m/s, i.e. slow. It stays so.", ["Flow of 3.5 m/s, i.e. slow.", "It stays so."]),
+        ("the flow is laminar . it stays so everywhere .", ["the flow is laminar .", "it stays so everywhere ."]),
         ("J. R. Smith wrote this report.", ["J. R. Smith wrote this report."]),
         ("\u96e8" * 14 + "\u3002" + "\u5929" * 9, ["\u96e8" * 14 + "\u3002", "\u5929" * 9]),
         ("A first paragraph\n\nA second paragraph", ["A first paragraph", "A second paragraph"]),
