@@ -47,7 +47,7 @@ class Divided(NamedTuple):
 
     Attributes:
         places: Places of the sentences in the text.
-        tokens: The number of tokens of each sentence.
+        tokens: The number of tokens of each sentence, at least one.
     """
 
     places: Places
@@ -95,8 +95,13 @@ class Highlighter:
             text = documents[candidate][: _CHARACTERS * template.window]
             places = sentences(text)
             parts = [text[start:stop] for start, stop in places]
-            shown = [(stop - len(part.lstrip()), stop) for (_, stop), part in zip(places, parts, strict=True)]
-            return Divided(shown, template.count_each(parts))
+            counts = template.count_each(parts)
+            found = [
+                ((stop - len(part.lstrip()), stop), count)
+                for (_, stop), part, count in zip(places, parts, counts, strict=True)
+                if count
+            ]
+            return Divided([place for place, _ in found], [count for _, count in found])
 
         return cls(spec, divide)
 
@@ -116,7 +121,7 @@ class Highlighter:
             held = [] if self._prefix is None or not part.start else [self._prefix]
             self._prefix = torch.cat((*held, states.float()))
             return
-        self._pieces.append(states.float())
+        self._pieces.append(states.to(torch.float32, copy=True))  # the next slice may take their memory
         if part.stop < piece.length:
             return
         before = [] if self._prefix is None or not piece.before else [self._prefix]
@@ -201,11 +206,14 @@ class Highlighter:
         cosines = self._cosines.get(candidate)
         if cosines is None or not len(cosines):
             return ()
-        sentences = self._sentences(candidate, 0, len(cosines))
-        worth = _LOSS * _standardised(_losses(cosines, sentences))
+        parts = self._sentences(candidate, 0, len(cosines))
+        places = self._documents[candidate].places
+        if not places:  # the tokens are those of white space
+            return ()
+        worth = _LOSS * _standardised(_losses(cosines, parts))
         if (scores := self.alone(model, candidate)) is not None:
             worth = worth + _standardised(scores)
-        return _highlights(worth, self._documents[candidate].places)
+        return _highlights(worth, places)
 
 
 def _step(

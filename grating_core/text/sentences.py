@@ -6,9 +6,11 @@ import re
 from collections.abc import Iterator
 
 _SHORTEST = 12  # characters; what is shorter goes with the sentence behind it: initials, numbers of a list
-_OTHER = r"[。！？]+[”’」』）]*|(?:\s*\n){2,}|\n(?=\s*[-*•]\s)"
-_ENDS = re.compile(rf"[.!?…]+[\"'”’»)\]]*(?=\s+[^\sa-z])|{_OTHER}")
-_WITHOUT_CAPITALS = re.compile(rf"[.!?…]+[\"'”’»)\]]*(?=\s)|{_OTHER}")  # every word may begin a sentence
+# Each pattern goes over a text once: a run of marks is tried from its beginning only, and given back nowhere.
+_MARKS = r"(?<![.!?…])[.!?…]++[\"'”’»)\]]*+"
+_OTHER = r"(?<![。！？])[。！？]++[”’」』）]*+|\n\s*\n|\n(?=[^\S\n]*[-*•]\s)"
+_ENDS = re.compile(rf"{_MARKS}(?=\s++[^\sa-z])|{_OTHER}")
+_WITHOUT_CAPITALS = re.compile(rf"{_MARKS}(?=\s)|{_OTHER}")  # every word may begin a sentence
 
 
 def sentences(text: str) -> list[tuple[int, int]]:
@@ -21,10 +23,10 @@ def sentences(text: str) -> list[tuple[int, int]]:
 
 
 def _divided(text: str) -> Iterator[tuple[int, int]]:
-    start = 0
+    start, last = 0, len(text.rstrip())
     for end in (_WITHOUT_CAPITALS if text.islower() else _ENDS).finditer(text):
-        if len(text[start : end.end()].strip()) >= _SHORTEST and text[end.end() :].strip():
+        if end.end() < last and len(text[start : end.end()].strip()) >= _SHORTEST:
             yield start, end.end()
             start = end.end()
-    if text[start:].strip():
+    if start < last:
         yield start, len(text)

@@ -5,10 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from grating_core import Request, Reranker
+from grating_core.engine.highlights import Divided, Highlighter
+from grating_core.engine.ragged import Part, Piece
 from grating_core.pruning import MarginPolicy
-from tests.core.conftest import WORDS
+from grating_core.text.pairs import Segments
+from tests.core.conftest import WORDS, save_model
 from tests.core.parity import load, random_text
 
 SOURCE = random.Random(11)
@@ -72,6 +76,32 @@ def test_what_has_no_sentence_has_no_highlight(tiny_bert: Path) -> None:
     highlights = {one.index: one.highlights for one in found.ranking}
     assert highlights[0] == highlights[1] == ()
     assert [(one.start, one.stop, one.worth) for one in highlights[2]] == [(0, 2, 1.0)]
+
+
+@pytest.mark.parametrize("family", ["modernbert-mean", "deberta-v3"])
+def test_a_document_in_several_slices_loses_as_much_as_in_one(family: str, tmp_path: Path) -> None:
+    # Sentences of these families are not followed, so losses alone tell.
+    directory = save_model(tmp_path, family)
+    documents = [text(9, 8, 7, 6), text(12, 10, 5)]
+    whole, divided = (
+        load(directory, slice_tokens=most).rerank(QUERY, documents, 2, highlights=True).ranking
+        for most in (10**6, 8)
+    )
+    for one, other in zip(whole, divided, strict=True):
+        assert [(found.start, found.stop) for found in one.highlights] == [
+            (found.start, found.stop) for found in other.highlights
+        ]
+        assert [found.worth for found in one.highlights] == pytest.approx(
+            [found.worth for found in other.highlights], abs=1e-3
+        )
+
+
+def test_tokens_of_white_space_are_no_sentence(tiny_bert: Path) -> None:
+    model = load(tiny_bert).scorer.model
+    highlighter = Highlighter(model.spec, lambda candidate: Divided([], []))
+    piece = Piece(0, 0, 6, segments=Segments((1, 3), (4, 5)))
+    highlighter.see(max(1, model.depth // 3), torch.randn(6, model.width), [Part(piece, slice(0, 6), 0)])
+    assert highlighter.found(model, 0) == ()
 
 
 def test_highlights_lie_in_what_was_read(tiny_bert: Path) -> None:

@@ -31,6 +31,17 @@ def test_sentences(text: str, expected: list[str]) -> None:
     assert parts(text) == expected
 
 
+@pytest.mark.parametrize(
+    "text",
+    [". " * 200_000, "." * 400_000, " " * 400_000, "\n" * 400_000, "a.\n" * 100_000, ("\n" + " " * 50) * 8_000],
+)
+def test_a_long_text_of_one_kind_takes_no_time(text: str) -> None:
+    # What grows with the square would take hours here.
+    found = sentences("Here it begins." + text)
+    assert found[0][0] == 0
+    assert found[-1][1] == 15 + len(text)
+
+
 @given(st.text(alphabet='aB .!?\n。-"', max_size=200))
 def test_sentences_cover_a_text_in_order(text: str) -> None:
     found = sentences(text)
