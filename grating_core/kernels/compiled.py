@@ -52,6 +52,7 @@ _ACTIVATIONS = {
     "relu": 4,
     "tanh": 5,
 }
+_GROUPED = {8: 3, 4: 4}  # the numbers of grouped formats by their bits
 _NORMS = {"layer": 1, "rms": 2}
 _POOLINGS = {"first": 0, "last": 1, "mean": 2}
 
@@ -323,10 +324,12 @@ def _weight(weight: Weight) -> WeightStruct:
     return WeightStruct(
         weight.packed.data_ptr(),
         _at(weight.scale),
+        _at(weight.minimum),
         _at(weight.sums),
         _at(weight.bias),
         weight.columns,
         weight.inner,
+        DTYPES[weight.dtype] if weight.bits is None else _GROUPED[weight.bits],
     )
 
 

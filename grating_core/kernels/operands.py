@@ -12,13 +12,19 @@ class Weight(NamedTuple):
     """A weight is a packed matrix with what belongs to its columns.
 
     Attributes:
-        packed: The matrix in the order that products read, see :mod:`grating_core.kernels.packing`.
-        dtype: The dtype of its entries: int8, bfloat16 or float32.
+        packed: The matrix in the order that products read, see :mod:`grating_core.kernels.packing` and, for a
+            grouped matrix, :mod:`grating_core.kernels.groups`.
+        dtype: The dtype of its entries: int8, bfloat16 or float32; uint8 for entries of 4 bits.
         columns: Number of columns, which are entries of the output.
         inner: Number of entries of a row of the input.
-        scale: Scales of the columns of an int8 matrix, float32 ``[columns padded to 32]``; else None.
+        scale: Scales of the columns of an int8 matrix, float32 ``[columns padded to 32]``. Scales of the groups of
+            a grouped matrix, float16 ``[blocks of 16 columns, groups, 16]``. Else None.
         bias: What is added to the columns, float32 ``[columns padded to 32]``; None for nothing.
-        sums: The sum of each column of an int8 matrix, times its scale, of the same shape; else None.
+        sums: The sum of each column of an int8 matrix, times its scale, float32 ``[columns padded to 32]``; None
+            for other matrices, the grouped ones included.
+        minimum: What is added to the entries of each group, after the scale, of the scale's shape and dtype; None
+            for nothing with 8 bits, and for -8 times the scale with 4 bits.
+        bits: Bits of an entry of a grouped matrix, 8 or 4; None for a matrix that is not grouped.
     """
 
     packed: Tensor
@@ -28,6 +34,8 @@ class Weight(NamedTuple):
     scale: Tensor | None = None
     bias: Tensor | None = None
     sums: Tensor | None = None
+    minimum: Tensor | None = None
+    bits: int | None = None
 
 
 class Norm(NamedTuple):
@@ -54,6 +62,9 @@ class Rows(NamedTuple):
     Attributes:
         data: States ``[T, width]``, or int8 ``[T, width padded with zeros to 64]``.
         scale: Of int8 rows, float32 ``[T, 2]``: entry q stands for ``scale[0] * q + scale[1]``. Else None.
+
+    Int8 rows are multiplied by int8 weights that are not grouped. States are multiplied by weights of their own
+    dtype, and by int8 and grouped weights, which the product unpacks to that dtype.
     """
 
     data: Tensor

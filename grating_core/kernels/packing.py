@@ -3,6 +3,7 @@
 A matrix ``[columns, inner]`` has its columns in blocks of 16. In a block lie, for each four bytes of the inner
 entries in turn, those of the 16 columns. Columns are padded with zeros to a multiple of 32, inner entries to a
 multiple of 64 bytes. Every instruction set reads this order, so that a packed file serves every machine.
+:mod:`grating_core.kernels.groups` has matrices whose entries share scales in groups.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def packed_weight(
         pack_in_place: What packs a matrix of this dtype in its own memory; None to leave the matrix as it is.
     """
     columns, inner = matrix.shape
-    biases = None if bias is None else _padded(bias)
+    biases = None if bias is None else padded(bias)
     if pack_in_place is not None:
         return Weight(pack_in_place(matrix), dtype, columns, inner, None, biases)
     packed = matrix.new_empty(packed_bytes(dtype, columns, inner), dtype=torch.int8)
@@ -134,8 +135,8 @@ def packed_weight(
     return Weight(packed, dtype, columns, inner, scale, biases, sums)
 
 
-def _padded(values: Tensor) -> Tensor:
-    """Return a copy in float32 with zeros behind it."""
+def padded(values: Tensor) -> Tensor:
+    """Return a copy of the columns' values in float32, with zeros for the padding of the columns."""
     padded = values.new_zeros(padded_columns(len(values)), dtype=torch.float32)
     padded[: len(values)] = values
     return padded

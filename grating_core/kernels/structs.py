@@ -15,10 +15,12 @@ class WeightStruct(Structure):
     _fields_ = [
         ("packed", c_void_p),
         ("scale", c_void_p),
+        ("minimum", c_void_p),
         ("sums", c_void_p),
         ("bias", c_void_p),
         ("columns", c_int64),
         ("inner", c_int64),
+        ("format", c_int32),
     ]
 
 

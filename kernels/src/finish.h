@@ -34,7 +34,7 @@ template <int ACTIVATION, class S> GK_INLINE vf activate(vf x) {
 template <bool INT8> struct Scaled {
     const float *scale, *sums, *bias;
     GK_INLINE Scaled(const gk_weight& weight, int64_t panel)
-        : scale(weight.scale + panel * COLUMNS),
+        : scale((const float*)weight.scale + panel * COLUMNS),
           sums(weight.sums + panel * COLUMNS),
           bias(weight.bias ? weight.bias + panel * COLUMNS : nothing) {}
     GK_INLINE vf operator()(const float* y, int v, vf row_scale, vf middle, int32_t lift) const {

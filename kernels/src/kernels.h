@@ -11,12 +11,14 @@
 #endif
 
 // Raised whenever a struct or the meaning of a function changes: a module of another version is refused.
-#define GK_VERSION 6
+#define GK_VERSION 7
 #define GK_NO_MEMORY 1
 #define GK_NO_ROW 2  // a table lacks a row
 #define GK_TABLES 3
 
 enum gk_dtype { GK_INT8 = 0, GK_BF16 = 1, GK_F32 = 2 };
+// Formats of weights: a dtype, or entries of 8 or 4 bits in groups of 32 inner entries that share a scale, see unpack.h.
+enum gk_format { GK_Q8 = 3, GK_Q4 = 4 };
 enum gk_activation { GK_NONE = 0, GK_GELU = 1, GK_GELU_TANH = 2, GK_SILU = 3, GK_RELU = 4, GK_TANH = 5 };
 enum gk_pooling { GK_FIRST = 0, GK_LAST = 1, GK_MEAN = 2 };
 enum gk_norm_kind { GK_NO_NORM = 0, GK_LAYER_NORM = 1, GK_RMS_NORM = 2 };
@@ -31,14 +33,17 @@ struct gk_norm {
 };
 
 // A packed weight [columns, inner]. scale and sums (of int8) and bias (null for none) are float32 [columns padded to 32]. A sum is
-// that of a column's entries times its scale. Entries of int8 rows and weights lie in -127 ... 127.
+// that of a column's entries times its scale. Entries of int8 rows and weights lie in -127 ... 127. scale and minimum of groups are
+// float16 [blocks of 16 columns, groups, 16].
 struct gk_weight {
     const void* packed;
-    const float* scale;
+    const void* scale;
+    const void* minimum;  // added to the entries of a group; null for 0 with 8 bits, and for -8 times the scale with 4 bits
     const float* sums;
     const float* bias;
     int64_t columns;
     int64_t inner;
+    int32_t format;       // a gk_dtype or gk_format
 };
 
 // Rows of states, or of quantised states. Of those, scale is float32 [rows, 2]: entry q stands for scale[0] * q + scale[1].
@@ -51,7 +56,7 @@ struct gk_rows {
 // output = norm(residual + factor * first_norm(activation(x @ weight + bias)))
 // With a gate, the activation is of x @ gate, and multiplies x @ weight. Every part may be absent.
 struct gk_linear {
-    int32_t dtype;       // of x and the weights
+    int32_t dtype;       // of x. Weights are of the same format or, where x is not int8, int8 or grouped.
     int32_t states;      // dtype of residual, total and output: GK_BF16 or GK_F32
     int32_t activation;
     float factor;

@@ -1,0 +1,244 @@
+"""Grouped matrices have a scale for each 32 inner entries of a column, and entries of 8 or 4 bits.
+
+An entry q of 8 bits, in -127 … 127, stands for ``scale * q + minimum``, where the minimum is zero unless the group
+has one. An entry q of 4 bits, in 0 … 15, stands for ``scale * q + minimum``, or ``scale * (q - 8)`` without a
+minimum.
+
+Columns are padded to a multiple of 32, and inner entries to a multiple of 64, so that there is an even number of
+groups. Entries of 8 bits lie in the order of an int8 matrix, see :mod:`grating_core.kernels.packing`: a line of 64
+bytes has four inner entries of 16 columns, and a group is eight lines. A group of 4 bits is four lines: the low
+halves of the bytes of line i are what line i of 8 bits would be, and the high halves what line i + 4 would be.
+Scales and minima are float16 ``[blocks of 16 columns, groups, 16]``, arrays of their own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from grating_core.kernels.operands import Weight
+from grating_core.kernels.packing import pack, padded, padded_columns, unpacked
+
+GROUP = 32
+"""The number of inner entries that share a scale."""
+_BLOCK = 16  # columns
+_AT_ONCE = 1 << 18  # entries that are quantised at a time: few enough for a processor's cache
+_SHRINK = torch.linspace(0.8, 1.05, 11).tolist()
+_LARGEST = torch.finfo(torch.float16).max
+
+
+def padded_inner(inner: int) -> int:
+    """Return the number of inner entries with their padding."""
+    return -(-inner // (2 * GROUP)) * 2 * GROUP
+
+
+def grouped_bytes(bits: int, columns: int, inner: int) -> int:
+    """Return how many bytes the packed entries of a matrix ``[columns, inner]`` take, without their scales."""
+    return padded_columns(columns) * padded_inner(inner) * bits // 8
+
+
+def groups_shape(columns: int, inner: int) -> tuple[int, int, int]:
+    """Return the shape of the packed scales, and of the minima: blocks of 16 columns, groups, 16."""
+    return padded_columns(columns) // _BLOCK, padded_inner(inner) // GROUP, _BLOCK
+
+
+def pack_groups(
+    bits: int, entries: Tensor, scale: Tensor, minimum: Tensor | None = None, bias: Tensor | None = None
+) -> Weight:
+    """Pack entries that are already quantised.
+
+    Args:
+        bits: Bits of an entry, 8 or 4.
+        entries: Entries ``[columns, inner]``: int8 in -127 … 127, or uint8 in 0 … 15.
+        scale: The scales of the groups ``[columns, groups]``, of any floating dtype; the last group may be short.
+        minimum: The minima of the groups, of the same shape; None for none.
+        bias: What is added to the columns of a product, ``[columns]``; None for nothing.
+    """
+    columns, inner = entries.shape
+    dtype = torch.int8 if bits == 8 else torch.uint8
+    packed = pack(entries.to(dtype))
+    if bits == 4:
+        low, high = packed.view(torch.uint8).view(-1, 2, 4 * 64).unbind(1)
+        packed = (low | high << 4).view(torch.int8).flatten()
+    return Weight(
+        packed,
+        dtype,
+        columns,
+        inner,
+        _pack_scales(scale, inner),
+        None if bias is None else padded(bias),
+        minimum=None if minimum is None else _pack_scales(minimum, inner),
+        bits=bits,
+    )
+
+
+def unpacked_groups(weight: Weight) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return what :func:`pack_groups` packed: entries, scales, and minima, the last ones as float16."""
+    packed = weight.packed
+    if weight.bits == 4:
+        halves = packed.view(torch.uint8).view(-1, 1, 4 * 64)
+        packed = torch.cat((halves & 15, halves >> 4), 1).view(torch.int8).flatten()
+    entries = unpacked(Weight(packed, weight.dtype, weight.columns, weight.inner))
+    assert weight.scale is not None
+    minimum = None if weight.minimum is None else _unpack_scales(weight, weight.minimum)
+    return entries, _unpack_scales(weight, weight.scale), minimum
+
+
+def dequantized(weight: Weight) -> Tensor:
+    """Return the matrix ``[columns, inner]`` that a weight of any format stands for, as float32."""
+    if weight.bits is None:
+        matrix = unpacked(weight).float()
+        return matrix if weight.scale is None else matrix * weight.scale[: weight.columns, None]
+    entries, scale, minimum = unpacked_groups(weight)
+    scales = _each_entry(scale.float(), weight.inner)
+    if weight.bits == 4 and minimum is None:
+        return (entries.float() - 8) * scales
+    matrix = entries.float() * scales
+    return matrix if minimum is None else matrix + _each_entry(minimum.float(), weight.inner)
+
+
+def grouped_weight(
+    matrix: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    *,
+    importance: Tensor | None = None,
+    minima: bool = False,
+) -> Weight:
+    """Quantise a matrix ``[columns, inner]`` in groups, and pack it.
+
+    Args:
+        matrix: The matrix, of any floating dtype.
+        bias: What is added to the columns of a product, ``[columns]``; None for nothing.
+        bits: Bits of an entry, 8 or 4.
+        importance: See :func:`quantized_groups`.
+        minima: See :func:`quantized_groups`.
+    """
+    columns, inner = matrix.shape
+    blocks, _, _ = shape = groups_shape(columns, inner)
+    packed = torch.zeros(grouped_bytes(bits, columns, inner), dtype=torch.int8)
+    scale = torch.zeros(shape, dtype=torch.float16)
+    minimum = torch.zeros(shape, dtype=torch.float16) if minima and bits == 4 else None
+    by_column = len(packed) // (blocks * _BLOCK)
+    # Some columns at a time, because quantising all would take memory for copies of them in float32.
+    step = padded_columns(max(1, _AT_ONCE // max(1, inner)))
+    for start in range(0, columns, step):
+        part = pack_groups(bits, *quantized_groups(matrix[start : start + step], bits, importance, minima=minima))
+        packed[start * by_column :][: len(part.packed)] = part.packed
+        for whole, some in ((scale, part.scale), (minimum, part.minimum)):
+            if whole is not None and some is not None:
+                whole[start // _BLOCK :][: len(some)] = some
+    dtype = torch.int8 if bits == 8 else torch.uint8
+    biases = None if bias is None else padded(bias)
+    return Weight(packed, dtype, columns, inner, scale, biases, minimum=minimum, bits=bits)
+
+
+def quantized_groups(
+    matrix: Tensor, bits: int, importance: Tensor | None = None, *, minima: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Quantise each 32 inner entries of each column of a matrix ``[columns, inner]``.
+
+    The scale of 8 bits makes 127 of the largest magnitude. With 4 bits several scales are tried; the one of
+    the least squared error is taken.
+
+    Args:
+        matrix: The matrix, of any floating dtype.
+        bits: Bits of an entry, 8 or 4.
+        importance: The weights of the squared errors of the inner entries, such as the mean squares of the inputs
+            that meet them, float32 ``[inner]``; None for the same of all.
+        minima: Whether groups of 4 bits get a minimum each.
+
+    Returns:
+        Entries, scales and minima (None for none), as :func:`pack_groups` takes them. The last two are float16.
+    """
+    columns, inner = matrix.shape
+    groups = -(-inner // GROUP)
+    wide = pad(matrix.float(), (0, -inner % GROUP)).view(columns, groups, GROUP)
+    if bits == 8:
+        scale = _short(wide.abs().amax(-1, keepdim=True) / 127)
+        entries = _steps(wide, scale).clamp_(-127, 127).to(torch.int8)
+        return _whole(entries, inner), scale[..., 0], None
+    weights = wide.new_ones(inner) if importance is None else importance.float()
+    weights = pad(weights, (0, -inner % GROUP)).view(groups, GROUP)
+    minimum = None
+    if minima:
+        scale, minimum = _best_line(wide, weights)
+        entries = _steps(wide - minimum.float(), scale).clamp_(0, 15)
+        minimum = minimum[..., 0]
+    else:
+        scale = _best_scale(wide, weights)
+        entries = _steps(wide, scale).clamp_(-8, 7).add_(8)
+    return _whole(entries.to(torch.uint8), inner), scale[..., 0], minimum
+
+
+def _best_scale(wide: Tensor, weights: Tensor) -> Tensor:
+    """Return scales that make -8 … 7 of groups ``[columns, groups, 32]``, float16 ``[columns, groups, 1]``."""
+    peak = wide.gather(-1, wide.abs().argmax(-1, keepdim=True))
+    weighted = wide * weights
+    best, most = torch.zeros_like(peak), torch.zeros_like(peak)
+    for shrink in _SHRINK:
+        steps = _steps(wide, peak * (shrink / -8)).clamp_(-8, 7)
+        # Of these steps the best scale has the error sum(w x x) - product^2 / square.
+        product = (weighted * steps).sum(-1, keepdim=True)
+        square = (steps.square() * weights).sum(-1, keepdim=True)
+        found = torch.where(square > 0, product.square() / square, 0)
+        better = found > most
+        most = torch.where(better, found, most)
+        best = torch.where(better, product / square, best)
+    # Where nothing was better, as in groups of no importance, the largest magnitude decides.
+    return _short(torch.where(most > 0, best, peak / -8))
+
+
+def _best_line(wide: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scales and minima of groups that make 0 … 15 of them, float16 ``[columns, groups, 1]``."""
+    low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
+    scale, minimum = (high - low) / 15, low
+    best, least = (scale, minimum), torch.full_like(low, torch.inf)
+    total = weights.sum(-1, keepdim=True).clamp(min=1e-30)
+    mean = (wide * weights).sum(-1, keepdim=True) / total
+    for shrink in _SHRINK:
+        # The middle of the range stays where it is.
+        begin = minimum + (1 - shrink) * (high - low) / 2
+        steps = _steps(wide - begin, scale * shrink).clamp_(0, 15)
+        # The line through these steps with the least squares.
+        center = (steps * weights).sum(-1, keepdim=True) / total
+        spread = ((steps - center).square() * weights).sum(-1, keepdim=True)
+        slope = ((steps - center) * (wide - mean) * weights).sum(-1, keepdim=True) / spread
+        slope = torch.where(spread > 0, slope, scale * shrink)
+        cut = torch.where(spread > 0, mean - slope * center, begin)
+        error = ((steps * slope + cut - wide).square() * weights).sum(-1, keepdim=True)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = torch.where(better, slope, best[0]), torch.where(better, cut, best[1])
+    return _short(best[0]), _short(best[1])
+
+
+def _steps(wide: Tensor, scale: Tensor) -> Tensor:
+    """Return the entries in steps of the scale, to the nearest; zero where the scale is."""
+    by = torch.where(scale == 0, 0, 1 / scale.float())
+    return (wide * by).nan_to_num_(0, 0, 0).round_()
+
+
+def _short(scale: Tensor) -> Tensor:
+    return scale.clamp(-_LARGEST, _LARGEST).to(torch.float16)
+
+
+def _whole(entries: Tensor, inner: int) -> Tensor:
+    return entries.flatten(1)[:, :inner]
+
+
+def _each_entry(scale: Tensor, inner: int) -> Tensor:
+    return scale.repeat_interleave(GROUP, -1)[:, :inner]
+
+
+def _pack_scales(scale: Tensor, inner: int) -> Tensor:
+    columns, groups = scale.shape
+    blocks, all_groups, _ = groups_shape(columns, inner)
+    whole = pad(scale.to(torch.float16), (0, all_groups - groups, 0, -columns % (2 * _BLOCK)))
+    return whole.view(blocks, _BLOCK, all_groups).transpose(1, 2).contiguous()
+
+
+def _unpack_scales(weight: Weight, scale: Tensor) -> Tensor:
+    whole = scale.view(groups_shape(weight.columns, weight.inner)).transpose(1, 2).flatten(0, 1)
+    return whole[: weight.columns, : -(-weight.inner // GROUP)]

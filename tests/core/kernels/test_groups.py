@@ -1,0 +1,114 @@
+"""A grouped matrix is packed as the formats say, and quantised with a small error."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from grating_core.kernels.groups import (
+    dequantized,
+    grouped_bytes,
+    grouped_weight,
+    groups_shape,
+    pack_groups,
+    quantized_groups,
+    unpacked_groups,
+)
+from grating_core.kernels.packing import packed_weight
+
+SHAPES = [(1, 1), (32, 64), (70, 45), (64, 130)]
+KINDS = [(8, False), (8, True), (4, False), (4, True)]
+
+
+def drawn(bits: int, columns: int, inner: int, *, minima: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Draw entries, scales and minima."""
+    low, high = (-127, 128) if bits == 8 else (0, 16)
+    entries = torch.randint(low, high, (columns, inner)).to(torch.int8 if bits == 8 else torch.uint8)
+    scale, minimum = torch.randn(2, columns, -(-inner // 32)).half().unbind()
+    return entries, scale, minimum if minima else None
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("bits", "minima"), KINDS)
+def test_unpacking_gives_what_was_packed(shape: tuple[int, int], bits: int, *, minima: bool) -> None:
+    entries, scale, minimum = drawn(bits, *shape, minima=minima)
+    weight = pack_groups(bits, entries, scale, minimum, torch.randn(shape[0]))
+    assert len(weight.packed) == grouped_bytes(bits, *shape)
+    assert weight.scale is not None
+    assert weight.scale.shape == groups_shape(*shape)
+    found = unpacked_groups(weight)
+    assert torch.equal(found[0], entries)
+    assert torch.equal(found[1], scale)
+    assert minimum is None if found[2] is None else torch.equal(found[2], minimum)
+    each = scale.float().repeat_interleave(32, 1)[:, : shape[1]]
+    least = -8 * each * (bits == 4)
+    if minimum is not None:
+        least = minimum.float().repeat_interleave(32, 1)[:, : shape[1]]
+    torch.testing.assert_close(dequantized(weight), entries * each + least, atol=1e-6, rtol=1e-6)
+
+
+def test_halves_of_bytes_lie_as_the_format_says() -> None:
+    entries, scale, _ = drawn(4, 32, 64, minima=False)
+    packed = pack_groups(4, entries, scale).packed.view(torch.uint8)
+    block, group, line, column, place = 1, 1, 2, 5, 3
+    byte = int(packed[((block * 2 + group) * 4 + line) * 64 + column * 4 + place])
+    inner = group * 32 + line * 4 + place
+    assert byte & 15 == entries[block * 16 + column, inner]
+    assert byte >> 4 == entries[block * 16 + column, inner + 16]
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (100, 9000)])
+@pytest.mark.parametrize(("bits", "minima", "most"), [(8, False, 0.006), (4, False, 0.09), (4, True, 0.08)])
+def test_quantising_keeps_a_matrix(shape: tuple[int, int], bits: int, most: float, *, minima: bool) -> None:
+    matrix = torch.randn(shape)
+    weight = grouped_weight(matrix, torch.randn(shape[0]), bits, minima=minima)
+    entries, scale, minimum = quantized_groups(matrix, bits, minima=minima)
+    whole = pack_groups(bits, entries, scale, minimum)
+    assert torch.equal(weight.packed, whole.packed)
+    assert weight.scale is not None
+    assert torch.equal(weight.scale, whole.scale)
+    assert (dequantized(weight) - matrix).norm() < most * matrix.norm()
+
+
+def test_the_scale_of_least_error_beats_the_largest_magnitude() -> None:
+    matrix = torch.randn(64, 320)
+    groups = matrix.view(-1, 32)
+    peak = groups.gather(1, groups.abs().argmax(1, keepdim=True)) / -8
+    plain = (groups / peak).round().clamp(-8, 7) * peak
+    found = dequantized(grouped_weight(matrix, None, 4)).view(-1, 32)
+    assert ((found - groups).square().sum(1) <= (plain - groups).square().sum(1) * 1.01).all()
+    assert (found - groups).norm() < 0.97 * (plain - groups).norm()
+
+
+@pytest.mark.parametrize("minima", [False, True])
+def test_important_entries_get_less_error(*, minima: bool) -> None:
+    matrix, importance = torch.randn(64, 300), torch.rand(300) ** 8
+    plain = dequantized(grouped_weight(matrix, None, 4, minima=minima))
+    found = dequantized(grouped_weight(matrix, None, 4, importance=importance, minima=minima))
+    plain, found = ((each - matrix).square() @ importance for each in (plain, found))
+    assert found.sum() < 0.8 * plain.sum()
+
+
+@pytest.mark.parametrize(("bits", "minima"), [(8, False), (4, False), (4, True)])
+def test_zeros_equal_entries_and_extremes_are_kept(bits: int, *, minima: bool) -> None:
+    rows = [
+        torch.zeros(64),
+        torch.full((64,), 0.5),
+        torch.full((64,), -1e-9),
+        torch.full((64,), 3e38),
+        torch.eye(64)[3],
+    ]
+    weight = grouped_weight(torch.stack(rows), None, bits, minima=minima)
+    found = dequantized(weight)
+    assert found.isfinite().all()
+    assert not found[0].any()
+    torch.testing.assert_close(found[[1, 4]], torch.stack(rows)[[1, 4]], atol=0.01, rtol=0)
+    assert found[2].abs().max() < 1e-6
+
+
+def test_a_matrix_of_any_format_is_given_back() -> None:
+    matrix = torch.randn(70, 45)
+    for dtype, error in ((torch.float32, 0.0), (torch.bfloat16, 0.02), (torch.int8, 0.02)):
+        found = dequantized(packed_weight(matrix, None, dtype))
+        assert (found - matrix).abs().max() <= error
+    assert pad(dequantized(grouped_weight(matrix, None, 8)), (0, 19)).shape == (70, 64)
