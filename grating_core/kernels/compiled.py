@@ -106,8 +106,8 @@ def chain(x: Rows, maps: tuple[Map, Map, Map], residual: Tensor) -> None:
     first, second = _between(maps[0]), _between(maps[1])
     calls = (LinearStruct * 3)(
         _linear(x, maps[0], residual, *first),
-        _linear(Rows(residual), maps[1], None, *second),
-        _linear(Rows(residual), maps[2], None, None, residual, None),
+        _linear(_given(maps[0], residual), maps[1], None, *second),
+        _linear(_given(maps[1], residual), maps[2], None, None, residual, None),
     )
     lib = started()
     _check(lib.gk_run_chain(calls))
@@ -123,12 +123,17 @@ def _between(each: Map) -> tuple[Tensor | None, Tensor | None, Rows | None]:
     )
 
 
+def _given(before: Map, states: Tensor) -> Rows:
+    """Return as many rows as these states, of the dtype that a map gives to the next one."""
+    return Rows(states.view(torch.int8) if before.then.quantized else states)
+
+
 def _linear(
     x: Rows, each: Map, residual: Tensor | None, total: Tensor | None, output: Tensor | None, rows: Rows | None
 ) -> LinearStruct:
     then = each.then
     return LinearStruct(
-        DTYPES[each.weight.dtype],
+        DTYPES[x.data.dtype],
         DTYPES[then.states],
         _ACTIVATIONS[then.activation],
         then.factor,

@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.nn.functional import pad
 
 from grating_core.kernels.activations import ACTIVATIONS
+from grating_core.kernels.groups import dequantized
 from grating_core.kernels.operands import Finished, Lookup, Map, Norm, Rows, Then, Weight
 from grating_core.kernels.packing import quantized_rows, unpacked
 
@@ -30,7 +31,8 @@ def linear(
     With a gate, the activation is that of ``x @ gate``, and multiplies ``x @ weight``. No row depends on another.
 
     Args:
-        x: Rows in the dtype of the weight.
+        x: Int8 rows, for weights of int8; or states, for weights of their dtype, of int8 or of groups. What the
+            entries of the latter two stand for is rounded to the dtype of the states.
         weight: The weight.
         then: What follows the product.
         gate: The gate's weight, of the same shape; None for none.
@@ -65,11 +67,11 @@ def linear(
 def chain(x: Rows, maps: tuple[Map, Map, Map], residual: Tensor) -> None:
     """Compute three maps one behind the other, as the second half of a layer has them.
 
-    The second map takes the first one's output, or its int8 rows if its weight is int8; the third takes the second
-    one's. The third's residual is the first one's total, or its output if no total is asked for.
+    The second map takes the first one's int8 rows if they are asked for, and else its output; the third takes the
+    second one's. The third's residual is the first one's total, or its output if no total is asked for.
 
     Args:
-        x: Rows in the dtype of the first weight.
+        x: Rows, as for :func:`linear`.
         maps: The maps, which ask for what the next ones take, and the last one for its output.
         residual: The first map's residual, states ``[T, columns]``. The last map's output takes its place.
     """
@@ -78,7 +80,7 @@ def chain(x: Rows, maps: tuple[Map, Map, Map], residual: Tensor) -> None:
         if found:
             before = found[-1]
             states = None if before.output is None else Rows(before.output)
-            rows = before.rows if each.weight.dtype == torch.int8 else states
+            rows = before.rows or states
             assert rows is not None
             x = rows
         if len(found) == 2:
@@ -154,12 +156,12 @@ def normed(states: Tensor, norm: Norm) -> Tensor:
 
 def _product(x: Rows, weight: Weight) -> Tensor:
     """Return the product with its bias, float32 ``[T, columns]``."""
-    matrix = unpacked(weight)
     if x.scale is None:
-        found = x.data.float() @ matrix.float().t()
+        found = x.data.float() @ dequantized(weight).to(x.data.dtype).float().t()
     else:
         assert weight.scale is not None
         assert weight.sums is not None
+        matrix = unpacked(weight)
         # The product of int8 needs more than 16 rows in some releases of torch, and gives exact sums.
         entries = pad(x.data[:, : weight.inner], (0, 0, 0, max(0, 17 - len(x.data))))
         sums = torch._int_mm(entries.contiguous(), matrix.t().contiguous())[: len(x.data)]

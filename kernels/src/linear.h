@@ -5,6 +5,7 @@
 #include "kernels.h"
 #include "product.h"
 #include "rows.h"
+#include "unpack.h"
 
 namespace {
 
@@ -18,16 +19,26 @@ struct Strip {
     int64_t rows;
 };
 
-// Whether rows end within a cache line, so that each has to be copied. Otherwise only a last strip of few rows is.
-inline bool ragged(const gk_linear& l) { return l.dtype != GK_INT8 && l.weight.inner * item(l.dtype) % 64; }
+// The dtype of the product: states of bf16 become float32 where the level has no product of bf16.
+inline int32_t factors(const gk_linear& l) { return l.dtype == GK_BF16 && !HAS_BF16 ? GK_F32 : l.dtype; }
+
+// Whether each row has to be copied, because rows end within a cache line, or are of another dtype than the product's factors.
+// Otherwise only a last strip of few rows is.
+inline bool copied(const gk_linear& l) {
+    return (l.dtype != GK_INT8 && l.weight.inner * item(l.dtype) % 64) || factors(l) != l.dtype;
+}
 
 inline Strip strip_of(const gk_linear& l, int64_t row, int64_t rows, char* copy) {
-    const int64_t size = item(l.dtype), bytes = l.weight.inner * size, stride = l.x.stride * size;
+    const int64_t inner = l.weight.inner, stride = l.x.stride * item(l.dtype), padded = padded_inner(factors(l), inner) * item(factors(l));
     const char* x = (const char*)l.x.data + row * stride;
-    if (!ragged(l) && !(TILES && l.dtype != GK_F32 && rows % 16)) return {x, stride, rows};
-    const int64_t padded = padded_inner(l.dtype, l.weight.inner) * size;
+    if (!copied(l) && !(TILES && l.dtype != GK_F32 && rows % 16)) return {x, stride, rows};
     memset(copy, 0, ROWS * padded);
-    for (int64_t r = 0; r < rows; r++) memcpy(copy + r * padded, x + r * stride, bytes);
+    for (int64_t r = 0; r < rows; r++) {
+        if (factors(l) == l.dtype) memcpy(copy + r * padded, x + r * stride, inner * item(l.dtype));
+        else
+            for (int64_t i = 0; i < inner; i += W)
+                store_at((float*)(copy + r * padded), i, inner, load_at((const bf16*)(x + r * stride), i, inner));
+    }
     return {copy, padded, rows};
 }
 
@@ -44,15 +55,15 @@ struct Strips {
     int64_t count;
     Room copies, sums;
     explicit Strips(const gk_linear& l)
-        : copy_bytes(ROWS * padded_inner(l.dtype, l.weight.inner) * item(l.dtype)),
-          copies((ragged(l) ? TOGETHER : 1) * copy_bytes),
+        : copy_bytes(ROWS * padded_inner(factors(l), l.weight.inner) * item(factors(l))),
+          copies((copied(l) ? TOGETHER : 1) * copy_bytes),
           sums(TOGETHER * ROWS * 4) {}
     bool ready() const { return copies.at && sums.at; }
     int32_t* sums_of(int64_t s) const { return sums.of<int32_t>() + s * ROWS; }
     void take(const gk_linear& l, int64_t from, int64_t end) {
         count = 0;
         for (int64_t at = from; at < end; at += ROWS, count++) {
-            char* copy = copies.of<char>() + (ragged(l) ? count * copy_bytes : 0);
+            char* copy = copies.of<char>() + (copied(l) ? count * copy_bytes : 0);
             const Strip one = strip_of(l, at, smaller<int64_t>(ROWS, end - at), copy);
             strip[count] = one;
             for (int64_t r = 0; LIFTED && l.dtype == GK_INT8 && r < one.rows; r++)
@@ -70,17 +81,22 @@ class Panels {
         : l(l),
           finish(finish_of(l, floats)),
           bytes(floats || l.states == GK_F32 ? 4 : 2),
-          tiles(TILES && l.dtype != GK_F32),
-          inner(padded_inner(l.dtype, l.weight.inner) * item(l.dtype)),
+          dtype(factors(l)),
+          tiles(TILES && dtype != GK_F32),
+          inner(padded_inner(dtype, l.weight.inner) * item(dtype)),
           part(tiles ? up((inner - 1) / ((inner - 1) / PART + 1) + 1, 64) : inner),
           group(tiles ? larger<int64_t>(1, GROUP_BYTES / (COLUMNS * inner)) : 1),
-          sums(part < inner ? 2 * group * ROWS * COLUMNS * 4 : 0) {}
-    bool ready() const { return sums.at; }
+          sums(part < inner ? 2 * group * ROWS * COLUMNS * 4 : 0),
+          own(l.weight.format == dtype ? 0 : group * panel_bytes()),
+          gate(l.gate.format == dtype || !l.gate.packed ? 0 : group * panel_bytes()) {}
+    bool ready() const { return sums.at && own.at && gate.at; }
 
     // Multiplies the strips by the panels from `first` to `last`; block(panel, strip) says where the results go.
     template <class BlockOf> void run(const Strips& strips, int64_t first, int64_t last, BlockOf block) {
         for (int64_t begin = first, end; begin < last; begin = end) {
             end = smaller(last, begin + group);
+            unpack(l.weight, own, begin, end);
+            if (l.gate.packed) unpack(l.gate, gate, begin, end);
             for (int64_t s = 0; s < strips.count; s++)
                 for (int64_t from = 0; from < inner; from += part)
                     for (int64_t panel = begin; panel < end; panel++) {
@@ -111,8 +127,8 @@ class Panels {
 
     // Multiplies a part of the inner entries that is not the last one.
     void add(const Strip& strip, int64_t number, int64_t panel, int64_t from, int64_t place) {
-        if (l.gate.packed) multiply(l.gate, strip, number, panel, from, from ? sums_of(place, true) : nullptr, sums_of(place, true));
-        multiply(l.weight, strip, number, panel, from, from ? sums_of(place, false) : nullptr, sums_of(place, false));
+        for (int gated = l.gate.packed ? 1 : 0; gated >= 0; gated--)
+            multiply(gated, strip, number, panel, from, place, sums_of(place, gated));
     }
 
     void next(const Strip& strip, int64_t number, int64_t from, int64_t place, Block block) {
@@ -120,10 +136,10 @@ class Panels {
             for (int64_t i = 0; i < COLUMNS * bytes; i += 64) __builtin_prefetch((char*)block.out + r * bytes * block.stride + i, 1);
         block.z = nullptr;
         if (l.gate.packed) {
-            multiply(l.gate, strip, number, block.panel, from, from ? sums_of(place, true) : nullptr, gates[turn]);
+            multiply(true, strip, number, block.panel, from, place, gates[turn]);
             block.z = gates[turn];
         }
-        multiply(l.weight, strip, number, block.panel, from, from ? sums_of(place, false) : nullptr, products[turn]);
+        multiply(false, strip, number, block.panel, from, place, products[turn]);
         block.y = products[turn];
         end();
         before = block;
@@ -138,26 +154,38 @@ class Panels {
         done = before.rows;
     }
 
-    void multiply(const gk_weight& weight, const Strip& strip, int64_t number, int64_t panel, int64_t from, const float* sum, float* y) {
-        const int64_t block = block_bytes(l.dtype, weight.inner), last = up(weight.columns, COLUMNS) / COLUMNS - 1;
-        const char *first = (const char*)weight.packed, *w = first + 2 * panel * block;
+    // Unpacked panels stay in the second-level cache while strips pass.
+    int64_t panel_bytes() const { return 2 * unpacked_bytes(dtype, l.weight.inner); }
+    void unpack(const gk_weight& weight, const Room& room, int64_t begin, int64_t end) {
+        for (int64_t panel = begin; panel < end && weight.format != dtype; panel++)
+            unpack_panel(weight, dtype, panel, room.of<char>() + (panel - begin) * panel_bytes());
+    }
+
+    void multiply(bool gated, const Strip& strip, int64_t number, int64_t panel, int64_t from, int64_t place, float* y) {
+        const gk_weight& weight = gated ? l.gate : l.weight;
+        const bool packed = weight.format != dtype;
+        const int64_t block = packed ? panel_bytes() / 2 : block_bytes(dtype, weight.inner);
+        const char* first = packed ? (gated ? gate : own).of<char>() : (const char*)weight.packed;
+        const char *w = first + 2 * (packed ? place : panel) * block, *next = w + 2 * block;
+        if (!packed && panel == up(weight.columns, COLUMNS) / COLUMNS - 1) next = first;
         const int64_t size = smaller(part, inner - from), steps = size / 64 * (l.gate.packed ? 2 : 1);
-        Step meanwhile{(panel < last ? w + 2 * block : first) + number * (2 * block / TOGETHER), sum, *this,
+        Step meanwhile{next + number * (2 * block / TOGETHER), from ? sums_of(place, gated) : nullptr, *this,
                        (before.rows + steps - 1) / steps};
         w += from * 16;
         const char* x = strip.x + from;
-        if (l.dtype == GK_INT8) product(int8_t(), x, strip.stride, strip.rows, w, block, size / 4, (int32_t*)y, COLUMNS, meanwhile);
-        else if (l.dtype == GK_BF16) product(bf16(), x, strip.stride, strip.rows, w, block, size / 4, y, COLUMNS, meanwhile);
+        if (dtype == GK_INT8) product(int8_t(), x, strip.stride, strip.rows, w, block, size / 4, (int32_t*)y, COLUMNS, meanwhile);
+        else if (dtype == GK_BF16) product(bf16(), x, strip.stride, strip.rows, w, block, size / 4, y, COLUMNS, meanwhile);
         else product(float(), x, strip.stride, strip.rows, w, block, size / 4, y, COLUMNS, meanwhile);
     }
 
     const gk_linear& l;
     const Finish finish;
     const int64_t bytes;  // of a result
+    const int32_t dtype;  // of the factors
     const bool tiles;
     const int64_t inner;  // bytes of the inner entries
     const int64_t part, group;
-    Room sums;
+    Room sums, own, gate;
     Block before{};
     int64_t done = 0;
     int turn = 0;

@@ -65,16 +65,45 @@ GK_INLINE vf load(const bf16* p) {
     memcpy(&x, p, sizeof x);
     return bits<vf>(__builtin_convertvector(x, vu) << 16);
 }
-GK_INLINE void store(bf16* p, vf x) {
-#if defined(__AVX512BF16__)
-    __m256bh y = _mm512_cvtneps_pbh((__m512)x);
-    memcpy(p, &y, sizeof y);
+// Of float16.
+GK_INLINE vf load_half(const uint16_t* p) {
+    vh x;
+    memcpy(&x, p, sizeof x);
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps((__m256i)x);
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtph_ps((__m128i)x);
 #else
+    const vu u = __builtin_convertvector(x, vu);
+    const vf magnitude = bits<vf>((u & 0x7fff) << 13) * 0x1p112f;
+    const vu not_finite = bits<vu>(vi((u & 0x7c00) == 0x7c00)) & 0x7f800000;
+    return bits<vf>(bits<vu>(magnitude) | not_finite | (u & 0x8000) << 16);
+#endif
+}
+// To bf16, in the lower halves.
+GK_INLINE vu shortened(vf x) {
     vu u = bits<vu>(x);
     vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     vu nan = bits<vu>(vi(x != x));
-    vh y = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), vh);
+    return (nan & 0x7fc0) | (~nan & rounded);
+}
+GK_INLINE void store(bf16* p, vf x) {
+#if defined(__AVX512BF16__)
+    __m256bh y = _mm512_cvtneps_pbh((__m512)x);
+#else
+    vh y = __builtin_convertvector(shortened(x), vh);
+#endif
     memcpy(p, &y, sizeof y);
+}
+// Words of two entries of bf16 each: a's in the lower half, b's in the upper one.
+GK_INLINE vi paired(vf a, vf b) {
+#if defined(__AVX512BF16__)
+    constexpr auto both = [](int i) { return (i + 16) << 16 | i; };
+    const __m512i order = _mm512_setr_epi32(both(0), both(1), both(2), both(3), both(4), both(5), both(6), both(7), both(8), both(9),
+                                            both(10), both(11), both(12), both(13), both(14), both(15));
+    return (vi)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+#else
+    return bits<vi>(shortened(a) | shortened(b) << 16);
 #endif
 }
 

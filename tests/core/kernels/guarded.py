@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from grating_core.kernels import compiled
+from grating_core.kernels.groups import grouped_weight
 from grating_core.kernels.loading import has, levels, start
 from grating_core.kernels.operands import Lookup, Map, Norm, Positions, Rows, Seen, Span, Then, Weight
 from grating_core.kernels.packing import packed_weight
@@ -41,6 +42,12 @@ def weight_of(dtype: torch.dtype, columns: int, inner: int) -> Weight:
     return Weight(at_the_end(whole.packed), dtype, columns, inner, scale, at_the_end(whole.bias), sums)
 
 
+def grouped_of(bits: int, columns: int, inner: int) -> Weight:
+    whole = grouped_weight(torch.randn(columns, inner), torch.randn(columns), bits, minima=True)
+    names = ("packed", "scale", "bias", *(["minimum"] if bits == 4 else []))
+    return whole._replace(**{name: at_the_end(getattr(whole, name)) for name in names})
+
+
 def rows_of(dtype: torch.dtype, states: torch.dtype, count: int, inner: int) -> Rows:
     rows = Rows(at_the_end(torch.randn(count, inner).to(states)))
     if dtype != torch.int8:
@@ -60,6 +67,16 @@ def linear(dtype: torch.dtype, count: int, inner: int, columns: int) -> None:
     then = Then(states, "gelu", norm=norm_of(columns), total=True, quantized=True)
     compiled.linear(rows, weight, then, gate=weight, residual=residual)
     compiled.linear(rows, weight, Then(states))
+
+
+def unpacking(states: torch.dtype, count: int, inner: int, columns: int) -> None:
+    rows = rows_of(states, states, count, inner)
+    for weight in (
+        weight_of(torch.int8, columns, inner),
+        grouped_of(8, columns, inner),
+        grouped_of(4, columns, inner),
+    ):
+        compiled.linear(rows, weight, Then(states), gate=weight)
 
 
 def chain(dtype: torch.dtype, count: int, width: int, inner: int) -> None:
@@ -105,6 +122,9 @@ def main() -> None:
                     for inner, columns in ((1, 1), (63, 33), (64, 32), (65, 64), (100, 37)):
                         linear(dtype, count, inner, columns)
                         chain(dtype, count, inner, columns)
+                for states in (torch.bfloat16, torch.float32):
+                    for inner, columns in ((1, 1), (63, 33), (65, 64), (100, 37)):
+                        unpacking(states, count, inner, columns)
                 for states in (torch.bfloat16, torch.float32):
                     for size in (32, 80):
                         attention(states, count, size)

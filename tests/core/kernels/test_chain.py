@@ -7,6 +7,7 @@ import torch
 
 from grating_core.kernels import compiled, reference
 from grating_core.kernels.choice import kernels
+from grating_core.kernels.groups import grouped_weight
 from grating_core.kernels.loading import levels, start
 from grating_core.kernels.operands import Map, Norm, Rows, Then, Weight
 from grating_core.kernels.packing import packed_weight
@@ -64,3 +65,29 @@ def test_a_chain_is_what_torch_computes(
         alone = hidden[:count].clone()
         compiled.chain(some, maps, alone)
         assert torch.equal(alone, found[:count])
+
+
+@pytest.mark.skipif(not BUILT, reason=kernels().reason)
+@pytest.mark.parametrize("states", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_a_chain_unpacks_its_weights(level: str, states: torch.dtype, bits: int | None) -> None:
+    def quantized(columns: int, inner: int) -> Weight:
+        matrix, bias = torch.randn(columns, inner) / inner**0.5, torch.randn(columns)
+        return packed_weight(matrix, bias, torch.int8) if bits is None else grouped_weight(matrix, bias, bits)
+
+    rms = Norm("rms", 1e-5, 1.0, torch.randn(WIDTH))
+    maps = (
+        Map(quantized(WIDTH, WIDTH), Then(states, norm=rms, total=True)),
+        Map(quantized(INNER, WIDTH), Then(states, "silu"), quantized(INNER, WIDTH)),
+        Map(quantized(WIDTH, INNER), Then(states)),
+    )
+    attended, hidden = torch.randn(300, WIDTH).to(states), torch.randn(300, WIDTH).to(states)
+    found, expected = hidden.clone(), hidden.clone()
+    compiled.chain(Rows(attended), maps, found)
+    reference.chain(Rows(attended), maps, expected)
+    assert (found - expected).float().norm() < (
+        1e-5 if states == torch.float32 else 0.01
+    ) * expected.float().norm()
+    alone = hidden[:1].clone()
+    compiled.chain(Rows(attended[:1]), maps, alone)
+    assert torch.equal(alone, found[:1])

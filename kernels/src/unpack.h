@@ -1,0 +1,67 @@
+// Brings panels of 32 columns of a weight of 8 or 4 bits into the order that products of states read, see product.h.
+//
+// Weights of 8 bits have the order of int8. In a grouped weight, 32 inner entries of a column share a scale, and a minimum if it
+// has minima: an entry stands for scale * q + minimum. A group of 8 bits is 8 lines of 64 bytes, each of four inner entries of
+// 16 columns. A group of 4 bits is 4 lines: the low halves of the bytes of line i are what line i of 8 bits would be, and
+// the high halves what line i + 4 would be. Their q is in 0 ... 15, and without minima an entry stands for scale * (q - 8).
+#pragma once
+
+#include "kernels.h"
+#include "product.h"
+#include "vector.h"
+
+namespace {
+
+constexpr int64_t SHARING = 32;  // inner entries that share a scale
+
+// Writes four inner entries of W columns, which are the bytes of the words, as the product of T reads them.
+template <class T> GK_INLINE void write(vi words, vf scale, vf minimum, char* to) {
+    vf entry[4];
+    for (int i = 0; i < 4; i++)
+        entry[i] = fma(__builtin_convertvector((words << (24 - 8 * i)) >> 24, vf), scale, minimum);
+    for (int i = 0; i < 4 && sizeof(T) == 4; i++) store((float*)(to + 64 * i), entry[i]);
+    for (int i = 0; i < 2 && sizeof(T) == 2; i++) {
+        const vi pair = paired(entry[2 * i], entry[2 * i + 1]);
+        memcpy(to + 64 * i, &pair, sizeof pair);
+    }
+}
+
+// Unpacks the groups of a block of 16 columns.
+template <int FORMAT, class T> void unpack_block(const gk_weight& weight, int64_t block, char* to) {
+    constexpr int64_t LINES = FORMAT == GK_Q4 ? 4 : 8, LINE = 4 * 16 * sizeof(T);  // LINE: what becomes of a line
+    const int64_t groups = up(weight.inner, 64) / SHARING;
+    const char* from = (const char*)weight.packed + block * groups * LINES * 64;
+    for (int64_t g = 0; g < groups; g++, from += LINES * 64, to += 8 * LINE)
+        for (int64_t c = 0; c < 16; c += W) {
+            vf scale, minimum = vf{};
+            if (FORMAT == GK_INT8) scale = load((const float*)weight.scale + block * 16 + c);
+            else {
+                const int64_t at = (block * groups + g) * 16 + c;
+                scale = load_half((const uint16_t*)weight.scale + at);
+                if (weight.minimum) minimum = load_half((const uint16_t*)weight.minimum + at);
+                else if (FORMAT == GK_Q4) minimum = -8.0f * scale;
+            }
+            for (int64_t i = 0; i < LINES; i++) {
+                const vi words = load((const int32_t*)(from + i * 64 + c * 4));
+                if (FORMAT == GK_Q4) {
+                    write<T>(words & 0x0f0f0f0f, scale, minimum, to + i * LINE + c * 4);
+                    write<T>((words >> 4) & 0x0f0f0f0f, scale, minimum, to + (i + 4) * LINE + c * 4);
+                } else write<T>(words, scale, minimum, to + i * LINE + c * 4);
+            }
+        }
+}
+
+// Bytes of an unpacked block for products of this dtype.
+inline int64_t unpacked_bytes(int32_t dtype, int64_t inner) { return up(inner, 64) * item(dtype) * 16; }
+
+template <class T> inline void unpack_panel_as(const gk_weight& weight, int64_t panel, char* to) {
+    auto run = weight.format == GK_Q4 ? unpack_block<GK_Q4, T> : weight.format == GK_Q8 ? unpack_block<GK_Q8, T> : unpack_block<GK_INT8, T>;
+    run(weight, 2 * panel, to);
+    run(weight, 2 * panel + 1, to + up(weight.inner, 64) * sizeof(T) * 16);
+}
+inline void unpack_panel(const gk_weight& weight, int32_t dtype, int64_t panel, char* to) {
+    if (dtype == GK_BF16) unpack_panel_as<bf16>(weight, panel, to);
+    else unpack_panel_as<float>(weight, panel, to);
+}
+
+}  // namespace
