@@ -1,5 +1,9 @@
 // Finds what the processor has, and passes calls on to the level that was chosen. Compiled for the oldest processor.
 #include <string.h>
+#if !defined(_WIN32)
+#include <errno.h>
+#include <unistd.h>
+#endif
 
 #include "level.h"
 #include "levels.inc"  // made by the build: the levels of this platform, the best first
@@ -150,4 +154,27 @@ int32_t gk_run_rows(int32_t states, int64_t rows, int64_t width, const gk_rows* 
 int32_t gk_run_heads(int32_t states, int64_t rows, int64_t heads, int64_t size, const gk_rows* x, const gk_norm* norm,
                      const float* cosine, const float* sine) {
     return rows ? chosen->heads(host, states, rows, heads, size, x, norm, cosine, sine) : 0;
+}
+int32_t gk_run_columns(const gk_columns* c) { return c->count ? chosen->columns(host, c) : 0; }
+int32_t gk_unpack_columns(const gk_columns* c, int32_t dtype, void* states) {
+    return c->count ? chosen->unpack_columns(host, c, dtype, states) : 0;
+}
+int32_t gk_choose(gk_cache* cache, const float* values, int64_t count, gk_choice* choice) {
+    return chosen->choose(cache, values, count, choice);
+}
+void gk_copy(int64_t count, int64_t size, const void* from, const int64_t* froms, void* to, const int64_t* tos) {
+    for (int64_t n = 0; n < count; n++) memcpy((char*)to + tos[n], (const char*)from + froms[n], size);
+}
+int64_t gk_read(int32_t file, int64_t count, const int64_t* starts, const int64_t* sizes, void* to, const int64_t* places) {
+#if defined(_WIN32)
+    return -1;
+#else
+    for (int64_t n = 0; n < count; n++)
+        for (int64_t done = 0; done < sizes[n];) {
+            const int64_t got = pread(file, (char*)to + places[n] + done, sizes[n] - done, starts[n] + done);
+            if (got > 0) done += got;
+            else if (got == 0 || errno != EINTR) return n;
+        }
+    return count;
+#endif
 }

@@ -157,6 +157,34 @@ struct gk_embed {
     gk_rows output;
 };
 
+// Some columns of a matrix, which lie as rows of a table, see columns.h.
+struct gk_columns {
+    int32_t format;         // GK_F32, GK_BF16, GK_Q8 or GK_Q4
+    int64_t length;         // entries of a row
+    int64_t count;          // rows
+    const void* table;
+    const int64_t* places;  // bytes from the table's begin to each row
+    const float* values;    // [count]
+    float* output;          // [length]: the sum of the rows, each times its value, is added
+};
+
+// Which columns are in memory, of one matrix.
+struct gk_cache {
+    int64_t columns;
+    int64_t capacity;
+    int64_t* slots;    // of each column; -1 for none
+    int64_t* held;     // the column at each slot; -1 for none
+    int64_t* uses;     // of each column
+    float preference;  // factor of magnitudes whose columns have no slot
+};
+
+// What a token uses: first columns in memory, then those to read, both rising. Slots from the capacity on are beside the cache.
+struct gk_choice {
+    int64_t* columns;
+    int64_t* slots;
+    int64_t hits;      // number of columns that are in memory
+};
+
 // The pool of the host: what torch_parallel_for of torch's C interface is.
 typedef int32_t (*gk_parallel)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
 
@@ -189,3 +217,12 @@ GK_API int32_t gk_run_rows(
 GK_API int32_t gk_run_heads(
     int32_t states, int64_t rows, int64_t heads, int64_t size, const gk_rows* x, const gk_norm* norm,
     const float* cosine, const float* sine);
+GK_API int32_t gk_run_columns(const gk_columns*);
+// The rows as states of a dtype [count, length]; values and output of the columns are not used.
+GK_API int32_t gk_unpack_columns(const gk_columns*, int32_t dtype, void* states);
+// Chooses columns for one token by the magnitudes of its values [columns]. Missing columns replace the least used ones.
+GK_API int32_t gk_choose(gk_cache*, const float* values, int64_t count, gk_choice*);
+// Copies rows of so many bytes.
+GK_API void gk_copy(int64_t count, int64_t size, const void* from, const int64_t* froms, void* to, const int64_t* tos);
+// Reads pieces of a file. Returns how many were read as a whole, from the first on; -1 where the system cannot do so.
+GK_API int64_t gk_read(int32_t file, int64_t count, const int64_t* starts, const int64_t* sizes, void* to, const int64_t* places);

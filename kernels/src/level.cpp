@@ -4,6 +4,7 @@
 
 #include "activations.h"
 #include "attention.h"
+#include "columns.h"
 #include "embed.h"
 #include "linear.h"
 #include "pack.h"
@@ -197,9 +198,42 @@ int32_t pack(const Host& host, int32_t dtype, void* matrix, int64_t columns, int
     return spread(host, columns / 16, pack_task, &job);
 }
 
+// Threads share the entries of the rows.
+void columns_task(const void* at, int64_t begin, int64_t end, int32_t*) {
+    const gk_columns& c = *(const gk_columns*)at;
+    run_columns({c}, begin * SHARED, smaller(end * SHARED, c.length));
+}
+int32_t columns(const Host& host, const gk_columns* c) {
+    const int64_t parts = up(c->length, SHARED) / SHARED;
+    if (c->count * c->length >= FEW) return spread(host, parts, columns_task, c);
+    columns_task(c, 0, parts, nullptr);
+    return 0;
+}
+struct UnpackJob {
+    const gk_columns& c;
+    int32_t dtype;
+    char* states;
+};
+void unpack_task(const void* at, int64_t begin, int64_t end, int32_t*) {
+    const UnpackJob& j = *(const UnpackJob*)at;
+    for (int64_t row = begin; row < end; row++) {
+        char* to = j.states + row * j.c.length * item(j.dtype);
+        if (j.dtype == GK_BF16) unpack_column({j.c}, row, (bf16*)to);
+        else unpack_column({j.c}, row, (float*)to);
+    }
+}
+int32_t unpack_columns(const Host& host, const gk_columns* c, int32_t dtype, void* states) {
+    UnpackJob job{*c, dtype, (char*)states};
+    return spread(host, c->count, unpack_task, &job);
+}
+int32_t choose(gk_cache* cache, const float* values, int64_t count, gk_choice* choice) {
+    return choose_columns(*cache, values, count, *choice);
+}
+
 void start() { start_activations(); }
 
 }  // namespace
 
 extern const Level GK_NAME(gk_level_, GK_LEVEL);
-const Level GK_NAME(gk_level_, GK_LEVEL) = {HAS_BF16, start, linear, chain, attention, features, embed, rows, heads, pack};
+const Level GK_NAME(gk_level_, GK_LEVEL) = {HAS_BF16, start, linear, chain, attention, features, embed, rows, heads, pack,
+    columns, unpack_columns, choose};

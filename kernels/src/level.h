@@ -20,4 +20,7 @@ struct Level {
     int32_t (*rows)(const Host&, int32_t, int64_t, int64_t, const gk_rows*, const gk_norm*, const gk_rows*, const gk_rows*);
     int32_t (*heads)(const Host&, int32_t, int64_t, int64_t, int64_t, const gk_rows*, const gk_norm*, const float*, const float*);
     int32_t (*pack)(const Host&, int32_t, void*, int64_t, int64_t);
+    int32_t (*columns)(const Host&, const gk_columns*);
+    int32_t (*unpack_columns)(const Host&, const gk_columns*, int32_t, void*);
+    int32_t (*choose)(gk_cache*, const float*, int64_t, gk_choice*);
 };

@@ -33,6 +33,7 @@ typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef uint16_t vh __attribute__((vector_size(2 * W)));
 typedef int8_t vb __attribute__((vector_size(W)));
+typedef uint8_t vub __attribute__((vector_size(W)));
 typedef uint16_t bf16;
 
 template <class T> inline T smaller(T a, T b) { return a < b ? a : b; }
@@ -104,6 +105,24 @@ GK_INLINE vi paired(vf a, vf b) {
     return (vi)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
 #else
     return bits<vi>(shortened(a) | shortened(b) << 16);
+#endif
+}
+
+// W entries of float16.
+GK_INLINE vf load_half(const uint16_t* p) {
+    vh x;
+    memcpy(&x, p, sizeof x);
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps((__m256i)x);
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtph_ps((__m128i)x);
+#else
+    // A power of two brings the exponent of float16 to that of float32; it makes subnormal numbers right as well.
+    const vu u = __builtin_convertvector(x, vu);
+    const vu size = (u & 0x7fff) << 13;
+    const vf number = bits<vf>(size) * bits<vf>(vu{} + 0x77800000u);
+    const vu infinite = bits<vu>(vi(size >= 0x0f800000u)) & 0x7f800000u;
+    return bits<vf>(bits<vu>(number) | infinite | ((u & 0x8000) << 16));
 #endif
 }
 
