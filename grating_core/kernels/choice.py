@@ -10,7 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from grating_core.kernels import compiled, reference
+from grating_core.kernels import columns, compiled, compiled_columns, reference
+from grating_core.kernels.columns import Choice
 from grating_core.kernels.loading import KernelsError, has, start
 from grating_core.kernels.operands import Finished, Rows
 
@@ -30,6 +31,11 @@ class Kernels:
         normed_rows: See :func:`grating_core.kernels.reference.normed_rows`.
         turn_heads: See :func:`grating_core.kernels.reference.turn_heads`.
         embed: See :func:`grating_core.kernels.reference.embed`.
+        add_columns: See :func:`grating_core.kernels.columns.add_columns`.
+        unpack_columns: See :func:`grating_core.kernels.columns.unpack_columns`.
+        choose: See :func:`grating_core.kernels.columns.choose`.
+        copy_rows: See :func:`grating_core.kernels.columns.copy_rows`.
+        read_pieces: See :func:`grating_core.kernels.columns.read_pieces`.
         pack_in_place: See :func:`grating_core.kernels.compiled.pack_in_place`; None where torch computes.
         attention: See :func:`grating_core.kernels.compiled.attention`; None where torch computes.
         features: See :func:`grating_core.kernels.features.features`; None where torch computes.
@@ -42,6 +48,11 @@ class Kernels:
     normed_rows: Callable[..., tuple[Tensor | None, Rows | None]]
     turn_heads: Callable[..., None]
     embed: Callable[..., None]
+    add_columns: Callable[..., None]
+    unpack_columns: Callable[..., None]
+    choose: Callable[..., Choice]
+    copy_rows: Callable[..., None]
+    read_pieces: Callable[..., int]
     pack_in_place: Callable[[Tensor], Tensor] | None = None
     attention: Callable[..., Tensor] | None = None
     features: Callable[..., Tensor] | None = None
@@ -69,6 +80,11 @@ def kernels() -> Kernels:
         compiled.normed_rows,
         compiled.turn_heads,
         compiled.embed,
+        compiled_columns.add_columns,
+        compiled_columns.unpack_columns,
+        compiled_columns.choose,
+        compiled_columns.copy_rows,
+        compiled_columns.read_pieces,
         compiled.pack_in_place,
         compiled.attention,
         compiled.features,
@@ -84,4 +100,9 @@ def _of_torch(reason: str) -> Kernels:
         reference.normed_rows,
         reference.turn_heads,
         reference.embed,
+        columns.add_columns,
+        columns.unpack_columns,
+        columns.choose,
+        columns.copy_rows,
+        columns.read_pieces,
     )

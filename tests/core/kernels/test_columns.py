@@ -1,0 +1,140 @@
+"""Kernels of dynamic input pruning against their references, at every level of this processor."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from grating_core.kernels import columns, compiled_columns
+from grating_core.kernels.columns import Held, Pieces, RowFormat, pack_columns
+from grating_core.kernels.loading import KernelsError, levels, start
+
+FORMATS = [(torch.float32, None), (torch.bfloat16, None), (torch.float32, 8), (torch.float32, 4)]
+
+
+@pytest.fixture(params=["best", "others"])
+def level(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """The names of the processor's levels: the best one, or all others."""
+    try:
+        found = levels()
+    except KernelsError as error:
+        pytest.skip(str(error))
+    threads = torch.get_num_threads()
+    yield found[:1] if request.param == "best" else found[1:]
+    torch.set_num_threads(threads)
+    start()
+
+
+def table_of(rows: Tensor, form: RowFormat, first: int = 128) -> tuple[Tensor, np.ndarray]:
+    """A table whose rows begin somewhere, and their places."""
+    data = torch.from_numpy(pack_columns(rows, form))
+    table = torch.cat((torch.zeros(first, dtype=torch.uint8), data.flatten()))
+    return table, first + form.row_bytes * np.arange(len(rows))
+
+
+@pytest.mark.parametrize(("dtype", "bits"), FORMATS)
+@pytest.mark.parametrize("length", [1, 31, 48, 160, 1000, 4133])
+def test_sums_and_states_are_the_references(
+    level: list[str], dtype: torch.dtype, bits: int | None, length: int
+) -> None:
+    torch.manual_seed(length)
+    form = RowFormat(length, dtype, bits)
+    table, places = table_of(torch.randn(60, length), form)
+    chosen = places[np.random.default_rng(length).permutation(60)[:29]]
+    values = np.random.default_rng(0).normal(size=29).astype(np.float32)
+    expected, states = torch.ones(length), torch.empty(29, length)
+    columns.add_columns(form, table, chosen, values, expected)
+    columns.unpack_columns(form, table, chosen, states)
+    for name in level:
+        start(name)
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found = torch.ones(length)
+            compiled_columns.add_columns(form, table, chosen, values, found)
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+            for as_dtype in (torch.float32, torch.bfloat16):
+                unpacked = torch.empty(29, length, dtype=as_dtype)
+                compiled_columns.unpack_columns(form, table, chosen, unpacked)
+                torch.testing.assert_close(
+                    unpacked.float(), states, atol=1e-6, rtol=1e-6 if as_dtype == torch.float32 else 8e-3
+                )
+
+
+@pytest.mark.parametrize(("bits", "error"), [(8, 1 / 254), (4, 1 / 30)])
+def test_quantised_rows_are_close_to_the_columns(bits: int, error: float) -> None:
+    torch.manual_seed(1)
+    rows = torch.randn(20, 96) * torch.rand(20, 1).exp()
+    rows[3] = 0
+    form = RowFormat(96, torch.float32, bits)
+    table, places = table_of(rows, form)
+    found = torch.empty(20, 96)
+    columns.unpack_columns(form, table, places, found)
+    spread = rows.view(20, 3, 32).abs().amax(-1, keepdim=True) * (2 if bits == 4 else 1)
+    off = (found - rows).view(20, 3, 32).abs()
+    assert (off <= spread * error * (1.6 if bits == 4 else 1.01) + 1e-6).all()
+    assert not found[3].any()
+
+
+def test_bytes_of_rows() -> None:
+    assert RowFormat(19456, torch.bfloat16).row_bytes == 38912
+    assert RowFormat(19456, torch.bfloat16, 8).row_bytes == 19456 + 608 * 2
+    assert RowFormat(2560, torch.bfloat16, 4).row_bytes == 1600
+    assert RowFormat(33, torch.float32, 4).row_bytes == 64
+    assert RowFormat(1, torch.float32).row_bytes == 64
+
+
+@settings(deadline=None)
+@given(
+    size=st.integers(1, 60),
+    share=st.floats(0, 1),
+    density=st.floats(0.01, 1),
+    preference=st.sampled_from([1.0, 0.3]),
+    ties=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_choices_are_the_references(
+    size: int, share: float, density: float, preference: float, ties: bool, seed: int
+) -> None:
+    try:
+        start()
+    except KernelsError as error:
+        pytest.skip(str(error))
+    chance = np.random.default_rng(seed)
+    capacity, count = round(share * size), max(1, round(density * size))
+    pair = [Held(np.full(size, -1), np.full(capacity, -1), np.zeros(size, dtype=np.int64)) for _ in range(2)]
+    for _ in range(8):
+        values = chance.normal(size=size).astype(np.float32)
+        if ties:
+            values = values.round()
+        expected = columns.choose(pair[0], values, count, preference)
+        found = compiled_columns.choose(pair[1], values, count, preference)
+        assert found.hits == expected.hits
+        for mine, other in zip((*found[:2], *pair[1]), (*expected[:2], *pair[0]), strict=True):
+            assert mine.tolist() == other.tolist()
+
+
+def test_rows_are_copied_and_pieces_are_read(tmp_path: Path, level: list[str]) -> None:
+    data = np.random.default_rng(0).integers(0, 256, 5000, dtype=np.uint8)
+    (tmp_path / "file").write_bytes(data.tobytes())
+    file = os.open(tmp_path / "file", os.O_RDONLY)
+    buffer = np.zeros(300, dtype=np.uint8)
+    pieces = Pieces(np.array([100, 4000, 4950]), np.array([100, 50, 100]), buffer, np.array([200, 7, 60]))
+    assert compiled_columns.read_pieces(file, pieces) == (
+        2 if os.name == "posix" else 0
+    )  # the last one is too long
+    os.close(file)
+    if os.name == "posix":
+        assert buffer[200:].tolist() == data[100:200].tolist()
+        assert buffer[7:57].tolist() == data[4000:4050].tolist()
+    table, found = torch.from_numpy(data), {}
+    for module in (columns, compiled_columns):
+        found[module] = torch.zeros(1000, dtype=torch.uint8)
+        module.copy_rows(64, table, np.array([0, 640, 64]), found[module], np.array([128, 0, 900]))
+    assert torch.equal(*found.values())
+    assert found[columns][:64].tolist() == data[640:704].tolist()
