@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -117,17 +117,7 @@ class TextTokenizer:
             before: The words before each text. Their end may share a token with the text.
         """
         for start in range(0, len(texts), _GROUP):  # encodings are ten times as large as the token ids in them
-            group = texts[start : start + _GROUP]
-            size = None if most is None else _CHARACTERS * (most + 1) + _MARGIN
-            pieces = [before + encodable(text[:size]) for text in group]
-            # Positions, which take a fifth of the time, only say where a text is divided.
-            whole = not before and (size is None or max(map(len, group)) <= size)
-            encode = self._twin.encode_batch_fast if whole else self._twin.encode_batch
-            for text, piece, found in zip(group, pieces, encode(pieces, add_special_tokens=False), strict=True):
-                if size is None or most is None or len(text) <= size:
-                    yield self._divided(found, len(before), len(found))
-                else:
-                    yield self._beginning(text, most, before, piece, found)
+            yield from self._together(texts[start : start + _GROUP], most, before)
 
     def count(self, text: str) -> int:
         """Return how many tokens a text has."""
@@ -165,21 +155,38 @@ class TextTokenizer:
 
     # Long texts
 
-    def _beginning(self, text: str, most: int, before: str, piece: str, found: Any) -> Tokens:
-        """Return more than ``most`` tokens of a text, if it has them; ``found`` has those of its beginning."""
-        size = len(piece) - len(before)
-        squeezed = False
-        while True:
-            tokens = self._divided(found, len(before), self._certain(piece, found))
-            if len(tokens.ids) > most:
-                return tokens
-            if not squeezed:
-                text, squeezed = self._squeezed(text, 2 * (most + 1)), True
+    def _together(self, texts: Sequence[str], most: int | None, before: str) -> list[Tokens]:
+        """Return the tokens of each text: all, or more than ``most`` of those that have them."""
+        longest = max(map(len, texts))
+        size = first = longest if most is None else _CHARACTERS * (most + 1) + _MARGIN
+        found: dict[int, Tokens] = {}
+        left = dict(enumerate(texts))
+        while left:
+            # As many characters at a time as at first.
+            each, numbers = max(1, _GROUP * first // max(1, size)), list(left)
+            for start in range(0, len(numbers), each):
+                some = {number: left[number] for number in numbers[start : start + each]}
+                found |= self._read(some, size, most, before)
+            left = {number: text for number, text in left.items() if number not in found}
+            if most is not None and size == first:
+                left = {number: self._squeezed(text, 2 * (most + 1)) for number, text in left.items()}
             size *= 4
-            piece = before + encodable(text[:size])
-            found = self._encode(piece)
-            if size >= len(text):
-                return self._divided(found, len(before), len(found))
+        return [found[number] for number in range(len(texts))]
+
+    def _read(self, texts: Mapping[int, str], size: int, most: int | None, before: str) -> dict[int, Tokens]:
+        """Return the tokens of those texts of which so many characters are enough, by number."""
+        pieces = [before + encodable(text[:size]) for text in texts.values()]
+        # Positions, which take a fifth of the time, only say where a text is divided.
+        whole = not before and max(map(len, texts.values())) <= size
+        encode = self._twin.encode_batch_fast if whole else self._twin.encode_batch
+        found = {}
+        for number, piece, encoding in zip(texts, pieces, encode(pieces, add_special_tokens=False), strict=True):
+            ended = len(texts[number]) <= size
+            end = len(encoding) if ended else self._certain(piece, encoding)
+            tokens = self._divided(encoding, len(before), end)
+            if ended or most is None or len(tokens.ids) > most:
+                found[number] = tokens
+        return found
 
     def _certain(self, piece: str, found: Any) -> int:
         """Return how many of the tokens do not depend on the text behind the piece."""

@@ -240,6 +240,15 @@ def test_a_long_text_begins_as_all_of_it_would(
     assert found.ids[: most + 1] == whole.ids[: most + 1]
 
 
+@settings(max_examples=40)
+@given(texts=st.lists(LONG, min_size=2, max_size=5), most=st.integers(1, 60), head=st.sampled_from(["", "x"]))
+def test_long_texts_are_read_together_as_each_is_alone(
+    tokenizer: TextTokenizer, texts: list[str], most: int, head: str
+) -> None:
+    alone = [found for text in texts for found in tokenizer.encode([text], most, before=head)]
+    assert list(tokenizer.encode(texts, most, before=head)) == alone
+
+
 @pytest.mark.parametrize("piece", ["x", "\n", " \t", "word ", "ภาษาไทย", "a\u0301", "👨\u200d👩"])
 def test_a_document_of_megabytes_takes_no_memory_to_cut(bundled: Reranker, piece: str) -> None:
     tokenizer = TextTokenizer(Tokenizer.from_file(str(bundled.model_path / "tokenizer.json")))
