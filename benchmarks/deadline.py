@@ -39,7 +39,7 @@ from benchmarks.worker import progress
 from grating_core import Reranker, Route
 from grating_core.lens.store import CalibratedLens
 from grating_core.pruning import MarginPolicy
-from grating_core.pruning.deadline import Pace, Race
+from grating_core.pruning.deadline import Costs, Race
 
 COLLECTIONS = ("cranfield", "cisi", "locomo")
 SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)
@@ -47,7 +47,6 @@ TARGET = 0.98
 MEASURED, MIXED, STOP, FINISH = "measured", "mixed", "stop when it is over", "drop at once"
 
 _RANDOM = (0.02, 1.2)  # random deadlines, as shares of the time without pruning
-_TOKEN = Pace().learnt(1, 1.0)  # in replays a token takes a second in each layer
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,12 @@ Step = Callable[[Race, float], list[Route]]
 
 def mixed(race: Race, seconds: float) -> list[Route]:
     """Route as the engine does."""
-    return race.routes(_TOKEN, 0, seconds)
+    return race.routes(_costs(race), 0, seconds)
+
+
+def _costs(race: Race) -> Costs:
+    """Return costs by which a token takes a second in each layer."""
+    return Costs(np.zeros(len(race.errors)), np.ones(len(race.errors)))
 
 
 def keep_all(race: Race, seconds: float) -> list[Route]:
@@ -168,8 +172,9 @@ def replay(
         alive, seen = alive[going_on], seen[going_on]
         if wanted == len(alive):
             continue
-        race = Race(seen, wanted, tokens[alive], errors[layer:], np.array(policy.drop[layer:]))
-        if race.fits(_TOKEN, 0, left):
+        looks = np.ones(depth - layer, dtype=bool)
+        race = Race(seen, wanted, tokens[alive], errors[layer:], looks, np.array(policy.drop[layer:]))
+        if race.fits(_costs(race), 0, left):
             continue
         routes = np.array(step(race, left))
         chosen = alive[routes == Route.SELECTED]

@@ -16,7 +16,7 @@ from grating_core.forking import Interrupted
 from grating_core.lens.pruning import Pruning
 from grating_core.memory.meter import Meter
 from grating_core.pruning import MarginPolicy, Off, PruningPolicy, Route
-from grating_core.pruning.deadline import Race, first_that_fit
+from grating_core.pruning.deadline import Costs, Race, first_that_fit
 from grating_core.pruning.recount import in_doubt
 from grating_core.results import LayerTrace
 
@@ -87,10 +87,10 @@ class Contest:
         self._numbers = range(len(windows)) if numbers is None else numbers
         self._looks = looks
         self._lengths = lengths
-        self._coming = 0  # the layer that is computed
         self._beside = 0  # tokens of other requests in the pass
         self._near = False  # whether the deadline may come before the last layer
         self._estimates: dict[int, float] = {}  # of those alive, read last
+        self._read = 0  # the layer after which they were read
         self._left: list[int] = []  # who was left out in the caller's order, for want of time and of estimates
 
     def look_at_the_clock(self, number: int, tokens: int) -> None:
@@ -104,16 +104,18 @@ class Contest:
         """
         if self.deadline is None or not self.alive:
             return
-        self._coming = number
-        self._beside = tokens - sum(self._lengths[candidate] for candidate in self.alive)
-        self._near = self.deadline.is_near(self.depth - max(number, 1) + 1, tokens)
-        if self._near and number == 1 and not self.layers:
-            self._hurry(0)
-        pace = self.deadline.watch.pace
-        expected = 0.0
-        if number and pace is not None:
-            expected = pace.seconds_of(self._beside + sum(self._lengths[candidate] for candidate in self.alive))
-        if self.deadline.left <= expected:
+        own = sum(self._lengths[candidate] for candidate in self.alive)
+        self._beside = tokens - own
+        self._near = self.deadline.is_near(max(number, 1), tokens)
+        costs = self.deadline.watch.costs(number) if number else None
+        if costs is None:
+            if self.deadline.over:
+                self.end()
+            return
+        if self._near:
+            self._hurry(number, costs)
+        going_on = sum(self._lengths[candidate] for candidate in self.alive)
+        if self.alive and self.deadline.left <= costs.seconds(self._beside + going_on)[0]:
             self.end()
 
     @property
@@ -125,7 +127,7 @@ class Contest:
         """Tell whether some candidates may be computed once more, without 8 bits and so more slowly."""
         if self.deadline is None:
             return True
-        return not self.deadline.is_near(self.depth, sum(self._lengths[candidate] for candidate in candidates))
+        return not self.deadline.is_near(1, sum(self._lengths[candidate] for candidate in candidates))
 
     def is_late(self) -> bool:
         """Tell whether the deadline is over, and nothing more may be computed."""
@@ -148,7 +150,9 @@ class Contest:
 
     def reads(self, number: int) -> bool:
         """Tell whether the scores after a layer are read."""
-        return self.follows(number) and (number == self.depth or self._near or self.pruning.looks(number))
+        if not self.follows(number):
+            return False
+        return number == self.depth or self.pruning.looks(number) or (self._near and self.pruning.pays(number))
 
     def decides(self, number: int) -> bool:
         """Tell whether the scores after a layer are needed at once. Otherwise they can be read later."""
@@ -234,30 +238,36 @@ class Contest:
         self.alive = [alive[i] for i in going_on]
         if not unseen:
             self._estimates = {alive[i]: float(best[i]) for i in going_on}
-            if self._near and number == self._coming:
-                self._hurry(number)
+            self._read = number
 
-    def _hurry(self, number: int) -> None:
-        """Let fewer candidates go on if not all that the policy wants can be computed in time after a layer."""
-        errors, deadline = self.pruning.errors, self.deadline
-        if deadline is None or deadline.watch.pace is None:
-            return
-        time = deadline.watch.pace, self._beside, deadline.planned
+    def _hurry(self, number: int, costs: Costs) -> None:
+        """Let fewer candidates go on if not all that the policy wants can be computed in time.
+
+        Args:
+            number: The layer that follows.
+            costs: The costs of the layers from it on.
+        """
+        assert self.deadline is not None
+        errors, time = self.pruning.errors, (costs, self._beside, self.deadline.planned)
         lengths = np.array([self._lengths[candidate] for candidate in self.alive])
         if errors is None:
-            self.leave_out(self.alive[first_that_fit(lengths, self.depth - number, *time) :])
+            if number == 1:
+                self.leave_out(self.alive[first_that_fit(lengths, *time) :])
             return
         wanted = self._top_k - len(self.winners)
         if not (0 < wanted < len(self.alive) and self._estimates):
             return
         policy = self.pruning.policy
         margins = policy.drop if isinstance(policy, MarginPolicy) else (np.inf,) * self.depth
+        looks = np.array([self.reads(layer) for layer in range(number, self.depth + 1)])
+        read = np.maximum.accumulate(np.where(looks, range(number, self.depth + 1), self._read))
         race = Race(
             np.array([self._estimates[candidate] for candidate in self.alive]),
             wanted,
             lengths,
-            np.array(errors[number:]),
-            np.array(margins[number:]),
+            np.array(errors)[np.array([self._read, *read[:-1]])],
+            looks,
+            np.array(margins[number - 1 :]),
         )
         if race.fits(*time):
             return

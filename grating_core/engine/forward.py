@@ -121,7 +121,9 @@ def forward(
         if peak is not None:
             peak.look()
         if number:
-            stint.add(batch.tokens)
+            stint.add(batch.tokens, last=number == model.depth)
+            if model.device.type == "cpu":  # another device has done nothing yet, perhaps
+                stint.end()
         tokens = batch.tokens_by_request
         now = replace(model.meter)
         for request, contest in enumerate(contests):
@@ -164,19 +166,22 @@ class _Stint:
         self._watch = watch
         self._begin()
 
-    def add(self, tokens: int) -> None:
-        """Add a layer with so many tokens."""
+    def add(self, tokens: int, *, last: bool) -> None:
+        """Add a layer with so many tokens, which may be the model's last."""
         self._layers += 1
         self._tokens += tokens
+        self._last = last
 
     def end(self) -> None:
         """Tell the watch, and begin another stint."""
         if self._watch is not None:
-            self._watch.learn(self._layers, self._tokens, self._watch.now() - self._started)
+            seconds = self._watch.now() - self._started
+            self._watch.learn(self._layers, self._tokens, seconds, last=self._last)
         self._begin()
 
     def _begin(self) -> None:
         self._layers = self._tokens = 0
+        self._last = False
         self._started = 0.0 if self._watch is None else self._watch.now()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 
-from grating_core.pruning.deadline import Pace
+from grating_core.pruning.deadline import Costs, Pace
 
 _EARLY = 0.97  # of the time that is left may be planned; the rest is for what no plan knows
 _PLENTY = 2.0  # times the expected time is so much that nothing has to be planned
@@ -25,11 +25,23 @@ class Watch:
         self.now = now
         self.pace: Pace | None = None
         """The pace of a layer; None until one was computed. Passes side by side share it."""
+        self.last: Pace | None = None
+        """The pace of the last layer, of which a head may read one token of each sequence; None until known."""
 
-    def learn(self, layers: int, tokens: float, seconds: float) -> None:
-        """Learn from some layers, by their tokens and seconds together."""
-        if layers and tokens:
+    def learn(self, layers: int, tokens: float, seconds: float, *, last: bool = False) -> None:
+        """Learn from some layers, by their tokens and seconds together, or from the last layer alone."""
+        if not layers or not tokens:
+            return
+        if last and layers == 1:
+            self.last = (self.last or Pace()).learnt(tokens, seconds)
+        else:
             self.pace = (self.pace or Pace()).learnt(tokens / layers, seconds / layers)
+
+    def costs(self, number: int) -> Costs | None:
+        """Return the costs of the layers from a number on; None if nobody knows yet."""
+        if self.pace is None:
+            return None
+        return Costs.of([self.pace] * (self.depth - number) + [self.last or self.pace])
 
 
 @dataclass(frozen=True)
@@ -59,12 +71,17 @@ class Deadline:
         """The seconds that may be planned."""
         return _EARLY * self.left
 
-    def is_near(self, layers: int, tokens: int) -> bool:
-        """Tell whether so many layers with so many tokens may not be done long before. Nobody knows at first."""
-        pace = self.watch.pace
-        return pace is None or self.left < _PLENTY * layers * pace.seconds_of(tokens)
+    def is_near(self, number: int, tokens: int) -> bool:
+        """Tell whether the layers from a number on may not be done long before. Nobody knows at first.
+
+        Args:
+            number: The layer.
+            tokens: Number of tokens that go through the layers.
+        """
+        costs = self.watch.costs(number)
+        return costs is None or self.left < _PLENTY * costs.seconds(tokens).sum()
 
     def allows(self, tokens: int) -> bool:
         """Tell whether a whole pass with so many tokens is known to end in time."""
-        pace = self.watch.pace
-        return pace is not None and self.watch.depth * pace.seconds_of(tokens) <= self.planned
+        costs = self.watch.costs(1)
+        return costs is not None and bool(costs.seconds(tokens).sum() <= self.planned)

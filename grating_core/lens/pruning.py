@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from grating_core.arguments import Guarantee
-from grating_core.lens.features import Provisional
+from grating_core.lens.features import Provisional, compares_tokens
 from grating_core.lens.store import CalibratedLens, warn_once
 from grating_core.pruning import ClusterPolicy, MarginPolicy, Off, PruningPolicy
 from grating_core.requests import Request
@@ -52,6 +52,13 @@ class Pruning:
     def looks(self, number: int) -> bool:
         """Tell whether the scores after a layer are read, which is not the last."""
         return not isinstance(self.policy, MarginPolicy) or self.policy.looks(number)
+
+    def pays(self, number: int) -> bool:
+        """Tell whether one more look after a layer is worth its time before a deadline.
+
+        To compare tokens costs a good part of a layer. Once, at first, it has to be done.
+        """
+        return number == 0 or self.errors is None or not compares_tokens(number, len(self.errors))
 
 
 def pruning_of(request: Request, by: PruningPolicy | ByLens, factor: float) -> Pruning:

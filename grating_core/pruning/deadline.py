@@ -4,13 +4,14 @@ Dropping early and finishing a few saves time, and so does stopping all at an ea
 A candidate goes on whose estimate lies near the bar of the top K, in typical errors of the lens. What lies far
 behind the bar is dropped. What lies far before it is selected with its estimate, because computing it on would
 not change the top K. How near is near depends on the time. But where less than ``_LEAST`` typical errors would
-fit, estimates cannot tell the good from the rest, and all stop at an earlier layer instead. The two constants
+fit, estimates cannot tell the good from the rest, and all stop at an earlier layer instead. The constants
 were chosen by replays of real requests.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,61 +20,100 @@ from grating_core.pruning.policy import Route
 
 Array = NDArray[np.float64]
 
-_AHEAD = 1.5  # how much further ahead of the bar than behind it is far
-_LEAST = 0.6  # typical errors
-_MEMORY = 0.8  # the weight of what was known before, beside the newest layer
-_SPREAD = 0.1  # the least deviation of numbers of tokens, as a share of their mean, that tells fixed costs apart
+_AHEAD = 1.25  # how much further ahead of the bar than behind it is far
+_LEAST = 0.3  # typical errors
+_NARROWING = 1.25  # the power of the errors with which the candidates that go on come nearer to the bar
+_MEMORY = 0.98  # the weight of what was known before, beside the newest layer
+_SPREAD = 0.2  # the deviation of numbers of tokens, as a share of their mean, that tells half of fixed costs apart
+_LATELY = 0.6  # the weight of how slow layers were before, beside the newest
 
 
 @dataclass(frozen=True)
 class Pace:
-    """A pace tells the seconds of a layer by its tokens. It is a line through what was measured, lately above all.
+    """A pace tells the seconds of a layer by its tokens: a line through what was measured, times how slow it is.
 
     The line's height without tokens is what reading weights takes, and whatever else does not depend on tokens.
 
     Attributes:
-        layers: Weight of the layers that were measured.
+        weight: Weight of the layers that were measured. A layer with fewer tokens tells more of fixed costs.
         tokens: Mean number of tokens.
         seconds: Mean seconds.
         squares: Mean of the squares of the tokens' deviations from their mean.
         products: Mean of the products of both deviations.
+        slowness: The seconds of the latest layers, as a share of those that the line tells. They depend on what
+            else the machine does, and on the lengths of the sequences.
     """
 
-    layers: float = 0.0
+    weight: float = 0.0
     tokens: float = 0.0
     seconds: float = 0.0
     squares: float = 0.0
     products: float = 0.0
+    slowness: float = 1.0
 
     def learnt(self, tokens: float, seconds: float) -> Pace:
         """Return the pace after one more layer."""
-        layers = _MEMORY * self.layers + 1.0
-        share = 1.0 / layers
+        weight = _MEMORY * self.weight + 1.0 / tokens
+        share = 1.0 / (tokens * weight)
         more, longer = tokens - self.tokens, seconds - self.seconds
-        return Pace(
-            layers,
+        line = Pace(
+            weight,
             self.tokens + share * more,
             self.seconds + share * longer,
             (1 - share) * (self.squares + share * more * more),
             (1 - share) * (self.products + share * more * longer),
         )
+        now = seconds / max(line.seconds_of(tokens), 1e-12)
+        return replace(line, slowness=_LATELY * self.slowness + (1 - _LATELY) * now)
 
     @property
     def by_token(self) -> float:
         """The seconds that one more token takes in a layer."""
-        proportional = self.seconds / max(self.tokens, 1.0)
-        if self.squares < (_SPREAD * self.tokens) ** 2:
-            return proportional
-        return float(np.clip(self.products / self.squares, 0.0, proportional))
+        return self.slowness * self._slope
 
     @property
     def fixed(self) -> float:
         """The seconds of a layer without tokens."""
-        return self.seconds - self.by_token * self.tokens
+        return self.slowness * (self.seconds - self._slope * self.tokens)
 
     def seconds_of(self, tokens: float) -> float:
         """Return the seconds of a layer with so many tokens."""
         return self.fixed + self.by_token * tokens
+
+    @property
+    def _slope(self) -> float:
+        """The slope of the line. The more alike the numbers of tokens were, the nearer the line comes to zero."""
+        proportional = self.seconds / max(self.tokens, 1.0)
+        alike = (_SPREAD * self.tokens) ** 2
+        slope = (self.products + alike * proportional) / max(self.squares + alike, 1e-12)
+        return float(np.clip(slope, 0.0, proportional))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs are the seconds of the H layers that are left.
+
+    Attributes:
+        fixed: Seconds of each layer without tokens, float64 ``[H]``.
+        by_token: Seconds of each token in each layer, float64 ``[H]``.
+    """
+
+    fixed: Array
+    by_token: Array
+
+    @classmethod
+    def of(cls, paces: Sequence[Pace]) -> Costs:
+        """Return the costs of layers, each with its pace."""
+        return cls(np.array([pace.fixed for pace in paces]), np.array([pace.by_token for pace in paces]))
+
+    def seconds(self, tokens: Array | float) -> Array:
+        """Return the seconds of each layer, float64 ``[H]``.
+
+        Args:
+            tokens: Numbers of tokens, float64 ``[H]``, or the number of tokens of all layers.
+        """
+        found: Array = self.fixed + self.by_token * tokens
+        return found
 
 
 @dataclass(frozen=True)
@@ -85,65 +125,69 @@ class Race:
         wanted: Number K of candidates to find among them, 1 or more and below N.
         tokens: Numbers of tokens of the candidates, int64 ``[N]``.
         errors: Typical errors of the estimates, float64 ``[H]``: of these and of those after each later layer but
-            the last, so for each layer that is left.
-        margins: Margins for dropping of the request's own policy in the same places; infinity drops nothing.
+            the last, so for each layer that is left. Where nobody looks they stay as they are.
+        looks: Whether the lens looks after each layer that is left, bool ``[H]``. After the last the head does.
+        margins: Margins for dropping of the request's own policy, float64 ``[H]``, in the places of the errors;
+            infinity drops nothing.
     """
 
     scores: Array
     wanted: int
     tokens: NDArray[np.int64]
     errors: Array
+    looks: NDArray[np.bool_]
     margins: Array
 
-    def fits(self, pace: Pace, beside: int, seconds: float) -> bool:
+    def fits(self, costs: Costs, beside: int, seconds: float) -> bool:
         """Tell whether the work fits into the time, if estimates stay as they are and the policy drops by them.
 
         Args:
-            pace: The pace of a layer.
+            costs: The costs of the layers.
             beside: Number of tokens of other requests in the pass.
             seconds: The time.
         """
         behind = np.sort(self.scores)[-self.wanted] - self.scores
         going_on = np.logical_and.accumulate(behind <= self.margins[:, None], axis=0)
-        return float(_seconds(going_on, self.tokens, pace, beside).sum()) <= seconds
+        return float(self._seconds(going_on, costs, beside).sum()) <= seconds
 
-    def routes(self, pace: Pace, beside: int, seconds: float) -> list[Route]:
+    def routes(self, costs: Costs, beside: int, seconds: float) -> list[Route]:
         """Return routes such that the work fits into the time. Arguments: see :meth:`fits`."""
         order = np.argsort(-self.scores, kind="stable")
         best = np.isin(np.arange(len(order)), order[: self.wanted])
         bar = self.scores[order[self.wanted - 1 : self.wanted + 1]].mean()
         far = np.abs(self.scores - bar) / np.where(best, _AHEAD, 1.0)
+        errors = np.maximum(self.errors, 1e-12)
+        narrowing = errors[0] * (errors / errors[0]) ** _NARROWING
         # With this many typical errors, or more, a candidate goes on through each layer.
-        enough = np.maximum.accumulate(far / np.maximum(self.errors, 1e-12)[:, None], axis=0)
-        ends = np.cumsum(_seconds(enough <= _LEAST, self.tokens, pace, beside))
-        layers = max(1, int((ends <= seconds).sum()))
-        most = (seconds - layers * pace.seconds_of(beside)) / max(pace.by_token, 1e-12)
+        enough = np.maximum.accumulate(far / narrowing[:, None], axis=0)
+        ends = np.cumsum(self._seconds(enough <= _LEAST, costs, beside))
+        # Whoever stops after a layer without a look has gone through it in vain.
+        stops = 1 + np.flatnonzero(self.looks)
+        layers = int(stops[max(0, int((ends[stops - 1] <= seconds).sum()) - 1)])
+        most = seconds - costs.seconds(float(beside))[:layers].sum()
         rising = np.argsort(enough[:layers], axis=None, kind="stable")
-        computed = np.cumsum(np.tile(self.tokens, layers)[rising])
-        last = int((computed <= most).sum())
-        errors = enough[:layers].ravel()[rising[last - 1]] if last else -1.0
+        computed = np.cumsum(np.outer(costs.by_token[:layers], self.tokens).ravel()[rising])
+        fit = int((computed <= most).sum())
+        too_many = enough[:layers].ravel()[rising[fit]] if fit < len(rising) else np.inf
         return [
             Route.DEFERRED if near else Route.SELECTED if is_best else Route.DROPPED
-            for near, is_best in zip((enough[0] <= errors).tolist(), best.tolist(), strict=True)
+            for near, is_best in zip((enough[0] < too_many).tolist(), best.tolist(), strict=True)
         ]
 
-
-def _seconds(going_on: NDArray[np.bool_], tokens: NDArray[np.int64], pace: Pace, beside: int) -> Array:
-    """Return the seconds of each layer, float64 ``[H]``, for who goes on through it, bool ``[H, N]``."""
-    found = pace.fixed + pace.by_token * (beside + going_on @ tokens.astype(np.float64))
-    return found.astype(np.float64)
+    def _seconds(self, going_on: NDArray[np.bool_], costs: Costs, beside: int) -> Array:
+        """Return the seconds of each layer, float64 ``[H]``, for who goes on through it, bool ``[H, N]``."""
+        return costs.seconds((beside + going_on @ self.tokens).astype(np.float64))
 
 
-def first_that_fit(tokens: NDArray[np.int64], layers: int, pace: Pace, beside: int, seconds: float) -> int:
+def first_that_fit(tokens: NDArray[np.int64], costs: Costs, beside: int, seconds: float) -> int:
     """Return how many of the first candidates can go through all layers in the time, at least one.
 
     Args:
         tokens: Numbers of tokens of the candidates, int64 ``[N]``.
-        layers: Number of layers that are left.
-        pace: The pace of a layer.
+        costs: The costs of the layers that are left.
         beside: Number of tokens of other requests in the pass.
         seconds: The time.
     """
-    ends = np.cumsum(tokens)
-    fits = layers * (pace.fixed + pace.by_token * (beside + ends)) <= seconds
+    ends = beside + np.cumsum(tokens)
+    fits = costs.fixed.sum() + costs.by_token.sum() * ends <= seconds
     return max(1, int(fits.sum()))
