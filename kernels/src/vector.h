@@ -108,24 +108,6 @@ GK_INLINE vi paired(vf a, vf b) {
 #endif
 }
 
-// W entries of float16.
-GK_INLINE vf load_half(const uint16_t* p) {
-    vh x;
-    memcpy(&x, p, sizeof x);
-#if defined(__AVX512F__)
-    return (vf)_mm512_cvtph_ps((__m256i)x);
-#elif defined(__AVX2__)
-    return (vf)_mm256_cvtph_ps((__m128i)x);
-#else
-    // A power of two brings the exponent of float16 to that of float32; it makes subnormal numbers right as well.
-    const vu u = __builtin_convertvector(x, vu);
-    const vu size = (u & 0x7fff) << 13;
-    const vf number = bits<vf>(size) * bits<vf>(vu{} + 0x77800000u);
-    const vu infinite = bits<vu>(vi(size >= 0x0f800000u)) & 0x7f800000u;
-    return bits<vf>(bits<vu>(number) | infinite | ((u & 0x8000) << 16));
-#endif
-}
-
 // Two vectors side by side.
 template <class T> GK_INLINE void store_pair(T* p, vf a, vf b) { store(p, a), store(p + W, b); }
 template <> GK_INLINE void store_pair(bf16* p, vf a, vf b) {
