@@ -60,7 +60,7 @@ class ModelSettings:
     model: str | Path = field(
         metadata={
             "about": "A hub id, a local directory in Hugging Face layout with safetensors weights, a language "
-            "model's GGUF file (for reranking), or a name such as 'bundled:ms-marco-minilm-l12'.",
+            "model's GGUF file, or a name such as 'bundled:ms-marco-minilm-l12'.",
             "basic": True,
         }
     )

@@ -1,4 +1,4 @@
-"""This module finds tensors in safetensors files, and reads any part of a file into a given buffer."""
+"""This module finds tensors in safetensors and GGUF files, and reads any part of a file into a given buffer."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from grating_core.errors import FileError
 from grating_core.forking import Lock
+from grating_core.memory.gguf import GgufHeader, parse_gguf
 from grating_core.memory.header import LONGEST_HEADER, StoredTensor, parse_header
 
 SECTOR = 4096  # bytes; O_DIRECT wants addresses, offsets and lengths that are multiples of this
@@ -27,7 +28,7 @@ _SAMPLED = 1 << 22  # bytes of a tensor for which one sample is taken
 
 
 class Checkpoint:
-    """A checkpoint reads the safetensors files of one model, for several threads at once.
+    """A checkpoint reads the safetensors files of one model, or its GGUF file, for several threads at once.
 
     After a failed read the checkpoint opens its files again, so that it finds files that came back. A closed
     checkpoint stays closed.
@@ -40,7 +41,7 @@ class Checkpoint:
             read past the cache. If a file's size or times change, these show whether its content is the same.
 
     Raises:
-        FileError: A file cannot be read, or is not safetensors.
+        FileError: A file cannot be read, or is neither safetensors nor GGUF.
     """
 
     def __init__(self, paths: Iterable[Path] | Mapping[Path, str], *, lasting: bool = False) -> None:
@@ -104,7 +105,7 @@ class Checkpoint:
 
 
 class _File:
-    """This class reads one open safetensors file."""
+    """This class reads one open file."""
 
     def __init__(self, path: Path, lasting: bool) -> None:
         self.path = path
@@ -299,6 +300,8 @@ _seeking = Lock()
 
 def _read_header(path: Path, file: FileIO) -> dict[str, StoredTensor]:
     size = os.fstat(file.fileno()).st_size
+    if path.suffix == ".gguf":
+        return _read_gguf(path, file, size).tensors
     try:
         length = int.from_bytes(_pread(file, 0, 8, size), "little")
         if length > min(size - 8, LONGEST_HEADER):
@@ -306,6 +309,24 @@ def _read_header(path: Path, file: FileIO) -> dict[str, StoredTensor]:
         return parse_header(_pread(file, 8, length, size), path, size)
     except (ValueError, EOFError) as error:
         raise FileError(f"{path} is not safetensors: {error}") from error
+
+
+def read_gguf_header(path: Path) -> GgufHeader:
+    """Return what a GGUF file says before its weights.
+
+    Raises:
+        FileError: The file is damaged.
+        OSError: The file cannot be read.
+    """
+    with closing(_open(path)) as file:
+        return _read_gguf(path, file, os.fstat(file.fileno()).st_size)
+
+
+def _read_gguf(path: Path, file: FileIO, size: int) -> GgufHeader:
+    try:
+        return parse_gguf(lambda start, length: _pread(file, start, length, size), path, size)
+    except (ValueError, EOFError) as error:
+        raise FileError(f"{path} is not GGUF: {error}") from error
 
 
 def _pread(file: FileIO, start: int, length: int, size: int) -> bytes:

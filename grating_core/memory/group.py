@@ -9,11 +9,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from grating_core.memory.blocks import BLOCKS, decoded, row_bytes
 from grating_core.memory.checkpoint import SECTOR, Checkpoint, whole_sectors
 from grating_core.memory.header import DTYPES, StoredTensor
 
 _GAP = 64 * 1024  # bytes; reading a smaller gap for nothing costs less than a second read
 PIECE = 1 << 22  # bytes of the buffer that holds stored tensors while they are converted
+_ENTRIES = 1 << 18  # entries of blocks that are decoded at a time, which takes some bytes for each
 _ALIGNMENT = 64
 
 
@@ -36,8 +38,9 @@ class _Run:
 class TensorGroup:
     """A group reads tensors together into one buffer.
 
-    If all tensors are stored in the wanted dtypes, whole runs of them go from the file to the buffer, and the
-    tensors are views into it. Otherwise each tensor passes through a small staging buffer and is converted.
+    If all tensors are stored in the wanted dtypes and in order, whole runs of them go from the file to the
+    buffer, and the tensors are views into it. Otherwise each tensor passes through a small staging buffer and is
+    converted.
 
     Args:
         checkpoint: The open files.
@@ -58,7 +61,9 @@ class TensorGroup:
         self._dtypes = dtypes
         self._changes = {name: change for name, change in (changes or {}).items() if name in tensors}
         self.converts = not all(
-            DTYPES[tensor.kind] == dtypes[name] and tensor.start % dtypes[name].itemsize == 0
+            DTYPES.get(tensor.kind) == dtypes[name]
+            and tensor.start % dtypes[name].itemsize == 0
+            and not tensor.interleaved
             for name, tensor in tensors.items()
         )
         """Whether tensors are converted; reading then takes one more buffer."""
@@ -113,18 +118,22 @@ class TensorGroup:
 
     def _convert(self, tensor: StoredTensor, target: Tensor, staging: Tensor) -> None:
         """Read one tensor through the staging buffer."""
-        dtype = DTYPES[tensor.kind]
-        step = (PIECE - SECTOR) // dtype.itemsize
-        for first in range(0, tensor.size, step):
-            count = min(step, tensor.size - first)
-            start = tensor.start + first * dtype.itemsize
+        kind, block = tensor.kind, BLOCKS.get(tensor.kind)
+        # What is read at a time are entries, blocks, or rows that do not stay where they are.
+        unit = tensor.size // tensor.shape[0] if tensor.interleaved else 1 if block is None else block.entries
+        each = row_bytes(kind, unit)
+        step = min((PIECE - SECTOR) // each, _ENTRIES // unit if block else PIECE)
+        for first in range(0, tensor.size // unit, step):
+            count = min(step, tensor.size // unit - first)
+            start = tensor.start + first * each
             shift = start % SECTOR
-            end = shift + count * dtype.itemsize
+            end = shift + count * each
             self._checkpoint.read(tensor, start - shift, staging[: whole_sectors(end)], direct=True)
-            stored = staging[shift:end]
-            # A stored tensor may begin at any byte, but torch wants elements at multiples of their size.
-            stored = (stored if shift % dtype.itemsize == 0 else stored.clone()).view(dtype)
-            target[first : first + count].copy_(stored)
+            stored = decoded(kind, staging[shift:end], unit)
+            if tensor.interleaved:
+                target.view(-1, unit)[tensor.place(torch.arange(first, first + count))] = stored.to(target.dtype)
+            else:
+                target[first * unit : (first + count) * unit].copy_(stored.view(-1))
 
 
 def _coalesced(tensors: Iterable[StoredTensor]) -> list[_Run]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from grating_core.files.reading import parse_json
 
@@ -35,10 +36,12 @@ class StoredTensor:
     Attributes:
         name: The tensor's name in the file.
         path: The file.
-        kind: The dtype as the format names it, such as ``"BF16"``.
+        kind: The dtype as the format names it, such as ``"BF16"``, or a type of blocks, such as ``"Q8_0"``.
         shape: The tensor's shape.
         start: Offset of the tensor's first byte in the file.
         end: Offset of the byte after its last one.
+        interleaved: Number of heads whose first and second halves of rows are stored in turn, as GGUF files have
+            queries and keys of Llama; 0 for rows in order.
     """
 
     name: str
@@ -47,11 +50,20 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
     end: int
+    interleaved: int = 0
 
     @property
     def size(self) -> int:
         """The number of elements."""
         return prod(self.shape)
+
+    def place(self, rows: Tensor) -> Tensor:
+        """Return the places in the tensor of rows, int64, that are numbered as they are stored."""
+        if not self.interleaved:
+            return rows
+        half = self.shape[0] // self.interleaved // 2
+        head, row = rows // (2 * half), rows % (2 * half)
+        return head * 2 * half + row % 2 * half + row // 2
 
     def beginning(self, rows: int) -> StoredTensor:
         """Return the first rows of a table; all if there are no more."""

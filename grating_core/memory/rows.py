@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from grating_core.errors import FileError
+from grating_core.memory.blocks import decoded, row_bytes
 from grating_core.memory.checkpoint import Checkpoint
-from grating_core.memory.header import FLOATS, StoredTensor
+from grating_core.memory.header import StoredTensor
 from grating_core.memory.meter import Meter
 
 _GAP = 8 * 1024  # bytes; rows that are closer than this are read together
@@ -48,7 +49,7 @@ class RowCache:
         self._capacity = capacity
         self._meter = meter
         vocabulary, width = table.shape
-        self._row_bytes = width * FLOATS[table.kind].itemsize
+        self._row_bytes = row_bytes(table.kind, width)
         self._rows = torch.empty(capacity, width, dtype=dtype, device=device)
         self._place = np.full(vocabulary, -1, dtype=np.int32)  # place in the cache of each token's row
         self._token = np.full(capacity, -1, dtype=np.int32)  # token of the row at each place
@@ -114,13 +115,14 @@ class RowCache:
                 start, end = self._span(first, last)
                 self._checkpoint.read(self._table, start, staging[offset : offset + end - start])
                 offset += end - start
-            stored = staging.view(FLOATS[self._table.kind]).view(-1, self._rows.shape[1])
             # A token's row in the staging buffer is the token plus the shift of its run.
             shifts = lengths.cumsum() - lengths - [first for first, _ in found]
             run_of = np.searchsorted([first for first, _ in found], tokens[batch], side="right") - 1
             rows = torch.from_numpy(tokens[batch] + shifts[run_of])
-            self._verify(tokens[batch], staging.view(-1, self._row_bytes)[rows])
-            self._rows[torch.from_numpy(places[batch]).to(self._rows.device)] = stored[rows].to(self._rows)
+            stored = staging.view(-1, self._row_bytes)[rows]
+            self._verify(tokens[batch], stored)
+            values = decoded(self._table.kind, stored.view(-1), self._rows.shape[1])
+            self._rows[torch.from_numpy(places[batch]).to(self._rows.device)] = values.to(self._rows)
             self._meter.bytes_read += offset
 
     def _verify(self, tokens: NDArray[np.int64], rows: Tensor) -> None:

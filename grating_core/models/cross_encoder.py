@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
 from grating_core.layers.linear import Weights
+from grating_core.memory.blocks import READABLE
 from grating_core.memory.checkpoint import aligned_buffer
 from grating_core.memory.group import PIECE, TensorGroup
-from grating_core.memory.header import FLOATS, StoredTensor
+from grating_core.memory.header import StoredTensor
 from grating_core.memory.meter import Meter
 from grating_core.memory.plan import MemoryPlan, ModelSizes, make_plan
-from grating_core.models.adapter import Adapter
-from grating_core.models.family import Family, ModelSpec, Pooling
+from grating_core.models.family import ModelSpec, Pooling
 from grating_core.models.layered import LayeredModel, LosslessLayers, unpacked_bytes, work_per_token
 from grating_core.models.layout import Shape as TensorShape
 from grating_core.models.layout import layer_names
@@ -83,48 +83,6 @@ class CrossEncoder(LayeredModel):
             The scores, float32 ``[N]``; embeddings ``[N, E]`` if the model is listwise.
         """
         return self._parts.family.score(self.spec, self.head, states, number) / self.spec.temperature
-
-
-class StoredReranker(Protocol):
-    """A stored reranker has files of any kind. Its configuration has been read, but no weights."""
-
-    directory: Path
-    device: torch.device
-    dtype: torch.dtype
-    adapter: Adapter | None
-    family: Family
-
-    @property
-    def window(self) -> int:
-        """The most tokens that the model can take."""
-
-    @property
-    def vocabulary(self) -> int:
-        """The number of rows of the embedding table."""
-
-    @property
-    def shape(self) -> Shape:
-        """The shape that a lens must have."""
-
-    def plan(self, window: int, budget: int, packing: Packing | None) -> MemoryPlan:
-        """Spend a memory budget in bytes on a model for pairs of up to ``window`` tokens."""
-
-    def require_file(self, packing: Packing) -> None:
-        """Try whether layers in this packing can be streamed; raise ``StorageError`` if not."""
-
-    def load(
-        self,
-        plan: MemoryPlan | None,
-        answers: tuple[int, int | None] | None,
-        packing: Packing | None,
-        *,
-        lossless: bool,
-        temperature: float,
-    ) -> CrossEncoder:
-        """Read the weights, and all layers without a loss as well if ``lossless``; divide scores as well."""
-
-    def close(self) -> None:
-        """Close the files."""
 
 
 class StoredCrossEncoder(StoredModel):
@@ -262,7 +220,7 @@ class StoredCrossEncoder(StoredModel):
         if self.family.asks:
             if (output := stored.get(OUTPUT)) is None:
                 raise ModelNotFoundError(f"the weights in {self.directory} lack {OUTPUT}, which gives the score")
-            if output.kind not in FLOATS or output.shape[1:] != (self.spec.width,):
+            if output.kind not in READABLE or output.shape[1:] != (self.spec.width,):
                 raise UnsupportedModelError(
                     f"{output.path} stores {output.name} as {output.kind} {list(output.shape)}; it should be "
                     f"floats [tokens, {self.spec.width}]"

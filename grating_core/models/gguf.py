@@ -1,234 +1,280 @@
-"""transformers' own reader unpacks language models in GGUF files into memory."""
+"""A GGUF file describes a model in words of its own: its metadata and names stand for those of a checkpoint.
+
+The names of metadata and tensors are those that llama.cpp reads and writes:
+https://github.com/ggml-org/llama.cpp, ``gguf-py/gguf/constants.py`` and ``convert_hf_to_gguf.py``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
-from torch import Tensor
 
-from grating_core.errors import ModelNotFoundError, UnsupportedModelError
-from grating_core.forking import Lock
-from grating_core.layers.linear import Weights
-from grating_core.layers.packed import PackedLayer
-from grating_core.memory.meter import Meter
-from grating_core.memory.plan import MemoryPlan
-from grating_core.models.adapter import Adapter
-from grating_core.models.cross_encoder import CrossEncoder, Shape
-from grating_core.models.directory import describe
-from grating_core.models.families import find_family
-from grating_core.models.layered import LosslessLayers, Parts
-from grating_core.models.layout import head_names, layer_by_role, layer_names, outside_by_role, outside_names
-from grating_core.models.packing import Packing
-from grating_core.models.stored import OUTPUT
+from grating_core.errors import FileError, ModelNotFoundError, UnsupportedModelError
+from grating_core.layers.spec import Norm, Role
+from grating_core.memory.blocks import READABLE
+from grating_core.memory.checkpoint import Checkpoint, read_gguf_header
+from grating_core.memory.gguf import GgufHeader
+from grating_core.memory.header import FLOATS, StoredTensor
+from grating_core.models.directory import blaming_config, describe
+from grating_core.models.families import FAMILIES
+from grating_core.models.family import Configuration, Family, ModelSpec
 
-_INSTALL = "reading GGUF files needs the package gguf: pip install gguf"
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+}
+_IN_PAIRS = ("LlamaForCausalLM", "MistralForCausalLM", "GraniteForCausalLM")
+"""The architectures whose queries and keys lie in the order of the pairs that rotary positions turn."""
+
+_FIELDS = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "attention.causal": "is_causal",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "rope.freq_base": "rope_theta",
+    "rope.freq_base_swa": "rope_local_base_freq",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "attention.scale": "attention_multiplier",
+    "logit_scale": "logits_scaling",
+    "expert_count": "num_experts",
+    "attention.clamp_kqv": "clip_qkv",
+    "attention.max_alibi_bias": "use_alibi",
+    "attention.temperature_scale": "attn_temperature_tuning",
+    "use_parallel_residual": "use_parallel_residual",
+}
+"""The fields of a ``config.json``, by the metadata behind the architecture's name."""
+
+_LAYER: dict[Role | tuple[Role, ...], str] = {
+    "input_norm": "attn_norm",
+    "query": "attn_q",
+    "key": "attn_k",
+    "value": "attn_v",
+    ("query", "key", "value"): "attn_qkv",
+    "output": "attn_output",
+    "query_norm": "attn_q_norm",
+    "key_norm": "attn_k_norm",
+    "attention_norm": "post_attention_norm",
+    "mlp_norm": "ffn_norm",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    ("gate", "up"): "ffn_up",
+    "down": "ffn_down",
+    "output_norm": "post_ffw_norm",
+}
+_AROUND = {"table": "token_embd", "final_norm": "output_norm", "vocabulary": "output"}
+"""The names of tensors by role, behind the layer's number and around the layers."""
+
+_LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of the models that scale by the width of a head's share
+_ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+_THETA = 10_000.0  # where the metadata say no base
 
 
-class GgufModel:
-    """This class holds a GGUF file whose configuration has been read, but no weights.
-
-    :meth:`load` puts the whole model into memory.
-
-    Args:
-        path: The file.
-        device: The device that the weights will go to.
-        dtype: The compute dtype of embeddings and layers; the head is kept in float32.
-        adapter: A change that is merged into the weights.
+def read_gguf_config(path: Path) -> Configuration:
+    """Read the configuration of a model in a GGUF file.
 
     Raises:
-        ModelNotFoundError: The file is damaged, or the package that reads it is missing.
-        UnsupportedModelError: grating does not run this architecture, or the adapter is for another model.
+        ModelNotFoundError: The file is damaged, or makes no sense.
+        UnsupportedModelError: grating does not run the architecture, does not implement a value, or does not read
+            a type of weights.
     """
+    try:
+        header = read_gguf_header(path)
+        checkpoint = Checkpoint([path])
+    except (FileError, OSError) as error:
+        raise ModelNotFoundError(
+            f"the weights cannot be read as GGUF ({error}); delete the file and fetch it again"
+        ) from error
+    with closing(checkpoint):
+        architecture, family = _find(path, header.metadata)
+        _check_kinds(path, header.tensors)
+        with blaming_config(path):
+            stated = _stated(path, header, architecture, checkpoint)
+        config = describe(path, stated, family)
+        return config._replace(spec=_with_whole_norms(config.spec))
 
-    def __init__(self, path: Path, *, device: torch.device, dtype: torch.dtype, adapter: Adapter | None) -> None:
-        self.directory = path
-        self.adapter = adapter
-        self.device = device
-        self.dtype = dtype
-        config = _reading(path, "AutoConfig")
-        self.family = find_family(_architectures(config))
-        if not self.family.asks:
-            raise UnsupportedModelError(
-                f"{path} holds a {self.family.architecture}, which cannot answer a question, so it cannot rerank"
-            )
-        self.spec = describe(path, config.to_dict(), self.family).spec
-        if adapter is not None:
-            family, spec = self.family, self.spec
-            in_layers = [layer_names(family, layer, number) for number, layer in enumerate(spec.layers, 1)]
-            outside, head = outside_names(family, spec), head_names(family, spec)
-            shapes = {name: shape for names in (*in_layers, outside, head) for name, shape in names.items()}
-            roles = {role: f"{name}.weight" for name, role in family.outside.items()}
-            adapter.check(shapes, [*head, roles["final_norm"]], roles["table"])
 
-    @property
-    def window(self) -> int:
-        """The most tokens that the model can take."""
-        return self.spec.window
-
-    @property
-    def vocabulary(self) -> int:
-        """The number of rows of the embedding table."""
-        return self.spec.vocabulary
-
-    @property
-    def shape(self) -> Shape:
-        """The shape that a lens must have."""
-        return Shape.of(self.spec)
-
-    def close(self) -> None:
-        """Do nothing, because no file is open."""
-
-    def plan(self, window: int, budget: int, packing: Packing | None) -> MemoryPlan:
-        """Refuse a memory budget; see :meth:`StoredCrossEncoder.plan`.
-
-        Raises:
-            UnsupportedModelError: Always.
-        """
+def _find(path: Path, metadata: Mapping[str, Any]) -> tuple[str, Family]:
+    """Return the architecture's name, and the family that runs it."""
+    architecture = str(metadata.get("general.architecture"))
+    if (parts := metadata.get("split.count", 1)) not in (0, 1):
         raise UnsupportedModelError(
-            f"memory_budget cannot be kept with {self.directory}: a GGUF file is unpacked as a whole. Leave the "
-            f"budget out, or take a safetensors version of the model"
+            f"{path} is one of {parts} parts of a model: join them with llama.cpp's llama-gguf-split --merge"
         )
+    if architecture not in _ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"{path} has general.architecture={architecture!r}; supported in GGUF files are language models of "
+            f"{', '.join(_ARCHITECTURES)}"
+        )
+    name = _ARCHITECTURES[architecture]
+    # Files with Mistral's models call them Llama, which has no window.
+    windowed = architecture == "llama" and metadata.get("llama.attention.sliding_window")
+    return architecture, FAMILIES["MistralForCausalLM" if windowed else name]
 
-    def require_file(self, packing: Packing) -> None:
-        """Do nothing, because no layer of a GGUF file is streamed."""
 
-    def load(
-        self,
-        plan: MemoryPlan | None,
-        answers: tuple[int, int | None] | None,
-        packing: Packing | None,
-        *,
-        lossless: bool = False,
-        temperature: float = 1.0,
-    ) -> CrossEncoder:
-        """Load the model onto its device, with only the answers' rows of its output embedding.
-
-        Args:
-            plan: Always None, because a GGUF file takes no memory budget.
-            answers: The tokens of yes and no; no may be None.
-            packing: How the layers are packed; None for without a loss.
-            lossless: Whether to keep all layers without a loss as well.
-            temperature: The number that scores are divided by, beside the model's own.
-
-        Raises:
-            ModelNotFoundError: The file is damaged.
-        """
-        assert plan is None
-        assert answers is not None
-        module = _reading(self.directory, "AutoModelForCausalLM", dtype=self.dtype, **_unpacking())
-        # Tied weights are there under both names.
-        named: dict[str, Tensor] = {name: weight.detach() for name, weight in module.state_dict().items()}
-        head = self._answers(named.pop(OUTPUT), answers)
-        if self.adapter is not None:
-            # The output embedding may also be the embedding table, so the adapter changes only the kept rows.
-            for name in self.adapter.weights.keys() - {OUTPUT}:
-                named[name].copy_(self.adapter.weights[name])
-            for name in self.adapter.changes.keys() - {OUTPUT}:
-                self.adapter.changes[name].add_to(named[name])
-        family, spec = self.family, self.spec
-        outside = dict(outside_by_role(family, spec, named))
-        outside["final_norm.weight"] = outside["final_norm.weight"].float()
-        layers: dict[int, Weights | PackedLayer] = {}
-        beside: dict[int, Weights | PackedLayer] = {}
-        for number, layer in enumerate(spec.layers, 1):
-            weights = layer_by_role(family, layer, number, named)
-            layers[number] = self._placed(weights) if packing is None else packing.packed(layer, weights)
-            beside |= {number: self._placed(weights)} if lossless else {}
-        return CrossEncoder(
-            Parts(
-                family=family,
-                spec=replace(spec, temperature=temperature * spec.temperature),
-                device=self.device,
-                dtype=self.dtype,
-                meter=Meter(),
-                outside=self._placed(outside),
-                head=self._placed(head),
-                layers=layers,
-                packing=packing,
-                lossless=LosslessLayers(beside, None) if lossless else None,
+def _check_kinds(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.kind not in READABLE:
+            raise UnsupportedModelError(
+                f"{path} stores {name} as {tensor.kind}, which grating does not read: take a file of the model in "
+                f"{', '.join(sorted(READABLE))}, such as one named Q8_0, Q4_K_M or Q4_0"
             )
+
+
+def _stated(path: Path, header: GgufHeader, architecture: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the fields of a ``config.json`` that the metadata stand for."""
+    metadata = header.metadata
+    own = {
+        key.removeprefix(f"{architecture}."): _one(key, value)
+        for key, value in metadata.items()
+        if key.startswith(f"{architecture}.")
+    }
+    stated = {field: own[key] for key, field in _FIELDS.items() if key in own}
+    if lacks := [key for key in list(_FIELDS)[:5] if key not in own]:
+        raise ModelNotFoundError(f"{path} lacks {architecture}.{lacks[0]} in its metadata")
+    if (table := header.tensors.get("token_embd.weight")) is None:
+        raise ModelNotFoundError(f"the weights in {path} lack token_embd.weight, the embedding table")
+    heads = stated["num_attention_heads"]
+    stated.setdefault("num_key_value_heads", heads)
+    stated.setdefault("rope_theta", _THETA)
+    if isinstance(heads, int) and isinstance(stated["hidden_size"], int) and heads > 0:
+        stated.setdefault("head_dim", stated["hidden_size"] // heads)
+    stated["vocab_size"] = table.shape[0]
+    stated["tie_word_embeddings"] = "output.weight" not in header.tensors
+    stated["attention_bias"] = "blk.0.attn_output.bias" in header.tensors
+    stated["mlp_bias"] = "blk.0.ffn_down.bias" in header.tensors
+    stated["eos_token_id"] = [metadata[key] for end in _ENDS if (key := f"tokenizer.ggml.{end}") in metadata]
+    size = stated.get("head_dim")
+    for key, field in (
+        ("rope.dimension_count", "partial_rotary_factor"),
+        ("attention.value_length", "v_head_dim"),
+    ):
+        if own.get(key, size) != size:
+            raise UnsupportedModelError(
+                f"{path} has {architecture}.{key}={own[key]} for heads of {size} entries: grating does not "
+                f"implement this ({field})"
+            )
+    return stated | _positions(own, header.tensors, checkpoint) | _own_fields(architecture, own, stated)
+
+
+def _one(key: str, value: Any) -> Any:
+    """Return the one value that a list has for every layer; a list of others as it is."""
+    if isinstance(value, list) and value and all(item == value[0] for item in value):
+        return value[0]
+    return value
+
+
+def _own_fields(architecture: str, own: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that only some architectures have."""
+    found: dict[str, Any] = {}
+    size = stated.get("head_dim")
+    if architecture == "granite" and not own.get("attention.scale") and size:
+        found["attention_multiplier"] = size**-0.5
+    if architecture in _LARGEST_GEMMA:
+        share = stated["num_hidden_layers"] == _LARGEST_GEMMA[architecture]
+        found["query_pre_attn_scalar"] = stated["hidden_size"] // stated["num_attention_heads"] if share else size
+        if scale := own.get("attention.scale"):
+            found |= {"query_pre_attn_scalar": round(scale**-2), "attention_multiplier": None}
+    pattern = own.get("attention.sliding_window_pattern")
+    if isinstance(pattern, list):
+        found["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in pattern]
+    elif isinstance(pattern, int) and architecture == "gemma3":
+        found["sliding_window_pattern"] = pattern
+    return found
+
+
+def _positions(
+    own: Mapping[str, Any], tensors: Mapping[str, StoredTensor], checkpoint: Checkpoint
+) -> dict[str, Any]:
+    """Return the fields of rotary positions that are not plain."""
+    kind, factor = own.get("rope.scaling.type", "none"), own.get("rope.scaling.factor", 0)
+    factors = {
+        name: _numbers(tensors[f"{stored}.weight"], checkpoint)
+        for name, stored in (
+            ("short_factor", "rope_factors_short"),
+            ("long_factor", "rope_factors_long"),
+            ("both", "rope_freqs"),
         )
-
-    def _placed(self, weights: Weights) -> dict[str, Tensor]:
-        return {role: weight.to(self.device) for role, weight in weights.items()}
-
-    def _answers(self, output: Tensor, answers: tuple[int, int | None]) -> dict[str, Tensor]:
-        """Return the answers' rows of the output embedding, float32, by role."""
-        tokens = {
-            f"{name}.weight": token
-            for name, token in zip(("yes", "no"), answers, strict=True)
-            if token is not None
-        }
-        # The rows are copied, because views would keep the whole table in memory.
-        kept = {name: output[token, None].to(torch.float32, copy=True) for name, token in tokens.items()}
-        if self.adapter is not None:
-            adapter = self.adapter.pick_rows(OUTPUT, tokens)
-            for name in kept.keys() & adapter.changes.keys():
-                adapter.changes[name].add_to(kept[name])
-            kept |= {name: adapter.weights[name] for name in kept.keys() & adapter.weights.keys()}
-        return kept
-
-
-def gguf_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
-    """Return the tokenizer in a GGUF file, and the settings that prompts need.
-
-    Raises:
-        ModelNotFoundError: The tokenizer cannot be read.
-    """
-    return _tokenizer(path, path.stat().st_mtime_ns)
+        if f"{stored}.weight" in tensors
+    }
+    scaling: dict[str, Any] = {}
+    if (both := factors.pop("both", None)) is not None:
+        # The factors of Llama 3, which hold for any length.
+        scaling = {"rope_type": "longrope", "short_factor": both, "long_factor": both, "attention_factor": 1.0}
+        return {"rope_scaling": scaling}
+    if factors:
+        scaling = {"rope_type": "longrope", **factors}
+        if own.get("rope.scaling.attn_factor"):
+            scaling["attention_factor"] = own["rope.scaling.attn_factor"]
+    elif kind != "none" and factor not in (0, 1):
+        scaling = {"rope_type": kind, "factor": factor}
+        for name in ("beta_fast", "beta_slow"):
+            if own.get(f"rope.scaling.yarn_{name}"):
+                scaling[name] = own[f"rope.scaling.yarn_{name}"]
+        if own.get("rope.scaling.yarn_log_multiplier"):
+            scaling["mixed_b"] = own["rope.scaling.yarn_log_multiplier"]  # refused, as no family knows it
+    first = own.get("rope.scaling.original_context_length")
+    if scaling and first:
+        return {"rope_scaling": scaling | {"original_max_position_embeddings": first}} | (
+            {"original_max_position_embeddings": first} if factors else {}
+        )
+    return {"rope_scaling": scaling} if scaling else {}
 
 
-@lru_cache(maxsize=1)  # loading a model needs the tokenizer twice, and reading it is slow
-def _tokenizer(path: Path, changed: int) -> tuple[Tokenizer, dict[str, Any]]:
-    try:
-        from transformers import AutoTokenizer  # importing transformers takes long
-
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-    except ImportError as error:
-        raise ModelNotFoundError(_INSTALL) from error
-    except Exception as error:  # a damaged file may cause any error
-        raise ModelNotFoundError(f"the tokenizer in {path} cannot be read: {error}") from error
-    names = ("chat_template", "bos_token", "eos_token")
-    return tokenizer.backend_tokenizer, {name: getattr(tokenizer, name) for name in names}
+def _numbers(tensor: StoredTensor, checkpoint: Checkpoint) -> list[float]:
+    """Return the numbers of a small tensor."""
+    if tensor.kind not in FLOATS or tensor.end - tensor.start > 1 << 20:
+        raise UnsupportedModelError(f"{tensor.path} stores {tensor.name} as {tensor.kind} {list(tensor.shape)}")
+    data = torch.empty(tensor.end - tensor.start, dtype=torch.uint8)
+    checkpoint.read(tensor, tensor.start, data)
+    numbers: list[float] = data.view(FLOATS[tensor.kind]).double().tolist()
+    return numbers
 
 
-# While transformers makes a model, it sets torch's default dtype for all threads. Two at once would mix it up.
-_one_at_a_time = Lock()
+def _with_whole_norms(spec: ModelSpec) -> ModelSpec:
+    """Return a spec whose norms add nothing to their weights, because such a number is in the stored weights."""
+
+    def whole(norm: Norm) -> Norm:
+        return replace(norm, offset=0.0)
+
+    layers = tuple(replace(layer, norm=whole(layer.norm)) for layer in spec.layers)
+    return replace(spec, norm=whole(spec.norm), layers=layers)
 
 
-def _unpacking() -> dict[str, Any]:
-    """Return the argument by which transformers unpacks weights, as far as its release knows one.
-
-    Newer releases leave weights packed if the package kernels is installed.
-    """
-    import transformers
-
-    config = getattr(transformers, "GgufConfig", None)
-    return {} if config is None else {"quantization_config": config(dequantize=True)}
-
-
-def _architectures(config: Any) -> list[str]:
-    """Return the name of the class that transformers has for a language model with this configuration."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
-    return [found] if isinstance(found, str) else list(found)
-
-
-def _reading(path: Path, kind: str, **how: Any) -> Any:
-    """Read the file with one of transformers' Auto classes."""
-    try:
-        import transformers
-
-        with _one_at_a_time:
-            auto = getattr(transformers, kind)
-            return auto.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False, **how)
-    except ImportError as error:
-        raise ModelNotFoundError(_INSTALL) from error
-    except Exception as error:  # a damaged file may cause any error
-        raise ModelNotFoundError(f"{path} cannot be read as GGUF: {error}") from error
+def gguf_tensors(tensors: Mapping[str, StoredTensor], config: Configuration) -> dict[str, StoredTensor]:
+    """Return the tensors of a GGUF file by the names that they have in a checkpoint of the family."""
+    family, layer = config.family, config.spec.layers[0]
+    behind = {_LAYER[roles]: name for name, roles in family.layer.items()}
+    around = {_AROUND[role]: name for name, role in {**family.outside, **family.head}.items()}
+    in_pairs = family.architecture in _IN_PAIRS
+    heads = {"attn_q": layer.heads, "attn_k": layer.key_heads} if in_pairs else {}
+    found = {}
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        if module.startswith("blk."):
+            _, number, own = (*module.split(".", 2), "")[:3]
+            module = f"{family.layers}.{number}.{behind.get(own, own)}"
+            tensor = replace(tensor, interleaved=heads.get(own, 0))
+        else:
+            module = around.get(module, module)
+        found[f"{module}.{kind}"] = tensor
+    return found

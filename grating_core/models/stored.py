@@ -16,7 +16,8 @@ from grating_core.layers.linear import Weights
 from grating_core.layers.packed import PackedLayer
 from grating_core.layers.spec import Role
 from grating_core.lifetime import closed_on_error
-from grating_core.memory.checkpoint import Checkpoint, aligned_buffer
+from grating_core.memory.blocks import READABLE
+from grating_core.memory.checkpoint import aligned_buffer
 from grating_core.memory.group import PIECE, TensorGroup
 from grating_core.memory.header import FLOATS, StoredTensor
 from grating_core.memory.meter import Meter
@@ -24,8 +25,9 @@ from grating_core.memory.plan import MemoryPlan, ModelSizes
 from grating_core.memory.rows import RowCache
 from grating_core.memory.streamer import Streamer
 from grating_core.models.adapter import Adapter
-from grating_core.models.agreement import check_complete, check_stored, check_taken
-from grating_core.models.directory import blaming_config, read_config, read_headers, weight_files
+from grating_core.models.agreement import check_complete, check_taken
+from grating_core.models.directory import is_gguf
+from grating_core.models.files import find_config, open_weights
 from grating_core.models.identity import fingerprint
 from grating_core.models.layered import Parts, kernels_work, relative_bytes, work_per_token
 from grating_core.models.layout import (
@@ -38,7 +40,6 @@ from grating_core.models.layout import (
     outside_by_role,
     outside_names,
 )
-from grating_core.models.modules import transformer_folder
 from grating_core.models.packed_file import PackedFile
 from grating_core.models.packing import PackedLayers, Packing
 
@@ -47,10 +48,10 @@ OUTPUT = "lm_head.weight"
 
 
 class StoredModel(ABC):
-    """This class holds a model directory whose configuration and headers have been read, but no weights.
+    """This class holds a model's files whose configuration and headers have been read, but no weights.
 
     Args:
-        directory: A model in Hugging Face layout with safetensors weights.
+        directory: A model in Hugging Face layout with safetensors weights, or a GGUF file.
         device: The device that the weights will go to.
         dtype: The compute dtype of embeddings and layers.
         lasting: Whether weights will be read again while requests run; see :class:`Checkpoint`.
@@ -72,20 +73,12 @@ class StoredModel(ABC):
     ) -> None:
         self.directory, self.device, self.dtype = directory, device, dtype
         self.adapter = adapter
-        self.config = read_config(directory)
+        self.config = find_config(directory)
         self.family, self.spec = self.config.family, self.config.spec
         self._check_family()
-        path = transformer_folder(directory) / "config.json"
-        with blaming_config(path):
-            check_stored(path, self.config, read_headers(directory))
-        try:
-            self._checkpoint = Checkpoint(weight_files(directory), lasting=lasting)
-        except (FileError, OSError) as error:
-            raise ModelNotFoundError(
-                f"the weights cannot be read as safetensors ({error}); delete them and fetch the model again"
-            ) from error
+        self._checkpoint, tensors = open_weights(directory, self.config, lasting=lasting)
         with closed_on_error(self._checkpoint):
-            self._take(self._checkpoint.tensors)
+            self._take(tensors)
 
     _cut = ""  # what distinguishes the model from one with all layers, in the names of companion files
 
@@ -166,13 +159,14 @@ class StoredModel(ABC):
         check_taken(self.family, stored, wanted)
         check_complete(self.directory, self.family, stored, wanted)
         for name, shape in wanted.items():
-            if stored[name].kind not in FLOATS:
+            if stored[name].kind not in READABLE:
                 raise UnsupportedModelError(
                     f"{stored[name].path} stores {name} as {stored[name].kind}: quantised weights are not "
                     f"supported; use the checkpoint in float32, float16 or bfloat16"
                 )
             if stored[name].shape != shape:
-                config = stored[name].path.with_name("config.json")
+                path = stored[name].path
+                config = path if is_gguf(path) else path.with_name("config.json")
                 raise ModelNotFoundError(
                     f"{config} does not describe a model that fits its weights: {name} should be {list(shape)} "
                     f"and is stored as {list(stored[name].shape)}"
@@ -212,9 +206,9 @@ class StoredModel(ABC):
     def _group(
         self, names: Iterable[str], dtype: torch.dtype | None = None, instead: Mapping[str, StoredTensor] = {}
     ) -> TensorGroup:
-        """Return a group of tensors in a dtype; None for those that they are stored in."""
+        """Return a group of tensors in a dtype; None for those that they are stored in, float32 for blocks."""
         tensors = {name: instead.get(name, self._tensors[name]) for name in names}
-        dtypes = {name: dtype or FLOATS[tensor.kind] for name, tensor in tensors.items()}
+        dtypes = {name: dtype or FLOATS.get(tensor.kind, torch.float32) for name, tensor in tensors.items()}
         changes = {} if self.adapter is None else self.adapter.changes
         return TensorGroup(self._checkpoint, tensors, dtypes, changes)
 

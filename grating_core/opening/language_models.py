@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from grating_core.columns.install import mlp_pruning
-from grating_core.errors import UnsupportedModelError
 from grating_core.lifetime import closed_on_error
 from grating_core.memory.meter import resident_memory
 from grating_core.memory.plan import MemoryPlan
 from grating_core.models.causal_lm import CausalLM, StoredCausalLM
-from grating_core.models.directory import is_gguf
 from grating_core.opening.found import find, with_tokenizer
 from grating_core.settings import GenerationSettings
 from grating_core.text.chat import PromptTokenizer
@@ -83,12 +81,6 @@ def open_language_model(settings: GenerationSettings) -> OpenLanguageModel:
         ValueError: A setting does not fit this machine or this model.
     """
     device, dtype, directory, adapter = find(settings)
-    if is_gguf(directory):
-        raise UnsupportedModelError(
-            f"model={settings.model!r} is a GGUF file, but generating needs safetensors. Convert the file: "
-            f"AutoModelForCausalLM.from_pretrained({str(directory.parent)!r}, "
-            f"gguf_file={directory.name!r}).save_pretrained(DIRECTORY), and the AutoTokenizer likewise"
-        )
     stored = StoredCausalLM(
         directory,
         device=device,

@@ -9,7 +9,7 @@ import torch
 
 from grating_core.engine.recount import Recount
 from grating_core.engine.scorer import LayerScorer
-from grating_core.errors import StorageError, UnsupportedModelError
+from grating_core.errors import StorageError
 from grating_core.files.places import expanded
 from grating_core.kernels.choice import kernels
 from grating_core.lens.pruning import ByLens
@@ -17,9 +17,7 @@ from grating_core.lens.store import CalibratedLens, find_lens, open_lens, warn_o
 from grating_core.lifetime import closed_on_error
 from grating_core.memory.meter import resident_memory
 from grating_core.memory.plan import MemoryPlan
-from grating_core.models.cross_encoder import StoredCrossEncoder, StoredReranker
-from grating_core.models.directory import is_gguf
-from grating_core.models.gguf import GgufModel
+from grating_core.models.cross_encoder import StoredCrossEncoder
 from grating_core.models.packing import QUANTIZED, Packing
 from grating_core.models.placement import states_dtype
 from grating_core.opening.found import Found, find, with_tokenizer
@@ -35,7 +33,7 @@ from grating_core.text.windows import find_window
 class OpenLayered(OpenReranker):
     """This class knows everything about a reranker that grating's own layers compute, but its weights."""
 
-    stored: StoredReranker
+    stored: StoredCrossEncoder
 
     @property
     def architecture(self) -> str:
@@ -162,22 +160,14 @@ def open_layered(settings: RerankSettings, found: Found) -> OpenLayered:
     """
     device, products, directory, adapter = found
     dtype = states_dtype(products, device)
-    stored: StoredReranker
-    if is_gguf(directory):
-        if settings.cutoff_layers is not None:
-            raise UnsupportedModelError(
-                f"cutoff_layers={settings.cutoff_layers}: a GGUF model has a head behind its last layer only"
-            )
-        stored = GgufModel(directory, device=device, dtype=dtype, adapter=adapter)
-    else:
-        stored = StoredCrossEncoder(
-            directory,
-            device=device,
-            dtype=dtype,
-            adapter=adapter,
-            cutoff_layers=settings.cutoff_layers,
-            lasting=settings.budget is not None,
-        )
+    stored = StoredCrossEncoder(
+        directory,
+        device=device,
+        dtype=dtype,
+        adapter=adapter,
+        cutoff_layers=settings.cutoff_layers,
+        lasting=settings.budget is not None,
+    )
     with closed_on_error(stored):
         prompt = find_prompt(settings.template, str(settings.model), directory, stored.family)
         usual = usual_length(prompt, stored.family)

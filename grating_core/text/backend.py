@@ -15,8 +15,8 @@ from tokenizers.normalizers import Lowercase, Sequence
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
 from grating_core.files.reading import parse_json
 from grating_core.models.directory import has_tokenizer, is_gguf
-from grating_core.models.gguf import gguf_tokenizer
 from grating_core.models.modules import read_object, transformer_folder
+from grating_core.text.gguf import gguf_tokenizer
 from grating_core.text.inputs import read_inputs
 from grating_core.text.settled import OPTIONS, TYPES, added_tokens, settled, with_steps
 

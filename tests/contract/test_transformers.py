@@ -1,9 +1,9 @@
 """What we rely on in transformers and the libraries below it, each named once.
 
-No layer of transformers computes a request. It reads GGUF files, renders chat templates and makes unusual
-tokenizers, and the lab trains its models. The tests of our own code would fail as well where one of these is gone,
-but in many places, and without saying whose doing it is. ``make test-oldest`` and ``make test-newest`` run this
-folder with the ends of every range.
+No layer of transformers computes a request. It renders chat templates, makes unusual tokenizers and those of GGUF
+files, and the lab trains its models. The tests of our own code would fail as well where one of these is gone, but
+in many places, and without saying whose doing it is. ``make test-oldest`` and ``make test-newest`` run this folder
+with the ends of every range.
 """
 
 from pathlib import Path

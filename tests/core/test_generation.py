@@ -309,12 +309,6 @@ def test_layerwise_rerankers_are_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_gguf_is_refused_with_a_way_out(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UnsupportedModelError, match=r"GGUF.*save_pretrained"):
-        load(tmp_path / "model.gguf")
-
-
 def test_damaged_settings_are_named(endless: Path, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(endless, tmp_path / "model"))
     (directory / "generation_config.json").write_text("{")

@@ -1,6 +1,5 @@
 """A real decoder: SmolLM2-135M-Instruct from a GGUF file, and an adapter that makes it a reranker."""
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.shapes import smollm2_file, write_smollm2
-from grating_core import ModelNotFoundError, Prompt, Reranker, UnsupportedModelError
+from grating_core import ModelNotFoundError, Prompt, Reranker
 from tests.core.parity import TOLERANCE, load
 
 ADAPTER = Path(__file__).parents[4] / "shared" / "models" / "smollm2-reranker-lora"
@@ -81,7 +80,7 @@ def merge(model: nn.Module, adapter: Path, scale: float) -> None:
             weight += scale * tensors[name.replace("lora_A", "lora_B")].float() @ down.float()
 
 
-@pytest.mark.slow  # transformers' reader of GGUF alone takes 16 s
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["gguf", "resident", "budget"])
 def test_scores_equal_transformers(gguf: Path, base: Path, adapter: Path, expected: list[float], how: str) -> None:
     settings = {"memory_budget": "200MB", "max_length": 512} if how == "budget" else {}
@@ -104,23 +103,13 @@ def test_the_instruct_model_alone_is_asked_in_its_chat_format(gguf: Path, base: 
     assert max(scores[0]) - min(scores[0]) > 0.1
 
 
-def test_a_gguf_file_is_unpacked_and_nothing_warns_of_it(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    reader = logging.getLogger("transformers.quantizers.quantizer_gguf")
-    monkeypatch.setattr(reader, "handle", lambda record: said.append(record.getMessage()))
-    with Reranker.from_pretrained(gguf, device="cpu", dtype="bfloat16") as reranker:
-        model = reranker.scorer.model
-        with model.layer(1) as layer:
-            kinds = {
-                weight.dtype for part in (layer.weights, model.outside, model.head) for weight in part.values()
-            }
-    assert kinds <= {torch.bfloat16, torch.float32}
-    assert said == []
-
-
-def test_a_gguf_file_takes_no_budget(gguf: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"memory_budget.*GGUF"):
-        Reranker.from_pretrained(gguf, memory_budget="10GB")
+@pytest.mark.slow  # transformers makes the tokenizer, which takes seconds
+def test_a_gguf_file_is_streamed_within_a_budget(gguf: Path) -> None:
+    settings = {"template": PROMPT, "max_length": 256}
+    expected = load(gguf, **settings).score([(QUERY, text) for text in DOCUMENTS])
+    with load(gguf, memory_budget="130MB", **settings) as reranker:
+        assert reranker.score([(QUERY, text) for text in DOCUMENTS]) == pytest.approx(expected, abs=TOLERANCE)
+        assert len(reranker.plan.streamed) > 20
 
 
 def test_a_damaged_gguf_file(gguf: Path, tmp_path: Path) -> None:
