@@ -1,29 +1,37 @@
-"""What dynamic input pruning costs: perplexity by density and way of pruning, and hit rates of its caches.
+"""What dynamic input pruning costs: perplexity by density and way of pruning, by caches, and by bits of columns.
 
-    .venv/bin/python -m benchmarks.perplexity --data DIRECTORY
+    .venv/bin/python -m benchmarks.perplexity methods --data DIRECTORY
+    .venv/bin/python -m benchmarks.perplexity caches --data DIRECTORY
+    .venv/bin/python -m benchmarks.perplexity columns --data DIRECTORY --adapter DIRECTORY
 
-The directory holds the collection cisi. The model is SmolLM2-135M-Instruct in float32. The text is the first 400
-documents, of which the first windows of 512 tokens are taken; a window's first token is not predicted. At equal
-density all ways use as many of the MLPs' weights. "GLU" prunes the gated product alone, "gate" and "up" prune by
-one of its factors; none of them prunes the input, so they cannot go below some density.
+The directory holds the collections cisi and cranfield. The model is SmolLM2-135M-Instruct in float32. A seed draws
+documents of both collections, which are cut into windows of 512 tokens; a window's first token is not predicted.
 
-The other rows have caches of half of the columns, in each layer and of each kind, whose least used columns give
-way, over all tokens in their order. γ is what a magnitude counts whose column is not in memory, and has its own
-value for inputs and for products; with 1 for both that is plain DIP.
+At equal density all ways use as many of the MLPs' weights. "GLU" prunes the gated product alone, "gate" and "up"
+prune by one of its factors; none of them prunes the input, so they cannot go below some density.
+
+Caches hold half of the columns, in each layer and of each kind, and the least used columns give way, over all
+tokens of a seed in their order. γ is what a magnitude counts whose column is not in memory, and has its own value
+for inputs and for products; with 1 for both that is plain DIP.
+
+An adapter recovers what a density of 0.5 costs. It must not have learnt from the collections.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, Literal, get_args
 
+import torch
 import typer
 from rich.progress import track
 from torch import Tensor, nn
 
+from benchmarks.quantised import count_tokens, read_windows, summary
 from benchmarks.report import RESULTS, Output, Row, write_result
 from benchmarks.shapes import find_or_write
 from benchmarks.worker import progress
@@ -33,22 +41,17 @@ from grating_core.columns.install import PREFERENCE
 from grating_core.columns.masks import Shares, keep_largest
 from grating_core.lab.decoders import load_decoder
 from grating_core.lab.masked import MaskedMlp
-from grating_core.lab.quality import CachedMlp, cut_windows, evaluate
+from grating_core.lab.quality import CachedMlp, evaluate
+from grating_core.models.adapter import Adapter
 
 DENSITIES = (0.83, 0.67, 0.57, 0.50)
 CACHED_DENSITIES = (0.67, 0.50)
 PREFERENCES = (NO_PREFERENCE, Preference(1.0, 0.3), PREFERENCE, Preference(0.2, 0.2))
 CACHED = 0.5  # share of the columns in memory
+RECOVERED = 0.5  # density of the adapter
 Method = Literal["dip", "glu", "gate", "up"]
 METHODS: tuple[Method, ...] = get_args(Method)
-_DOCUMENTS = 400
-_WINDOW = 512
-
-
-def read_text(directory: Path) -> str:
-    """Read the first documents of a collection, one after the other."""
-    lines = (directory / "corpus.jsonl").read_text(encoding="utf-8").splitlines()[:_DOCUMENTS]
-    return "\n\n".join(f"{document['title']}\n{document['text']}" for document in map(json.loads, lines))
+Part = Literal["methods", "caches", "columns"]
 
 
 class BaselineMlp(MaskedMlp):
@@ -100,51 +103,103 @@ def find_shares(method: Method, density: float, depth: int) -> tuple[Shares, ...
     return None if shares is None else (shares,) * depth
 
 
-def measure_methods(model: Any, windows: Any) -> list[Row]:
+def measure_methods(model: Any, texts: Sequence[Tensor]) -> list[Row]:
     """Make a row of each way at each density that it can go to, after one of the dense model."""
     cases = [(method, density) for method in METHODS for density in DENSITIES]
-    rows: list[Row] = [{"method": "dense", "density": 1.0, "perplexity": evaluate(model, windows).perplexity}]
+    dense = _perplexities(model, texts)
+    rows: list[Row] = [{"method": "dense", "density": 1.0, **summary(dense, dense)}]
     for method, density in track(cases, "pruning", console=progress):
         if shares := find_shares(method, density, model.config.num_hidden_layers):
-            found = evaluate(model, windows, shares=shares, make=make_mlp(method))
-            rows.append({"method": method, "density": density, "perplexity": found.perplexity})
+            found = _perplexities(model, texts, shares=shares, make=make_mlp(method))
+            rows.append({"method": method, "density": density, **summary(found, dense)})
     return rows
 
 
-def measure_caches(model: Any, windows: Any) -> list[Row]:
+def measure_caches(model: Any, texts: Sequence[Tensor]) -> list[Row]:
     """Make a row of each density and preference; first without a preference."""
     rows = []
+    dense = _perplexities(model, texts)
     cases = [(density, preference) for density in CACHED_DENSITIES for preference in PREFERENCES]
     for density, preference in track(cases, "caching", console=progress):
         shares = allocate(density, model.config.num_hidden_layers)
         make = partial(CachedMlp, caching=Caching(CACHED, preference))
-        quality = evaluate(model, windows, shares=shares, make=make)
-        assert quality.traffic is not None  # there were caches
+        found = [evaluate(model, windows, shares=shares, make=make) for windows in texts]
+        traffics = [quality.traffic for quality in found if quality.traffic is not None]
         rows.append(
             {
                 "density": density,
                 "gamma_inputs": preference.inputs,
                 "gamma_products": preference.products,
-                "hit_rate": quality.traffic.hit_rate(),
-                "read_mb_per_token": quality.traffic.bytes_per_token / 1e6,
-                "perplexity": quality.perplexity,
+                "hit_rate": fmean(traffic.hit_rate() for traffic in traffics),
+                "read_mb_per_token": fmean(traffic.bytes_per_token for traffic in traffics) / 1e6,
+                **summary([quality.perplexity for quality in found], dense),
             }
         )
     return rows
 
 
+def measure_columns(model: Any, texts: Sequence[Tensor], adapter: Path | None) -> list[Row]:
+    """Make a row of each density and number of bits, and of a density of 0.5 with an adapter.
+
+    Without bits they are compared with the dense model, with bits with the same density without.
+    """
+    depth = model.config.num_hidden_layers
+    dense = _perplexities(model, texts)
+    rows: list[Row] = []
+    for density in CACHED_DENSITIES:
+        shares = allocate(density, depth)
+        plain = _perplexities(model, texts, shares=shares)
+        rows.append({"density": density, "bits": None, "adapter": False, **summary(plain, dense)})
+        for bits in (8, 4):
+            with rounded(model, bits):
+                found = _perplexities(model, texts, shares=shares)
+            rows.append({"density": density, "bits": bits, "adapter": False, **summary(found, plain)})
+    if adapter is not None:
+        add_adapter(model, adapter)
+        found = _perplexities(model, texts, shares=allocate(RECOVERED, depth))
+        rows.append({"density": RECOVERED, "bits": None, "adapter": True, **summary(found, dense)})
+    return rows
+
+
+@contextmanager
+def rounded(model: Any, bits: int) -> Iterator[None]:
+    """Let the MLPs' weights be what their columns are in a companion file of so many bits."""
+    raise NotImplementedError
+    yield
+
+
+def add_adapter(model: Any, directory: Path) -> None:
+    """Add the changes of an adapter to a model's weights."""
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, change in Adapter(directory).changes.items():
+            change.add_to(weights[name])
+
+
+def _perplexities(model: Any, texts: Sequence[Tensor], **settings: Any) -> list[float]:
+    """Return the perplexity of each seed's text."""
+    return [evaluate(model, windows, **settings).perplexity for windows in texts]
+
+
 def main(
-    data: Annotated[Path, typer.Option(help="Holds the collection cisi, in BEIR layout.")],
+    part: Annotated[Part, typer.Argument(help="What is measured.")],
+    data: Annotated[Path, typer.Option(help="Holds the collections cisi and cranfield, in BEIR layout.")],
     model: Annotated[str, typer.Option(help="A decoder: smollm2-135m, hub id or directory.")] = "smollm2-135m",
-    windows: Annotated[int, typer.Option(help="How many windows of 512 tokens.")] = 4,
+    adapter: Annotated[Path | None, typer.Option(help="Made by grating distill, for a density of 0.5.")] = None,
+    windows: Annotated[int, typer.Option(help="Windows of 512 tokens for each of the three seeds.")] = 14,
     output: Output = RESULTS,
 ) -> None:
-    """Measure, and write generation-perplexity.json and generation-caches.json."""
+    """Measure, and write generation-methods.json, generation-caches.json or generation-columns.json."""
     loaded, tokenizer = load_decoder(find_or_write(model))
-    ids = cut_windows(tokenizer, read_text(data / "cisi"), _WINDOW, windows)
-    setting = {"model": model, "tokens": windows * (_WINDOW - 1), "cached_share": CACHED}
-    for name, measure in (("perplexity", measure_methods), ("caches", measure_caches)):
-        write_result(output, f"generation-{name}", measure(loaded, ids), rounds=1, setting=setting)
+    texts = read_windows(data, tokenizer, windows)
+    if part == "methods":
+        rows = measure_methods(loaded, texts)
+    elif part == "caches":
+        rows = measure_caches(loaded, texts)
+    else:
+        rows = measure_columns(loaded, texts, adapter)
+    setting = {"model": model, "tokens": count_tokens(texts), "seeds": len(texts), "cached_share": CACHED}
+    write_result(output, f"generation-{part}", rows, rounds=1, setting=setting)
 
 
 if __name__ == "__main__":

@@ -76,8 +76,8 @@ def find_or_write(model: str) -> Path:
 
     Args:
         model: ``m3``, ``qwen3-0.6b``, ``-4b`` or ``-8b``, which are shapes, or ``smollm2-135m``, a real model, or
-            ``smollm2-135m-bf16``: written into the cache if it is not there yet. Else a hub id, directory or
-            bundled name.
+            ``smollm2-135m-bf16`` or ``-rescaled``: written into the cache if it is not there yet. Else a hub id,
+            directory or bundled name.
     """
     cache = cache_directory() / "benchmarks"
     family, _, size = model.partition("-")
@@ -87,6 +87,8 @@ def find_or_write(model: str) -> Path:
         return write_smollm2(cache / "SmolLM2-135M-Instruct")
     if model == "smollm2-135m-bf16":
         return write_smollm2(cache / "SmolLM2-135M-Instruct-bf16", torch.bfloat16)
+    if model == "smollm2-135m-rescaled":
+        return write_smollm2(cache / "SmolLM2-135M-Instruct-rescaled", torch.bfloat16, rescaled=True)
     if family == "qwen3" and size in _QWEN3_SIZES:
         return write_qwen3_shape(cache / f"Qwen3-Reranker-{size.upper()}-shape", size)
     return find_model(model, show_progress=True)
@@ -150,13 +152,14 @@ def smollm2_file() -> Path:
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
-def write_smollm2(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
+def write_smollm2(directory: Path, dtype: torch.dtype = torch.float32, *, rescaled: bool = False) -> Path:
     """Return a directory with SmolLM2-135M-Instruct, its weights unpacked, written if it is not there yet.
 
     Args:
         directory: Where it goes: 0.5 GB of float32 weights, or half of it, in one safetensors file, which can be
             streamed, and the tokenizer.
         dtype: Number format of the weights.
+        rescaled: Whether to rescale the channels, see :func:`rescale_channels`.
 
     Raises:
         FileNotFoundError: The package with the weights is not installed.
@@ -167,8 +170,11 @@ def write_smollm2(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
     architecture: Any = AutoModelForCausalLM
     with seen_when_finished(directory) as unfinished:
         model = architecture.from_pretrained(
-            source.parent, gguf_file=source.name, dtype=dtype, trust_remote_code=False
+            source.parent, gguf_file=source.name, dtype=torch.float32, trust_remote_code=False
         )
+        if rescaled:
+            rescale_channels(model)
+        model.to(dtype)
         # save_pretrained refuses what came from a GGUF file.
         weights = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}
         save_file(weights, unfinished / "model.safetensors", {"format": "pt"})
@@ -179,6 +185,43 @@ def write_smollm2(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
             source.parent, gguf_file=source.name, trust_remote_code=False
         ).save_pretrained(unfinished)
     return directory
+
+
+@torch.no_grad()
+def rescale_channels(model: Any, seed: int = 0) -> None:
+    """Multiply a Llama's channels by random factors, and divide by them where they are read: it computes the same.
+
+    The weights of the GGUF file are on a grid: groups of 32 have 16 values each. Whoever rounds them to 4 bits in
+    groups of 32 may find that very grid, and lose nothing, which would say nothing of other models. The factors
+    differ within each group, so that there is no grid any more.
+
+    Args:
+        model: A causal language model of transformers, whose layers are a Llama's; it is changed.
+        seed: Seed of the factors, which are between 0.8 and 1.25.
+    """
+    chance = torch.Generator().manual_seed(seed)
+
+    def factors(count: int) -> torch.Tensor:
+        return 1.25 ** (2 * torch.rand(count, generator=chance) - 1)
+
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm, readers in (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        ):
+            by = factors(len(norm.weight))
+            norm.weight *= by
+            for reader in readers:
+                reader.weight /= by
+        by = factors(mlp.up_proj.out_features)
+        mlp.up_proj.weight *= by[:, None]
+        mlp.down_proj.weight /= by
+        by = factors(attention.v_proj.out_features).view(
+            -1, 1, attention.head_dim
+        )  # one row for each head of values
+        attention.v_proj.weight *= by.reshape(-1, 1)
+        attention.o_proj.weight /= by.expand(-1, attention.num_key_value_groups, -1).reshape(-1)
 
 
 def random_texts(directory: Path, count: int, tokens: int, *, seed: int = 0) -> list[str]:

@@ -1,0 +1,214 @@
+"""How fast a large language model writes: all in memory, with half of its weights in memory, and with pruning.
+
+    .venv/bin/python -m benchmarks.streaming resident
+    .venv/bin/python -m benchmarks.streaming disk
+    .venv/bin/python -m benchmarks.streaming slow-disk
+
+The weights are random, in the shape of Qwen3-4B: 8 GB in bfloat16. Every system runs in a fresh process, one after
+the other, after another process has written what it needs in the cache. Those that stream read past the page
+cache. Their budget is what everything in memory would take, less half of the weights. Dense streaming and pruning
+with as many bits get the same. The first round warms the caches of columns and is not counted. Tokens are drawn
+at random (temperature 1), so that no text repeats itself.
+
+The slow disk is this one, made to wait: each read takes as long as its bytes take at 550 MB/s, one read after the
+other, as behind a SATA cable.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from statistics import median
+from threading import Lock
+from typing import Annotated, Any, Literal
+from unittest.mock import patch
+
+import torch
+import typer
+
+from benchmarks.generation import make_prompt
+from benchmarks.report import RESULTS, Output, Row, write_result
+from benchmarks.shapes import find_or_write
+from benchmarks.worker import Ask, Facts, Ready, System, forget_pages, import_all, loaded, progress, ready_after
+from grating_core import BudgetError, StreamedCausalLM
+from grating_core.lifetime import closed_on_error
+from grating_core.memory import checkpoint
+from grating_core.opening.language_models import open_language_model
+from grating_core.settings import GenerationSettings
+
+LENGTH = 256  # tokens of the longest text
+PROMPT_TOKENS = 16
+SLOW = 550_000_000  # bytes a second
+Part = Literal["resident", "disk", "slow-disk"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to generate.
+
+    Attributes:
+        bits: Bits of a weight; None for bfloat16.
+        density: ``mlp_density``; None for dense layers.
+    """
+
+    bits: int | None = None
+    density: float | None = None
+
+    @property
+    def name(self) -> str:
+        """What the table calls it."""
+        return f"{'bfloat16' if self.bits is None else f'{self.bits} bits'}, {self.way}"
+
+    @property
+    def way(self) -> str:
+        """Whether it prunes."""
+        return "dense" if self.density is None else f"density {self.density}"
+
+
+CASES: dict[Part, tuple[Case, ...]] = {
+    "resident": (Case(), Case(8), Case(4)),
+    "disk": (Case(), Case(4), Case(4, 0.5)),
+    "slow-disk": (Case(4), Case(4, 0.5)),
+}
+
+
+class SlowDisk:
+    """Reads as a disk does that gives so many bytes a second, to all its readers together.
+
+    Args:
+        read: Reads from the real disk, see :func:`grating_core.memory.checkpoint.read_at`.
+        rate: Bytes a second.
+    """
+
+    def __init__(self, read: Callable[[FileIO, int, list[memoryview]], int], rate: float) -> None:
+        self._read = read
+        self._rate = rate
+        self._free = 0.0  # the moment at which the disk has nothing more to do
+        self._lock = Lock()
+
+    def __call__(self, file: FileIO, start: int, views: list[memoryview]) -> int:
+        """Read, and wait until the slow disk would be done."""
+        began = time.perf_counter()
+        got = self._read(file, start, views)
+        with self._lock:
+            self._free = done = max(self._free, began) + got / self._rate
+        time.sleep(max(0.0, done - time.perf_counter()))
+        return got
+
+
+def load_grating(
+    ready: Ready, *, directory: Path, threads: int, rate: float | None = None, **settings: Any
+) -> Ask:
+    """Load a model.
+
+    Args:
+        ready: See :class:`System`.
+        directory: Directory of the model.
+        threads: How many threads compute.
+        rate: Bytes a second that the disk gives once the model is loaded; None for what it can.
+        settings: See :class:`~grating_core.settings.GenerationSettings`.
+    """
+    torch.set_num_threads(threads)
+    import_all(directory)
+    with ready_after("grating_core.opening.language_models.PromptTokenizer", ready):
+        model = StreamedCausalLM.from_pretrained(directory, **settings)
+    if rate is not None:
+        patch.object(checkpoint, "read_at", SlowDisk(checkpoint.read_at, rate)).start()
+
+    def generate(question: tuple[str, int, int]) -> Facts:
+        prompt, tokens, seed = question
+        found = model.generate(prompt, max_new_tokens=tokens, temperature=1.0, seed=seed)
+        after_first = found.new_tokens - 1
+        return {
+            "planned_mb": model.plan and model.plan.total / 1e6,
+            "tokens_per_second": after_first / (found.seconds - found.seconds_to_first),
+            "read_mb_per_token": (found.bytes_read - found.bytes_to_first) / after_first / 1e6,
+            "hit_rate": found.hit_rate,
+        }
+
+    return generate
+
+
+def settings_of(case: Case) -> dict[str, Any]:
+    """Return the settings of a case, without a budget."""
+    bits = {} if case.bits is None else {"bits": case.bits}
+    return {"device": "cpu", "dtype": "bfloat16", "max_length": LENGTH, "mlp_density": case.density, **bits}
+
+
+def find_sizes(directory: Path, case: Case) -> tuple[int, int]:
+    """Return the bytes of a model's weights in a case's bits, and the budget that holds half of them."""
+    dense = settings_of(Case(case.bits))
+
+    def opened(budget: int) -> Any:
+        model = open_language_model(GenerationSettings(model=directory, **dense, memory_budget=budget))
+        with closed_on_error(model):
+            sizes = model.stored.sizes(model.window)
+        model.close()
+        return sizes
+
+    try:
+        opened(1)
+    except BudgetError as error:
+        everything = error.resident
+    sizes = opened(everything)
+    weights = sum(sizes.layers) + sizes.vocabulary * sizes.row + sizes.rest
+    return weights, everything - weights // 2
+
+
+def measure(directory: Path, case: Case, part: Part, *, tokens: int, rounds: int, threads: int) -> Row:
+    """Continue a prompt in a fresh process, and reduce what is seen to a row."""
+    weights, budget = find_sizes(directory, case)
+    settings = {**settings_of(case), "directory": directory, "threads": threads}
+    if part != "resident":
+        settings["memory_budget"] = budget
+    with loaded([System(f"{case.name}, for the first time", load_grating, settings)]):
+        pass  # the companion files are there now
+    if part == "slow-disk":
+        settings["rate"] = SLOW
+    prompt, _ = make_prompt(directory, PROMPT_TOKENS)
+    answers = []
+    forget_pages(directory)
+    with loaded([System(case.name, load_grating, settings)]) as (worker,):
+        for seed in range(rounds + 1):
+            # Only caches of columns need more than a few tokens to be as they will stay.
+            count = 4 if seed == 0 and case.density is None else tokens
+            with progress.status(f"{case.name}: generating, round {seed} of {rounds}"):
+                answers.append(worker.ask((prompt, count, seed)).facts)
+        peak, load_seconds = worker.peak_mb, worker.load_seconds
+
+    def typical(name: str) -> float | None:
+        values = [value for facts in answers[1:] if (value := facts[name]) is not None]
+        return median(values) if values else None
+
+    return {
+        "bits": case.bits or 16,
+        "way": case.way,
+        "weights_mb": weights / 1e6,
+        "budget_mb": None if part == "resident" else budget / 1e6,
+        "planned_mb": typical("planned_mb"),
+        "peak_mb": peak,
+        "load_seconds": load_seconds,
+        **{name: typical(name) for name in ("tokens_per_second", "read_mb_per_token", "hit_rate")},
+    }
+
+
+def main(
+    part: Annotated[Part, typer.Argument(help="Where the weights are.")],
+    model: Annotated[str, typer.Option(help="A decoder: a shape, hub id or directory.")] = "qwen3-4b",
+    tokens: Annotated[int, typer.Option(help="New tokens of a round.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Rounds that count, after one that does not.")] = 5,
+    threads: Annotated[int, typer.Option(help="Threads that compute.")] = 2,
+    output: Output = RESULTS,
+) -> None:
+    """Measure, and write generation-resident.json, generation-disk.json or generation-slow-disk.json."""
+    directory = find_or_write(model)
+    rows = [measure(directory, case, part, tokens=tokens, rounds=rounds, threads=threads) for case in CASES[part]]
+    setting = {"model": model, "tokens": tokens, "threads": threads, "slow_mb_per_second": SLOW / 1e6}
+    write_result(output, f"generation-{part}", rows, rounds=rounds, setting=setting)
+
+
+if __name__ == "__main__":
+    typer.run(main)
