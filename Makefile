@@ -112,8 +112,9 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 # The peers that benchmarks/ compares with. llama.cpp is compiled here, for this processor: ten minutes on two cores.
+bench-deps: TILES := -include $(CURDIR)/benchmarks/tile_configuration.h
 bench-deps: $(READY)
-	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(BIN)/uv pip install --quiet --python $(VENV) --group bench
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" CFLAGS="$(TILES)" CXXFLAGS="$(TILES)" $(BIN)/uv pip install --quiet --python $(VENV) --group bench
 
 # All that docs/benchmarks/ shows, measured anew, in about two hours on two cores. DATA has collections in BEIR layout.
 benchmarks: bench-deps

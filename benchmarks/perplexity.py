@@ -39,6 +39,7 @@ from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import NO_PREFERENCE, Caching, Preference
 from grating_core.columns.install import PREFERENCE
 from grating_core.columns.masks import Shares, keep_largest
+from grating_core.kernels.groups import dequantized, grouped_weight
 from grating_core.lab.decoders import load_decoder
 from grating_core.lab.masked import MaskedMlp
 from grating_core.lab.quality import CachedMlp, evaluate
@@ -141,31 +142,48 @@ def measure_caches(model: Any, texts: Sequence[Tensor]) -> list[Row]:
 def measure_columns(model: Any, texts: Sequence[Tensor], adapter: Path | None) -> list[Row]:
     """Make a row of each density and number of bits, and of a density of 0.5 with an adapter.
 
-    Without bits they are compared with the dense model, with bits with the same density without.
+    All are compared with the dense model, and those with bits with the same density without as well.
     """
     depth = model.config.num_hidden_layers
     dense = _perplexities(model, texts)
     rows: list[Row] = []
+
+    def add(density: float, bits: int | None, base: Sequence[float] | None, adapter: bool = False) -> list[float]:
+        found = _perplexities(model, texts, shares=allocate(density, depth))
+        rows.append({"density": density, "bits": bits or 16, "adapter": "yes" if adapter else "no"})
+        rows[-1] |= {**summary(found, dense), "cost_of_bits": base and summary(found, base)["cost"]}
+        return found
+
     for density in CACHED_DENSITIES:
-        shares = allocate(density, depth)
-        plain = _perplexities(model, texts, shares=shares)
-        rows.append({"density": density, "bits": None, "adapter": False, **summary(plain, dense)})
+        plain = add(density, None, None)
         for bits in (8, 4):
             with rounded(model, bits):
-                found = _perplexities(model, texts, shares=shares)
-            rows.append({"density": density, "bits": bits, "adapter": False, **summary(found, plain)})
+                add(density, bits, plain)
     if adapter is not None:
         add_adapter(model, adapter)
-        found = _perplexities(model, texts, shares=allocate(RECOVERED, depth))
-        rows.append({"density": RECOVERED, "bits": None, "adapter": True, **summary(found, dense)})
+        plain = add(RECOVERED, None, None, adapter=True)
+        for bits in (8, 4):
+            with rounded(model, bits):
+                add(RECOVERED, bits, plain, adapter=True)
     return rows
 
 
 @contextmanager
 def rounded(model: Any, bits: int) -> Iterator[None]:
     """Let the MLPs' weights be what their columns are in a companion file of so many bits."""
-    raise NotImplementedError
-    yield
+    weights = [
+        linear.weight
+        for layer in model.model.layers
+        for linear in (layer.mlp.up_proj, layer.mlp.gate_proj, layer.mlp.down_proj)
+    ]
+    before = [weight.clone() for weight in weights]
+    try:
+        for weight in weights:
+            weight.copy_(dequantized(grouped_weight(weight.T, None, bits)).T)
+        yield
+    finally:
+        for weight, whole in zip(weights, before, strict=True):
+            weight.copy_(whole)
 
 
 def add_adapter(model: Any, directory: Path) -> None:

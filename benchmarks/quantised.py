@@ -14,9 +14,7 @@ that its weights are on no grid, as those of most models. Its costs are the ones
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from collections.abc import Callable, Sequence
 from math import exp, log
 from pathlib import Path
 from statistics import fmean
@@ -25,15 +23,15 @@ from typing import Annotated, Any
 import torch
 import typer
 from numpy.typing import ArrayLike
-from rich.progress import track
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
 from benchmarks import llama_cpp
 from benchmarks.collections import load_collection
 from benchmarks.report import RESULTS, Output, Row, write_result
 from benchmarks.shapes import find_or_write
-from benchmarks.worker import progress
+from benchmarks.worker import Ask, Ready, System, loaded, progress
 from grating_core import StreamedCausalLM
 from grating_core.engine.decode import advance, new_cache
 from grating_core.lab.decoders import load_decoder
@@ -44,9 +42,6 @@ SEEDS = (1, 2, 3)
 WINDOW = 512
 MODELS = ("smollm2-135m-bf16", "smollm2-135m-rescaled")
 _DOCUMENTS = 200  # for each seed; more than any number of windows takes
-
-Measure = Callable[[Tensor], float]
-"""Returns the perplexity of windows, int64 ``[W, T]``."""
 
 
 def read_windows(data: Path, tokenizer: Any, count: int) -> list[Tensor]:
@@ -86,63 +81,64 @@ def summary(perplexities: Sequence[float], bases: Sequence[float]) -> Row:
 def perplexity_of(logits: Callable[[list[int]], ArrayLike | Tensor], windows: Tensor) -> float:
     """Return the perplexity of windows by a function that gives the logits after each token, ``[T, V]``."""
     losses = [
-        torch.nn.functional.cross_entropy(torch.as_tensor(logits(window.tolist()))[:-1], window[1:])
-        for window in track(windows, "windows", console=progress, transient=True)
+        cross_entropy(torch.as_tensor(logits(window.tolist()))[:-1].float(), window[1:]) for window in windows
     ]
     return exp(float(torch.stack(losses).mean()))
 
 
-@contextmanager
-def transformers_measure(directory: Path, dtype: torch.dtype) -> Iterator[Measure]:
-    """Load transformers' model."""
+def load_transformers(ready: Ready, *, directory: Path, threads: int, dtype: torch.dtype) -> Ask:
+    """Load transformers."""
+    torch.set_num_threads(threads)
+    ready()
     model, _ = load_decoder(directory, dtype=dtype)
-    yield lambda windows: evaluate(model, windows).perplexity
+    return lambda windows: {"perplexity": evaluate(model, windows).perplexity}
 
 
-@contextmanager
-def llama_cpp_measure(file: Path, threads: int) -> Iterator[Measure]:
-    """Load a GGUF file in llama.cpp."""
+def load_llama_cpp(ready: Ready, *, file: Path, threads: int) -> Ask:
+    """Load llama.cpp. It has its processor's tiles for itself: torch's own products would change their shapes."""
+    ready()
     model = llama_cpp.LlamaCpp(file, threads, WINDOW)
-    yield partial(perplexity_of, model.logits)
+    return lambda windows: {"perplexity": perplexity_of(model.logits, windows)}
 
 
-@contextmanager
-def grating_measure(directory: Path, **settings: Any) -> Iterator[Measure]:
+def load_grating(ready: Ready, *, directory: Path, threads: int, **settings: Any) -> Ask:
     """Load this project's model, which is given one token after the other, as when it generates."""
-    with StreamedCausalLM.from_pretrained(directory, device="cpu", max_length=WINDOW, **settings) as model:
+    torch.set_num_threads(threads)
+    ready()
+    streamed = StreamedCausalLM.from_pretrained(directory, device="cpu", max_length=WINDOW, **settings)
 
-        def logits(ids: list[int]) -> Tensor:
-            cache = new_cache(model.model, len(ids))
-            return torch.stack([advance(model.model, [token], cache, slice_tokens=1) for token in ids])
+    def logits(ids: list[int]) -> Tensor:
+        cache = new_cache(streamed.model, len(ids))
+        return torch.stack([advance(streamed.model, [token], cache, slice_tokens=1) for token in ids])
 
-        yield partial(perplexity_of, logits)
-
-
-def find_systems(directory: Path, threads: int) -> dict[str, Callable[[], AbstractContextManager[Measure]]]:
-    """Return what loads each system; the others are compared with the first."""
-    grating = partial(grating_measure, directory, dtype="bfloat16")
-    files = llama_cpp.prepare(directory)
-    return {
-        "transformers, float32": partial(transformers_measure, directory, torch.float32),
-        "transformers, bfloat16": partial(transformers_measure, directory, torch.bfloat16),
-        **{f"llama.cpp, {kind}": partial(llama_cpp_measure, file, threads) for kind, file in files.items()},
-        "grating, bfloat16": grating,
-        "grating, 8 bits": partial(grating, bits=8),
-        "grating, 4 bits": partial(grating, bits=4),
-    }
+    return lambda windows: {"perplexity": perplexity_of(logits, windows)}
 
 
-def measure_model(name: str, texts: Sequence[Tensor], threads: int) -> list[Row]:
-    """Make a row of each system for one model."""
-    directory = find_or_write(name)
+def find_systems(directory: Path, threads: int) -> list[System]:
+    """Name everything that is compared; the others are compared with the first."""
+    common = {"directory": directory, "threads": threads}
+    bfloat16 = {**common, "dtype": "bfloat16"}
+    return [
+        System("transformers, float32", load_transformers, {**common, "dtype": torch.float32}),
+        System("transformers, bfloat16", load_transformers, {**common, "dtype": torch.bfloat16}),
+        *(
+            System(f"llama.cpp, {kind}", load_llama_cpp, {"file": file, "threads": threads})
+            for kind, file in llama_cpp.prepare(directory).items()
+        ),
+        System("grating, bfloat16", load_grating, bfloat16),
+        *(System(f"grating, {bits} bits", load_grating, {**bfloat16, "bits": bits}) for bits in (8, 4)),
+    ]
+
+
+def measure(systems: Sequence[System], texts: Sequence[Tensor]) -> list[Row]:
+    """Make a row of each system, each in a process of its own, one after the other."""
     rows: list[Row] = []
     bases: list[float] = []
-    for system, load in find_systems(directory, threads).items():
-        progress.print(f"{name}: {system}")
-        with load() as measure:
-            found = [measure(text) for text in texts]
+    for system in systems:
+        with loaded([system]) as (worker,), progress.status(f"{system.name}: reading texts"):
+            found = [worker.ask(windows).facts["perplexity"] for windows in texts]
         bases = bases or found
-        rows.append({"model": name, "system": system, **summary(found, bases)})
+        rows.append({"system": system.name, **summary(found, bases)})
     return rows
 
 
@@ -154,10 +150,13 @@ def main(
     output: Output = RESULTS,
 ) -> None:
     """Measure, and write generation-bits.json."""
-    torch.set_num_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(find_or_write(model[0]), trust_remote_code=False)
     texts = read_windows(data, tokenizer, windows)
-    rows = [row for name in model for row in measure_model(name, texts, threads)]
+    rows = [
+        {"model": name, **row}
+        for name in model
+        for row in measure(find_systems(find_or_write(name), threads), texts)
+    ]
     setting = {"tokens": count_tokens(texts), "seeds": len(texts), "threads": threads}
     packages = (llama_cpp.PACKAGE,)
     write_result(output, "generation-bits", rows, rounds=1, setting=setting, packages=packages)

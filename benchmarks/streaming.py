@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from statistics import median
@@ -34,9 +35,8 @@ from benchmarks.report import RESULTS, Output, Row, write_result
 from benchmarks.shapes import find_or_write
 from benchmarks.worker import Ask, Facts, Ready, System, forget_pages, import_all, loaded, progress, ready_after
 from grating_core import BudgetError, StreamedCausalLM
-from grating_core.lifetime import closed_on_error
 from grating_core.memory import checkpoint
-from grating_core.opening.language_models import open_language_model
+from grating_core.opening.language_models import OpenLanguageModel, open_language_model
 from grating_core.settings import GenerationSettings
 
 LENGTH = 256  # tokens of the longest text
@@ -138,24 +138,38 @@ def settings_of(case: Case) -> dict[str, Any]:
     return {"device": "cpu", "dtype": "bfloat16", "max_length": LENGTH, "mlp_density": case.density, **bits}
 
 
+def find_smallest(directory: Path, case: Case) -> int:
+    """Return the bytes of the smallest budget that works."""
+    return _refusal(directory, case).smallest
+
+
+def find_everything(directory: Path, case: Case) -> int:
+    """Return the bytes of the smallest budget with which nothing is streamed."""
+    return _refusal(directory, case).resident
+
+
 def find_sizes(directory: Path, case: Case) -> tuple[int, int]:
     """Return the bytes of a model's weights in a case's bits, and the budget that holds half of them."""
-    dense = settings_of(Case(case.bits))
-
-    def opened(budget: int) -> Any:
-        model = open_language_model(GenerationSettings(model=directory, **dense, memory_budget=budget))
-        with closed_on_error(model):
-            sizes = model.stored.sizes(model.window)
-        model.close()
-        return sizes
-
-    try:
-        opened(1)
-    except BudgetError as error:
-        everything = error.resident
-    sizes = opened(everything)
+    everything = find_everything(directory, case)
+    with closing(_opened(directory, case, everything)) as model:
+        sizes = model.stored.sizes(model.window)
     weights = sum(sizes.layers) + sizes.vocabulary * sizes.row + sizes.rest
     return weights, everything - weights // 2
+
+
+def _opened(directory: Path, case: Case, budget: int) -> OpenLanguageModel:
+    """Open a model with a case's bits, dense."""
+    settings = settings_of(replace(case, density=None))
+    return open_language_model(GenerationSettings(model=directory, **settings, memory_budget=budget))
+
+
+def _refusal(directory: Path, case: Case) -> BudgetError:
+    """Return what a model says to a budget that is too small."""
+    try:
+        _opened(directory, case, 1).close()
+    except BudgetError as error:
+        return error
+    raise AssertionError("no model fits into a byte")
 
 
 def measure(directory: Path, case: Case, part: Part, *, tokens: int, rounds: int, threads: int) -> Row:

@@ -13,7 +13,7 @@ import torch
 import typer
 from transformers import AutoTokenizer
 
-from benchmarks import generation, memory, peers, serve, visitors
+from benchmarks import memory, peers, serve, visitors
 from benchmarks.collections import Request
 from benchmarks.recipes import EncoderRecipe
 from benchmarks.render import DOCS, FIGURES, PAGES, page_names, provenance, render_page, wrong_figures
@@ -23,7 +23,6 @@ from grating_core.kernels.choice import kernels
 from tests.core.conftest import save_model
 from tests.core.parity import load
 from tests.core.serving.conftest import serving
-from tests.tiny_chat import save_chat_model
 
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 COMMAND = re.compile(r"python -m (benchmarks\.\w+)(.*)")
@@ -135,14 +134,6 @@ def test_a_system_in_a_process_of_its_own_is_watched() -> None:
         memory.measure(
             System("nonsense", memory.load_grating, settings | {"memory_budget": 1}), directory, questions
         )
-
-
-def test_a_language_model_in_a_process_of_its_own_is_watched(tmp_path: Path) -> None:
-    directory = save_chat_model(tmp_path)
-    system = System("grating", generation.load_grating, {"directory": directory, "tokens": 4})
-    row = generation.measure(system, directory, ["The first one", "The second one"], weights_mb=1)
-    assert row["tokens_per_second"] > 0
-    assert row["read_mb_per_token"] == 0  # all of it is in memory
 
 
 @pytest.mark.parametrize("rate", [None, 200.0])
