@@ -1,11 +1,13 @@
 """Generating is made of passes: the next tokens of a sequence go through all layers, and give logits.
 
-A prompt is treated like a single token, only longer. The loop over layers is outside and the loop over slices
-inside, so that a streamed layer is read once for all slices.
+The loop over layers is outside and the loop over slices inside, so that a streamed layer is read once for all
+slices. A single token goes through all layers in memory in one call of a kernel, if there is one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -14,7 +16,9 @@ from torch.nn.functional import pad
 
 from grating_core.engine.ragged import filled
 from grating_core.errors import ScoreError
+from grating_core.kernels.choice import kernels
 from grating_core.kernels.operands import Seen, Span
+from grating_core.kernels.token import Memories, Stack
 from grating_core.layers.attention import ragged_attention
 from grating_core.layers.keys_values import KeysValues
 from grating_core.layers.rotary import Angles
@@ -22,14 +26,34 @@ from grating_core.layers.sending import sent
 from grating_core.memory.meter import PeakMemory
 from grating_core.models.causal_lm import CausalLM
 from grating_core.models.layered import Layer
+from grating_core.models.token_path import TokenPath
 
-Cache = list[KeysValues]
-"""Keys and values of the tokens so far, of each layer."""
+
+class Cache:
+    """A cache has the keys and values of a sequence.
+
+    Args:
+        layers: The keys and values of each layer.
+    """
+
+    def __init__(self, layers: Sequence[KeysValues]) -> None:
+        self.layers = tuple(layers)
+        """The keys and values of each layer."""
+
+    @property
+    def tokens(self) -> int:
+        """The number of the tokens so far."""
+        return self.layers[0].tokens
+
+    @cached_property
+    def memories(self) -> Memories:
+        """Where the keys and values of all layers are."""
+        return Memories([kept.memory for kept in self.layers])
 
 
 def new_cache(model: CausalLM, tokens: int) -> Cache:
     """Make room for the keys and values of a sequence of so many tokens."""
-    return [KeysValues(spec, tokens, dtype=model.dtype, device=model.device) for spec in model.spec.layers]
+    return Cache([KeysValues(spec, tokens, dtype=model.dtype, device=model.device) for spec in model.spec.layers])
 
 
 @torch.inference_mode()
@@ -53,31 +77,71 @@ def advance(
         FileError: Weights cannot be read.
         ScoreError: The logits are not all finite.
     """
-    count, before = len(input_ids), cache[0].tokens
-    ids, positions = torch.tensor(input_ids), torch.arange(before, before + count)
-    angles = model.angles(sent(positions, model.device))
-    slices = _slices(count, slice_tokens)
+    path = model.token_path if len(input_ids) == 1 else None
     try:
-        model.prepare(ids)
-        hidden = torch.empty(count, model.width, dtype=model.dtype, device=model.device)
-        for part in slices:
-            model.embed(ids[part], torch.zeros_like(ids[part]), positions[part], hidden[part])
-        for number, kept in enumerate(cache, 1):
-            with model.layer(number) as layer:
-                turned = None if layer.spec.rotary is None else angles[layer.spec.rotary]
-                for part in slices:
-                    hidden[part] = _step(layer, hidden[part], None if turned is None else turned.at(part), kept)
-            if peak is not None and count > 1:
-                peak.look()
+        if path is None:
+            logits = _by_slices(model, input_ids, cache, slice_tokens, peak)
+        else:
+            logits = _in_few_calls(model, path, input_ids, cache)
     finally:
         model.rewind()
-    logits = model.logits(hidden)
     if not logits.isfinite().all():
         raise ScoreError(
             "the model's logits are not all finite numbers; the weights are damaged, or overflow in this dtype: "
             "try dtype='float32'"
         )
     return logits
+
+
+def _embedded(model: CausalLM, input_ids: list[int], before: int, slices: list[slice]) -> Tensor:
+    """Return the hidden states of tokens before the first layer, ``[T, D]``."""
+    ids, positions = torch.tensor(input_ids), torch.arange(before, before + len(input_ids))
+    model.prepare(ids)
+    hidden = torch.empty(len(ids), model.width, dtype=model.dtype, device=model.device)
+    for part in slices:
+        model.embed(ids[part], torch.zeros_like(ids[part]), positions[part], hidden[part])
+    return hidden
+
+
+def _in_few_calls(model: CausalLM, path: TokenPath, input_ids: list[int], cache: Cache) -> Tensor:
+    """Return the logits after one token, whose states stay in float32 from one layer to the next."""
+    run, tokens = kernels().token, cache.tokens
+    assert run is not None
+    row, angles = _embedded(model, input_ids, tokens, [slice(0, 1)])[0].float(), path.angles(tokens)
+
+    def through(stack: Stack, number: int) -> Tensor | None:
+        output = path.output if number + len(stack) > model.depth else None
+        return run(row, stack, cache.memories, number - 1, tokens, angles, output)
+
+    number, logits = 1, None
+    while number <= model.depth:
+        if (stack := path.resident(number)) is None:
+            with model.layer(number) as layer:
+                logits = through(path.streamed(layer), number)
+        else:
+            logits = through(stack, number)
+        number += 1 if stack is None else len(stack)
+    for kept in cache.layers:
+        kept.tokens += 1
+    assert logits is not None
+    return model.bounded(logits)
+
+
+def _by_slices(
+    model: CausalLM, input_ids: list[int], cache: Cache, slice_tokens: int, peak: PeakMemory | None
+) -> Tensor:
+    count, before = len(input_ids), cache.tokens
+    angles = model.angles(sent(torch.arange(before, before + count), model.device))
+    slices = _slices(count, slice_tokens)
+    hidden = _embedded(model, input_ids, before, slices)
+    for number, kept in enumerate(cache.layers, 1):
+        with model.layer(number) as layer:
+            turned = None if layer.spec.rotary is None else angles[layer.spec.rotary]
+            for part in slices:
+                hidden[part] = _step(layer, hidden[part], None if turned is None else turned.at(part), kept)
+        if peak is not None and count > 1:
+            peak.look()
+    return model.logits(hidden)
 
 
 def _slices(count: int, most: int) -> list[slice]:

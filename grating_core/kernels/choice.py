@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from grating_core.kernels import columns, compiled, compiled_columns, reference
+from grating_core.kernels import columns, compiled, compiled_columns, reference, token
 from grating_core.kernels.columns import Choice
 from grating_core.kernels.loading import KernelsError, has, start
 from grating_core.kernels.operands import Finished, Rows
@@ -39,6 +39,7 @@ class Kernels:
         pack_in_place: See :func:`grating_core.kernels.compiled.pack_in_place`; None where torch computes.
         attention: See :func:`grating_core.kernels.compiled.attention`; None where torch computes.
         features: See :func:`grating_core.kernels.features.features`; None where torch computes.
+        token: See :func:`grating_core.kernels.token_reference.token`; None where torch computes.
     """
 
     level: str | None
@@ -56,6 +57,7 @@ class Kernels:
     pack_in_place: Callable[[Tensor], Tensor] | None = None
     attention: Callable[..., Tensor] | None = None
     features: Callable[..., Tensor] | None = None
+    token: Callable[..., Tensor | None] | None = None
 
     def has(self, dtype: torch.dtype) -> bool:
         """Tell whether there are compiled products of this dtype."""
@@ -88,6 +90,7 @@ def kernels() -> Kernels:
         compiled.pack_in_place,
         compiled.attention,
         compiled.features,
+        token.token,
     )
 
 

@@ -32,33 +32,22 @@ from grating_core.kernels.operands import (
     Weight,
 )
 from grating_core.kernels.structs import (
+    ACTIVATIONS,
     AttentionStruct,
     EmbedStruct,
     FeaturesStruct,
     LinearStruct,
     LookupStruct,
-    NormStruct,
     RowsStruct,
     WeightStruct,
+    address,
+    check,
+    norm_struct,
+    weight_struct,
 )
 
-_ACTIVATIONS = {
-    None: 0,
-    "gelu": 1,
-    "gelu_new": 2,
-    "gelu_pytorch_tanh": 2,
-    "silu": 3,
-    "swish": 3,
-    "relu": 4,
-    "tanh": 5,
-}
-_GROUPED = {8: 3, 4: 4}  # the numbers of grouped formats by their bits
-_NORMS = {"layer": 1, "rms": 2}
 _POOLINGS = {"first": 0, "last": 1, "mean": 2}
 
-_NO_ROW = 2
-
-_NO_NORM = NormStruct()
 _NO_WEIGHT = WeightStruct()
 _NO_ROWS = RowsStruct()
 _SOMETHING = torch.empty(1, 1)
@@ -77,7 +66,7 @@ def pack_in_place(matrix: Tensor) -> Tensor:
     columns, inner = matrix.shape
     at = c_void_p(matrix.data_ptr())
     lib = started()
-    _check(lib.gk_pack(c_int32(DTYPES[matrix.dtype]), at, c_int64(columns), c_int64(inner)))
+    check(lib.gk_pack(c_int32(DTYPES[matrix.dtype]), at, c_int64(columns), c_int64(inner)))
     return matrix.view(torch.int8).flatten()
 
 
@@ -97,7 +86,7 @@ def linear(
     rows = new_rows(count, weight.columns) if then.quantized else None
     call = _linear(x, Map(weight, then, gate), residual, total, output, rows)
     lib = started()
-    _check(lib.gk_run_linear(ctypes.byref(call)))
+    check(lib.gk_run_linear(ctypes.byref(call)))
     return Finished(total, output, rows)
 
 
@@ -110,7 +99,7 @@ def chain(x: Rows, maps: tuple[Map, Map, Map], residual: Tensor) -> None:
         _linear(_given(maps[1], residual), maps[2], None, None, residual, None),
     )
     lib = started()
-    _check(lib.gk_run_chain(calls))
+    check(lib.gk_run_chain(calls))
 
 
 def _between(each: Map) -> tuple[Tensor | None, Tensor | None, Rows | None]:
@@ -135,14 +124,14 @@ def _linear(
     return LinearStruct(
         DTYPES[x.data.dtype],
         DTYPES[then.states],
-        _ACTIVATIONS[then.activation],
+        ACTIVATIONS[then.activation],
         then.factor,
         x.data.shape[0],
         _rows(x.data, x.scale),
-        _weight(each.weight),
-        _NO_WEIGHT if each.gate is None else _weight(each.gate),
-        _norm(then.first_norm),
-        _norm(then.norm),
+        weight_struct(each.weight),
+        _NO_WEIGHT if each.gate is None else weight_struct(each.gate),
+        norm_struct(then.first_norm),
+        norm_struct(then.norm),
         _rows(residual),
         _rows(total),
         _rows(output),
@@ -157,13 +146,13 @@ def normed_rows(
     found = torch.empty_like(states) if output else None
     rows = new_rows(*states.shape) if quantized else None
     lib = started()
-    _check(
+    check(
         lib.gk_run_rows(
             c_int32(DTYPES[states.dtype]),
             c_int64(states.shape[0]),
             c_int64(states.shape[1]),
             ctypes.byref(_rows(states)),
-            ctypes.byref(_norm(norm)),
+            ctypes.byref(norm_struct(norm)),
             ctypes.byref(_rows(found)),
             ctypes.byref(_NO_ROWS if rows is None else _rows(rows.data, rows.scale)),
         )
@@ -174,14 +163,14 @@ def normed_rows(
 def turn_heads(states: Tensor, norm: Norm | None, cosine: Tensor | None, sine: Tensor | None) -> None:
     """See :func:`grating_core.kernels.reference.turn_heads`."""
     lib = started()
-    _check(
+    check(
         lib.gk_run_heads(
             c_int32(DTYPES[states.dtype]),
             *map(c_int64, states.shape),
             ctypes.byref(_rows(states)),
-            ctypes.byref(_norm(norm)),
-            c_void_p(_at(cosine)),
-            c_void_p(_at(sine)),
+            ctypes.byref(norm_struct(norm)),
+            c_void_p(address(cosine)),
+            c_void_p(address(sine)),
         )
     )
 
@@ -195,11 +184,11 @@ def embed(lookups: Sequence[Lookup], factor: float, norm: Norm | None, output: T
         factor,
         *output.shape,
         (LookupStruct * 3)(*tables),
-        _norm(norm),
+        norm_struct(norm),
         _rows(output),
     )
     lib = started()
-    _check(lib.gk_run_embed(ctypes.byref(call)))
+    check(lib.gk_run_embed(ctypes.byref(call)))
 
 
 def attention(
@@ -258,7 +247,7 @@ def attention(
         *(() if positions is None else _positions(positions)),
     )
     lib = started()
-    _check(lib.gk_run_attention(ctypes.byref(call)))
+    check(lib.gk_run_attention(ctypes.byref(call)))
     return output
 
 
@@ -281,7 +270,7 @@ def features(
         *_by_row(output),
     )
     lib = started()
-    _check(lib.gk_run_features(ctypes.byref(call)))
+    check(lib.gk_run_features(ctypes.byref(call)))
     return output
 
 
@@ -290,17 +279,6 @@ def new_rows(count: int, width: int) -> Rows:
     return Rows(
         torch.empty(count, -(-width // 64) * 64, dtype=torch.int8), torch.empty(count, 2, dtype=torch.float32)
     )
-
-
-def _check(failed: int) -> None:
-    if failed == _NO_ROW:
-        raise IndexError("A table of embeddings lacks the row of a token.")
-    if failed:
-        raise MemoryError("The kernels got no memory for intermediate results.")
-
-
-def _at(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _by_row(states: Tensor) -> tuple[int, int]:
@@ -322,25 +300,4 @@ def _new(wanted: bool, count: int, width: int, dtype: torch.dtype) -> Tensor | N
 
 
 def _rows(data: Tensor | None, scale: Tensor | None = None) -> RowsStruct:
-    return _NO_ROWS if data is None else RowsStruct(data.data_ptr(), data.stride(0), _at(scale))
-
-
-def _weight(weight: Weight) -> WeightStruct:
-    return WeightStruct(
-        weight.packed.data_ptr(),
-        _at(weight.scale),
-        _at(weight.minimum),
-        _at(weight.sums),
-        _at(weight.bias),
-        weight.columns,
-        weight.inner,
-        DTYPES[weight.dtype] if weight.bits is None else _GROUPED[weight.bits],
-    )
-
-
-def _norm(norm: Norm | None) -> NormStruct:
-    return (
-        _NO_NORM
-        if norm is None
-        else NormStruct(_NORMS[norm.kind], norm.eps, norm.offset, norm.weight.data_ptr(), _at(norm.bias))
-    )
+    return _NO_ROWS if data is None else RowsStruct(data.data_ptr(), data.stride(0), address(scale))

@@ -1,6 +1,29 @@
-"""The structs of the compiled kernels' C interface, as kernels/src/kernels.h declares them."""
+"""The structs of the compiled kernels' C interface, as kernels/src/kernels.h has them, and what fills them."""
+
+from __future__ import annotations
 
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+
+from torch import Tensor
+
+from grating_core.kernels.loading import DTYPES
+from grating_core.kernels.operands import Norm, Weight
+
+ACTIVATIONS: dict[str | None, int] = {
+    None: 0,
+    "gelu": 1,
+    "gelu_new": 2,
+    "gelu_pytorch_tanh": 2,
+    "silu": 3,
+    "swish": 3,
+    "relu": 4,
+    "tanh": 5,
+}
+"""The numbers that the C interface has for activations."""
+
+_GROUPED = {8: 3, 4: 4}  # the numbers of grouped formats by their bits
+_NORMS = {"layer": 1, "rms": 2}
+_NO_ROW = 2
 
 
 class NormStruct(Structure):
@@ -123,3 +146,42 @@ class FeaturesStruct(Structure):
         ("output", c_void_p),
         ("output_stride", c_int64),
     ]
+
+
+_NO_NORM = NormStruct()
+
+
+def check(failed: int) -> None:
+    """Raise an error if a function of the C interface failed."""
+    if failed == _NO_ROW:
+        raise IndexError("A table of embeddings lacks the row of a token.")
+    if failed:
+        raise MemoryError("The kernels got no memory for intermediate results.")
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Return where a tensor's memory begins; None for none."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def weight_struct(weight: Weight) -> WeightStruct:
+    """Return the struct of a weight."""
+    return WeightStruct(
+        weight.packed.data_ptr(),
+        address(weight.scale),
+        address(weight.minimum),
+        address(weight.sums),
+        address(weight.bias),
+        weight.columns,
+        weight.inner,
+        DTYPES[weight.dtype] if weight.bits is None else _GROUPED[weight.bits],
+    )
+
+
+def norm_struct(norm: Norm | None) -> NormStruct:
+    """Return the struct of a norm; None for none."""
+    return (
+        _NO_NORM
+        if norm is None
+        else NormStruct(_NORMS[norm.kind], norm.eps, norm.offset, norm.weight.data_ptr(), address(norm.bias))
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grating_core.kernels.token import Memory
 from grating_core.layers.spec import LayerSpec
 
 
@@ -39,3 +40,8 @@ class KeysValues:
     def value(self) -> Tensor:
         """The values of all tokens so far, ``[tokens, key heads, head size]``."""
         return self._kept[1, : self.tokens]
+
+    @property
+    def memory(self) -> Memory:
+        """The keys and values of as many tokens as there is room for."""
+        return Memory(self._kept[0], self._kept[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from grating_core.models.identity import fingerprint
 from grating_core.models.layered import LayeredModel
 from grating_core.models.layout import layer_by_role
 from grating_core.models.stored import OUTPUT, StoredModel
+from grating_core.models.token_path import TokenPath, token_path
 
 _MATRICES = ("up", "gate", "down")  # of a gated MLP: W_u, W_g and W_d
 
@@ -44,8 +46,19 @@ class CausalLM(LayeredModel):
             The logits, float32 ``[V]``.
         """
         states = self.normed(hidden[-1:])
-        logits = linear(states, self.head, "vocabulary")[0].float() / self.spec.temperature
+        return self.bounded(linear(states, self.head, "vocabulary")[0].float())
+
+    def bounded(self, products: Tensor) -> Tensor:
+        """Return the logits of the float32 products ``[V]`` with the output embedding."""
+        logits = products if self.spec.temperature == 1 else products / self.spec.temperature
         return softcapped(logits, self.spec.softcap)
+
+    @cached_property
+    def token_path(self) -> TokenPath | None:
+        """The path of one token through the layers; None if it goes like a prompt."""
+        if self.packing is None:
+            return None
+        return token_path(self.spec, self._parts.layers, self.outside, self.head["vocabulary.weight"])
 
 
 class StoredCausalLM(StoredModel):

@@ -19,11 +19,6 @@ GK_INLINE vf load_halves(const uint16_t* p, int64_t n) {
     memcpy(x, p, n * sizeof *p);
     return load_half(x);
 }
-GK_INLINE vf load(const int8_t* p) {
-    vb x;
-    memcpy(&x, p, sizeof x);
-    return __builtin_convertvector(__builtin_convertvector(x, vi), vf);
-}
 
 template <int BITS> struct GroupedRow {
     const uint8_t* entries;

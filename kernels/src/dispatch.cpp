@@ -178,3 +178,4 @@ int64_t gk_read(int32_t file, int64_t count, const int64_t* starts, const int64_
     return count;
 #endif
 }
+int32_t gk_run_token(const gk_token* t) { return chosen->token(host, t); }

@@ -185,6 +185,52 @@ struct gk_choice {
     int64_t hits;      // number of columns that are in memory
 };
 
+// A layer of a decoder:
+//   states += factor * attention_norm(output(attention(input_norm(states))))
+//   states += factor * output_norm(down(activation(gate(x)) * up(x))), x = mlp_norm(states)
+// Norms with kind GK_NO_NORM leave states as they are.
+struct gk_token_layer {
+    gk_weight query, key, value, output;
+    gk_weight gate;       // packed is null for none
+    gk_weight up, down;
+    gk_norm input_norm, query_norm, key_norm, attention_norm, mlp_norm, output_norm;
+    int64_t heads;
+    int64_t key_heads;
+    int64_t head_size;
+    int64_t window;       // 0 for none
+    int32_t activation;
+    int32_t angles;       // number of the angles that queries and keys turn by; -1 for none
+    float scaling;
+    float softcap;        // 0 for none
+    float factor;
+};
+
+// Keys and values of a sequence in one layer: [tokens, key_heads, head_size], with room for one token more.
+struct gk_memory {
+    void* key;
+    void* value;
+    float* key_scale;     // of GK_INT8 [tokens, key_heads], entry q stands for scale * q; else null
+    float* value_scale;
+    int64_t stride;       // from token to token
+    int32_t dtype;
+};
+
+// One token through consecutive layers, and perhaps through the output embedding.
+struct gk_token {
+    int64_t width;
+    int64_t count;        // of layers
+    int64_t tokens;       // before this one
+    const gk_token_layer* layers;
+    const gk_memory* memory;     // of each layer
+    const float* const* cosine;  // of each kind of angles, [head_size / 2]
+    const float* const* sine;
+    float* row;           // hidden states [width], before the layers and then behind them
+    gk_norm final_norm;
+    gk_weight head;       // the output embedding; packed is null if logits are not asked for
+    int32_t table;        // whether the head is a table of GK_BF16 or GK_F32 that is not packed
+    float* logits;        // [columns of the head]
+};
+
 // The pool of the host: what torch_parallel_for of torch's C interface is.
 typedef int32_t (*gk_parallel)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
 
@@ -226,3 +272,5 @@ GK_API int32_t gk_choose(gk_cache*, const float* values, int64_t count, gk_choic
 GK_API void gk_copy(int64_t count, int64_t size, const void* from, const int64_t* froms, void* to, const int64_t* tos);
 // Reads pieces of a file. Returns how many were read as a whole, from the first on; -1 where the system cannot do so.
 GK_API int64_t gk_read(int32_t file, int64_t count, const int64_t* starts, const int64_t* sizes, void* to, const int64_t* places);
+// Keys and values of the token are added to the memory. The states do not depend on the number of threads.
+GK_API int32_t gk_run_token(const gk_token*);

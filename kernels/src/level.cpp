@@ -10,6 +10,7 @@
 #include "pack.h"
 #include "rows.h"
 #include "texts.h"
+#include "token.h"
 
 #define GK_JOIN(a, b) a##b
 #define GK_NAME(a, b) GK_JOIN(a, b)
@@ -230,10 +231,20 @@ int32_t choose(gk_cache* cache, const float* values, int64_t count, gk_choice* c
     return choose_columns(*cache, values, count, *choice);
 }
 
+void token_task(int64_t begin, int64_t end, void* job) { ((TokenJob*)job)->run(end - begin); }
+int32_t token(const Host& host, const gk_token* t) {
+    const int32_t threads = host.parallel ? larger(1, host.threads) : 1;
+    TokenJob job(*t, threads);
+    if (!job.room.at) return GK_NO_MEMORY;
+    if (threads == 1) token_task(0, 1, &job);
+    else if (host.parallel(0, threads, 1, token_task, &job)) return GK_NO_MEMORY;
+    return 0;
+}
+
 void start() { start_activations(); }
 
 }  // namespace
 
 extern const Level GK_NAME(gk_level_, GK_LEVEL);
 const Level GK_NAME(gk_level_, GK_LEVEL) = {HAS_BF16, start, linear, chain, attention, features, embed, rows, heads, pack,
-    columns, unpack_columns, choose};
+    columns, unpack_columns, choose, token};

@@ -23,4 +23,5 @@ struct Level {
     int32_t (*columns)(const Host&, const gk_columns*);
     int32_t (*unpack_columns)(const Host&, const gk_columns*, int32_t, void*);
     int32_t (*choose)(gk_cache*, const float*, int64_t, gk_choice*);
+    int32_t (*token)(const Host&, const gk_token*);
 };

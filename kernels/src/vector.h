@@ -66,6 +66,11 @@ GK_INLINE vf load(const bf16* p) {
     memcpy(&x, p, sizeof x);
     return bits<vf>(__builtin_convertvector(x, vu) << 16);
 }
+GK_INLINE vf load(const int8_t* p) {
+    vb x;
+    memcpy(&x, p, sizeof x);
+    return __builtin_convertvector(__builtin_convertvector(x, vi), vf);
+}
 // Of float16.
 GK_INLINE vf load_half(const uint16_t* p) {
     vh x;

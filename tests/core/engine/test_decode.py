@@ -41,7 +41,7 @@ def one_by_one(model: CausalLM, prompt: int, until: int, slice_tokens: int = 64)
     cache = new_cache(model, until)
     found = [advance(model, IDS[:prompt], cache, slice_tokens=slice_tokens)]
     found += [advance(model, [token], cache, slice_tokens=slice_tokens) for token in IDS[prompt:until]]
-    assert [kept.tokens for kept in cache] == [until] * model.depth
+    assert [kept.tokens for kept in cache.layers] == [until] * model.depth
     return torch.stack(found)
 
 
@@ -96,9 +96,9 @@ def test_tied_embeddings_are_there_once(tmp_path: Path) -> None:
 def test_keys_and_values_take_what_was_planned(tmp_path: Path) -> None:
     stored, plan = planned_lm(save_decoder(tmp_path, "llama"))
     cache = new_cache(stored.load(plan), WINDOW)
-    for kept in cache:
+    for kept in cache.layers:
         kept.tokens = WINDOW
-    assert sum(kept.key.nbytes + kept.value.nbytes for kept in cache) == plan.sizes.keys
+    assert sum(kept.key.nbytes + kept.value.nbytes for kept in cache.layers) == plan.sizes.keys
 
 
 def test_logits_that_are_not_finite_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,81 @@
+"""The path of one token through a language model: few calls of a kernel, prepared once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from grating_core.kernels.choice import kernels
+from grating_core.kernels.operands import Norm, Weight
+from grating_core.kernels.token import Output, Stack
+from grating_core.layers.linear import Weights
+from grating_core.layers.packed import PackedLayer
+from grating_core.layers.token import is_expressible, token_layer
+from grating_core.models.family import ModelSpec
+from grating_core.models.layered import Layer
+
+
+class TokenPath:
+    """A path has the resident layers in stacks, and what makes angles and logits.
+
+    Args:
+        spec: The description of the model.
+        layers: The resident layers by number from 1.
+        outside: Weights around the layers, by role.
+        head: The output embedding: a packed weight, or the matrix ``[V, D]``.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, layers: Mapping[int, PackedLayer], outside: Weights, head: Weight | Tensor
+    ) -> None:
+        self._kinds = list(dict.fromkeys(layer.rotary for layer in spec.layers if layer.rotary is not None))
+        self._frequencies = [torch.tensor(kind.frequencies) for kind in self._kinds]
+        self.output = Output(_final_norm(spec, outside), head)
+        """What makes logits of the states behind the last layer."""
+        self._stacks: dict[int, Stack] = {}
+        first = 1
+        while first <= spec.depth:
+            end = first
+            while end in layers:
+                end += 1
+            if first < end:
+                run = (token_layer(spec.layers[n - 1], layers[n], self._kinds) for n in range(first, end))
+                self._stacks[first] = Stack(list(run))
+            first = end + 1
+
+    def resident(self, number: int) -> Stack | None:
+        """Return the resident layers from a number on; None if the layer of this number is streamed."""
+        return self._stacks.get(number)
+
+    def streamed(self, layer: Layer) -> Stack:
+        """Return the stack of a packed layer that is in memory for now."""
+        assert isinstance(layer.weights, PackedLayer)
+        return Stack([token_layer(layer.spec, layer.weights, self._kinds)])
+
+    def angles(self, position: int) -> list[tuple[Tensor, Tensor]]:
+        """Return the cosines and sines at a position, of each kind of rotary positions."""
+        turned = [frequencies * position for frequencies in self._frequencies]
+        return [
+            (angles.cos() * kind.scale, angles.sin() * kind.scale)
+            for kind, angles in zip(self._kinds, turned, strict=True)
+        ]
+
+
+def token_path(
+    spec: ModelSpec, layers: Mapping[int, Weights | PackedLayer], outside: Weights, head: Weight | Tensor
+) -> TokenPath | None:
+    """Return the path of one token through a model with packed layers; None if no kernel has such layers."""
+    if kernels().token is None or not all(map(is_expressible, spec.layers)):
+        return None
+    packed = {number: layer for number, layer in layers.items() if isinstance(layer, PackedLayer)}
+    return TokenPath(spec, packed, outside, head)
+
+
+def _final_norm(spec: ModelSpec, outside: Weights) -> Norm | None:
+    weight, bias = outside.get("final_norm.weight"), outside.get("final_norm.bias")
+    if weight is None:
+        return None
+    norm = spec.norm
+    return Norm(norm.kind, norm.eps, norm.offset, weight.float(), None if bias is None else bias.float())
