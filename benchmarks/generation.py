@@ -172,7 +172,7 @@ def reduce(
             for name, better in (("tokens_per_second", 1), ("seconds_to_first", -1)):
                 own = found(system, number, name)
                 row[f"{name}_{tokens}"] = median(own)
-                rival = found(rivals[system], number, name) if system in rivals else None
+                rival = found(rivals[system], number, name) if rivals.get(system) in peaks else None
                 row[f"{name}_{tokens}_times"] = rival and median(
                     (mine / theirs) ** better for mine, theirs in zip(own, rival, strict=True)
                 )
@@ -185,12 +185,14 @@ def main(
     tokens: Annotated[int, typer.Option(help="New tokens of a round.")] = 32,
     rounds: Annotated[int, typer.Option(help="Rounds that count, after one that does not.")] = 5,
     threads: Annotated[int, typer.Option(help="Threads of each system.")] = 2,
+    only: Annotated[str, typer.Option(help="Only systems with this in their name.")] = "",
     output: Output = RESULTS,
 ) -> None:
     """Measure, and write generation-speed.json."""
     directory = find_or_write(model)
     questions: list[Question] = [(*make_prompt(directory, length), tokens) for length in PROMPTS]
-    with loaded(find_systems(directory, threads)) as workers:
+    systems = [system for system in find_systems(directory, threads) if only in system.name]
+    with loaded(systems) as workers:
         answers = take_turns(workers, questions, rounds=rounds, title="generating")
         peaks = {worker.system.name: worker.peak_mb for worker in workers}
     weights = sum(path.stat().st_size for path in directory.glob("*.safetensors")) / 1e6
