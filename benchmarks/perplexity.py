@@ -26,6 +26,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal, get_args
 
+import numpy as np
 import torch
 import typer
 from rich.progress import track
@@ -39,7 +40,7 @@ from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import NO_PREFERENCE, Caching, Preference
 from grating_core.columns.install import PREFERENCE
 from grating_core.columns.masks import Shares, keep_largest
-from grating_core.kernels.groups import dequantized, grouped_weight
+from grating_core.kernels.columns import RowFormat, pack_columns, unpack_columns
 from grating_core.lab.decoders import load_decoder
 from grating_core.lab.masked import MaskedMlp
 from grating_core.lab.quality import CachedMlp, evaluate
@@ -171,19 +172,26 @@ def measure_columns(model: Any, texts: Sequence[Tensor], adapter: Path | None) -
 @contextmanager
 def rounded(model: Any, bits: int) -> Iterator[None]:
     """Let the MLPs' weights be what their columns are in a companion file of so many bits."""
-    weights = [
-        linear.weight
+    tables = [
+        matrices
         for layer in model.model.layers
-        for linear in (layer.mlp.up_proj, layer.mlp.gate_proj, layer.mlp.down_proj)
+        for matrices in ((layer.mlp.up_proj.weight, layer.mlp.gate_proj.weight), (layer.mlp.down_proj.weight,))
     ]
-    before = [weight.clone() for weight in weights]
-    try:
-        for weight in weights:
-            weight.copy_(dequantized(grouped_weight(weight.T, None, bits)).T)
-        yield
-    finally:
-        for weight, whole in zip(weights, before, strict=True):
-            weight.copy_(whole)
+    before = [[matrix.clone() for matrix in matrices] for matrices in tables]
+    with torch.no_grad():
+        for matrices in tables:
+            columns = torch.cat([matrix.T for matrix in matrices], 1)
+            form = RowFormat(columns.shape[1], columns.dtype, bits)
+            table = torch.from_numpy(pack_columns(columns, form))
+            unpack_columns(form, table.flatten(), np.arange(len(table)) * form.row_bytes, columns)
+            for number, matrix in enumerate(matrices):  # all of them have as many rows
+                matrix.copy_(columns[:, number * len(matrix) : (number + 1) * len(matrix)].T)
+        try:
+            yield
+        finally:
+            for matrices, whole in zip(tables, before, strict=True):
+                for matrix, one in zip(matrices, whole, strict=True):
+                    matrix.copy_(one)
 
 
 def add_adapter(model: Any, directory: Path) -> None:
