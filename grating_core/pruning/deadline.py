@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,13 +81,13 @@ class Pace:
         """Return the seconds of a layer with so many tokens."""
         return self.fixed + self.by_token * tokens
 
-    @property
+    @cached_property
     def _slope(self) -> float:
         """The slope of the line. The more alike the numbers of tokens were, the nearer the line comes to zero."""
         proportional = self.seconds / max(self.tokens, 1.0)
         alike = (_SPREAD * self.tokens) ** 2
         slope = (self.products + alike * proportional) / max(self.squares + alike, 1e-12)
-        return float(np.clip(slope, 0.0, proportional))
+        return min(max(slope, 0.0), proportional)
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,8 @@ class Race:
     def routes(self, costs: Costs, beside: int, seconds: float) -> list[Route]:
         """Return routes such that the work fits into the time. Arguments: see :meth:`fits`."""
         order = np.argsort(-self.scores, kind="stable")
-        best = np.isin(np.arange(len(order)), order[: self.wanted])
+        best = np.zeros(len(order), dtype=bool)
+        best[order[: self.wanted]] = True
         bar = self.scores[order[self.wanted - 1 : self.wanted + 1]].mean()
         far = np.abs(self.scores - bar) / np.where(best, _AHEAD, 1.0)
         errors = np.maximum(self.errors, 1e-12)
