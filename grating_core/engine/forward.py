@@ -75,9 +75,10 @@ def forward(
     embedded = False  # whether the states before the first layer are there
     stint = _Stint(watch)
     for number in range(model.depth + 1):
+        tokens_left = _tokens(batch, contests)
         for request, contest in enumerate(contests):
             if contest.alive:
-                contest.look_at_the_clock(number, batch.tokens)
+                contest.look_at_the_clock(number, tokens_left)
                 if not contest.alive:
                     yield request
         still = sum(len(contest.alive) for contest in contests)
@@ -146,6 +147,12 @@ def forward(
                 if not contest.alive:
                     yield one.request
         unread.clear()
+
+
+def _tokens(batch: RaggedBatch, contests: Sequence[Contest]) -> int:
+    """Count the tokens of all that are alive. The batch may still have others."""
+    alive = [{None, *contest.alive} if contest.alive else set() for contest in contests]
+    return sum(piece.length for piece in batch.pieces if piece.candidate in alive[piece.request])
 
 
 def _late(contests: Sequence[Contest], device: torch.device) -> list[int]:

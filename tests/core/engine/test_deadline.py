@@ -71,11 +71,13 @@ def test_a_deadline_is_met_but_for_one_slice_and_the_ranking_is_whole(reranker: 
     free = reranker.rerank(QUERY, DOCUMENTS, 3)
     full = reranker.score([(QUERY, document) for document in DOCUMENTS])
     whole = sum(free.trace.lengths) * free.trace.depth
-    cut = 0
+    cut, spent = 0, list[float]()
     for share in (0.001, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.2, 2.5):
         began = clock.time
         result = reranker.rerank(QUERY, DOCUMENTS, 3, deadline=share * whole)
         assert clock.time - began < share * whole + SLICE
+        if result.trace.cut_short and share >= 0.2:
+            spent.append((clock.time - began) / (share * whole))
         assert len({ranked.index for ranked in result.ranking}) == 3
         cut += result.trace.cut_short
         if not result.trace.cut_short:
@@ -86,6 +88,7 @@ def test_a_deadline_is_met_but_for_one_slice_and_the_ranking_is_whole(reranker: 
         for before, after in zip(result.trace.layers, result.trace.layers[1:], strict=False):
             assert set(after.alive) <= set(before.alive)
     assert 5 < cut < 13
+    assert sum(spent) / len(spent) > 0.8
 
 
 def test_without_any_time_the_order_is_the_callers(reranker: Reranker) -> None:
