@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterable, Mapping, Set
 from contextlib import suppress
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Guarantee = Literal["share", "set"]
 """What a target counts: the mean share of the top K that is kept, or the requests whose whole top K is kept."""
@@ -82,6 +82,11 @@ def is_number(value: Any) -> bool:
     return -math.inf < float(value) < math.inf
 
 
+def is_one_of(names: Any, value: Any) -> bool:
+    """Tell whether a value, of any type, is one of the names that a ``Literal`` allows."""
+    return isinstance(value, str) and value in get_args(names)
+
+
 def given(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings without those that are None, which means that they are not given."""
     return {name: value for name, value in settings.items() if value is not None}
@@ -99,6 +104,12 @@ def check_density(mlp_density: Any) -> float:
             f"that a token uses; None for all"
         )
     return float(mlp_density)
+
+
+def check_bits(bits: Any) -> None:
+    """Raise ``ValueError`` for bits of a weight that are neither 8 nor 4, nor None."""
+    if bits is not None and (isinstance(bits, bool) or bits not in (8, 4)):
+        raise ValueError(f"bits={bits!r} must be 8 or 4: the bits of a weight; None takes the weights as they are")
 
 
 def check_target(target: Any) -> None:

@@ -63,6 +63,7 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
         device: str | torch.device | None = GenerationSettings.device,
         dtype: str | torch.dtype | None = GenerationSettings.dtype,
         memory_budget: str | int | None = GenerationSettings.memory_budget,
+        bits: int | None = GenerationSettings.bits,
         mlp_density: float | None = GenerationSettings.mlp_density,
         max_length: int | None = GenerationSettings.max_length,
         adapter: str | Path | None = GenerationSettings.adapter,
@@ -84,6 +85,7 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
                 instructions for it, else float32.
             memory_budget: How much memory loading and generating may take, in bytes or as a size such as
                 ``"300MB"``; the text stays the same. None keeps everything in memory.
+            bits: 8 or 4 bits for each weight, on the CPU; None for the weights as they are.
             mlp_density: The share of the MLPs' weights that each new token uses, on the CPU (dynamic input
                 pruning); the text is another than the dense model's. None uses all.
 
@@ -92,8 +94,9 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
             UnsupportedModelError: grating does not generate with weights of this kind.
             BudgetError: The memory budget is too small; the message states the smallest that works. It is a
                 ``ValueError`` as well.
-            FileError: The file with the columns of the MLPs is damaged, or belongs to other weights.
-            StorageError: The file with the columns cannot be written.
+            FileError: The file with the quantised weights, or with the columns of the MLPs, is damaged or belongs
+                to other weights.
+            StorageError: That file cannot be written.
             ValueError: An argument is not usable; the message names it. None means that an argument is not given.
         """
         given = locals()

@@ -104,10 +104,10 @@ _NO_BUDGET = {"smallest_budget": None, "smallest_budget_int8": None}
 
 def _smallest(opened: OpenLayered) -> dict[str, int | None]:
     """Return the smallest memory budgets in bytes; None where the model takes none."""
-    from grating_core.models.packing import QUANTIZED, Packing
+    from grating_core.models.packing import IN_8_BITS, Packing
 
     stored = opened.stored
-    in_8_bits = Packing(stored.dtype, QUANTIZED) if stored.device.type == "cpu" else None
+    in_8_bits = Packing(stored.dtype, IN_8_BITS) if stored.device.type == "cpu" else None
     return {
         "smallest_budget": _smallest_with(opened, None),
         "smallest_budget_int8": None if in_8_bits is None else _smallest_with(opened, in_8_bits),

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -128,3 +129,24 @@ def storing(path: Path, size: int = 0) -> Iterator[None]:
                 reason += ". Make room, or have" if error.errno in _FULL else ". Have"
                 reason += " GRATING_CACHE name a directory that can be written"
         raise StorageError(f"{path} cannot be written: {reason}") from error
+
+
+def absolute(name: str, place: Any) -> str:
+    """Return a path that exists as an absolute path, and anything else, such as a hub id, unchanged.
+
+    Args:
+        name: The name of the setting.
+        place: The setting.
+
+    Raises:
+        ValueError: It is neither a text nor a path, or it is empty.
+    """
+    if not isinstance(place, str | Path) or not (place or name == "model"):
+        raise ValueError(f"{name}={place!r} must be a directory{' or hub id' * (name == 'adapter')}, or None")
+    path = expanded(place)
+    # A cache directory may be made later, and is never a hub id. A "~" that is left names no user.
+    made_later = name == "cache_dir" and not str(path).startswith("~")
+    with suppress(OSError):  # there may be no working directory any more
+        if place and (made_later or is_there(path)):
+            return str(path.absolute())
+    return str(place)

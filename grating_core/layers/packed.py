@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from grating_core.kernels.choice import kernels
+from grating_core.kernels.groups import grouped_bytes, grouped_weight, groups_shape
 from grating_core.kernels.operands import Norm, Weight
 from grating_core.kernels.packing import fits_in_place, packed_bytes, packed_weight, padded_columns
 from grating_core.layers.linear import Weights
 from grating_core.layers.spec import LayerSpec, Role
 
 _PRODUCTS = ("query", "key", "value", "output", "gate", "up", "down", "position_key", "position_query")
+_FIELDS = ("packed", "scale", "minimum", "sums", "bias")
 _NORMS = ("input_norm", "query_norm", "key_norm", "attention_norm", "mlp_norm", "output_norm")
+
+
+class Format(NamedTuple):
+    """A format says how the entries of a quantised weight are stored.
+
+    Attributes:
+        bits: Bits of an entry, 8 or 4.
+        grouped: Whether 32 inner entries share a scale each; if not, all of a column do, which has 8 bits.
+        minima: Whether groups have a minimum each.
+    """
+
+    bits: int
+    grouped: bool = False
+    minima: bool = False
+
+    def __str__(self) -> str:
+        return f"q{self.bits}" + "m" * self.minima if self.grouped else "int8"
+
+
+INT8 = Format(8)
+Q4 = Format(4, grouped=True, minima=True)
+"""Five bits a weight with scales and minima, which a model's perplexity is worth."""
+Formats = Mapping[Role, Format]
+"""The formats of quantised products by role; the others have the dtype of states."""
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Dtype and shape of each tensor of a packed layer, by the names that :func:`tensors_of` gives."""
@@ -28,11 +54,13 @@ class PackedLayer(NamedTuple):
         states: The dtype of states: bfloat16 or float32.
         products: Packed weights by role.
         norms: Norms by role; those that the layer lacks are not there.
+        rows: Whether products by int8 matrices take int8 rows; if not, all products take states.
     """
 
     states: torch.dtype
     products: Mapping[Role, Weight]
     norms: Mapping[Role, Norm]
+    rows: bool = True
 
 
 def products_of(spec: LayerSpec) -> list[Role]:
@@ -46,7 +74,7 @@ def packed_layer(
     spec: LayerSpec,
     weights: Weights,
     states: torch.dtype,
-    quantized: Collection[Role] = (),
+    formats: Formats,
     *,
     in_place: bool = False,
 ) -> PackedLayer:
@@ -56,15 +84,17 @@ def packed_layer(
         spec: The layer's spec.
         weights: The layer's weights, by role, in any floating dtype.
         states: The dtype of states and of the other products: bfloat16 or float32.
-        quantized: The roles of the products that become int8.
+        formats: The formats of the products that are quantised.
         in_place: Whether the memory of the weights may be used, which then hold other numbers.
     """
     products = {}
     for role in products_of(spec):
-        dtype = torch.int8 if role in quantized else states
         matrix, bias = weights[f"{role}.weight"], weights.get(f"{role}.bias")
-        pack = kernels().pack_in_place if in_place and fits_in_place(matrix, dtype) else None
-        products[role] = packed_weight(matrix, bias, dtype, pack)
+        if (format := formats.get(role)) is not None:
+            products[role] = quantized_weight(matrix, bias, format)
+            continue
+        pack = kernels().pack_in_place if in_place and fits_in_place(matrix, states) else None
+        products[role] = packed_weight(matrix, bias, states, pack)
     norms = {}
     for role in _NORMS:
         weight, bias = weights.get(f"{role}.weight"), weights.get(f"{role}.bias")
@@ -78,18 +108,26 @@ def packed_layer(
     return PackedLayer(states, products, norms)
 
 
+def quantized_weight(matrix: Tensor, bias: Tensor | None, format: Format) -> Weight:
+    """Quantise a matrix ``[columns, inner]`` of any floating dtype, and pack it."""
+    if format.grouped:
+        return grouped_weight(matrix, bias, format.bits, minima=format.minima)
+    return packed_weight(matrix, bias, torch.int8)
+
+
 def tensors_of(layer: PackedLayer) -> dict[str, Tensor]:
     """Return the tensors of a packed layer by name, such as ``"up.packed"``, to be stored."""
-    found = {}
-    for name, part in (*layer.products.items(), *layer.norms.items()):
-        for field in ("packed", "scale", "sums", "weight", "bias"):
-            tensor = getattr(part, field, None)
-            if tensor is not None:
-                found[f"{name}.{field}"] = tensor
-    return found
+    parts: dict[str, Weight | Norm] = {**layer.products, **layer.norms}
+    return {f"{name}.{field}": tensor for name, part in parts.items() for field, tensor in fields_of(part).items()}
 
 
-def layout_of(spec: LayerSpec, weights: Weights, states: torch.dtype, quantized: Collection[Role] = ()) -> Layout:
+def fields_of(part: Weight | Norm) -> dict[str, Tensor]:
+    """Return the tensors that a weight or a norm has, by field."""
+    found = ((field, getattr(part, field, None)) for field in (*_FIELDS, "weight"))
+    return {field: tensor for field, tensor in found if tensor is not None}
+
+
+def layout_of(spec: LayerSpec, weights: Weights, states: torch.dtype, formats: Formats) -> Layout:
     """Return the layout of the layer that :func:`packed_layer` makes of the same arguments.
 
     Only the shapes of the weights count, so that they may be on torch's device ``meta``.
@@ -97,45 +135,67 @@ def layout_of(spec: LayerSpec, weights: Weights, states: torch.dtype, quantized:
     found: Layout = {}
     for role in products_of(spec):
         columns, inner = weights[f"{role}.weight"].shape
-        dtype = torch.int8 if role in quantized else states
-        found[f"{role}.packed"] = torch.int8, (packed_bytes(dtype, columns, inner),)
-        padded = torch.float32, (padded_columns(columns),)
-        found |= {f"{role}.scale": padded, f"{role}.sums": padded} if role in quantized else {}
-        found |= {f"{role}.bias": padded} if f"{role}.bias" in weights else {}
+        layout = layout_of_weight(columns, inner, states, formats.get(role), biased=f"{role}.bias" in weights)
+        found |= {f"{role}.{field}": one for field, one in layout.items()}
     for name in (f"{role}.{kind}" for role in _NORMS for kind in ("weight", "bias")):
         if name in weights:
             found[name] = torch.float32, tuple(weights[name].shape)
     return found
 
 
-def layer_of(
-    spec: LayerSpec,
-    tensors: Mapping[str, Tensor],
-    states: torch.dtype,
-    quantized: Collection[Role] = (),
-) -> PackedLayer:
+def layout_of_weight(
+    columns: int, inner: int, states: torch.dtype, format: Format | None, *, biased: bool = False
+) -> Layout:
+    """Return dtype and shape of each field of a packed weight ``[columns, inner]``.
+
+    Args:
+        columns: Number of entries of the output.
+        inner: Number of entries of the input.
+        states: The dtype of the weight if it is not quantised.
+        format: The format of a quantised weight; None for another.
+        biased: Whether it has a bias.
+    """
+    padded = torch.float32, (padded_columns(columns),)
+    found: Layout
+    if format is not None and format.grouped:
+        of_groups = torch.float16, groups_shape(columns, inner)
+        found = {"packed": (torch.int8, (grouped_bytes(format.bits, columns, inner),)), "scale": of_groups}
+        found |= {"minimum": of_groups} if format.minima else {}
+    else:
+        dtype = states if format is None else torch.int8
+        found = {"packed": (torch.int8, (packed_bytes(dtype, columns, inner),))}
+        found |= {} if format is None else {"scale": padded, "sums": padded}
+    return found | ({"bias": padded} if biased else {})
+
+
+def layer_of(spec: LayerSpec, tensors: Mapping[str, Tensor], states: torch.dtype) -> PackedLayer:
     """Return the packed layer that :func:`tensors_of` gave these tensors of; they may be views of one buffer.
 
     Args:
         spec: The layer's spec.
         tensors: The tensors by name.
-        states: The dtype of states and of the other products.
-        quantized: The roles of the products that are int8.
+        states: The dtype of states, and of the products that are not quantised.
     """
     products = {}
     for role in products_of(spec):
-        packed = tensors.get(f"{role}.packed")
-        assert packed is not None
-        columns, inner = spec.shape(role)
-        dtype = torch.int8 if role in quantized else states
-        others = (tensors.get(f"{role}.{field}") for field in ("scale", "bias", "sums"))
-        products[role] = Weight(packed, dtype, columns, inner, *others)
+        fields = {field: tensors[name] for field in _FIELDS if (name := f"{role}.{field}") in tensors}
+        products[role] = weight_of(fields, states, *spec.shape(role))
     norms = {
         role: _norm(spec, tensors[f"{role}.weight"], tensors.get(f"{role}.bias"))
         for role in _NORMS
         if f"{role}.weight" in tensors
     }
     return PackedLayer(states, products, norms)
+
+
+def weight_of(fields: Mapping[str, Tensor], states: torch.dtype, columns: int, inner: int) -> Weight:
+    """Return the weight ``[columns, inner]`` that :func:`fields_of` gave these tensors of."""
+    scale, bits, dtype = fields.get("scale"), None, states
+    if scale is not None and scale.dtype == torch.float16:
+        bits = 8 if len(fields["packed"]) == grouped_bytes(8, columns, inner) else 4
+    if scale is not None:
+        dtype = torch.uint8 if bits == 4 else torch.int8
+    return Weight(dtype=dtype, columns=columns, inner=inner, bits=bits, **fields)
 
 
 def _norm(spec: LayerSpec, weight: Tensor, bias: Tensor | None) -> Norm:

@@ -40,8 +40,7 @@ class Inputs:
 
     def of(self, weight: Weight) -> Rows:
         """Return the rows that a weight's product takes."""
-        if weight.dtype == torch.int8:
-            assert self.rows is not None
+        if weight.dtype == torch.int8 and self.rows is not None:
             return self.rows
         assert self.states is not None
         return Rows(self.states)
@@ -131,8 +130,17 @@ def finished(
     return hidden
 
 
+def product(states: Tensor, weight: Weight) -> Tensor:
+    """Return the product of states ``[T, D]`` with a weight alone, ``[T, columns]``."""
+    output = kernels().linear(Rows(states), weight, Then(states.dtype)).output
+    assert output is not None
+    return output
+
+
 def _wanted(layer: PackedLayer, *roles: Role) -> tuple[bool, bool]:
     """Tell whether the products of some roles take states, and whether they take int8 rows."""
+    if not layer.rows:
+        return True, False
     dtypes = {layer.products[role].dtype for role in roles if role in layer.products}
     return bool(dtypes - {torch.int8}), torch.int8 in dtypes
 

@@ -67,15 +67,18 @@ class StoredTensor:
 
     def beginning(self, rows: int) -> StoredTensor:
         """Return the first rows of a table; all if there are no more."""
-        rows = min(rows, self.shape[0])
-        length = (self.end - self.start) // self.shape[0]
-        return replace(self, shape=(rows, *self.shape[1:]), end=self.start + rows * length)
+        return self.rows(0, rows)
 
     def row(self, number: int) -> StoredTensor:
         """Return one row of a table, ``[1, D]``."""
+        return self.rows(number, number + 1)
+
+    def rows(self, first: int, last: int) -> StoredTensor:
+        """Return the rows of a table from ``first`` to the one before ``last``, as far as there are so many."""
+        last = min(last, self.shape[0])
         length = (self.end - self.start) // self.shape[0]
-        start = self.start + number * length
-        return replace(self, shape=(1, *self.shape[1:]), start=start, end=start + length)
+        start, end = (self.start + number * length for number in (first, last))
+        return replace(self, shape=(last - first, *self.shape[1:]), start=start, end=end)
 
 
 def parse_header(header: bytes, path: Path, size: int) -> dict[str, StoredTensor]:

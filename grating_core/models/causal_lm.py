@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -12,29 +14,41 @@ from torch import Tensor
 
 from grating_core.columns.companion import ColumnFile
 from grating_core.columns.install import MlpPruning, column_sizes, install, open_columns, staging_bytes
-from grating_core.errors import FileError, ModelNotFoundError, UnsupportedModelError
+from grating_core.errors import FileError, ModelNotFoundError, StorageError, UnsupportedModelError
 from grating_core.files.places import cache_directory
+from grating_core.kernels.operands import Weight
 from grating_core.layers.linear import linear
+from grating_core.layers.packed_steps import product
+from grating_core.layers.packed_table import PackedTable
 from grating_core.layers.spec import Role
 from grating_core.lifetime import closed_on_error
 from grating_core.memory.checkpoint import aligned_buffer
-from grating_core.memory.group import PIECE
+from grating_core.memory.group import PIECE, TensorGroup
 from grating_core.memory.plan import MemoryPlan, ModelSizes, make_generation_plan
 from grating_core.models.adapter import Adapter
-from grating_core.models.directory import end_tokens
+from grating_core.models.directory import blaming_weights, end_tokens
 from grating_core.models.families import FAMILIES
 from grating_core.models.heads import softcapped
 from grating_core.models.identity import fingerprint
-from grating_core.models.layered import LayeredModel
+from grating_core.models.layered import LayeredModel, Parts
 from grating_core.models.layout import layer_by_role
+from grating_core.models.packed_file import PackedFile
+from grating_core.models.packing import PackedLayers, Packing
 from grating_core.models.stored import OUTPUT, StoredModel
 from grating_core.models.token_path import TokenPath, token_path
 
+_log = logging.getLogger("grating")
+_ROWS = 4096  # of the output embedding that are quantised at a time
 _MATRICES = ("up", "gate", "down")  # of a gated MLP: W_u, W_g and W_d
 
 
 class CausalLM(LayeredModel):
     """A language model has the final norm and the whole output embedding of a decoder, in the compute dtype."""
+
+    @property
+    def output(self) -> Weight | None:
+        """The packed output embedding; None if it is not packed."""
+        return self._parts.output
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of the next token.
@@ -46,7 +60,9 @@ class CausalLM(LayeredModel):
             The logits, float32 ``[V]``.
         """
         states = self.normed(hidden[-1:])
-        return self.bounded(linear(states, self.head, "vocabulary")[0].float())
+        if (output := self.output) is None:
+            return self.bounded(linear(states, self.head, "vocabulary")[0].float())
+        return self.bounded(product(states, output)[0].float())
 
     def bounded(self, products: Tensor) -> Tensor:
         """Return the logits of the float32 products ``[V]`` with the output embedding."""
@@ -58,7 +74,8 @@ class CausalLM(LayeredModel):
         """The path of one token through the layers; None if it goes like a prompt."""
         if self.packing is None:
             return None
-        return token_path(self.spec, self._parts.layers, self.outside, self.head["vocabulary.weight"])
+        head = self.head["vocabulary.weight"] if self.output is None else self.output
+        return token_path(self.spec, self._parts.layers, self.outside, head)
 
 
 class StoredCausalLM(StoredModel):
@@ -71,6 +88,8 @@ class StoredCausalLM(StoredModel):
         lasting: See :class:`StoredModel`.
         adapter: See :class:`StoredModel`.
         pruning: How the MLPs are pruned; None for dense MLPs.
+        packing: How weights are quantised; None for the weights as they are.
+        show_progress: Whether to show a progress bar while the file with quantised weights is written.
 
     Raises:
         ModelNotFoundError: See :class:`StoredModel`.
@@ -86,8 +105,12 @@ class StoredCausalLM(StoredModel):
         lasting: bool = False,
         adapter: Adapter | None = None,
         pruning: MlpPruning | None = None,
+        packing: Packing | None = None,
+        show_progress: bool = False,
     ) -> None:
         self._pruning = pruning
+        self._quantized = packing
+        self._show_progress = show_progress
         super().__init__(directory, device=device, dtype=dtype, lasting=lasting, adapter=adapter)
 
     @property
@@ -95,14 +118,21 @@ class StoredCausalLM(StoredModel):
         """The tokens that end a text."""
         return end_tokens(self.directory, self.config.fields)
 
-    def sizes(self, window: int) -> ModelSizes:
+    def sizes(self, window: int, packing: Packing | None = None) -> ModelSizes:
         """Return what the parts of the model take in memory, keys and values included.
 
         Args:
             window: The number of tokens of the longest prompt together with its continuation.
+            packing: None: the model knows how its weights are quantised.
         """
-        sizes = super().sizes(window)
+        sizes = super().sizes(window, self._quantized)
         sizes = replace(sizes, keys=self.spec.depth * sizes.keys, table_needed=self._is_tied)
+        if self._quantized is not None:
+            output = self._packed(self._quantized).output_size
+            if self._is_tied:
+                sizes = replace(sizes, row=-(-output // sizes.vocabulary))
+            else:
+                sizes = replace(sizes, rest=sizes.rest + output)
         if self._pruning is None:
             return sizes
         columns = self._columns
@@ -128,9 +158,12 @@ class StoredCausalLM(StoredModel):
 
         Raises:
             ModelNotFoundError: The files cannot be read.
-            FileError: The file with the columns of the MLPs is damaged, or belongs to other weights.
-            StorageError: The file with the columns cannot be written.
+            FileError: The file with the quantised weights, or with the columns of the MLPs, is damaged, or belongs
+                to other weights.
+            StorageError: That file cannot be written.
         """
+        if self._quantized is not None:
+            return CausalLM(self._load_quantized(plan, self._packed(self._quantized)))
         if self._pruning is None:
             parts = self._load(plan)
         else:
@@ -145,6 +178,40 @@ class StoredCausalLM(StoredModel):
         if self._is_tied:
             parts = replace(parts, head={"vocabulary.weight": parts.outside["table.weight"]})
         return CausalLM(parts)
+
+    def _load_quantized(self, plan: MemoryPlan | None, packed: PackedLayers) -> Parts:
+        """Read the quantised weights from their file, which is written first if it is not there.
+
+        If there is no room for the file, and no layer is streamed from it, weights are quantised in memory.
+        """
+        streams = plan is not None and bool(plan.streamed)
+        try:
+            file = packed.open(needed=True, show_progress=self._show_progress)
+        except StorageError as error:
+            if streams:
+                raise
+            _log.warning("weights are quantised whenever the model is loaded: %s", error)
+            file = None
+        with closed_on_error(file) if file is not None else nullcontext():
+            output = self._output(packed, file)
+            parts = replace(self._parts(plan, (), packed, file), output=output)
+        return replace(parts, rows=PackedTable(output, self.dtype)) if self._is_tied else parts
+
+    def _output(self, packed: PackedLayers, file: PackedFile | None) -> Weight:
+        """Read the quantised output embedding, or quantise it now."""
+        if file is None:
+            with blaming_weights():
+                return packed.output()
+        return packed.output_of(self._read(file.groups[self.spec.depth + 1], aligned_buffer(PIECE)))
+
+    def _output_parts(self) -> Sequence[TensorGroup]:
+        if self._quantized is None:
+            return ()
+        table = self._tensors[OUTPUT]
+        changed = self.adapter is not None and OUTPUT in self.adapter.changes
+        rows = table.shape[0] if changed else _ROWS
+        firsts = range(0, table.shape[0], rows)
+        return [self._group([OUTPUT], None, {OUTPUT: table.rows(first, first + rows)}) for first in firsts]
 
     def _check_family(self) -> None:
         if not self.family.asks:
@@ -165,7 +232,9 @@ class StoredCausalLM(StoredModel):
         return self._tensors[OUTPUT] == self._tensors[self._table] and not (changed and OUTPUT in changed)
 
     def _not_read(self) -> Collection[str]:
-        return (OUTPUT,) if self._is_tied else ()
+        if self._quantized is None:
+            return (OUTPUT,) if self._is_tied else ()
+        return (OUTPUT, self._table) if self._is_tied else (OUTPUT,)
 
     def _apart(self) -> Collection[str]:
         return {name for names in self._mlps for name in names}

@@ -19,7 +19,7 @@ from grating_core.memory.header import StoredTensor
 from grating_core.memory.meter import Meter
 from grating_core.memory.plan import MemoryPlan, ModelSizes, make_plan
 from grating_core.models.family import ModelSpec, Pooling
-from grating_core.models.layered import LayeredModel, LosslessLayers, unpacked_bytes, work_per_token
+from grating_core.models.layered import LayeredModel, LosslessLayers
 from grating_core.models.layout import Shape as TensorShape
 from grating_core.models.layout import layer_names
 from grating_core.models.packing import Packing
@@ -125,24 +125,8 @@ class StoredCrossEncoder(StoredModel):
         return Shape.of(self.spec)
 
     def sizes(self, window: int, packing: Packing | None = None) -> ModelSizes:
-        """Return the sizes of the model's parts in memory.
-
-        Args:
-            window: The number of tokens of the longest pair.
-            packing: How the layers are packed; None for without a loss.
-        """
-        sizes = super().sizes(window)
-        if packing is not None:
-            packed = self._packed(packing)
-            sizes = replace(
-                sizes,
-                layers=packed.sizes,
-                bytes_read=packed.sizes,
-                converted=False,
-                rest=sizes.rest + (0 if sizes.kernels else unpacked_bytes(self.spec)),
-                work=work_per_token(self.spec, self.dtype, packing),
-                writing=packed.writing,
-            )
+        """See :meth:`StoredModel.sizes`."""
+        sizes = super().sizes(window, packing)
         # torch copies the keys and values of a decoder's longest sequence; see the attention of an encoder.
         return replace(sizes, keys=2 * sizes.keys) if self.spec.causal and not sizes.kernels else sizes
 

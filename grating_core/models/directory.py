@@ -205,6 +205,15 @@ def blaming_config(config: Path) -> Iterator[None]:
         raise ModelNotFoundError(f"{config} does not describe a model that fits its weights: {reason}") from error
 
 
+@contextmanager
+def blaming_weights() -> Iterator[None]:
+    """Turn an error of reading weights into one of the model."""
+    try:
+        yield
+    except FileError as error:
+        raise ModelNotFoundError(f"{error}; delete the file and fetch the model again") from error
+
+
 def weight_files(directory: Path) -> dict[Path, str]:
     """Return the safetensors files of a model directory, with what comes before the names of their tensors.
 

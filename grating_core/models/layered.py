@@ -13,12 +13,13 @@ from torch import Tensor
 from grating_core.columns.companion import ColumnFile
 from grating_core.kernels import reference
 from grating_core.kernels.choice import kernels
-from grating_core.kernels.operands import Lookup, Norm
+from grating_core.kernels.operands import Lookup, Norm, Weight
 from grating_core.layers import layer as plain
 from grating_core.layers import packed_steps
 from grating_core.layers.layer import Mlp
 from grating_core.layers.linear import Weights, linear, normed
 from grating_core.layers.packed import PackedLayer
+from grating_core.layers.packed_table import PackedTable
 from grating_core.layers.relative import SCRATCH
 from grating_core.layers.rotary import Angles, angles
 from grating_core.layers.sending import sent
@@ -87,11 +88,12 @@ class Parts:
         head: Weights of the head, by role.
         layers: Weights of the resident layers by role, or packed, by number from 1.
         streamer: Reader of the streamed layers' weights; None if no layer is streamed.
-        rows: The row cache in the place of the embedding table; None if the table is resident.
+        rows: What gives rows in the place of the embedding table; None if the table is resident as it is.
         columns: The companion file with the columns of pruned MLPs; None if the MLPs are dense.
         mlps: The functions in the place of the layers' MLPs; empty if the MLPs are dense.
         packing: How the layers are packed; None if they are not.
         packed: The companion file with packed layers; None without one.
+        output: The quantised output embedding of a language model; None for another.
         lossless: The layers without 8 bits, beside those in 8 bits; None if they are not in memory.
         checkpoint: The files that streamer and row cache read; None without streamer and row cache.
     """
@@ -105,11 +107,12 @@ class Parts:
     head: Weights
     layers: Mapping[int, Weights | PackedLayer]
     streamer: Streamer | None = None
-    rows: RowCache | None = None
+    rows: RowCache | PackedTable | None = None
     columns: ColumnFile | None = None
     mlps: Sequence[Mlp] = ()
     packing: Packing | None = None
     packed: PackedFile | None = None
+    output: Weight | None = None
     lossless: LosslessLayers | None = None
     checkpoint: Checkpoint | None = None
 
@@ -144,7 +147,7 @@ class LayeredModel:
         """The dtype of hidden states."""
         self.packing = parts.packing
         """How the layers are packed; None if they are not."""
-        self.products = torch.int8 if parts.packing is not None and parts.packing.quantized else parts.dtype
+        self.products = torch.int8 if parts.packing is not None and parts.packing.formats else parts.dtype
         """The dtype of the layers' products."""
         self._factor = torch.tensor(parts.spec.scale, dtype=parts.dtype).item()  # rounded, as transformers does
         self._norm = _norm(parts.spec, parts.outside)
@@ -275,7 +278,7 @@ def work_per_token(
         # What an MLP has inside never is there for all tokens. There are queries and what attention gave, keys and
         # values, normed states, and what a lens copies.
         states = 2 * (attended + layer.key_heads * layer.head_size + spec.width) * dtype.itemsize
-        return states + (attended + spec.width if packing.quantized else 0)
+        return states + (attended + spec.width if packing.formats else 0)
     if pruned:
         return (5 * widest + 8 * spec.width) * dtype.itemsize + 4 * 4 * widest
     if packing is not None:

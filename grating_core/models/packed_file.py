@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from grating_core.errors import FileError, StorageError
 from grating_core.files.places import is_there
-from grating_core.layers.packed import Layout, PackedLayer, tensors_of
+from grating_core.layers.packed import Layout
 from grating_core.lifetime import closed_on_error
 from grating_core.memory.checkpoint import Checkpoint, whole_sectors
 from grating_core.memory.companion import WAY_OUT, Contents, check_companion, write_companion
@@ -88,7 +88,7 @@ def open_packed(
     path: Path,
     layouts: Sequence[Layout],
     fingerprint: str,
-    layers: Callable[[], Iterable[PackedLayer]],
+    layers: Callable[[], Iterable[Mapping[str, Tensor]]],
     *,
     show_progress: bool = False,
 ) -> PackedFile:
@@ -98,7 +98,7 @@ def open_packed(
         path: The file.
         layouts: The layout of each layer.
         fingerprint: Identity of the model's weights.
-        layers: Function that yields one packed layer after the other.
+        layers: Function that yields the tensors of one packed layer after the other, by name.
         show_progress: Whether to show a progress bar while writing.
 
     Raises:
@@ -111,8 +111,8 @@ def open_packed(
             write_companion(path, _contents(layouts), fingerprint, parts)
         except StorageError as error:
             raise StorageError(
-                f"the companion file with the layers in 8 bits is missing, and {error}; or take another dtype, or "
-                f"leave memory_budget out"
+                f"the companion file with quantised layers is missing, and {error}; or take another dtype, or "
+                f"leave bits or memory_budget out"
             ) from error
     return PackedFile(path, layouts, fingerprint)
 
@@ -128,7 +128,7 @@ def _contents(layouts: Sequence[Layout]) -> Contents:
 
 
 def _parts(
-    layers: Callable[[], Iterable[PackedLayer]], layouts: Sequence[Layout], *, show_progress: bool
+    layers: Callable[[], Iterable[Mapping[str, Tensor]]], layouts: Sequence[Layout], *, show_progress: bool
 ) -> Iterator[memoryview]:
     """Yield the bytes of all layers, and then their checksums."""
     checks, packed = [], iter(layers())
@@ -142,9 +142,8 @@ def _parts(
     yield np.array(checks, dtype="<u4").data
 
 
-def _bytes(layer: PackedLayer, layout: Layout) -> Iterator[memoryview]:
+def _bytes(tensors: Mapping[str, Tensor], layout: Layout) -> Iterator[memoryview]:
     """Yield the bytes of a layer's tensors, and fill."""
-    tensors = tensors_of(layer)
     fill = torch.zeros(layer_bytes(layout) - _used(layout), dtype=torch.uint8)
     for tensor in (*(tensors[name] for name in layout), fill):
         yield tensor.view(-1).view(torch.uint8).numpy().data

@@ -1,9 +1,9 @@
-"""Packed layers of a model: their dtypes, what they take in memory, and where they come from."""
+"""Packed layers of a model: their formats, what they take in memory, and where they come from."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,10 +12,26 @@ from torch import Tensor
 from grating_core.errors import StorageError
 from grating_core.files.places import cache_directory, is_kept, is_there
 from grating_core.files.writing import require_room
+from grating_core.kernels.operands import Weight
 from grating_core.kernels.packing import PACKING
 from grating_core.layers.linear import Weights
-from grating_core.layers.packed import Layout, PackedLayer, layer_of, layout_of, packed_layer
-from grating_core.layers.spec import LayerSpec, Role
+from grating_core.layers.packed import (
+    INT8,
+    Q4,
+    Format,
+    Formats,
+    Layout,
+    PackedLayer,
+    fields_of,
+    layer_of,
+    layout_of,
+    layout_of_weight,
+    packed_layer,
+    quantized_weight,
+    tensors_of,
+    weight_of,
+)
+from grating_core.layers.spec import LayerSpec
 from grating_core.memory.checkpoint import aligned_buffer
 from grating_core.memory.group import PIECE, TensorGroup
 from grating_core.memory.meter import return_freed_memory
@@ -23,10 +39,10 @@ from grating_core.models.family import Family, ModelSpec
 from grating_core.models.layout import layer_by_role, layer_names
 from grating_core.models.packed_file import PackedFile, layer_bytes, open_packed
 
-QUANTIZED: frozenset[Role] = frozenset(
-    ("query", "key", "value", "output", "gate", "up", "down", "position_key", "position_query")
+IN_8_BITS: Formats = dict.fromkeys(
+    ("query", "key", "value", "output", "gate", "up", "down", "position_key", "position_query"), INT8
 )
-"""The roles of the products of a layer in 8 bits."""
+"""The formats of a layer in 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -34,32 +50,51 @@ class Packing:
     """A packing says in what a layer computes.
 
     Attributes:
-        states: The dtype of hidden states, and of products that are not in 8 bits: bfloat16 or float32.
-        quantized: The roles of the products in 8 bits; none by default, which loses nothing.
+        states: The dtype of hidden states, and of products that are not quantised: bfloat16 or float32.
+        formats: The formats of the quantised products by role; none by default, which loses nothing.
+        output: The format of a language model's output embedding; None if it is not quantised.
+        rows: Whether products by int8 matrices take int8 rows; if not, only weights are quantised, and no states.
     """
 
     states: torch.dtype
-    quantized: frozenset[Role] = frozenset()
+    formats: Formats = field(default_factory=dict)
+    output: Format | None = None
+    rows: bool = True
+
+    @property
+    def name(self) -> str:
+        """The name of the formats, for companion files."""
+        names = sorted({str(format) for format in self.formats.values()})
+        return "-".join([*names, *([] if self.output is None else [f"output-{self.output}"])])
 
     def packed(self, spec: LayerSpec, weights: Weights, *, in_place: bool = False) -> PackedLayer:
         """Pack the weights of a layer, which are given by role in any floating dtype.
 
         All are copied, unless packing may use their memory, ``in_place``.
         """
-        return packed_layer(spec, weights, self.states, self.quantized, in_place=in_place)
+        packed = packed_layer(spec, weights, self.states, self.formats, in_place=in_place)
+        return packed._replace(rows=self.rows)
 
     def layer(self, spec: LayerSpec, tensors: Mapping[str, Tensor]) -> PackedLayer:
         """Return the packed layer that has these tensors, see :func:`grating_core.layers.packed.tensors_of`."""
-        return layer_of(spec, tensors, self.states, self.quantized)
+        return layer_of(spec, tensors, self.states)._replace(rows=self.rows)
 
     def layout(self, family: Family, spec: LayerSpec) -> Layout:
         """Return the layout of a layer in this packing."""
         stored = {name: torch.empty(shape, device="meta") for name, shape in layer_names(family, spec, 1).items()}
-        return layout_of(spec, layer_by_role(family, spec, 1, stored), self.states, self.quantized)
+        return layout_of(spec, layer_by_role(family, spec, 1, stored), self.states, self.formats)
+
+
+def generating(bits: int, states: torch.dtype) -> Packing:
+    """Return the packing of a language model in so many bits."""
+    formats = IN_8_BITS if bits == 8 else dict.fromkeys(IN_8_BITS, Q4)
+    return Packing(states, formats, INT8, rows=False)
 
 
 class PackedLayers:
     """Packed layers come from the weights on disk, or from the companion file that holds them packed.
+
+    A language model's quantised output embedding is among them, as what comes behind the last layer.
 
     Args:
         packing: How the layers are packed.
@@ -67,6 +102,8 @@ class PackedLayers:
         spec: The description of the model.
         groups: The weights of each layer on disk, in the dtypes that they are stored in, by number from 1.
         fingerprint: Identity of the model's weights.
+        output: The output embedding on disk, in parts of some rows each; none if it is not quantised. All parts
+            but the last have a multiple of 32 rows.
     """
 
     def __init__(
@@ -76,24 +113,34 @@ class PackedLayers:
         spec: ModelSpec,
         groups: Mapping[int, TensorGroup],
         fingerprint: str,
+        output: Sequence[TensorGroup] = (),
     ) -> None:
         self.packing = packing
         self._family = family
         self._spec = spec
         self._groups = groups
         self._fingerprint = fingerprint
+        self._output = output
         self._layouts = [packing.layout(family, layer) for layer in spec.layers]
+        if packing.output is not None:
+            self._layouts.append(layout_of_weight(spec.vocabulary, spec.width, packing.states, packing.output))
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """The bytes of each packed layer."""
-        return tuple(map(layer_bytes, self._layouts))
+        return tuple(map(layer_bytes, self._layouts[: self._spec.depth]))
+
+    @property
+    def output_size(self) -> int:
+        """The bytes of the quantised output embedding; 0 if it is not quantised."""
+        return sum(map(layer_bytes, self._layouts[self._spec.depth :]))
 
     @property
     def writing(self) -> int:
         """The bytes that writing the companion file takes in memory."""
         stored = max(group.size for group in self._groups.values())
-        return stored + max(self.sizes) + PIECE + PACKING
+        part = max((group.size for group in self._output), default=0)
+        return max(stored + max(self.sizes), part + self.output_size) + PIECE + PACKING
 
     def require_file(self) -> None:
         """Try, before anything is computed, whether the companion file is there or can be written.
@@ -102,7 +149,7 @@ class PackedLayers:
             StorageError: The file is missing and cannot be written.
         """
         if not is_there(path := self._path()):
-            require_room(path, sum(self.sizes))
+            require_room(path, sum(map(layer_bytes, self._layouts)))
 
     def open(self, *, needed: bool, show_progress: bool = False) -> PackedFile | None:
         """Open the companion file. If there is none, write it if it is needed, and else return None.
@@ -113,7 +160,7 @@ class PackedLayers:
             FileError: The file is damaged, or belongs to other weights.
             StorageError: The file cannot be written.
         """
-        if not self.packing.quantized:
+        if not self.packing.formats:
             return None
         try:
             path = self._path()
@@ -123,14 +170,18 @@ class PackedLayers:
             return None
         if not needed and not is_kept(path):
             return None
-        numbers = range(1, len(self._layouts) + 1)
-        return open_packed(
-            path, self._layouts, self._fingerprint, lambda: self.packed(numbers), show_progress=show_progress
-        )
+        return open_packed(path, self._layouts, self._fingerprint, self._tensors, show_progress=show_progress)
 
     def _path(self) -> Path:
         """Return the companion file. Raises ``StorageError`` if there is no place for it."""
-        return cache_directory() / "layers" / f"{self._fingerprint[:16]}-int8.safetensors"
+        return cache_directory() / "layers" / f"{self._fingerprint[:16]}-{self.packing.name}.safetensors"
+
+    def _tensors(self) -> Iterator[dict[str, Tensor]]:
+        """Yield what the companion file holds."""
+        # No name here stands for a layer, which would stay in memory while the next one is packed.
+        yield from map(tensors_of, self.packed(range(1, self._spec.depth + 1)))
+        if self.packing.output is not None:
+            yield fields_of(self.output())
 
     def packed(self, numbers: Collection[int]) -> Iterator[PackedLayer]:
         """Yield layers that are packed now. One layer at a time is in memory as it is on disk.
@@ -147,3 +198,27 @@ class PackedLayers:
             yield self.packing.packed(spec, weights)
             # Copies that packing made lie between packed layers on the heap, and would double what these take.
             return_freed_memory()
+
+    def output(self) -> Weight:
+        """Return the output embedding, which is quantised now. Some rows at a time are in memory as on disk.
+
+        Raises:
+            FileError: The weights cannot be read.
+        """
+        staging = aligned_buffer(PIECE)
+        buffer = aligned_buffer(max(group.size for group in self._output))
+        layout, format = self._layouts[self._spec.depth], self.packing.output
+        assert format is not None
+        whole = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in layout.items()}
+        ends = dict.fromkeys(whole, 0)
+        for group in self._output:
+            group.read(buffer, staging)
+            (matrix,) = group.views(buffer).values()
+            for name, part in fields_of(quantized_weight(matrix, None, format)).items():
+                start, ends[name] = ends[name], ends[name] + part.numel()
+                whole[name].view(-1)[start : ends[name]] = part.view(-1)
+        return self.output_of(whole)
+
+    def output_of(self, fields: Mapping[str, Tensor]) -> Weight:
+        """Return the output embedding that has these tensors."""
+        return weight_of(fields, self.packing.states, self._spec.vocabulary, self._spec.width)

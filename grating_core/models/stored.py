@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from grating_core.errors import FileError, ModelNotFoundError, UnsupportedModelError
+from grating_core.errors import ModelNotFoundError, UnsupportedModelError
 from grating_core.kernels.choice import kernels
 from grating_core.layers.linear import Weights
 from grating_core.layers.packed import PackedLayer
@@ -26,10 +26,10 @@ from grating_core.memory.rows import RowCache
 from grating_core.memory.streamer import Streamer
 from grating_core.models.adapter import Adapter
 from grating_core.models.agreement import check_complete, check_taken
-from grating_core.models.directory import is_gguf
+from grating_core.models.directory import blaming_weights, is_gguf
 from grating_core.models.files import find_config, open_weights
 from grating_core.models.identity import fingerprint
-from grating_core.models.layered import Parts, kernels_work, relative_bytes, work_per_token
+from grating_core.models.layered import Parts, kernels_work, relative_bytes, unpacked_bytes, work_per_token
 from grating_core.models.layout import (
     Shape,
     head_by_role,
@@ -96,14 +96,15 @@ class StoredModel(ABC):
         """The number of rows of the embedding table."""
         return self.spec.vocabulary
 
-    def sizes(self, window: int) -> ModelSizes:
+    def sizes(self, window: int, packing: Packing | None = None) -> ModelSizes:
         """Return the sizes of the model's parts in memory.
 
         Args:
             window: The number of tokens of the longest pair.
+            packing: How the layers are packed; None for without a loss.
         """
         spec, layer, adapter = self.spec, self.spec.layers[0], self.adapter.size if self.adapter else 0
-        return ModelSizes(
+        sizes = ModelSizes(
             layers=tuple(group.size for group in self._layers.values()),
             bytes_read=tuple(group.bytes_read for group in self._layers.values()),
             vocabulary=spec.vocabulary,
@@ -116,6 +117,13 @@ class StoredModel(ABC):
             keys=window * 2 * layer.key_heads * layer.head_size * self.dtype.itemsize,
             kernels=0 if self._packing is None else kernels_work(spec, self.dtype),
         )
+        if packing is None:
+            return sizes
+        packed, work = self._packed(packing), work_per_token(spec, self.dtype, packing)
+        sizes = replace(
+            sizes, layers=packed.sizes, bytes_read=packed.sizes, converted=False, writing=packed.writing
+        )
+        return replace(sizes, work=work, rest=sizes.rest + (0 if sizes.kernels else unpacked_bytes(spec)))
 
     def _check_family(self) -> None:  # noqa: B027 - a subclass need not refuse any family
         """Refuse a family that the subclass cannot use."""
@@ -189,10 +197,10 @@ class StoredModel(ABC):
         read = [name for name in self._head if name not in self._not_read()]
         others = [name for name in outside if name not in norm and name != self._table]
         self._always = [(read, self._head_dtype), (others, self.dtype)]
-        self._embedding = self._group([self._table], self.dtype)
+        self._tables = [self._group([self._table], self.dtype)] if self._table not in self._not_read() else []
 
     def _not_read(self) -> Collection[str]:
-        """Return the names of the head's weights that are in memory anyway."""
+        """Return the names of weights around the layers that are in memory anyway, in another form perhaps."""
         return ()
 
     def _rest(self, window: int | None) -> list[TensorGroup]:
@@ -221,10 +229,14 @@ class StoredModel(ABC):
     def _packed(self, packing: Packing) -> PackedLayers:
         """Return the layers in packed form."""
         groups, identity = self._layers, ""
-        if packing.quantized:
+        if packing.formats:
             groups = {number: self._group(names) for number, names in enumerate(self._in_layers, 1)}
             identity = fingerprint(self.directory, self.adapter, self._cut)
-        return PackedLayers(packing, self.family, self.spec, groups, identity)
+        return PackedLayers(packing, self.family, self.spec, groups, identity, self._output_parts())
+
+    def _output_parts(self) -> Sequence[TensorGroup]:
+        """Return the output embedding in parts of some rows each, if it is quantised."""
+        return ()
 
     def _load(
         self, plan: MemoryPlan | None, also: Sequence[TensorGroup] = (), packing: Packing | None = None
@@ -265,8 +277,8 @@ class StoredModel(ABC):
         staging = aligned_buffer(PIECE)
         rest = self._rest(None if plan is None else plan.sizes.window)
         named: dict[str, Tensor] = {}
-        with _blaming_weights():
-            for group in (*rest, *also, *([self._embedding] if table_resident else ())):
+        with blaming_weights():
+            for group in (*rest, *also, *(self._tables if table_resident else ())):
                 named |= self._read(group, staging)
         layers = dict(zip(numbers, self._resident(numbers, packed, file, staging), strict=True))
         if self.adapter is not None:
@@ -312,7 +324,7 @@ class StoredModel(ABC):
                 stored = self._read(file.groups[number], staging)
                 yield packed.packing.layer(self.spec.layers[number - 1], stored)
             return
-        with _blaming_weights():
+        with blaming_weights():
             if packed is not None:
                 yield from packed.packed(numbers)
                 return
@@ -328,12 +340,3 @@ class StoredModel(ABC):
         buffer = aligned_buffer(group.size)
         group.read(buffer, staging)
         return group.views(buffer.to(self.device))
-
-
-@contextmanager
-def _blaming_weights() -> Iterator[None]:
-    """Turn an error of reading weights into one of the model."""
-    try:
-        yield
-    except FileError as error:
-        raise ModelNotFoundError(f"{error}; delete the file and fetch the model again") from error

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from grating_core.columns.install import mlp_pruning
 from grating_core.lifetime import closed_on_error
 from grating_core.memory.meter import resident_memory
 from grating_core.memory.plan import MemoryPlan
 from grating_core.models.causal_lm import CausalLM, StoredCausalLM
+from grating_core.models.packing import Packing, generating
 from grating_core.opening.found import find, with_tokenizer
 from grating_core.settings import GenerationSettings
 from grating_core.text.chat import PromptTokenizer
@@ -54,8 +57,9 @@ class OpenLanguageModel:
         Raises:
             ModelNotFoundError: The files are damaged.
             UnsupportedModelError: The tokenizer has no Rust backend.
-            FileError: The file with the columns of the MLPs is damaged, or belongs to other weights.
-            StorageError: The file with the columns cannot be written.
+            FileError: The file with the quantised weights, or with the columns of the MLPs, is damaged, or belongs
+                to other weights.
+            StorageError: That file cannot be written.
         """
         before = resident_memory()
         tokenizer = PromptTokenizer(self.stored.directory, rows=self.stored.vocabulary)
@@ -81,6 +85,7 @@ def open_language_model(settings: GenerationSettings) -> OpenLanguageModel:
         ValueError: A setting does not fit this machine or this model.
     """
     device, dtype, directory, adapter = find(settings)
+    packing = None if settings.bits is None else _packing(settings.bits, device, dtype)
     stored = StoredCausalLM(
         directory,
         device=device,
@@ -88,8 +93,27 @@ def open_language_model(settings: GenerationSettings) -> OpenLanguageModel:
         adapter=adapter,
         lasting=settings.budget is not None,
         pruning=mlp_pruning(settings.mlp_density, show_progress=settings.show_progress),
+        packing=packing,
+        show_progress=settings.show_progress,
     )
     with closed_on_error(stored):
         window = find_window(directory, stored.window, settings.max_length, _USUAL_LENGTH)
         plan = None if settings.budget is None else stored.plan(window, settings.budget)
         return OpenLanguageModel(stored, window, plan)
+
+
+def _packing(bits: int, device: torch.device, dtype: torch.dtype) -> Packing:
+    """Return the packing of weights in so many bits.
+
+    Raises:
+        ValueError: This device, or layers in this dtype, take no weights in so many bits.
+    """
+    if device.type != "cpu":
+        raise ValueError(
+            f"bits={bits} is for the CPU, and this model computes on {device}: use device='cpu', or leave bits out"
+        )
+    if dtype == torch.float16:
+        raise ValueError(
+            f"dtype='float16' does not go with bits={bits}: use dtype='auto', 'bfloat16' or 'float32'"
+        )
+    return generating(bits, dtype)

@@ -18,7 +18,7 @@ from grating_core.lifetime import closed_on_error
 from grating_core.memory.meter import resident_memory
 from grating_core.memory.plan import MemoryPlan
 from grating_core.models.cross_encoder import StoredCrossEncoder
-from grating_core.models.packing import QUANTIZED, Packing
+from grating_core.models.packing import IN_8_BITS, Packing
 from grating_core.models.placement import states_dtype
 from grating_core.opening.found import Found, find, with_tokenizer
 from grating_core.opening.opened import OpenReranker
@@ -62,7 +62,7 @@ class OpenLayered(OpenReranker):
         dtype = self.settings.dtype
         if dtype not in ("auto", "int8"):
             return None
-        packing = Packing(self.stored.dtype, QUANTIZED)
+        packing = Packing(self.stored.dtype, IN_8_BITS)
         if dtype == "int8":
             return packing
         fast = self.stored.device.type == "cpu" and kernels().has(torch.int8)

@@ -14,17 +14,18 @@ from grating_core import Reranker, StreamedCausalLM
 from grating_core.errors import FileError, StorageError
 from grating_core.files.locks import locked
 from grating_core.kernels.choice import kernels
-from grating_core.layers.packed import tensors_of
+from grating_core.layers.packed import INT8 as BY_COLUMN
+from grating_core.layers.packed import Q4, Format, tensors_of
 from grating_core.memory.checkpoint import SECTOR
 from grating_core.memory.header import parse_header
 from grating_core.models.cross_encoder import StoredCrossEncoder
-from grating_core.models.packing import QUANTIZED, Packing
+from grating_core.models.packing import IN_8_BITS, Packing
 from tests.core.conftest import BUNDLED, WINDOW, WORDS, save_model
 from tests.core.memory.conftest import PLANS, load_planned
 from tests.core.parity import load, random_text
 
 CPU = torch.device("cpu")
-INT8 = Packing(torch.float32, QUANTIZED)
+INT8 = Packing(torch.float32, IN_8_BITS)
 SOURCE = random.Random(18)
 PAIRS = [("w1 w2", random_text(length, SOURCE, WORDS)) for length in (0, 1, 2 * WINDOW, 7, 30, 31, 64, 90)]
 
@@ -34,10 +35,12 @@ def companion(cache: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("quantized", [frozenset(), QUANTIZED, frozenset(("query", "down"))])
-def test_a_layout_is_that_of_what_is_packed(tiny: Path, quantized: frozenset[str]) -> None:
+@pytest.mark.parametrize(
+    "formats", [{}, IN_8_BITS, {"query": BY_COLUMN, "down": Format(4, grouped=True), "up": Q4}]
+)
+def test_a_layout_is_that_of_what_is_packed(tiny: Path, formats: dict[str, Format]) -> None:
     stored = StoredCrossEncoder(tiny, device=CPU, dtype=torch.bfloat16)
-    packing = Packing(torch.bfloat16, quantized)
+    packing = Packing(torch.bfloat16, formats)
     packed = stored.load(None, packing=packing)
     for number, spec in enumerate(stored.spec.layers, 1):
         with packed.layer(number) as layer:
@@ -142,7 +145,7 @@ def test_no_room_is_told_before_anything_is_written(
     tiny_bert: Path, spill_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(StorageError, match=r"layers in 8 bits is missing.*take another dtype"):
+    with pytest.raises(StorageError, match=r"quantised layers is missing.*take another dtype"):
         load_planned(tiny_bert, packing=INT8, resident=())
     assert not list((spill_directory / "layers").iterdir())
 
@@ -161,7 +164,7 @@ def test_who_waits_for_a_file_does_not_write_it_again(tiny_bert: Path, spill_dir
 
 
 def test_8_bits_are_refused_where_they_are_not_for() -> None:
-    with pytest.raises(ValueError, match=r"dtype='int8' is for rerankers so far: use 'auto'"):
+    with pytest.raises(ValueError, match=r"dtype='int8' is for rerankers: use bits=8"):
         StreamedCausalLM.from_pretrained(BUNDLED, dtype="int8")
     with pytest.raises(ValueError, match=r"dtype='int4' is unknown; use 'auto', .*'int8'"):
         Reranker.from_pretrained(BUNDLED, dtype="int4")

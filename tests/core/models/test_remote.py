@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from grating_core import ModelNotFoundError, UnsupportedModelError
-from grating_core.models.packing import QUANTIZED, Packing
+from grating_core.models.packing import IN_8_BITS, Packing
 from tests.core.conftest import WINDOW, WORDS, save_tokenizer
 from tests.core.memory.conftest import PLANS, load_planned
 from tests.core.parity import TOLERANCE, load, random_text, saved_tokenizer
@@ -233,7 +233,7 @@ def test_streamed_and_in_8_bits(made: tuple[Path, Any], plan: str, spill_directo
     pairs = random_pairs()
     expected = official(pairs)
     assert load_planned(directory, **PLANS[plan]).score(pairs) == pytest.approx(expected, abs=TOLERANCE)
-    packing = Packing(torch.float32, QUANTIZED)
+    packing = Packing(torch.float32, IN_8_BITS)
     found = torch.tensor(load_planned(directory, packing=packing, **PLANS[plan]).score(pairs))
     assert (found - torch.tensor(expected)).abs().mean() < 0.15 * (max(expected) - min(expected))
 
