@@ -22,8 +22,8 @@ from grating_core.pruning.policy import Route
 Array = NDArray[np.float64]
 
 _AHEAD = 1.25  # how much further ahead of the bar than behind it is far
-_LEAST = 0.3  # typical errors
-_NARROWING = 1.25  # the power of the errors with which the candidates that go on come nearer to the bar
+_LEAST = 0.4  # typical errors
+_NARROWING = 1.5  # the power of the errors with which the candidates that go on come nearer to the bar
 _MEMORY = 0.98  # the weight of what was known before, beside the newest layer
 _SPREAD = 0.2  # the deviation of numbers of tokens, as a share of their mean, that tells half of fixed costs apart
 _LATELY = 0.6  # the weight of how slow layers were before, beside the newest
