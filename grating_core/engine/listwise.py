@@ -24,18 +24,17 @@ from grating_core.engine.highlights import Highlighter
 from grating_core.engine.job import UNPRUNED, Job
 from grating_core.engine.one_pass import Outcome, room_for, trace_of
 from grating_core.engine.ragged import Encoded, RaggedBatch, Slice
+from grating_core.engine.scorer import usual_slice
 from grating_core.engine.unpruned import UnprunedScorer
 from grating_core.forking import Interrupted
 from grating_core.kernels.room import Room
 from grating_core.layers.sending import integers, sent
 from grating_core.memory.hidden import HiddenStates
 from grating_core.memory.meter import Meter, PeakMemory
-from grating_core.memory.plan import PASS_TOKENS, MemoryPlan, tokens_of_slice
+from grating_core.memory.plan import PASS_TOKENS, MemoryPlan
 from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.text.lists import Block, ListTemplate
 from grating_core.text.pairs import TokenisedPair
-
-_SLICE_TOKENS = {"cuda": 32768, "mps": 8192}  # on the CPU it depends on the size of the layers
 
 
 class ListScorer(UnprunedScorer):
@@ -54,8 +53,7 @@ class ListScorer(UnprunedScorer):
     def __init__(self, model: CrossEncoder, template: ListTemplate, plan: MemoryPlan | None = None) -> None:
         super().__init__(model, template)
         self.plan = plan
-        usual = _SLICE_TOKENS.get(model.device.type, tokens_of_slice(model.work))
-        self.slice_tokens = plan.slice_tokens if plan else usual
+        self.slice_tokens = plan.slice_tokens if plan else usual_slice(model)
         self.pass_tokens = plan.pass_tokens if plan else max(PASS_TOKENS, self.slice_tokens)
 
     def highlighter(self, documents: Sequence[str]) -> Highlighter:

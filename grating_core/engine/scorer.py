@@ -209,6 +209,11 @@ class Scorer(ABC):
         return job.future.result().trace
 
 
+def usual_slice(model: CrossEncoder) -> int:
+    """Return the most tokens that a model computes at once without a budget."""
+    return _SLICE_TOKENS.get(model.device.type, tokens_of_slice(model.work))
+
+
 class LayerScorer(Scorer):
     """A layer scorer computes with grating's own layers, so that candidates can stop after any layer.
 
@@ -232,8 +237,7 @@ class LayerScorer(Scorer):
         self.recount = recount
         """What decides close contests of a model in 8 bits; None if nothing does."""
         self.plan = plan
-        usual = _SLICE_TOKENS.get(model.device.type, tokens_of_slice(model.work))
-        self.slice_tokens = plan.slice_tokens if plan else usual  # a longer sequence is divided
+        self.slice_tokens = plan.slice_tokens if plan else usual_slice(model)  # a longer sequence is divided
         # Only compiled kernels give the same bits with any number of threads, and only a resident model may be
         # used by two passes.
         side_by_side = plan is None and model.kernels != "torch" and Lanes.work_here()

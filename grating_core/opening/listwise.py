@@ -15,6 +15,7 @@ from grating_core.models.families import FAMILIES
 from grating_core.models.placement import states_dtype
 from grating_core.opening.found import Found, with_tokenizer
 from grating_core.opening.layered import OpenLayered
+from grating_core.opening.opened import refuse_settings
 from grating_core.pruning import Off
 from grating_core.settings import RerankSettings
 from grating_core.text.lists import load_list_template
@@ -75,7 +76,13 @@ def open_listwise(settings: RerankSettings, found: Found) -> OpenListwise:
         BudgetError: The memory budget is too small; the message states the smallest that works.
         ValueError: A setting does not fit this model.
     """
-    _refuse_settings(settings)
+    needs = {
+        "template": (settings.template is not None, "has a format of its own"),
+        "long_documents": (settings.long_documents != "truncate", "cuts documents after 2,048 tokens"),
+        "cutoff_layers": (settings.cutoff_layers is not None, "has a head behind its last layer only"),
+        "lens": (settings.lens is not None, "shows no document's score between layers"),
+    }
+    refuse_settings(settings, "it reads all documents of a request together, and", needs)
     device, products, directory, adapter = found
     stored = StoredCrossEncoder(
         directory,
@@ -88,26 +95,3 @@ def open_listwise(settings: RerankSettings, found: Found) -> OpenListwise:
         opened = OpenListwise(settings, stored, None, find_window(directory, stored.window, settings.max_length))
         _ = opened.plan  # a budget that is too small is refused here
         return opened
-
-
-def _refuse_settings(settings: RerankSettings) -> None:
-    """Refuse settings that need a model that reads one document at a time.
-
-    Raises:
-        ValueError: There is such a setting; the message names it.
-    """
-    needs = {
-        "template": (settings.template is not None, "has a format of its own"),
-        "long_documents": (settings.long_documents != "truncate", "cuts documents after 2,048 tokens"),
-        "cutoff_layers": (settings.cutoff_layers is not None, "has a head behind its last layer only"),
-        "recalibrate": (settings.recalibrate > 0, "has no margins to recalibrate"),
-        "lens": (settings.lens is not None, "shows no document's score between layers"),
-        "pruning": (settings.pruning not in ("auto", "off") and not isinstance(settings.pruning, Off),
-                    "drops no document before the last layer"),
-    }  # fmt: skip
-    for name, (given, why) in needs.items():
-        if given:
-            raise ValueError(
-                f"{name}={getattr(settings, name)!r} does not fit this model: it reads all documents of a request "
-                f"together, and {why}; leave {name} out"
-            )

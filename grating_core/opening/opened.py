@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from grating_core.lens.store import CalibratedLens
 from grating_core.memory.plan import MemoryPlan
 from grating_core.models.adapter import Adapter
 from grating_core.models.identity import fingerprint
-from grating_core.pruning import PruningPolicy
+from grating_core.pruning import Off, PruningPolicy
 from grating_core.settings import RerankSettings
 from grating_core.text.prompts import Prompt
 
@@ -132,3 +132,28 @@ class OpenReranker(ABC):
     def close(self) -> None:
         """Close the files. A model that was loaded from them can then read no more weights."""
         self.stored.close()
+
+
+def refuse_settings(settings: RerankSettings, because: str, needs: Mapping[str, tuple[bool, str]]) -> None:
+    """Refuse settings that a model has no meaning for.
+
+    Args:
+        settings: The settings.
+        because: What is different with the model.
+        needs: For each setting, by name, whether it was given, and why it does not fit. Pruning is refused by
+            itself, as no document is dropped.
+
+    Raises:
+        ValueError: There is such a setting; the message names it.
+    """
+    prunes = settings.pruning not in ("auto", "off") and not isinstance(settings.pruning, Off)
+    all_needs = {
+        **needs,
+        "recalibrate": (settings.recalibrate > 0, "has no margins to recalibrate"),
+        "pruning": (prunes, "drops no document before the last layer"),
+    }
+    for name, (given, why) in all_needs.items():
+        if given:
+            raise ValueError(
+                f"{name}={getattr(settings, name)!r} does not fit this model: {because} {why}; leave {name} out"
+            )

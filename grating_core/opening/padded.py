@@ -13,7 +13,7 @@ from grating_core.lifetime import closed_on_error
 from grating_core.models.by_transformers import StoredClassifier
 from grating_core.models.directory import is_gguf
 from grating_core.opening.found import Found
-from grating_core.opening.opened import OpenReranker
+from grating_core.opening.opened import OpenReranker, refuse_settings
 from grating_core.pruning import Off
 from grating_core.settings import RerankSettings
 from grating_core.text.pairs import load_template
@@ -77,7 +77,14 @@ def open_padded(settings: RerankSettings, found: Found) -> OpenPadded:
     dtype = torch.float32 if settings.dtype == "auto" else found.dtype
     stored = StoredClassifier(directory, device=found.device, dtype=dtype)
     with closed_on_error(stored):
-        _refuse_settings(settings, stored.architecture)
+        needs = {
+            "memory_budget": (settings.budget is not None, "holds all weights in memory"),
+            "dtype": (settings.dtype == "int8", "has no layers in 8 bits"),
+            "adapter": (settings.adapter is not None, "gets no adapter: merge it into the model with PEFT first"),
+            "cutoff_layers": (settings.cutoff_layers is not None, "knows no heads behind other layers"),
+            "lens": (settings.lens is not None, "shows no states between layers to a lens"),
+        }
+        refuse_settings(settings, f"transformers computes {stored.architecture}, and then", needs)
         prompt = find_prompt(settings.template, str(settings.model), directory, stored.family)
         window = find_window(directory, stored.window, settings.max_length, usual_length(prompt, stored.family))
         if settings.engine == "auto":
@@ -86,27 +93,3 @@ def open_padded(settings: RerankSettings, found: Found) -> OpenPadded:
                 f"{stored.architecture}: this is slower, drops no document early, and takes no memory budget"
             )
         return OpenPadded(settings, stored, prompt, window)
-
-
-def _refuse_settings(settings: RerankSettings, architecture: str) -> None:
-    """Refuse settings that only grating's own layers have a meaning for.
-
-    Raises:
-        ValueError: There is such a setting; the message names it.
-    """
-    needs = {
-        "memory_budget": (settings.budget is not None, "holds all weights in memory"),
-        "dtype": (settings.dtype == "int8", "has no layers in 8 bits"),
-        "adapter": (settings.adapter is not None, "gets no adapter: merge it into the model with PEFT first"),
-        "recalibrate": (settings.recalibrate > 0, "has no margins to recalibrate"),
-        "cutoff_layers": (settings.cutoff_layers is not None, "knows no heads behind other layers"),
-        "lens": (settings.lens is not None, "shows no states between layers to a lens"),
-        "pruning": (settings.pruning not in ("auto", "off") and not isinstance(settings.pruning, Off),
-                    "drops no document before the last layer"),
-    }  # fmt: skip
-    for name, (given, why) in needs.items():
-        if given:
-            raise ValueError(
-                f"{name}={getattr(settings, name)!r} does not fit this model: transformers computes "
-                f"{architecture}, and then {why}; leave {name} out"
-            )

@@ -64,6 +64,9 @@ class ListTemplate(Template):
         self._lead, self._trail = map(tokenizer.written, (_LEAD, _TRAIL))
         self._instruction = "" if instruction is None else f"<instruct>\n{encodable(instruction)}\n</instruct>\n"
         self._document_mark, self._query_mark = (_mark(tokenizer, name) for name in (_DOCUMENT_MARK, _QUERY_MARK))
+        self._beside = (
+            len(tokenizer.ids(_passage(_BLOCK))) + 1 + _SHARED
+        )  # tokens of a passage beside its document
 
     def encode(self, query: str, documents: Sequence[str]) -> list[list[TokenisedPair]]:
         """Write each document into a block of its own; see :meth:`Template.encode`."""
@@ -101,11 +104,6 @@ class ListTemplate(Template):
         room = self.window - self._around(query) - self._beside
         self._check_room(room, query)
         return query, min(_DOCUMENT, room)
-
-    @property
-    def _beside(self) -> int:
-        """The number of tokens that a passage has beside its document's."""
-        return len(self._tokenizer.ids(_passage(_BLOCK))) + 1 + _SHARED
 
     def _around(self, query: str) -> int:
         """Return the number of tokens of a block beside its passages."""
