@@ -4,9 +4,9 @@
     .venv/bin/python -m benchmarks.streaming disk
     .venv/bin/python -m benchmarks.streaming slow-disk
 
-The weights are random, in the shape of Qwen3-4B: 8 GB in bfloat16. Every system runs in a fresh process, one after
-the other, after another process has written what it needs in the cache. Those that stream read past the page
-cache. Their budget is what everything in memory would take, less half of the weights. Dense streaming and pruning
+The weights are random, in the shape of Qwen3-4B: 8 GB in bfloat16. Every system runs in a fresh process, after
+another process has written what it needs in the cache. Those that hold everything take turns, and need 16 GB
+together. Those that stream run one after the other, and read past the page cache. Their budget is what everything in memory would take, less half of the weights. Dense streaming and pruning
 with as many bits get the same. The first round warms the caches of columns and is not counted. Tokens are drawn
 at random (temperature 1), so that no text repeats itself.
 
@@ -17,7 +17,7 @@ other, as behind a SATA cable.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from io import FileIO
@@ -172,41 +172,52 @@ def _refusal(directory: Path, case: Case) -> BudgetError:
     raise AssertionError("no model fits into a byte")
 
 
-def measure(directory: Path, case: Case, part: Part, *, tokens: int, rounds: int, threads: int) -> Row:
-    """Continue a prompt in a fresh process, and reduce what is seen to a row."""
-    weights, budget = find_sizes(directory, case)
+def measure(
+    directory: Path, cases: Sequence[Case], part: Part, *, tokens: int, rounds: int, threads: int
+) -> list[Row]:
+    """Continue a prompt in a fresh process for each case, in turns, and reduce what is seen to a row each."""
+    prompt, _ = make_prompt(directory, PROMPT_TOKENS)
+    sizes = [find_sizes(directory, case) for case in cases]
+    systems = [
+        System(case.name, load_grating, _settings(directory, case, part, budget, threads))
+        for case, (_, budget) in zip(cases, sizes, strict=True)
+    ]
+    for system in systems:
+        with loaded([system]):
+            pass  # the companion files are there now
+    answers: list[list[Facts]] = [[] for _ in cases]
+    forget_pages(directory)
+    with loaded(systems) as workers:
+        for seed in range(rounds + 1):
+            for case, worker, own in zip(cases, workers, answers, strict=True):
+                # Only caches of columns need more than a few tokens to be as they will stay.
+                count = 4 if seed == 0 and case.density is None else tokens
+                with progress.status(f"{case.name}: generating, round {seed} of {rounds}"):
+                    own.append(worker.ask((prompt, count, seed)).facts)
+        peaks = [(worker.peak_mb, worker.load_seconds) for worker in workers]
+    rows = []
+    for case, (weights, budget), own, (peak, seconds) in zip(cases, sizes, answers, peaks, strict=True):
+        row: Row = {
+            "bits": case.bits or 16,
+            "way": case.way,
+            "weights_mb": weights / 1e6,
+            "budget_mb": None if part == "resident" else budget / 1e6,
+            "peak_mb": peak,
+            "load_seconds": seconds,
+        }
+        for name in ("planned_mb", "tokens_per_second", "read_mb_per_token", "hit_rate"):
+            values = [value for facts in own[1:] if (value := facts[name]) is not None]
+            row[name] = median(values) if values else None
+        rows.append(row)
+    return rows
+
+
+def _settings(directory: Path, case: Case, part: Part, budget: int, threads: int) -> dict[str, Any]:
+    """Return what :func:`load_grating` takes."""
     settings = {**settings_of(case), "directory": directory, "threads": threads}
     if part != "resident":
         settings["memory_budget"] = budget
-    with loaded([System(f"{case.name}, for the first time", load_grating, settings)]):
-        pass  # the companion files are there now
-    if part == "slow-disk":
-        settings["rate"] = SLOW
-    prompt, _ = make_prompt(directory, PROMPT_TOKENS)
-    answers = []
-    forget_pages(directory)
-    with loaded([System(case.name, load_grating, settings)]) as (worker,):
-        for seed in range(rounds + 1):
-            # Only caches of columns need more than a few tokens to be as they will stay.
-            count = 4 if seed == 0 and case.density is None else tokens
-            with progress.status(f"{case.name}: generating, round {seed} of {rounds}"):
-                answers.append(worker.ask((prompt, count, seed)).facts)
-        peak, load_seconds = worker.peak_mb, worker.load_seconds
-
-    def typical(name: str) -> float | None:
-        values = [value for facts in answers[1:] if (value := facts[name]) is not None]
-        return median(values) if values else None
-
-    return {
-        "bits": case.bits or 16,
-        "way": case.way,
-        "weights_mb": weights / 1e6,
-        "budget_mb": None if part == "resident" else budget / 1e6,
-        "planned_mb": typical("planned_mb"),
-        "peak_mb": peak,
-        "load_seconds": load_seconds,
-        **{name: typical(name) for name in ("tokens_per_second", "read_mb_per_token", "hit_rate")},
-    }
+    return settings | ({"rate": SLOW} if part == "slow-disk" else {})
 
 
 def main(
@@ -219,7 +230,13 @@ def main(
 ) -> None:
     """Measure, and write generation-resident.json, generation-disk.json or generation-slow-disk.json."""
     directory = find_or_write(model)
-    rows = [measure(directory, case, part, tokens=tokens, rounds=rounds, threads=threads) for case in CASES[part]]
+    # What is all in memory takes turns. What streams is alone, because the page cache has to be empty.
+    groups = [CASES[part]] if part == "resident" else [(case,) for case in CASES[part]]
+    rows = [
+        row
+        for cases in groups
+        for row in measure(directory, cases, part, tokens=tokens, rounds=rounds, threads=threads)
+    ]
     setting = {"model": model, "tokens": tokens, "threads": threads, "slow_mb_per_second": SLOW / 1e6}
     write_result(output, f"generation-{part}", rows, rounds=rounds, setting=setting)
 
