@@ -166,3 +166,30 @@ def draw_promise(result: Result, path: Path) -> None:
     shown = dict(zip(labels, handles, strict=True))
     panels[-1].legend(shown.values(), shown.keys(), loc="lower left")
     figure.savefig(path, dpi=150)
+
+
+def draw_generation(result: Result, path: Path) -> None:
+    """Draw how fast each system writes, and how soon it begins: a bar for each, the same order in two panels."""
+    systems = [row["system"] for row in result.rows]
+    colours = ["#009E73" if system.startswith("grating") else "#BBBBBB" for system in systems]
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, name, form, title in (
+        (left, "tokens_per_second_500", "%.0f", "Tokens a second: more is better"),
+        (right, "seconds_to_first_500", "%.2f", "Seconds to the first token: less is better"),
+    ):
+        bars = axes.barh(systems, [row[name] for row in result.rows], color=colours)
+        axes.bar_label(bars, fmt=form, padding=3)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.margins(x=0.12)
+        axes.set_xticks([])
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+    left.invert_yaxis()
+    setting = result.setting
+    figure.suptitle(
+        f"{setting['model']}, {setting['threads']} threads, a prompt of 500 tokens",
+        x=0.01,
+        ha="left",
+        fontweight="bold",
+    )
+    figure.savefig(path, dpi=150)

@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 import typer
 
-from benchmarks.figures import draw_deadline, draw_gammas, draw_memory, draw_promise, draw_pruning
+from benchmarks.figures import draw_deadline, draw_gammas, draw_generation, draw_memory, draw_promise, draw_pruning
 from benchmarks.report import ROOT, Result, read_results
 
 PAGES = Path(__file__).parent / "pages"
@@ -29,6 +29,7 @@ FIGURES: dict[str, tuple[str, Callable[[Result, Path], None]]] = {
     "promise.png": ("promise", draw_promise),
     "gammas.png": ("pruning-layers", draw_gammas),
     "deadline.png": ("deadline", draw_deadline),
+    "generation.png": ("generation-speed", draw_generation),
 }
 
 Results = Mapping[str, Result]

@@ -6,9 +6,10 @@
 
 The weights are random, in the shape of Qwen3-4B: 8 GB in bfloat16. Every system runs in a fresh process, after
 another process has written what it needs in the cache. Those that hold everything take turns, and need 16 GB
-together. Those that stream run one after the other, and read past the page cache. Their budget is what everything in memory would take, less half of the weights. Dense streaming and pruning
-with as many bits get the same. The first round warms the caches of columns and is not counted. Tokens are drawn
-at random (temperature 1), so that no text repeats itself.
+together. Those that stream run one after the other, and read past the page cache. Their budget is what everything
+in memory would take, less half of the weights. Dense streaming and pruning with as many bits get the same. The
+first round warms the caches of columns and is not counted. Tokens are drawn at random (temperature 1), so that no
+text repeats itself.
 
 The slow disk is this one, made to wait: each read takes as long as its bytes take at 550 MB/s, one read after the
 other, as behind a SATA cable.
