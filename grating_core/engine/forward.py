@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, pairwise
 from time import perf_counter
 from typing import NamedTuple
 
@@ -104,8 +104,6 @@ def forward(
             if all(contest.abandoned() for contest in contests if contest.alive):
                 raise Interrupted
             for request, asked in part.asked_by_request:
-                if request in highlighters:
-                    highlighters[request].see(number, states, asked)
                 if request in readers:
                     readers[request].see(states, asked)
 
@@ -250,12 +248,13 @@ def run_layer(
     with model.layer(number) as layer:
         turned = None if layer.spec.rotary is None else angles[layer.spec.rotary]
 
-        def follow(part: Slice, seen: Seen) -> None:
-            for request, own in groupby(part.parts, lambda one: one.piece.request):
-                if request in highlighters:
-                    highlighters[request].follow(number, layer, turned, list(own), seen)
+        looking = {request: one for request, one in highlighters.items() if one.wants(number)}
 
-        walk = Walk(layer, turned, room, follow if highlighters else None)
+        def look(part: Slice, states: Tensor, query: Tensor, seen: Seen) -> None:
+            for request, highlighter in looking.items():
+                highlighter.see(number, layer, part, request, states, query, seen)
+
+        walk = Walk(layer, turned, room, look if looking else None)
         for part, states in hidden.visit(slices, read=not embed, write=not last):
             yield
             tokens = part.tokens.stop - part.tokens.start

@@ -1,17 +1,16 @@
 """Highlights are the sentences of a document that carried its score, found in the pass that scores it.
 
-Nothing is trained for it. Two numbers tell what a sentence is worth. After a third of the layers, each token of
-the query looks for the token of the document most like it: the *loss* of a sentence is how much of that likeness
-the rest of the document lacks. In the last quarter of the layers the scoring token goes on in as many copies as
-there are sentences, and each copy sees the query and a single sentence: its score says how far that sentence goes
-*alone*. ``benchmarks/highlights.py`` compares both with removing sentences one by one.
+Nothing is trained for it. Two numbers tell what a sentence is worth. In the embeddings each token of the query
+looks for tokens of the document that are like it: the *loss* of a sentence is how much of that likeness the rest
+of the document lacks. A token of the query counts by the attention that the scoring token pays to it after three
+quarters of the layers. In the last layer a copy of the scoring token for each sentence attends to no other
+sentence: the copy's score says how far its sentence goes *alone*. ``benchmarks/highlights.py`` compares the best
+sentence by both with the one whose removal costs the score most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,38 +19,45 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from grating_core.engine.ragged import Part, filled
+from grating_core.engine.ragged import Encoded, Slice, filled
 from grating_core.kernels.operands import Seen, Span
-from grating_core.layers.attention import ragged_attention
-from grating_core.layers.rotary import Angles
 from grating_core.layers.sending import integers, sent
+from grating_core.layers.spec import LayerSpec
 from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.models.family import ModelSpec
 from grating_core.models.layered import Layer
 from grating_core.results import Highlight
-from grating_core.text.pairs import Template
+from grating_core.text.pairs import Segments, Template, TokenisedPair
 from grating_core.text.sentences import sentences
 
-Places = Sequence[tuple[int, int]]
-"""The first character of each sentence of a text, and the one behind its last."""
+Floats = NDArray[np.float64]
 
-_LOSS = 0.5  # the weight of the loss beside the score alone; both are standardised within the document
+_LOSS = 1.5  # the weight of the loss beside the score alone; both are standardised within the document
 _SHOWN = 0.5  # the least worth of a sentence that is shown, as a share of the best sentence's
-
-
+_LIKE = 0.06  # the difference of cosines that makes e times the likeness
 _CHARACTERS = 8  # characters of a document for each token of the window, in which sentences are looked for
+_BLOCK = 1024  # tokens of a document that are embedded at once
+_LEAST = 1e-30  # likeness, which has a logarithm
 
 
 class Divided(NamedTuple):
-    """This class says how a document is divided into sentences.
+    """This class says how a document is divided into sentences, which all have a token.
 
     Attributes:
-        places: Places of the sentences in the text.
-        tokens: The number of tokens of each sentence, at least one.
+        places: The first character of each sentence in the text, and the one behind its last.
+        ends: The number of the document's tokens before the end of each sentence, rising.
     """
 
-    places: Places
-    tokens: Sequence[int]
+    places: Sequence[tuple[int, int]]
+    ends: Sequence[int]
+
+    def owners(self, tokens: int) -> Tensor:
+        """Return the number of the sentence of each of a document's tokens, int64; that of none is behind all."""
+        return torch.from_numpy(np.searchsorted(self.ends, np.arange(tokens), side="right"))
+
+
+Divide = Callable[[Sequence[int], Sequence[int]], list[Divided]]
+"""Divides the documents of some candidates, of which so many tokens were read each."""
 
 
 class Highlighter:
@@ -59,24 +65,21 @@ class Highlighter:
 
     Args:
         spec: The model's spec.
-        divide: Function that divides the document of a candidate.
+        divide: Function that divides documents.
     """
 
-    def __init__(self, spec: ModelSpec, divide: Callable[[int], Divided]) -> None:
+    def __init__(self, spec: ModelSpec, divide: Divide) -> None:
         self._divide = divide
         self._pooling = spec.pooling
-        self._compared = max(1, spec.depth // 3)
-        self._before = spec.depth - max(1, spec.depth // 4)
-        relative = any(layer.relative is not None for layer in spec.layers)
+        self._last = spec.depth
+        self._asks = spec.depth - max(1, spec.depth // 4) + 1  # the layer whose attention to the query counts
         # A mean has no scoring token, and relative positions would see gaps between what is left.
-        self._follows = self._before > 0 and spec.pooling != "mean" and not relative
+        relative = any(layer.relative is not None for layer in spec.layers)
+        self._follows = spec.pooling != "mean" and not relative
         self._documents: dict[int, Divided] = {}
-        self._prefix: Tensor | None = None
-        self._pieces: list[Tensor] = []
-        self._cosines: dict[int, Tensor] = {}  # of each token of a document with each of the query
-        self._own: dict[int, Tensor] = {}  # the scoring token's state
-        self._copies: dict[int, Tensor] = {}  # and what has become of it for each sentence
-        self._keys: dict[tuple[int, int | None], tuple[NDArray[np.int64], list[int]]] = {}
+        self.attention: dict[int, Tensor] = {}
+        """The attention of each followed candidate's scoring token to the tokens of the query, ``[Q]``."""
+        self._copies: dict[int, Tensor] = {}  # of the scoring token, one for each sentence, after the last layer
 
     @classmethod
     def of(cls, spec: ModelSpec, template: Template, documents: Sequence[str]) -> Highlighter:
@@ -91,173 +94,198 @@ class Highlighter:
                 "long_documents='truncate', or leave highlights out"
             )
 
-        def divide(candidate: int) -> Divided:
-            text = documents[candidate][: _CHARACTERS * template.window]
-            places = sentences(text)
-            parts = [text[start:stop] for start, stop in places]
-            counts = template.count_each(parts)
-            found = [
-                ((stop - len(part.lstrip()), stop), count)
-                for (_, stop), part, count in zip(places, parts, counts, strict=True)
-                if count
-            ]
-            return Divided([place for place, _ in found], [count for _, count in found])
+        def divide(candidates: Sequence[int], tokens: Sequence[int]) -> list[Divided]:
+            texts = [documents[candidate][: _CHARACTERS * template.window] for candidate in candidates]
+            places = [sentences(text) for text in texts]
+            ends = template.count_before(texts, [[stop for _, stop in some] for some in places])
+            return [_divided(*one) for one in zip(texts, places, ends, tokens, strict=True)]
 
         return cls(spec, divide)
 
-    def see(self, number: int, states: Tensor, parts: Sequence[Part]) -> None:
-        """Take the states ``[T, D]`` after a layer of the next parts of the request."""
-        for part in parts:
-            if number == self._compared:
-                self._compare(states[part.rows], part)
-            if number == self._before and self._follows and (candidate := part.piece.candidate) is not None:
-                own = self._scoring(part) - part.start
-                if 0 <= own < part.length:
-                    self._own[candidate] = states[part.rows.start + own].clone()
+    def wants(self, number: int) -> bool:
+        """Tell whether a layer is to be seen."""
+        return self._follows and number in (self._asks, self._last)
 
-    def _compare(self, states: Tensor, part: Part) -> None:
-        piece = part.piece
-        if piece.segments is None or piece.candidate is None:
-            held = [] if self._prefix is None or not part.start else [self._prefix]
-            self._prefix = torch.cat((*held, states.float()))
-            return
-        self._pieces.append(states.to(torch.float32, copy=True))  # the next slice may take their memory
-        if part.stop < piece.length:
-            return
-        before = [] if self._prefix is None or not piece.before else [self._prefix]
-        told = normalize(torch.cat((*before, *self._pieces)), dim=1)
-        self._pieces.clear()
-        query, document = (told[slice(*place)] for place in (piece.segments.query, piece.segments.document))
-        self._cosines[piece.candidate] = document @ query.T
-
-    def _scoring(self, part: Part) -> int:
-        """Return the number of the scoring token in a part's piece."""
-        return 0 if self._pooling == "first" else part.piece.length - 1
-
-    def follow(self, number: int, layer: Layer, angles: Angles | None, parts: Sequence[Part], seen: Seen) -> None:
-        """Take the copies of the scoring tokens of a slice through a layer.
+    def see(
+        self, number: int, layer: Layer, part: Slice, request: int, states: Tensor, query: Tensor, seen: Seen
+    ) -> None:
+        """See what the scoring tokens of a request's documents do in a layer.
 
         Args:
-            number: The layer.
+            number: The number of the layer.
             layer: The layer.
-            angles: Angles at the positions from 0 on; None if the layer has no rotary positions.
-            parts: The request's parts of the slice.
-            seen: The keys and values of the slice's tokens. A document that does not fit into a slice is not
-                followed: its loss alone tells.
+            part: A slice.
+            request: The number of the request.
+            states: States before the layer of the tokens whose output is asked for, ``[T, D]``.
+            query: Their queries, ``[T, heads, head size]``.
+            seen: The keys and values that they see.
         """
-        if number <= self._before:
-            return
-        whole = [(one, one.piece.candidate) for one in parts if one.piece.candidate in self._own and one.whole]
-        if not whole:
-            return
-        spans, keys, places, states = list[Span](), list[NDArray[np.int64]](), list[int](), list[Tensor]()
-        end = 0
-        for one, candidate in whole:
-            assert candidate is not None
-            shared = one.piece.before
-            rows, counts = self._seen_by(candidate, one, layer.spec.window)
-            for count in counts:
-                spans.append(Span(len(spans), 1, shared + count - 1, shared + count, end, shared))
-                end += count
-            keys.append(rows + one.rows.start)
-            places += [shared + self._scoring(one)] * len(counts)
-            copies = self._copies.get(candidate)
-            states.append(self._own[candidate].expand(len(counts), -1) if copies is None else copies)
-        after = _step(layer, angles, torch.cat(states), places, np.concatenate(keys), spans, seen)
-        for (_, candidate), own in zip(whole, torch.split(after, [len(some) for some in states]), strict=True):
-            assert candidate is not None
-            self._copies[candidate] = own
+        scoring = list(self._scoring(part, request))
+        if number == self._asks:
+            for one in scoring:
+                key, _ = seen.of(one.span)
+                weights = _weights(layer.spec, one, query[one.row], key)
+                self.attention[one.candidate] = weights[0, ..., slice(*one.segments.query)].mean((0, 1))
+        if number == self._last and scoring:
+            self._read([(one.candidate, one.segments) for one in scoring])
+            attended = [self._alone(layer.spec, one, query[one.row], *seen.of(one.span)) for one in scoring]
+            counts = [len(some) for some in attended]
+            rows = torch.from_numpy(np.repeat([one.row for one in scoring], counts))
+            copies = _finished(layer, states[sent(rows, states.device)], torch.cat(attended))
+            for one, own in zip(scoring, torch.split(copies, counts), strict=True):
+                self._copies[one.candidate] = own
 
-    def _seen_by(self, candidate: int, part: Part, window: int | None) -> tuple[NDArray[np.int64], list[int]]:
-        """Return the numbers, in their piece, of the tokens that each copy sees, and how many these are."""
-        if (candidate, window) not in self._keys:
-            piece = part.piece
-            assert piece.segments is not None
-            start, stop = (place - piece.before for place in piece.segments.document)
-            rest = np.r_[0:start, stop : piece.length]
-            seen = [np.r_[rest, first:last] for first, last in self._sentences(candidate, start, stop)]
-            if window is not None:
-                seen = [rows[abs(rows - self._scoring(part)) < window] for rows in seen]
-            self._keys[candidate, window] = np.concatenate(seen), list(map(len, seen))
-        return self._keys[candidate, window]
+    def _scoring(self, part: Slice, request: int) -> Iterator[_Scoring]:
+        """Yield the scoring tokens of a request among those of a slice that are asked for."""
+        for one, span in zip(part.asked, part.spans, strict=True):
+            piece = one.piece
+            own = (0 if self._pooling == "first" else piece.length - 1) - one.start
+            if piece.request == request and piece.segments is not None and 0 <= own < one.length:
+                assert piece.candidate is not None
+                place = piece.before + one.start + own
+                yield _Scoring(piece.candidate, piece.segments, one.rows.start + own, place, span)
 
-    def _sentences(self, candidate: int, start: int, stop: int) -> list[tuple[int, int]]:
-        """Return the tokens of each sentence of a document from ``start`` to ``stop``; its end may be cut."""
-        if candidate not in self._documents:
-            self._documents[candidate] = self._divide(candidate)
-        ends = np.minimum(start + np.cumsum([0, *self._documents[candidate].tokens]), stop).tolist()
-        found = [(first, last) for first, last in pairwise(ends) if first < last]
-        return found or [(start, stop)]
+    def _read(self, found: Sequence[tuple[int, Segments]]) -> None:
+        """Divide the documents of some candidates that are not divided yet."""
+        new = {one: segments.document for one, segments in found if one not in self._documents}
+        if new:
+            divided = self._divide(list(new), [stop - start for start, stop in new.values()])
+            self._documents |= zip(new, divided, strict=True)
 
-    def alone(self, model: CrossEncoder, candidate: int) -> NDArray[np.float64] | None:
-        """Return what each sentence of a candidate scores alone, ``[S]``; None if it was not followed."""
-        if (copies := self._copies.get(candidate)) is None:
-            return None
-        scores = model.score(model.normed(copies.float()), model.depth)
-        return scores.cpu().numpy().astype(np.float64)
+    def _alone(self, spec: LayerSpec, one: _Scoring, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Return what the copies of a scoring token attend to, ``[S, heads, head size]``."""
+        document = self._documents[one.candidate]
+        start, stop = one.segments.document
+        owners = torch.full((len(key),), -1)
+        owners[start:stop] = document.owners(stop - start)
+        own = (owners < 0) | (owners == torch.arange(len(document.ends))[:, None])
+        weights = _weights(spec, one, query, key, sent(own, key.device))
+        attended = torch.einsum("skgm,mkd->skgd", weights, value.float())
+        return attended.reshape(-1, *query.shape).to(query.dtype)
 
-    def found(self, model: CrossEncoder, candidate: int) -> tuple[Highlight, ...]:
-        """Return the highlights of a candidate, best first; none if its pass ended too early or it has no text.
+    def alone(self, model: CrossEncoder, candidates: Sequence[int]) -> list[Floats | None]:
+        """Return what each sentence of some candidates scores alone, ``[S]``; None if a pass ended too early."""
+        followed = [self._copies[candidate] for candidate in candidates if candidate in self._copies]
+        if not followed:
+            return [None] * len(candidates)
+        scores = model.score(model.normed(torch.cat(followed).float()), model.depth).cpu().numpy()
+        ends = np.cumsum([len(copies) for copies in followed])
+        found = iter(np.split(scores.astype(np.float64), ends[:-1]))
+        return [next(found) if candidate in self._copies else None for candidate in candidates]
+
+    def found(
+        self, model: CrossEncoder, candidates: Sequence[int], encoded: Encoded
+    ) -> dict[int, tuple[Highlight, ...]]:
+        """Return the highlights of some candidates, best first; none of a candidate without sentences.
 
         Args:
             model: The model.
-            candidate: Number of the candidate.
+            candidates: The numbers of the candidates.
+            encoded: The tokens of all candidates.
         """
-        cosines = self._cosines.get(candidate)
-        if cosines is None or not len(cosines):
-            return ()
-        parts = self._sentences(candidate, 0, len(cosines))
-        places = self._documents[candidate].places
-        if not places:  # the tokens are those of white space
-            return ()
-        worth = _LOSS * _standardised(_losses(cosines, parts))
-        if (scores := self.alone(model, candidate)) is not None:
-            worth = worth + _standardised(scores)
-        return _highlights(worth, places)
+        pairs = [encoded[candidate][0] for candidate in candidates]
+        self._read([(candidate, pair.segments) for candidate, pair in zip(candidates, pairs, strict=True)])
+        highlights: dict[int, tuple[Highlight, ...]] = {}
+        for candidate, pair, scores in zip(candidates, pairs, self.alone(model, candidates), strict=True):
+            divided = self._documents[candidate]
+            if not divided.places:
+                highlights[candidate] = ()
+                continue
+            losses = _losses(model, pair, divided)
+            attention = self.attention.get(candidate)
+            lost = losses.mean(1) if attention is None else losses @ attention
+            worth = _LOSS * _standardised(lost.cpu().numpy().astype(np.float64))
+            if scores is not None:
+                worth = worth + _standardised(scores)
+            highlights[candidate] = _highlights(worth, divided.places)
+        return highlights
 
 
-def _step(
-    layer: Layer,
-    angles: Angles | None,
-    states: Tensor,
-    places: list[int],
-    keys: NDArray[np.int64],
-    spans: list[Span],
-    seen: Seen,
-) -> Tensor:
-    """Take single tokens ``[N, D]`` at some positions through a layer; each sees the keys of its span."""
-    spec, steps, count = layer.spec, layer.steps, len(states)
+class _Scoring(NamedTuple):
+    """This class holds where a scoring token is: in its slice, and in its sequence."""
+
+    candidate: int
+    segments: Segments
+    row: int
+    place: int
+    span: Span
+
+
+def _divided(text: str, places: Sequence[tuple[int, int]], ends: Sequence[int], tokens: int) -> Divided:
+    """Return the sentences of a text that have a token among the first ones, without white space before them."""
+    stops = [min(end, tokens) for end in ends]
+    kept = [number for number, stop in enumerate(stops) if stop > (stops[number - 1] if number else 0)]
+    lengths = [len(text[slice(*places[number])].lstrip()) for number in kept]
+    found = [(places[number][1] - length, places[number][1]) for number, length in zip(kept, lengths, strict=True)]
+    return Divided(found, [stops[number] for number in kept])
+
+
+def _weights(spec: LayerSpec, one: _Scoring, query: Tensor, key: Tensor, shown: Tensor | None = None) -> Tensor:
+    """Return the attention of a token to the keys that are shown to each of its copies.
+
+    Args:
+        spec: The layer's spec.
+        one: Where the token is.
+        query: Its query, ``[heads, head size]``.
+        key: The keys of its sequence, ``[M, key heads, head size]``.
+        shown: Which keys each copy is shown, bool ``[S, M]``; None for one copy that is shown all.
+
+    Returns:
+        Weights, float32 ``[S, key heads, queries of each, M]``.
+    """
+    grouped = query.view(spec.key_heads, -1, spec.head_size).float()
+    products = torch.einsum("kgd,mkd->kgm", grouped, key.float()) * spec.scaling
+    if spec.softcap is not None:
+        products = (products / spec.softcap).tanh() * spec.softcap
+    if spec.window is not None and len(key) > spec.window:
+        near = (torch.arange(len(key), device=key.device) - one.place).abs() < spec.window
+        products = products.masked_fill(~near, -torch.inf)
+    copies = products[None] if shown is None else products.masked_fill(~shown[:, None, None], -torch.inf)
+    return copies.softmax(-1)
+
+
+def _finished(layer: Layer, states: Tensor, attended: Tensor) -> Tensor:
+    """Return states ``[N, D]`` after a layer, by what they attended to, ``[N, heads, head size]``."""
+    count = len(states)
     if layer.fills:
         fill = filled(count) - count
-        states, places = pad(states, (0, 0, 0, fill)), places + [0] * fill
-    turned = None if angles is None else angles.at(sent(integers(places), states.device))
-    query = steps.queries(spec, layer.weights, steps.prepared(spec, layer.weights, states), turned)
-    rows = sent(torch.from_numpy(keys), states.device)
-    key, value = seen.key.index_select(0, rows), seen.value.index_select(0, rows)
-    every = replace(spec, causal=False, window=None)  # the spans have only what the scoring token sees
-    attended = ragged_attention(every, query, Seen(key, value, seen.shared), spans)
-    output: Tensor = steps.finished(spec, layer.weights, states, attended, layer.mlp)
+        states, attended = pad(states, (0, 0, 0, fill)), pad(attended, (0, 0, 0, 0, 0, fill))
+    output: Tensor = layer.steps.finished(layer.spec, layer.weights, states, attended, layer.mlp)
     return output[:count]
 
 
-def _losses(cosines: Tensor, sentences: Sequence[tuple[int, int]]) -> NDArray[np.float64]:
-    """Return what the query's tokens lose of their best cosines without each sentence, on average: ``[S]``."""
-    best = torch.stack([cosines[first:last].amax(0) for first, last in sentences])
-    losses = torch.zeros_like(best)
-    if best.numel() and len(best) > 1:
-        first, second = best.topk(2, dim=0)[0]
-        losses = torch.where(best == first, first - second, losses)
-    found: NDArray[np.float64] = losses.mean(1).nan_to_num().cpu().numpy().astype(np.float64)
-    return found
+def _losses(model: CrossEncoder, pair: TokenisedPair, divided: Divided) -> Tensor:
+    """Return what each token of the query loses of its likeness to a document without each sentence, ``[S, Q]``.
+
+    The likeness of two tokens grows with the cosine of their embeddings so fast that the best ones make the sum.
+    """
+    (asked, end), (start, stop) = pair.segments.query, pair.segments.document
+    owners = sent(divided.owners(stop - start), model.device)
+    likeness = torch.zeros(len(divided.ends) + 1, end - asked, device=model.device)  # the last row: no sentence's
+    for first in range(start, stop, _BLOCK):
+        last = min(first + _BLOCK, stop)
+        directions = normalize(_embedded(model, pair, [*range(asked, end), *range(first, last)]), dim=1)
+        cosines = directions[end - asked :] @ directions[: end - asked].T
+        likeness.index_add_(0, owners[first - start : last - start], ((cosines - 1) / _LIKE).exp_())
+    rest = (1 - torch.eye(len(likeness), device=model.device)) @ likeness
+    return (likeness.sum(0).clamp_min(_LEAST).log() - rest.clamp_min(_LEAST).log())[:-1]
 
 
-def _standardised(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def _embedded(model: CrossEncoder, pair: TokenisedPair, places: Sequence[int]) -> Tensor:
+    """Return the embeddings of the tokens at some places of a pair, float32 ``[T, D]``."""
+    states = torch.empty(len(places), model.width, dtype=model.dtype, device=model.device)
+    ids, types = (integers(some[place] for place in places) for some in (pair.input_ids, pair.token_type_ids))
+    model.embed(ids, types, integers(places), states)
+    return states.float()
+
+
+def _standardised(values: Floats) -> Floats:
     """Return values with a mean of 0 and a standard deviation of 1; zeros if all are equal."""
     spread = float(values.std())
     return (values - values.mean()) / spread if spread > 0 else np.zeros_like(values)
 
 
-def _highlights(worth: NDArray[np.float64], places: Places) -> tuple[Highlight, ...]:
+def _highlights(worth: Floats, places: Sequence[tuple[int, int]]) -> tuple[Highlight, ...]:
     """Return the best sentence, and those that are nearly as good, best first."""
     best = float(worth.max())
     shares = worth / best if best > 0 else np.ones_like(worth)

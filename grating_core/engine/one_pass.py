@@ -127,14 +127,15 @@ def run_pass(
                     continue
                 memory = None if peak is None else peak.bytes
                 trace = trace_of(model, contest, requests[number], shared.get(number, 0), job.started, memory)
-                job.finish(Outcome(contest.winners, trace, _highlights(model, contest)))
+                job.finish(Outcome(contest.winners, trace, _highlights(model, contest, requests[number])))
     finally:
         model.rewind()
 
 
-def _highlights(model: CrossEncoder, contest: Contest) -> dict[int, tuple[Highlight, ...]]:
-    finder = contest.highlighter
-    return {} if finder is None else {won.index: finder.found(model, won.index) for won in contest.winners}
+def _highlights(model: CrossEncoder, contest: Contest, candidates: Encoded) -> Mapping[int, tuple[Highlight, ...]]:
+    if contest.highlighter is None:
+        return {}
+    return contest.highlighter.found(model, [won.index for won in contest.winners], candidates)
 
 
 def trace_of(

@@ -17,8 +17,8 @@ from grating_core.layers.rotary import Angles
 from grating_core.layers.sending import integers, sent
 from grating_core.models.layered import Layer
 
-Beside = Callable[[Slice, Seen], None]
-"""A function that is given a slice with queries, and the keys and values that they see."""
+Beside = Callable[[Slice, Tensor, Tensor, Seen], None]
+"""A function that is given a slice, states and queries of what is asked for, and the keys and values they see."""
 
 
 class Walk:
@@ -28,7 +28,7 @@ class Walk:
         layer: The layer.
         angles: Angles at the positions from 0 on; None if the layer has no rotary positions.
         room: The memory for intermediate results.
-        beside: What else looks at the keys and values; None for nothing.
+        beside: What else looks at queries, keys and values; None for nothing.
     """
 
     def __init__(self, layer: Layer, angles: Angles | None, room: Room, beside: Beside | None = None) -> None:
@@ -72,7 +72,7 @@ class Walk:
         query = steps.queries(spec, weights, states, turned)
         seen = self._seen(part, key, value)
         if self._beside is not None:
-            self._beside(part, seen)
+            self._beside(part, hidden, query, seen)
         attended = ragged_attention(spec, query, seen, part.spans, self._room, self._places)
         output: Tensor = steps.finished(spec, weights, hidden, attended, mlp)
         return output

@@ -92,9 +92,9 @@ class Template(ABC):
         """Return how many tokens a text has, special tokens not counted."""
         return self._tokenizer.count(text)
 
-    def count_each(self, texts: Sequence[str]) -> list[int]:
-        """Return how many tokens each of the texts has, special tokens not counted."""
-        return [len(found.ids) for found in self._tokenizer.encode(texts)]
+    def count_before(self, texts: Sequence[str], places: Sequence[Sequence[int]]) -> list[list[int]]:
+        """See :meth:`grating_core.text.tokenizer.TextTokenizer.count_before`."""
+        return self._tokenizer.count_before(texts, places)
 
     def tail(self, text: str, tokens: int) -> str:
         """Return the last tokens of a text as text, or the whole text if it has no more tokens."""

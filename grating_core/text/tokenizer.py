@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -126,6 +127,17 @@ class TextTokenizer:
             (found,) = self._twin.encode_batch_fast([encodable(part)], add_special_tokens=False)
             total += len(self._mapped(found.ids))
         return total
+
+    def count_before(self, texts: Sequence[str], places: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return how many tokens of each text begin before each of some places, which count characters."""
+        counts = []
+        encoded = self._twin.encode_batch([encodable(text) for text in texts], add_special_tokens=False)
+        for found, wanted in zip(encoded, places, strict=True):
+            ids, starts = found.ids, [start for start, _ in found.offsets]
+            numbers = [bisect_left(starts, place) for place in wanted]
+            same = self._replaced.keys().isdisjoint(ids)
+            counts.append(numbers if same else [len(self._mapped(ids[:number])) for number in numbers])
+        return counts
 
     def tail(self, text: str, tokens: int) -> str:
         """Return the last tokens of a text as text, or the whole text if it has no more tokens.

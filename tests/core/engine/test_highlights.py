@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from grating_core import Request, Reranker
 from grating_core.engine.highlights import Divided, Highlighter
-from grating_core.engine.ragged import Part, Piece
 from grating_core.pruning import MarginPolicy
-from grating_core.text.pairs import Segments
+from grating_core.text.pairs import Segments, TokenisedPair
 from tests.core.conftest import WORDS, save_model
 from tests.core.parity import load, random_text
 
@@ -52,12 +52,12 @@ def test_a_single_sentence_alone_scores_what_its_document_does(tiny: Path) -> No
     assert job.highlighter is not None
     model = reranker.scorer.model
     for candidate in (0, 1):
-        alone = job.highlighter.alone(model, candidate)
+        (alone,) = job.highlighter.alone(model, [candidate])
         if alone is None:  # a mean has no scoring token
             assert model.shape.pooling == "mean" or model.spec.layers[0].relative is not None
             continue
         assert alone == pytest.approx([scores[candidate]], abs=1e-4)
-    several = job.highlighter.alone(model, 2)
+    (several,) = job.highlighter.alone(model, [2])
     assert several is None or (len(several) == 4 and np.isfinite(several).all())
 
 
@@ -78,9 +78,8 @@ def test_what_has_no_sentence_has_no_highlight(tiny_bert: Path) -> None:
     assert [(one.start, one.stop, one.worth) for one in highlights[2]] == [(0, 2, 1.0)]
 
 
-@pytest.mark.parametrize("family", ["modernbert-mean", "deberta-v3"])
-def test_a_document_in_several_slices_loses_as_much_as_in_one(family: str, tmp_path: Path) -> None:
-    # Sentences of these families are not followed, so losses alone tell.
+@pytest.mark.parametrize("family", ["bert", "qwen2", "modernbert-mean", "deberta-v3"])
+def test_a_document_in_several_slices_has_the_highlights_of_one(family: str, tmp_path: Path) -> None:
     directory = save_model(tmp_path, family)
     documents = [text(9, 8, 7, 6), text(12, 10, 5)]
     whole, divided = (
@@ -98,10 +97,38 @@ def test_a_document_in_several_slices_loses_as_much_as_in_one(family: str, tmp_p
 
 def test_tokens_of_white_space_are_no_sentence(tiny_bert: Path) -> None:
     model = load(tiny_bert).scorer.model
-    highlighter = Highlighter(model.spec, lambda candidate: Divided([], []))
-    piece = Piece(0, 0, 6, segments=Segments((1, 3), (4, 5)))
-    highlighter.see(max(1, model.depth // 3), torch.randn(6, model.width), [Part(piece, slice(0, 6), 0)])
-    assert highlighter.found(model, 0) == ()
+    highlighter = Highlighter(model.spec, lambda candidates, tokens: [Divided([], [])] * len(candidates))
+    pair = TokenisedPair([2, 7, 8, 3, 9, 3], [0, 0, 0, 0, 1, 1], Segments((1, 3), (4, 5)))
+    assert highlighter.found(model, [0], [[pair]]) == {0: ()}
+
+
+def test_a_word_that_no_other_sentence_has_is_a_loss(tiny_bert: Path) -> None:
+    scorer = load(tiny_bert).scorer
+    document = "W4 w5 w6 w4. W1 w2 w3 w9. W4 w8 w7 w5."
+    highlighter = Highlighter.of(scorer.model.spec, scorer.template, [document])
+    encoded = scorer.template.encode(QUERY, [document])
+    best, *_ = highlighter.found(scorer.model, [0], encoded)[0]  # no layer was seen, so losses alone tell
+    assert document[best.start : best.stop] == "W1 w2 w3 w9."
+
+
+def test_attention_to_the_query_is_that_of_the_model(tiny_bert: Path) -> None:
+    reranker = load(tiny_bert)
+    job = reranker.job(Request(QUERY, TEXTS, len(TEXTS), highlights=True))
+    pairs = [pair for (pair,) in job.encoded]
+    with reranker.scorer.turn:
+        reranker.scorer.run([job])
+    assert job.highlighter is not None
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, attn_implementation="eager").eval()
+    depth = model.config.num_hidden_layers
+    for candidate, pair in enumerate(pairs):
+        with torch.inference_mode():
+            output = model(
+                torch.tensor([pair.input_ids]),
+                token_type_ids=torch.tensor([pair.token_type_ids]),
+                output_attentions=True,
+            )
+        wanted = output.attentions[depth - max(1, depth // 4)][0, :, 0, slice(*pair.segments.query)].mean(0)
+        torch.testing.assert_close(job.highlighter.attention[candidate], wanted, atol=1e-4, rtol=0)
 
 
 def test_highlights_lie_in_what_was_read(tiny_bert: Path) -> None:
@@ -111,13 +138,14 @@ def test_highlights_lie_in_what_was_read(tiny_bert: Path) -> None:
     assert all(one.start < 24 * 8 for one in found.ranking[0].highlights)
 
 
-def test_a_document_that_leaves_early_may_have_none(tiny_bert: Path) -> None:
+def test_a_document_that_leaves_early_has_highlights(tiny_bert: Path) -> None:
     reranker = load(tiny_bert)
     depth = reranker.scorer.model.depth
     early = MarginPolicy((0.0,) * (depth + 1), (0.0,) * (depth + 1))
     request = Request(QUERY, TEXTS, 2, scores="estimated", pruning=early, highlights=True)
     (found,) = reranker.rerank_many([request])
     assert len(found.ranking) == 2
+    assert all(one.estimated and one.highlights[0].worth == 1 for one in found.ranking)
 
 
 def test_windows_are_refused(tiny_bert: Path) -> None:

@@ -171,6 +171,13 @@ LONG = st.one_of(
 
 
 @given(text=TEXT)
+def test_tokens_before_a_place_are_counted(tokenizer: TextTokenizer, text: str) -> None:
+    (counts,) = tokenizer.count_before([text], [range(len(text) + 1)])
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1]) == (0, len(tokenizer.ids(text)))
+
+
+@given(text=TEXT)
 def test_harmless_texts_have_the_ids_of_the_reference(
     backend: Tokenizer, tokenizer: TextTokenizer, text: str
 ) -> None:
