@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from numbers import Real
 from typing import Any, Literal, get_args
@@ -106,10 +106,18 @@ def check_density(mlp_density: Any) -> float:
     return float(mlp_density)
 
 
-def check_bits(bits: Any) -> None:
-    """Raise ``ValueError`` for bits of a weight that are neither 8 nor 4, nor None."""
-    if bits is not None and (isinstance(bits, bool) or bits not in (8, 4)):
-        raise ValueError(f"bits={bits!r} must be 8 or 4: the bits of a weight; None takes the weights as they are")
+def check_bits(name: str, bits: Any, possible: Sequence[int], what: str) -> None:
+    """Raise ``ValueError`` for a number of bits that is not possible, if it is given.
+
+    Args:
+        name: The name of the argument.
+        bits: The argument.
+        possible: The values that are possible, beside None.
+        what: What has so many bits, in words.
+    """
+    if bits is not None and (isinstance(bits, bool) or not is_number(bits) or bits not in possible):
+        these = " or ".join(map(str, possible))
+        raise ValueError(f"{name}={bits!r} must be {these}, {what}, or None to leave them as they are")
 
 
 def check_target(target: Any) -> None:

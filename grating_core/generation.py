@@ -64,6 +64,7 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
         dtype: str | torch.dtype | None = GenerationSettings.dtype,
         memory_budget: str | int | None = GenerationSettings.memory_budget,
         bits: int | None = GenerationSettings.bits,
+        kv_bits: int | None = GenerationSettings.kv_bits,
         mlp_density: float | None = GenerationSettings.mlp_density,
         max_length: int | None = GenerationSettings.max_length,
         adapter: str | Path | None = GenerationSettings.adapter,
@@ -94,8 +95,7 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
             UnsupportedModelError: grating does not generate with weights of this kind.
             BudgetError: The memory budget is too small; the message states the smallest that works. It is a
                 ``ValueError`` as well.
-            FileError: The file with the quantised weights, or with the columns of the MLPs, is damaged or belongs
-                to other weights.
+            FileError: The file with quantised weights or with columns is damaged, or belongs to other weights.
             StorageError: That file cannot be written.
             ValueError: An argument is not usable; the message names it. None means that an argument is not given.
         """

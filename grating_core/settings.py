@@ -247,9 +247,13 @@ class GenerationSettings(ModelSettings):
     bits: int | None = _setting(
         None,
         "The bits of each weight, on the CPU: 8 takes half of the memory of bfloat16 and changes the text hardly, "
-        "4 takes less than a third and changes it more. grating makes them of the model's weights the first time, "
+        "4 takes about a third and changes it more. grating makes them of the model's weights the first time, "
         "and keeps them in its cache directory. None takes the weights as they are.",
         basic=True,
+    )
+    kv_bits: int | None = _setting(
+        None,
+        "The bits of keys and values, 8, which take half of the memory of bfloat16. None keeps them as computed.",
     )
 
     def __post_init__(self) -> None:
@@ -258,7 +262,8 @@ class GenerationSettings(ModelSettings):
             raise ValueError(
                 f"dtype={self.dtype!r} is for rerankers: use bits=8 for weights in 8 bits, and leave dtype out"
             )
-        check_bits(self.bits)
+        check_bits("bits", self.bits, (8, 4), "the bits of a weight")
+        check_bits("kv_bits", self.kv_bits, (8,), "the bits of keys and values")
         if self.mlp_density is not None:
             check_density(self.mlp_density)
             if self.bits is not None:

@@ -45,7 +45,7 @@ class ChosenOptions:
 
 
 def list_cache(what: ChosenOptions, as_json: bool = False) -> None:
-    """List what lies in grating's cache: converted models, lenses, columns, layers in 8 bits, and so on."""
+    """List what lies in grating's cache: converted models, lenses, columns, quantised layers, and so on."""
     found = contents(**what.chosen)
     if as_json:
         write_json({"cache": str(cache_directory()), "contents": _as_json(found)})

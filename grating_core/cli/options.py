@@ -78,7 +78,7 @@ _PANELS = {
         "adapter",
     ),
     "pruning": ("pruning", "target", "guarantee", "lens", "recalibrate", "scores"),
-    "memory": ("memory_budget", "bits", "mlp_density"),
+    "memory": ("memory_budget", "bits", "kv_bits", "mlp_density"),
     "hub": HUB,
     "server": ("http", "host", "port", "api_key", "name", "also"),
     "limits": ("max_body", "max_documents", "max_tokens", "queue_tokens", "deadline", "drain"),

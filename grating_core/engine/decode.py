@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,8 @@ class Cache:
 
 def new_cache(model: CausalLM, tokens: int) -> Cache:
     """Make room for the keys and values of a sequence of so many tokens."""
-    return Cache([KeysValues(spec, tokens, dtype=model.dtype, device=model.device) for spec in model.spec.layers])
+    how: dict[str, Any] = {"dtype": model.dtype, "device": model.device, "bits": model.kv_bits}
+    return Cache([KeysValues(spec, tokens, **how) for spec in model.spec.layers])
 
 
 @torch.inference_mode()

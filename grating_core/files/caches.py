@@ -17,7 +17,7 @@ from grating_core.files.places import cache_directory, explained
 
 Kind = Literal["models", "lenses", "columns", "layers", "states", "activations", "unfinished"]
 """``models``: bundled models, converted. ``lenses``: calibrated here. ``columns``: companion files, for
-``mlp_density``. ``layers``: companion files with layers in 8 bits. ``states``: what recalibration learnt.
+``mlp_density``. ``layers``: companion files with quantised layers. ``states``: what recalibration learnt.
 ``activations``: what ``grating simulate`` recorded. ``unfinished``: what is being written now, or was left by
 processes that were killed."""
 

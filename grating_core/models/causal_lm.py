@@ -17,6 +17,7 @@ from grating_core.columns.install import MlpPruning, column_sizes, install, open
 from grating_core.errors import FileError, ModelNotFoundError, StorageError, UnsupportedModelError
 from grating_core.files.places import cache_directory
 from grating_core.kernels.operands import Weight
+from grating_core.layers.keys_values import bytes_of_keys_values
 from grating_core.layers.linear import linear
 from grating_core.layers.packed_steps import product
 from grating_core.layers.packed_table import PackedTable
@@ -49,6 +50,11 @@ class CausalLM(LayeredModel):
     def output(self) -> Weight | None:
         """The packed output embedding; None if it is not packed."""
         return self._parts.output
+
+    @property
+    def kv_bits(self) -> int | None:
+        """The bits of keys and values, 8; None for the dtype of states."""
+        return self._parts.kv_bits
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of the next token.
@@ -89,6 +95,7 @@ class StoredCausalLM(StoredModel):
         adapter: See :class:`StoredModel`.
         pruning: How the MLPs are pruned; None for dense MLPs.
         packing: How weights are quantised; None for the weights as they are.
+        kv_bits: The bits of keys and values, 8; None for the compute dtype.
         show_progress: Whether to show a progress bar while the file with quantised weights is written.
 
     Raises:
@@ -106,10 +113,12 @@ class StoredCausalLM(StoredModel):
         adapter: Adapter | None = None,
         pruning: MlpPruning | None = None,
         packing: Packing | None = None,
+        kv_bits: int | None = None,
         show_progress: bool = False,
     ) -> None:
         self._pruning = pruning
         self._quantized = packing
+        self._kv_bits = kv_bits
         self._show_progress = show_progress
         super().__init__(directory, device=device, dtype=dtype, lasting=lasting, adapter=adapter)
 
@@ -126,7 +135,8 @@ class StoredCausalLM(StoredModel):
             packing: None: the model knows how its weights are quantised.
         """
         sizes = super().sizes(window, self._quantized)
-        sizes = replace(sizes, keys=self.spec.depth * sizes.keys, table_needed=self._is_tied)
+        keys = bytes_of_keys_values(self.spec.layers[0], self.spec.depth, window, self.dtype, self._kv_bits)
+        sizes = replace(sizes, keys=keys, table_needed=self._is_tied)
         if self._quantized is not None:
             output = self._packed(self._quantized).output_size
             if self._is_tied:
@@ -163,7 +173,8 @@ class StoredCausalLM(StoredModel):
             StorageError: That file cannot be written.
         """
         if self._quantized is not None:
-            return CausalLM(self._load_quantized(plan, self._packed(self._quantized)))
+            parts = self._load_quantized(plan, self._packed(self._quantized))
+            return CausalLM(replace(parts, kv_bits=self._kv_bits))
         if self._pruning is None:
             parts = self._load(plan)
         else:
@@ -177,7 +188,7 @@ class StoredCausalLM(StoredModel):
                 parts = replace(parts, mlps=mlps)
         if self._is_tied:
             parts = replace(parts, head={"vocabulary.weight": parts.outside["table.weight"]})
-        return CausalLM(parts)
+        return CausalLM(replace(parts, kv_bits=self._kv_bits))
 
     def _load_quantized(self, plan: MemoryPlan | None, packed: PackedLayers) -> Parts:
         """Read the quantised weights from their file, which is written first if it is not there.

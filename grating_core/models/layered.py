@@ -94,6 +94,7 @@ class Parts:
         packing: How the layers are packed; None if they are not.
         packed: The companion file with packed layers; None without one.
         output: The quantised output embedding of a language model; None for another.
+        kv_bits: The bits of keys and values that are kept while text is generated; None for the dtype of states.
         lossless: The layers without 8 bits, beside those in 8 bits; None if they are not in memory.
         checkpoint: The files that streamer and row cache read; None without streamer and row cache.
     """
@@ -113,6 +114,7 @@ class Parts:
     packing: Packing | None = None
     packed: PackedFile | None = None
     output: Weight | None = None
+    kv_bits: int | None = None
     lossless: LosslessLayers | None = None
     checkpoint: Checkpoint | None = None
 

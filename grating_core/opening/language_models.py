@@ -94,6 +94,7 @@ def open_language_model(settings: GenerationSettings) -> OpenLanguageModel:
         lasting=settings.budget is not None,
         pruning=mlp_pruning(settings.mlp_density, show_progress=settings.show_progress),
         packing=packing,
+        kv_bits=settings.kv_bits,
         show_progress=settings.show_progress,
     )
     with closed_on_error(stored):

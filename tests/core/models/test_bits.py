@@ -34,13 +34,14 @@ def llama(tmp_path: Path) -> Path:
     return save_decoder(tmp_path / "model", "llama-tied")
 
 
-def load(directory: Path, bits: int = 8, **changes: object) -> CausalLM:
+def load(directory: Path, bits: int | None = 8, kv_bits: int | None = None, **changes: object) -> CausalLM:
     stored = StoredCausalLM(
         directory,
         device=torch.device("cpu"),
         dtype=torch.float32,
         lasting=True,
-        packing=generating(bits, torch.float32),
+        packing=None if bits is None else generating(bits, torch.float32),
+        kv_bits=kv_bits,
     )
     return stored.load(planned(stored, WINDOW, 64, **changes))
 
@@ -150,6 +151,30 @@ def test_logits_are_those_of_the_dequantised_weights(decoder: Path, bits: int) -
     torch.testing.assert_close(found[1:], expected[1:], atol=0.3, rtol=0)
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+def test_keys_and_values_in_8_bits_change_little_and_not_by_slice(decoder: Path, bits: int | None) -> None:
+    expected, model = logits(load(decoder, bits)), load(decoder, bits, kv_bits=8)
+    found = logits(model)
+    assert 0 < (found - expected).abs().max() < 0.3
+    assert (found - expected).abs().mean() < 0.03
+    by_slices = new_cache(model, 24)
+    torch.testing.assert_close(advance(model, IDS[:20], by_slices, slice_tokens=7), found[0], atol=1e-4, rtol=0)
+    streamed = load(decoder, bits, kv_bits=8, resident=())
+    assert torch.equal(logits(streamed), found)
+    streamed.close()
+
+
+def test_keys_and_values_in_8_bits_take_what_was_planned(llama: Path) -> None:
+    taken = {}
+    for kv_bits in (None, 8):
+        stored = StoredCausalLM(llama, device=torch.device("cpu"), dtype=torch.float32, kv_bits=kv_bits)
+        taken[kv_bits] = stored.sizes(WINDOW).keys
+        cache = new_cache(stored.load(None), WINDOW)
+        kept = sum(field.nbytes for layer in cache.layers for field in layer.memory if field is not None)
+        assert kept <= taken[kv_bits] <= 2 * kept
+    assert taken[8] < 0.5 * taken[None]
+
+
 def put_dequantised(reference: torch.nn.Module, model: CausalLM) -> None:
     """Replace the weights of a model of transformers by those that a quantised one stands for."""
     names = {
@@ -169,8 +194,10 @@ def put_dequantised(reference: torch.nn.Module, model: CausalLM) -> None:
 
 @pytest.mark.parametrize("bits", [0, 16, 4.5, "8", True])
 def test_other_bits_are_refused(bits: object) -> None:
-    with pytest.raises(ValueError, match=rf"bits={bits!r} must be 8 or 4"):
+    with pytest.raises(ValueError, match=rf"^bits={bits!r} must be 8 or 4"):
         StreamedCausalLM.from_pretrained("owner/name", bits=bits)
+    with pytest.raises(ValueError, match=rf"^kv_bits={bits!r} must be 8, the bits of keys"):
+        StreamedCausalLM.from_pretrained("owner/name", kv_bits=bits)
 
 
 def test_what_does_not_go_with_bits_is_refused(llama: Path) -> None:
