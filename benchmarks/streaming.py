@@ -36,7 +36,8 @@ from benchmarks.report import RESULTS, Output, Row, write_result
 from benchmarks.shapes import find_or_write
 from benchmarks.worker import Ask, Facts, Ready, System, forget_pages, import_all, loaded, progress, ready_after
 from grating_core import BudgetError, StreamedCausalLM
-from grating_core.memory import checkpoint
+from grating_core.columns import reading
+from grating_core.memory import positioned
 from grating_core.opening.language_models import OpenLanguageModel, open_language_model
 from grating_core.settings import GenerationSettings
 
@@ -80,7 +81,7 @@ class SlowDisk:
     """Reads as a disk does that gives so many bytes a second, to all its readers together.
 
     Args:
-        read: Reads from the real disk, see :func:`grating_core.memory.checkpoint.read_at`.
+        read: Reads from the real disk, see :func:`grating_core.memory.positioned.read_at`.
         rate: Bytes a second.
     """
 
@@ -117,7 +118,8 @@ def load_grating(
     with ready_after("grating_core.opening.language_models.PromptTokenizer", ready):
         model = StreamedCausalLM.from_pretrained(directory, **settings)
     if rate is not None:
-        patch.object(checkpoint, "read_at", SlowDisk(checkpoint.read_at, rate)).start()
+        patch.object(positioned, "read_at", SlowDisk(positioned.read_at, rate)).start()
+        patch.object(reading, "read_quickly", lambda file, pieces: 0).start()  # nothing passes the slow disk by
 
     def generate(question: tuple[str, int, int]) -> Facts:
         prompt, tokens, seed = question

@@ -17,7 +17,7 @@ from benchmarks.shapes import find_or_write, rescale_channels
 from benchmarks.worker import Answer, System, loaded, take_turns
 from grating_core.lab.decoders import load_decoder
 from grating_core.lab.quality import evaluate
-from grating_core.memory.checkpoint import read_at
+from grating_core.memory.positioned import read_at
 from tests.core.conftest import DECODER, SIZES, randomise
 from tests.tiny_chat import save_chat_model
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +10,8 @@ from numpy.typing import NDArray
 from grating_core.columns.allocation import divide_room
 from grating_core.columns.companion import Kind
 from grating_core.columns.masks import Shares
-
-_NOWHERE = -1
+from grating_core.kernels.choice import kernels
+from grating_core.kernels.columns import NOWHERE, Choice, Held
 
 
 @dataclass(frozen=True)
@@ -41,21 +40,6 @@ class Preference:
 NO_PREFERENCE = Preference(1.0, 1.0)
 
 
-class Choice(NamedTuple):
-    """A choice holds the columns that one token uses.
-
-    Attributes:
-        columns: Numbers of the columns, int64 ``[k]``: first those in memory, then those to read, both rising.
-        slots: Slot of each column, int64 ``[k]``. Numbers from the capacity on are slots beside the cache, where a
-            column stays for this token only.
-        hits: Number of columns that are in memory already.
-    """
-
-    columns: NDArray[np.int64]
-    slots: NDArray[np.int64]
-    hits: int
-
-
 class ColumnCache:
     """This class records which columns are in memory, of one matrix or of two that are read together.
 
@@ -70,85 +54,45 @@ class ColumnCache:
     def __init__(self, columns: int, capacity: int, *, preference: float = 1.0) -> None:
         self.capacity = min(capacity, columns)
         self.preference = preference
-        self._slot = np.full(columns, _NOWHERE, dtype=np.int64)  # of each column
-        self._column = np.full(self.capacity, _NOWHERE, dtype=np.int64)  # at each slot
-        self._uses = np.zeros(columns, dtype=np.int64)
+        self._held = Held(
+            slots=np.full(columns, NOWHERE, dtype=np.int64),
+            columns=np.full(self.capacity, NOWHERE, dtype=np.int64),
+            uses=np.zeros(columns, dtype=np.int64),
+        )
+        self._choose = kernels().choose
 
     def fill(self) -> NDArray[np.int64]:
         """Record the first columns as in memory, one in each slot, and return their numbers."""
         columns = np.arange(self.capacity)
-        self._slot[:] = _NOWHERE
-        self._slot[columns] = columns
-        self._column[:] = columns
+        self._held.slots[:] = NOWHERE
+        self._held.slots[columns] = columns
+        self._held.columns[:] = columns
         return columns
 
     def held(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the columns that are in memory, rising, and their slots; both int64 ``[n]``."""
-        columns = np.flatnonzero(self._slot != _NOWHERE)
-        return columns, self._slot[columns]
+        columns = np.flatnonzero(self._held.slots != NOWHERE)
+        return columns, self._held.slots[columns]
 
     def forget(self, columns: NDArray[np.int64]) -> None:
         """Record these columns as not in memory, for example after a read that failed."""
-        slots = self._slot[columns]
-        self._column[slots[slots != _NOWHERE]] = _NOWHERE
-        self._slot[columns] = _NOWHERE
+        slots = self._held.slots[columns]
+        self._held.columns[slots[slots != NOWHERE]] = NOWHERE
+        self._held.slots[columns] = NOWHERE
 
     def clear(self) -> None:
         """Record that no column is in memory."""
-        self._slot[:] = _NOWHERE
-        self._column[:] = _NOWHERE
+        self._held.slots[:] = NOWHERE
+        self._held.columns[:] = NOWHERE
 
-    def choose(self, magnitudes: NDArray[np.floating], count: int) -> Choice:
+    def choose(self, values: NDArray[np.float32], count: int) -> Choice:
         """Choose columns for one token. Missing columns replace those that are used least frequently.
 
         Args:
-            magnitudes: Magnitude of each column, ``[columns]``, 0 or more.
+            values: Value of each column, ``[columns]``. Those with the largest magnitudes are chosen.
             count: Number of columns to choose.
         """
-        chosen = self._largest(magnitudes, count)
-        self._uses[chosen] += 1
-        slots = self._slot[chosen]
-        there = slots != _NOWHERE
-        hits, missing = chosen[there], chosen[~there]
-        places = self._make_room(hits, missing)
-        return Choice(
-            columns=np.concatenate((hits, missing)),
-            slots=np.concatenate((slots[there], places)),
-            hits=len(hits),
-        )
-
-    def _largest(self, magnitudes: NDArray[np.floating], count: int) -> NDArray[np.int64]:
-        if count >= len(magnitudes):
-            return np.arange(len(magnitudes))
-        if self.preference != 1.0:
-            magnitudes = np.where(self._slot == _NOWHERE, magnitudes * self.preference, magnitudes)
-        return np.sort(np.argpartition(magnitudes, -count)[-count:])
-
-    def _make_room(self, hits: NDArray[np.int64], missing: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Find a slot for each missing column: slots of the least used columns, then slots beside the cache."""
-        admitted = self._most_used(missing, self.capacity - len(hits))
-        slots = self._victims(hits, len(admitted))
-        evicted = self._column[slots]
-        self._slot[evicted[evicted != _NOWHERE]] = _NOWHERE
-        self._column[slots] = missing[admitted]
-        self._slot[missing[admitted]] = slots
-        places = np.full(len(missing), _NOWHERE)
-        places[admitted] = slots
-        beside = places == _NOWHERE
-        places[beside] = self.capacity + np.arange(beside.sum())
-        return places
-
-    def _most_used(self, missing: NDArray[np.int64], room: int) -> NDArray[np.int64]:
-        """Return the indices of the missing columns to keep, which are the most likely to be used again."""
-        if len(missing) <= room:
-            return np.arange(len(missing))
-        return np.argpartition(self._uses[missing], -room)[-room:] if room else np.empty(0, dtype=np.int64)
-
-    def _victims(self, hits: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-        """Return the slots whose columns were used least, except columns in use now."""
-        uses = np.where(self._column == _NOWHERE, _NOWHERE, self._uses[self._column])
-        uses[self._slot[hits]] = np.iinfo(np.int64).max
-        return np.argpartition(uses, count - 1)[:count] if count else np.empty(0, dtype=np.int64)
+        return self._choose(self._held, values, count, self.preference)
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,20 @@ from torch import Tensor
 from grating_core.arguments import check_density
 from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import Caching, Preference
-from grating_core.columns.companion import KINDS, ColumnFile, ColumnSizes, write_columns
-from grating_core.columns.mlp import ColumnMlp, ColumnTable, make_staging
+from grating_core.columns.companion import KINDS, ColumnSizes, write_columns
+from grating_core.columns.mlp import ColumnMlp, ColumnTable, make_staging, unpacked_bytes
+from grating_core.columns.reading import ColumnFile
 from grating_core.errors import UnsupportedModelError
 from grating_core.files.places import is_there
 from grating_core.layers.layer import Mlp
 from grating_core.layers.spec import LayerSpec
+from grating_core.memory.checkpoint import SECTOR
 from grating_core.memory.meter import Meter
 
 # Among preferences that find 10 % more columns in memory, this one costs SmolLM2-135M-Instruct least: see
 # benchmarks/perplexity.py. The paper has 0.2 for both.
 PREFERENCE = Preference(inputs=0.9, products=0.3)
-_STAGING = 32_000_000  # bytes; larger was no faster
+_STAGING = 16 << 20  # bytes; larger was no faster
 _FEWEST_STAGED = 2  # columns of the larger kind that each half holds at least
 
 Matrices = Iterator[tuple[Tensor, Tensor, Tensor]]
@@ -36,15 +38,19 @@ class MlpPruning:
     Attributes:
         density: Share of the MLPs' weights that a token uses, above 0 and below 1.
         preference: Preference for columns that are in memory.
+        bits: Bits of the MLPs' weights, 8 or 4; None for weights as they are.
         show_progress: Whether a progress bar is shown while the companion file is written.
     """
 
     density: float
     preference: Preference = PREFERENCE
+    bits: int | None = None
     show_progress: bool = False
 
 
-def mlp_pruning(mlp_density: float | None, *, show_progress: bool) -> MlpPruning | None:
+def mlp_pruning(
+    mlp_density: float | None, *, bits: int | None = None, show_progress: bool = False
+) -> MlpPruning | None:
     """Return the pruning for a density; None if the density asks for all weights.
 
     Raises:
@@ -52,15 +58,16 @@ def mlp_pruning(mlp_density: float | None, *, show_progress: bool) -> MlpPruning
     """
     if mlp_density is None or check_density(mlp_density) == 1:
         return None
-    return MlpPruning(mlp_density, show_progress=show_progress)
+    return MlpPruning(mlp_density, bits=bits, show_progress=show_progress)
 
 
-def column_sizes(specs: Sequence[LayerSpec], dtype: torch.dtype) -> ColumnSizes:
+def column_sizes(specs: Sequence[LayerSpec], dtype: torch.dtype, bits: int | None = None) -> ColumnSizes:
     """Return the sizes of the MLPs of a model with these layers.
 
     Args:
         specs: The specs of all layers.
         dtype: Type of the weights.
+        bits: Bits of a quantised weight, 8 or 4; None for weights in the dtype.
 
     Raises:
         UnsupportedModelError: A layer has no gated MLP.
@@ -71,13 +78,18 @@ def column_sizes(specs: Sequence[LayerSpec], dtype: torch.dtype) -> ColumnSizes:
                 f"mlp_density is for models with gated MLPs, such as Llama, Qwen or Gemma; layer {number} of this "
                 f"model has none. Leave mlp_density out"
             )
-    return ColumnSizes(len(specs), specs[0].width, specs[0].inner, dtype)
+    return ColumnSizes(len(specs), specs[0].width, specs[0].inner, dtype, bits)
 
 
 def staging_bytes(sizes: ColumnSizes) -> int:
-    """Return the bytes of the memory that columns are read into."""
-    largest = max(sizes.row_bytes(kind) for kind in KINDS)
-    tables = max(sizes.count(kind) * sizes.row_bytes(kind) for kind in KINDS)
+    """Return the bytes of the memory that columns are read and unpacked into."""
+    return _read_bytes(sizes) + unpacked_bytes(sizes)
+
+
+def _read_bytes(sizes: ColumnSizes) -> int:
+    # A row may lie in two sectors more than it fills.
+    largest = max(sizes.row_bytes(kind) for kind in KINDS) + 2 * SECTOR
+    tables = max(sizes.count(kind) * sizes.row_bytes(kind) for kind in KINDS) + 2 * SECTOR
     return max(2 * _FEWEST_STAGED * largest, min(_STAGING, 2 * tables))
 
 
@@ -97,7 +109,8 @@ def open_columns(
         FileError: The file is damaged, or belongs to other weights.
         StorageError: The file cannot be written.
     """
-    path = directory / f"{fingerprint[:16]}-{str(sizes.dtype).removeprefix('torch.')}.safetensors"
+    form = str(sizes.dtype).removeprefix("torch.") if sizes.bits is None else f"{sizes.bits}bits"
+    path = directory / f"{fingerprint[:16]}-{form}.safetensors"
     if not is_there(path):
         write_columns(path, weights(), sizes, fingerprint, show_progress=show_progress)
     return ColumnFile(path, sizes, fingerprint)
@@ -119,7 +132,9 @@ def install(
         FileError: Columns cannot be read, or are damaged.
     """
     sizes = file.sizes
-    staging = make_staging(staging_bytes(sizes), sizes)
+    if share < 1:
+        file.measure_gap()
+    staging = make_staging(_read_bytes(sizes), sizes)
     caching = Caching(share, pruning.preference)
     mlps: list[Mlp] = []
     for number, (spec, shares) in enumerate(zip(specs, allocate(pruning.density, len(specs)), strict=True), 1):

@@ -2,58 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from grating_core.columns.cache import ColumnCache
-from grating_core.columns.companion import KINDS, ColumnFile, ColumnSizes, Kind
+from grating_core.columns.companion import ColumnSizes, Kind
 from grating_core.columns.masks import Shares, kept
+from grating_core.columns.reading import Block, ColumnFile
 from grating_core.forking import tell_of_forks
 from grating_core.kernels.activations import ACTIVATIONS
+from grating_core.kernels.choice import kernels
 from grating_core.layers.linear import Weights
 from grating_core.layers.spec import LayerSpec, Role
 from grating_core.memory.checkpoint import aligned_buffer
 from grating_core.memory.meter import Meter
 
 
-class Half(NamedTuple):
-    """This class holds half of the staging memory, as places for rows and as a matrix ``[rows, length]``."""
+class Staging(NamedTuple):
+    """This class holds memory that all tables share.
 
-    places: list[memoryview]
-    matrix: Tensor
+    Attributes:
+        read: Memory that columns are read into before they are used and kept, uint8 ``[bytes]`` at a whole sector.
+        unpacked: Memory for columns as states, which a prompt is multiplied by, float32 ``[entries]``.
+    """
+
+    read: Tensor
+    unpacked: Tensor
 
 
-Staging = Mapping[Kind, tuple[Half, Half]]
+UNPACKED = 1 << 21  # entries that are unpacked at a time
 
 
 def make_staging(size: int, sizes: ColumnSizes) -> Staging:
-    """Take the memory that columns are read into before they are used and kept. All tables share it.
+    """Take the memory that all tables share.
 
     Args:
-        size: Bytes of memory, enough for two columns of either kind.
+        size: Bytes that columns are read into, enough for two columns of either kind.
         sizes: Sizes of the model's MLPs.
     """
-    # Rows without a column are multiplied by 0, so they must hold numbers.
-    buffer = aligned_buffer(size).zero_()
-    array: Any = buffer.numpy()
-    view = memoryview(array)
+    return Staging(aligned_buffer(size), torch.zeros(unpacked_bytes(sizes) // 4))
 
-    def half(row_bytes: int, number: int) -> Half:
-        length = len(buffer) // 2 // row_bytes * row_bytes
-        start, end = number * length, (number + 1) * length
-        matrix = buffer[start:end].view(sizes.dtype).view(-1, row_bytes // sizes.dtype.itemsize)
-        return Half([view[at : at + row_bytes] for at in range(start, end, row_bytes)], matrix)
 
-    return {kind: (half(sizes.row_bytes(kind), 0), half(sizes.row_bytes(kind), 1)) for kind in KINDS}
+def unpacked_bytes(sizes: ColumnSizes) -> int:
+    """Return the bytes of the memory that columns are unpacked into."""
+    return 4 * max(UNPACKED, 2 * sizes.products, sizes.width)
 
 
 class ColumnTable:
@@ -72,10 +72,10 @@ class ColumnTable:
         self, file: ColumnFile, number: int, kind: Kind, cache: ColumnCache, staging: Staging, meter: Meter
     ) -> None:
         self._file, self._number, self._kind = file, number, kind
-        self._cache, self._meter = cache, meter
-        self._halves = staging[kind]
-        self._rows = file.sizes.used(kind)
-        self._held = torch.zeros(cache.capacity + 1, self._rows, dtype=file.sizes.dtype)
+        self._cache, self._staging, self._meter = cache, staging, meter
+        self._form = file.sizes.form(kind)
+        self._held = torch.empty(cache.capacity * self._form.row_bytes, dtype=torch.uint8)
+        self._kernels = kernels()
         self._changing = False
         tell_of_forks(self)
 
@@ -83,8 +83,6 @@ class ColumnTable:
         """Empty the cache if another thread was reading: columns that it recorded may never have arrived."""
         if self._changing:
             self._cache.clear()
-            for half in self._halves:
-                half.matrix.view(torch.uint8).numpy().fill(0)  # numpy needs no threads, which a fork loses
             self._changing = False
 
     def fill(self) -> None:
@@ -92,37 +90,38 @@ class ColumnTable:
         self._changing = True
         columns = self._cache.fill()
         with self._reading(columns) as blocks:
-            for block, matrix in blocks:
-                self._held[block] = matrix[: block.stop - block.start, : self._rows]
+            for block in blocks:
+                self._keep(block, columns[block.columns])
 
     def multiply(self, values: Tensor, count: int) -> Tensor:
         """Multiply the matrix by the largest of one token's values.
 
         Args:
-            values: Values, ``[columns]``, in the dtype of the weights.
+            values: Values, ``[columns]``.
             count: Number of values to use.
 
         Returns:
             The product, float32 ``[rows of the matrix]``.
         """
         self._changing = True
-        columns, slots, hits = self._cache.choose(values.abs().float().numpy(), count)
+        numbers = values.float().numpy()
+        columns, slots, hits = self._cache.choose(numbers, count)
+        chosen = numbers[columns]
         self._meter.columns_wanted += count
-        missing = columns[hits:]
-        with self._reading(missing) as blocks:
-            there = torch.from_numpy(columns[:hits])
-            total = _weighted_sum(self._held, torch.from_numpy(slots[:hits]), values[there])
-            for block, matrix in blocks:
-                arrived = torch.from_numpy(missing[block])
-                total += _weighted_sum(matrix, torch.arange(len(arrived)), values[arrived])[: self._rows]
-                self._keep(matrix, slots[hits:][block])
+        total = torch.zeros(self._form.length)
+        add = self._kernels.add_columns
+        with self._reading(columns[hits:]) as blocks:
+            add(self._form, self._held, slots[:hits] * self._form.row_bytes, chosen[:hits], total)
+            for block in blocks:
+                add(self._form, self._staging.read, block.places, chosen[hits:][block.columns], total)
+                self._keep(block, slots[hits:][block.columns])
         return total
 
     def multiply_all(self, values: Tensor) -> Tensor:
         """Multiply the matrix by all values of many tokens. The columns in memory stay the same.
 
         Args:
-            values: Values, ``[T, columns]``, in the dtype of the weights.
+            values: Values, ``[T, columns]``, in bfloat16 or float32.
 
         Returns:
             The products, float32 ``[T, rows of the matrix]``.
@@ -130,42 +129,62 @@ class ColumnTable:
         columns, slots = self._cache.held()
         missing = np.setdiff1d(np.arange(values.shape[1]), columns)
         self._meter.columns_wanted += values.shape[1]
+        total = torch.zeros(len(values), self._form.length)
         with self._reading(missing) as blocks:
-            total = _product(self._held, values, columns, slots)
-            for block, matrix in blocks:
-                arrived = missing[block]
-                total += _product(matrix, values, arrived, np.arange(len(arrived)))[:, : self._rows]
+            self._add_all(values, columns, self._held, slots * self._form.row_bytes, total)
+            for block in blocks:
+                self._add_all(values, missing[block.columns], self._staging.read, block.places, total)
         return total
 
-    def _keep(self, matrix: Tensor, slots: NDArray[np.int64]) -> None:
-        """Copy columns into their slots; columns beside the cache go into the row behind it."""
-        # Selecting the columns that stay would take another copy.
-        capacity = self._cache.capacity
-        if slots.min() < capacity:
-            places = torch.from_numpy(np.minimum(slots, capacity))
-            self._held.index_copy_(0, places, matrix[: len(slots), : self._rows])
+    def _add_all(
+        self, values: Tensor, columns: NDArray[np.int64], table: Tensor, places: NDArray[np.int64], total: Tensor
+    ) -> None:
+        """Add the products of many tokens with some columns.
+
+        The columns are unpacked into a matrix of the same shape each time, because the library that multiplies
+        keeps a kernel for every shape that it meets. Rows behind the last column are multiplied by 0.
+        """
+        length = self._form.length
+        memory = self._staging.unpacked.view(values.dtype)
+        most = min(values.shape[1], max(1, UNPACKED // length))
+        matrix = memory[: most * length].view(most, length)
+        for start in range(0, len(columns), most):
+            part = slice(start, start + most)
+            there = torch.from_numpy(columns[part])
+            self._kernels.unpack_columns(self._form, table, places[part], matrix[: len(there)])
+            some = values.new_zeros(len(values), most)
+            some[:, : len(there)] = values[:, there]
+            if values.dtype == total.dtype:
+                total.addmm_(some, matrix)
+            else:
+                total += some @ matrix
+
+    def _keep(self, block: Block, slots: NDArray[np.int64]) -> None:
+        """Copy columns into their slots; columns beside the cache have none."""
+        stay = slots < self._cache.capacity
+        size = self._form.row_bytes
+        self._kernels.copy_rows(size, self._staging.read, block.places[stay], self._held, slots[stay] * size)
 
     @contextmanager
-    def _reading(self, columns: NDArray[np.int64]) -> Iterator[Iterator[tuple[slice, Tensor]]]:
-        """Read columns block by block; each block comes with its place in ``columns``, and as rows of a matrix.
+    def _reading(self, columns: NDArray[np.int64]) -> Iterator[Iterator[Block]]:
+        """Read columns block by block.
 
         The reads of the first block start at once. Each next block is read while the one before is used.
         """
-        most = len(self._halves[0].places)
-        blocks = [slice(start, min(start + most, len(columns))) for start in range(0, len(columns), most)]
+        blocks = list(self._file.plan(self._number, self._kind, columns, self._staging.read))
         under_way: list[Future[None]] = []
 
         def begin(index: int) -> None:
             if index < len(blocks):
-                places = self._halves[index % 2].places
-                for reading in self._file.read(self._number, self._kind, columns[blocks[index]], places):
+                for reading in self._file.read(self._number, self._kind, blocks[index]):
                     under_way.append(reading)  # one by one, so that all can be awaited if the next cannot start
 
-        def arrivals() -> Iterator[tuple[slice, Tensor]]:
+        def arrivals() -> Iterator[Block]:
             for index, block in enumerate(blocks):
                 self._wait(under_way)
                 begin(index + 1)
-                yield block, self._halves[index % 2].matrix
+                self._file.verify(self._number, self._kind, columns, block)
+                yield block
 
         self._changing = True
         try:
@@ -177,16 +196,14 @@ class ColumnTable:
         finally:
             self._changing = False
         self._meter.columns_read += len(columns)
-        self._meter.bytes_read += len(columns) * self._file.sizes.row_bytes(self._kind)
+        self._meter.bytes_read += sum(int(block.reads.sizes.sum()) for block in blocks)
 
     def _give_up(self, under_way: list[Future[None]], columns: NDArray[np.int64]) -> None:
-        """Wait until no read is under way, and discard the columns that have arrived."""
+        """Wait until no read is under way, and forget the columns that were to arrive."""
         self._cache.forget(columns)
         for reading in under_way:
             if not reading.cancel():
                 reading.exception()
-        for half in self._halves:  # it may hold anything, but 0 times its numbers must be 0
-            half.matrix.zero_()
 
     def _wait(self, under_way: list[Future[None]]) -> None:
         started = perf_counter()
@@ -219,7 +236,7 @@ class ColumnMlp:
         """Return the MLP's output ``[T, D]`` for states of the same shape.
 
         Args:
-            states: The MLP's input, in the dtype of the columns.
+            states: The MLP's input, in bfloat16 or float32.
             weights: The layer's weights. The biases of gate, up and down are used, where the layer has them.
         """
         if len(states) == 1:
@@ -240,24 +257,3 @@ def _plus(states: Tensor, weights: Weights, role: Role) -> Tensor:
     """Add the bias of a role to states, in place, if the layer has one."""
     bias = weights.get(f"{role}.bias")
     return states if bias is None else states.add_(bias)
-
-
-def _weighted_sum(table: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    """Sum some rows, each times a weight, in float32. No row is copied."""
-    if not len(slots):
-        return torch.zeros(table.shape[1])
-    # Each thread gets one bag, because torch never divides a bag.
-    bags = min(torch.get_num_threads(), len(slots))
-    offsets = torch.arange(bags) * len(slots) // bags
-    return embedding_bag(slots, table, offsets, mode="sum", per_sample_weights=weights).float().sum(0)
-
-
-def _product(matrix: Tensor, values: Tensor, columns: NDArray[np.int64], slots: NDArray[np.int64]) -> Tensor:
-    """Multiply values ``[T, columns]`` by the rows in these slots, in float32.
-
-    All rows are multiplied, and rows without a column by 0. Gathering the others would take longer, and the
-    library that multiplies keeps a kernel for every shape that it meets.
-    """
-    placed = values.new_zeros(len(values), len(matrix))
-    placed[:, torch.from_numpy(slots)] = values[:, torch.from_numpy(columns)]
-    return (placed @ matrix).float()

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from grating_core.kernels.groups import GROUP, quantized_groups
+from grating_core.memory.pieces import Pieces
 
 _LINE = 64  # bytes
 NOWHERE = -1
@@ -80,22 +81,6 @@ class Choice(NamedTuple):
     columns: NDArray[np.int64]
     slots: NDArray[np.int64]
     hits: int
-
-
-class Pieces(NamedTuple):
-    """This class holds pieces of a file that are read into a buffer.
-
-    Attributes:
-        starts: Offsets of the pieces in the file, int64 ``[n]``.
-        sizes: Bytes of the pieces, int64 ``[n]``.
-        buffer: The buffer, uint8 ``[bytes]``.
-        places: Offsets of the pieces in the buffer, int64 ``[n]``.
-    """
-
-    starts: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-    buffer: NDArray[np.uint8]
-    places: NDArray[np.int64]
 
 
 def pack_columns(rows: Tensor, form: RowFormat) -> NDArray[np.uint8]:

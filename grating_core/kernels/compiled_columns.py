@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from grating_core.kernels.columns import Choice, Held, Pieces, RowFormat
+from grating_core.kernels.columns import Choice, Held, RowFormat
 from grating_core.kernels.loading import DTYPES, started
+from grating_core.memory.pieces import Pieces
 
 _GROUPED = {8: 3, 4: 4}
 
@@ -71,6 +72,7 @@ def _columns(
 def choose(held: Held, values: NDArray[np.float32], count: int, preference: float) -> Choice:
     """See :func:`grating_core.kernels.columns.choose`."""
     count = min(count, len(held.slots))
+    values = np.ascontiguousarray(values, dtype=np.float32)
     columns, slots = np.empty((2, count), dtype=np.int64)
     cache = _Cache(len(held.slots), len(held.columns), *map(_at, held), preference)
     choice = _Choice(_at(columns), _at(slots), 0)

@@ -16,17 +16,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch.nn.functional import embedding_bag, linear
+from torch.nn.functional import linear
 from transformers import LlamaConfig, LlamaModel
 
 from grating_core.arguments import parse_size
 from grating_core.columns.cache import ColumnCache
-from grating_core.columns.companion import READERS
+from grating_core.columns.reading import READERS, fit_gap
 from grating_core.errors import StorageError
 from grating_core.files.locks import locked, unfinished
 from grating_core.files.places import cache_directory, storing
 from grating_core.files.writing import reserve
+from grating_core.kernels.choice import kernels
+from grating_core.kernels.columns import RowFormat
 from grating_core.memory.checkpoint import SECTOR, aligned_buffer
+from grating_core.memory.pieces import Pieces
 
 _LONG_READ = 4_000_000  # bytes; longer reads are not faster
 _FILE = 256 << 20  # bytes; more than the caches inside most disks
@@ -77,6 +80,11 @@ class Machine:
     column: Costs
     choosing: Costs
     layer: float
+
+    @property
+    def gap(self) -> int:
+        """The longest gap between two columns, in bytes, that is read through."""
+        return fit_gap(float(self.read(SECTOR)), self.disk_bandwidth)
 
     def reading(self, sizes: NDArray[np.int64]) -> float:
         """Return the seconds that parallel reads of these sizes in bytes take together."""
@@ -145,12 +153,13 @@ MACHINES: Mapping[str, Machine] = {
 }
 
 
-def probe(directory: Path, dtype: torch.dtype) -> Machine:
+def probe(directory: Path, dtype: torch.dtype, bits: int | None = None) -> Machine:
     """Measure disk, memory and processor for about ten seconds. Nothing else should run meanwhile.
 
     Args:
         directory: A directory on the disk to measure. 256 MB are written there and removed.
-        dtype: Dtype of the weights.
+        dtype: Dtype of the states, and of weights that are not quantised.
+        bits: Bits of quantised columns, 8 or 4; None for columns in the dtype.
 
     Raises:
         StorageError: The disk has no room, or cannot be read past the page cache.
@@ -164,25 +173,26 @@ def probe(directory: Path, dtype: torch.dtype) -> Machine:
         read=Costs(tuple(points)),
         latency=latency,
         memory_bandwidth=_dense_bandwidth(dtype),
-        column=Costs(tuple((size, _seconds_of_column(size, dtype)) for size in _ROWS)),
+        column=Costs(tuple((size, _seconds_of_column(size, dtype, bits)) for size in _ROWS)),
         choosing=Costs(tuple((count, _seconds_of_choice(count)) for count in _CHOICES)),
         layer=_seconds_of_layer(),
     )
 
 
-def find_machine(name: str, dtype: torch.dtype) -> Machine:
+def find_machine(name: str, dtype: torch.dtype, bits: int | None = None) -> Machine:
     """Return a machine by its name: ``"this"``, which is measured now, or one of :data:`MACHINES`.
 
     Args:
         name: Name of the machine.
-        dtype: Dtype of the weights.
+        dtype: Dtype of the states, and of weights that are not quantised.
+        bits: Bits of quantised columns, 8 or 4; None for columns in the dtype.
 
     Raises:
         ValueError: The name is unknown.
         StorageError: The disk has no room, or cannot be read past the page cache.
     """
     if name == "this":
-        return probe(cache_directory(), dtype)
+        return probe(cache_directory(), dtype, bits)
     if name not in MACHINES:
         raise ValueError(f"machine={name!r} is unknown; use 'this', {', '.join(map(repr, MACHINES))}")
     return MACHINES[name]
@@ -222,9 +232,11 @@ def _seconds_of_read(file: int, size: int, threads: int) -> float:
     chance = random.Random(size)
 
     def read(places: list[int]) -> None:
-        view = memoryview(aligned_buffer(size).numpy())  # type: ignore[arg-type]
-        for place in places:
-            os.preadv(file, [view], place)
+        memory = aligned_buffer(size).numpy()
+        count = len(places)
+        pieces = Pieces(np.array(places), np.full(count, size), memory, np.zeros(count, dtype=np.int64))
+        for place in places[kernels().read_pieces(file, pieces) :]:
+            os.preadv(file, [memoryview(memory)], place)  # type: ignore[arg-type]
 
     places = [[chance.randrange(_FILE // size) * size for _ in range(each)] for _ in range(threads)]
     with ThreadPoolExecutor(threads) as readers:
@@ -250,15 +262,15 @@ def _dense_bandwidth(dtype: torch.dtype) -> float:
     return matrices.nbytes / _median(lambda: [linear(token, matrix) for matrix in matrices])
 
 
-def _seconds_of_column(size: int, dtype: torch.dtype) -> float:
+def _seconds_of_column(size: int, dtype: torch.dtype, bits: int | None) -> float:
     """Measure the seconds for one of many columns that are multiplied together, as in the engine."""
-    table = torch.ones(_WEIGHTS // size, size // dtype.itemsize, dtype=dtype)
-    slots = torch.randperm(len(table))[: len(table) // 2]
-    values = torch.ones(len(slots), dtype=dtype)
-    bags = torch.get_num_threads()
-    offsets = torch.arange(bags) * len(slots) // bags
-    seconds = _median(lambda: embedding_bag(slots, table, offsets, mode="sum", per_sample_weights=values))
-    return seconds / len(slots)
+    weights = size // dtype.itemsize if bits is None else size * 8 // (bits + (1 if bits == 4 else 0.5))
+    form = RowFormat(int(weights), dtype, bits)
+    table = torch.zeros(_WEIGHTS, dtype=torch.uint8)
+    places = np.random.default_rng(0).permutation(_WEIGHTS // form.row_bytes) * form.row_bytes
+    places = places[: len(places) // 2]
+    values, output = np.ones(len(places), dtype=np.float32), torch.zeros(form.length)
+    return _median(lambda: kernels().add_columns(form, table, places, values, output)) / len(places)
 
 
 def _seconds_of_choice(count: int) -> float:

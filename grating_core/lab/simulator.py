@@ -21,6 +21,7 @@ from grating_core.columns.cache import Caching, Preference
 from grating_core.columns.companion import KINDS, ColumnSizes, Kind
 from grating_core.columns.install import PREFERENCE
 from grating_core.columns.masks import Shares, kept
+from grating_core.columns.reading import find_sectors
 from grating_core.lab.activations import Activations, Magnitudes
 from grating_core.lab.decoders import empty_decoder
 from grating_core.lab.machine import Machine
@@ -128,17 +129,14 @@ class Need:
     Attributes:
         kind: Kind of the columns.
         hits: Number of columns that are in memory, int64 ``[tokens]``.
-        runs: Lengths of the runs of neighbouring columns to read, int64 ``[runs]`` for each token.
+        missing: Number of columns to read, int64 ``[tokens]``.
+        reads: Bytes of each read, with the gaps that are read through, int64 ``[reads]`` for each token.
     """
 
     kind: Kind
     hits: NDArray[np.int64]
-    runs: list[NDArray[np.int64]]
-
-    @property
-    def missing(self) -> NDArray[np.int64]:
-        """The number of columns to read, int64 ``[tokens]``."""
-        return np.array([lengths.sum() for lengths in self.runs])
+    missing: NDArray[np.int64]
+    reads: list[NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -188,37 +186,51 @@ def simulate(
     read = (sizes.depth - resident) * shape.layer
     found = [Estimate(DENSE, 1 / streaming_seconds(shape, machine, resident), read, None)]
     for way, how in ((DIP, Caching(share)), (CACHE_AWARE, Caching(share, preference))):
-        needs = find_needs(activations, sizes, shares, how)
+        needs = find_needs(activations, sizes, shares, how, gap=machine.gap)
         traffic = count_traffic(needs, sizes)
         seconds = pruned_seconds(shape, machine, needs).mean()
-        found.append(Estimate(way, float(1 / seconds), traffic.bytes_per_token, traffic.hit_rate()))
+        found.append(Estimate(way, float(1 / seconds), read_bytes(needs), traffic.hit_rate()))
     return found
 
 
 def find_needs(
-    activations: Activations, sizes: ColumnSizes, shares: Sequence[Shares], caching: Caching
+    activations: Activations, sizes: ColumnSizes, shares: Sequence[Shares], caching: Caching, *, gap: int
 ) -> list[list[Need]]:
-    """Send activations through each layer's caches, and return the needs by layer and kind."""
+    """Send activations through each layer's caches, and return the needs by layer and kind.
+
+    ``gap`` is the longest gap between two columns, in bytes, that is read through.
+    """
     return [
         [
-            _need(magnitudes, own, caching, kind)
+            _need(magnitudes, own, caching, kind, sizes.row_bytes(kind), gap)
             for kind, magnitudes in zip(KINDS, activations.layer(number, sizes), strict=True)
         ]
         for number, own in enumerate(shares)
     ]
 
 
-def _need(magnitudes: Magnitudes, shares: Shares, caching: Caching, kind: Kind) -> Need:
+def _need(magnitudes: Magnitudes, shares: Shares, caching: Caching, kind: Kind, row: int, gap: int) -> Need:
     columns = magnitudes.shape[1]
     cache, count = caching.cache(columns, kind, shares), kept(columns, getattr(shares, kind))
-    hits, runs = [], []
+    hits, absent, reads = [], [], []
     for token in magnitudes.astype(np.float32):
         choice = cache.choose(token, count)
         hits.append(choice.hits)
-        missing = np.sort(choice.columns[choice.hits :])
-        edges = np.flatnonzero(np.diff(missing) != 1) + 1
-        runs.append(np.diff(np.concatenate(([0], edges, [len(missing)]))) if len(missing) else missing)
-    return Need(kind, np.array(hits), runs)
+        missing = choice.columns[choice.hits :]
+        absent.append(len(missing))
+        if len(missing):
+            lows, highs, joined = find_sectors(missing * row, row, gap)
+            edges = np.flatnonzero(~joined)
+            reads.append(highs[np.append(edges[1:] - 1, -1)] - lows[edges])
+        else:
+            reads.append(missing)
+    return Need(kind, np.array(hits), np.array(absent), reads)
+
+
+def read_bytes(needs: Sequence[Sequence[Need]]) -> float:
+    """Return the bytes that are read for a token."""
+    tokens = len(needs[0][0].hits)
+    return sum(float(sizes.sum()) for layer in needs for need in layer for sizes in need.reads) / tokens
 
 
 def count_traffic(needs: Sequence[Sequence[Need]], sizes: ColumnSizes) -> Traffic:
@@ -240,10 +252,10 @@ def pruned_seconds(shape: Shape, machine: Machine, needs: Sequence[Sequence[Need
     for layer in needs:
         seconds += machine.layer + shape.attention / machine.memory_bandwidth
         for need in layer:
-            used = sizes.used(need.kind) * sizes.dtype.itemsize
-            multiplying = float(machine.column(used))
-            keeping = 2 * used / machine.memory_bandwidth  # keeping a column reads and writes it
-            reading = [machine.reading(lengths * sizes.row_bytes(need.kind)) for lengths in need.runs]
+            row = sizes.row_bytes(need.kind)
+            multiplying = float(machine.column(row))
+            keeping = 2 * row / machine.memory_bandwidth  # keeping a column reads and writes it
+            reading = [machine.reading(reads) for reads in need.reads]
             seconds += float(machine.choosing(sizes.count(need.kind)))
             seconds += np.maximum(need.hits * multiplying, reading) + need.missing * (multiplying + keeping)
     return seconds

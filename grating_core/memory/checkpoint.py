@@ -7,7 +7,7 @@ import os
 import stat
 import weakref
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from io import FileIO
@@ -21,6 +21,8 @@ from grating_core.errors import FileError
 from grating_core.forking import Lock
 from grating_core.memory.gguf import GgufHeader, parse_gguf
 from grating_core.memory.header import LONGEST_HEADER, StoredTensor, parse_header
+from grating_core.memory.pieces import Pieces
+from grating_core.memory.positioned import fill_from, read_at, read_bytes
 
 SECTOR = 4096  # bytes; O_DIRECT wants addresses, offsets and lengths that are multiples of this
 _SAMPLE = 64  # bytes of a sample; samples show whether a checkpoint was replaced
@@ -77,18 +79,19 @@ class Checkpoint:
         """
         self._files[tensor.path].read(tensor.name, [(start, [_view(buffer)])], direct, remember=direct)
 
-    def read_scattered(self, tensor: StoredTensor, pieces: Sequence[tuple[int, list[memoryview]]]) -> None:
-        """Fill many places from many parts of a file, past the page cache if possible.
+    def read_pieces(self, tensor: StoredTensor, pieces: Pieces, quickly: Callable[[int, Pieces], int]) -> None:
+        """Read pieces of a file, past the page cache if possible.
 
         Args:
             tensor: The tensor whose file is read; messages name it.
-            pieces: Offsets of first bytes, each with the places that are filled from there on, in order. Offsets,
-                lengths and addresses must be whole sectors.
+            pieces: The pieces. Offsets, sizes and addresses must be whole sectors.
+            quickly: Function that reads pieces from a descriptor without Python between two of them. It returns
+                how many it has read as a whole, from the first on; the others are read here.
 
         Raises:
             FileError: The file is cut short, cannot be read, or was replaced.
         """
-        self._files[tensor.path].read(tensor.name, pieces, direct=True)
+        self._files[tensor.path].read_pieces(tensor.name, pieces, quickly)
 
     def announce(self, tensor: StoredTensor, ranges: Sequence[tuple[int, int]]) -> None:
         """Tell the system which bytes, as (start, end), will be read next, so that it fetches them all at once."""
@@ -141,20 +144,33 @@ class _File:
         self.announce(samples)
         digest = hashlib.blake2b()
         for start, end in samples:
-            digest.update(_pread(self._buffered, start, end - start, size))
+            digest.update(read_bytes(self._buffered, start, end - start, size))
         return digest.digest()
 
     def read(
         self, name: str, pieces: Sequence[tuple[int, list[memoryview]]], direct: bool, remember: bool = False
     ) -> None:
+        def fill(file: FileIO) -> None:
+            for start, views in pieces:
+                fill_from(file, start, views, self._identity[0])
+
+        self._read(name, fill, direct, lambda: not remember or all(map(self._was_read_before, pieces)))
+
+    def read_pieces(self, name: str, pieces: Pieces, quickly: Callable[[int, Pieces], int]) -> None:
+        def fill(file: FileIO) -> None:
+            for index in range(quickly(file.fileno(), pieces), len(pieces.starts)):
+                fill_from(file, int(pieces.starts[index]), [pieces.view(index)], self._identity[0])
+
+        self._read(name, fill, True, lambda: True)
+
+    def _read(self, name: str, fill: Callable[[FileIO], None], direct: bool, is_right: Callable[[], bool]) -> None:
         cause = "it changes while it is being read"
         for _ in range(2):
             file = self._direct if direct and self._direct is not None else self._buffered
             try:
-                for start, views in pieces:
-                    _fill(file, start, views, self._identity[0])
+                fill(file)
                 if self._is_as_opened():
-                    if not remember or not self._lasting or all(map(self._was_read_before, pieces)):
+                    if not self._lasting or is_right():
                         return
                     cause = "it has changed since it was opened"
                 elif not self._lasting:
@@ -264,38 +280,9 @@ def _identity(file: FileIO) -> tuple[int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns  # nobody can set st_ctime_ns back
 
 
-def _fill(file: FileIO, start: int, views: list[memoryview], size: int) -> None:
-    """Read into one view after another, until all are full or ``size`` bytes, the whole file, are read."""
-    while any(views) and start < size:
-        got = read_at(file, start, views)
-        if got == 0:
-            raise EOFError(f"it was {size:,} bytes long and now ends at byte {start:,}")
-        start += got
-        while views and got >= len(views[0]):
-            got -= len(views[0])
-            views = views[1:]
-        if got:
-            views = [views[0][got:], *views[1:]]
-
-
 def _view(buffer: Tensor) -> memoryview:
     view: Any = buffer.numpy()
     return memoryview(view)
-
-
-def read_at(file: FileIO, start: int, views: list[memoryview]) -> int:
-    """Read from a place in a file into views, and return the number of bytes, which may be fewer than fit.
-
-    The file's position, which a forked process shares, does not change on systems with positioned reads.
-    """
-    if hasattr(os, "preadv"):
-        return os.preadv(file.fileno(), views, start)
-    with _seeking:  # this system has no positioned reads
-        file.seek(start)
-        return file.readinto(views[0]) or 0
-
-
-_seeking = Lock()
 
 
 def _read_header(path: Path, file: FileIO) -> dict[str, StoredTensor]:
@@ -303,10 +290,10 @@ def _read_header(path: Path, file: FileIO) -> dict[str, StoredTensor]:
     if path.suffix == ".gguf":
         return _read_gguf(path, file, size).tensors
     try:
-        length = int.from_bytes(_pread(file, 0, 8, size), "little")
+        length = int.from_bytes(read_bytes(file, 0, 8, size), "little")
         if length > min(size - 8, LONGEST_HEADER):
             raise ValueError(f"the header would have {length:,} bytes, but the file has only {size:,}")
-        return parse_header(_pread(file, 8, length, size), path, size)
+        return parse_header(read_bytes(file, 8, length, size), path, size)
     except (ValueError, EOFError) as error:
         raise FileError(f"{path} is not safetensors: {error}") from error
 
@@ -324,15 +311,9 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 def _read_gguf(path: Path, file: FileIO, size: int) -> GgufHeader:
     try:
-        return parse_gguf(lambda start, length: _pread(file, start, length, size), path, size)
+        return parse_gguf(lambda start, length: read_bytes(file, start, length, size), path, size)
     except (ValueError, EOFError) as error:
         raise FileError(f"{path} is not GGUF: {error}") from error
-
-
-def _pread(file: FileIO, start: int, length: int, size: int) -> bytes:
-    data = bytearray(length)
-    _fill(file, start, [memoryview(data)], size)
-    return bytes(data)
 
 
 def aligned_buffer(size: int, *, pinned: bool = False) -> Tensor:

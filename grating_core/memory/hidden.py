@@ -23,8 +23,8 @@ from grating_core.errors import StorageError
 from grating_core.files.places import explained
 from grating_core.files.writing import temporary_file
 from grating_core.forking import Threads
-from grating_core.memory.checkpoint import read_at
 from grating_core.memory.meter import Meter
+from grating_core.memory.positioned import read_at
 
 FILL = 64  # the most rows that computing adds to a span
 

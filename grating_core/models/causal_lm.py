@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grating_core.columns.companion import ColumnFile
 from grating_core.columns.install import MlpPruning, column_sizes, install, open_columns, staging_bytes
+from grating_core.columns.reading import ColumnFile
 from grating_core.errors import FileError, ModelNotFoundError, StorageError, UnsupportedModelError
 from grating_core.files.places import cache_directory
 from grating_core.kernels.operands import Weight
@@ -266,7 +266,7 @@ class StoredCausalLM(StoredModel):
                     f"mlp_density works on the CPU only, but this model computes on {self.device}: use "
                     f"device='cpu', or leave mlp_density out"
                 )
-            self._columns = column_sizes(self.spec.layers, self.dtype)
+            self._columns = column_sizes(self.spec.layers, self.dtype, self._pruning.bits)
         super()._sort(in_layers, outside, head)
 
     def _open_columns(self, pruning: MlpPruning) -> ColumnFile:

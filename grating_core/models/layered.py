@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grating_core.columns.companion import ColumnFile
+from grating_core.columns.reading import ColumnFile
 from grating_core.kernels import reference
 from grating_core.kernels.choice import kernels
 from grating_core.kernels.operands import Lookup, Norm, Weight

@@ -18,12 +18,13 @@ import torch
 from torch import nn
 
 from grating_core import BudgetError, ModelNotFoundError, Reranker, StreamedCausalLM
+from grating_core.columns import reading
 from grating_core.columns.cache import NO_PREFERENCE
 from grating_core.columns.install import MlpPruning
 from grating_core.errors import FileError
 from grating_core.forking import Lock, Threads, computed, run_in_thread
 from grating_core.lens import recalibrate as recalibration
-from grating_core.memory import checkpoint
+from grating_core.memory import positioned
 from grating_core.memory.checkpoint import Checkpoint
 from grating_core.opening.layered import open_layered
 from grating_core.pruning import ClusterPolicy
@@ -58,8 +59,9 @@ class SlowDisk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         self.process, self.name = os.getpid(), name
         self.reached, self.go = threading.Event(), threading.Event()
-        self.read = checkpoint.read_at
-        monkeypatch.setattr(checkpoint, "read_at", self)
+        self.read = positioned.read_at
+        monkeypatch.setattr(positioned, "read_at", self)
+        monkeypatch.setattr(reading, "read_quickly", lambda file, pieces: 0)
 
     def __call__(self, *what: object) -> int:
         if os.getpid() == self.process and threading.current_thread().name.startswith(self.name):
@@ -436,7 +438,7 @@ def test_columns_that_find_no_thread_are_wanted_again(
     submit, calls = Threads.submit, []
 
     def fail_third(threads: Threads, call: Callable[..., object], *what: object) -> object:
-        if call.__module__ == "grating_core.columns.companion":
+        if call.__module__ == "grating_core.columns.reading":
             calls.append(what)
             if len(calls) == 3:
                 raise RuntimeError("can't start new thread")
@@ -662,7 +664,7 @@ def test_a_file_that_is_opened_again_is_open_once(tmp_path: Path, monkeypatch: p
 
 
 def fail_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    read, failed = checkpoint.read_at, []
+    read, failed = positioned.read_at, []
 
     def fail(*what: object) -> int:
         if not failed:
@@ -670,7 +672,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(5, "Input/output error")
         return read(*what)
 
-    monkeypatch.setattr(checkpoint, "read_at", fail)
+    monkeypatch.setattr(positioned, "read_at", fail)
 
 
 # Named pipes

@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,8 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from grating_core.columns.companion import KINDS, ColumnFile, ColumnSizes, Kind, write_columns
+from grating_core.columns.companion import KINDS, ColumnSizes, Kind, write_columns
+from grating_core.columns.reading import ColumnFile, fit_gap
 from grating_core.errors import FileError, StorageError
+from grating_core.kernels.columns import unpack_columns
 from grating_core.memory.checkpoint import SECTOR, aligned_buffer
 
 SIZES = ColumnSizes(depth=3, width=24, products=40, dtype=torch.float32)
@@ -30,34 +33,70 @@ def written(directory: Path, sizes: ColumnSizes = SIZES, fingerprint: str = "min
     return path
 
 
-def read(file: ColumnFile, number: int, kind: Kind, columns: list[int]) -> Tensor:
-    row = file.sizes.row_bytes(kind)
-    buffer = aligned_buffer(len(columns) * row)
-    view = memoryview(buffer.numpy())
-    places = [view[at : at + row] for at in range(0, len(columns) * row, row)]
-    for part in file.read(number, kind, np.array(columns), places):
-        part.result()
-    return buffer[: len(columns) * row].view(file.sizes.dtype).view(len(columns), -1)[:, : file.sizes.used(kind)]
+def read(file: ColumnFile, number: int, kind: Kind, columns: list[int], staging: int = 1 << 22) -> Tensor:
+    """Columns as float32, read block by block."""
+    buffer, chosen = aligned_buffer(staging), np.array(columns)
+    found = torch.full((len(columns), file.sizes.form(kind).length), torch.nan)
+    for block in file.plan(number, kind, chosen, buffer):
+        buffer.fill_(255)
+        for part in file.read(number, kind, block):
+            part.result()
+        file.verify(number, kind, chosen, block)
+        unpack_columns(file.sizes.form(kind), buffer, block.places, found[block.columns])
+    return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_column_is_where_it_belongs(tmp_path: Path, dtype: torch.dtype) -> None:
-    sizes = ColumnSizes(depth=3, width=24, products=1100, dtype=dtype)
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, None), (torch.bfloat16, None), (torch.float32, 8)])
+@pytest.mark.parametrize("gap", [0, 3 * SECTOR])
+def test_every_column_is_where_it_belongs(tmp_path: Path, dtype: torch.dtype, bits: int | None, gap: int) -> None:
+    sizes = ColumnSizes(depth=3, width=24, products=1100, dtype=dtype, bits=bits)
     file = ColumnFile(written(tmp_path, sizes), sizes, "mine")
+    file.gap = gap
+    near = {"atol": 0.0 if bits is None else 0.03, "rtol": 0.0}
     for number, (up, gate, down) in enumerate(random_weights(sizes), 1):
-        for columns in ([5], list(range(24)), [0, 1, 2, 9, 11, 23]):
-            assert torch.equal(read(file, number, "inputs", columns), torch.cat((up, gate)).T[columns])
-        for columns in ([1099], list(range(1100)), [0, 700, 701]):
-            assert torch.equal(read(file, number, "products", columns), down.T[columns])
+        for staging in (1 << 22, 2 * 5 * SECTOR):  # all at once, or a column or two in each block
+            for columns in ([5], list(range(24)), [0, 1, 2, 9, 11, 23]):
+                expected = torch.cat((up, gate)).T[columns].float()
+                torch.testing.assert_close(read(file, number, "inputs", columns, staging), expected, **near)
+            for columns in ([1099], list(range(1100)), [0, 700, 701], list(range(0, 1100, 7))):
+                expected = down.T[columns].float()
+                torch.testing.assert_close(read(file, number, "products", columns, staging), expected, **near)
     file.close()
 
 
-def test_the_file_is_ordinary_safetensors_and_rows_begin_at_sectors(tmp_path: Path) -> None:
+def test_long_runs_are_cut_and_short_gaps_are_read_through(tmp_path: Path) -> None:
+    sizes = ColumnSizes(depth=1, width=1024, products=2048, dtype=torch.float32)  # rows of 16 and of 4 KiB
+    file = ColumnFile(written(tmp_path, sizes), sizes, "mine")
+    buffer = aligned_buffer(1 << 26)
+    for gap, reads in ((0, 4), (SECTOR, 3), (5 * SECTOR, 2), (10 * SECTOR, 1)):
+        file.gap = gap
+        (block,) = file.plan(1, "products", np.array([0, 2, 8, 19]), buffer)
+        assert len(block.reads.starts) == reads
+    (block,) = file.plan(1, "inputs", np.arange(100), buffer)
+    assert block.reads.sizes.tolist() == [256 << 10] * 6 + [64 << 10]
+    assert not list(file.plan(1, "inputs", np.array([], dtype=np.int64), buffer))
+    file.measure_gap()
+    assert file.gap == 10 * SECTOR  # this file is too short to be measured
+    assert fit_gap(25e-6, 1.2e9) == 6 * SECTOR
+    assert fit_gap(1e-6, 1e9) == 0
+    file.close()
+
+
+def test_a_disk_is_measured_by_reading_the_file(tmp_path: Path) -> None:
+    sizes = ColumnSizes(depth=2, width=1024, products=4096, dtype=torch.float32)
+    file = ColumnFile(written(tmp_path, sizes), sizes, "mine")
+    file.gap = -1
+    file.measure_gap()
+    assert 0 <= file.gap < 1 << 24
+    assert file.gap % SECTOR == 0
+    file.close()
+
+
+def test_the_file_is_ordinary_safetensors_and_begins_at_a_sector(tmp_path: Path) -> None:
     path = written(tmp_path)
     tensors = load_file(path)
-    assert tensors["2.inputs"].shape == (24, SECTOR // 4)
-    assert torch.equal(tensors["2.inputs"][7, :80], torch.cat(random_weights(SIZES)[1][:2]).T[7])
-    assert not tensors["2.inputs"][:, 80:].any()
+    assert tensors["2.inputs"].shape == (24, 320)
+    assert torch.equal(tensors["2.inputs"].view(torch.float32)[7], torch.cat(random_weights(SIZES)[1][:2]).T[7])
     assert (8 + int.from_bytes(path.read_bytes()[:8], "little")) % SECTOR == 0
 
 
@@ -89,7 +128,7 @@ def test_a_header_that_is_nested_deeply_is_refused(tmp_path: Path) -> None:
 def test_a_flipped_bit_is_found_when_its_column_is_first_read(tmp_path: Path) -> None:
     path = written(tmp_path)
     data = bytearray(path.read_bytes())
-    start = 8 + int.from_bytes(data[:8], "little") + 3 * SECTOR  # row 3 of layer 1's inputs
+    start = 8 + int.from_bytes(data[:8], "little") + 3 * 320  # row 3 of layer 1's inputs
     data[start + 17] ^= 1
     path.write_bytes(data)
     file = ColumnFile(path, SIZES, "mine")
@@ -115,7 +154,7 @@ def test_a_file_that_goes_away_is_missed_and_found_again(tmp_path: Path) -> None
 def test_no_room_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRATING_CACHE", str(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(StorageError, match=r"it takes 0\.8 MB, and 0\.0 MB are free in .*GRATING_CACHE"):
+    with pytest.raises(StorageError, match=r"it takes 0\.0 MB, and 0\.0 MB are free in .*GRATING_CACHE"):
         written(tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -140,8 +179,15 @@ def test_an_interrupted_writing_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_sizes_say_what_is_used_and_what_is_read() -> None:
-    sizes = ColumnSizes(36, 2560, 9728, torch.bfloat16)
-    assert {kind: sizes.used(kind) for kind in KINDS} == {"inputs": 19456, "products": 2560}
-    assert {kind: sizes.row_bytes(kind) for kind in KINDS} == {"inputs": 40960, "products": 8192}
-    assert sizes.layer_bytes == 3 * 2560 * 9728 * 2
+@pytest.mark.parametrize(("bits", "inputs", "products"), [(None, 38912, 5120), (8, 20672, 2752), (4, 12160, 1600)])
+def test_sizes_say_what_rows_take(bits: int | None, inputs: int, products: int) -> None:
+    sizes = ColumnSizes(36, 2560, 9728, torch.bfloat16, bits)
+    assert {kind: sizes.row_bytes(kind) for kind in KINDS} == {"inputs": inputs, "products": products}
+    assert sizes.layer_bytes == 2560 * inputs + 9728 * products
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_columns_in_other_bits_are_refused(tmp_path: Path, bits: int) -> None:
+    path = written(tmp_path)
+    with pytest.raises(FileError, match=r"another shape.*delete the file"):
+        ColumnFile(path, replace(SIZES, bits=bits), "mine")

@@ -8,9 +8,10 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from grating_core.columns.cache import ColumnCache
-from grating_core.columns.companion import KINDS, ColumnFile, ColumnSizes, write_columns
+from grating_core.columns.companion import KINDS, ColumnSizes, write_columns
 from grating_core.columns.masks import Shares
 from grating_core.columns.mlp import ColumnMlp, ColumnTable, make_staging
+from grating_core.columns.reading import ColumnFile
 from grating_core.errors import FileError
 from grating_core.lab.masked import MaskedMlp
 from grating_core.layers.spec import LayerSpec, Norm

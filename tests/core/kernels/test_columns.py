@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from grating_core.kernels import columns, compiled_columns
-from grating_core.kernels.columns import Held, Pieces, RowFormat, pack_columns
+from grating_core.kernels.columns import Held, RowFormat, pack_columns
 from grating_core.kernels.loading import KernelsError, levels, start
+from grating_core.memory.pieces import Pieces
 
 FORMATS = [(torch.float32, None), (torch.bfloat16, None), (torch.float32, 8), (torch.float32, 4)]
 

@@ -23,6 +23,7 @@ from grating_core.lab.simulator import (
     count_traffic,
     find_needs,
     pruned_seconds,
+    read_bytes,
     simulate,
     streaming_seconds,
 )
@@ -90,7 +91,7 @@ def test_at_density_1_pruning_reads_the_mlps_that_dense_reads(activations: Activ
 
 
 def test_hits_and_reads_are_those_of_the_cache_token_by_token(activations: Activations) -> None:
-    needs = find_needs(activations, SIZES, HALF, Caching(0.4, Preference(0.3, 0.3)))
+    needs = find_needs(activations, SIZES, HALF, Caching(0.4, Preference(0.3, 0.3)), gap=-1)
     for layer in (0, 3):
         cache = ColumnCache(2048, int(divide_room(0.4, HALF[0]).products * 2048), preference=0.3)
         cache.fill()
@@ -99,14 +100,18 @@ def test_hits_and_reads_are_those_of_the_cache_token_by_token(activations: Activ
             choice = cache.choose(row, 1024)
             assert need.hits[token] == choice.hits
             missing = set(choice.columns[choice.hits :].tolist())
-            beginnings = [column for column in missing if column - 1 not in missing]
             assert need.missing[token] == len(missing)
-            assert len(need.runs[token]) == len(beginnings)
+            assert need.reads[token].tolist() == [4096] * len(missing)  # without gaps, each column is a read
     traffic = count_traffic(needs, SIZES)
     assert traffic.hit_rate() == pytest.approx(traffic.hits.sum() / (30 * 4 * (512 + 1024)))
-    assert traffic.bytes_per_token * 30 == sum(
-        need.missing.sum() * SIZES.row_bytes(need.kind) for layer in needs for need in layer
-    )
+    missing = sum(need.missing.sum() * SIZES.row_bytes(need.kind) for layer in needs for need in layer)
+    assert traffic.bytes_per_token * 30 == read_bytes(needs) * 30 == missing
+    wide = find_needs(activations, SIZES, HALF, Caching(0.4, Preference(0.3, 0.3)), gap=3 * 4096)
+    assert read_bytes(wide) > read_bytes(needs)
+    for layer, others in zip(needs, wide, strict=True):
+        for need, other in zip(layer, others, strict=True):
+            assert need.missing.tolist() == other.missing.tolist()
+            assert sum(map(len, other.reads)) < sum(map(len, need.reads))
 
 
 def test_a_preference_reads_less_and_is_faster(activations: Activations) -> None:
@@ -121,13 +126,13 @@ def test_the_time_of_a_token_is_the_sum_of_its_parts(activations: Activations) -
         MACHINE, choosing=Costs(((1, 3e-5),)), layer=2e-4, column=Costs(((4096, 1e-6), (16384, 3e-6)))
     )
     # Rows of 16,384 and of 4,096 bytes.
-    needs = find_needs(activations, SIZES, HALF, Caching(0.4, Preference(0.3, 0.3)))
+    needs = find_needs(activations, SIZES, HALF, Caching(0.4, Preference(0.3, 0.3)), gap=-1)
     token, seconds = 7, SHAPE.head / 10e9
     for layer in needs:
         seconds += 2e-4 + SHAPE.attention / 10e9
         for need, row, column in zip(layer, (16384, 4096), (3e-6, 1e-6), strict=True):
             choosing = 3e-5 * SIZES.count(need.kind)
-            reading = sum(float(machine.read(int(length) * row)) for length in need.runs[token])
+            reading = sum(float(machine.read(int(size))) for size in need.reads[token])
             computing = need.hits[token] * column
             seconds += choosing + max(computing, reading) + need.missing[token] * (column + 2 * row / 10e9)
     assert pruned_seconds(SHAPE, machine, needs)[token] == pytest.approx(seconds)

@@ -13,7 +13,7 @@ import torch
 
 from grating_core import Reranker
 from grating_core.errors import FileError, StorageError
-from grating_core.memory import checkpoint, hidden
+from grating_core.memory import hidden, positioned
 from grating_core.memory.checkpoint import Checkpoint
 from tests.core.conftest import save_model
 from tests.core.memory.conftest import load_planned
@@ -143,7 +143,7 @@ def test_a_read_error_names_file_and_tensor(directory: Path, monkeypatch: pytest
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as broken:
-        broken.setattr(checkpoint, "read_at", fail)
+        broken.setattr(positioned, "read_at", fail)
         with pytest.raises(FileError, match=r"model\.safetensors: reading bert\.encoder.*Input/output error"):
             rerank_several(planned)
     assert planned.rerank(QUERY, DOCUMENTS).ranking == expected
