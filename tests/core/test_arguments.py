@@ -194,7 +194,8 @@ def test_none_is_as_if_it_were_not_given(tiny_bert: Path) -> None:
 
 def test_the_same_for_generating(tmp_path: Path) -> None:
     directory = save_decoder(tmp_path, "llama")
-    settings = dict.fromkeys(["device", "dtype", "memory_budget", "mlp_density", "bits", "kv_bits", "max_length", "adapter"])
+    names = ("device", "dtype", "memory_budget", "mlp_density", "bits", "kv_bits", "max_length", "adapter")
+    settings = dict.fromkeys(names)
     with StreamedCausalLM.from_pretrained(directory, **settings) as model:
         found = model.generate(
             "w1 w2", max_new_tokens=np.int64(3), temperature=np.float32(1), top_p=np.float32(0.9), seed=np.uint8(1)

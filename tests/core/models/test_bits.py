@@ -172,7 +172,7 @@ def test_keys_and_values_in_8_bits_take_what_was_planned(llama: Path) -> None:
         cache = new_cache(stored.load(None), WINDOW)
         kept = sum(field.nbytes for layer in cache.layers for field in layer.memory if field is not None)
         assert kept <= taken[kv_bits] <= 2 * kept
-    assert taken[8] < 0.5 * taken[None]
+    assert taken[8] < 0.7 * taken[None]
 
 
 def put_dequantised(reference: torch.nn.Module, model: CausalLM) -> None:
