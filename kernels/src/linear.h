@@ -9,8 +9,9 @@
 
 namespace {
 
-// Of results of a block of rows: about half of a second-level cache.
-constexpr int64_t BLOCK_BYTES = TILES ? 1 << 20 : 512 << 10;
+// Of results of a block of rows: about half of a second-level cache. Where tiles multiply, it costs less to write results to a
+// larger cache than to read the weights again for few rows.
+constexpr int64_t BLOCK_BYTES = TILES ? 4 << 20 : 512 << 10;
 
 // Up to 32 rows of x as the product reads them.
 struct Strip {
@@ -47,6 +48,9 @@ constexpr int64_t GROUP_BYTES = 512 << 10;   // of panels that stay in the secon
 // Tiles read so fast that one of the factors has to lie in the first-level cache: inner entries of a strip stay there while
 // panels pass by. So many bytes of each row are multiplied at a time, at most.
 constexpr int64_t PART = 1024;
+// Of rows that have more parts than DEPTH, half of DEPTH are multiplied at a time, so that these parts of all strips stay in the
+// second-level cache while panels pass by.
+constexpr int64_t DEPTH = 4;
 
 // The strips of some rows, as the product reads them, with the sums of their entries.
 struct Strips {
@@ -85,26 +89,30 @@ class Panels {
           tiles(TILES && dtype != GK_F32),
           inner(padded_inner(dtype, l.weight.inner) * item(dtype)),
           part(tiles ? up((inner - 1) / ((inner - 1) / PART + 1) + 1, 64) : inner),
-          group(tiles ? larger<int64_t>(1, GROUP_BYTES / (COLUMNS * inner)) : 1),
-          sums(part < inner ? 2 * group * ROWS * COLUMNS * 4 : 0),
+          depth(inner <= DEPTH * part ? inner : DEPTH / 2 * part),
+          group(tiles ? larger<int64_t>(1, GROUP_BYTES / (COLUMNS * depth)) : 1),
+          sums(part < inner ? (depth < inner ? TOGETHER : 1) * 2 * group * ROWS * COLUMNS * 4 : 0),
           own(l.weight.format == dtype ? 0 : group * panel_bytes()),
           gate(l.gate.format == dtype || !l.gate.packed ? 0 : group * panel_bytes()) {}
     bool ready() const { return sums.at && own.at && gate.at; }
 
     // Multiplies the strips by the panels from `first` to `last`; block(panel, strip) says where the results go.
     template <class BlockOf> void run(const Strips& strips, int64_t first, int64_t last, BlockOf block) {
-        for (int64_t begin = first, end; begin < last; begin = end) {
-            end = smaller(last, begin + group);
-            unpack(l.weight, own, begin, end);
-            if (l.gate.packed) unpack(l.gate, gate, begin, end);
-            for (int64_t s = 0; s < strips.count; s++)
-                for (int64_t from = 0; from < inner; from += part)
-                    for (int64_t panel = begin; panel < end; panel++) {
-                        if (from + part < inner) add(strips.strip[s], s, panel, from, panel - begin);
-                        else next(strips.strip[s], s, from, panel - begin, block(panel, s));
-                    }
+        for (begin = first; begin < last; begin += group) {
+            const int64_t end = smaller(last, begin + group);
+            for (top = 0; top < inner; top += depth) {
+                const int64_t bottom = smaller(inner, top + depth);
+                unpack(l.weight, own, end, bottom);
+                if (l.gate.packed) unpack(l.gate, gate, end, bottom);
+                for (int64_t s = 0; s < strips.count; s++)
+                    for (int64_t from = top; from < bottom; from += part)
+                        for (int64_t panel = begin; panel < end; panel++) {
+                            if (from + part < inner) add(strips.strip[s], s, panel, from);
+                            else next(strips.strip[s], s, from, block(panel, s));
+                        }
+            }
         }
-        end();
+        finish_all();
     }
 
    private:
@@ -123,53 +131,59 @@ class Panels {
     };
 
     // The sums of a block so far, when only some of the inner entries are multiplied.
-    float* sums_of(int64_t place, bool gate) { return sums.of<float>() + (2 * place + gate) * ROWS * COLUMNS; }
-
-    // Multiplies a part of the inner entries that is not the last one.
-    void add(const Strip& strip, int64_t number, int64_t panel, int64_t from, int64_t place) {
-        for (int gated = l.gate.packed ? 1 : 0; gated >= 0; gated--)
-            multiply(gated, strip, number, panel, from, place, sums_of(place, gated));
+    float* sums_of(int64_t number, int64_t panel, bool gated) {
+        const int64_t place = (depth < inner ? number * group : 0) + panel - begin;
+        return sums.of<float>() + (2 * place + gated) * ROWS * COLUMNS;
     }
 
-    void next(const Strip& strip, int64_t number, int64_t from, int64_t place, Block block) {
+    // Multiplies a part of the inner entries that is not the last one.
+    void add(const Strip& strip, int64_t number, int64_t panel, int64_t from) {
+        if (l.gate.packed) multiply(true, strip, number, panel, from, sums_of(number, panel, true));
+        multiply(false, strip, number, panel, from, sums_of(number, panel, false));
+    }
+
+    void next(const Strip& strip, int64_t number, int64_t from, Block block) {
         for (int64_t r = 0; !tiles && r < block.rows; r++)
             for (int64_t i = 0; i < COLUMNS * bytes; i += 64) __builtin_prefetch((char*)block.out + r * bytes * block.stride + i, 1);
         block.z = nullptr;
         if (l.gate.packed) {
-            multiply(true, strip, number, block.panel, from, place, gates[turn]);
+            multiply(true, strip, number, block.panel, from, gates[turn]);
             block.z = gates[turn];
         }
-        multiply(false, strip, number, block.panel, from, place, products[turn]);
+        multiply(false, strip, number, block.panel, from, products[turn]);
         block.y = products[turn];
-        end();
+        finish_all();
         before = block;
         done = 0;
         turn = 1 - turn;
-        if (!tiles) end();
+        if (!tiles) finish_all();
     }
 
     // Finishes what is left.
-    void end() {
+    void finish_all() {
         if (done < before.rows) finish(l, before, done, before.rows);
         done = before.rows;
     }
 
-    // Unpacked panels stay in the second-level cache while strips pass.
-    int64_t panel_bytes() const { return 2 * unpacked_bytes(dtype, l.weight.inner); }
-    void unpack(const gk_weight& weight, const Room& room, int64_t begin, int64_t end) {
+    // Groups of the inner entries that are multiplied while strips pass, and the bytes of their panel.
+    int64_t groups() const { return up(depth / item(dtype), SHARING) / SHARING; }
+    int64_t panel_bytes() const { return COLUMNS * groups() * SHARING * item(dtype); }
+    // Unpacks the inner entries down to `bottom` of the panels that pass now, up to `end`.
+    void unpack(const gk_weight& weight, const Room& room, int64_t end, int64_t bottom) {
+        const int64_t each = SHARING * item(dtype), size = panel_bytes();
         for (int64_t panel = begin; panel < end && weight.format != dtype; panel++)
-            unpack_panel(weight, dtype, panel, room.of<char>() + (panel - begin) * panel_bytes());
+            unpack_panel(weight, dtype, panel, top / each, up(bottom, each) / each, room.of<char>() + (panel - begin) * size, size / 2);
     }
 
-    void multiply(bool gated, const Strip& strip, int64_t number, int64_t panel, int64_t from, int64_t place, float* y) {
+    void multiply(bool gated, const Strip& strip, int64_t number, int64_t panel, int64_t from, float* y) {
         const gk_weight& weight = gated ? l.gate : l.weight;
         const bool packed = weight.format != dtype;
         const int64_t block = packed ? panel_bytes() / 2 : block_bytes(dtype, weight.inner);
-        const char* first = packed ? (gated ? gate : own).of<char>() : (const char*)weight.packed;
-        const char *w = first + 2 * (packed ? place : panel) * block, *next = w + 2 * block;
-        if (!packed && panel == up(weight.columns, COLUMNS) / COLUMNS - 1) next = first;
+        const char* first = packed ? (gated ? gate : own).of<char>() - top * 16 : (const char*)weight.packed;
+        const char *w = first + 2 * (packed ? panel - begin : panel) * block, *ahead = w + 2 * block;
+        if (!packed && panel == up(weight.columns, COLUMNS) / COLUMNS - 1) ahead = first;
         const int64_t size = smaller(part, inner - from), steps = size / 64 * (l.gate.packed ? 2 : 1);
-        Step meanwhile{next + number * (2 * block / TOGETHER), from ? sums_of(place, gated) : nullptr, *this,
+        Step meanwhile{ahead + number * (2 * block / TOGETHER), from ? sums_of(number, panel, gated) : nullptr, *this,
                        (before.rows + steps - 1) / steps};
         w += from * 16;
         const char* x = strip.x + from;
@@ -184,8 +198,9 @@ class Panels {
     const int32_t dtype;  // of the factors
     const bool tiles;
     const int64_t inner;  // bytes of the inner entries
-    const int64_t part, group;
+    const int64_t part, depth, group;
     Room sums, own, gate;
+    int64_t begin = 0, top = 0;  // the panels, and the bytes of the inner entries, that are multiplied now begin here
     Block before{};
     int64_t done = 0;
     int turn = 0;

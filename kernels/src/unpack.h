@@ -26,12 +26,12 @@ template <class T> GK_INLINE void write(vi words, vf scale, vf minimum, char* to
     }
 }
 
-// Unpacks the groups of a block of 16 columns.
-template <int FORMAT, class T> void unpack_block(const gk_weight& weight, int64_t block, char* to) {
+// Unpacks groups of a block of 16 columns.
+template <int FORMAT, class T> void unpack_block(const gk_weight& weight, int64_t block, int64_t begin, int64_t end, char* to) {
     constexpr int64_t LINES = FORMAT == GK_Q4 ? 4 : 8, LINE = 4 * 16 * sizeof(T);  // LINE: what becomes of a line
     const int64_t groups = up(weight.inner, 64) / SHARING;
-    const char* from = (const char*)weight.packed + block * groups * LINES * 64;
-    for (int64_t g = 0; g < groups; g++, from += LINES * 64, to += 8 * LINE)
+    const char* from = (const char*)weight.packed + (block * groups + begin) * LINES * 64;
+    for (int64_t g = begin; g < end; g++, from += LINES * 64, to += 8 * LINE)
         for (int64_t c = 0; c < 16; c += W) {
             vf scale, minimum = vf{};
             if (FORMAT == GK_INT8) scale = load((const float*)weight.scale + block * 16 + c);
@@ -51,17 +51,14 @@ template <int FORMAT, class T> void unpack_block(const gk_weight& weight, int64_
         }
 }
 
-// Bytes of an unpacked block for products of this dtype.
-inline int64_t unpacked_bytes(int32_t dtype, int64_t inner) { return up(inner, 64) * item(dtype) * 16; }
-
-template <class T> inline void unpack_panel_as(const gk_weight& weight, int64_t panel, char* to) {
-    auto run = weight.format == GK_Q4 ? unpack_block<GK_Q4, T> : weight.format == GK_Q8 ? unpack_block<GK_Q8, T> : unpack_block<GK_INT8, T>;
-    run(weight, 2 * panel, to);
-    run(weight, 2 * panel + 1, to + up(weight.inner, 64) * sizeof(T) * 16);
+template <class T> inline auto unpacking(int32_t format) {
+    return format == GK_Q4 ? unpack_block<GK_Q4, T> : format == GK_Q8 ? unpack_block<GK_Q8, T> : unpack_block<GK_INT8, T>;
 }
-inline void unpack_panel(const gk_weight& weight, int32_t dtype, int64_t panel, char* to) {
-    if (dtype == GK_BF16) unpack_panel_as<bf16>(weight, panel, to);
-    else unpack_panel_as<float>(weight, panel, to);
+// Unpacks groups of a panel for products of this dtype. The second block begins `size` bytes behind the first.
+inline void unpack_panel(const gk_weight& weight, int32_t dtype, int64_t panel, int64_t begin, int64_t end, char* to, int64_t size) {
+    const auto run = dtype == GK_BF16 ? unpacking<bf16>(weight.format) : unpacking<float>(weight.format);
+    run(weight, 2 * panel, begin, end, to);
+    run(weight, 2 * panel + 1, begin, end, to + size);
 }
 
 }  // namespace

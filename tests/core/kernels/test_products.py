@@ -166,6 +166,23 @@ def close(ours: Tensor, theirs: Tensor, bound: float, rounding: float, more: Ten
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", [None, *FORMATS])
+@pytest.mark.parametrize("inner", [2500, 4500])
+def test_long_rows_are_multiplied_in_parts(level, name, inner):
+    if not ready(level, torch.bfloat16):
+        return
+    make = FORMATS["int8" if name is None else name]
+    weight, gate = (make(torch.randn(300, inner) / inner**0.5, torch.randn(300)) for _ in range(2))
+    x = torch.randn(130, inner).bfloat16()
+    rows = rows_of(x, torch.int8 if name is None else torch.bfloat16)
+    call = weight, Then(torch.float32 if name is None else torch.bfloat16, "silu")
+    found = compiled.linear(rows, *call, gate=gate).output
+    wanted = reference.linear(rows, weight, Then(torch.float32, "silu"), gate=gate).output
+    close(found.float(), wanted, 3e-5, 0.0 if name is None else 2**-8)
+    assert torch.equal(found[:1], compiled.linear(part(rows, slice(1)), *call, gate=gate).output)
+
+
+@pytest.mark.parametrize("level", LEVELS)
 @settings(max_examples=40)
 @given(calls(), st.integers(0, 1000), st.sampled_from([1, 2]))
 def test_a_row_has_the_same_bits_whatever_comes_along(level, call, place, threads):
