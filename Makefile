@@ -133,6 +133,7 @@ benchmarks: bench-deps
 	$(BIN)/python -m benchmarks.applications --data $(DATA)
 	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.quantised --data $(DATA)
+	$(BIN)/python -m benchmarks.quantised --data $(DATA) --model smollm2-135m-bf16
 	$(BIN)/python -m benchmarks.streaming resident
 	$(BIN)/python -m benchmarks.streaming disk
 	$(BIN)/python -m benchmarks.streaming slow-disk

@@ -99,11 +99,14 @@ def test_texts_are_drawn_by_seeds(directory: Path, tmp_path: Path) -> None:
     assert quantised.count_tokens(texts) == 3 * 2 * 511
 
 
-def test_token_by_token_grating_finds_the_perplexity_of_transformers(directory: Path) -> None:
+@pytest.mark.parametrize(("settings", "tolerance"), [({}, 1e-4), ({"bits": 8}, 0.05)], ids=["at once", "by token"])
+def test_grating_finds_the_perplexity_of_transformers(
+    directory: Path, settings: dict[str, int], tolerance: float
+) -> None:
     windows = torch.randint(4, 190, (2, 12))
-    ask = quantised.load_grating(lambda: None, directory=directory, threads=1, dtype="float32")
+    ask = quantised.load_grating(lambda: None, directory=directory, threads=1, dtype="float32", **settings)
     expected = evaluate(load_decoder(directory)[0], windows).perplexity
-    assert ask(windows)["perplexity"] == pytest.approx(expected, rel=1e-4)
+    assert ask(windows)["perplexity"] == pytest.approx(expected, rel=tolerance)
 
 
 def test_a_cost_is_over_what_the_same_text_costs() -> None:
