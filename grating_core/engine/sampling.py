@@ -31,10 +31,22 @@ class Sampler:
         if self._temperature == 0:
             return int(logits.argmax())
         # Differences to the largest logit: divided by a small temperature, logits would overflow.
-        scores = (logits - logits.max()) / self._temperature
+        shares = ((logits - logits.max()) / self._temperature).softmax(-1)
         if self._top_p < 1:
-            rising, tokens = scores.sort()
-            unlikely = rising.softmax(-1).cumsum(-1) <= 1 - self._top_p
-            unlikely[-1] = False
-            scores[tokens[unlikely]] = -torch.inf
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._random))
+            self._cut(shares)
+        # The first token whose share reaches beyond a random number, if the shares lie one behind the other.
+        ends = shares.cumsum(-1)
+        at = torch.rand(1, generator=self._random, device=shares.device) * ends[-1]
+        return min(int(torch.searchsorted(ends, at, right=True)), len(shares) - 1)
+
+    def _cut(self, shares: Tensor) -> None:
+        """Make the shares of unlikely tokens zero, which have ``1 - top_p`` together at most."""
+        # Tokens below this are among them, however many they are, and need not be sorted: there are very many.
+        least = (1 - self._top_p) / len(shares)
+        likely = (shares >= least).nonzero()[:, 0]
+        rising, order = shares[likely].sort()
+        unlikely = rising.cumsum(-1) + shares.where(shares < least, 0).sum() <= 1 - self._top_p
+        unlikely[-1] = False
+        kept = likely[order[~unlikely]]
+        found = shares[kept]
+        shares.zero_()[kept] = found

@@ -21,6 +21,7 @@ from grating_core.errors import FileError
 from grating_core.forking import Lock
 from grating_core.memory.gguf import GgufHeader, parse_gguf
 from grating_core.memory.header import LONGEST_HEADER, StoredTensor, parse_header
+from grating_core.memory.pages import empty
 from grating_core.memory.pieces import Pieces
 from grating_core.memory.positioned import fill_from, read_at, read_bytes
 
@@ -319,7 +320,8 @@ def _read_gguf(path: Path, file: FileIO, size: int) -> GgufHeader:
 def aligned_buffer(size: int, *, pinned: bool = False) -> Tensor:
     """Return a buffer, uint8 ``[size]``, at a whole sector. ``size`` is rounded up to whole sectors."""
     size = whole_sectors(size)
-    memory = torch.empty(size + SECTOR, dtype=torch.uint8, pin_memory=pinned)
+    whole = size + SECTOR
+    memory = torch.empty(whole, dtype=torch.uint8, pin_memory=True) if pinned else empty(whole)
     shift = -memory.data_ptr() % SECTOR
     return memory[shift : shift + size]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
 from grating_core.kernels.choice import kernels
+from grating_core.layers.large_pages import in_large_pages
 from grating_core.layers.linear import Weights
 from grating_core.layers.packed import PackedLayer
 from grating_core.layers.spec import Role
@@ -280,7 +281,10 @@ class StoredModel(ABC):
         with blaming_weights():
             for group in (*rest, *also, *(self._tables if table_resident else ())):
                 named |= self._read(group, staging)
-        layers = dict(zip(numbers, self._resident(numbers, packed, file, staging), strict=True))
+        resident: Iterator[Weights | PackedLayer] = self._resident(numbers, packed, file, staging)
+        if packed is not None:
+            resident = in_large_pages(resident, sum(packed.sizes[number - 1] for number in numbers))
+        layers = dict(zip(numbers, resident, strict=True))
         if self.adapter is not None:
             named |= {name: w.to(self.device, self._head_dtype) for name, w in self.adapter.weights.items()}
         rows = None

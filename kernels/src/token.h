@@ -12,7 +12,10 @@
 
 namespace {
 
-constexpr int64_t CHUNK = 128;  // keys that a thread attends to at a time
+constexpr int64_t CHUNK = 128;                // keys that a thread attends to at a time
+constexpr int64_t SCORED = CHUNK + W;         // scores of a query and a chunk
+constexpr int64_t FAR = 16;                   // tokens whose keys or values are on their way from memory
+constexpr int BESIDE = W == 8 ? 2 : 4;    // queries that share a head of the keys, and pass the keys together
 
 // Hands out parts of a piece of memory; of no memory, it counts what they take.
 struct Parts {
@@ -84,7 +87,7 @@ struct Own {
         : hidden(parts.take<float>(up(width, 64))),
           row(parts.row(w.row)),
           query(parts.take<float>(w.group + w.query)),
-          scores(parts.take<float>(CHUNK + W)) {}
+          scores(parts.take<float>(BESIDE * SCORED)) {}
 };
 
 // ---- Attention -----------------------------------------------------------------------------------------------------
@@ -124,44 +127,60 @@ template <class S> struct Kept {
     }
 };
 
-// Products of a query with the keys from `begin` to `end`.
-template <class S> void score(const float* query, const Kept<S>& keys, int64_t begin, int64_t end, int64_t size, float* to) {
+// An entry of a row of n, and those behind it.
+template <bool WHOLE, class S> GK_INLINE vf entries(const S* p, int64_t i, int64_t n) {
+    return WHOLE ? load(p + i) : load_at(p, i, n);
+}
+
+// Products of G queries, `wide` apart, with the keys from `begin` to `end`.
+template <int G, bool WHOLE, class S>
+void score(const float* query, int64_t wide, const Kept<S>& keys, int64_t begin, int64_t end, int64_t size, float* to) {
     for (int64_t token = begin; token < end; token += W) {
-        vf s[W] = {};
-        const int64_t count = smaller<int64_t>(W, end - token);
-        for (int64_t r = 0; r < count; r++) {
-            const S* key = keys[token + r];
-            keys.fetch(token + r + 16, size);
-            for (int64_t i = 0; i < size; i += W) s[r] = fma(load_at(key, i, size), load(query + i), s[r]);
+        vf s[G][W];
+        for (int64_t r = 0; r < W; r++) {
+            const int64_t at = smaller(token + r, end - 1);
+            const S* key = keys[at];
+            keys.fetch(at + FAR, size);
+            vf sum[G] = {};
+            for (int64_t i = 0; i < size; i += W) {
+                const vf x = entries<WHOLE>(key, i, size);
+                for (int g = 0; g < G; g++) sum[g] = fma(x, load(query + g * wide + i), sum[g]);
+            }
+            for (int g = 0; g < G; g++) s[g][r] = sum[g];
         }
-        vf found = sums(s);
-        if (std::is_same_v<S, int8_t>) {
-            float scale[W] = {};
-            for (int64_t r = 0; r < count; r++) scale[r] = keys.scale[(token + r) * keys.scale_stride];
-            found *= load(scale);
+        float scale[W];
+        for (int64_t r = 0; std::is_same_v<S, int8_t> && r < W; r++) scale[r] = keys.scale[smaller(token + r, end - 1) * keys.scale_stride];
+        for (int g = 0; g < G; g++) {
+            const vf found = sums(s[g]);
+            store(to + g * SCORED + token - begin, std::is_same_v<S, int8_t> ? found * load(scale) : found);
         }
-        store(to + token - begin, found);
     }
 }
 
-// The sum of the values from `begin` to `end`, each times its share, for V vectors of entries from one on.
-template <class S, int V>
-void collect(const float* share, const Kept<S>& values, int64_t begin, int64_t end, int64_t from, int64_t size, float* to) {
-    vf s[V] = {};
+// The sum of the values from `begin` to `end`, each times its share, for V vectors of entries from one on and G queries.
+template <int G, int V, bool WHOLE, class S>
+GK_INLINE void collect_part(const float* share, const Kept<S>& values, int64_t begin, int64_t end, int64_t from, int64_t size, int64_t wide,
+                            float* to) {
+    vf s[G][V] = {};
     for (int64_t token = begin; token < end; token++) {
         const S* value = values[token];
-        values.fetch(token + 16, size);
+        values.fetch(token + FAR, size);
         const float scale = std::is_same_v<S, int8_t> ? values.scale[token * values.scale_stride] : 1.0f;
-        const vf p = all(share[token - begin] * scale);
-        for (int v = 0; v < V; v++) s[v] = fma(load_at(value, from + v * W, size), p, s[v]);
+        vf x[V];
+        for (int v = 0; v < V; v++) x[v] = entries<WHOLE>(value, from + v * W, size);
+        for (int g = 0; g < G; g++) {
+            const vf p = all(std::is_same_v<S, int8_t> ? share[g * SCORED + token - begin] * scale : share[g * SCORED + token - begin]);
+            for (int v = 0; v < V; v++) s[g][v] = fma(x[v], p, s[g][v]);
+        }
     }
-    for (int v = 0; v < V; v++) store(to + from + v * W, s[v]);
+    for (int g = 0; g < G; g++)
+        for (int v = 0; v < V; v++) store(to + g * wide + from + v * W, s[g][v]);
 }
-template <class S>
-void collect(const float* share, const Kept<S>& values, int64_t begin, int64_t end, int64_t size, float* to) {
+template <int G, bool WHOLE, class S>
+void collect(const float* share, const Kept<S>& values, int64_t begin, int64_t end, int64_t size, int64_t wide, float* to) {
     int64_t i = 0;
-    for (; i + 4 * W <= up(size, W); i += 4 * W) collect<S, 4>(share, values, begin, end, i, size, to);
-    for (; i < size; i += W) collect<S, 1>(share, values, begin, end, i, size, to);
+    for (; i + 4 * W <= wide; i += 4 * W) collect_part<G, 4, WHOLE>(share, values, begin, end, i, size, wide, to);
+    for (; i < wide; i += W) collect_part<G, 1, WHOLE>(share, values, begin, end, i, size, wide, to);
 }
 
 // Stores a head's key or value.
@@ -327,29 +346,43 @@ class Walk {
             float* query = own.query + m * wide;
             turn(shared.heads + (head * group + m) * n, n, l.query_norm, cosine, sine, query);
             for (int64_t i = n; i < wide; i++) query[i] = 0;
-            score(query, keys, begin, end, n, own.scores);
-            const int64_t place = chunk * l.heads + head * group + m;
-            soften(l, end - begin, shared.largest[place], shared.weight[place]);
-            collect(own.scores, values, begin, end, n, shared.attended + place * wide);
         }
+        for (int64_t m = 0, count; m < group; m += count) {
+            count = smaller<int64_t>(BESIDE, group - m);
+            const int64_t place = chunk * l.heads + head * group + m;
+            const float* query = own.query + m * wide;
+            static constexpr decltype(&queries<1, S>) all[] = {queries<1, S>, queries<2, S>, queries<3, S>, queries<4, S>};
+            all[count - 1](*this, l, query, keys, values, begin, end, place);
+        }
+    }
+    // Some queries that share a head of the keys.
+    template <int G, class S>
+    static void queries(const Walk& walk, const gk_token_layer& l, const float* query, const Kept<S>& keys, const Kept<S>& values,
+                        int64_t begin, int64_t end, int64_t place) {
+        const int64_t n = l.head_size, wide = up(n, W);
+        float *scores = walk.own.scores, *to = walk.shared.attended + place * wide;
+        (n == wide ? score<G, true, S> : score<G, false, S>)(query, wide, keys, begin, end, n, scores);
+        for (int g = 0; g < G; g++)
+            walk.soften(l, scores + g * SCORED, end - begin, walk.shared.largest[place + g], walk.shared.weight[place + g]);
+        (n == wide ? collect<G, true, S> : collect<G, false, S>)(scores, values, begin, end, n, wide, to);
     }
 
     // Scores of a chunk become exponentials of their distance to the largest one.
-    void soften(const gk_token_layer& l, int64_t n, float& largest, float& weight) const {
+    void soften(const gk_token_layer& l, float* scores, int64_t n, float& largest, float& weight) const {
         vf most = all(-INFINITY), s = {};
         for (int64_t i = 0; i < n; i += W) {
-            vf x = load(own.scores + i) * l.scaling;
+            vf x = load(scores + i) * l.scaling;
             if (l.softcap > 0) x = l.softcap * tanh(x * (1 / l.softcap));
             x = where(vi(counting() + int32_t(i) < vi{} + int32_t(n)), x, all(-INFINITY));
             most = maximum(most, x);
-            store(own.scores + i, x);
+            store(scores + i, x);
         }
         largest = top(most);
         for (int64_t i = 0; i < n; i += W) {
-            const vf d = load(own.scores + i) - largest;
+            const vf d = load(scores + i) - largest;
             // Far below, the products with values would be numbers that processors are slow with.
             const vf e = where(vi(d < -80.0f), vf{}, exponential(d)) + d * 0.0f;
-            store(own.scores + i, e);
+            store(scores + i, e);
             s += first(e, n - i);
         }
         weight = sum(s);

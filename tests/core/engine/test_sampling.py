@@ -44,11 +44,14 @@ def test_a_seed_gives_the_same_again() -> None:
 )  # fmt: skip
 def test_picks_are_those_of_transformers(seed: int, vocabulary: int, temperature: float, top_p: float) -> None:
     generator = torch.Generator().manual_seed(seed)
-    logits = 4 * torch.randn(vocabulary, generator=generator).round(decimals=1)  # some are equal
+    logits = 4 * torch.randn(vocabulary, generator=generator)
     warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
     if top_p < 1:
         warpers.append(TopPLogitsWarper(top_p))
     expected = warpers(None, logits[None]).softmax(-1)
     sampler, random = Sampler(temperature, top_p, seed, CPU), torch.Generator().manual_seed(seed)
+    ends = expected[0].double().cumsum(-1)
     for _ in range(5):
-        assert sampler.pick(logits) == int(torch.multinomial(expected, 1, generator=random))
+        token, number = sampler.pick(logits), float(torch.rand(1, generator=random))
+        assert expected[0, token] > 0
+        assert ends[token] - expected[0, token] - 1e-5 <= number <= ends[token] + 1e-5

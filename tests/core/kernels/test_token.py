@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from grating_core.forking import computed
 from grating_core.kernels import token_reference as reference
 from grating_core.kernels.groups import grouped_weight
 from grating_core.kernels.loading import KernelsError, levels, start
 from grating_core.kernels.operands import Norm, Weight
 from grating_core.kernels.packing import packed_weight
 from grating_core.kernels.token import Memories, Memory, Output, Stack, TokenLayer, token
+from tests.core.forking import in_fork
 
 WIDTH, INNER, HEADS, KEY_HEADS, VOCABULARY = 72, 150, 6, 2, 77
 FORMATS: dict[str, object] = {
@@ -209,3 +215,27 @@ def test_what_is_not_finite_stays_so(kind: str) -> None:
         logits = token(row, stack, memories, 0, 0, [], Output(None, made.weight(VOCABULARY, WIDTH)))
         assert logits is not None
         assert logits.isnan().all()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_child_computes_the_same() -> None:
+    torch.set_num_threads(3)
+    expected = passed("int8").tolist()
+    assert in_fork(lambda: computed(passed, "int8").tolist()) == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the library of torch has another name")
+def test_a_call_within_a_parallel_loop_of_torch_does_not_wait_for_others() -> None:
+    torch.set_num_threads(2)
+    expected, found = passed("int8"), []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+    def call(begin: int, end: int, _: object) -> None:
+        for _ in range(begin, end):
+            torch.set_num_threads(2)
+            found.append(passed("int8"))
+
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    library.torch_parallel_for(*map(ctypes.c_int64, (0, 2, 1)), call, None)
+    assert len(found) == 2
+    assert all(torch.equal(expected, one) for one in found)
