@@ -3,14 +3,16 @@
 Nothing is trained for it. Two numbers tell what a sentence is worth. In the embeddings each token of the query
 looks for tokens of the document that are like it: the *loss* of a sentence is how much of that likeness the rest
 of the document lacks. A token of the query counts by the attention that the scoring token pays to it after three
-quarters of the layers. In the last layer a copy of the scoring token for each sentence attends to no other
-sentence: the copy's score says how far its sentence goes *alone*. ``benchmarks/highlights.py`` compares the best
-sentence by both with the one whose removal costs the score most.
+quarters of the layers, the document left out. In the last layer a copy of the scoring token for each sentence sees
+no other sentence: the copy's score says how far its sentence goes *alone*. ``benchmarks/highlights.py`` compares
+the best sentence by both with the one whose removal costs the score most.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -21,14 +23,15 @@ from torch.nn.functional import normalize, pad
 
 from grating_core.engine.ragged import Encoded, Slice, filled
 from grating_core.kernels.operands import Seen, Span
-from grating_core.layers.sending import integers, sent
+from grating_core.layers.attention import ragged_attention
+from grating_core.layers.sending import integers, numbers_of, sent
 from grating_core.layers.spec import LayerSpec
 from grating_core.models.cross_encoder import CrossEncoder
 from grating_core.models.family import ModelSpec
 from grating_core.models.layered import Layer
 from grating_core.results import Highlight
 from grating_core.text.pairs import Segments, Template, TokenisedPair
-from grating_core.text.sentences import sentences
+from grating_core.text.sentences import Divided, divided, sentences
 
 Floats = NDArray[np.float64]
 
@@ -37,23 +40,8 @@ _SHOWN = 0.5  # the least worth of a sentence that is shown, as a share of the b
 _LIKE = 0.06  # the difference of cosines that makes e times the likeness
 _CHARACTERS = 8  # characters of a document for each token of the window, in which sentences are looked for
 _BLOCK = 1024  # tokens of a document that are embedded at once
+_TOGETHER = 8  # documents whose keys are copied at once
 _LEAST = 1e-30  # likeness, which has a logarithm
-
-
-class Divided(NamedTuple):
-    """This class says how a document is divided into sentences, which all have a token.
-
-    Attributes:
-        places: The first character of each sentence in the text, and the one behind its last.
-        ends: The number of the document's tokens before the end of each sentence, rising.
-    """
-
-    places: Sequence[tuple[int, int]]
-    ends: Sequence[int]
-
-    def owners(self, tokens: int) -> Tensor:
-        """Return the number of the sentence of each of a document's tokens, int64; that of none is behind all."""
-        return torch.from_numpy(np.searchsorted(self.ends, np.arange(tokens), side="right"))
 
 
 Divide = Callable[[Sequence[int], Sequence[int]], list[Divided]]
@@ -98,7 +86,7 @@ class Highlighter:
             texts = [documents[candidate][: _CHARACTERS * template.window] for candidate in candidates]
             places = [sentences(text) for text in texts]
             ends = template.count_before(texts, [[stop for _, stop in some] for some in places])
-            return [_divided(*one) for one in zip(texts, places, ends, tokens, strict=True)]
+            return [divided(*one) for one in zip(texts, places, ends, tokens, strict=True)]
 
         return cls(spec, divide)
 
@@ -121,19 +109,68 @@ class Highlighter:
             seen: The keys and values that they see.
         """
         scoring = list(self._scoring(part, request))
-        if number == self._asks:
-            for one in scoring:
-                key, _ = seen.of(one.span)
-                weights = _weights(layer.spec, one, query[one.row], key)
-                self.attention[one.candidate] = weights[0, ..., slice(*one.segments.query)].mean((0, 1))
-        if number == self._last and scoring:
+        if number == self._last:
             self._read([(one.candidate, one.segments) for one in scoring])
-            attended = [self._alone(layer.spec, one, query[one.row], *seen.of(one.span)) for one in scoring]
-            counts = [len(some) for some in attended]
-            rows = torch.from_numpy(np.repeat([one.row for one in scoring], counts))
-            copies = _finished(layer, states[sent(rows, states.device)], torch.cat(attended))
-            for one, own in zip(scoring, torch.split(copies, counts), strict=True):
-                self._copies[one.candidate] = own
+        for first in range(0, len(scoring), _TOGETHER):
+            some = scoring[first : first + _TOGETHER]
+            if number == self._asks:
+                self._ask(layer.spec, some, query, seen)
+            if number == self._last and (some := [one for one in some if self._documents[one.candidate].ends]):
+                self._follow(layer, some, states, query, seen)
+
+    def _follow(
+        self, layer: Layer, scoring: Sequence[_Scoring], states: Tensor, query: Tensor, seen: Seen
+    ) -> None:
+        """Take the copies of scoring tokens through the last layer."""
+        spans, rows, keys = self._copied(scoring, layer.spec.window)
+        rows, keys = sent(rows, states.device), sent(keys, states.device)
+        shown = Seen(seen.key.index_select(0, keys), seen.value.index_select(0, keys), seen.shared)
+        every = replace(layer.spec, causal=False, window=None)  # the spans have only what a copy is shown
+        copies = _finished(layer, states[rows], ragged_attention(every, query[rows], shown, spans))
+        counts = [len(self._documents[one.candidate].ends) for one in scoring]
+        self._copies |= zip([one.candidate for one in scoring], torch.split(copies, counts), strict=True)
+
+    def _ask(self, spec: LayerSpec, scoring: Sequence[_Scoring], query: Tensor, seen: Seen) -> None:
+        """Note the attention of scoring tokens to the query, among all tokens that are not the document's."""
+        shared = scoring[0].span.shared
+        others = [one.others() for one in scoring]
+        places = np.full((len(scoring), shared + max(map(len, others))), -1)
+        places[:, :shared] = np.arange(shared)
+        for own, found in zip(places, others, strict=True):
+            own[shared : shared + len(found)] = found
+        shown = places >= 0
+        if spec.window is not None:
+            shown &= abs(places - np.array([[one.place] for one in scoring])) < spec.window
+        rows = np.maximum(places[:, shared:], shared) + np.array([[one.first] for one in scoring])
+        key = seen.key[sent(torch.from_numpy(rows), query.device)]
+        if seen.shared is not None and shared:
+            key = torch.cat((seen.shared[0].expand(len(key), -1, -1, -1), key), dim=1)
+        asking = query[sent(integers(one.row for one in scoring), query.device)]
+        grouped = asking.view(len(key), spec.key_heads, -1, spec.head_size).float()
+        products = torch.einsum("nkgd,nmkd->nkgm", grouped, key.float()) * spec.scaling
+        if spec.softcap is not None:
+            products = (products / spec.softcap).tanh() * spec.softcap
+        hidden = sent(torch.from_numpy(~shown), query.device)
+        weights = products.masked_fill(hidden[:, None, None], -torch.inf).softmax(-1).mean((1, 2))
+        for one, own, found in zip(scoring, weights, places, strict=True):
+            first = int(np.flatnonzero(found == one.segments.query[0])[0]) if one.asked else 0
+            self.attention[one.candidate] = own[first : first + one.asked]
+
+    def _copied(self, scoring: Sequence[_Scoring], window: int | None) -> tuple[list[Span], Tensor, Tensor]:
+        """Return the spans of the copies, one for each sentence, and the rows of their states and keys."""
+        spans, rows, keys, end = list[Span](), list[int](), list[NDArray[np.int64]](), 0
+        for one in scoring:
+            start, shared, others = one.segments.document[0], one.span.shared, one.others()
+            for first, last in pairwise((0, *self._documents[one.candidate].ends)):
+                places = np.concatenate((others, np.arange(max(start + first, shared), max(start + last, shared))))
+                if window is not None:
+                    places = places[abs(places - one.place) < window]
+                count = shared + len(places)
+                spans.append(Span(len(spans), 1, count - 1, count, end, shared))
+                keys.append(places + one.first)
+                rows.append(one.row)
+                end += len(places)
+        return spans, integers(rows), torch.from_numpy(np.concatenate(keys))
 
     def _scoring(self, part: Slice, request: int) -> Iterator[_Scoring]:
         """Yield the scoring tokens of a request among those of a slice that are asked for."""
@@ -149,19 +186,8 @@ class Highlighter:
         """Divide the documents of some candidates that are not divided yet."""
         new = {one: segments.document for one, segments in found if one not in self._documents}
         if new:
-            divided = self._divide(list(new), [stop - start for start, stop in new.values()])
-            self._documents |= zip(new, divided, strict=True)
-
-    def _alone(self, spec: LayerSpec, one: _Scoring, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Return what the copies of a scoring token attend to, ``[S, heads, head size]``."""
-        document = self._documents[one.candidate]
-        start, stop = one.segments.document
-        owners = torch.full((len(key),), -1)
-        owners[start:stop] = document.owners(stop - start)
-        own = (owners < 0) | (owners == torch.arange(len(document.ends))[:, None])
-        weights = _weights(spec, one, query, key, sent(own, key.device))
-        attended = torch.einsum("skgm,mkd->skgd", weights, value.float())
-        return attended.reshape(-1, *query.shape).to(query.dtype)
+            tokens = [stop - start for start, stop in new.values()]
+            self._documents |= zip(new, self._divide(list(new), tokens), strict=True)
 
     def alone(self, model: CrossEncoder, candidates: Sequence[int]) -> list[Floats | None]:
         """Return what each sentence of some candidates scores alone, ``[S]``; None if a pass ended too early."""
@@ -185,24 +211,20 @@ class Highlighter:
         """
         pairs = [encoded[candidate][0] for candidate in candidates]
         self._read([(candidate, pair.segments) for candidate, pair in zip(candidates, pairs, strict=True)])
+        documents = [self._documents[candidate] for candidate in candidates]
+        attention = [self.attention.get(candidate) for candidate in candidates]
+        lost = _losses(model, pairs, documents, attention)
         highlights: dict[int, tuple[Highlight, ...]] = {}
-        for candidate, pair, scores in zip(candidates, pairs, self.alone(model, candidates), strict=True):
-            divided = self._documents[candidate]
-            if not divided.places:
-                highlights[candidate] = ()
-                continue
-            losses = _losses(model, pair, divided)
-            attention = self.attention.get(candidate)
-            lost = losses.mean(1) if attention is None else losses @ attention
-            worth = _LOSS * _standardised(lost.cpu().numpy().astype(np.float64))
-            if scores is not None:
-                worth = worth + _standardised(scores)
-            highlights[candidate] = _highlights(worth, divided.places)
+        for one, document, losses, scores in zip(
+            candidates, documents, lost, self.alone(model, candidates), strict=True
+        ):
+            worth = _LOSS * _standardised(losses) + (0 if scores is None else _standardised(scores))
+            highlights[one] = _highlights(worth, document.places) if document.places else ()
         return highlights
 
 
 class _Scoring(NamedTuple):
-    """This class holds where a scoring token is: in its slice, and in its sequence."""
+    """This class says where a scoring token is: in its slice, in its sequence, and what it sees."""
 
     candidate: int
     segments: Segments
@@ -210,38 +232,21 @@ class _Scoring(NamedTuple):
     place: int
     span: Span
 
+    @property
+    def first(self) -> int:
+        """The row of the key at place 0 of the sequence, if the shared keys lay there as well."""
+        return self.span.place - self.span.shared
 
-def _divided(text: str, places: Sequence[tuple[int, int]], ends: Sequence[int], tokens: int) -> Divided:
-    """Return the sentences of a text that have a token among the first ones, without white space before them."""
-    stops = [min(end, tokens) for end in ends]
-    kept = [number for number, stop in enumerate(stops) if stop > (stops[number - 1] if number else 0)]
-    lengths = [len(text[slice(*places[number])].lstrip()) for number in kept]
-    found = [(places[number][1] - length, places[number][1]) for number, length in zip(kept, lengths, strict=True)]
-    return Divided(found, [stops[number] for number in kept])
+    @property
+    def asked(self) -> int:
+        """The number of the query's tokens."""
+        start, stop = self.segments.query
+        return stop - start
 
-
-def _weights(spec: LayerSpec, one: _Scoring, query: Tensor, key: Tensor, shown: Tensor | None = None) -> Tensor:
-    """Return the attention of a token to the keys that are shown to each of its copies.
-
-    Args:
-        spec: The layer's spec.
-        one: Where the token is.
-        query: Its query, ``[heads, head size]``.
-        key: The keys of its sequence, ``[M, key heads, head size]``.
-        shown: Which keys each copy is shown, bool ``[S, M]``; None for one copy that is shown all.
-
-    Returns:
-        Weights, float32 ``[S, key heads, queries of each, M]``.
-    """
-    grouped = query.view(spec.key_heads, -1, spec.head_size).float()
-    products = torch.einsum("kgd,mkd->kgm", grouped, key.float()) * spec.scaling
-    if spec.softcap is not None:
-        products = (products / spec.softcap).tanh() * spec.softcap
-    if spec.window is not None and len(key) > spec.window:
-        near = (torch.arange(len(key), device=key.device) - one.place).abs() < spec.window
-        products = products.masked_fill(~near, -torch.inf)
-    copies = products[None] if shown is None else products.masked_fill(~shown[:, None, None], -torch.inf)
-    return copies.softmax(-1)
+    def others(self) -> NDArray[np.int64]:
+        """Return the places of all tokens that are neither shared nor the document's."""
+        start, stop = (max(place, self.span.shared) for place in self.segments.document)
+        return np.concatenate((np.arange(self.span.shared, start), np.arange(stop, self.span.keys)))
 
 
 def _finished(layer: Layer, states: Tensor, attended: Tensor) -> Tensor:
@@ -254,34 +259,64 @@ def _finished(layer: Layer, states: Tensor, attended: Tensor) -> Tensor:
     return output[:count]
 
 
-def _losses(model: CrossEncoder, pair: TokenisedPair, divided: Divided) -> Tensor:
-    """Return what each token of the query loses of its likeness to a document without each sentence, ``[S, Q]``.
+def _losses(
+    model: CrossEncoder,
+    pairs: Sequence[TokenisedPair],
+    documents: Sequence[Divided],
+    attention: Sequence[Tensor | None],
+) -> list[Floats]:
+    """Return what the query loses of its likeness to each document without each sentence, ``[S]`` each.
 
     The likeness of two tokens grows with the cosine of their embeddings so fast that the best ones make the sum.
+
+    Args:
+        model: The model.
+        pairs: The pairs of one query with some documents, at least one.
+        documents: The sentences of the documents.
+        attention: What each token of the query counts, ``[Q]``, by document; None if all count alike.
     """
-    (asked, end), (start, stop) = pair.segments.query, pair.segments.document
-    owners = sent(divided.owners(stop - start), model.device)
-    likeness = torch.zeros(len(divided.ends) + 1, end - asked, device=model.device)  # the last row: no sentence's
-    for first in range(start, stop, _BLOCK):
-        last = min(first + _BLOCK, stop)
-        directions = normalize(_embedded(model, pair, [*range(asked, end), *range(first, last)]), dim=1)
-        cosines = directions[end - asked :] @ directions[: end - asked].T
-        likeness.index_add_(0, owners[first - start : last - start], ((cosines - 1) / _LIKE).exp_())
-    rest = (1 - torch.eye(len(likeness), device=model.device)) @ likeness
-    return (likeness.sum(0).clamp_min(_LEAST).log() - rest.clamp_min(_LEAST).log())[:-1]
+    rows = [len(one.ends) + 1 for one in documents]  # the last is that of tokens in no sentence
+    first = np.cumsum([0, *rows])
+    places = [pair.segments.document for pair in pairs]
+    owners = [
+        row + one.owners(stop - start) for row, one, (start, stop) in zip(first, documents, places, strict=False)
+    ]
+    owner = sent(torch.from_numpy(np.concatenate(owners)), model.device)
+    asked = _directions(model, _tokens(pairs[:1], [pairs[0].segments.query]))  # those of all pairs, or nearly so
+    likeness = torch.zeros(int(first[-1]), len(asked), dtype=torch.float64, device=model.device)
+    told = _tokens(pairs, places)
+    for start in range(0, len(owner), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        cosines = _directions(model, told[:, block]) @ asked.T
+        likeness.index_add_(0, owner[block], ((cosines - 1) / _LIKE).exp_().double())
+    document = sent(torch.from_numpy(np.repeat(np.arange(len(pairs)), rows)), model.device)
+    whole = likeness.new_zeros(len(pairs), len(asked)).index_add_(0, document, likeness)[document]
+    losses = whole.clamp_min(_LEAST).log() - (whole - likeness).clamp_min(_LEAST).log()
+    alike = losses.new_full((len(asked),), 1 / max(1, len(asked)))
+    counts = torch.stack([alike if one is None else one.double() for one in attention])[document]
+    found: Floats = (losses * counts).sum(1).cpu().numpy()
+    return [one[:-1] for one in np.split(found, first[1:-1])]
 
 
-def _embedded(model: CrossEncoder, pair: TokenisedPair, places: Sequence[int]) -> Tensor:
-    """Return the embeddings of the tokens at some places of a pair, float32 ``[T, D]``."""
-    states = torch.empty(len(places), model.width, dtype=model.dtype, device=model.device)
-    ids, types = (integers(some[place] for place in places) for some in (pair.input_ids, pair.token_type_ids))
-    model.embed(ids, types, integers(places), states)
-    return states.float()
+def _tokens(pairs: Sequence[TokenisedPair], places: Sequence[tuple[int, int]]) -> Tensor:
+    """Return ids, types and positions of the tokens at some places of each pair: int64 ``[3, T]``."""
+    parts = [(pair, slice(*place)) for pair, place in zip(pairs, places, strict=True)]
+    ids = chain.from_iterable(pair.input_ids[place] for pair, place in parts)
+    types = chain.from_iterable(pair.token_type_ids[place] for pair, place in parts)
+    return torch.stack((integers(ids), integers(types), numbers_of([place for _, place in parts])))
+
+
+def _directions(model: CrossEncoder, tokens: Tensor) -> Tensor:
+    """Return the directions of the embeddings of tokens, float32 ``[T, D]``."""
+    states = torch.empty(tokens.shape[1], model.width, dtype=model.dtype, device=model.device)
+    ids, types, positions = tokens
+    model.embed(ids, types, positions, states)
+    return normalize(states.float(), dim=1)
 
 
 def _standardised(values: Floats) -> Floats:
     """Return values with a mean of 0 and a standard deviation of 1; zeros if all are equal."""
-    spread = float(values.std())
+    spread = float(values.std()) if len(values) else 0.0
     return (values - values.mean()) / spread if spread > 0 else np.zeros_like(values)
 
 

@@ -9,9 +9,10 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from grating_core import Request, Reranker
-from grating_core.engine.highlights import Divided, Highlighter
+from grating_core.engine.highlights import Highlighter
 from grating_core.pruning import MarginPolicy
 from grating_core.text.pairs import Segments, TokenisedPair
+from grating_core.text.sentences import Divided
 from tests.core.conftest import WORDS, save_model
 from tests.core.parity import load, random_text
 
@@ -76,6 +77,8 @@ def test_what_has_no_sentence_has_no_highlight(tiny_bert: Path) -> None:
     highlights = {one.index: one.highlights for one in found.ranking}
     assert highlights[0] == highlights[1] == ()
     assert [(one.start, one.stop, one.worth) for one in highlights[2]] == [(0, 2, 1.0)]
+    (alone,) = load(tiny_bert).rerank(QUERY, [""], 1, highlights=True).ranking
+    assert alone.highlights == ()
 
 
 @pytest.mark.parametrize("family", ["bert", "qwen2", "modernbert-mean", "deberta-v3"])
@@ -127,7 +130,9 @@ def test_attention_to_the_query_is_that_of_the_model(tiny_bert: Path) -> None:
                 token_type_ids=torch.tensor([pair.token_type_ids]),
                 output_attentions=True,
             )
-        wanted = output.attentions[depth - max(1, depth // 4)][0, :, 0, slice(*pair.segments.query)].mean(0)
+        weights = output.attentions[depth - max(1, depth // 4)][0, :, 0].clone()
+        weights[:, slice(*pair.segments.document)] = 0
+        wanted = (weights / weights.sum(1, keepdim=True))[:, slice(*pair.segments.query)].mean(0)
         torch.testing.assert_close(job.highlighter.attention[candidate], wanted, atol=1e-4, rtol=0)
 
 
