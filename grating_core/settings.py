@@ -266,8 +266,6 @@ class GenerationSettings(ModelSettings):
         check_bits("kv_bits", self.kv_bits, (8,), "the bits of keys and values")
         if self.mlp_density is not None:
             check_density(self.mlp_density)
-            if self.bits is not None:
-                raise ValueError(f"bits={self.bits!r} and mlp_density exclude each other so far: leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ class Staging(NamedTuple):
 
     Attributes:
         read: Memory that columns are read into before they are used and kept, uint8 ``[bytes]`` at a whole sector.
-        unpacked: Memory for columns as states, which a prompt is multiplied by, float32 ``[entries]``.
+        unpacked: Memory for columns as states, which a prompt is multiplied by, ``[entries]`` in their dtype.
     """
 
     read: Tensor
@@ -48,12 +48,17 @@ def make_staging(size: int, sizes: ColumnSizes) -> Staging:
         size: Bytes that columns are read into, enough for two columns of either kind.
         sizes: Sizes of the model's MLPs.
     """
-    return Staging(aligned_buffer(size), torch.zeros(unpacked_bytes(sizes) // 4))
+    return Staging(aligned_buffer(size), torch.zeros(_unpacked(sizes), dtype=sizes.dtype))
 
 
 def unpacked_bytes(sizes: ColumnSizes) -> int:
     """Return the bytes of the memory that columns are unpacked into."""
-    return 4 * max(UNPACKED, 2 * sizes.products, sizes.width)
+    return _unpacked(sizes) * sizes.dtype.itemsize
+
+
+def _unpacked(sizes: ColumnSizes) -> int:
+    """Return the entries of some columns: at least one, at most all."""
+    return min(max(UNPACKED, 2 * sizes.products, sizes.width), 2 * sizes.products * sizes.width)
 
 
 class ColumnTable:
@@ -121,7 +126,7 @@ class ColumnTable:
         """Multiply the matrix by all values of many tokens. The columns in memory stay the same.
 
         Args:
-            values: Values, ``[T, columns]``, in bfloat16 or float32.
+            values: Values, ``[T, columns]``, in the model's dtype.
 
         Returns:
             The products, float32 ``[T, rows of the matrix]``.
@@ -145,9 +150,8 @@ class ColumnTable:
         keeps a kernel for every shape that it meets. Rows behind the last column are multiplied by 0.
         """
         length = self._form.length
-        memory = self._staging.unpacked.view(values.dtype)
         most = min(values.shape[1], max(1, UNPACKED // length))
-        matrix = memory[: most * length].view(most, length)
+        matrix = self._staging.unpacked[: most * length].view(most, length)
         for start in range(0, len(columns), most):
             part = slice(start, start + most)
             there = torch.from_numpy(columns[part])

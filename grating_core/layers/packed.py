@@ -82,13 +82,15 @@ def packed_layer(
 
     Args:
         spec: The layer's spec.
-        weights: The layer's weights, by role, in any floating dtype.
+        weights: The layer's weights, by role, in any floating dtype. Products may be left out.
         states: The dtype of states and of the other products: bfloat16 or float32.
         formats: The formats of the products that are quantised.
         in_place: Whether the memory of the weights may be used, which then hold other numbers.
     """
     products = {}
     for role in products_of(spec):
+        if f"{role}.weight" not in weights:
+            continue
         matrix, bias = weights[f"{role}.weight"], weights.get(f"{role}.bias")
         if (format := formats.get(role)) is not None:
             products[role] = quantized_weight(matrix, bias, format)
@@ -134,6 +136,8 @@ def layout_of(spec: LayerSpec, weights: Weights, states: torch.dtype, formats: F
     """
     found: Layout = {}
     for role in products_of(spec):
+        if f"{role}.weight" not in weights:
+            continue
         columns, inner = weights[f"{role}.weight"].shape
         layout = layout_of_weight(columns, inner, states, formats.get(role), biased=f"{role}.bias" in weights)
         found |= {f"{role}.{field}": one for field, one in layout.items()}
@@ -179,7 +183,8 @@ def layer_of(spec: LayerSpec, tensors: Mapping[str, Tensor], states: torch.dtype
     products = {}
     for role in products_of(spec):
         fields = {field: tensors[name] for field in _FIELDS if (name := f"{role}.{field}") in tensors}
-        products[role] = weight_of(fields, states, *spec.shape(role))
+        if fields:
+            products[role] = weight_of(fields, states, *spec.shape(role))
     norms = {
         role: _norm(spec, tensors[f"{role}.weight"], tensors.get(f"{role}.bias"))
         for role in _NORMS

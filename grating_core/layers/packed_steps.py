@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grating_core.kernels.choice import kernels
-from grating_core.kernels.operands import Map, Rows, Then, Weight
+from grating_core.kernels.operands import Map, Norm, Rows, Then, Weight
 from grating_core.kernels.room import Room
 from grating_core.layers.layer import Mlp
 from grating_core.layers.packed import PackedLayer
@@ -102,9 +102,10 @@ def finished(
         layer: The layer.
         hidden: Hidden states before the layer, ``[T, D]``. Those after the layer take their place.
         attended: What attention gave to the same tokens, ``[T, heads, head size]``.
-        mlp: None: a packed layer computes its own MLP.
+        mlp: The function in the place of the layer's own MLP, without biases; None for its own.
     """
-    assert mlp is None, "a packed layer has its own MLP"
+    if mlp is not None:
+        return _finished_with(spec, layer, hidden, attended, mlp)
     norms, states, products = layer.norms, layer.states, layer.products
     inner, quantized = _wanted(layer, "gate", "up")
     first = products["output"]
@@ -128,6 +129,31 @@ def finished(
     maps = Map(first, then), Map(products["up"], activated, products.get("gate")), Map(products["down"], last)
     kernels().chain(inputs.of(first), maps, hidden)
     return hidden
+
+
+def _finished_with(spec: LayerSpec, layer: PackedLayer, hidden: Tensor, attended: Tensor, mlp: Mlp) -> Tensor:
+    """Return the hidden states after a layer with a given MLP; they take the place of ``hidden``."""
+    norms, weight = layer.norms, layer.products["output"]
+    inputs = _inputs(attended.flatten(1), layer, *_wanted(layer, "output"))
+    first, then = norms.get("attention_norm"), norms.get("mlp_norm")
+    if spec.norm_behind:
+        first, then = None, first
+    asked = Then(layer.states, first_norm=first, factor=spec.residual, norm=then, total=True)
+    total, states, _ = kernels().linear(inputs.of(weight), weight, asked, residual=hidden)
+    assert total is not None
+    assert states is not None
+    output, last = mlp(states, {}), norms.get("output_norm")
+    if spec.norm_behind:
+        return hidden.copy_(_normed(states + output, last))
+    return torch.add(total, _normed(output, last), alpha=spec.residual, out=hidden)
+
+
+def _normed(states: Tensor, norm: Norm | None) -> Tensor:
+    if norm is None:
+        return states
+    found, _ = kernels().normed_rows(states, norm, output=True, quantized=False)
+    assert found is not None
+    return found
 
 
 def product(states: Tensor, weight: Weight) -> Tensor:

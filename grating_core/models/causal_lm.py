@@ -40,7 +40,7 @@ from grating_core.models.token_path import TokenPath, token_path
 
 _log = logging.getLogger("grating")
 _ROWS = 4096  # of the output embedding that are quantised at a time
-_MATRICES = ("up", "gate", "down")  # of a gated MLP: W_u, W_g and W_d
+_MATRICES: frozenset[Role] = frozenset(("up", "gate", "down"))  # of a gated MLP: W_u, W_g and W_d
 
 
 class CausalLM(LayeredModel):
@@ -78,7 +78,7 @@ class CausalLM(LayeredModel):
     @cached_property
     def token_path(self) -> TokenPath | None:
         """The path of one token through the layers; None if it goes like a prompt."""
-        if self.packing is None:
+        if self.packing is None or self._parts.mlps:
             return None
         head = self.head["vocabulary.weight"] if self.output is None else self.output
         return token_path(self.spec, self._parts.layers, self.outside, head)
@@ -117,7 +117,7 @@ class StoredCausalLM(StoredModel):
         show_progress: bool = False,
     ) -> None:
         self._pruning = pruning
-        self._quantized = packing
+        self._quantized = packing if packing is None or pruning is None else replace(packing, apart=_MATRICES)
         self._kv_bits = kv_bits
         self._show_progress = show_progress
         super().__init__(directory, device=device, dtype=dtype, lasting=lasting, adapter=adapter)
@@ -172,23 +172,25 @@ class StoredCausalLM(StoredModel):
                 to other weights.
             StorageError: That file cannot be written.
         """
-        if self._quantized is not None:
-            parts = self._load_quantized(plan, self._packed(self._quantized))
-            return CausalLM(replace(parts, kv_bits=self._kv_bits))
         if self._pruning is None:
-            parts = self._load(plan)
-        else:
-            # The companion file comes first, because writing it takes memory that the weights do not take yet.
-            columns = self._open_columns(self._pruning)
-            with closed_on_error(columns):
-                parts = replace(self._load(plan), columns=columns)
-            with closed_on_error(parts):
-                share = 1.0 if plan is None else plan.column_share
-                mlps = install(self.spec.layers, columns, self._pruning, share, parts.meter)
-                parts = replace(parts, mlps=mlps)
+            return CausalLM(replace(self._load_unpruned(plan), kv_bits=self._kv_bits))
+        # The companion file comes first, because writing it takes memory that the weights do not take yet.
+        columns = self._open_columns(self._pruning)
+        with closed_on_error(columns):
+            parts = replace(self._load_unpruned(plan), columns=columns, kv_bits=self._kv_bits)
+        with closed_on_error(parts):
+            share = 1.0 if plan is None else plan.column_share
+            mlps = install(self.spec.layers, columns, self._pruning, share, parts.meter)
+        return CausalLM(replace(parts, mlps=mlps))
+
+    def _load_unpruned(self, plan: MemoryPlan | None) -> Parts:
+        """Read all weights but those of pruned MLPs."""
+        if self._quantized is not None:
+            return self._load_quantized(plan, self._packed(self._quantized))
+        parts = self._load(plan)
         if self._is_tied:
             parts = replace(parts, head={"vocabulary.weight": parts.outside["table.weight"]})
-        return CausalLM(replace(parts, kv_bits=self._kv_bits))
+        return parts
 
     def _load_quantized(self, plan: MemoryPlan | None, packed: PackedLayers) -> Parts:
         """Read the quantised weights from their file, which is written first if it is not there.
@@ -267,6 +269,11 @@ class StoredCausalLM(StoredModel):
                     f"device='cpu', or leave mlp_density out"
                 )
             self._columns = column_sizes(self.spec.layers, self.dtype, self._pruning.bits)
+            if self._quantized is not None and self.spec.layers[0].biased & _MATRICES:
+                raise UnsupportedModelError(
+                    f"the MLPs of {self.directory} have biases, which bits={self._pruning.bits} and mlp_density "
+                    f"together do not allow: leave one of them out"
+                )
         super()._sort(in_layers, outside, head)
 
     def _open_columns(self, pruning: MlpPruning) -> ColumnFile:

@@ -190,7 +190,7 @@ class LayeredModel:
             return
         with parts.streamer.layer(number) as stored:
             if parts.packed is not None and parts.packing is not None:
-                yield Layer(spec, parts.packing.layer(spec, stored), None, table)
+                yield Layer(spec, parts.packing.layer(spec, stored), mlp, table)
                 return
             weights = layer_by_role(parts.family, spec, number, stored)
             if parts.packing is None:
@@ -276,13 +276,13 @@ def work_per_token(
     layer = spec.layers[0]
     attended = layer.heads * layer.head_size
     widest = max(layer.inner, attended)
+    if pruned:
+        return (5 * widest + 8 * spec.width) * dtype.itemsize + 4 * 4 * widest
     if packing is not None and kernels().level is not None:
         # What an MLP has inside never is there for all tokens. There are queries and what attention gave, keys and
         # values, normed states, and what a lens copies.
         states = 2 * (attended + layer.key_heads * layer.head_size + spec.width) * dtype.itemsize
         return states + (attended + spec.width if packing.formats else 0)
-    if pruned:
-        return (5 * widest + 8 * spec.width) * dtype.itemsize + 4 * 4 * widest
     if packing is not None:
         # Torch has products of 8 bits, and what follows them, in full float32.
         return 16 * widest + 8 * spec.width * dtype.itemsize

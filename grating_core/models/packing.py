@@ -31,7 +31,7 @@ from grating_core.layers.packed import (
     tensors_of,
     weight_of,
 )
-from grating_core.layers.spec import LayerSpec
+from grating_core.layers.spec import LayerSpec, Role
 from grating_core.memory.checkpoint import aligned_buffer
 from grating_core.memory.group import PIECE, TensorGroup
 from grating_core.memory.meter import return_freed_memory
@@ -53,19 +53,22 @@ class Packing:
         states: The dtype of hidden states, and of products that are not quantised: bfloat16 or float32.
         formats: The formats of the quantised products by role; none by default, which loses nothing.
         output: The format of a language model's output embedding; None if it is not quantised.
+        apart: The roles of products that are computed elsewhere, such as those of pruned MLPs.
         rows: Whether products by int8 matrices take int8 rows; if not, only weights are quantised, and no states.
     """
 
     states: torch.dtype
     formats: Formats = field(default_factory=dict)
     output: Format | None = None
+    apart: frozenset[Role] = frozenset()
     rows: bool = True
 
     @property
     def name(self) -> str:
         """The name of the formats, for companion files."""
         names = sorted({str(format) for format in self.formats.values()})
-        return "-".join([*names, *([] if self.output is None else [f"output-{self.output}"])])
+        output = [] if self.output is None else [f"output-{self.output}"]
+        return "-".join([*names, *output, *(f"without-{role}" for role in sorted(self.apart))])
 
     def packed(self, spec: LayerSpec, weights: Weights, *, in_place: bool = False) -> PackedLayer:
         """Pack the weights of a layer, which are given by role in any floating dtype.
@@ -82,7 +85,9 @@ class Packing:
     def layout(self, family: Family, spec: LayerSpec) -> Layout:
         """Return the layout of a layer in this packing."""
         stored = {name: torch.empty(shape, device="meta") for name, shape in layer_names(family, spec, 1).items()}
-        return layout_of(spec, layer_by_role(family, spec, 1, stored), self.states, self.formats)
+        weights = layer_by_role(family, spec, 1, stored)
+        there = {name: weight for name, weight in weights.items() if name.partition(".")[0] not in self.apart}
+        return layout_of(spec, there, self.states, self.formats)
 
 
 def generating(bits: int, states: torch.dtype) -> Packing:

@@ -120,7 +120,8 @@ class StoredModel(ABC):
         )
         if packing is None:
             return sizes
-        packed, work = self._packed(packing), work_per_token(spec, self.dtype, packing)
+        packed = self._packed(packing)
+        work = work_per_token(spec, self.dtype, packing, pruned=bool(self._apart()))
         sizes = replace(
             sizes, layers=packed.sizes, bytes_read=packed.sizes, converted=False, writing=packed.writing
         )

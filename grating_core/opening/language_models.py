@@ -92,7 +92,7 @@ def open_language_model(settings: GenerationSettings) -> OpenLanguageModel:
         dtype=dtype,
         adapter=adapter,
         lasting=settings.budget is not None,
-        pruning=mlp_pruning(settings.mlp_density, show_progress=settings.show_progress),
+        pruning=mlp_pruning(settings.mlp_density, bits=settings.bits, show_progress=settings.show_progress),
         packing=packing,
         kv_bits=settings.kv_bits,
         show_progress=settings.show_progress,

@@ -206,7 +206,7 @@ def new_pruned(decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Loads a language model whose columns are nearly all read from disk, and chosen whatever is in memory."""
     monkeypatch.setenv("GRATING_CACHE", str(tmp_path))
 
-    def pruning(mlp_density: float, *, show_progress: bool) -> MlpPruning:
+    def pruning(mlp_density: float, *, bits: int | None, show_progress: bool) -> MlpPruning:
         return MlpPruning(mlp_density, NO_PREFERENCE)
 
     monkeypatch.setattr("grating_core.opening.language_models.mlp_pruning", pruning)

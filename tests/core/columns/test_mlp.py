@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from grating_core.columns.masks import Shares
 from grating_core.columns.mlp import ColumnMlp, ColumnTable, make_staging
 from grating_core.columns.reading import ColumnFile
 from grating_core.errors import FileError
+from grating_core.kernels.columns import RowFormat, pack_columns, unpack_columns
 from grating_core.lab.masked import MaskedMlp
 from grating_core.layers.spec import LayerSpec, Norm
 from grating_core.memory.meter import Meter
@@ -33,18 +35,33 @@ def dense_mlp(bias: bool) -> LlamaMLP:
 
 
 class Case:
-    """A dense MLP, its companion file, and what computes from it."""
+    """A dense MLP, its companion file, and what computes from it.
+
+    Columns that are quantised are also those of the dense MLP.
+    """
 
     def __init__(
-        self, directory: Path, share: float, shares: Shares, *, bias: bool = False, preference: float = 1.0
+        self,
+        directory: Path,
+        share: float,
+        shares: Shares,
+        *,
+        bias: bool = False,
+        preference: float = 1.0,
+        bits: int | None = None,
     ) -> None:
         self.dense = dense_mlp(bias)
         self.path = directory / "columns"
-        weights = [(self.dense.up_proj.weight, self.dense.gate_proj.weight, self.dense.down_proj.weight)]
-        write_columns(self.path, weights, SIZES, "mine")
-        self.file = ColumnFile(self.path, SIZES, "mine")
+        sizes = replace(SIZES, bits=bits)
+        weights = [self.dense.up_proj.weight, self.dense.gate_proj.weight, self.dense.down_proj.weight]
+        write_columns(self.path, [tuple(weights)], sizes, "mine")
+        up, gate, down = weights
+        both = quantised(torch.cat((up, gate)), sizes.form("inputs"))
+        up[:], gate[:] = both.chunk(2)
+        down[:] = quantised(down, sizes.form("products"))
+        self.file = ColumnFile(self.path, sizes, "mine")
         self.meter = Meter()
-        staging = make_staging(STAGING, SIZES)
+        staging = make_staging(STAGING, sizes)
         self.caches = [
             ColumnCache(SIZES.count(kind), int(share * SIZES.count(kind)), preference=preference) for kind in KINDS
         ]
@@ -65,6 +82,14 @@ class Case:
         return self.pruned(states, self.biases)
 
 
+def quantised(matrix: Tensor, form: RowFormat) -> Tensor:
+    """A matrix with the columns that a table would have."""
+    table = torch.from_numpy(pack_columns(matrix.T, form))
+    found = torch.empty(matrix.shape[1], matrix.shape[0])
+    unpack_columns(form, table.flatten(), form.row_bytes * np.arange(len(table)), found)
+    return found.T
+
+
 def hidden_states(tokens: int, seed: int = 1) -> Tensor:
     return torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
 
@@ -80,6 +105,17 @@ def test_single_tokens_are_computed_as_the_masks_say(
         torch.testing.assert_close(case.mlp(token), case.masked(token), atol=1e-5, rtol=1e-5)
     if share == 1:
         assert case.meter.columns_read == WIDTH + PRODUCTS  # when it was filled
+    case.file.close()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_quantised_columns_compute_what_they_stand_for(tmp_path: Path, share: float, bits: int) -> None:
+    case = Case(tmp_path, share, Shares(0.6, 0.4), bits=bits)
+    for token in hidden_states(20).split(1):
+        torch.testing.assert_close(case.mlp(token), case.masked(token), atol=1e-4, rtol=1e-4)
+    prompt = hidden_states(7, seed=2)
+    torch.testing.assert_close(case.mlp(prompt), case.dense(prompt), atol=1e-4, rtol=1e-4)
     case.file.close()
 
 

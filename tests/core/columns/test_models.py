@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +17,11 @@ from grating_core import BudgetError, StreamedCausalLM
 from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import NO_PREFERENCE
 from grating_core.columns.install import MlpPruning
+from grating_core.engine.decode import advance, new_cache
 from grating_core.errors import FileError, StorageError
 from grating_core.lab.masked import MaskedMlp
+from grating_core.opening.language_models import open_language_model
+from grating_core.settings import GenerationSettings
 from tests.core.conftest import WORDS
 from tests.core.models.test_decoders import (
     CAUSAL,
@@ -42,8 +46,8 @@ def companions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def no_preference(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is in memory does not change what is chosen, so that a budget changes nothing."""
 
-    def pruning(mlp_density: float, *, show_progress: bool) -> MlpPruning:
-        return MlpPruning(mlp_density, NO_PREFERENCE)
+    def pruning(mlp_density: float | None, *, bits: int | None, show_progress: bool) -> MlpPruning | None:
+        return None if mlp_density is None else MlpPruning(mlp_density, NO_PREFERENCE, bits)
 
     monkeypatch.setattr("grating_core.opening.language_models.mlp_pruning", pruning)
 
@@ -112,6 +116,38 @@ def test_a_budget_changes_what_is_read_and_not_the_text(tmp_path: Path) -> None:
                 assert TEXT + found.text == expected
             read.append(found.bytes_read)
     assert read[0] > read[1] > read[2] == 0
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.usefixtures("no_preference")
+def test_columns_go_with_other_weights_in_fewer_bits(tmp_path: Path, companions: Path, bits: int) -> None:
+    directory = save_decoder(tmp_path / "model", "qwen3")
+    with load_lm(directory, bits=bits, mlp_density=DENSITY) as model:
+        expected = model.generate(TEXT, max_new_tokens=20).text
+    with load_lm(directory, bits=bits) as dense:
+        assert expected != dense.generate(TEXT, max_new_tokens=20).text
+    with pytest.raises(BudgetError) as told:
+        load_lm(directory, memory_budget=1000, bits=bits, mlp_density=DENSITY)
+    with load_lm(directory, memory_budget=told.value.smallest, bits=bits, mlp_density=DENSITY) as model:
+        assert model.generate(TEXT, max_new_tokens=20).text == expected
+    assert [path.name.partition("-")[2] for path in companions.iterdir()] == [f"{bits}bits.safetensors"]
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_pruned_mlps_in_8_bits_say_nearly_what_they_say_without(family: str, tmp_path: Path) -> None:
+    directory = save_decoder(tmp_path / "model", family)
+    prompt = list(range(5, 25))
+    found = []
+    for bits in (None, 8):
+        settings = GenerationSettings(
+            model=str(directory), dtype="float32", device="cpu", bits=bits, mlp_density=0.99999
+        )
+        with closing(open_language_model(settings)) as opened, closing(opened.load().model) as model:
+            cache = new_cache(model, 30)
+            advance(model, prompt, cache, slice_tokens=64)
+            found.append(advance(model, [7], cache, slice_tokens=64))
+    plain, in_8_bits = found
+    assert (plain - in_8_bits).norm() < 0.15 * plain.norm()  # another norm or residual gives more than that
 
 
 def test_a_density_of_one_is_the_dense_model(tmp_path: Path, companions: Path) -> None:

@@ -201,8 +201,6 @@ def test_other_bits_are_refused(bits: object) -> None:
 
 
 def test_what_does_not_go_with_bits_is_refused(llama: Path) -> None:
-    with pytest.raises(ValueError, match=r"bits=8 and mlp_density exclude each other"):
-        StreamedCausalLM.from_pretrained(llama, bits=8, mlp_density=0.5)
     with pytest.raises(ValueError, match=r"dtype='float16' does not go with bits=8: use dtype='auto'"):
         StreamedCausalLM.from_pretrained(llama, bits=8, dtype="float16", device="cpu")
     if torch.cuda.is_available():
