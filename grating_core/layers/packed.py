@@ -75,6 +75,7 @@ def packed_layer(
     weights: Weights,
     states: torch.dtype,
     formats: Formats,
+    done: Mapping[Role, Weight] | None = None,
     *,
     in_place: bool = False,
 ) -> PackedLayer:
@@ -85,11 +86,12 @@ def packed_layer(
         weights: The layer's weights, by role, in any floating dtype. Products may be left out.
         states: The dtype of states and of the other products: bfloat16 or float32.
         formats: The formats of the products that are quantised.
+        done: Products that are packed already, by role; None for none.
         in_place: Whether the memory of the weights may be used, which then hold other numbers.
     """
-    products = {}
+    products = dict(done or {})
     for role in products_of(spec):
-        if f"{role}.weight" not in weights:
+        if role in products or f"{role}.weight" not in weights:
             continue
         matrix, bias = weights[f"{role}.weight"], weights.get(f"{role}.bias")
         if (format := formats.get(role)) is not None:

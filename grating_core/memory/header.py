@@ -15,8 +15,8 @@ from torch import Tensor
 from grating_core.files.reading import parse_json
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPES = FLOATS | {"I8": torch.int8}
-"""The dtypes of tensors that are used as they are stored, by the format's name; int8 is never converted."""
+DTYPES = FLOATS | {"I8": torch.int8, "U8": torch.uint8}
+"""The dtypes of tensors that are used as they are stored, by the format's name; integers are never converted."""
 KIND_OF = {dtype: kind for kind, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000  # bytes; the format's own reader has this limit and the next
 _TOO_LARGE = 2**64
@@ -68,6 +68,11 @@ class StoredTensor:
     def beginning(self, rows: int) -> StoredTensor:
         """Return the first rows of a table; all if there are no more."""
         return self.rows(0, rows)
+
+    def as_bytes(self) -> StoredTensor:
+        """Return a matrix as the bytes of its rows, uint8 ``[rows, bytes]``."""
+        rows = self.shape[0]
+        return replace(self, kind="U8", shape=(rows, (self.end - self.start) // rows))
 
     def row(self, number: int) -> StoredTensor:
         """Return one row of a table, ``[1, D]``."""

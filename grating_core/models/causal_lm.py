@@ -24,9 +24,10 @@ from grating_core.layers.packed_table import PackedTable
 from grating_core.layers.spec import Role
 from grating_core.lifetime import closed_on_error
 from grating_core.memory.checkpoint import aligned_buffer
-from grating_core.memory.group import PIECE, TensorGroup
+from grating_core.memory.group import PIECE
 from grating_core.memory.plan import MemoryPlan, ModelSizes, make_generation_plan
 from grating_core.models.adapter import Adapter
+from grating_core.models.as_stored import FORMATS, ROWS, Rows, keeps_blocks
 from grating_core.models.directory import blaming_weights, end_tokens
 from grating_core.models.families import FAMILIES
 from grating_core.models.heads import softcapped
@@ -39,7 +40,6 @@ from grating_core.models.stored import OUTPUT, StoredModel
 from grating_core.models.token_path import TokenPath, token_path
 
 _log = logging.getLogger("grating")
-_ROWS = 4096  # of the output embedding that are quantised at a time
 _MATRICES: frozenset[Role] = frozenset(("up", "gate", "down"))  # of a gated MLP: W_u, W_g and W_d
 
 
@@ -117,7 +117,7 @@ class StoredCausalLM(StoredModel):
         show_progress: bool = False,
     ) -> None:
         self._pruning = pruning
-        self._quantized = packing if packing is None or pruning is None else replace(packing, apart=_MATRICES)
+        self._chosen = packing if packing is None or pruning is None else replace(packing, apart=_MATRICES)
         self._kv_bits = kv_bits
         self._show_progress = show_progress
         super().__init__(directory, device=device, dtype=dtype, lasting=lasting, adapter=adapter)
@@ -137,8 +137,7 @@ class StoredCausalLM(StoredModel):
         sizes = super().sizes(window, self._quantized)
         keys = bytes_of_keys_values(self.spec.layers[0], self.spec.depth, window, self.dtype, self._kv_bits)
         sizes = replace(sizes, keys=keys, table_needed=self._is_tied)
-        if self._quantized is not None:
-            output = self._packed(self._quantized).output_size
+        if (output := self._packed_output) > 0:
             if self._is_tied:
                 sizes = replace(sizes, row=-(-output // sizes.vocabulary))
             else:
@@ -185,10 +184,11 @@ class StoredCausalLM(StoredModel):
 
     def _load_unpruned(self, plan: MemoryPlan | None) -> Parts:
         """Read all weights but those of pruned MLPs."""
-        if self._quantized is not None:
-            return self._load_quantized(plan, self._packed(self._quantized))
-        parts = self._load(plan)
-        if self._is_tied:
+        if self._quantized is None:
+            parts = self._load(plan)
+        else:
+            parts = self._load_quantized(plan, self._packed(self._quantized))
+        if self._is_tied and parts.output is None:
             parts = replace(parts, head={"vocabulary.weight": parts.outside["table.weight"]})
         return parts
 
@@ -199,16 +199,17 @@ class StoredCausalLM(StoredModel):
         """
         streams = plan is not None and bool(plan.streamed)
         try:
-            file = packed.open(needed=True, show_progress=self._show_progress)
+            # What is stored in blocks is packed as fast as it is read.
+            file = packed.open(needed=streams or not packed.packing.kinds, show_progress=self._show_progress)
         except StorageError as error:
             if streams:
                 raise
             _log.warning("weights are quantised whenever the model is loaded: %s", error)
             file = None
         with closed_on_error(file) if file is not None else nullcontext():
-            output = self._output(packed, file)
+            output = None if packed.packing.output is None else self._output(packed, file)
             parts = replace(self._parts(plan, (), packed, file), output=output)
-        return replace(parts, rows=PackedTable(output, self.dtype)) if self._is_tied else parts
+        return replace(parts, rows=PackedTable(output, self.dtype)) if output and self._is_tied else parts
 
     def _output(self, packed: PackedLayers, file: PackedFile | None) -> Weight:
         """Read the quantised output embedding, or quantise it now."""
@@ -217,14 +218,30 @@ class StoredCausalLM(StoredModel):
                 return packed.output()
         return packed.output_of(self._read(file.groups[self.spec.depth + 1], aligned_buffer(PIECE)))
 
-    def _output_parts(self) -> Sequence[TensorGroup]:
-        if self._quantized is None:
+    @property
+    def _quantized(self) -> Packing | None:
+        """How weights are quantised: as the user chose, or as they are stored; None if they are not."""
+        return self._chosen or self._as_stored
+
+    @cached_property
+    def _as_stored(self) -> Packing | None:
+        packing, output = super()._as_stored, self._tensors[OUTPUT]
+        return replace(packing, output=FORMATS[output.kind]) if packing and keeps_blocks(output) else packing
+
+    @property
+    def _packs_output(self) -> bool:
+        return self._quantized is not None and self._quantized.output is not None
+
+    @property
+    def _packed_output(self) -> int:
+        """The bytes of the quantised output embedding; 0 if it is not quantised."""
+        return 0 if self._quantized is None else self._packed(self._quantized).output_size
+
+    def _output_parts(self) -> Sequence[Rows]:
+        if not self._packs_output:
             return ()
-        table = self._tensors[OUTPUT]
         changed = self.adapter is not None and OUTPUT in self.adapter.changes
-        rows = table.shape[0] if changed else _ROWS
-        firsts = range(0, table.shape[0], rows)
-        return [self._group([OUTPUT], None, {OUTPUT: table.rows(first, first + rows)}) for first in firsts]
+        return self._rows(OUTPUT, self.spec.vocabulary if changed else ROWS, in_blocks=self._chosen is None)
 
     def _check_family(self) -> None:
         if not self.family.asks:
@@ -245,7 +262,7 @@ class StoredCausalLM(StoredModel):
         return self._tensors[OUTPUT] == self._tensors[self._table] and not (changed and OUTPUT in changed)
 
     def _not_read(self) -> Collection[str]:
-        if self._quantized is None:
+        if not self._packs_output:
             return (OUTPUT,) if self._is_tied else ()
         return (OUTPUT, self._table) if self._is_tied else (OUTPUT,)
 

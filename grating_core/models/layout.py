@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise
 from torch import Tensor
 
 from grating_core.layers.spec import LayerSpec, Role
+from grating_core.memory.header import StoredTensor
 from grating_core.models.family import Family, ModelSpec
 
 Shape = tuple[int, ...]
@@ -26,7 +27,7 @@ def modern_name(name: str) -> str:
 def layer_names(family: Family, spec: LayerSpec, number: int) -> dict[str, Shape]:
     """Return the names of the tensors of a layer, from 1, and their shapes."""
     found: dict[str, Shape] = {}
-    for name, roles in _layer_roles(family, spec):
+    for name, roles in layer_roles(family, spec):
         rows = sum(spec.shape(role)[0] for role in roles)
         module = f"{family.layers}.{number - 1}.{name}"
         found[f"{module}.weight"] = (rows, *spec.shape(roles[0])[1:])
@@ -41,7 +42,7 @@ def layer_by_role(family: Family, spec: LayerSpec, number: int, stored: Mapping[
     Tensors that are not in ``stored``, such as those of a pruned MLP, are left out.
     """
     found: dict[str, Tensor] = {}
-    for name, roles in _layer_roles(family, spec):
+    for name, roles in layer_roles(family, spec):
         ends = accumulate((spec.shape(role)[0] for role in roles), initial=0)
         for role, (start, end) in zip(roles, pairwise(ends), strict=True):
             for kind in ("weight", "bias"):
@@ -50,7 +51,7 @@ def layer_by_role(family: Family, spec: LayerSpec, number: int, stored: Mapping[
     return found
 
 
-def _layer_roles(family: Family, spec: LayerSpec) -> Iterator[tuple[str, tuple[Role, ...]]]:
+def layer_roles(family: Family, spec: LayerSpec) -> Iterator[tuple[str, tuple[Role, ...]]]:
     """Yield the name of each linear map or norm that a layer has, behind the layer's number, and its roles."""
     for name, roles in family.layer.items():
         if roles not in spec.absent:
@@ -75,6 +76,20 @@ def outside_names(family: Family, spec: ModelSpec) -> dict[str, Shape]:
         found[f"{name}.weight"] = shape
         if role in spec.biased:
             found[f"{name}.bias"] = shape[:1]
+    return found
+
+
+def outside_name(family: Family, role: Role) -> str:
+    """Return the name of the weight of a role around the layers; empty if there is none."""
+    return next((f"{name}.weight" for name, found in family.outside.items() if found == role), "")
+
+
+def with_tied(stored: Mapping[str, StoredTensor], table: str, output: str) -> dict[str, StoredTensor]:
+    """Return tensors of which the embedding table and the output embedding stand for each other, by name."""
+    found = dict(stored)
+    for name, other in ((output, table), (table, output)):
+        if name in found:
+            found.setdefault(other, found[name])
     return found
 
 

@@ -27,7 +27,6 @@ from grating_core.layers.packed import (
     layout_of,
     layout_of_weight,
     packed_layer,
-    quantized_weight,
     tensors_of,
     weight_of,
 )
@@ -35,6 +34,7 @@ from grating_core.layers.spec import LayerSpec, Role
 from grating_core.memory.checkpoint import aligned_buffer
 from grating_core.memory.group import PIECE, TensorGroup
 from grating_core.memory.meter import return_freed_memory
+from grating_core.models.as_stored import FORMATS, Rows, packed_blocks, packed_rows
 from grating_core.models.family import Family, ModelSpec
 from grating_core.models.layout import layer_by_role, layer_names
 from grating_core.models.packed_file import PackedFile, layer_bytes, open_packed
@@ -55,6 +55,7 @@ class Packing:
         output: The format of a language model's output embedding; None if it is not quantised.
         apart: The roles of products that are computed elsewhere, such as those of pruned MLPs.
         rows: Whether products by int8 matrices take int8 rows; if not, only weights are quantised, and no states.
+        kinds: The types of blocks that products of each layer are stored in and keep, by role; none by default.
     """
 
     states: torch.dtype
@@ -62,32 +63,52 @@ class Packing:
     output: Format | None = None
     apart: frozenset[Role] = frozenset()
     rows: bool = True
+    kinds: tuple[Mapping[Role, str], ...] = ()
 
     @property
     def name(self) -> str:
         """The name of the formats, for companion files."""
+        if self.kinds:
+            return f"as-stored-{str(self.states).removeprefix('torch.')}" + "-output" * (self.output is not None)
         names = sorted({str(format) for format in self.formats.values()})
         output = [] if self.output is None else [f"output-{self.output}"]
         return "-".join([*names, *output, *(f"without-{role}" for role in sorted(self.apart))])
 
-    def packed(self, spec: LayerSpec, weights: Weights, *, in_place: bool = False) -> PackedLayer:
-        """Pack the weights of a layer, which are given by role in any floating dtype.
+    @property
+    def quantized(self) -> bool:
+        """Whether products of layers are quantised."""
+        return bool(self.formats or self.kinds)
+
+    def packed(self, spec: LayerSpec, weights: Weights, number: int = 0, *, in_place: bool = False) -> PackedLayer:
+        """Pack the weights of a layer.
 
         All are copied, unless packing may use their memory, ``in_place``.
+
+        Args:
+            spec: The layer's spec.
+            weights: The weights by role, in any floating dtype; those that keep their blocks as they are stored.
+            number: The layer's number, from 1, if any keep their blocks.
+            in_place: Whether packing may use the weights' memory.
         """
-        packed = packed_layer(spec, weights, self.states, self.formats, in_place=in_place)
+        done = {
+            role: packed_blocks(kind, weights[f"{role}.weight"], spec.shape(role)[1], weights.get(f"{role}.bias"))
+            for role, kind in (self.kinds[number - 1].items() if self.kinds else ())
+        }
+        packed = packed_layer(spec, weights, self.states, self.formats, done, in_place=in_place)
         return packed._replace(rows=self.rows)
 
     def layer(self, spec: LayerSpec, tensors: Mapping[str, Tensor]) -> PackedLayer:
         """Return the packed layer that has these tensors, see :func:`grating_core.layers.packed.tensors_of`."""
         return layer_of(spec, tensors, self.states)._replace(rows=self.rows)
 
-    def layout(self, family: Family, spec: LayerSpec) -> Layout:
-        """Return the layout of a layer in this packing."""
+    def layout(self, family: Family, spec: LayerSpec, number: int = 0) -> Layout:
+        """Return the layout of a layer in this packing; see :meth:`packed` for its number."""
+        kinds = self.kinds[number - 1] if self.kinds else {}
+        formats = {**self.formats, **{role: FORMATS[kind] for role, kind in kinds.items()}}
         stored = {name: torch.empty(shape, device="meta") for name, shape in layer_names(family, spec, 1).items()}
         weights = layer_by_role(family, spec, 1, stored)
         there = {name: weight for name, weight in weights.items() if name.partition(".")[0] not in self.apart}
-        return layout_of(spec, there, self.states, self.formats)
+        return layout_of(spec, there, self.states, formats)
 
 
 def generating(bits: int, states: torch.dtype) -> Packing:
@@ -107,8 +128,7 @@ class PackedLayers:
         spec: The description of the model.
         groups: The weights of each layer on disk, in the dtypes that they are stored in, by number from 1.
         fingerprint: Identity of the model's weights.
-        output: The output embedding on disk, in parts of some rows each; none if it is not quantised. All parts
-            but the last have a multiple of 32 rows.
+        output: The output embedding on disk, in parts of some rows each; none if it is not quantised.
     """
 
     def __init__(
@@ -118,7 +138,7 @@ class PackedLayers:
         spec: ModelSpec,
         groups: Mapping[int, TensorGroup],
         fingerprint: str,
-        output: Sequence[TensorGroup] = (),
+        output: Sequence[Rows] = (),
     ) -> None:
         self.packing = packing
         self._family = family
@@ -126,7 +146,7 @@ class PackedLayers:
         self._groups = groups
         self._fingerprint = fingerprint
         self._output = output
-        self._layouts = [packing.layout(family, layer) for layer in spec.layers]
+        self._layouts = [packing.layout(family, layer, number) for number, layer in enumerate(spec.layers, 1)]
         if packing.output is not None:
             self._layouts.append(layout_of_weight(spec.vocabulary, spec.width, packing.states, packing.output))
 
@@ -144,7 +164,7 @@ class PackedLayers:
     def writing(self) -> int:
         """The bytes that writing the companion file takes in memory."""
         stored = max(group.size for group in self._groups.values())
-        part = max((group.size for group in self._output), default=0)
+        part = max((rows.group.size for rows in self._output), default=0)
         return max(stored + max(self.sizes), part + self.output_size) + PIECE + PACKING
 
     def require_file(self) -> None:
@@ -165,7 +185,7 @@ class PackedLayers:
             FileError: The file is damaged, or belongs to other weights.
             StorageError: The file cannot be written.
         """
-        if not self.packing.formats:
+        if not self.packing.quantized:
             return None
         try:
             path = self._path()
@@ -200,7 +220,7 @@ class PackedLayers:
             group, spec = self._groups[number], self._spec.layers[number - 1]
             group.read(buffer, staging)
             weights = layer_by_role(self._family, spec, number, group.views(buffer))
-            yield self.packing.packed(spec, weights)
+            yield self.packing.packed(spec, weights, number)
             # Copies that packing made lie between packed layers on the heap, and would double what these take.
             return_freed_memory()
 
@@ -210,19 +230,8 @@ class PackedLayers:
         Raises:
             FileError: The weights cannot be read.
         """
-        staging = aligned_buffer(PIECE)
-        buffer = aligned_buffer(max(group.size for group in self._output))
-        layout, format = self._layouts[self._spec.depth], self.packing.output
-        assert format is not None
-        whole = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in layout.items()}
-        ends = dict.fromkeys(whole, 0)
-        for group in self._output:
-            group.read(buffer, staging)
-            (matrix,) = group.views(buffer).values()
-            for name, part in fields_of(quantized_weight(matrix, None, format)).items():
-                start, ends[name] = ends[name], ends[name] + part.numel()
-                whole[name].view(-1)[start : ends[name]] = part.view(-1)
-        return self.output_of(whole)
+        assert self.packing.output is not None
+        return packed_rows(self._output, self._spec.width, self.packing.states, self.packing.output)
 
     def output_of(self, fields: Mapping[str, Tensor]) -> Weight:
         """Return the output embedding that has these tensors."""

@@ -5,30 +5,30 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from grating_core.errors import ModelNotFoundError, UnsupportedModelError
 from grating_core.kernels.choice import kernels
 from grating_core.layers.large_pages import in_large_pages
 from grating_core.layers.linear import Weights
 from grating_core.layers.packed import PackedLayer
-from grating_core.layers.spec import Role
+from grating_core.layers.packed_table import PackedTable
 from grating_core.lifetime import closed_on_error
-from grating_core.memory.blocks import READABLE
 from grating_core.memory.checkpoint import aligned_buffer
 from grating_core.memory.group import PIECE, TensorGroup
-from grating_core.memory.header import FLOATS, StoredTensor
+from grating_core.memory.header import DTYPES, StoredTensor
 from grating_core.memory.meter import Meter
 from grating_core.memory.plan import MemoryPlan, ModelSizes
 from grating_core.memory.rows import RowCache
 from grating_core.memory.streamer import Streamer
+from grating_core.models import as_stored
 from grating_core.models.adapter import Adapter
-from grating_core.models.agreement import check_complete, check_taken
+from grating_core.models.as_stored import EXACT, FORMATS, ROWS, Rows, packed_rows, rows_of
 from grating_core.models.directory import blaming_weights, is_gguf
-from grating_core.models.files import find_config, open_weights
+from grating_core.models.files import find_config, fitting_tensors, open_weights
 from grating_core.models.identity import fingerprint
 from grating_core.models.layered import Parts, kernels_work, relative_bytes, unpacked_bytes, work_per_token
 from grating_core.models.layout import (
@@ -37,9 +37,10 @@ from grating_core.models.layout import (
     head_names,
     layer_by_role,
     layer_names,
-    modern_name,
     outside_by_role,
+    outside_name,
     outside_names,
+    with_tied,
 )
 from grating_core.models.packed_file import PackedFile
 from grating_core.models.packing import PackedLayers, Packing
@@ -118,6 +119,7 @@ class StoredModel(ABC):
             keys=window * 2 * layer.key_heads * layer.head_size * self.dtype.itemsize,
             kernels=0 if self._packing is None else kernels_work(spec, self.dtype),
         )
+        packing = packing or self._as_stored
         if packing is None:
             return sizes
         packed = self._packed(packing)
@@ -145,13 +147,9 @@ class StoredModel(ABC):
 
     def _take(self, tensors: Mapping[str, StoredTensor]) -> None:
         """Take those of the stored tensors that the model needs."""
-        stored = {modern_name(name): tensor for name, tensor in tensors.items()}
         family, spec = self.family, self.spec
-        self._table = self._outside_name("table")
-        if spec.tied:
-            for name, other in ((OUTPUT, self._table), (self._table, OUTPUT)):
-                if name in stored:
-                    stored.setdefault(other, stored[name])
+        self._table = outside_name(family, "table")
+        stored = with_tied(tensors, self._table, OUTPUT) if spec.tied else tensors
         in_layers = [layer_names(family, layer, number) for number, layer in enumerate(spec.layers, 1)]
         outside, head = outside_names(family, spec), self._head_shapes()
         wanted = {name: shape for names in (*in_layers, outside, head) for name, shape in names.items()}
@@ -160,28 +158,9 @@ class StoredModel(ABC):
         if self.adapter is not None:
             self.adapter.check(self._shapes(), [*self._head, OUTPUT], self._table)
 
-    def _outside_name(self, role: Role) -> str:
-        """Return the name of the weight of a role around the layers; empty if there is none."""
-        return next((f"{name}.weight" for name, found in self.family.outside.items() if found == role), "")
-
     def _match(self, stored: Mapping[str, StoredTensor], wanted: Mapping[str, Shape]) -> dict[str, StoredTensor]:
         """Return the stored tensor for each wanted name."""
-        check_taken(self.family, stored, wanted)
-        check_complete(self.directory, self.family, stored, wanted)
-        for name, shape in wanted.items():
-            if stored[name].kind not in READABLE:
-                raise UnsupportedModelError(
-                    f"{stored[name].path} stores {name} as {stored[name].kind}: quantised weights are not "
-                    f"supported; use the checkpoint in float32, float16 or bfloat16"
-                )
-            if stored[name].shape != shape:
-                path = stored[name].path
-                config = path if is_gguf(path) else path.with_name("config.json")
-                raise ModelNotFoundError(
-                    f"{config} does not describe a model that fits its weights: {name} should be {list(shape)} "
-                    f"and is stored as {list(stored[name].shape)}"
-                )
-        return {name: stored[name] for name in wanted}
+        return fitting_tensors(self.directory, self.family, stored, wanted)
 
     def _shapes(self) -> dict[str, Shape]:
         """Return the shapes of all weights that an adapter may change."""
@@ -193,7 +172,7 @@ class StoredModel(ABC):
         self._in_layers = [[name for name in names if name not in apart] for names in in_layers]
         self._layers = {number: self._group(names, self.dtype) for number, names in enumerate(self._in_layers, 1)}
         # The norm before the head computes in the head's dtype.
-        last = self._outside_name("final_norm").removesuffix("weight")
+        last = outside_name(self.family, "final_norm").removesuffix("weight")
         norm = [name for name in outside if last and name.startswith(last)]
         self._head = [*head, *norm]
         read = [name for name in self._head if name not in self._not_read()]
@@ -209,7 +188,7 @@ class StoredModel(ABC):
         """Return what is always in memory, without the positions behind a window; None for all positions."""
         shorter: dict[str, StoredTensor] = {}
         if window is not None and self.adapter is None and self.spec.positions:
-            name = self._outside_name("positions")
+            name = outside_name(self.family, "positions")
             shorter[name] = self._tensors[name].beginning(self.spec.first_position + window)
         return [self._group(names, dtype, shorter) for names, dtype in self._always]
 
@@ -218,25 +197,43 @@ class StoredModel(ABC):
     ) -> TensorGroup:
         """Return a group of tensors in a dtype; None for those that they are stored in, float32 for blocks."""
         tensors = {name: instead.get(name, self._tensors[name]) for name in names}
-        dtypes = {name: dtype or FLOATS.get(tensor.kind, torch.float32) for name, tensor in tensors.items()}
+        dtypes = {name: dtype or DTYPES.get(tensor.kind, torch.float32) for name, tensor in tensors.items()}
         changes = {} if self.adapter is None else self.adapter.changes
         return TensorGroup(self._checkpoint, tensors, dtypes, changes)
 
     @property
     def _packing(self) -> Packing | None:
         """How layers are packed without a loss; None if no kernel computes them."""
-        computed = self.device.type == "cpu" and kernels().has(self.dtype) and not self._apart()
-        return Packing(self.dtype) if computed else None
+        return self._as_stored or (Packing(self.dtype) if self._computed else None)
+
+    @property
+    def _computed(self) -> bool:
+        """Whether kernels compute the layers."""
+        return self.device.type == "cpu" and kernels().has(self.dtype) and not self._apart()
+
+    @cached_property
+    def _as_stored(self) -> Packing | None:
+        """The packing that keeps blocks of few bits; None if there are none, or their entries are needed."""
+        if not self._computed or self.adapter is not None or not is_gguf(self.directory):
+            return None
+        kinds = as_stored.kinds_of(self.family, self.spec, self._tensors)
+        return Packing(self.dtype, kinds=kinds, rows=False) if any(kinds) else None
 
     def _packed(self, packing: Packing) -> PackedLayers:
         """Return the layers in packed form."""
         groups, identity = self._layers, ""
-        if packing.formats:
-            groups = {number: self._group(names) for number, names in enumerate(self._in_layers, 1)}
+        if packing.quantized:
+            kept = as_stored.as_bytes(self._tensors) if packing.kinds else {}
+            groups = {number: self._group(names, None, kept) for number, names in enumerate(self._in_layers, 1)}
             identity = fingerprint(self.directory, self.adapter, self._cut)
         return PackedLayers(packing, self.family, self.spec, groups, identity, self._output_parts())
 
-    def _output_parts(self) -> Sequence[TensorGroup]:
+    def _rows(self, name: str, step: int = ROWS, *, in_blocks: bool = True) -> list[Rows]:
+        """Return a matrix in parts of some rows each, see :func:`rows_of`."""
+        whole = self._tensors[name]
+        return rows_of(whole, lambda part: self._group([name], None, {name: part}), step, in_blocks=in_blocks)
+
+    def _output_parts(self) -> Sequence[Rows]:
         """Return the output embedding in parts of some rows each, if it is quantised."""
         return ()
 
@@ -279,8 +276,10 @@ class StoredModel(ABC):
         staging = aligned_buffer(PIECE)
         rest = self._rest(None if plan is None else plan.sizes.window)
         named: dict[str, Tensor] = {}
+        table = self._tensors[self._table]
+        keeps = plan is None and self._as_stored is not None and bool(self._tables) and table.kind in EXACT
         with blaming_weights():
-            for group in (*rest, *also, *(self._tables if table_resident else ())):
+            for group in (*rest, *also, *(self._tables if table_resident and not keeps else ())):
                 named |= self._read(group, staging)
         resident: Iterator[Weights | PackedLayer] = self._resident(numbers, packed, file, staging)
         if packed is not None:
@@ -288,11 +287,15 @@ class StoredModel(ABC):
         layers = dict(zip(numbers, resident, strict=True))
         if self.adapter is not None:
             named |= {name: w.to(self.device, self._head_dtype) for name, w in self.adapter.weights.items()}
-        rows = None
-        if plan is not None and not table_resident:
+        rows: RowCache | PackedTable | None = None
+        if keeps:
+            with blaming_weights():
+                found = packed_rows(self._rows(self._table), spec.row, self.dtype, FORMATS[table.kind])
+                rows = PackedTable(found, self.dtype)
+        elif plan is not None and not table_resident:
             rows = RowCache(
                 self._checkpoint,
-                self._tensors[self._table],
+                table,
                 capacity=plan.embedding_rows,
                 dtype=self.dtype,
                 device=self.device,
@@ -301,7 +304,7 @@ class StoredModel(ABC):
         groups = self._layers if file is None else file.groups
         streamed = {} if plan is None else {number: groups[number] for number in plan.streamed}
         streamer = Streamer(streamed, self.device, meter) if streamed else None
-        lasting = rows is not None or (streamer is not None and file is None)
+        lasting = isinstance(rows, RowCache) or (streamer is not None and file is None)
         if not lasting:
             self._checkpoint.close()
         return Parts(

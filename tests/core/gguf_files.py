@@ -35,7 +35,7 @@ GEMMA = {
 AROUND = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 # A tokenizer of bytes, in the alphabet of GPT-2, and some words.
 WORDS = ["yes", "no", "Ġyes", "Ġno"]
-SPECIALS = ["<s>", "</s>", "<unk>"]
+SPECIALS = ["<|endoftext|>", "</s>", "<unk>"]
 
 
 def write_gguf(
@@ -110,12 +110,14 @@ def k_blocks(data: np.ndarray, kind: Kind) -> np.ndarray:
     size = gguf.GGML_QUANT_SIZES[kind][1]
     chance = np.random.default_rng(data.size)
     blocks = chance.integers(0, 256, size=(data.size // 256, size), dtype=np.uint8)
-    half = np.full((len(blocks), 1), 0.0002, dtype=np.float16).view(np.uint8)
+    half, eight, small = (
+        np.full((len(blocks), 1), size, dtype=np.float16).view(np.uint8) for size in (2e-4, 16e-4, 3e-5)
+    )
     if kind == Kind.Q6_K:
-        blocks[:, 208:] = half
+        blocks[:, 208:] = small
     else:
         blocks[:, :2] = half
-        blocks[:, 2:4] = 8 * half if kind == Kind.Q4_K else half
+        blocks[:, 2:4] = eight if kind == Kind.Q4_K else half
     return blocks.reshape(*data.shape[:-1], -1)
 
 
