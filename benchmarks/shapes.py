@@ -68,6 +68,7 @@ _QWEN3_SIZES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
+_QWEN3_SIZES["4b-9"] = {**_QWEN3_SIZES["4b"], "num_hidden_layers": 9}
 _FILE_BYTES = 2 * 10**9
 
 
@@ -75,7 +76,8 @@ def find_or_write(model: str) -> Path:
     """Return the directory of a model that is to be measured.
 
     Args:
-        model: ``m3``, ``qwen3-0.6b``, ``-4b`` or ``-8b``, which are shapes, or ``smollm2-135m``, a real model, or
+        model: ``m3``, ``qwen3-0.6b``, ``-4b``, ``-8b`` or ``-4b-9`` (9 of 4b's 36 layers), which are shapes, or
+            ``smollm2-135m``, a real model, or
             ``smollm2-135m-bf16`` or ``-rescaled``: written into the cache if it is not there yet. Else a hub id,
             directory or bundled name.
     """
@@ -115,7 +117,7 @@ def write_qwen3_shape(directory: Path, size: str) -> Path:
     Args:
         directory: Where it goes: 1.2, 8 or 16 GB of bfloat16 weights in files of at most 2 GB, of which one is in
             memory at a time, and the tokenizer. ``Qwen3-Reranker`` in its name tells which prompt the model takes.
-        size: ``"0.6b"``, ``"4b"`` or ``"8b"``.
+        size: ``"0.6b"``, ``"4b"``, ``"8b"`` or ``"4b-9"``.
     """
     if directory.is_dir():
         return directory

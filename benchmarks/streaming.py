@@ -5,7 +5,8 @@
     .venv/bin/python -m benchmarks.streaming slow-disk
 
 The weights are random, in the shape of Qwen3-4B: 8 GB in bfloat16. Every system runs in a fresh process, after
-another process has written what it needs in the cache. Those that hold everything take turns, and need 16 GB
+another process has written what it needs in the cache (``--model qwen3-4b-9`` has a quarter of the layers, and of
+the time that this takes). Those that hold everything take turns, and need 16 GB
 together. Those that stream run one after the other, and read past the page cache. Their budget is what everything
 in memory would take, less half of the weights. Dense streaming and pruning with as many bits get the same. The
 first round warms the caches of columns and is not counted. Tokens are drawn at random (temperature 1), so that no
@@ -30,6 +31,7 @@ from unittest.mock import patch
 
 import torch
 import typer
+from transformers import AutoConfig
 
 from benchmarks.generation import make_prompt
 from benchmarks.report import RESULTS, Output, Row, write_result
@@ -240,7 +242,14 @@ def main(
         for cases in groups
         for row in measure(directory, cases, part, tokens=tokens, rounds=rounds, threads=threads)
     ]
-    setting = {"model": model, "tokens": tokens, "threads": threads, "slow_mb_per_second": SLOW / 1e6}
+    depth = AutoConfig.from_pretrained(directory).num_hidden_layers
+    setting = {
+        "model": model,
+        "layers": depth,
+        "tokens": tokens,
+        "threads": threads,
+        "slow_mb_per_second": SLOW / 1e6,
+    }
     write_result(output, f"generation-{part}", rows, rounds=rounds, setting=setting)
 
 
