@@ -68,7 +68,10 @@ def test_a_file_of_results_says_how_to_measure_again(path: Path) -> None:
 
 def test_every_result_has_its_place(results: dict[str, Result]) -> None:
     templates = "".join((PAGES / name).read_text(encoding="utf-8") for name in page_names())
-    shown = set(re.findall(r'results\["([\w-]+)"\]', templates)) | {source for source, _ in FIGURES.values()}
+    # By name, or in a loop over names and titles.
+    shown = set(re.findall(r'(?:results\[|in \[\(|, \()"([\w-]+)"', templates)) | {
+        source for source, _ in FIGURES.values()
+    }
     assert results.keys() <= shown
 
 
