@@ -242,7 +242,7 @@ def main(
         for cases in groups
         for row in measure(directory, cases, part, tokens=tokens, rounds=rounds, threads=threads)
     ]
-    depth = AutoConfig.from_pretrained(directory).num_hidden_layers
+    depth = AutoConfig.from_pretrained(directory, trust_remote_code=False).num_hidden_layers
     setting = {
         "model": model,
         "layers": depth,
