@@ -162,11 +162,9 @@ def distill(
 def _windows(texts: Sequence[str], tokenizer: Any, window: int, batch: int) -> Tensor:
     """Join all texts, with an end-of-text token after each, and cut them into windows, int64 ``[W, window]``."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = [
-        token
-        for text in texts
-        for token in (*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], *end)
-    ]
+    # All texts in one call, because the tokenizer then takes every processor.
+    each = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    ids = [token for own in each for token in (*own, *end)]
     if len(ids) < (needed := (batch + 1) * window):
         raise ValueError(
             f"the texts have {len(ids):,} tokens, and at least {needed:,} are needed: {batch * window:,} for a "

@@ -17,8 +17,9 @@ from grating_core.columns.masks import kept
 from grating_core.lab.masked import MaskedMlp, find_gated_mlp
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
-_TOKENS = 1024  # tokens that go through the model together: more take memory and were no faster
-_POSITIONS = 128  # positions whose logits are in memory together
+# Tokens that go through the model together. On a CPU more take memory and were no faster; a GPU needs more work at once.
+_TOKENS, _TOKENS_ON_GPU = 1 << 10, 1 << 13
+_POSITIONS, _POSITIONS_ON_GPU = 128, 1024  # positions whose logits are in memory together
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ class Divergence:
 
     def __init__(self, head: Callable[[Tensor], Tensor], vocabulary: int, device: torch.device) -> None:
         self._head = head
-        self._room = torch.empty(4, _POSITIONS, vocabulary, device=device)
+        self._at_once = _POSITIONS if device.type == "cpu" else _POSITIONS_ON_GPU
+        self._room = torch.empty(4, self._at_once, vocabulary, device=device)
 
     def __call__(self, student: Tensor, teacher: Tensor) -> tuple[float, Tensor]:
         """Return the mean divergence in nats, and its gradient ``[N, D]`` with respect to the student.
@@ -124,9 +126,8 @@ class Divergence:
             teacher: Last hidden states of the teacher, ``[N, D]``.
         """
         total, gradients = 0.0, list[Tensor]()
-        for own, other in zip(
-            torch.split(student.detach(), _POSITIONS), torch.split(teacher, _POSITIONS), strict=True
-        ):
+        pairs = zip(torch.split(student.detach(), self._at_once), torch.split(teacher, self._at_once), strict=True)
+        for own, other in pairs:
             own.requires_grad_()
             with torch.enable_grad():
                 logits = self._head(own)
@@ -202,7 +203,8 @@ class Student:
     def learn(self, ids: Tensor) -> float:
         """Add the gradients of the mean divergence for token ids ``[B, T]``, and return that divergence."""
         total = 0.0
-        for some in torch.split(ids, max(1, _TOKENS // ids.shape[1])):
+        tokens = _TOKENS if self.module.device.type == "cpu" else _TOKENS_ON_GPU
+        for some in torch.split(ids, max(1, tokens // ids.shape[1])):
             with torch.no_grad():
                 teacher = self.hidden(self.dense, some)
             student = self.hidden(self.trained, some)
