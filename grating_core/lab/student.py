@@ -17,7 +17,7 @@ from grating_core.columns.masks import kept
 from grating_core.lab.masked import MaskedMlp, find_gated_mlp
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
-# Tokens that go through the model together. On a CPU more take memory and were no faster; a GPU needs more work at once.
+# Tokens that go through the model together: more were no faster on a CPU, and a GPU needs more work at once.
 _TOKENS, _TOKENS_ON_GPU = 1 << 10, 1 << 13
 _POSITIONS, _POSITIONS_ON_GPU = 128, 1024  # positions whose logits are in memory together
 
