@@ -78,29 +78,8 @@ class ColumnFile:
             columns: Numbers of the columns, rising, int64 ``[n]``.
             staging: Memory that begins at a whole sector, uint8 ``[bytes]``. Blocks take its halves in turn.
         """
-        if not len(columns):
-            return
         table = self._tables[number, kind]
-        memory: NDArray[np.uint8] = staging.numpy()
-        half = len(memory) // 2 // SECTOR * SECTOR
-        begins = table.start + columns * table.row
-        lows, highs, joined = find_sectors(begins, table.row, self.gap)
-        # What each column adds to what is read, if the one before it is in the same block.
-        added = np.where(joined, highs - np.roll(highs, 1), highs - lows)
-        until = np.cumsum(added)
-        first, at = 0, 0
-        while first < len(columns):
-            before = until[first] - (highs[first] - lows[first])
-            end = max(first + 1, int(np.searchsorted(until, before + half, side="right")))
-            part = slice(first, end)
-            runs = np.flatnonzero(np.concatenate(([True], ~joined[first + 1 : end])))
-            starts = lows[part][runs]
-            ends = highs[part][np.concatenate((runs[1:] - 1, [end - first - 1]))]
-            offsets = at + np.concatenate(([0], np.cumsum(ends - starts)[:-1]))
-            lengths = np.diff(np.concatenate((runs, [end - first])))
-            places = begins[part] + np.repeat(offsets - starts, lengths)
-            yield Block(part, places, _cut(starts, ends, memory, offsets))
-            first, at = end, half - at
+        yield from plan_blocks(table.start + columns * table.row, table.row, self.gap, staging.numpy())
 
     def read(self, number: int, kind: Kind, block: Block) -> Iterator[Future[None]]:
         """Start to read a block. Every step of the iterator starts some more reads.
@@ -154,6 +133,37 @@ class ColumnFile:
         """Stop the threads and close the file."""
         self._readers.close()
         self._checkpoint.close()
+
+
+def plan_blocks(begins: NDArray[np.int64], row: int, gap: int, memory: NDArray[np.uint8]) -> Iterator[Block]:
+    """Yield the blocks in which rows of a file are read, so that each fits into half of the memory.
+
+    Args:
+        begins: Offsets of the rows in the file, rising, int64 ``[n]``.
+        row: Bytes of a row.
+        gap: The longest gap in bytes that is read through.
+        memory: Memory that begins at a whole sector, uint8 ``[bytes]``. Blocks take its halves in turn.
+    """
+    if not len(begins):
+        return
+    half = len(memory) // 2 // SECTOR * SECTOR
+    lows, highs, joined = find_sectors(begins, row, gap)
+    # What each column adds to what is read, if the one before it is in the same block.
+    added = np.where(joined, highs - np.roll(highs, 1), highs - lows)
+    until = np.cumsum(added)
+    first, at = 0, 0
+    while first < len(begins):
+        before = until[first] - (highs[first] - lows[first])
+        end = max(first + 1, int(np.searchsorted(until, before + half, side="right")))
+        part = slice(first, end)
+        runs = np.flatnonzero(np.concatenate(([True], ~joined[first + 1 : end])))
+        starts = lows[part][runs]
+        ends = highs[part][np.concatenate((runs[1:] - 1, [end - first - 1]))]
+        offsets = at + np.concatenate(([0], np.cumsum(ends - starts)[:-1]))
+        lengths = np.diff(np.concatenate((runs, [end - first])))
+        places = begins[part] + np.repeat(offsets - starts, lengths)
+        yield Block(part, places, _cut(starts, ends, memory, offsets))
+        first, at = end, half - at
 
 
 def find_sectors(
