@@ -28,7 +28,8 @@ from grating_core.memory.companion import Contents, checksum, write_companion
 Kind = Literal["inputs", "products"]
 KINDS: tuple[Kind, Kind] = ("inputs", "products")
 
-_BLOCK = 256  # columns that are transposed at a time
+_AT_ONCE = 1 << 18  # entries that are transposed and quantised at a time
+_COPIES = 96  # bytes for each of them: copies in float32
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class ColumnSizes:
     def layer_bytes(self) -> int:
         """The bytes of all columns of a layer."""
         return sum(self.count(kind) * self.row_bytes(kind) for kind in KINDS)
+
+
+def writing_bytes(sizes: ColumnSizes) -> int:
+    """Return the bytes that writing a companion file takes beside the weights of a layer."""
+    return _COPIES * min(max(_AT_ONCE, 2 * sizes.products, sizes.width), 2 * sizes.products * sizes.width)
 
 
 def write_columns(
@@ -129,6 +135,8 @@ def contents(sizes: ColumnSizes) -> Contents:
 
 def _rows(matrices: tuple[Tensor, ...], sizes: ColumnSizes, kind: Kind) -> Iterator[NDArray[np.uint8]]:
     """Yield the rows of a table, uint8 ``[n, bytes]`` at a time."""
-    for start in range(0, sizes.count(kind), _BLOCK):
-        columns = torch.cat([matrix[:, start : start + _BLOCK].T for matrix in matrices], dim=1)
-        yield pack_columns(columns, sizes.form(kind))
+    form = sizes.form(kind)
+    step = max(1, _AT_ONCE // form.length)
+    for start in range(0, sizes.count(kind), step):
+        columns = torch.cat([matrix[:, start : start + step].T for matrix in matrices], dim=1)
+        yield pack_columns(columns, form)

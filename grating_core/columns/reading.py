@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import NamedTuple
 
@@ -25,7 +26,9 @@ from grating_core.memory.pieces import Pieces
 READERS = 16  # reads at the same time: more were no faster on an NVMe disk
 GAP = 16 << 10  # bytes between two columns that are read as well, unless the disk was measured
 _LONGEST_READ = 256 << 10  # bytes that one call reads, so that all readers have work
-_MEASURED = 32 << 20  # bytes that are read to measure a disk; a smaller file is not measured
+_MEASURED = 32 << 20  # bytes of a file that is large enough to measure a disk; a smaller one is not measured
+_MEASURED_READS = {SECTOR: 512, _LONGEST_READ: 64}  # reads of each size at a time
+_ROUNDS = 5  # measurements that count, after one that does not
 
 
 class Block(NamedTuple):
@@ -111,19 +114,28 @@ class ColumnFile:
         self._tables[number, kind].verify(columns[block.columns], block)
 
     def measure_gap(self) -> None:
-        """Measure for a fraction of a second how long a gap has to be to be worth another read."""
+        """Measure for a fraction of a second how long a gap has to be to be worth another read.
+
+        Reads of a sector and long reads take turns. The first ones are not counted, because threads start then and
+        disks wake up. No gap is longer than half of the longest read.
+        """
         table, (*_, last) = self._tables[1, "inputs"], self._tables.values()
         span = last.start - table.start
-        if span > _MEASURED:
-            sector, long = (self._seconds(table, span, size) for size in (SECTOR, _LONGEST_READ))
-            self.gap = fit_gap(sector, _LONGEST_READ / long)
+        if span <= _MEASURED:
+            return
+        seconds = [
+            [self._seconds(table, span, size, number) for size in _MEASURED_READS] for number in range(1 + _ROUNDS)
+        ]
+        sector, long = (median(values) for values in zip(*seconds[1:], strict=True))
+        self.gap = min(fit_gap(sector, _LONGEST_READ / long), _LONGEST_READ // 2)
 
-    def _seconds(self, table: _Table, span: int, size: int) -> float:
+    def _seconds(self, table: _Table, span: int, size: int, seed: int) -> float:
         """Measure the seconds that each of many reads takes, with all readers at work."""
         memory: NDArray[np.uint8] = aligned_buffer(READERS * size).numpy()
-        places = np.repeat(np.arange(READERS) * size, _MEASURED // _LONGEST_READ // READERS)
+        places = np.repeat(np.arange(READERS) * size, _MEASURED_READS[size] // READERS)
         first = -(-table.start // SECTOR) * SECTOR
-        starts = first + np.random.default_rng(size).integers(0, (span - size) // SECTOR, len(places)) * SECTOR
+        chance = np.random.default_rng((size, seed))
+        starts = first + chance.integers(0, (span - size) // SECTOR, len(places)) * SECTOR
         started = perf_counter()
         for reading in list(self._start(table, Pieces(starts, np.full(len(places), size), memory, places))):
             reading.result()

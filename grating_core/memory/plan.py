@@ -38,7 +38,8 @@ class ModelSizes:
         columns: All columns of the MLPs, if those are pruned; ``layers`` then lacks these weights.
         staging: The buffer that columns are read into.
         kernels: What compiled kernels take for themselves; 0 if torch computes the layers.
-        writing: What writing a file of packed layers takes, before the weights are in memory; 0 for no file.
+        writing: What writing a file of packed layers or of columns takes, before the weights are in memory; 0 for
+            no file.
     """
 
     layers: tuple[int, ...]

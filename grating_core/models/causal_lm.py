@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from grating_core.columns.companion import writing_bytes
 from grating_core.columns.install import MlpPruning, column_sizes, install, open_columns, staging_bytes
 from grating_core.columns.reading import ColumnFile
 from grating_core.errors import FileError, ModelNotFoundError, StorageError, UnsupportedModelError
@@ -24,7 +25,7 @@ from grating_core.layers.packed_table import PackedTable
 from grating_core.layers.spec import Role
 from grating_core.lifetime import closed_on_error
 from grating_core.memory.checkpoint import aligned_buffer
-from grating_core.memory.group import PIECE
+from grating_core.memory.group import PIECE, TensorGroup
 from grating_core.memory.plan import MemoryPlan, ModelSizes, make_generation_plan
 from grating_core.models.adapter import Adapter
 from grating_core.models.as_stored import FORMATS, ROWS, Rows, keeps_blocks
@@ -144,8 +145,14 @@ class StoredCausalLM(StoredModel):
                 sizes = replace(sizes, rest=sizes.rest + output)
         if self._pruning is None:
             return sizes
-        columns = self._columns
-        return replace(sizes, columns=columns.depth * columns.layer_bytes, staging=staging_bytes(columns))
+        columns, groups = self._columns, self._mlp_groups()
+        writing = max(group.size for group in groups) + _staged(groups) + writing_bytes(columns)
+        return replace(
+            sizes,
+            columns=columns.depth * columns.layer_bytes,
+            staging=staging_bytes(columns),
+            writing=max(sizes.writing, writing),
+        )
 
     def plan(self, window: int, budget: int) -> MemoryPlan:
         """Spend a memory budget.
@@ -303,10 +310,14 @@ class StoredCausalLM(StoredModel):
             show_progress=pruning.show_progress,
         )
 
+    def _mlp_groups(self) -> list[TensorGroup]:
+        """Return W_u, W_g and W_d of each layer on disk."""
+        return [self._group(names, self.dtype) for names in self._mlps]
+
     def _matrices(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield W_u, W_g and W_d of one layer after the other."""
-        staging = aligned_buffer(PIECE)
-        groups = [self._group(names, self.dtype) for names in self._mlps]
+        groups = self._mlp_groups()
+        staging = aligned_buffer(_staged(groups))
         buffer = aligned_buffer(max(group.size for group in groups))
         for number, (layer, group) in enumerate(zip(self.spec.layers, groups, strict=True), 1):
             try:
@@ -315,6 +326,11 @@ class StoredCausalLM(StoredModel):
                 raise ModelNotFoundError(f"{error}; delete the file and fetch the model again") from error
             found = layer_by_role(self.family, layer, number, group.views(buffer))
             yield found["up.weight"], found["gate.weight"], found["down.weight"]
+
+
+def _staged(groups: Sequence[TensorGroup]) -> int:
+    """Return the bytes of the buffer that tensors are converted in."""
+    return PIECE if any(group.converts for group in groups) else 0
 
 
 def _roles(held: Role | tuple[Role, ...]) -> set[Role]:

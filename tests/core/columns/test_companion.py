@@ -1,6 +1,8 @@
 import shutil
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from time import sleep
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,11 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from grating_core.columns import reading
 from grating_core.columns.companion import KINDS, ColumnSizes, Kind, write_columns
-from grating_core.columns.reading import ColumnFile, fit_gap
+from grating_core.columns.reading import READERS, ColumnFile, fit_gap
 from grating_core.errors import FileError, StorageError
 from grating_core.kernels.columns import unpack_columns
 from grating_core.memory.checkpoint import SECTOR, aligned_buffer
+from grating_core.memory.pieces import Pieces
 
 SIZES = ColumnSizes(depth=3, width=24, products=40, dtype=torch.float32)
 
@@ -89,6 +93,31 @@ def test_a_disk_is_measured_by_reading_the_file(tmp_path: Path) -> None:
     file.measure_gap()
     assert 0 <= file.gap < 1 << 24
     assert file.gap % SECTOR == 0
+    file.close()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "least", "most"),
+    [
+        (80e-6, SECTOR, 16 * SECTOR),  # a long read takes 1 ms more than a sector, so 5 sectors are a read
+        (2e-3, 32 * SECTOR, 32 * SECTOR),  # the bound
+    ],
+)
+def test_a_cold_disk_and_new_threads_do_not_make_gaps_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, least: int, most: int
+) -> None:
+    calls = count()
+
+    def read(descriptor: int, pieces: Pieces) -> int:
+        is_cold = next(calls) < READERS or next(calls) % 100 == 0
+        sleep(0.1 * is_cold + float(np.sum(seconds + pieces.sizes * (1e-3 / (256 << 10)))))
+        return len(pieces.starts)
+
+    monkeypatch.setattr(reading, "read_quickly", read)
+    sizes = ColumnSizes(depth=2, width=1024, products=4096, dtype=torch.float32)
+    file = ColumnFile(written(tmp_path, sizes), sizes, "mine")
+    file.measure_gap()
+    assert least <= file.gap <= most
     file.close()
 
 
