@@ -29,6 +29,7 @@ _LONGEST_READ = 256 << 10  # bytes that one call reads, so that all readers have
 _MEASURED = 32 << 20  # bytes of a file that is large enough to measure a disk; a smaller one is not measured
 _MEASURED_READS = {SECTOR: 512, _LONGEST_READ: 64}  # reads of each size at a time
 _ROUNDS = 5  # measurements that count, after one that does not
+_LONGEST_GAP = 16 << 10  # bytes; longer gaps saved no time on a disk of 2 GB/s
 
 
 class Block(NamedTuple):
@@ -117,7 +118,7 @@ class ColumnFile:
         """Measure for a fraction of a second how long a gap has to be to be worth another read.
 
         Reads of a sector and long reads take turns. The first ones are not counted, because threads start then and
-        disks wake up. No gap is longer than half of the longest read.
+        disks wake up. The gap is bounded, because what is read through takes memory and processor as well.
         """
         table, (*_, last) = self._tables[1, "inputs"], self._tables.values()
         span = last.start - table.start
@@ -127,7 +128,7 @@ class ColumnFile:
             [self._seconds(table, span, size, number) for size in _MEASURED_READS] for number in range(1 + _ROUNDS)
         ]
         sector, long = (median(values) for values in zip(*seconds[1:], strict=True))
-        self.gap = min(fit_gap(sector, _LONGEST_READ / long), _LONGEST_READ // 2)
+        self.gap = min(fit_gap(sector, _LONGEST_READ / long), _LONGEST_GAP)
 
     def _seconds(self, table: _Table, span: int, size: int, seed: int) -> float:
         """Measure the seconds that each of many reads takes, with all readers at work."""

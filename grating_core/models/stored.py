@@ -106,6 +106,8 @@ class StoredModel(ABC):
             packing: How the layers are packed; None for without a loss.
         """
         spec, layer, adapter = self.spec, self.spec.layers[0], self.adapter.size if self.adapter else 0
+        # Of pruned layers, kernels compute what is quantised.
+        compiled = self.device.type == "cpu" and kernels().has(self.dtype) and (packing or not self._apart())
         sizes = ModelSizes(
             layers=tuple(group.size for group in self._layers.values()),
             bytes_read=tuple(group.bytes_read for group in self._layers.values()),
@@ -117,17 +119,16 @@ class StoredModel(ABC):
             work=work_per_token(spec, self.dtype, self._packing, pruned=bool(self._apart())),
             window=window,
             keys=window * 2 * layer.key_heads * layer.head_size * self.dtype.itemsize,
-            kernels=0 if self._packing is None else kernels_work(spec, self.dtype),
+            kernels=kernels_work(spec, self.dtype) if compiled else 0,
         )
         packing = packing or self._as_stored
         if packing is None:
             return sizes
         packed = self._packed(packing)
         work = work_per_token(spec, self.dtype, packing, pruned=bool(self._apart()))
-        sizes = replace(
-            sizes, layers=packed.sizes, bytes_read=packed.sizes, converted=False, writing=packed.writing
-        )
-        return replace(sizes, work=work, rest=sizes.rest + (0 if sizes.kernels else unpacked_bytes(spec)))
+        rest = sizes.rest + (0 if sizes.kernels else unpacked_bytes(spec))
+        sizes = replace(sizes, layers=packed.sizes, bytes_read=packed.sizes, work=work, rest=rest)
+        return replace(sizes, converted=False, writing=packed.writing)
 
     def _check_family(self) -> None:  # noqa: B027 - a subclass need not refuse any family
         """Refuse a family that the subclass cannot use."""

@@ -11,8 +11,10 @@ import torch
 from grating_core.columns.companion import ColumnSizes, writing_bytes
 from grating_core.columns.install import MlpPruning
 from grating_core.errors import BudgetError
+from grating_core.kernels.choice import kernels
 from grating_core.memory.plan import make_generation_plan
 from grating_core.models.causal_lm import StoredCausalLM
+from grating_core.models.packing import generating
 
 _WRITING = """
 import sys
@@ -61,3 +63,19 @@ def test_a_budget_pays_for_writing(decoder_directory: Path) -> None:
     with pytest.raises(BudgetError) as told:
         make_generation_plan(much, 1000, 64)
     assert told.value.smallest == much.runtime + much.writing
+
+
+@pytest.mark.skipif(kernels().level is None, reason="without kernels, torch computes quantised layers")
+def test_a_budget_does_not_pay_for_torch_where_kernels_compute_attention(decoder_directory: Path) -> None:
+    how = {"device": torch.device("cpu"), "dtype": torch.float32}
+    dense = StoredCausalLM(decoder_directory, packing=generating(4, torch.float32), **how)  # type: ignore[arg-type]
+    pruned = StoredCausalLM(
+        decoder_directory,
+        pruning=MlpPruning(0.5, bits=4),
+        packing=generating(4, torch.float32),
+        **how,  # type: ignore[arg-type]
+    )
+    sizes, expected = pruned.sizes(64), dense.sizes(64)
+    assert (sizes.runtime, sizes.kernels, sizes.rest) == (expected.runtime, expected.kernels, expected.rest)
+    dense.close()
+    pruned.close()
