@@ -352,7 +352,9 @@ def test_nothing_that_belongs_to_another_adapter_is_used(
         reranker.close()
     assert first.identity != second.identity
     for adapter in (one, other):
-        StreamedCausalLM.from_pretrained(llama, dtype="float32", adapter=adapter, mlp_density=0.5).close()
+        StreamedCausalLM.from_pretrained(
+            llama, device="cpu", dtype="float32", adapter=adapter, mlp_density=0.5
+        ).close()
     assert len(list((spill_directory / "columns").iterdir())) == 2
     documents = [" ".join(WORDS[number : number + 9]) for number in range(8)]
     expected = load(llama, template=PROMPT, adapter=other).score([(QUERY, text) for text in documents])

@@ -1,5 +1,7 @@
 """The pace of layers, and who goes on when time is short."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -68,6 +70,8 @@ def test_who_is_selected_or_goes_on_suffices_and_the_next_layer_fits(
 
 @given(race=races())
 def test_more_time_never_lets_fewer_go_on_where_all_layers_fit(race: Race) -> None:
+    # Whoever may stop after an earlier layer lets more go on in less time, so only the head looks here.
+    race = replace(race, looks=np.arange(LAYERS) == LAYERS - 1)
     costs = costs_of(0.0, 1.0)
     counts = [race.routes(costs, 0, seconds).count(Route.DEFERRED) for seconds in (1e3, 2e3, 1e4)]
     assert counts == sorted(counts)
