@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 from torch import Tensor
 
-from grating_core.layers.linear import Weights
-from grating_core.layers.packed import PackedLayer
+from grating_core.kernels.operands import Norm, Weight
+from grating_core.layers.packed import PackedLayer, fields_of
 from grating_core.memory.pages import empty
 
 _LINE = 64  # bytes
+_Part = TypeVar("_Part", Weight, Norm)
 
 
-def in_large_pages(layers: Iterable[Weights | PackedLayer], size: int) -> Iterator[PackedLayer]:
-    """Move the products of layers into one piece of memory, a layer at a time.
+def in_large_pages(layers: Iterable[PackedLayer], size: int) -> Iterator[PackedLayer]:
+    """Move layers into one piece of memory, a layer at a time. Nothing of a layer stays where it was.
 
     Args:
-        layers: The layers, all packed, which are given up one after the other.
-        size: The bytes of all layers; what does not fit stays where it is.
+        layers: The layers, which are given up one after the other.
+        size: The bytes of all layers, each rounded up to whole cache lines.
     """
     memory, start = empty(size), 0
 
-    def move(tensor: Tensor | None) -> Tensor | None:
+    def moved(tensor: Tensor) -> Tensor:
         nonlocal start
-        if tensor is None or start + tensor.nbytes > size:
-            return tensor
         place = memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        start += -(-tensor.nbytes // _LINE) * _LINE
+        start += tensor.nbytes
         return place.copy_(tensor)
 
-    for layer in layers:
-        assert isinstance(layer, PackedLayer)
-        products = {}
-        for role, weight in layer.products.items():
-            packed, scale, minimum = map(move, (weight.packed, weight.scale, weight.minimum))
-            assert packed is not None
-            products[role] = weight._replace(packed=packed, scale=scale, minimum=minimum)
-        yield layer._replace(products=products)
+    def moved_part(part: _Part) -> _Part:
+        return part._replace(**{field: moved(tensor) for field, tensor in fields_of(part).items()})
+
+    def moved_layer(layer: PackedLayer) -> PackedLayer:
+        nonlocal start
+        start = -(-start // _LINE) * _LINE
+        # Products come first, because all their tensors are whole cache lines.
+        products = {role: moved_part(weight) for role, weight in layer.products.items()}
+        norms = {role: moved_part(norm) for role, norm in layer.norms.items()}
+        return layer._replace(products=products, norms=norms)
+
+    # No name here stands for a layer, which would stay in memory while the next one is packed.
+    yield from map(moved_layer, layers)

@@ -282,10 +282,7 @@ class StoredModel(ABC):
         with blaming_weights():
             for group in (*rest, *also, *(self._tables if table_resident and not keeps else ())):
                 named |= self._read(group, staging)
-        resident: Iterator[Weights | PackedLayer] = self._resident(numbers, packed, file, staging)
-        if packed is not None:
-            resident = in_large_pages(resident, sum(packed.sizes[number - 1] for number in numbers))
-        layers = dict(zip(numbers, resident, strict=True))
+        layers = dict(zip(numbers, self._resident(numbers, packed, file, staging), strict=True))
         if self.adapter is not None:
             named |= {name: w.to(self.device, self._head_dtype) for name, w in self.adapter.weights.items()}
         rows: RowCache | PackedTable | None = None
@@ -329,13 +326,16 @@ class StoredModel(ABC):
     ) -> Iterator[Weights | PackedLayer]:
         """Yield the weights of layers. Packed layers come from their file, or are packed now."""
         if packed is not None and file is not None:
-            for number in numbers:
-                stored = self._read(file.groups[number], staging)
-                yield packed.packing.layer(self.spec.layers[number - 1], stored)
+            sizes = [file.groups[number].size for number in numbers]
+            # Layers are read to where they stay: one behind the other, in large pages.
+            for number, buffer in zip(numbers, aligned_buffer(sum(sizes)).split(sizes), strict=True):
+                file.groups[number].read(buffer, staging)
+                yield packed.packing.layer(self.spec.layers[number - 1], file.groups[number].views(buffer))
             return
         with blaming_weights():
             if packed is not None:
-                yield from packed.packed(numbers)
+                size = sum(packed.sizes[number - 1] for number in numbers)
+                yield from in_large_pages(packed.packed(numbers), size)
                 return
             for number in numbers:
                 stored = self._read(self._layers[number], staging)

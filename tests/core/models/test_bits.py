@@ -12,6 +12,8 @@ from grating_core import StreamedCausalLM
 from grating_core.engine.decode import advance, new_cache
 from grating_core.errors import BudgetError, FileError, StorageError
 from grating_core.kernels.groups import dequantized
+from grating_core.layers.packed import fields_of, tensors_of
+from grating_core.memory.checkpoint import SECTOR
 from grating_core.models.causal_lm import CausalLM, StoredCausalLM
 from grating_core.models.packing import generating
 from tests.core.conftest import WINDOW
@@ -34,8 +36,8 @@ def llama(tmp_path: Path) -> Path:
     return save_decoder(tmp_path / "model", "llama-tied")
 
 
-def load(directory: Path, bits: int | None = 8, kv_bits: int | None = None, **changes: object) -> CausalLM:
-    stored = StoredCausalLM(
+def stored_model(directory: Path, bits: int | None, kv_bits: int | None = None) -> StoredCausalLM:
+    return StoredCausalLM(
         directory,
         device=torch.device("cpu"),
         dtype=torch.float32,
@@ -43,6 +45,10 @@ def load(directory: Path, bits: int | None = 8, kv_bits: int | None = None, **ch
         packing=None if bits is None else generating(bits, torch.float32),
         kv_bits=kv_bits,
     )
+
+
+def load(directory: Path, bits: int | None = 8, kv_bits: int | None = None, **changes: object) -> CausalLM:
+    stored = stored_model(directory, bits, kv_bits)
     return stored.load(planned(stored, WINDOW, 64, **changes))
 
 
@@ -89,6 +95,33 @@ def test_fewer_bits_take_fewer_bytes(tmp_path: Path, family: str) -> None:
     layers, others = zip(*taken, strict=True)
     assert layers[0] > 1.5 * layers[1] > 1.5 * layers[2]
     assert others[0] > others[1] == others[2]
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("written", [True, False])
+def test_weights_in_memory_are_held_once(
+    decoder: Path, bits: int, spill_directory: Path, monkeypatch: pytest.MonkeyPatch, *, written: bool
+) -> None:
+    if not written:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    model = load(decoder, bits)
+    assert len(list(spill_directory.glob("layers/*.safetensors"))) == written
+    layers = []
+    for number in range(1, model.depth + 1):
+        with model.layer(number) as layer:
+            layers.append(layer.weights)
+    planned = stored_model(decoder, bits).sizes(WINDOW).layers
+    # What begins at a sector may take one more, and each layer is whole sectors.
+    assert sum(planned) - len(layers) * SECTOR < held(*map(tensors_of, layers)) <= sum(planned) + SECTOR
+    assert model.output is not None
+    output = fields_of(model.output)
+    assert held(output) <= sum(tensor.nbytes for tensor in output.values()) + 2 * SECTOR
+
+
+def held(*parts: dict[str, torch.Tensor]) -> int:
+    """The bytes of memory that some tensors keep."""
+    pieces = [tensor.untyped_storage() for part in parts for tensor in part.values()]
+    return sum({piece.data_ptr(): piece.nbytes() for piece in pieces}.values())
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:5000], lambda data: b""])
