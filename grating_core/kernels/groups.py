@@ -154,22 +154,34 @@ def quantized_groups(
     """
     columns, inner = matrix.shape
     groups = -(-inner // GROUP)
-    wide = pad(matrix.float(), (0, -inner % GROUP)).view(columns, groups, GROUP)
+    entries = torch.empty(columns, groups * GROUP, dtype=torch.int8 if bits == 8 else torch.uint8)
+    scale = torch.empty(columns, groups, dtype=torch.float16)
+    minimum = torch.empty_like(scale) if minima and bits == 4 else None
+    # Some groups at a time, because quantising all would take memory for many copies of them in float32.
+    step = max(1, _AT_ONCE // GROUP // max(1, columns))
+    for first in range(0, groups, step):
+        some, inside = slice(first, first + step), slice(first * GROUP, (first + step) * GROUP)
+        part = matrix[:, inside].float()
+        weights = torch.ones(part.shape[1]) if importance is None else importance[inside].float()
+        fill = 0, -part.shape[1] % GROUP
+        wide, weights = pad(part, fill).reshape(columns, -1, GROUP), pad(weights, fill).view(-1, GROUP)
+        found, scale[:, some], lowest = _quantized(wide, weights, bits, minima=minima)
+        entries[:, inside] = found.flatten(1)
+        if minimum is not None:
+            minimum[:, some] = lowest
+    return entries[:, :inner], scale, minimum
+
+
+def _quantized(wide: Tensor, weights: Tensor, bits: int, *, minima: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return entries ``[columns, groups, 32]`` of groups, scales and minima ``[columns, groups]``."""
     if bits == 8:
         scale = _short(wide.abs().amax(-1, keepdim=True) / 127)
-        entries = _steps(wide, scale).clamp_(-127, 127).to(torch.int8)
-        return _whole(entries, inner), scale[..., 0], None
-    weights = wide.new_ones(inner) if importance is None else importance.float()
-    weights = pad(weights, (0, -inner % GROUP)).view(groups, GROUP)
-    minimum = None
+        return _steps(wide, scale).clamp_(-127, 127), scale[..., 0], None
     if minima:
         scale, minimum = _best_line(wide, weights)
-        entries = _steps(wide - minimum.float(), scale).clamp_(0, 15)
-        minimum = minimum[..., 0]
-    else:
-        scale = _best_scale(wide, weights)
-        entries = _steps(wide, scale).clamp_(-8, 7).add_(8)
-    return _whole(entries.to(torch.uint8), inner), scale[..., 0], minimum
+        return _steps(wide - minimum.float(), scale).clamp_(0, 15), scale[..., 0], minimum[..., 0]
+    scale = _best_scale(wide, weights)
+    return _steps(wide, scale).clamp_(-8, 7).add_(8), scale[..., 0], None
 
 
 def _best_scale(wide: Tensor, weights: Tensor) -> Tensor:
@@ -222,10 +234,6 @@ def _steps(wide: Tensor, scale: Tensor) -> Tensor:
 
 def _short(scale: Tensor) -> Tensor:
     return scale.clamp(-_LARGEST, _LARGEST).to(torch.float16)
-
-
-def _whole(entries: Tensor, inner: int) -> Tensor:
-    return entries.flatten(1)[:, :inner]
 
 
 def _each_entry(scale: Tensor, inner: int) -> Tensor:

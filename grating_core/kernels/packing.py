@@ -18,9 +18,10 @@ from grating_core.kernels.operands import Weight
 
 _COLUMNS = 32
 _LINE = 64  # bytes
-_AT_ONCE = 1 << 20  # entries of a matrix that are packed at a time
-PACKING = 16 * _AT_ONCE
-"""The bytes that packing takes beside a matrix and what becomes of it: copies of some columns in float32."""
+_AT_ONCE = 1 << 18  # entries of a matrix that are packed at a time
+PACKING = 1 << 24
+"""The bytes that packing takes beside a matrix and what becomes of it: copies of some columns in float32, and what
+the allocator keeps of them."""
 LEAST = 1e-30
 """A row whose largest magnitude, or half of whose range, is below this is quantised to zeros: 127 divided by it
 would not be finite."""

@@ -57,6 +57,19 @@ def test_halves_of_bytes_lie_as_the_format_says() -> None:
     assert byte >> 4 == entries[block * 16 + column, inner + 16]
 
 
+@pytest.mark.parametrize(("bits", "minima"), [(8, False), (4, False), (4, True)])
+def test_a_wide_matrix_is_quantised_in_parts_like_its_groups(bits: int, *, minima: bool) -> None:
+    matrix, importance = torch.randn(40, 20_010), torch.rand(20_010)
+    found = quantized_groups(matrix, bits, importance, minima=minima)
+    parts = [
+        quantized_groups(part, bits, weights, minima=minima)
+        for part, weights in zip(matrix.split(640, 1), importance.split(640), strict=True)
+    ]
+    for whole, each in zip(found, zip(*parts, strict=True), strict=True):
+        assert (whole is None) == (each[0] is None)
+        assert whole is None or torch.equal(whole, torch.cat(each, 1))
+
+
 @pytest.mark.parametrize("shape", [*SHAPES, (100, 9000)])
 @pytest.mark.parametrize(("bits", "minima", "most"), [(8, False, 0.006), (4, False, 0.09), (4, True, 0.08)])
 def test_quantising_keeps_a_matrix(shape: tuple[int, int], bits: int, most: float, *, minima: bool) -> None:
