@@ -12,14 +12,15 @@ in memory would take, less half of the weights. Dense streaming and pruning with
 first round warms the caches of columns and is not counted. Tokens are drawn at random (temperature 1), so that no
 text repeats itself.
 
-The slow disk is this one, made to wait: each read takes as long as its bytes take at 550 MB/s, one read after the
-other, as behind a SATA cable.
+The slow disk is this one, made to wait: each read takes as long as its bytes take at 550 MB/s, or a 90,000th of a
+second if that is longer, one read after the other, as behind a SATA cable. It is slow from the begin on, so that a
+measurement of the disk finds it so. Pieces of columns that a thread reads in one call wait once, for all of them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from io import FileIO
@@ -40,12 +41,14 @@ from benchmarks.worker import Ask, Facts, Ready, System, forget_pages, import_al
 from grating_core import BudgetError, StreamedCausalLM
 from grating_core.columns import reading
 from grating_core.memory import positioned
+from grating_core.memory.pieces import Pieces
 from grating_core.opening.language_models import OpenLanguageModel, open_language_model
 from grating_core.settings import GenerationSettings
 
 LENGTH = 256  # tokens of the longest text
 PROMPT_TOKENS = 16
 SLOW = 550_000_000  # bytes a second
+READS = 90_000  # reads a second: data sheets of SATA disks have 90,000 to 100,000
 Part = Literal["resident", "disk", "slow-disk"]
 
 
@@ -80,27 +83,50 @@ CASES: dict[Part, tuple[Case, ...]] = {
 
 
 class SlowDisk:
-    """Reads as a disk does that gives so many bytes a second, to all its readers together.
+    """A slow disk gives so many bytes and so many reads a second, to all its readers together.
 
     Args:
-        read: Reads from the real disk, see :func:`grating_core.memory.positioned.read_at`.
         rate: Bytes a second.
+        reads: Reads a second.
     """
 
-    def __init__(self, read: Callable[[FileIO, int, list[memoryview]], int], rate: float) -> None:
-        self._read = read
-        self._rate = rate
+    def __init__(self, rate: float, reads: float = READS) -> None:
+        self._rate, self._reads = rate, reads
         self._free = 0.0  # the moment at which the disk has nothing more to do
         self._lock = Lock()
 
-    def __call__(self, file: FileIO, start: int, views: list[memoryview]) -> int:
-        """Read, and wait until the slow disk would be done."""
+    def read_at(self, file: FileIO, start: int, views: list[memoryview]) -> int:
+        """Read, and wait until the slow disk would be done; see :func:`grating_core.memory.positioned.read_at`."""
         began = time.perf_counter()
-        got = self._read(file, start, views)
-        with self._lock:
-            self._free = done = max(self._free, began) + got / self._rate
-        time.sleep(max(0.0, done - time.perf_counter()))
+        got = _read_at(file, start, views)
+        self._wait(began, self.seconds(got))
         return got
+
+    def read_quickly(self, file: int, pieces: Pieces) -> int:
+        """Read pieces, and wait; see :func:`grating_core.columns.reading.read_quickly`."""
+        began = time.perf_counter()
+        count = _read_quickly(file, pieces)
+        self._wait(began, float(sum(map(self.seconds, pieces.sizes[:count].tolist()))))
+        return count
+
+    def seconds(self, size: int) -> float:
+        """Return the seconds that a read of so many bytes takes."""
+        return max(size / self._rate, 1 / self._reads)
+
+    def _wait(self, began: float, seconds: float) -> None:
+        with self._lock:
+            self._free = done = max(self._free, began) + seconds
+        time.sleep(max(0.0, done - time.perf_counter()))
+
+
+_read_at, _read_quickly = positioned.read_at, reading.read_quickly
+
+
+def slow_down(rate: float) -> None:
+    """Let all reads of weights, in this process from now on, be those of a slow disk."""
+    disk = SlowDisk(rate)
+    patch.object(positioned, "read_at", disk.read_at).start()
+    patch.object(reading, "read_quickly", disk.read_quickly).start()
 
 
 def load_grating(
@@ -112,16 +138,15 @@ def load_grating(
         ready: See :class:`System`.
         directory: Directory of the model.
         threads: How many threads compute.
-        rate: Bytes a second that the disk gives once the model is loaded; None for what it can.
+        rate: Bytes a second that the disk gives; None for what it can.
         settings: See :class:`~grating_core.settings.GenerationSettings`.
     """
     torch.set_num_threads(threads)
     import_all(directory)
+    if rate is not None:
+        slow_down(rate)
     with ready_after("grating_core.opening.language_models.PromptTokenizer", ready):
         model = StreamedCausalLM.from_pretrained(directory, **settings)
-    if rate is not None:
-        patch.object(positioned, "read_at", SlowDisk(positioned.read_at, rate)).start()
-        patch.object(reading, "read_quickly", lambda file, pieces: 0).start()  # nothing passes the slow disk by
 
     def generate(question: tuple[str, int, int]) -> Facts:
         prompt, tokens, seed = question

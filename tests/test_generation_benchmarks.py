@@ -15,9 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import generation, llama_cpp, perplexity, quantised, streaming
 from benchmarks.shapes import find_or_write, rescale_channels
 from benchmarks.worker import Answer, System, loaded, take_turns
+from grating_core.kernels.choice import kernels
 from grating_core.lab.decoders import load_decoder
 from grating_core.lab.quality import evaluate
-from grating_core.memory.positioned import read_at
+from grating_core.memory.pieces import Pieces
 from tests.core.conftest import DECODER, SIZES, randomise
 from tests.tiny_chat import save_chat_model
 
@@ -52,16 +53,29 @@ def test_ratios_are_those_of_the_same_round() -> None:
     assert theirs["tokens_per_second_500_times"] is None
 
 
-def test_a_slow_disk_reads_the_same_bytes_as_slowly_as_it_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quickly", [False, True])
+def test_a_slow_disk_reads_the_same_bytes_as_slowly_as_it_says(tmp_path: Path, quickly: bool) -> None:
     data = np.random.default_rng(0).bytes(40_000)
     (tmp_path / "file").write_bytes(data)
-    disk = streaming.SlowDisk(read_at, rate=200_000)
-    places = [bytearray(20_000), bytearray(20_000)]
+    disk = streaming.SlowDisk(rate=200_000, reads=1000)
+    found = np.zeros(40_000, dtype=np.uint8)
     with (tmp_path / "file").open("rb", buffering=0) as file, ThreadPoolExecutor(2) as pool:
+
+        def read(part: int) -> int:
+            starts = 20_000 * part + np.array([0, 12_000])
+            pieces = Pieces(starts, np.array([12_000, 8_000]), found, starts)
+            if quickly:
+                return disk.read_quickly(file.fileno(), pieces)
+            return disk.read_at(file, 20_000 * part, [memoryview(found)[20_000 * part :][:20_000]])  # type: ignore[arg-type]
+
         started = time.perf_counter()
-        list(pool.map(lambda i: disk(file, 20_000 * i, [memoryview(places[i])]), range(2)))  # type: ignore[arg-type]
+        read_all = sum(pool.map(read, range(2)))
+        if kernels().level is None and quickly:
+            assert read_all == 0  # Python reads these pieces, as slowly
+            return
         assert time.perf_counter() - started >= 0.2
-    assert b"".join(places) == data
+    assert found.tobytes() == data
+    assert disk.seconds(10) == 1 / 1000  # few bytes take a read
 
 
 def test_half_of_the_weights_fit_into_the_budget(directory: Path) -> None:

@@ -70,6 +70,9 @@ class ColumnFile:
             raise FileError(f"{path} is no companion file of this model ({error}); {WAY_OUT}") from error
         self._readers = Threads(READERS, "grating-columns")
         self.gap = GAP
+        """The longest gap between two columns, in bytes, that is read through."""
+        self.sector = next(iter(self._tables.values())).sector
+        """The bytes of a sector of the disk: 512 or 4,096."""
 
     def plan(self, number: int, kind: Kind, columns: NDArray[np.int64], staging: Tensor) -> Iterator[Block]:
         """Yield the blocks in which columns are read, so that each fits into half of the staging memory.
@@ -83,7 +86,8 @@ class ColumnFile:
             staging: Memory that begins at a whole sector, uint8 ``[bytes]``. Blocks take its halves in turn.
         """
         table = self._tables[number, kind]
-        yield from plan_blocks(table.start + columns * table.row, table.row, self.gap, staging.numpy())
+        begins = table.start + columns * table.row
+        yield from plan_blocks(begins, table.row, self.gap, staging.numpy(), self.sector)
 
     def read(self, number: int, kind: Kind, block: Block) -> Iterator[Future[None]]:
         """Start to read a block. Every step of the iterator starts some more reads.
@@ -148,7 +152,9 @@ class ColumnFile:
         self._checkpoint.close()
 
 
-def plan_blocks(begins: NDArray[np.int64], row: int, gap: int, memory: NDArray[np.uint8]) -> Iterator[Block]:
+def plan_blocks(
+    begins: NDArray[np.int64], row: int, gap: int, memory: NDArray[np.uint8], sector: int = SECTOR
+) -> Iterator[Block]:
     """Yield the blocks in which rows of a file are read, so that each fits into half of the memory.
 
     Args:
@@ -156,11 +162,12 @@ def plan_blocks(begins: NDArray[np.int64], row: int, gap: int, memory: NDArray[n
         row: Bytes of a row.
         gap: The longest gap in bytes that is read through.
         memory: Memory that begins at a whole sector, uint8 ``[bytes]``. Blocks take its halves in turn.
+        sector: Bytes of a sector of the disk.
     """
     if not len(begins):
         return
     half = len(memory) // 2 // SECTOR * SECTOR
-    lows, highs, joined = find_sectors(begins, row, gap)
+    lows, highs, joined = find_sectors(begins, row, gap, sector)
     # What each column adds to what is read, if the one before it is in the same block.
     added = np.where(joined, highs - np.roll(highs, 1), highs - lows)
     until = np.cumsum(added)
@@ -180,7 +187,7 @@ def plan_blocks(begins: NDArray[np.int64], row: int, gap: int, memory: NDArray[n
 
 
 def find_sectors(
-    begins: NDArray[np.int64], row: int, gap: int
+    begins: NDArray[np.int64], row: int, gap: int, sector: int = SECTOR
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
     """Return where the sectors of each row begin and end, and whether they are read together with those before.
 
@@ -188,9 +195,10 @@ def find_sectors(
         begins: Offsets of rows in a file, rising, int64 ``[n]``.
         row: Bytes of a row.
         gap: The longest gap in bytes that is read through.
+        sector: Bytes of a sector of the disk.
     """
-    lows = begins // SECTOR * SECTOR
-    highs = -(-(begins + row) // SECTOR) * SECTOR
+    lows = begins // sector * sector
+    highs = -(-(begins + row) // sector) * sector
     return lows, highs, np.concatenate(([False], lows[1:] - highs[:-1] <= gap))
 
 
@@ -229,6 +237,7 @@ class _Table:
         self._checkpoint = checkpoint
         self._tensor = checkpoint.tensors[name]
         self.start = self._tensor.start
+        self.sector = checkpoint.sector(self._tensor)
         self.row = (self._tensor.end - self._tensor.start) // self._tensor.shape[0]
         stored = checkpoint.tensors[f"{name}.checks"]
         checks = torch.empty(stored.end - stored.start, dtype=torch.uint8)

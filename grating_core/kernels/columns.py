@@ -1,9 +1,10 @@
 """Columns of matrices as rows of a table, and the kernels of dynamic input pruning in torch and numpy.
 
-A row has its entries in the dtype of the states, or in 8 or 4 bits. Those are in groups of 32 that share a float16
-scale: a row has its entries, then its scales, and with 4 bits then a minimum for each group. An entry q stands
-for ``scale * q``, or for ``scale * q + minimum`` with 4 bits. A group of 4 bits is 16 bytes, whose low halves are
-its first 16 entries. Rows begin at multiples of 64 bytes.
+A row has its entries in the dtype of the states, or in 8 or 4 bits. Those are in groups of 32 that share a scale,
+and with 4 bits a minimum: an entry q stands for ``scale * q``, or for ``scale * q + minimum``. A row of 8 bits has
+its entries and then its scales in float16. A row of 4 bits has its entries, then its scales and then its minima in
+int8, and two float32 numbers that these are multiplied by: so it takes 4.5 bits for an entry, and not 5. A group
+of 4 bits is 16 bytes, whose low halves are its first 16 entries. Rows begin at multiples of 64 bytes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from grating_core.kernels.groups import GROUP, quantized_groups
 from grating_core.memory.pieces import Pieces
 
 _LINE = 64  # bytes
+_FACTORS = 8  # bytes of what scales and minima of 4 bits are multiplied by
 NOWHERE = -1
 """The slot of a column that is not in memory, and the column of an empty slot."""
 
@@ -50,7 +52,7 @@ class RowFormat:
         if self.bits is None:
             size = self.length * self.dtype.itemsize
         else:
-            size = self.groups * (GROUP * self.bits // 8 + (4 if self.bits == 4 else 2))
+            size = self.groups * (GROUP * self.bits // 8 + 2) + (_FACTORS if self.bits == 4 else 0)
         return -(-size // _LINE) * _LINE
 
 
@@ -88,13 +90,11 @@ def pack_columns(rows: Tensor, form: RowFormat) -> NDArray[np.uint8]:
     table = torch.zeros(len(rows), form.row_bytes, dtype=torch.uint8)
     if form.bits is None:
         parts = [rows.to(form.dtype)]
+    elif form.bits == 8:
+        entries, scale, _ = quantized_groups(rows, 8)
+        parts = [pad(entries, (0, form.groups * GROUP - form.length)), scale]
     else:
-        entries, scale, minimum = quantized_groups(rows, form.bits, minima=form.bits == 4)
-        entries = pad(entries, (0, form.groups * GROUP - form.length))
-        if form.bits == 4:
-            low, high = entries.view(len(rows), -1, 2, GROUP // 2).unbind(2)
-            entries = (low | high << 4).flatten(1)
-        parts = [entries, scale, *([] if minimum is None else [minimum])]
+        parts = _packed_4_bits(rows, form)
     at = 0
     for part in parts:
         data = part.contiguous().view(torch.uint8)
@@ -102,6 +102,20 @@ def pack_columns(rows: Tensor, form: RowFormat) -> NDArray[np.uint8]:
         at += data.shape[1]
     found: NDArray[np.uint8] = table.numpy()
     return found
+
+
+def _packed_4_bits(rows: Tensor, form: RowFormat) -> list[Tensor]:
+    """Return entries, scales, minima and factors of rows; the entries are the nearest with the rounded scales."""
+    _, scale, minimum = quantized_groups(rows, 4, minima=True)
+    assert minimum is not None
+    lines = torch.stack((scale.float(), minimum.float()))
+    factors = lines.abs().amax(-1, keepdim=True) / 127
+    steps = torch.where(factors > 0, lines / factors, 0).round_().to(torch.int8)
+    scales, minima = (steps * factors)[..., None].unbind()
+    wide = pad(rows.float(), (0, form.groups * GROUP - form.length)).view(len(rows), form.groups, GROUP)
+    entries = torch.where(scales == 0, 0, (wide - minima) / scales).round_().clamp_(0, 15).to(torch.uint8)
+    low, high = entries.view(len(rows), form.groups, 2, GROUP // 2).unbind(2)
+    return [(low | high << 4).flatten(1), steps[0], steps[1], factors[..., 0].T]
 
 
 def add_columns(
@@ -139,18 +153,17 @@ def _rows(form: RowFormat, table: Tensor, places: NDArray[np.int64]) -> Tensor:
         return rows[:, : form.length * form.dtype.itemsize].contiguous().view(form.dtype).float()
     size = form.groups * GROUP * form.bits // 8
     entries = rows[:, :size].contiguous()
+    more = rows[:, size:]
     if form.bits == 8:
         numbers = entries.view(torch.int8).view(-1, form.groups, GROUP).float()
-    else:
-        halves = entries.view(-1, form.groups, GROUP // 2)
-        numbers = torch.cat((halves & 15, halves >> 4), 2).float()
-    more = (
-        rows[:, size : size + form.groups * (4 if form.bits == 4 else 2)].contiguous().view(torch.float16).float()
-    )
-    numbers *= more[:, : form.groups, None]
-    if form.bits == 4:
-        numbers += more[:, form.groups :, None]
-    return numbers.flatten(1)[:, : form.length]
+        scale = more[:, : 2 * form.groups].contiguous().view(torch.float16).float()
+        return (numbers * scale[..., None]).flatten(1)[:, : form.length]
+    halves = entries.view(-1, form.groups, GROUP // 2)
+    numbers = torch.cat((halves & 15, halves >> 4), 2).float()
+    steps = more[:, : 2 * form.groups].contiguous().view(torch.int8).view(-1, 2, form.groups)
+    factors = more[:, 2 * form.groups : 2 * form.groups + _FACTORS].contiguous().view(torch.float32)
+    scale, minimum = (steps * factors[..., None]).unbind(1)
+    return (numbers * scale[..., None] + minimum[..., None]).flatten(1)[:, : form.length]
 
 
 def choose(held: Held, values: NDArray[np.float32], count: int, preference: float) -> Choice:

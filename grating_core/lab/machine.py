@@ -267,7 +267,7 @@ def _dense_bandwidth(dtype: torch.dtype) -> float:
 
 def _seconds_of_column(size: int, dtype: torch.dtype, bits: int | None) -> float:
     """Measure the seconds for one of many columns that are multiplied together, as in the engine."""
-    weights = size // dtype.itemsize if bits is None else size * 8 // (bits + (1 if bits == 4 else 0.5))
+    weights = size // dtype.itemsize if bits is None else size * 8 // (bits + 0.5)
     form = RowFormat(int(weights), dtype, bits)
     table = torch.zeros(_WEIGHTS, dtype=torch.uint8)
     places = np.random.default_rng(0).permutation(_WEIGHTS // form.row_bytes) * form.row_bytes

@@ -25,7 +25,8 @@ from grating_core.memory.pages import empty
 from grating_core.memory.pieces import Pieces
 from grating_core.memory.positioned import fill_from, read_at, read_bytes
 
-SECTOR = 4096  # bytes; O_DIRECT wants addresses, offsets and lengths that are multiples of this
+SECTOR = 4096  # bytes; O_DIRECT wants addresses, offsets and lengths that are multiples of this at most
+SMALL_SECTOR = 512  # bytes; many disks take multiples of this as well
 _SAMPLE = 64  # bytes of a sample; samples show whether a checkpoint was replaced
 _SAMPLED = 1 << 22  # bytes of a tensor for which one sample is taken
 
@@ -85,7 +86,7 @@ class Checkpoint:
 
         Args:
             tensor: The tensor whose file is read; messages name it.
-            pieces: The pieces. Offsets, sizes and addresses must be whole sectors.
+            pieces: The pieces. Offsets, sizes and addresses must be whole sectors, see :meth:`sector`.
             quickly: Function that reads pieces from a descriptor without Python between two of them. It returns
                 how many it has read as a whole, from the first on; the others are read here.
 
@@ -93,6 +94,10 @@ class Checkpoint:
             FileError: The file is cut short, cannot be read, or was replaced.
         """
         self._files[tensor.path].read_pieces(tensor.name, pieces, quickly)
+
+    def sector(self, tensor: StoredTensor) -> int:
+        """Return the bytes of the sectors of the tensor's file, as pieces have them: 512 if the disk takes it."""
+        return self._files[tensor.path].sector
 
     def announce(self, tensor: StoredTensor, ranges: Sequence[tuple[int, int]]) -> None:
         """Tell the system which bytes, as (start, end), will be read next, so that it fetches them all at once."""
@@ -121,6 +126,7 @@ class _File:
         self._closed = False
         self._buffered = _open(path)
         self._direct = _open_direct(path) if lasting else None
+        self.sector = _sector(self._direct)
         # A model that nobody holds any more is freed without a call of close.
         self._end = weakref.finalize(self, _close, self._buffered, self._direct)
         try:
@@ -274,6 +280,16 @@ def _open_direct(path: Path) -> FileIO | None:
         file.close()
         return None
     return file
+
+
+def _sector(file: FileIO | None) -> int:
+    """Return the bytes of a sector of a file that was opened past the page cache; None for another."""
+    if file is not None:
+        try:
+            read_at(file, SMALL_SECTOR, [_view(aligned_buffer(SECTOR))[SMALL_SECTOR : 2 * SMALL_SECTOR]])
+        except OSError:
+            return SECTOR
+    return SMALL_SECTOR
 
 
 def _identity(file: FileIO) -> tuple[int, int, int]:

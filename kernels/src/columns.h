@@ -1,6 +1,7 @@
 // Dynamic input pruning: a token chooses columns of a matrix, and sums them, each times a value. Columns lie as rows of a table.
-// Entries of 8 or 4 bits are in groups of 32. A row has its entries, then the float16 scale of each group, and with 4 bits then
-// the minima: an entry q stands for scale * q + minimum. A group of 4 bits is 16 bytes: the low halves are its first 16 entries.
+// Entries of 8 or 4 bits are in groups of 32. A row of 8 bits has its entries, then the float16 scale of each group. A row of 4
+// bits has its entries, then the scale and then the minimum of each group as int8, and two floats that multiply these: an entry q
+// stands for scale * q + minimum. A group of 4 bits is 16 bytes: the low halves are its first 16 entries.
 #pragma once
 
 #include "vector.h"
@@ -22,10 +23,19 @@ GK_INLINE vf load_halves(const uint16_t* p, int64_t n) {
 
 template <int BITS> struct GroupedRow {
     const uint8_t* entries;
-    const uint16_t *scale, *minimum;
+    const char *scale, *minimum;
+    float factors[2];
     GroupedRow() = default;
     GroupedRow(const char* at, int64_t groups)
-        : entries((const uint8_t*)at), scale((const uint16_t*)(at + groups * IN_GROUP * BITS / 8)), minimum(scale + groups) {}
+        : entries((const uint8_t*)at), scale(at + groups * IN_GROUP * BITS / 8), minimum(scale + groups) {
+        if (BITS == 4) memcpy(factors, minimum + groups, sizeof factors);
+    }
+    // The scales and the minima of n groups, W at most.
+    GK_INLINE vf scales(int64_t first, int64_t n) const {
+        if (BITS == 8) return load_halves((const uint16_t*)scale + first, n);
+        return load_at((const int8_t*)scale, first, first + n) * all(factors[0]);
+    }
+    GK_INLINE vf minima(int64_t first, int64_t n) const { return load_at((const int8_t*)minimum, first, first + n) * all(factors[1]); }
     // The entries of a group as numbers, W at a time.
     GK_INLINE vf at(int64_t group, int part) const {
         if (BITS == 8) return load((const int8_t*)entries + group * IN_GROUP + part * W);
@@ -64,8 +74,8 @@ template <int BITS, int R> void add_grouped(const ColumnsJob& job, int64_t row, 
         vf shifts{};
         for (int r = 0; r < R; r++) {
             const vf value = all(job.c.values[row + r]);
-            store(scales[r], load_halves(rows[r].scale + first, count) * value);
-            if (BITS == 4) shifts = fma(load_halves(rows[r].minimum + first, count), value, shifts);
+            store(scales[r], rows[r].scales(first, count) * value);
+            if (BITS == 4) shifts = fma(rows[r].minima(first, count), value, shifts);
         }
         store(shift, shifts);
         for (int64_t g = 0; g < count; g++)
@@ -104,8 +114,8 @@ template <class T> void unpack_column(const ColumnsJob& job, int64_t row, T* out
         for (int64_t first = 0; first < groups; first += W) {
             const int64_t count = smaller<int64_t>(W, groups - first);
             float scale[W], minimum[W] = {};
-            store(scale, load_halves(entries.scale + first, count));
-            if (minima) store(minimum, load_halves(entries.minimum + first, count));
+            store(scale, entries.scales(first, count));
+            if (minima) store(minimum, entries.minima(first, count));
             for (int64_t g = first; g < first + count; g++)
                 for (int64_t i = g * IN_GROUP, part = 0; part < IN_GROUP / W && i < length; part++, i += W)
                     store_at(output, i, length, fma(entries.at(g, int(part)), all(scale[g - first]), all(minimum[g - first])));

@@ -11,7 +11,7 @@
 #endif
 
 // Raised whenever a struct or the meaning of a function changes: a module of another version is refused.
-#define GK_VERSION 7
+#define GK_VERSION 8
 #define GK_NO_MEMORY 1
 #define GK_NO_ROW 2  // a table lacks a row
 #define GK_TABLES 3

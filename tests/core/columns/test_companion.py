@@ -1,5 +1,6 @@
 import shutil
 from dataclasses import replace
+from io import FileIO
 from itertools import count
 from pathlib import Path
 from time import sleep
@@ -16,8 +17,10 @@ from grating_core.columns.companion import KINDS, ColumnSizes, Kind, write_colum
 from grating_core.columns.reading import READERS, ColumnFile, fit_gap
 from grating_core.errors import FileError, StorageError
 from grating_core.kernels.columns import unpack_columns
+from grating_core.memory import checkpoint
 from grating_core.memory.checkpoint import SECTOR, aligned_buffer
 from grating_core.memory.pieces import Pieces
+from grating_core.memory.positioned import read_at
 
 SIZES = ColumnSizes(depth=3, width=24, products=40, dtype=torch.float32)
 
@@ -72,6 +75,7 @@ def test_long_runs_are_cut_and_short_gaps_are_read_through(tmp_path: Path) -> No
     sizes = ColumnSizes(depth=1, width=1024, products=2048, dtype=torch.float32)  # rows of 16 and of 4 KiB
     file = ColumnFile(written(tmp_path, sizes), sizes, "mine")
     buffer = aligned_buffer(1 << 26)
+    file.sector = SECTOR
     for gap, reads in ((0, 4), (SECTOR, 3), (5 * SECTOR, 2), (10 * SECTOR, 1)):
         file.gap = gap
         (block,) = file.plan(1, "products", np.array([0, 2, 8, 19]), buffer)
@@ -83,6 +87,26 @@ def test_long_runs_are_cut_and_short_gaps_are_read_through(tmp_path: Path) -> No
     assert file.gap == 10 * SECTOR  # this file is too short to be measured
     assert fit_gap(25e-6, 1.2e9) == 6 * SECTOR
     assert fit_gap(1e-6, 1e9) == 0
+    file.close()
+
+
+@pytest.mark.parametrize("sector", [512, SECTOR])
+def test_columns_are_read_in_sectors_that_the_disk_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sector: int
+) -> None:
+    def refuse(file: FileIO, start: int, views: list[memoryview]) -> int:
+        if start % sector:
+            raise OSError(22, "Invalid argument")
+        return read_at(file, start, views)
+
+    monkeypatch.setattr(checkpoint, "read_at", refuse)
+    sizes = ColumnSizes(1, 2560, 64, torch.float32, 4)  # rows of 1,472 bytes for products
+    file = ColumnFile(written(tmp_path, sizes), sizes, "mine")
+    assert file.sector == sector
+    file.gap = 0
+    (block,) = file.plan(1, "products", np.array([0, 40]), aligned_buffer(1 << 20))
+    assert (block.reads.starts % sector == 0).all()
+    assert (block.reads.sizes <= 1472 + 2 * sector).all()
     file.close()
 
 
@@ -208,7 +232,7 @@ def test_an_interrupted_writing_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("bits", "inputs", "products"), [(None, 38912, 5120), (8, 20672, 2752), (4, 12160, 1600)])
+@pytest.mark.parametrize(("bits", "inputs", "products"), [(None, 38912, 5120), (8, 20672, 2752), (4, 11008, 1472)])
 def test_sizes_say_what_rows_take(bits: int | None, inputs: int, products: int) -> None:
     sizes = ColumnSizes(36, 2560, 9728, torch.bfloat16, bits)
     assert {kind: sizes.row_bytes(kind) for kind in KINDS} == {"inputs": inputs, "products": products}
