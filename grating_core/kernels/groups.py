@@ -25,6 +25,8 @@ GROUP = 32
 _BLOCK = 16  # columns
 _AT_ONCE = 1 << 18  # entries that are quantised at a time: few enough for a processor's cache
 _SHRINK = torch.linspace(0.8, 1.05, 11).tolist()
+_RANGES = torch.linspace(1.0, 0.6, 6).tolist()  # the widest comes first, and stays where nothing is better
+_TIMES = 4  # that steps are taken from a line, and a line is drawn through them
 _LARGEST = torch.finfo(torch.float16).max
 
 
@@ -205,23 +207,25 @@ def _best_scale(wide: Tensor, weights: Tensor) -> Tensor:
 def _best_line(wide: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return scales and minima of groups that make 0 … 15 of them, float16 ``[columns, groups, 1]``."""
     low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
-    scale, minimum = (high - low) / 15, low
-    best, least = (scale, minimum), torch.full_like(low, torch.inf)
+    scale = (high - low) / 15
+    best, most = (scale, low), torch.zeros_like(low)
     total = weights.sum(-1, keepdim=True).clamp(min=1e-30)
     mean = (wide * weights).sum(-1, keepdim=True) / total
-    for shrink in _SHRINK:
+    for shrink in _RANGES:
         # The middle of the range stays where it is.
-        begin = minimum + (1 - shrink) * (high - low) / 2
-        steps = _steps(wide - begin, scale * shrink).clamp_(0, 15)
-        # The line through these steps with the least squares.
-        center = (steps * weights).sum(-1, keepdim=True) / total
-        spread = ((steps - center).square() * weights).sum(-1, keepdim=True)
-        slope = ((steps - center) * (wide - mean) * weights).sum(-1, keepdim=True) / spread
-        slope = torch.where(spread > 0, slope, scale * shrink)
-        cut = torch.where(spread > 0, mean - slope * center, begin)
-        error = ((steps * slope + cut - wide).square() * weights).sum(-1, keepdim=True)
-        better = error < least
-        least = torch.where(better, error, least)
+        slope, cut = scale * shrink, low + (1 - shrink) * (high - low) / 2
+        for _ in range(_TIMES):
+            steps = _steps(wide - cut, slope).clamp_(0, 15)
+            # The best line through these steps has the error square(entries) - product^2 / spread.
+            center = (steps * weights).sum(-1, keepdim=True) / total
+            weighted = (steps - center).mul_(weights)
+            spread = (weighted * steps).sum(-1, keepdim=True)
+            product = weighted.mul_(wide - mean).sum(-1, keepdim=True)
+            slope = torch.where(spread > 0, product / spread, slope)
+            cut = torch.where(spread > 0, mean - slope * center, cut)
+            found = torch.where(spread > 0, product.square() / spread, 0)
+        better = found > most
+        most = torch.where(better, found, most)
         best = torch.where(better, slope, best[0]), torch.where(better, cut, best[1])
     return _short(best[0]), _short(best[1])
 

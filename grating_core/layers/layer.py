@@ -89,15 +89,15 @@ def _with_mlp(spec: LayerSpec, weights: Weights, states: Tensor, hidden: Tensor,
     """Return hidden states plus the MLP's output for states."""
     normed_first = not spec.norm_behind and "output_norm.weight" in weights
     if mlp is None and not normed_first:
-        return added(_inner(spec, weights, states), weights, "down", hidden, spec.residual)
-    output = linear(_inner(spec, weights, states), weights, "down") if mlp is None else mlp(states, weights)
+        return added(inner(spec, weights, states), weights, "down", hidden, spec.residual)
+    output = linear(inner(spec, weights, states), weights, "down") if mlp is None else mlp(states, weights)
     if normed_first:
         output = normed(output, weights, "output_norm", spec.norm)
     return hidden.add(output, alpha=spec.residual)
 
 
-def _inner(spec: LayerSpec, weights: Weights, states: Tensor) -> Tensor:
-    """Return what the MLP has inside, ``[T, F]``."""
+def inner(spec: LayerSpec, weights: Weights, states: Tensor) -> Tensor:
+    """Return what the MLP has inside, ``[T, F]``, for its input ``[T, D]``."""
     if not spec.gated:
         return activated(states, weights, "up", spec.activation)
     return multiplied(states, weights, "up", activated(states, weights, "gate", spec.activation))

@@ -76,6 +76,7 @@ def packed_layer(
     states: torch.dtype,
     formats: Formats,
     done: Mapping[Role, Weight] | None = None,
+    importance: Mapping[Role, Tensor] | None = None,
     *,
     in_place: bool = False,
 ) -> PackedLayer:
@@ -87,6 +88,8 @@ def packed_layer(
         states: The dtype of states and of the other products: bfloat16 or float32.
         formats: The formats of the products that are quantised.
         done: Products that are packed already, by role; None for none.
+        importance: How much errors of the weights that meet each entry of an input count, float32 ``[in]``, by
+            role; the same of all for roles that are not there. Only formats of 4 bits look at it.
         in_place: Whether the memory of the weights may be used, which then hold other numbers.
     """
     products = dict(done or {})
@@ -95,7 +98,7 @@ def packed_layer(
             continue
         matrix, bias = weights[f"{role}.weight"], weights.get(f"{role}.bias")
         if (format := formats.get(role)) is not None:
-            products[role] = quantized_weight(matrix, bias, format)
+            products[role] = quantized_weight(matrix, bias, format, (importance or {}).get(role))
             continue
         pack = kernels().pack_in_place if in_place and fits_in_place(matrix, states) else None
         products[role] = packed_weight(matrix, bias, states, pack)
@@ -112,10 +115,15 @@ def packed_layer(
     return PackedLayer(states, products, norms)
 
 
-def quantized_weight(matrix: Tensor, bias: Tensor | None, format: Format) -> Weight:
-    """Quantise a matrix ``[columns, inner]`` of any floating dtype, and pack it."""
+def quantized_weight(
+    matrix: Tensor, bias: Tensor | None, format: Format, importance: Tensor | None = None
+) -> Weight:
+    """Quantise a matrix ``[columns, inner]`` of any floating dtype, and pack it.
+
+    For ``importance`` see :func:`grating_core.kernels.groups.quantized_groups`.
+    """
     if format.grouped:
-        return grouped_weight(matrix, bias, format.bits, minima=format.minima)
+        return grouped_weight(matrix, bias, format.bits, importance=importance, minima=format.minima)
     return packed_weight(matrix, bias, torch.int8)
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ from grating_core.models.layered import LayeredModel, Parts
 from grating_core.models.layout import layer_by_role
 from grating_core.models.packed_file import PackedFile
 from grating_core.models.packing import PackedLayers, Packing
+from grating_core.models.sampling import new_sample
 from grating_core.models.stored import OUTPUT, StoredModel
 from grating_core.models.token_path import TokenPath, token_path
 
@@ -118,7 +119,10 @@ class StoredCausalLM(StoredModel):
         show_progress: bool = False,
     ) -> None:
         self._pruning = pruning
-        self._chosen = packing if packing is None or pruning is None else replace(packing, apart=_MATRICES)
+        self._chosen = packing
+        if packing is not None and pruning is not None:
+            # A sample of tokens would need the MLPs as well, whose columns are packed elsewhere.
+            self._chosen = replace(packing, apart=_MATRICES, weighed=False)
         self._kv_bits = kv_bits
         self._show_progress = show_progress
         super().__init__(directory, device=device, dtype=dtype, lasting=lasting, adapter=adapter)
@@ -234,6 +238,11 @@ class StoredCausalLM(StoredModel):
     def _as_stored(self) -> Packing | None:
         packing, output = super()._as_stored, self._tensors[OUTPUT]
         return replace(packing, output=FORMATS[output.kind]) if packing and keeps_blocks(output) else packing
+
+    def _packed(self, packing: Packing) -> PackedLayers:
+        packed, table, others = super()._packed(packing), self._tensors[self._table], self._group(*self._always[1])
+        packed.sample = partial(new_sample, self.family, self.spec, self._checkpoint, table, others, self.dtype)
+        return packed
 
     @property
     def _packs_output(self) -> bool:

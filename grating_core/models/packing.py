@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from grating_core.models.as_stored import FORMATS, Rows, packed_blocks, packed_r
 from grating_core.models.family import Family, ModelSpec
 from grating_core.models.layout import layer_by_role, layer_names
 from grating_core.models.packed_file import PackedFile, layer_bytes, open_packed
+from grating_core.models.sample import Sample, sample_bytes
 
 IN_8_BITS: Formats = dict.fromkeys(
     ("query", "key", "value", "output", "gate", "up", "down", "position_key", "position_query"), INT8
@@ -56,6 +57,7 @@ class Packing:
         apart: The roles of products that are computed elsewhere, such as those of pruned MLPs.
         rows: Whether products by int8 matrices take int8 rows; if not, only weights are quantised, and no states.
         kinds: The types of blocks that products of each layer are stored in and keep, by role; none by default.
+        weighed: Whether errors of the rounded weights count by the inputs that a sample of tokens gives them.
     """
 
     states: torch.dtype
@@ -64,6 +66,7 @@ class Packing:
     apart: frozenset[Role] = frozenset()
     rows: bool = True
     kinds: tuple[Mapping[Role, str], ...] = ()
+    weighed: bool = False
 
     @property
     def name(self) -> str:
@@ -72,14 +75,23 @@ class Packing:
             return f"as-stored-{str(self.states).removeprefix('torch.')}" + "-output" * (self.output is not None)
         names = sorted({str(format) for format in self.formats.values()})
         output = [] if self.output is None else [f"output-{self.output}"]
-        return "-".join([*names, *output, *(f"without-{role}" for role in sorted(self.apart))])
+        weighed = ["weighed"] if self.weighed else []
+        return "-".join([*names, *weighed, *output, *(f"without-{role}" for role in sorted(self.apart))])
 
     @property
     def quantized(self) -> bool:
         """Whether products of layers are quantised."""
         return bool(self.formats or self.kinds)
 
-    def packed(self, spec: LayerSpec, weights: Weights, number: int = 0, *, in_place: bool = False) -> PackedLayer:
+    def packed(
+        self,
+        spec: LayerSpec,
+        weights: Weights,
+        number: int = 0,
+        importance: Mapping[Role, Tensor] | None = None,
+        *,
+        in_place: bool = False,
+    ) -> PackedLayer:
         """Pack the weights of a layer.
 
         All are copied, unless packing may use their memory, ``in_place``.
@@ -88,13 +100,14 @@ class Packing:
             spec: The layer's spec.
             weights: The weights by role, in any floating dtype; those that keep their blocks as they are stored.
             number: The layer's number, from 1, if any keep their blocks.
+            importance: See :func:`packed_layer`.
             in_place: Whether packing may use the weights' memory.
         """
         done = {
             role: packed_blocks(kind, weights[f"{role}.weight"], spec.shape(role)[1], weights.get(f"{role}.bias"))
             for role, kind in (self.kinds[number - 1].items() if self.kinds else ())
         }
-        packed = packed_layer(spec, weights, self.states, self.formats, done, in_place=in_place)
+        packed = packed_layer(spec, weights, self.states, self.formats, done, importance, in_place=in_place)
         return packed._replace(rows=self.rows)
 
     def layer(self, spec: LayerSpec, tensors: Mapping[str, Tensor]) -> PackedLayer:
@@ -114,7 +127,7 @@ class Packing:
 def generating(bits: int, states: torch.dtype) -> Packing:
     """Return the packing of a language model in so many bits."""
     formats = IN_8_BITS if bits == 8 else dict.fromkeys(IN_8_BITS, Q4)
-    return Packing(states, formats, INT8, rows=False)
+    return Packing(states, formats, INT8, rows=False, weighed=bits == 4)
 
 
 class PackedLayers:
@@ -146,6 +159,8 @@ class PackedLayers:
         self._groups = groups
         self._fingerprint = fingerprint
         self._output = output
+        self.sample: Callable[[], Sample] | None = None
+        """What makes the sample of tokens that a packing with weighed errors needs."""
         self._layouts = [packing.layout(family, layer, number) for number, layer in enumerate(spec.layers, 1)]
         if packing.output is not None:
             self._layouts.append(layout_of_weight(spec.vocabulary, spec.width, packing.states, packing.output))
@@ -164,6 +179,8 @@ class PackedLayers:
     def writing(self) -> int:
         """The bytes that writing the companion file takes in memory."""
         stored = max(group.size for group in self._groups.values())
+        if self.packing.weighed:
+            stored += sample_bytes(self._spec, self.packing.states)
         part = max((rows.group.size for rows in self._output), default=0)
         return max(stored + max(self.sizes), part + self.output_size) + PIECE + PACKING
 
@@ -211,16 +228,20 @@ class PackedLayers:
     def packed(self, numbers: Collection[int]) -> Iterator[PackedLayer]:
         """Yield layers that are packed now. One layer at a time is in memory as it is on disk.
 
+        If errors are weighed, ask for all layers in rising order: a sample of tokens goes through them.
+
         Raises:
             FileError: The weights cannot be read.
         """
         staging = aligned_buffer(PIECE)
         buffer = aligned_buffer(max((self._groups[number].size for number in numbers), default=0))
+        sample = self.sample() if self.sample is not None and self.packing.weighed else None
         for number in numbers:
             group, spec = self._groups[number], self._spec.layers[number - 1]
             group.read(buffer, staging)
             weights = layer_by_role(self._family, spec, number, group.views(buffer))
-            yield self.packing.packed(spec, weights, number)
+            importance = None if sample is None else sample.importance(spec, weights)
+            yield self.packing.packed(spec, weights, number, importance)
             # Copies that packing made lie between packed layers on the heap, and would double what these take.
             return_freed_memory()
 

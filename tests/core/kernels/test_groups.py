@@ -93,6 +93,26 @@ def test_the_scale_of_least_error_beats_the_largest_magnitude() -> None:
     assert (found - groups).norm() < 0.97 * (plain - groups).norm()
 
 
+def test_no_other_line_through_the_entries_is_better() -> None:
+    matrix, importance = torch.randn(64, 320), torch.rand(320) ** 4
+    entries, scale, minimum = quantized_groups(matrix, 4, importance, minima=True)
+    assert minimum is not None
+    groups, weights = matrix.view(64, 10, 32), importance.view(10, 32).sqrt()
+    steps = entries.view(64, 10, 32).float()
+    lines = torch.stack((steps, torch.ones_like(steps)), -1)
+    best = torch.linalg.lstsq(lines * weights[..., None], (groups * weights)[..., None]).solution
+
+    def error(slope: Tensor, cut: Tensor) -> Tensor:
+        return ((steps * slope[..., None] + cut[..., None] - groups) * weights).norm()
+
+    least, most = groups.aminmax(dim=-1)
+    assert error(scale.float(), minimum.float()) < 1.02 * error(best[..., 0, 0], best[..., 1, 0])
+    steps = ((groups - least[..., None]) / (most - least)[..., None] * 15).round()
+    plain = error((most - least) / 15, least)
+    steps = entries.view(64, 10, 32).float()
+    assert error(scale.float(), minimum.float()) < 0.8 * plain
+
+
 @pytest.mark.parametrize("minima", [False, True])
 def test_important_entries_get_less_error(*, minima: bool) -> None:
     matrix, importance = torch.randn(64, 300), torch.rand(300) ** 8
