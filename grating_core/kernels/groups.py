@@ -169,7 +169,7 @@ def quantized_groups(
         wide, weights = pad(part, fill).reshape(columns, -1, GROUP), pad(weights, fill).view(-1, GROUP)
         found, scale[:, some], lowest = _quantized(wide, weights, bits, minima=minima)
         entries[:, inside] = found.flatten(1)
-        if minimum is not None:
+        if minimum is not None and lowest is not None:
             minimum[:, some] = lowest
     return entries[:, :inner], scale, minimum
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -31,7 +31,8 @@ def in_large_pages(layers: Iterable[PackedLayer], size: int) -> Iterator[PackedL
         return place.copy_(tensor)
 
     def moved_part(part: _Part) -> _Part:
-        return part._replace(**{field: moved(tensor) for field, tensor in fields_of(part).items()})
+        fields: dict[str, Any] = {field: moved(tensor) for field, tensor in fields_of(part).items()}
+        return part._replace(**fields)
 
     def moved_layer(layer: PackedLayer) -> PackedLayer:
         nonlocal start

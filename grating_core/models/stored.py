@@ -324,11 +324,10 @@ class StoredModel(ABC):
     def _resident(
         self, numbers: Sequence[int], packed: PackedLayers | None, file: PackedFile | None, staging: Tensor
     ) -> Iterator[Weights | PackedLayer]:
-        """Yield the weights of layers. Packed layers come from their file, or are packed now."""
+        """Yield the weights of layers. Packed ones are read to where they stay, in large pages, or packed now."""
         if packed is not None and file is not None:
             sizes = [file.groups[number].size for number in numbers]
-            # Layers are read to where they stay: one behind the other, in large pages.
-            for number, buffer in zip(numbers, aligned_buffer(sum(sizes)).split(sizes), strict=True):
+            for number, buffer in zip(numbers, torch.split(aligned_buffer(sum(sizes)), sizes), strict=True):
                 file.groups[number].read(buffer, staging)
                 yield packed.packing.layer(self.spec.layers[number - 1], file.groups[number].views(buffer))
             return
