@@ -27,14 +27,18 @@ LEAST = 1e-30
 would not be finite."""
 
 
-def quantized(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise each column of a matrix ``[columns, inner]`` by its largest magnitude.
+def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise each row by its largest magnitude.
+
+    Args:
+        rows: Rows ``[…, width]`` of any floating dtype, such as the columns of a matrix ``[columns, inner]``.
 
     Returns:
-        The entries, int8 ``[columns, inner]``, and the scales that give the columns back, float32 ``[columns]``.
+        The entries, int8 ``[…, width]``, and the scales that give the rows back, float32 ``[…]``. The scale of a
+        row that is not finite is not finite either.
     """
-    wide = matrix.float()
-    peak = wide.abs().amax(-1) if wide.shape[-1] else wide.new_zeros(len(wide))
+    wide = rows.float()
+    peak = wide.abs().amax(-1) if wide.shape[-1] else wide.new_zeros(wide.shape[:-1])
     return _entries(wide, peak), torch.where(peak < LEAST, 0.0, peak * (1 / 127))
 
 
@@ -61,9 +65,9 @@ def quantized_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _entries(wide: Tensor, most: Tensor) -> Tensor:
-    """Return int8 entries ``[T, width]``, 127 for the magnitude that stands for it in each row."""
+    """Return int8 entries ``[…, width]``, 127 for the magnitude that stands for it in each row."""
     by = torch.where(most < LEAST, 0.0, 127 / most)
-    return (wide * by[:, None]).nan_to_num_(0, 0, 0).round_().to(torch.int8)
+    return (wide * by[..., None]).nan_to_num_(0, 0, 0).round_().to(torch.int8)
 
 
 def pack(matrix: Tensor) -> Tensor:

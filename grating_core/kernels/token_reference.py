@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from grating_core.kernels.activations import ACTIVATIONS
 from grating_core.kernels.groups import GROUP, dequantized
 from grating_core.kernels.operands import Norm, Weight
-from grating_core.kernels.packing import LEAST
+from grating_core.kernels.packing import quantized
 from grating_core.kernels.reference import normed
 from grating_core.kernels.token import Memories, Memory, Output, Stack, TokenLayer
 
@@ -92,7 +92,7 @@ def _turned(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 def _keep(states: Tensor, memory: Tensor, scale: Tensor | None, place: int) -> None:
     if scale is not None:
-        states, scale[place] = _quantized(states)
+        states, scale[place] = quantized(states)
     memory[place] = states
 
 
@@ -108,15 +108,7 @@ def _normed(states: Tensor, norm: Norm | None) -> Tensor:
 def _times(row: Tensor, weight: Weight) -> Tensor:
     """Return the product with its bias, float32 ``[columns]``."""
     if weight.bits is not None or weight.dtype == torch.int8:
-        entries, scale = _quantized(pad(row, (0, -len(row) % GROUP)).view(-1, GROUP))
+        entries, scale = quantized(pad(row, (0, -len(row) % GROUP)).view(-1, GROUP))
         row = (entries * scale[:, None]).flatten()[: len(row)]
     found = functional.linear(row, dequantized(weight))
     return found if weight.bias is None else found + weight.bias[: weight.columns]
-
-
-def _quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise each row by its largest magnitude: whole numbers, and scales, of which those not finite are NaN."""
-    peak = rows.abs().amax(-1)
-    scale = torch.where(peak.isfinite(), torch.where(peak < LEAST, 0.0, peak * (1 / 127)), torch.nan)
-    by = torch.where(peak < LEAST, 0.0, 127 / peak)
-    return (rows * by[:, None]).nan_to_num(0, 0, 0).round(), scale

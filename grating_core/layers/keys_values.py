@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grating_core.kernels.packing import quantized
 from grating_core.kernels.token import Memory
 from grating_core.layers.spec import LayerSpec
 
@@ -41,7 +42,7 @@ class KeysValues:
         start, self.tokens = self.tokens, self.tokens + len(key)
         for which, states in enumerate((key, value)):
             if self._scale is not None:
-                states, self._scale[which, start : self.tokens] = quantized_heads(states)
+                states, self._scale[which, start : self.tokens] = quantized(states)
             self._kept[which, start : self.tokens] = states
 
     @property
@@ -82,16 +83,3 @@ def bytes_of_keys_values(spec: LayerSpec, depth: int, tokens: int, dtype: torch.
         return 2 * depth * heads * spec.head_size * dtype.itemsize
     # A prompt reads those of one layer as they were, through float32.
     return 2 * depth * heads * (spec.head_size + 4) + heads * spec.head_size * (2 * dtype.itemsize + 4)
-
-
-def quantized_heads(states: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise each head of states ``[T, heads, head size]`` by its largest magnitude.
-
-    Returns:
-        Entries, int8 of the same shape, and scales, float32 ``[T, heads]``: entry q stands for ``scale * q``.
-    """
-    wide = states.float()
-    scale = wide.abs().amax(-1) / 127
-    # A head that is not finite is not finite when it is read again, because its scale is not.
-    steps = wide * torch.where(scale == 0, 0, 1 / scale)[..., None]
-    return steps.nan_to_num_(0, 0, 0).round_().to(torch.int8), scale

@@ -34,6 +34,21 @@ def test_a_weight_is_quantised_by_column(shape: tuple[int, int]) -> None:
     assert (entries * scale[:, None] - matrix).abs().max() <= scale.max() / 2 * 1.001
 
 
+def test_rows_of_any_shape_are_quantised_each_for_itself() -> None:
+    rows = torch.randn(3, 4, 33)
+    rows[0, 1], rows[1, 2, 3], rows[2, 0, 7] = 0, torch.inf, torch.nan
+    entries, scale = quantized(rows)
+    assert scale.shape == (3, 4)
+    finite = rows.isfinite().all(-1)
+    # A row that is not finite does not become one that is.
+    assert torch.equal((entries * scale[..., None]).isfinite().all(-1), finite)
+    assert ((entries * scale[..., None] - rows).abs().amax(-1) <= scale * 0.501)[finite].all()
+    assert not entries[0, 1].any()
+    flat, scales = quantized(rows.flatten(0, 1))
+    assert torch.equal(entries.flatten(0, 1), flat)
+    torch.testing.assert_close(scale.flatten(), scales, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.skipif(kernels().level is None, reason=kernels().reason)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_matrix_is_packed_where_it_lies(dtype: torch.dtype) -> None:
