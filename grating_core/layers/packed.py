@@ -14,6 +14,7 @@ from grating_core.kernels.operands import Norm, Weight
 from grating_core.kernels.packing import fits_in_place, packed_bytes, packed_weight, padded_columns
 from grating_core.layers.linear import Weights
 from grating_core.layers.spec import LayerSpec, Role
+from grating_core.layers.spec import Norm as NormSpec
 
 _PRODUCTS = ("query", "key", "value", "output", "gate", "up", "down", "position_key", "position_query")
 _FIELDS = ("packed", "scale", "minimum", "sums", "bias")
@@ -102,17 +103,8 @@ def packed_layer(
             continue
         pack = kernels().pack_in_place if in_place and fits_in_place(matrix, states) else None
         products[role] = packed_weight(matrix, bias, states, pack)
-    norms = {}
-    for role in _NORMS:
-        weight, bias = weights.get(f"{role}.weight"), weights.get(f"{role}.bias")
-        if weight is not None:
-            # These are copies, because the caller may read the next layer into the same memory.
-            norms[role] = _norm(
-                spec,
-                weight.to(torch.float32, copy=True),
-                None if bias is None else bias.to(torch.float32, copy=True),
-            )
-    return PackedLayer(states, products, norms)
+    # Norms are copied, because the caller may read the next layer into the same memory.
+    return PackedLayer(states, products, _norms(spec, weights, copy=True))
 
 
 def quantized_weight(
@@ -195,12 +187,7 @@ def layer_of(spec: LayerSpec, tensors: Mapping[str, Tensor], states: torch.dtype
         fields = {field: tensors[name] for field in _FIELDS if (name := f"{role}.{field}") in tensors}
         if fields:
             products[role] = weight_of(fields, states, *spec.shape(role))
-    norms = {
-        role: _norm(spec, tensors[f"{role}.weight"], tensors.get(f"{role}.bias"))
-        for role in _NORMS
-        if f"{role}.weight" in tensors
-    }
-    return PackedLayer(states, products, norms)
+    return PackedLayer(states, products, _norms(spec, tensors))
 
 
 def weight_of(fields: Mapping[str, Tensor], states: torch.dtype, columns: int, inner: int) -> Weight:
@@ -213,5 +200,23 @@ def weight_of(fields: Mapping[str, Tensor], states: torch.dtype, columns: int, i
     return Weight(dtype=dtype, columns=columns, inner=inner, bits=bits, **fields)
 
 
-def _norm(spec: LayerSpec, weight: Tensor, bias: Tensor | None) -> Norm:
-    return Norm(spec.norm.kind, spec.norm.eps, spec.norm.offset, weight.contiguous(), bias)
+def norm_of(norm: NormSpec, weights: Weights, role: Role, *, copy: bool = False) -> Norm | None:
+    """Return the norm of a role as kernels take it; None if there is no weight for it.
+
+    Args:
+        norm: What all norms of the model have in common.
+        weights: Weights by role, in any floating dtype.
+        role: The role.
+        copy: Whether to copy weights that are in float32 already.
+    """
+    wide = {
+        kind: weights[name].to(torch.float32, copy=copy).contiguous()
+        for kind in ("weight", "bias")
+        if (name := f"{role}.{kind}") in weights
+    }
+    return Norm(norm.kind, norm.eps, norm.offset, **wide) if "weight" in wide else None
+
+
+def _norms(spec: LayerSpec, weights: Weights, *, copy: bool = False) -> dict[Role, Norm]:
+    found = {role: norm_of(spec.norm, weights, role, copy=copy) for role in _NORMS}
+    return {role: norm for role, norm in found.items() if norm is not None}

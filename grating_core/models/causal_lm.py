@@ -15,7 +15,7 @@ from torch import Tensor
 from grating_core.columns.companion import writing_bytes
 from grating_core.columns.install import MlpPruning, column_sizes, install, open_columns, staging_bytes
 from grating_core.columns.reading import ColumnFile
-from grating_core.errors import FileError, ModelNotFoundError, StorageError, UnsupportedModelError
+from grating_core.errors import StorageError, UnsupportedModelError
 from grating_core.files.places import cache_directory
 from grating_core.kernels.operands import Weight
 from grating_core.layers.keys_values import bytes_of_keys_values
@@ -329,10 +329,8 @@ class StoredCausalLM(StoredModel):
         staging = aligned_buffer(_staged(groups))
         buffer = aligned_buffer(max(group.size for group in groups))
         for number, (layer, group) in enumerate(zip(self.spec.layers, groups, strict=True), 1):
-            try:
+            with blaming_weights():
                 group.read(buffer, staging)
-            except FileError as error:
-                raise ModelNotFoundError(f"{error}; delete the file and fetch the model again") from error
             found = layer_by_role(self.family, layer, number, group.views(buffer))
             yield found["up.weight"], found["gate.weight"], found["down.weight"]
 

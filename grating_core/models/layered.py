@@ -13,12 +13,12 @@ from torch import Tensor
 from grating_core.columns.reading import ColumnFile
 from grating_core.kernels import reference
 from grating_core.kernels.choice import kernels
-from grating_core.kernels.operands import Lookup, Norm, Weight
+from grating_core.kernels.operands import Lookup, Weight
 from grating_core.layers import layer as plain
 from grating_core.layers import packed_steps
 from grating_core.layers.layer import Mlp
 from grating_core.layers.linear import Weights, linear, normed
-from grating_core.layers.packed import PackedLayer
+from grating_core.layers.packed import PackedLayer, norm_of
 from grating_core.layers.packed_table import PackedTable
 from grating_core.layers.relative import SCRATCH
 from grating_core.layers.rotary import Angles, angles
@@ -152,7 +152,7 @@ class LayeredModel:
         self.products = torch.int8 if parts.packing is not None and parts.packing.formats else parts.dtype
         """The dtype of the layers' products."""
         self._factor = torch.tensor(parts.spec.scale, dtype=parts.dtype).item()  # rounded, as transformers does
-        self._norm = _norm(parts.spec, parts.outside)
+        self._norm = norm_of(parts.spec.norm, parts.outside, "embedding_norm")
         self._relative = _relative(parts.spec, parts.outside)
         self.work = work_per_token(parts.spec, parts.dtype, parts.packing, pruned=parts.columns is not None)
 
@@ -245,15 +245,6 @@ class LayeredModel:
     def normed(self, states: Tensor) -> Tensor:
         """Return states ``[…, D]`` in the head's dtype after the norm between the last layer and the head."""
         return normed(states, self.outside, "final_norm", self.spec.norm)
-
-
-def _norm(spec: ModelSpec, outside: Weights) -> Norm | None:
-    """Return the norm of embeddings; None for none."""
-    weight, bias = outside.get("embedding_norm.weight"), outside.get("embedding_norm.bias")
-    if weight is None:
-        return None
-    norm = spec.norm
-    return Norm(norm.kind, norm.eps, norm.offset, weight.float(), None if bias is None else bias.float())
 
 
 def _relative(spec: ModelSpec, outside: Weights) -> Tensor | None:

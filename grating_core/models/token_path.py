@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from grating_core.kernels.choice import kernels
-from grating_core.kernels.operands import Norm, Weight
+from grating_core.kernels.operands import Weight
 from grating_core.kernels.token import Output, Stack
 from grating_core.layers.linear import Weights
-from grating_core.layers.packed import PackedLayer
+from grating_core.layers.packed import PackedLayer, norm_of
 from grating_core.layers.token import is_expressible, token_layer
 from grating_core.models.family import ModelSpec
 from grating_core.models.layered import Layer
@@ -32,7 +32,7 @@ class TokenPath:
     ) -> None:
         self._kinds = list(dict.fromkeys(layer.rotary for layer in spec.layers if layer.rotary is not None))
         self._frequencies = [torch.tensor(kind.frequencies) for kind in self._kinds]
-        self.output = Output(_final_norm(spec, outside), head)
+        self.output = Output(norm_of(spec.norm, outside, "final_norm"), head)
         """What makes logits of the states behind the last layer."""
         self._stacks: dict[int, Stack] = {}
         first = 1
@@ -71,11 +71,3 @@ def token_path(
         return None
     packed = {number: layer for number, layer in layers.items() if isinstance(layer, PackedLayer)}
     return TokenPath(spec, packed, outside, head)
-
-
-def _final_norm(spec: ModelSpec, outside: Weights) -> Norm | None:
-    weight, bias = outside.get("final_norm.weight"), outside.get("final_norm.bias")
-    if weight is None:
-        return None
-    norm = spec.norm
-    return Norm(norm.kind, norm.eps, norm.offset, weight.float(), None if bias is None else bias.float())
