@@ -119,6 +119,17 @@ template <bool MINIMUM> struct Shares {
 
 // ---- 16 columns ----------------------------------------------------------------------------------------------------
 
+// The products of a group of entries of 8 bits, which lie at `at`.
+GK_INLINE void sum_group(const Row& row, int64_t g, const char* at, vi* s) {
+    for (int n = 0; n < N; n++) s[n] = vi{} - (RAISED ? 128 * row.sum[g] : 0);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        __builtin_prefetch(at + AHEAD + i * 64);
+        const vi x = word_of(row.q + g * SHARING + 4 * i);
+        for (int n = 0; n < N; n++) s[n] = add_signed(s[n], load_line(at + i * 64 + n * 4 * W), x);
+    }
+}
+
 // Products without bias: `y` gets those of the columns of a block.
 GK_INLINE void by_columns(const Row& row, const gk_weight& w, int64_t block, vf* y) {
     const int64_t groups = up(w.inner, 64) / SHARING;
@@ -126,13 +137,7 @@ GK_INLINE void by_columns(const Row& row, const gk_weight& w, int64_t block, vf*
     for (int n = 0; n < N; n++) y[n] = vf{};
     for (int64_t g = 0; g < groups; g++, at += 512) {
         vi s[N];
-        for (int n = 0; n < N; n++) s[n] = vi{} - (RAISED ? 128 * row.sum[g] : 0);
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) {
-            __builtin_prefetch(at + AHEAD + i * 64);
-            const vi x = word_of(row.q + g * SHARING + 4 * i);
-            for (int n = 0; n < N; n++) s[n] = add_signed(s[n], load_line(at + i * 64 + n * 4 * W), x);
-        }
+        sum_group(row, g, at, s);
         for (int n = 0; n < N; n++) y[n] = fma(__builtin_convertvector(s[n], vf), all(row.scale[g]), y[n]);
     }
     for (int n = 0; n < N; n++) y[n] *= load((const float*)w.scale + block * 16 + n * W);
@@ -145,13 +150,7 @@ template <bool MINIMUM> GK_INLINE void by_groups(const Row& row, const gk_weight
     for (int n = 0; n < N; n++) y[n] = vf{};
     for (int64_t g = 0; g < groups; g++, at += 512) {
         vi s[N];
-        for (int n = 0; n < N; n++) s[n] = vi{} - (RAISED ? 128 * row.sum[g] : 0);
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) {
-            __builtin_prefetch(at + AHEAD + i * 64);
-            const vi x = word_of(row.q + g * SHARING + 4 * i);
-            for (int n = 0; n < N; n++) s[n] = add_signed(s[n], load_line(at + i * 64 + n * 4 * W), x);
-        }
+        sum_group(row, g, at, s);
         shares.add(row, g, s, y);
     }
 }
