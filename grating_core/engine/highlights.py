@@ -281,20 +281,21 @@ def _losses(
     owners = [
         row + one.owners(stop - start) for row, one, (start, stop) in zip(first, documents, places, strict=False)
     ]
-    owner = sent(torch.from_numpy(np.concatenate(owners)), model.device)
+    owner = torch.from_numpy(np.concatenate(owners))
     asked = _directions(model, _tokens(pairs[:1], [pairs[0].segments.query]))  # those of all pairs, or nearly so
-    likeness = torch.zeros(int(first[-1]), len(asked), dtype=torch.float64, device=model.device)
+    # Sums are made on the CPU, because some devices have no float64.
+    likeness = torch.zeros(int(first[-1]), len(asked), dtype=torch.float64)
     told = _tokens(pairs, places)
     for start in range(0, len(owner), _BLOCK):
         block = slice(start, start + _BLOCK)
         cosines = _directions(model, told[:, block]) @ asked.T
-        likeness.index_add_(0, owner[block], ((cosines - 1) / _LIKE).exp_().double())
-    document = sent(torch.from_numpy(np.repeat(np.arange(len(pairs)), rows)), model.device)
+        likeness.index_add_(0, owner[block], ((cosines - 1) / _LIKE).exp_().cpu().double())
+    document = torch.from_numpy(np.repeat(np.arange(len(pairs)), rows))
     whole = likeness.new_zeros(len(pairs), len(asked)).index_add_(0, document, likeness)[document]
     losses = whole.clamp_min(_LEAST).log() - (whole - likeness).clamp_min(_LEAST).log()
     alike = losses.new_full((len(asked),), 1 / max(1, len(asked)))
-    counts = torch.stack([alike if one is None else one.double() for one in attention])[document]
-    found: Floats = (losses * counts).sum(1).cpu().numpy()
+    counts = torch.stack([alike if one is None else one.cpu().double() for one in attention])[document]
+    found: Floats = (losses * counts).sum(1).numpy()
     return [one[:-1] for one in np.split(found, first[1:-1])]
 
 

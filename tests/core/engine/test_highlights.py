@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification
 
 from grating_core import Request, Reranker
@@ -167,3 +169,27 @@ def test_the_sentence_that_answers_is_highlighted(bundled: Reranker) -> None:
     (found,) = bundled.rerank("How many people live in Berlin?", [document], 1, highlights=True).ranking
     best = found.highlights[0]
     assert document[best.start : best.stop] == "Berlin had 3,520,031 inhabitants in 2015."
+
+
+class WithoutDoubles(TorchDispatchMode):
+    """Refuses float64 anywhere but on the CPU, as Apple's GPUs do."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for one in tree_leaves(found):
+            if isinstance(one, torch.Tensor) and one.dtype == torch.float64 and one.device.type != "cpu":
+                raise TypeError(f"{func} made float64 on {one.device}")
+        return found
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="there is no accelerator")
+def test_an_accelerator_needs_no_float64(tiny_bert: Path) -> None:
+    device = str(torch.accelerator.current_accelerator())
+    expected = load(tiny_bert).rerank(QUERY, TEXTS, 3, highlights=True)
+    how = {"dtype": "float32", "device": device, "pruning": "off"}
+    with Reranker.from_pretrained(tiny_bert, **how) as reranker, WithoutDoubles():
+        found = reranker.rerank(QUERY, TEXTS, 3, highlights=True)
+    for one, other in zip(found.ranking, expected.ranking, strict=True):
+        assert [(each.start, each.stop) for each in one.highlights] == [
+            (each.start, each.stop) for each in other.highlights
+        ]
