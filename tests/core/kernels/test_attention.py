@@ -1,6 +1,6 @@
 """The compiled attention against its definition, at every level that this processor has."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -11,23 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from grating_core.kernels.compiled import attention
-from grating_core.kernels.loading import KernelsError, levels, start
 from grating_core.kernels.operands import Positions, Seen, Span
 
+pytestmark = pytest.mark.usefixtures("level")
 BOUND = {torch.float32: 2e-5, torch.bfloat16: 0.04}
-
-
-def every_level() -> Sequence[object]:
-    try:
-        return levels()
-    except KernelsError as error:
-        return [pytest.param("none", marks=pytest.mark.skip(reason=str(error)))]
-
-
-@pytest.fixture(params=every_level(), scope="module", autouse=True)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield start(request.param)
-    start()
 
 
 @dataclass(frozen=True)

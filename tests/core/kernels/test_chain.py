@@ -1,25 +1,15 @@
 """Three maps one behind the other give what each map gives alone."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from grating_core.kernels import compiled, reference
-from grating_core.kernels.choice import kernels
 from grating_core.kernels.groups import grouped_weight
-from grating_core.kernels.loading import levels, start
+from grating_core.kernels.loading import has
 from grating_core.kernels.operands import Map, Norm, Rows, Then, Weight
 from grating_core.kernels.packing import packed_weight
 
 WIDTH, INNER = 70, 150
-BUILT = kernels().level is not None
-
-
-@pytest.fixture(params=levels() if BUILT else [])
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield start(request.param)
-    start()
 
 
 def drawn(columns: int, inner: int, dtype: torch.dtype) -> Weight:
@@ -41,7 +31,6 @@ def maps_of(states: torch.dtype, dtypes: tuple[torch.dtype, ...], *, behind: boo
     return Map(weights[0], then), Map(weights[1], middle, gate), Map(weights[2], end)
 
 
-@pytest.mark.skipif(not BUILT, reason=kernels().reason)
 @pytest.mark.parametrize("states", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kept", [(), (0,), (1,), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("behind", [True, False], ids=["behind", "before"])
@@ -49,7 +38,7 @@ def test_a_chain_is_what_torch_computes(
     level: str, states: torch.dtype, kept: tuple[int, ...], *, behind: bool
 ) -> None:
     dtypes = tuple(states if place in kept else torch.int8 for place in range(3))
-    if kept and not kernels().has(states):
+    if kept and not has(states):
         pytest.skip(f"{level} has no products of {states}")
     maps = maps_of(states, dtypes, behind=behind)
     attended, hidden = torch.randn(300, WIDTH).to(states), torch.randn(300, WIDTH).to(states)
@@ -67,7 +56,6 @@ def test_a_chain_is_what_torch_computes(
         assert torch.equal(alone, found[:count])
 
 
-@pytest.mark.skipif(not BUILT, reason=kernels().reason)
 @pytest.mark.parametrize("states", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_a_chain_unpacks_its_weights(level: str, states: torch.dtype, bits: int | None) -> None:

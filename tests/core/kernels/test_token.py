@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,12 +16,12 @@ from torch import Tensor
 from grating_core.forking import computed
 from grating_core.kernels import token_reference as reference
 from grating_core.kernels.groups import grouped_weight
-from grating_core.kernels.loading import KernelsError, levels, start
 from grating_core.kernels.operands import Norm, Weight
 from grating_core.kernels.packing import packed_weight
 from grating_core.kernels.token import Memories, Memory, Output, Stack, TokenLayer, token
 from tests.core.forking import in_fork
 
+pytestmark = pytest.mark.usefixtures("level")
 WIDTH, INNER, HEADS, KEY_HEADS, VOCABULARY = 72, 150, 6, 2, 77
 FORMATS: dict[str, object] = {
     "float32": torch.float32,
@@ -33,21 +33,6 @@ FORMATS: dict[str, object] = {
     "4 bits with minima": (4, True),
 }
 KEPT = [torch.float32, torch.bfloat16, torch.int8]
-
-
-def every_level() -> Sequence[object]:
-    try:
-        return levels()
-    except KernelsError as error:
-        return [pytest.param("none", marks=pytest.mark.skip(reason=str(error)))]
-
-
-@pytest.fixture(params=every_level(), scope="module", autouse=True)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    threads = torch.get_num_threads()
-    yield start(request.param)
-    torch.set_num_threads(threads)
-    start()
 
 
 class Made:
