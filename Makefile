@@ -137,6 +137,7 @@ benchmarks: bench-deps
 	$(BIN)/python -m benchmarks.streaming resident
 	$(BIN)/python -m benchmarks.streaming disk
 	$(BIN)/python -m benchmarks.streaming slow-disk
+	$(BIN)/python -m benchmarks.simulated
 	$(BIN)/python -m benchmarks.perplexity methods --data $(DATA)
 	$(BIN)/python -m benchmarks.perplexity caches --data $(DATA)
 	$(BIN)/python -m benchmarks.perplexity columns --data $(DATA)

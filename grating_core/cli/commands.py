@@ -47,7 +47,7 @@ _COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
     plan: (f"grating plan {BUNDLED} --memory-budget 110MB",),
     calibrate: ("grating calibrate Qwen/Qwen3-Reranker-0.6B --corpus documents.jsonl",),
     bench: (f"grating bench {BUNDLED} --corpus documents.jsonl --queries queries.txt",),
-    simulate: ("grating simulate MODEL --text book.txt --memory 50% --machine sata-ssd",),
+    simulate: ("grating simulate MODEL --text book.txt --memory-budget 1GB --bits 4 --machine sata-ssd",),
     distill: ("grating distill MODEL --mlp-density 0.5 --text documents.jsonl --output recovered",),
     models: ("grating models BAAI/bge-reranker-v2-m3", "grating models --json | jq -r '.models[].name'"),
     doctor: ("grating doctor",),

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
+from grating_core.arguments import check_bits, check_density, parse_budget
 from grating_core.cli.inputs import read_documents
 from grating_core.cli.options import HUB, Takes
 from grating_core.cli.output import err, show, write_json
@@ -17,12 +18,14 @@ from grating_core.settings import ModelSettings
 def simulate(
     settings: Annotated[ModelSettings, Takes(HUB)],
     text: str,
-    memory: str,
+    memory_budget: str,
     mlp_density: Sequence[float] = (0.83, 0.67, 0.57, 0.5),
     tokens: int = 512,
     activations: Path | None = None,
     shape: Path | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    bits: int | None = None,
+    max_length: int | None = None,
     inputs_preference: float = 0.9,
     products_preference: float = 0.3,
     machine: str = "this",
@@ -36,40 +39,40 @@ def simulate(
 
     Args:
         text: The file of a real text, or of JSON Lines with texts, for the model to read.
-        memory: The memory for all weights, such as 2GB, or the share of the MLPs in memory, such as 50%.
+        memory_budget: The memory that loading and generating may take, such as 2GB.
         mlp_density: The share of the MLPs that a token uses. Several may be given.
         tokens: The number of tokens of the text to go through.
         activations: The file of recorded activations. The default is one in grating's cache.
         shape: The directory with the config.json of another model to simulate.
-        dtype: The type of the weights.
+        dtype: The type of the states, and of the weights if they have no bits of their own.
+        bits: The bits of each weight, 8 or 4.
+        max_length: The most tokens of a prompt and its continuation together, which the budget pays for.
         inputs_preference: The factor on an input whose column is not in memory, in cache-aware DIP.
         products_preference: The same factor for a product.
-        machine: 'this', which is measured, 'phone', 'sata-ssd' or 'nvme'. Or give the next three options.
+        machine: 'this', which is measured by running layers of the same widths, 'phone', 'sata-ssd' or 'nvme'.
+            Or give the next three options.
         disk_bandwidth: The rate of long reads, such as 500MB/s.
         disk_reads: The number of random reads of 4 KB a second, 8 at a time.
         memory_bandwidth: The rate at which the processor reads memory, such as 20GB/s.
         figure: The picture to draw perplexity against tokens a second into.
     """
+    check_bits("bits", bits, (8, 4), "the bits of a weight")
     read = "\n\n".join(read_documents(text, plain="text"))
     with err.status("Loading ..."):
         import torch
 
         from grating_core.columns.cache import Preference
+        from grating_core.lab.activations import WINDOW
         from grating_core.lab.comparison import compare
-        from grating_core.lab.machine import describe_machine, find_machine, parse_rate
-        from grating_core.lab.simulator import Shape
+        from grating_core.lab.machine import Machine, find_machine, parse_rate
+        from grating_core.lab.shape import Shape
         from grating_core.models.directory import find_model
         from grating_core.models.hub import Hub
         from grating_core.models.placement import choose_dtype
 
-        hub = Hub(settings.revision, None, settings.cache_dir, settings.local_files_only)
-        directory = find_model(str(settings.model), hub=hub, show_progress=True)
-        weights, _ = choose_dtype(dtype, torch.device("cpu"))
-        simulated = Shape.of(shape or directory, weights)
-        bytes_of_weights = simulated.parse_memory(memory)
-        preference = Preference(inputs_preference, products_preference)
+        described: Machine | None
         if disk_bandwidth is not None and disk_reads is not None and memory_bandwidth is not None:
-            found = describe_machine(
+            described = Machine(
                 parse_rate(disk_bandwidth, "disk_bandwidth"),
                 disk_reads,
                 parse_rate(memory_bandwidth, "memory_bandwidth"),
@@ -79,13 +82,29 @@ def simulate(
                 "a machine is described by --disk-bandwidth, --disk-reads and --memory-bandwidth together"
             )
         else:
-            found = find_machine(machine, weights)
+            described = None if machine == "this" else find_machine(machine)
+        for density in mlp_density:
+            check_density(density)
+        preference = Preference(inputs_preference, products_preference)
+        hub = Hub(settings.revision, None, settings.cache_dir, settings.local_files_only)
+        directory = find_model(str(settings.model), hub=hub, show_progress=True)
+        weights, _ = choose_dtype(dtype, torch.device("cpu"))
+        simulated = Shape.of(shape or directory, weights, bits, max_length)
+        budget = parse_budget(memory_budget)
+        plans = [form.plan(budget) for form in (simulated.dense, simulated.pruned)]
+    if described is None:
+        from grating_core.lab.probe import measure
+
+        with err.status("Measuring this machine ..."):
+            costs = measure(simulated, min(tokens, WINDOW) // 2)
+    else:
+        costs = described.costs(simulated)
     points = compare(
         directory,
         read,
         simulated,
-        found,
-        memory=bytes_of_weights,
+        costs,
+        budget=budget,
         densities=mlp_density,
         tokens=tokens,
         preference=preference,
@@ -98,7 +117,7 @@ def simulate(
 
         plot_simulation(points, figure)
     if as_json:
-        write_json({"memory": bytes_of_weights, "points": [asdict(point) for point in points]})
+        write_json({"memory_budget": budget, "points": [asdict(point) for point in points]})
         return
     table = plain_table("way", "density", "tokens/s", "MB a token", "hit rate", "perplexity")
     for point in points:
@@ -111,8 +130,9 @@ def simulate(
             "" if point.perplexity is None else f"{point.perplexity:.2f}",
         )
     show(table)
+    dense, pruned = plans
     show(
-        f"{bytes_of_weights / 1e6:,.0f} of {simulated.total / 1e6:,.0f} MB of weights in memory; "
-        f"buffers, keys and values aside.",
+        f"Of {len(dense.sizes.layers)} layers {len(dense.resident)} stay in memory if they are dense; "
+        f"if they are pruned, {pruned.column_share:.0%} of their columns.",
         style="dim",
     )

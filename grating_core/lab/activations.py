@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,12 +135,30 @@ def _load(path: Path, about: dict[str, str]) -> Activations:
     return activations
 
 
-@torch.inference_mode()
 def _record(directory: Path, text: str, tokens: int, show_progress: bool) -> Activations:
     model, tokenizer = load_decoder(directory)
-    layers = decoder_layers(model)
     length = max(2, min(WINDOW, tokens))
     windows = cut_windows(tokenizer, text, length, -(-tokens // length))
+    found = record(model, list(windows), show_progress=show_progress)
+    return Activations(found.inputs[:, :tokens], found.products[:, :tokens])
+
+
+@torch.inference_mode()
+def record(model: Any, windows: Sequence[Tensor], *, show_progress: bool = False) -> Activations:
+    """Record a model's activations.
+
+    Args:
+        model: A causal language model of transformers with gated MLPs, in memory.
+        windows: The token ids of texts, int64 ``[T]`` each.
+        show_progress: Whether to show a progress bar on standard error.
+
+    Returns:
+        The activations of all tokens of the texts, one text behind the other.
+
+    Raises:
+        UnsupportedModelError: The model has no gated MLPs.
+    """
+    layers = decoder_layers(model)
     recorded: list[tuple[list[Magnitudes], list[Magnitudes]]] = [([], []) for _ in layers]
 
     def keeping(parts: list[Magnitudes]) -> Any:
@@ -148,11 +167,14 @@ def _record(directory: Path, text: str, tokens: int, show_progress: bool) -> Act
 
         return keep
 
+    hooks = []
     for layer, (inputs, products) in zip(layers, recorded, strict=True):
-        layer.mlp.gate_proj.register_forward_pre_hook(keeping(inputs))
-        layer.mlp.down_proj.register_forward_pre_hook(keeping(products))
+        hooks.append(layer.mlp.gate_proj.register_forward_pre_hook(keeping(inputs)))
+        hooks.append(layer.mlp.down_proj.register_forward_pre_hook(keeping(products)))
     for window in tqdm(windows, "Recording activations", unit="window", disable=not show_progress):
         model.model(input_ids=window[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
     return Activations(
-        *(np.stack([np.concatenate(parts)[:tokens] for parts in kind]) for kind in zip(*recorded, strict=True))
+        *(np.stack([np.concatenate(parts) for parts in kind]) for kind in zip(*recorded, strict=True))
     )

@@ -13,10 +13,11 @@ from grating_core.columns.cache import Caching, Preference
 from grating_core.columns.install import PREFERENCE
 from grating_core.lab.activations import WINDOW, record_activations
 from grating_core.lab.decoders import load_decoder
-from grating_core.lab.machine import Machine
+from grating_core.lab.machine import Costs
 from grating_core.lab.masked import MaskedMlp
 from grating_core.lab.quality import CachedMlp, cut_windows, evaluate
-from grating_core.lab.simulator import CACHE_AWARE, DENSE, Estimate, Shape, simulate
+from grating_core.lab.shape import Shape
+from grating_core.lab.simulator import CACHE_AWARE, DENSE, Estimate, simulate
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ def compare(
     directory: Path,
     text: str,
     shape: Shape,
-    machine: Machine,
+    costs: Costs,
     *,
-    memory: int,
+    budget: int,
     densities: Sequence[float],
     tokens: int = 512,
     preference: Preference = PREFERENCE,
@@ -54,8 +55,8 @@ def compare(
         directory: Directory of the decoder whose activations are recorded.
         text: The text that the decoder reads.
         shape: Shape of the simulated model, which may be another than the recorded one.
-        machine: The simulated machine.
-        memory: Bytes of memory for the weights.
+        costs: Costs of the simulated model on a machine.
+        budget: The memory budget in bytes.
         densities: Shares of the MLPs' weights that a token uses, each above 0 and at most 1.
         tokens: Number of tokens of the text to use.
         preference: Preference of cache-aware DIP for columns in memory.
@@ -64,6 +65,7 @@ def compare(
         show_progress: Whether to show progress bars on standard error.
 
     Raises:
+        BudgetError: The budget is too small.
         GratingError: The model or the file of activations is not usable.
         ValueError: An argument is not usable, or the text is too short.
     """
@@ -71,20 +73,20 @@ def compare(
         raise ValueError(f"tokens={tokens} is too small: use 2 or more, one to read and one to predict")
     for density in densities:
         check_density(density)
-    caching = Caching(shape.share(memory), preference)
+    caching = Caching(shape.pruned.plan(budget).column_share, preference)
     recorded = record_activations(directory, text, tokens, path=activations, show_progress=show_progress)
     found = {}
     for density in densities:
         shares = allocate(density, shape.columns.depth)
-        for estimate in simulate(recorded, shape, machine, memory=memory, shares=shares, preference=preference):
+        for estimate in simulate(recorded, shape, costs, budget=budget, shares=shares, preference=preference):
             found[1.0 if estimate.way == DENSE else density, estimate.way] = estimate
-    costs = {}
+    perplexities = {}
     if perplexity:
         model, tokenizer = load_decoder(directory)
         length = min(WINDOW, tokens)
         windows = cut_windows(tokenizer, text, length, tokens // length)
         for density, way in found:
-            costs[density, way] = evaluate(
+            perplexities[density, way] = evaluate(
                 model,
                 windows,
                 shares=None if way == DENSE else allocate(density, len(recorded.inputs)),
@@ -92,4 +94,4 @@ def compare(
                 make=partial(CachedMlp, caching=caching) if way == CACHE_AWARE else MaskedMlp,
                 show_progress=show_progress,
             ).perplexity
-    return [Point(estimate, key[0], costs.get(key)) for key, estimate in found.items()]
+    return [Point(estimate, key[0], perplexities.get(key)) for key, estimate in found.items()]

@@ -230,6 +230,11 @@ class StoredCausalLM(StoredModel):
         return packed.output_of(self._read(file.groups[self.spec.depth + 1], aligned_buffer(PIECE)))
 
     @property
+    def packing(self) -> Packing | None:
+        """How the layers are packed; None if torch computes them."""
+        return self._quantized or self._packing
+
+    @property
     def _quantized(self) -> Packing | None:
         """How weights are quantised: as the user chose, or as they are stored; None if they are not."""
         return self._chosen or self._as_stored

@@ -17,7 +17,7 @@ from grating_core.settings import GenerationSettings
 from grating_core.text.chat import PromptTokenizer
 from grating_core.text.windows import find_window
 
-_USUAL_LENGTH = 4096  # tokens of a prompt and its continuation, if the user gives no limit
+USUAL_LENGTH = 4096  # tokens of a prompt and its continuation, if the user gives no limit
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def open_language_model(settings: GenerationSettings) -> OpenLanguageModel:
         show_progress=settings.show_progress,
     )
     with closed_on_error(stored):
-        window = find_window(directory, stored.window, settings.max_length, _USUAL_LENGTH)
+        window = find_window(directory, stored.window, settings.max_length, USUAL_LENGTH)
         plan = None if settings.budget is None else stored.plan(window, settings.budget)
         return OpenLanguageModel(stored, window, plan)
 

@@ -17,7 +17,7 @@ def text(tmp_path: Path) -> str:
 
 
 def simulate(model: Path, **changed: str) -> Result:
-    settings = {"memory": "50%", "machine": "nvme", "dtype": "float32"}
+    settings = {"memory_budget": "1GB", "machine": "nvme", "dtype": "float32"}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in (settings | changed).items()]
     return CliRunner().invoke(app, ["simulate", str(model), *options])
 
@@ -25,7 +25,16 @@ def simulate(model: Path, **changed: str) -> Result:
 def test_ways_are_compared_at_every_density(decoder_directory: Path, text: str, tmp_path: Path) -> None:
     settings = {"tokens": "64", "json": "", "figure": str(tmp_path / "ways.png")}
     arguments = [f"--{name}={value}" if value else f"--{name}" for name, value in settings.items()]
-    arguments += ["--text", text, "--memory", "50%", "--machine", "nvme", "--activations", str(tmp_path / "kept")]
+    arguments += [
+        "--text",
+        text,
+        "--memory-budget",
+        "1GB",
+        "--machine",
+        "nvme",
+        "--activations",
+        str(tmp_path / "kept"),
+    ]
     arguments += ["--mlp-density", "0.7", "--mlp-density", "0.5", "--dtype", "float32"]
     done = CliRunner().invoke(app, ["simulate", str(decoder_directory), *arguments])
     assert done.exit_code == 0, done.stderr
@@ -54,9 +63,10 @@ def test_a_machine_described_by_hand_is_the_one_of_that_name(
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"memory": "half"}, "memory='half'"),
-        ({"memory": "150%"}, "memory='150%'"),
-        ({"memory": "1kB"}, "memory=1,000 is too small"),
+        ({"memory_budget": "half"}, "'half'"),
+        ({"memory_budget": "1kB"}, "memory_budget=1,000 bytes is too small"),
+        ({"bits": "3"}, "bits=3"),
+        ({"max_length": "9000000"}, "max_length=9000000"),
         ({"machine": "toaster"}, "machine='toaster'"),
         ({"disk_reads": "5"}, "--memory-bandwidth together"),
         (

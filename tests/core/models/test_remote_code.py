@@ -83,7 +83,7 @@ DECODER: dict[str, Callable[[Path, Path], Any]] = {
     "empty_decoder": lambda model, place: empty_decoder(model),
     "grating distill": lambda model, place: command("distill", model, place, "--output", place, *QUICK.split()),
     "grating simulate": lambda model, place: command(
-        "simulate", model, place, "--memory", "50%", "--tokens", "16"
+        "simulate", model, place, "--memory-budget", "1GB", "--tokens", "16"
     ),
 }
 
