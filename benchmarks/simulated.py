@@ -81,7 +81,9 @@ def compare(
     shape = Shape.of(directory, torch.bfloat16, given, LENGTH)
     prompt, _ = make_prompt(directory, PROMPT_TOKENS)
     with progress.status(f"{bits} bits: measuring parts"):
-        costs = measure(shape, PROMPT_TOKENS + tokens // 2)
+        # What else the machine does can only slow it down, so the quicker measurement is the better one.
+        found = [measure(shape, PROMPT_TOKENS + tokens // 2) for _ in range(2)]
+        costs = min(found, key=lambda one: one.layer + one.pruned)
     for density in only:
         for budget in budgets(shape.dense if density == 1 else shape.pruned, STEPS[density]):
             settings = {"bits": given, "max_length": LENGTH, "memory_budget": budget, "mlp_density": density}

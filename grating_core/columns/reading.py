@@ -29,7 +29,7 @@ _LONGEST_READ = 256 << 10  # bytes that one call reads, so that all readers have
 _MEASURED = 32 << 20  # bytes of a file that is large enough to measure a disk; a smaller one is not measured
 _MEASURED_READS = {SECTOR: 512, _LONGEST_READ: 64}  # reads of each size at a time
 _ROUNDS = 5  # measurements that count, after one that does not
-_LONGEST_GAP = 16 << 10  # bytes; longer gaps saved no time on a disk of 2 GB/s
+LONGEST_GAP = 16 << 10  # bytes; longer gaps saved no time on a disk of 2 GB/s
 
 
 class Block(NamedTuple):
@@ -132,7 +132,7 @@ class ColumnFile:
             [self._seconds(table, span, size, number) for size in _MEASURED_READS] for number in range(1 + _ROUNDS)
         ]
         sector, long = (median(values) for values in zip(*seconds[1:], strict=True))
-        self.gap = min(fit_gap(sector, _LONGEST_READ / long), _LONGEST_GAP)
+        self.gap = min(fit_gap(sector, _LONGEST_READ / long), LONGEST_GAP)
 
     def _seconds(self, table: _Table, span: int, size: int, seed: int) -> float:
         """Measure the seconds that each of many reads takes, with all readers at work."""

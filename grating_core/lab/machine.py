@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from grating_core.arguments import parse_size
 from grating_core.columns.companion import KINDS
-from grating_core.columns.reading import fit_gap
+from grating_core.columns.reading import LONGEST_GAP, fit_gap
 from grating_core.lab.shape import Shape
 from grating_core.memory.checkpoint import SECTOR
 
@@ -37,6 +37,7 @@ class Costs:
         each: Seconds that each of several parallel reads adds.
         byte: Seconds that each of their bytes adds.
         gap: The longest gap between two columns, in bytes, that is read through.
+        sector: Bytes of a sector of the disk.
         outside: What is around the layers: embedding, head, and picking the next token.
         outside_pruned: The same, if the MLPs are pruned.
         layer: A layer in memory.
@@ -51,6 +52,7 @@ class Costs:
     each: float
     byte: float
     gap: int
+    sector: int
     outside: float
     outside_pruned: float
     layer: float
@@ -97,7 +99,8 @@ class Machine:
             latency=self.latency,
             each=small - SECTOR / self.disk_bandwidth,
             byte=1 / self.disk_bandwidth,
-            gap=fit_gap(small, self.disk_bandwidth),
+            gap=min(fit_gap(small, self.disk_bandwidth), LONGEST_GAP),
+            sector=SECTOR,
             outside=outside,
             outside_pruned=outside,
             layer=layer,

@@ -36,7 +36,7 @@ from grating_core.models.layout import (
     outside_by_role,
     outside_names,
 )
-from grating_core.models.packed_file import open_packed
+from grating_core.models.packed_file import layer_bytes, open_packed
 
 NAME = "made-up"
 """The fingerprint of made-up weights."""
@@ -125,7 +125,8 @@ def _layers(shape: Shape, form: Form, depth: int) -> Iterator[Weights | PackedLa
             else:
                 yield packing.packed(spec, _by_role(shape, number, pruned=pruned))
 
-    yield from in_large_pages(packed(), sum(form.sizes.layers[:depth]))
+    sizes = (layer_bytes(packing.layout(shape.family, spec)) for spec in shape.spec.layers[:depth])
+    yield from in_large_pages(packed(), sum(sizes))
 
 
 def _by_role(shape: Shape, number: int, *, pruned: bool) -> Weights:

@@ -114,6 +114,7 @@ def _measure_pruning(shape: Shape, sizes: ColumnSizes, place: Path, context: int
             "each": each,
             "byte": byte,
             "gap": file.gap,
+            "sector": file.sector,
             "outside_pruned": outside,
             "pruned": layer,
             "pruned_streamed": layer + max(0.0, all_streamed.seconds - all_read.seconds) / depth,

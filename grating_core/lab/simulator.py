@@ -90,7 +90,7 @@ def simulate(
     plan, dense = shape.pruned.plan(budget), simulate_dense(shape, costs, budget)
     found = [dense]
     for way, how in ((DIP, Caching(plan.column_share)), (CACHE_AWARE, Caching(plan.column_share, preference))):
-        needs = find_needs(activations, sizes, shares, how, gap=costs.gap, staging=plan.sizes.staging)
+        needs = find_needs(activations, sizes, shares, how, costs=costs, staging=plan.sizes.staging)
         seconds = pruned_seconds(plan, costs, needs)
         hits, missing = (sum(int(part.sum()) for part in parts) for parts in _parts(needs))
         read = plan.bytes_read() + float(read_bytes(needs).mean())
@@ -119,7 +119,7 @@ def find_needs(
     shares: Sequence[Shares],
     caching: Caching,
     *,
-    gap: int,
+    costs: Costs,
     staging: int,
 ) -> list[list[Need]]:
     """Send activations through each layer's caches, and return the needs by layer and kind.
@@ -129,7 +129,7 @@ def find_needs(
         sizes: Sizes of the MLPs.
         shares: Shares that each layer's MLP keeps.
         caching: Size and preference of the caches.
-        gap: The longest gap between two columns, in bytes, that is read through.
+        costs: Costs of a machine, which say what is read together.
         staging: Bytes of the memory that columns are read into.
     """
     memory, start, starts = np.empty(staging, dtype=np.uint8), 0, {}
@@ -138,7 +138,7 @@ def find_needs(
         start += sizes.count(table[1]) * sizes.row_bytes(table[1])
     return [
         [
-            _need(magnitudes, own, caching, kind, starts[number, kind], sizes.row_bytes(kind), gap, memory)
+            _need(magnitudes, own, caching, kind, starts[number, kind], sizes.row_bytes(kind), costs, memory)
             for kind, magnitudes in zip(KINDS, activations.layer(number - 1, sizes), strict=True)
         ]
         for number, own in enumerate(shares, 1)
@@ -152,7 +152,7 @@ def _need(
     kind: Kind,
     start: int,
     row: int,
-    gap: int,
+    costs: Costs,
     memory: NDArray[np.uint8],
 ) -> Need:
     columns = magnitudes.shape[1]
@@ -161,7 +161,8 @@ def _need(
     for token in magnitudes.astype(np.float32):
         choice = cache.choose(token, count)
         missing = choice.columns[choice.hits :]
-        reads = [block.reads.sizes for block in plan_blocks(start + missing * row, row, gap, memory)]
+        blocks = plan_blocks(start + missing * row, row, costs.gap, memory, costs.sector)
+        reads = [block.reads.sizes for block in blocks]
         found.append((choice.hits, len(missing), sum(map(len, reads)), sum(int(sizes.sum()) for sizes in reads)))
     return Need(*np.array(found, dtype=np.int64).T)
 

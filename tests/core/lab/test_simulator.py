@@ -1,6 +1,7 @@
 """The simulator against the engine: the same bytes and hits for the same tokens; and its times, written out."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,8 @@ from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import Caching, ColumnCache
 from grating_core.columns.install import PREFERENCE
 from grating_core.columns.masks import Shares
+from grating_core.columns.reading import ColumnFile
+from grating_core.files.places import cache_directory
 from grating_core.lab.activations import Activations, record_activations
 from grating_core.lab.machine import ColumnCosts, Machine
 from grating_core.lab.shape import Form, Shape
@@ -28,6 +31,7 @@ from grating_core.lab.simulator import (
     simulate_dense,
     streaming_seconds,
 )
+from grating_core.models.identity import fingerprint
 from tests.core.columns.conftest import TEXT
 
 HALF = (Shares(0.5, 0.5),) * 4
@@ -85,6 +89,7 @@ def test_bytes_and_hits_are_those_of_the_engine_for_the_same_tokens(
     decoder_directory: Path,
     chosen: list[np.ndarray],
     monkeypatch: pytest.MonkeyPatch,
+    spill_directory: Path,
     bits: int | None,
     gap: int,
 ) -> None:
@@ -99,6 +104,9 @@ def test_bytes_and_hits_are_those_of_the_engine_for_the_same_tokens(
         plan = shape.pruned.plan(budget)
         assert model.plan.parts == plan.parts
         model.close()
+        (path,) = (cache_directory() / "columns").glob("*.safetensors")
+        with closing(ColumnFile(path, shape.columns, fingerprint(decoder_directory))) as file:
+            sector = file.sector
         inputs, products = (np.array(chosen[kind::2]).reshape(20, 5, -1).swapaxes(0, 1) for kind in range(2))
         how = Caching(plan.column_share, PREFERENCE)
         needs = find_needs(
@@ -106,7 +114,7 @@ def test_bytes_and_hits_are_those_of_the_engine_for_the_same_tokens(
             shape.columns,
             allocate(0.5, 5),
             how,
-            gap=gap,
+            costs=replace(MACHINE.costs(shape), gap=gap, sector=sector),
             staging=plan.sizes.staging,
         )
         read = read_bytes(needs).sum() + 20 * plan.bytes_read()
@@ -176,7 +184,8 @@ def test_the_time_of_a_token_is_the_sum_of_its_parts(shape: Shape, activations: 
     (budget,) = budgets(shape.pruned, step)
     plan = shape.pruned.plan(budget)
     how = Caching(plan.column_share, PREFERENCE)
-    needs = find_needs(activations, shape.columns, HALF, how, gap=0, staging=plan.sizes.staging)
+    without_gaps, staging = replace(costs, gap=0), plan.sizes.staging
+    needs = find_needs(activations, shape.columns, HALF, how, costs=without_gaps, staging=staging)
     assert (len(plan.streamed) > 0) == (step == 0)
     token, seconds = 7, 5e-3
     for number, layer in enumerate(needs, 1):
