@@ -39,7 +39,7 @@ def simulate(
 
     Args:
         text: The file of a real text, or of JSON Lines with texts, for the model to read.
-        memory_budget: The memory that loading and generating may take, such as 2GB.
+        memory_budget: How much memory the model may take, in bytes or as a size such as 2GB.
         mlp_density: The share of the MLPs that a token uses. Several may be given.
         tokens: The number of tokens of the text to go through.
         activations: The file of recorded activations. The default is one in grating's cache.
