@@ -1,5 +1,6 @@
 """Language models in GGUF files against transformers' models with the weights that the files stand for."""
 
+import json
 import random
 import subprocess
 import sys
@@ -13,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from grating_core import BudgetError, ModelNotFoundError, StreamedCausalLM, UnsupportedModelError
 from grating_core.engine.decode import advance, new_cache
 from grating_core.errors import FileError
+from grating_core.models.adapter import Adapter
 from grating_core.models.causal_lm import StoredCausalLM
 from tests.core.conftest import DECODER, SIZES, WINDOW, randomise
 from tests.core.gguf_files import write_gguf
@@ -235,3 +238,18 @@ def test_pruned_mlps_and_other_bits_read_blocks(tmp_path: Path, cache: Path) -> 
         with StreamedCausalLM.from_pretrained(path, **settings, **how) as generator:
             texts.append(generator.generate("a question", max_new_tokens=4).text)
     assert texts[0] == texts[1] == texts[2]
+
+
+def test_an_adapter_replaces_no_norm_of_a_file(tmp_path: Path) -> None:
+    """The file has Gemma's norms plus one, and the adapter has them without."""
+    path = write_gguf(tmp_path / "model.gguf", made(MODELS["gemma2"]), Kind.F32)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(
+        {"base_model.model.model.norm.weight": torch.ones(SIZES["hidden_size"])},
+        adapter / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "modules_to_save": ["norm"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match=r"replaces model\.norm\.weight.*merge_and_unload"):
+        stored(path, adapter=Adapter(adapter))
