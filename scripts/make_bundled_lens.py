@@ -4,7 +4,7 @@
 
 It is fitted on texts that anybody may ship, of many kinds and lengths; :mod:`calibration_corpora` says which, and
 what has to be in the directory of sources. No collection that it is measured on is among them. All requests are
-computed twice, in bfloat16 and in 8 bits, which takes about half an hour on two cores, and 12 GB in the directory
+computed twice, in bfloat16 and in 8 bits, which takes about half an hour on two cores, and 9 GB in the directory
 of observations. What is there is not computed again, so that fitting anew takes minutes.
 """
 
