@@ -92,6 +92,11 @@ def given(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
+INPUTS_PREFERENCE = 0.9
+PRODUCTS_PREFERENCE = 0.3
+"""What counts of an input, and of a product, whose columns are not in memory, unless the user says otherwise."""
+
+
 def check_density(mlp_density: Any) -> float:
     """Return the density, if it is one.
 
@@ -104,6 +109,20 @@ def check_density(mlp_density: Any) -> float:
             f"that a token uses; None for all"
         )
     return float(mlp_density)
+
+
+def check_preference(name: str, preference: Any) -> float:
+    """Return a preference for columns in memory, if it is one.
+
+    Raises:
+        ValueError: The preference is not a number above 0 and at most 1.
+    """
+    if not is_number(preference) or not 0 < preference <= 1:
+        raise ValueError(
+            f"{name}={preference!r} must be a number above 0, 1 at most: what counts of a magnitude whose column "
+            f"is not in memory; 1 prefers no column"
+        )
+    return float(preference)
 
 
 def check_bits(name: str, bits: Any, possible: Sequence[int], what: str) -> None:

@@ -66,6 +66,8 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
         bits: int | None = GenerationSettings.bits,
         kv_bits: int | None = GenerationSettings.kv_bits,
         mlp_density: float | None = GenerationSettings.mlp_density,
+        inputs_preference: float | None = GenerationSettings.inputs_preference,
+        products_preference: float | None = GenerationSettings.products_preference,
         max_length: int | None = GenerationSettings.max_length,
         adapter: str | Path | None = GenerationSettings.adapter,
         revision: str | None = GenerationSettings.revision,
@@ -79,16 +81,14 @@ class StreamedCausalLM(Loaded[CausalLM, GenerationSettings]):
         :class:`~grating_core.settings.GenerationSettings` describes all arguments. Most calls need these at most:
 
         Args:
-            model: A hub id such as ``"HuggingFaceTB/SmolLM2-135M-Instruct"``, or a local directory in Hugging Face
-                layout with safetensors weights.
+            model: A hub id such as ``"Qwen/Qwen3-4B"``, or a local directory with safetensors weights.
             device: ``"cpu"``, ``"cuda"`` or ``"mps"``; None takes the best device of this machine.
             dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: bfloat16 where the processor has
                 instructions for it, else float32.
             memory_budget: How much memory loading and generating may take, in bytes or as a size such as
                 ``"300MB"``; the text stays the same. None keeps everything in memory.
             bits: 8 or 4 bits for each weight, on the CPU; None for the weights as they are.
-            mlp_density: The share of the MLPs' weights that each new token uses, on the CPU (dynamic input
-                pruning); the text is another than the dense model's. None uses all.
+            mlp_density: The share of the MLPs' weights that each new token uses, on the CPU; None for all.
 
         Raises:
             ModelNotFoundError: The name leads to no usable weights.

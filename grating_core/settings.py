@@ -13,10 +13,13 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from grating_core.arguments import (
+    INPUTS_PREFERENCE,
+    PRODUCTS_PREFERENCE,
     Guarantee,
     LongDocuments,
     check_bits,
     check_density,
+    check_preference,
     check_target,
     is_number,
     is_one_of,
@@ -37,7 +40,7 @@ PruningName = Literal["auto", "cluster", "off"]
 _PATHS = ("model", "lens", "adapter", "cache_dir")  # settings that may name a place on this machine
 
 
-def _setting(default: Any, about: str, *, basic: bool = False, shown: bool = True) -> Any:
+def setting(default: Any, about: str, *, basic: bool = False, shown: bool = True) -> Any:
     """Describe a field.
 
     Args:
@@ -65,10 +68,10 @@ class ModelSettings:
             "basic": True,
         }
     )
-    device: str | torch.device | None = _setting(
+    device: str | torch.device | None = setting(
         None, "'cpu', 'cuda', 'cuda:N' or 'mps'. None takes the best device of this machine.", basic=True
     )
-    dtype: str | torch.dtype = _setting(
+    dtype: str | torch.dtype = setting(
         "auto",
         "'float32', 'bfloat16' or 'float16' for what the layers compute in; 'int8' for matrices in 8 bits, for "
         "rerankers on the CPU. Without a budget they keep the layers without 8 bits as well, which decide close "
@@ -76,34 +79,34 @@ class ModelSettings:
         "int8, if kernels for it are there and calibration found that it keeps 0.99 of the top 5.",
         basic=True,
     )
-    memory_budget: str | int | None = _setting(
+    memory_budget: str | int | None = setting(
         None,
         "How much memory the model may take, in bytes or as a size such as '300MB', beyond what importing the "
         "packages and the tokenizer takes. grating reads from disk what does not fit; results stay the same, but "
         "for rounding. None keeps everything in memory.",
         basic=True,
     )
-    max_length: int | None = _setting(
+    max_length: int | None = setting(
         None,
         "The most tokens of a query and a document together. None takes what the model was made for, 8,192 at "
         "most for decoders.",
     )
-    adapter: str | Path | None = _setting(
+    adapter: str | Path | None = setting(
         None, "A LoRA adapter as PEFT saves it, a directory or hub id. grating merges it into the weights."
     )
-    revision: str | None = _setting(
+    revision: str | None = setting(
         None, "The branch, tag or commit of the model on the hub. None takes the newest."
     )
-    token: str | bool | None = _setting(
+    token: str | bool | None = setting(
         None,
         "The access token for the hub. None or True takes the one of 'hf auth login' or HF_TOKEN, False sends "
         "none. It is never written to disk.",
         shown=False,
     )
-    cache_dir: str | Path | None = _setting(
+    cache_dir: str | Path | None = setting(
         None, "The directory that keeps the hub's files. None takes the hub's own place."
     )
-    local_files_only: bool = _setting(
+    local_files_only: bool = setting(
         False, "Whether to use only files that are kept here, without asking the hub."
     )
     show_progress: bool = field(
@@ -149,51 +152,51 @@ class ModelSettings:
 class RerankSettings(ModelSettings):
     """This class holds the settings of a reranker."""
 
-    engine: Engine = _setting(
+    engine: Engine = setting(
         "auto",
         "What computes the layers. 'auto' takes grating's own layers where they know the architecture, and else "
         "transformers' classifiers, which are slower, drop nothing early and take no memory budget. 'grating' "
         "refuses other architectures; 'transformers' computes all classifiers so.",
     )
-    pruning: PruningName | PruningPolicy = _setting(
+    pruning: PruningName | PruningPolicy = setting(
         "auto",
         "How candidates are dropped early. 'auto' uses the lens of the model and drops none where there is no "
         "lens; 'cluster' is the rule of the GRATING paper; 'off' drops none. Python also takes a policy object.",
         basic=True,
     )
-    target: float = _setting(
+    target: float = setting(
         0.98,
         "The share of the full model's top K that pruning keeps, on average over requests like those that the "
         "lens was calibrated on. A higher target prunes less.",
         basic=True,
     )
-    guarantee: Guarantee = _setting(
+    guarantee: Guarantee = setting(
         "share", "What the target counts. 'set' makes it the probability that the whole top K is kept."
     )
-    lens: str | Path | None = _setting(
+    lens: str | Path | None = setting(
         None,
         "The directory of the lens to prune by. None takes the lens that was calibrated here for this model, "
         "or the one that comes with grating.",
     )
-    recalibrate: float = _setting(
+    recalibrate: float = setting(
         0.0,
         "The share of requests, from 0 (off) to 1, that grating computes again without pruning while nobody "
         "waits. What pruning lost there moves its margins until the target is kept.",
     )
-    long_documents: LongDocuments = _setting(
+    long_documents: LongDocuments = setting(
         "truncate",
         "What happens to a document that does not fit into the window. 'truncate' cuts its end; 'windows' "
         "scores overlapping windows and takes the best.",
     )
-    template: Prompt | str | None = _setting(
+    template: Prompt | str | None = setting(
         None,
         "The name of the official prompt that a decoder is asked with, such as 'qwen3-reranker'. Python also "
         "takes a Prompt. None takes the model's own. Encoders have no template.",
     )
-    instruction: str | None = _setting(
+    instruction: str | None = setting(
         None, "What a decoder is to judge by, if its template has a place for it. None takes the template's words."
     )
-    cutoff_layers: int | None = _setting(
+    cutoff_layers: int | None = setting(
         None,
         "The layer whose head gives the score, for models with heads behind several layers, such as "
         "bge-reranker-v2-minicpm-layerwise. The layers behind it are left out. None takes the last.",
@@ -232,26 +235,35 @@ class RerankSettings(ModelSettings):
 class GenerationSettings(ModelSettings):
     """This class holds the settings of a language model that generates text."""
 
-    max_length: int | None = _setting(
+    max_length: int | None = setting(
         None,
         "The most tokens of a prompt and its continuation together. None takes what the model was made for, "
         "4,096 at most. A memory budget pays for the keys and values of that many tokens.",
     )
-    mlp_density: float | None = _setting(
+    mlp_density: float | None = setting(
         None,
         "The share of the MLPs' weights that each new token uses, above 0 and at most 1 (dynamic input "
         "pruning, on the CPU). grating then reads fewer bytes within a budget, and the text differs from the "
         "dense model's. None uses all.",
         basic=True,
     )
-    bits: int | None = _setting(
+    inputs_preference: float = setting(
+        INPUTS_PREFERENCE,
+        "What counts of an MLP's input whose columns are not in memory, above 0 and at most 1, with mlp_density "
+        "and a memory budget. Less reads fewer bytes and changes the text more; 1 prefers no column.",
+    )
+    products_preference: float = setting(
+        PRODUCTS_PREFERENCE,
+        "The same for a gated product. Products are uneven, so it may be less than for inputs.",
+    )
+    bits: int | None = setting(
         None,
         "The bits of each weight, on the CPU: 8 takes half of the memory of bfloat16 and changes the text hardly, "
         "4 takes about a third and changes it more. grating makes them of the model's weights the first time, "
         "and keeps them in its cache directory. None takes the weights as they are.",
         basic=True,
     )
-    kv_bits: int | None = _setting(
+    kv_bits: int | None = setting(
         None,
         "The bits of keys and values, 8, which take half of the memory of bfloat16. None keeps them as computed.",
     )
@@ -266,6 +278,8 @@ class GenerationSettings(ModelSettings):
         check_bits("kv_bits", self.kv_bits, (8,), "the bits of keys and values")
         if self.mlp_density is not None:
             check_density(self.mlp_density)
+        for name in ("inputs_preference", "products_preference"):
+            object.__setattr__(self, name, check_preference(name, getattr(self, name)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,22 +290,22 @@ class AnswerSettings:
         ValueError: A value is not usable; the message names it.
     """
 
-    max_new_tokens: int = _setting(256, "The most tokens to generate.")
-    temperature: float = _setting(
+    max_new_tokens: int = setting(256, "The most tokens to generate.")
+    temperature: float = setting(
         0.0,
         "How freely tokens are picked. 0 always takes the likeliest; above 0, tokens are picked at random, by "
         "probabilities that a higher temperature makes more alike.",
     )
-    top_p: float = _setting(
+    top_p: float = setting(
         1.0,
         "The probability, above 0 and at most 1, of the likeliest tokens that are picked from, together.",
     )
-    seed: int | None = _setting(
+    seed: int | None = setting(
         None,
         "The seed of the random numbers. The same seed gives the same text, unless mlp_density chooses other "
         "columns because others are in memory. None gives another text every time.",
     )
-    stop: Sequence[str] = _setting((), "Strings that end the text. They are not part of it.")
+    stop: Sequence[str] = setting((), "Strings that end the text. They are not part of it.")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_new_tokens", whole_number("max_new_tokens", self.max_new_tokens))
@@ -306,42 +320,3 @@ class AnswerSettings:
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop={self.stop!r} has {text!r} in it; each must be a string that is not empty")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeSettings:
-    """This class holds the settings of the HTTP server, beside those of its model.
-
-    Raises:
-        ValueError: A value is not usable; the message names it.
-    """
-
-    host: str = _setting("127.0.0.1", "The address to listen at. 0.0.0.0 lets other machines call.")
-    port: int = _setting(8080, "The port to listen at. 0 takes a free one.")
-    api_key: str | None = _setting(
-        None,
-        "The key that clients must send as 'Authorization: Bearer KEY'. None takes the variable GRATING_API_KEY; "
-        "without both, no key is asked for.",
-        shown=False,
-    )
-    name: str | None = _setting(
-        None, "The name by which clients ask for the model. None takes the model's own, without a path."
-    )
-    also: Sequence[str] = _setting((), "Further models, as MODEL or NAME=MODEL. They share the settings.")
-    max_body: int = _setting(4_000_000, "The most bytes of a request's body.")
-    max_documents: int = _setting(1000, "The most entries of a list in a request, such as its documents.")
-    max_tokens: int = _setting(131_072, "The most tokens of a request, over all its documents.")
-    queue_tokens: int = _setting(
-        262_144, "The most tokens of all requests that wait for a model. More are told to come again later."
-    )
-    deadline: float = _setting(60.0, "The seconds after which the best ranking so far is the answer to a request.")
-    drain: float = _setting(30.0, "The most seconds that requests in progress get when the server is stopped.")
-
-    def __post_init__(self) -> None:
-        for name in ("max_body", "max_documents", "max_tokens", "queue_tokens"):
-            whole_number(name, getattr(self, name))
-        if whole_number("port", self.port, 0) > 65_535:
-            raise ValueError(f"port={self.port} must be at most 65535")
-        for name in ("deadline", "drain"):
-            if not is_number(getattr(self, name)) or not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a number of seconds above 0")

@@ -29,7 +29,8 @@ from typer.main import get_command
 from grating_core import Reranker, select_context
 from grating_core.cli.commands import app
 from grating_core.lab.distill import distill
-from grating_core.settings import AnswerSettings, GenerationSettings, RerankSettings, ServeSettings
+from grating_core.serving.settings import ServeSettings
+from grating_core.settings import AnswerSettings, GenerationSettings, RerankSettings
 
 PAGE = Path(__file__).parent.parent / "docs" / "parameters.md"
 REQUIRED = inspect.Parameter.empty

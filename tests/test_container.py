@@ -19,7 +19,7 @@ import yaml
 from typer.main import get_command
 
 from grating_core.cli.commands import app
-from grating_core.settings import ServeSettings
+from grating_core.serving.settings import ServeSettings
 from tests.core.serving.conftest import DOCUMENTS, ORDER, QUERY, real_model, serving
 
 ROOT = Path(__file__).parent.parent

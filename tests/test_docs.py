@@ -26,7 +26,7 @@ from grating_core import Reranker, StreamedCausalLM, errors, select_context
 from grating_core.cli.commands import app
 from grating_core.lab.distill import distill
 from grating_core.models.families import FAMILIES
-from grating_core.settings import ServeSettings
+from grating_core.serving.settings import ServeSettings
 from grating_core.text.prompts import PROMPTS
 from scripts import render_parameters
 from tests.core.serving.conftest import real_model, serving

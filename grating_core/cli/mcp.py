@@ -9,7 +9,7 @@ from typing import Annotated
 from grating_core.cli.options import Takes
 from grating_core.cli.output import err, tell
 from grating_core.cli.serve import Settings, with_key
-from grating_core.settings import ServeSettings
+from grating_core.serving.settings import ServeSettings
 
 Server = Annotated[ServeSettings, Takes(without=("name", "also"))]
 

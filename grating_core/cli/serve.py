@@ -10,7 +10,8 @@ from typing import Annotated
 
 from grating_core.cli.options import Takes
 from grating_core.cli.output import err, tell
-from grating_core.settings import RerankSettings, ServeSettings
+from grating_core.serving.settings import ServeSettings
+from grating_core.settings import RerankSettings
 
 Settings = Annotated[RerankSettings, Takes(beside=("recalibrate",))]
 

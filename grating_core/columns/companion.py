@@ -29,7 +29,7 @@ Kind = Literal["inputs", "products"]
 KINDS: tuple[Kind, Kind] = ("inputs", "products")
 
 _AT_ONCE = 1 << 18  # entries that are transposed and quantised at a time
-_COPIES = 96  # bytes for each of them: copies in float32
+_COPIES = 104  # bytes for each of them: copies in float32
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grating_core.arguments import check_density
+from grating_core.arguments import INPUTS_PREFERENCE, PRODUCTS_PREFERENCE, check_density
 from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import Caching, Preference
 from grating_core.columns.companion import KINDS, ColumnSizes, write_columns
@@ -24,7 +24,7 @@ from grating_core.memory.meter import Meter
 
 # Among preferences that find 10 % more columns in memory, this one costs SmolLM2-135M-Instruct least: see
 # benchmarks/perplexity.py. The paper has 0.2 for both.
-PREFERENCE = Preference(inputs=0.9, products=0.3)
+PREFERENCE = Preference(INPUTS_PREFERENCE, PRODUCTS_PREFERENCE)
 _STAGING = 16 << 20  # bytes; larger was no faster
 _FEWEST_STAGED = 2  # columns of the larger kind that each half holds at least
 
@@ -49,7 +49,7 @@ class MlpPruning:
 
 
 def mlp_pruning(
-    mlp_density: float | None, *, bits: int | None = None, show_progress: bool = False
+    mlp_density: float | None, preference: Preference, *, bits: int | None = None, show_progress: bool = False
 ) -> MlpPruning | None:
     """Return the pruning for a density; None if the density asks for all weights.
 
@@ -58,7 +58,7 @@ def mlp_pruning(
     """
     if mlp_density is None or check_density(mlp_density) == 1:
         return None
-    return MlpPruning(mlp_density, bits=bits, show_progress=show_progress)
+    return MlpPruning(mlp_density, preference, bits, show_progress)
 
 
 def column_sizes(specs: Sequence[LayerSpec], dtype: torch.dtype, bits: int | None = None) -> ColumnSizes:

@@ -147,6 +147,8 @@ def unpack_columns(form: RowFormat, table: Tensor, places: NDArray[np.int64], ou
 
 def _rows(form: RowFormat, table: Tensor, places: NDArray[np.int64]) -> Tensor:
     """Return rows as float32 ``[k, length]``."""
+    if not len(places):
+        return torch.zeros(0, form.length)  # torch views no bytes of no rows as numbers
     data = table.numpy()[places[:, None] + np.arange(form.row_bytes)]
     rows = torch.from_numpy(data)
     if form.bits is None:

@@ -121,11 +121,9 @@ class StoredModel(ABC):
             keys=window * 2 * layer.key_heads * layer.head_size * self.dtype.itemsize,
             kernels=kernels_work(spec, self.dtype) if compiled else 0,
         )
-        packing = packing or self._as_stored
-        if packing is None:
+        if (packing := packing or self._as_stored) is None:
             return sizes
-        packed = self._packed(packing)
-        work = work_per_token(spec, self.dtype, packing, pruned=bool(self._apart()))
+        packed, work = self._packed(packing), work_per_token(spec, self.dtype, packing, pruned=bool(self._apart()))
         rest = sizes.rest + (0 if sizes.kernels else unpacked_bytes(spec))
         sizes = replace(sizes, layers=packed.sizes, bytes_read=packed.sizes, work=work, rest=rest)
         return replace(sizes, converted=False, writing=packed.writing)
@@ -157,9 +155,9 @@ class StoredModel(ABC):
         self._tensors = self._match(stored, wanted)
         self._sort([list(names) for names in in_layers], list(outside), list(head))
         if self.adapter is not None:
-            # GGUF files store some families' norms plus one, and adapters never do.
-            norm = outside_name(family, "final_norm") if is_gguf(self.directory) else ""
-            self.adapter.check(self._shapes(), {*self._head, OUTPUT} - {norm}, self._table)
+            # GGUF files have some families' norms plus one, and adapters have not.
+            norm = {outside_name(family, "final_norm")} if is_gguf(self.directory) else set()
+            self.adapter.check(self._shapes(), {*self._head, OUTPUT} - norm, self._table)
 
     def _match(self, stored: Mapping[str, StoredTensor], wanted: Mapping[str, Shape]) -> dict[str, StoredTensor]:
         """Return the stored tensor for each wanted name."""

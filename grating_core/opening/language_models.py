@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from grating_core.columns.cache import Preference
 from grating_core.columns.install import mlp_pruning
 from grating_core.lifetime import closed_on_error
 from grating_core.memory.meter import resident_memory
@@ -92,7 +93,12 @@ def open_language_model(settings: GenerationSettings) -> OpenLanguageModel:
         dtype=dtype,
         adapter=adapter,
         lasting=settings.budget is not None,
-        pruning=mlp_pruning(settings.mlp_density, bits=settings.bits, show_progress=settings.show_progress),
+        pruning=mlp_pruning(
+            settings.mlp_density,
+            Preference(settings.inputs_preference, settings.products_preference),
+            bits=settings.bits,
+            show_progress=settings.show_progress,
+        ),
         packing=packing,
         kv_bits=settings.kv_bits,
         show_progress=settings.show_progress,

@@ -29,7 +29,7 @@ from grating_core.serving.models import ServedModels
 from grating_core.serving.openapi import Described, document, page
 from grating_core.serving.page import Page
 from grating_core.serving.schemas import Body, Call
-from grating_core.settings import ServeSettings
+from grating_core.serving.settings import ServeSettings
 
 _PUBLIC = frozenset({"/", "/health", "/docs", "/openapi.json"})
 _DOCS_HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'"}

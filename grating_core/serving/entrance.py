@@ -20,7 +20,7 @@ from grating_core.serving.calls import Left
 from grating_core.serving.errors import Refused, failed, told
 from grating_core.serving.logs import cause, tell
 from grating_core.serving.metrics import Metrics
-from grating_core.settings import ServeSettings
+from grating_core.serving.settings import ServeSettings
 
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _LEFT = 499  # what a log has for a client that did not wait

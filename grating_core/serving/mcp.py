@@ -44,7 +44,7 @@ from grating_core.serving.logs import cause, tell
 from grating_core.serving.metrics import Metrics
 from grating_core.serving.models import ServedModel, ServedModels
 from grating_core.serving.schemas import Document, Query
-from grating_core.settings import ServeSettings
+from grating_core.serving.settings import ServeSettings
 
 PATH = "/mcp"
 """The path of the tools over HTTP."""

@@ -18,7 +18,8 @@ from grating_core.reranker import Reranker
 from grating_core.results import RerankResult
 from grating_core.serving.admission import Queue
 from grating_core.serving.errors import Refused, invalid, too_large
-from grating_core.settings import RerankSettings, ServeSettings
+from grating_core.serving.settings import ServeSettings
+from grating_core.settings import RerankSettings
 
 _CHARACTERS = 4  # of a token, about; what a request takes in the queue until its tokens are counted
 _KEPT = 32  # so many characters count as a token at least: a text waits in memory, however little is read of it

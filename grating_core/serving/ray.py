@@ -28,7 +28,8 @@ from grating_core.serving.calls import Left, Reading, unless_over
 from grating_core.serving.errors import Refused, told
 from grating_core.serving.logs import write_to
 from grating_core.serving.models import ServedModels
-from grating_core.settings import RerankSettings, ServeSettings
+from grating_core.serving.settings import ServeSettings
+from grating_core.settings import RerankSettings
 
 _ONGOING = 1000  # requests at a time of an actor; what a model lets wait is bounded in tokens, by its own queue
 _REPLICAS = 3  # so many are asked, one after the other, if they die

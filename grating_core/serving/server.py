@@ -9,7 +9,7 @@ from starlette.applications import Starlette
 
 from grating_core.serving.app import Application
 from grating_core.serving.models import ServedModels
-from grating_core.settings import ServeSettings
+from grating_core.serving.settings import ServeSettings
 
 _KEEP_ALIVE = 75  # seconds that an idle connection stays open, longer than clients keep theirs
 

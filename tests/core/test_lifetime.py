@@ -19,8 +19,6 @@ from torch import nn
 
 from grating_core import BudgetError, ModelNotFoundError, Reranker, StreamedCausalLM
 from grating_core.columns import reading
-from grating_core.columns.cache import NO_PREFERENCE
-from grating_core.columns.install import MlpPruning
 from grating_core.errors import FileError
 from grating_core.forking import Lock, Threads, computed, run_in_thread
 from grating_core.lens import recalibrate as recalibration
@@ -206,11 +204,8 @@ def new_pruned(decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Loads a language model whose columns are nearly all read from disk, and chosen whatever is in memory."""
     monkeypatch.setenv("GRATING_CACHE", str(tmp_path))
 
-    def pruning(mlp_density: float, *, bits: int | None, show_progress: bool) -> MlpPruning:
-        return MlpPruning(mlp_density, NO_PREFERENCE)
-
-    monkeypatch.setattr("grating_core.opening.language_models.mlp_pruning", pruning)
     settings = {"device": "cpu", "dtype": "float32", "mlp_density": 0.5, "max_length": 64}
+    settings |= {"inputs_preference": 1, "products_preference": 1}
     with pytest.raises(BudgetError) as told:
         StreamedCausalLM.from_pretrained(decoder, memory_budget=1000, **settings)
     return lambda: StreamedCausalLM.from_pretrained(decoder, memory_budget=told.value.smallest, **settings)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from grating_core import ClusterPolicy, Prompt, Reranker, StreamedCausalLM
-from grating_core.settings import AnswerSettings, GenerationSettings, ModelSettings, RerankSettings, ServeSettings
+from grating_core.serving.settings import ServeSettings
+from grating_core.settings import AnswerSettings, GenerationSettings, ModelSettings, RerankSettings
 
 LOADERS = [(Reranker.from_pretrained, RerankSettings), (StreamedCausalLM.from_pretrained, GenerationSettings)]
 ANSWERS = [(StreamedCausalLM.generate, AnswerSettings), (StreamedCausalLM.stream, AnswerSettings)]

@@ -16,7 +16,7 @@ from grating_core.results import RerankResult
 from grating_core.serving.errors import Refused
 from grating_core.serving.models import ServedModel
 from grating_core.serving.schemas import Body, Call, Query
-from grating_core.settings import ServeSettings
+from grating_core.serving.settings import ServeSettings
 
 _OWN_KINDS = ("validation", "overloaded", "unhealthy", "backend", "tokenizer", "empty")
 

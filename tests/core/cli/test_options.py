@@ -8,7 +8,8 @@ import pytest
 from typer.main import get_command
 
 from grating_core.cli.commands import app
-from grating_core.settings import AnswerSettings, GenerationSettings, ModelSettings, RerankSettings, ServeSettings
+from grating_core.serving.settings import ServeSettings
+from grating_core.settings import AnswerSettings, GenerationSettings, ModelSettings, RerankSettings
 from tests.core.cli.conftest import grating
 
 NO_OPTIONS = {"token", "show_progress", "recalibrate"}

@@ -15,8 +15,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from grating_core import BudgetError, StreamedCausalLM
 from grating_core.columns.allocation import allocate
-from grating_core.columns.cache import NO_PREFERENCE
-from grating_core.columns.install import MlpPruning
 from grating_core.engine.decode import advance, new_cache
 from grating_core.errors import FileError, StorageError
 from grating_core.lab.masked import MaskedMlp
@@ -42,14 +40,8 @@ def companions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "columns"
 
 
-@pytest.fixture
-def no_preference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is in memory does not change what is chosen, so that a budget changes nothing."""
-
-    def pruning(mlp_density: float | None, *, bits: int | None, show_progress: bool) -> MlpPruning | None:
-        return None if mlp_density is None else MlpPruning(mlp_density, NO_PREFERENCE, bits)
-
-    monkeypatch.setattr("grating_core.opening.language_models.mlp_pruning", pruning)
+NO_PREFERENCE = {"inputs_preference": 1, "products_preference": 1}
+"""What is in memory does not change what is chosen, so that a budget changes nothing."""
 
 
 def load_lm(directory: Path, **settings: object) -> StreamedCausalLM:
@@ -100,15 +92,14 @@ def test_text_is_that_of_masks(family: str, tmp_path: Path) -> None:
     assert found.bytes_read == 0
 
 
-@pytest.mark.usefixtures("no_preference")
 def test_a_budget_changes_what_is_read_and_not_the_text(tmp_path: Path) -> None:
     directory = save_decoder(tmp_path / "model", "qwen3")
     expected = masked_text(directory, 20)
     with pytest.raises(BudgetError) as told:
-        load_lm(directory, memory_budget=1000, mlp_density=DENSITY)
+        load_lm(directory, memory_budget=1000, mlp_density=DENSITY, **NO_PREFERENCE)
     read = []
     for budget in (told.value.smallest, (told.value.smallest + told.value.resident) // 2, told.value.resident):
-        with load_lm(directory, memory_budget=budget, mlp_density=DENSITY) as model:
+        with load_lm(directory, memory_budget=budget, mlp_density=DENSITY, **NO_PREFERENCE) as model:
             assert model.plan is not None
             assert model.plan.total <= budget
             for _ in range(2):  # what was read for one text does not change the next
@@ -119,16 +110,17 @@ def test_a_budget_changes_what_is_read_and_not_the_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.usefixtures("no_preference")
 def test_columns_go_with_other_weights_in_fewer_bits(tmp_path: Path, companions: Path, bits: int) -> None:
     directory = save_decoder(tmp_path / "model", "qwen3")
-    with load_lm(directory, bits=bits, mlp_density=DENSITY) as model:
+    with load_lm(directory, bits=bits, mlp_density=DENSITY, **NO_PREFERENCE) as model:
         expected = model.generate(TEXT, max_new_tokens=20).text
     with load_lm(directory, bits=bits) as dense:
         assert expected != dense.generate(TEXT, max_new_tokens=20).text
     with pytest.raises(BudgetError) as told:
-        load_lm(directory, memory_budget=1000, bits=bits, mlp_density=DENSITY)
-    with load_lm(directory, memory_budget=told.value.smallest, bits=bits, mlp_density=DENSITY) as model:
+        load_lm(directory, memory_budget=1000, bits=bits, mlp_density=DENSITY, **NO_PREFERENCE)
+    with load_lm(
+        directory, memory_budget=told.value.smallest, bits=bits, mlp_density=DENSITY, **NO_PREFERENCE
+    ) as model:
         assert model.generate(TEXT, max_new_tokens=20).text == expected
     assert [path.name.partition("-")[2] for path in companions.iterdir()] == [f"{bits}bits.safetensors"]
 
@@ -234,3 +226,23 @@ def test_a_companion_file_that_goes_away_while_generating_is_missed_and_found_ag
             model.generate(TEXT, max_new_tokens=8)
         path.write_bytes(whole)
         assert model.generate(TEXT, max_new_tokens=8).text == expected
+
+
+@pytest.mark.parametrize("name", ["inputs_preference", "products_preference"])
+@pytest.mark.parametrize("value", [0, -0.1, 1.1, "much", float("nan")])
+def test_a_preference_that_is_none_is_refused(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}={value!r} must be a number above 0, 1 at most"):
+        StreamedCausalLM.from_pretrained("owner/name", **{name: value})  # type: ignore[arg-type]
+
+
+def test_a_stronger_preference_finds_more_columns(tmp_path: Path) -> None:
+    directory = save_decoder(tmp_path / "model", "qwen3")
+    with pytest.raises(BudgetError) as told:
+        load_lm(directory, memory_budget=1000, mlp_density=DENSITY)
+    budget = (told.value.smallest + told.value.resident) // 2
+    found = []
+    for preference in (1, 0.9, 0.01):
+        how = {"inputs_preference": preference, "products_preference": preference}
+        with load_lm(directory, memory_budget=budget, mlp_density=DENSITY, **how) as model:
+            found.append(model.generate(TEXT, max_new_tokens=20).hit_rate)
+    assert found[0] <= found[1] < found[2]

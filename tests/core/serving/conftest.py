@@ -10,7 +10,7 @@ import pytest
 from grating_core import Reranker
 from grating_core.serving.models import ServedModel, ServedModels
 from grating_core.serving.server import listening, running
-from grating_core.settings import ServeSettings
+from grating_core.serving.settings import ServeSettings
 from tests.core.conftest import BUNDLED
 
 QUERY = "How many people live in Berlin?"

@@ -17,7 +17,7 @@ from grating_core.context import join_passages, select_context
 from grating_core.reranker import Reranker
 from grating_core.serving.models import ServedModel, ServedModels
 from grating_core.serving.server import address_of, listening, process
-from grating_core.settings import ServeSettings
+from grating_core.serving.settings import ServeSettings
 from tests.core.conftest import BUNDLED
 from tests.core.serving.conftest import DOCUMENTS, NAME, ORDER, QUERY, real_model
 

@@ -6,7 +6,8 @@ import pytest
 
 from grating_core.serving.errors import Refused
 from grating_core.serving.models import ServedModels
-from grating_core.settings import RerankSettings, ServeSettings
+from grating_core.serving.settings import ServeSettings
+from grating_core.settings import RerankSettings
 
 
 def opened(model: Path, **settings: object) -> ServedModels:

@@ -20,7 +20,8 @@ import torch
 
 from grating_core import Request, Reranker
 from grating_core.serving.batches import BatchReranker
-from grating_core.settings import RerankSettings, ServeSettings
+from grating_core.serving.settings import ServeSettings
+from grating_core.settings import RerankSettings
 from tests.core.conftest import BUNDLED
 from tests.core.serving.conftest import DOCUMENTS, ORDER, QUERY
 
