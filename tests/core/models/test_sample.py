@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from grating_core.columns.install import mlp_pruning
+from grating_core.columns.install import MlpPruning
 from grating_core.engine.decode import advance, new_cache
 from grating_core.models.causal_lm import CausalLM, StoredCausalLM
 from grating_core.models.packing import Packing, generating
@@ -113,7 +113,7 @@ def test_on_other_texts_4_bits_lose_less_with_a_sample(uneven: Path) -> None:
 def test_the_companion_file_is_named_after_the_way_of_rounding(uneven: Path, spill_directory: Path) -> None:
     for packing in (PACKING, replace(PACKING, weighed=False), generating(8, torch.float32)):
         stored(uneven, packing).load(None)
-    stored(uneven, PACKING, pruning=mlp_pruning(0.5, bits=4)).load(None).close()
+    stored(uneven, PACKING, pruning=MlpPruning(0.5, bits=4)).load(None).close()
     names = [path.stem.partition("-")[2] for path in (spill_directory / "layers").iterdir()]
     assert sorted(names) == [
         "int8-output-int8",
