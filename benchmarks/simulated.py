@@ -43,13 +43,21 @@ STEPS = {1.0: (0.0, 0.4, 0.8, 1.0), 0.67: (0.0, 0.5, 1.0), 0.5: (0.0, 0.5, 1.0)}
 """For each density the budgets: 0 is the smallest that works, 1 holds everything."""
 
 
-def budgets(form: Form, steps: Sequence[float]) -> Iterator[int]:
-    """Yield a budget in bytes for each step."""
+def budgets(shape: Shape, density: float, steps: Sequence[float]) -> Iterator[int]:
+    """Yield a budget in bytes for each step. Dense layers fit as well, which the simulator compares with."""
+    dense, form = _refusal(shape.dense), _refusal(shape.dense if density == 1 else shape.pruned)
+    smallest = max(dense.smallest, form.smallest)
+    for step in steps:
+        yield smallest + int(step * max(0, form.resident - smallest))
+
+
+def _refusal(form: Form) -> BudgetError:
+    """Return what a model says to a budget that is too small."""
     try:
         form.plan(1)
     except BudgetError as error:
-        for step in steps:
-            yield error.smallest + int(step * (error.resident - error.smallest))
+        return error
+    raise AssertionError("no model fits into a byte")
 
 
 def generate(directory: Path, settings: dict[str, Any], tokens: int, rounds: int) -> list[Generation]:
@@ -85,7 +93,7 @@ def compare(
         found = [measure(shape, PROMPT_TOKENS + tokens // 2) for _ in range(2)]
         costs = min(found, key=lambda one: one.layer + one.pruned)
     for density in only:
-        for budget in budgets(shape.dense if density == 1 else shape.pruned, STEPS[density]):
+        for budget in budgets(shape, density, STEPS[density]):
             settings = {"bits": given, "max_length": LENGTH, "memory_budget": budget, "mlp_density": density}
             with progress.status(f"{bits} bits, density {density}, {budget / 1e6:,.0f} MB: generating"):
                 texts = generate(directory, settings, tokens, rounds)
