@@ -17,9 +17,11 @@ from grating_core.columns.masks import kept
 from grating_core.lab.masked import MaskedMlp, find_gated_mlp
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
-# Tokens that go through the model together: more were no faster on a CPU, and a GPU needs more work at once.
-_TOKENS, _TOKENS_ON_GPU = 1 << 10, 1 << 13
-_POSITIONS, _POSITIONS_ON_GPU = 128, 1024  # positions whose logits are in memory together
+_TOKENS = 1024  # tokens that go through the model together: more take memory and were no faster on a CPU
+_POSITIONS = 128  # positions whose logits are in memory together
+# A GPU needs more work at once. It gets more tokens and positions, as far as they have no more entries than this.
+_PRODUCTS_ON_GPU = 3 << 27  # of the MLPs' products in all layers: 8,700 tokens of SmolLM2-135M, 1,100 of Qwen3-4B
+_LOGITS_ON_GPU = 3 << 24
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Divergence:
 
     def __init__(self, head: Callable[[Tensor], Tensor], vocabulary: int, device: torch.device) -> None:
         self._head = head
-        self._at_once = _POSITIONS if device.type == "cpu" else _POSITIONS_ON_GPU
+        self._at_once = _POSITIONS if device.type == "cpu" else max(_POSITIONS, _LOGITS_ON_GPU // vocabulary)
         self._room = torch.empty(4, self._at_once, vocabulary, device=device)
 
     def __call__(self, student: Tensor, teacher: Tensor) -> tuple[float, Tensor]:
@@ -173,6 +175,10 @@ class Student:
         self.adapted = [LowRankMlp(mlp, rank, chance) for mlp in self.dense]
         self.trained = [TrainedMlp(mlp, shares) for mlp, shares in zip(self.adapted, self.shares, strict=True)]
         self.exact = [MaskedMlp(mlp, shares) for mlp, shares in zip(self.adapted, self.shares, strict=True)]
+        self._tokens = _TOKENS
+        if module.device.type != "cpu":
+            products = sum(mlp.down_proj.in_features for mlp in self.dense)
+            self._tokens = max(_TOKENS, _PRODUCTS_ON_GPU // products)
         self.divergence = Divergence(self.head, len(module.lm_head.weight), module.device)
 
     def changes(self) -> dict[str, nn.Parameter]:
@@ -203,8 +209,7 @@ class Student:
     def learn(self, ids: Tensor) -> float:
         """Add the gradients of the mean divergence for token ids ``[B, T]``, and return that divergence."""
         total = 0.0
-        tokens = _TOKENS if self.module.device.type == "cpu" else _TOKENS_ON_GPU
-        for some in torch.split(ids, max(1, tokens // ids.shape[1])):
+        for some in torch.split(ids, max(1, self._tokens // ids.shape[1])):
             with torch.no_grad():
                 teacher = self.hidden(self.dense, some)
             student = self.hidden(self.trained, some)
