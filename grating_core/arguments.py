@@ -18,6 +18,9 @@ LongDocuments = Literal["truncate", "windows"]
 Scores = Literal["exact", "estimated"]
 """Whether what is returned went through every layer, or sure winners stop early with an estimate."""
 
+INPUTS_PREFERENCE, PRODUCTS_PREFERENCE = 0.9, 0.3
+"""What counts of an input, and of a product, whose columns are not in memory, unless the user says otherwise."""
+
 _UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -92,37 +95,32 @@ def given(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-INPUTS_PREFERENCE = 0.9
-PRODUCTS_PREFERENCE = 0.3
-"""What counts of an input, and of a product, whose columns are not in memory, unless the user says otherwise."""
-
-
 def check_density(mlp_density: Any) -> float:
-    """Return the density, if it is one.
-
-    Raises:
-        ValueError: The density is not a number above 0 and at most 1.
-    """
-    if not is_number(mlp_density) or not 0 < mlp_density <= 1:
-        raise ValueError(
-            f"mlp_density={mlp_density!r} must be a number above 0, 1 at most: the share of the MLPs' weights "
-            f"that a token uses; None for all"
-        )
-    return float(mlp_density)
+    """Return the density, if it is one; see :func:`check_share`."""
+    what = "the share of the MLPs' weights that a token uses; None for all"
+    return check_share("mlp_density", mlp_density, what)
 
 
 def check_preference(name: str, preference: Any) -> float:
-    """Return a preference for columns in memory, if it is one.
+    """Return a preference for columns in memory, if it is one; see :func:`check_share`."""
+    what = "what counts of a magnitude whose column is not in memory; 1 prefers no column"
+    return check_share(name, preference, what)
+
+
+def check_share(name: str, share: Any, what: str) -> float:
+    """Return a share, if it is one.
+
+    Args:
+        name: The name of the argument.
+        share: The argument.
+        what: What the share means, in words.
 
     Raises:
-        ValueError: The preference is not a number above 0 and at most 1.
+        ValueError: The share is not a number above 0 and at most 1.
     """
-    if not is_number(preference) or not 0 < preference <= 1:
-        raise ValueError(
-            f"{name}={preference!r} must be a number above 0, 1 at most: what counts of a magnitude whose column "
-            f"is not in memory; 1 prefers no column"
-        )
-    return float(preference)
+    if not is_number(share) or not 0 < share <= 1:
+        raise ValueError(f"{name}={share!r} must be a number above 0, 1 at most: {what}")
+    return float(share)
 
 
 def check_bits(name: str, bits: Any, possible: Sequence[int], what: str) -> None:

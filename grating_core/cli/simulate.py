@@ -7,7 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
-from grating_core.arguments import check_bits, check_density, parse_budget
+from grating_core.arguments import (
+    INPUTS_PREFERENCE,
+    PRODUCTS_PREFERENCE,
+    check_bits,
+    check_density,
+    parse_budget,
+)
 from grating_core.cli.inputs import read_documents
 from grating_core.cli.options import HUB, Takes
 from grating_core.cli.output import err, show, write_json
@@ -26,8 +32,8 @@ def simulate(
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
     bits: int | None = None,
     max_length: int | None = None,
-    inputs_preference: float = 0.9,
-    products_preference: float = 0.3,
+    inputs_preference: float = INPUTS_PREFERENCE,
+    products_preference: float = PRODUCTS_PREFERENCE,
     machine: str = "this",
     disk_bandwidth: str | None = None,
     disk_reads: float | None = None,
@@ -57,6 +63,9 @@ def simulate(
         figure: The picture to draw perplexity against tokens a second into.
     """
     check_bits("bits", bits, (8, 4), "the bits of a weight")
+    for density in mlp_density:
+        check_density(density)
+    budget = parse_budget(memory_budget)
     read = "\n\n".join(read_documents(text, plain="text"))
     with err.status("Loading ..."):
         import torch
@@ -83,14 +92,11 @@ def simulate(
             )
         else:
             described = None if machine == "this" else find_machine(machine)
-        for density in mlp_density:
-            check_density(density)
         preference = Preference(inputs_preference, products_preference)
         hub = Hub(settings.revision, None, settings.cache_dir, settings.local_files_only)
         directory = find_model(str(settings.model), hub=hub, show_progress=True)
         weights, _ = choose_dtype(dtype, torch.device("cpu"))
         simulated = Shape.of(shape or directory, weights, bits, max_length)
-        budget = parse_budget(memory_budget)
         plans = [form.plan(budget) for form in (simulated.dense, simulated.pruned)]
     if described is None:
         from grating_core.lab.probe import measure

@@ -25,7 +25,7 @@ from grating_core.models.packing import Packing, generating
 from grating_core.opening.language_models import USUAL_LENGTH
 from grating_core.text.windows import find_window
 
-_PRUNED = MlpPruning(0.5)  # every density takes the same memory
+_DENSITY = 0.5  # every density takes the same memory
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Shape:
         packing = None if bits is None else generating(bits, dtype)
         forms = []
         with _with_weights(directory, dtype) as place:
-            for pruning in (None, MlpPruning(_PRUNED.density, bits=bits)):
+            for pruning in (None, MlpPruning(_DENSITY, bits=bits)):
                 stored = StoredCausalLM(
                     place, device=torch.device("cpu"), dtype=dtype, pruning=pruning, packing=packing
                 )

@@ -283,7 +283,7 @@ def _open_direct(path: Path) -> FileIO | None:
 
 
 def _sector(file: FileIO | None) -> int:
-    """Return the bytes of a sector of a file that was opened past the page cache; None for another."""
+    """Return the bytes of a sector of the disk of a file, which is None if no read goes past the page cache."""
     if file is not None:
         try:
             read_at(file, SMALL_SECTOR, [_view(aligned_buffer(SECTOR))[SMALL_SECTOR : 2 * SMALL_SECTOR]])
