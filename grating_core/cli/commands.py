@@ -44,7 +44,10 @@ _COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
     ),
     serve: (f"grating serve {BUNDLED}", "grating serve MODEL --port 8000 --also small=OTHER"),
     mcp: (f"grating mcp {BUNDLED}", f"grating mcp {BUNDLED} --http --port 8081"),
-    plan: (f"grating plan {BUNDLED} --memory-budget 110MB",),
+    plan: (
+        f"grating plan {BUNDLED} --memory-budget 110MB",
+        "grating plan Qwen/Qwen3-4B --memory-budget 2GB --bits 4 --mlp-density 0.5 --kv-bits 8",
+    ),
     calibrate: ("grating calibrate Qwen/Qwen3-Reranker-0.6B --corpus documents.jsonl",),
     bench: (f"grating bench {BUNDLED} --corpus documents.jsonl --queries queries.txt",),
     simulate: ("grating simulate MODEL --text book.txt --memory-budget 1GB --bits 4 --machine sata-ssd",),

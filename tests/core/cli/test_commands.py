@@ -227,6 +227,63 @@ def test_plan_prints_what_a_budget_is_spent_on() -> None:
     assert "too small" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        (["--generate"], {}),
+        (["--bits", "8"], {"bits": 8}),
+        (["--kv-bits", "8"], {"kv_bits": 8}),
+        (["--bits", "4", "--mlp-density", "0.5", "--kv-bits", "8"], {"bits": 4, "mlp_density": 0.5, "kv_bits": 8}),
+    ],
+)
+def test_plan_of_a_model_that_generates_is_the_one_it_is_loaded_with(
+    tmp_path: Path, options: list[str], settings: dict[str, float]
+) -> None:
+    model = save_decoder(tmp_path / "model", "llama")
+    common = {"dtype": "bfloat16", "device": "cpu", "max_length": 64}
+    with pytest.raises(BudgetError) as refused:
+        StreamedCausalLM.from_pretrained(model, memory_budget=1, **common, **settings)
+    common["memory_budget"] = refused.value.smallest + 1000
+    options = ["plan", str(model), *options]
+    options += [f"--{name.replace('_', '-')}={value}" for name, value in common.items()]
+    done = grating(*options, "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    with StreamedCausalLM.from_pretrained(model, **common, **settings) as loaded:
+        plan = loaded.plan
+        generation = loaded.generate("w1 w2 w3", max_new_tokens=6)
+    assert found["parts"] == plan.parts
+    assert (found["total"], found["window"], found["resident_layers"]) == (plan.total, 64, len(plan.resident))
+    after, pruned = generation.bytes_read - generation.bytes_to_first, "mlp_density" in settings
+    assert found["token"]["bytes_read"] == plan.bytes_read()
+    assert pruned or after == 5 * plan.bytes_read()
+    assert "bits" in settings or plan.bytes_read() > 0  # writing a companion file takes more than all layers
+    assert found["token"]["bytes_of_columns"] == (plan.sizes.columns // 2 if pruned else 0)
+    assert found["column_share"] == (plan.column_share if pruned else None)
+    shown = grating(*options)
+    assert "keys and values" in shown.stdout
+    assert ("MB of columns that it uses" in " ".join(shown.stdout.split())) == pruned
+    assert ("to write companion files" in shown.stdout) == (pruned or "bits" in settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--bits", "5"], "bits=5 must be 8 or 4"),
+        (["--kv-bits", "4"], "kv_bits=4 must be 8"),
+        (["--mlp-density", "0"], "mlp_density=0.0 must be a number above 0"),
+        (["--bits", "4", "--dtype", "int8"], "dtype='int8' is for rerankers"),
+        (["--generate", "--template", "zerank"], "template='zerank' is for rerankers"),
+        (["--kv-bits", "8", "--cutoff-layers", "9"], "cutoff_layers=9 is for rerankers"),
+    ],
+)
+def test_plan_refuses_what_loading_refuses_before_it_looks_for_the_model(options: list[str], told: str) -> None:
+    done = grating("plan", "/no/such/model", "--memory-budget", "1GB", *options)
+    assert done.exit_code == 2
+    assert told in " ".join(done.stderr.split())
+    assert "/no/such" not in done.stderr
+
+
 def test_rerank_within_a_budget_tells_of_the_disk() -> None:
     done = grating(
         "rerank",
