@@ -31,6 +31,7 @@ def simulate(
     shape: Path | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
     bits: int | None = None,
+    kv_bits: int | None = None,
     max_length: int | None = None,
     inputs_preference: float = INPUTS_PREFERENCE,
     products_preference: float = PRODUCTS_PREFERENCE,
@@ -52,6 +53,7 @@ def simulate(
         shape: The directory with the config.json of another model to simulate.
         dtype: The type of the states, and of the weights if they have no bits of their own.
         bits: The bits of each weight, 8 or 4.
+        kv_bits: The bits of keys and values, 8.
         max_length: The most tokens of a prompt and its continuation together, which the budget pays for.
         inputs_preference: The factor on an input whose column is not in memory, in cache-aware DIP.
         products_preference: The same factor for a product.
@@ -63,6 +65,7 @@ def simulate(
         figure: The picture to draw perplexity against tokens a second into.
     """
     check_bits("bits", bits, (8, 4), "the bits of a weight")
+    check_bits("kv_bits", kv_bits, (8,), "the bits of keys and values")
     for density in mlp_density:
         check_density(density)
     budget = parse_budget(memory_budget)
@@ -96,7 +99,7 @@ def simulate(
         hub = Hub(settings.revision, None, settings.cache_dir, settings.local_files_only)
         directory = find_model(str(settings.model), hub=hub, show_progress=True)
         weights, _ = choose_dtype(dtype, torch.device("cpu"))
-        simulated = Shape.of(shape or directory, weights, bits, max_length)
+        simulated = Shape.of(shape or directory, weights, bits, max_length, kv_bits)
         plans = [form.plan(budget) for form in (simulated.dense, simulated.pruned)]
     if described is None:
         from grating_core.lab.probe import measure

@@ -64,7 +64,7 @@ def make_parts(shape: Shape, form: Form, depth: int, mlps: Sequence[Mlp] = ()) -
         head = {"vocabulary.weight": outside["table.weight"]}
     return Parts(
         shape.family, spec, _CPU, shape.dtype, Meter(), outside, head, layers,
-        mlps=mlps, packing=packing, output=output,
+        mlps=mlps, packing=packing, output=output, kv_bits=shape.kv_bits,
         rows=PackedTable(output, shape.dtype) if output is not None and shape.tied else None,
     )  # fmt: skip
 

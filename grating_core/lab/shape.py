@@ -63,6 +63,7 @@ class Shape:
         pruned: The model with pruned MLPs.
         columns: Sizes of the columns of pruned MLPs.
         tied: Whether the embedding table is the output embedding as well.
+        kv_bits: Bits of keys and values, 8; None for the dtype of states.
     """
 
     family: Family
@@ -72,10 +73,16 @@ class Shape:
     pruned: Form
     columns: ColumnSizes
     tied: bool
+    kv_bits: int | None = None
 
     @classmethod
     def of(
-        cls, directory: Path, dtype: torch.dtype, bits: int | None = None, max_length: int | None = None
+        cls,
+        directory: Path,
+        dtype: torch.dtype,
+        bits: int | None = None,
+        max_length: int | None = None,
+        kv_bits: int | None = None,
     ) -> Shape:
         """Find the shape of a model, from its ``config.json`` alone if its weights are not there.
 
@@ -85,6 +92,7 @@ class Shape:
             bits: Bits of a quantised weight, 8 or 4; None for weights in the dtype.
             max_length: The most tokens of a prompt together with its continuation; None for what a model is
                 loaded with.
+            kv_bits: Bits of keys and values, 8; None for the dtype.
 
         Raises:
             ModelNotFoundError: The file is missing or makes no sense.
@@ -96,13 +104,19 @@ class Shape:
         with _with_weights(directory, dtype) as place:
             for pruning in (None, MlpPruning(_DENSITY, bits=bits)):
                 stored = StoredCausalLM(
-                    place, device=torch.device("cpu"), dtype=dtype, pruning=pruning, packing=packing
+                    place,
+                    device=torch.device("cpu"),
+                    dtype=dtype,
+                    pruning=pruning,
+                    packing=packing,
+                    kv_bits=kv_bits,
                 )
                 with closing(stored):
                     window = find_window(directory, stored.window, max_length, USUAL_LENGTH)
                     forms.append(Form(stored.sizes(window), stored.packing, window))
         columns, (dense, pruned) = column_sizes(stored.spec.layers, dtype, bits), forms
-        return cls(stored.family, stored.spec, dtype, dense, pruned, columns, dense.sizes.table_needed)
+        tied = dense.sizes.table_needed
+        return cls(stored.family, stored.spec, dtype, dense, pruned, columns, tied, kv_bits)
 
     @property
     def depth(self) -> int:

@@ -66,6 +66,7 @@ def test_a_machine_described_by_hand_is_the_one_of_that_name(
         ({"memory_budget": "half"}, "'half'"),
         ({"memory_budget": "1kB"}, "memory_budget=1,000 bytes is too small"),
         ({"bits": "3"}, "bits=3"),
+        ({"kv_bits": "4"}, "kv_bits=4"),
         ({"max_length": "9000000"}, "max_length=9000000"),
         ({"machine": "toaster"}, "machine='toaster'"),
         ({"disk_reads": "5"}, "--memory-bandwidth together"),

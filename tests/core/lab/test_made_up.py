@@ -15,15 +15,16 @@ from grating_core.memory.meter import Meter
 from grating_core.models.causal_lm import CausalLM
 
 
-@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize(("bits", "kv_bits"), [(None, None), (8, None), (4, 8)])
 def test_a_streamed_model_computes_what_one_in_memory_does(
-    decoder_directory: Path, tmp_path: Path, bits: int | None
+    decoder_directory: Path, tmp_path: Path, bits: int | None, kv_bits: int | None
 ) -> None:
-    shape = Shape.of(decoder_directory, torch.float32, bits)
+    shape = Shape.of(decoder_directory, torch.float32, bits, kv_bits=kv_bits)
     parts = make_parts(shape, shape.dense, 4)
     with closing(stream_parts(parts, shape, tmp_path / "layers.safetensors")) as streamed:
         resident, other = (CausalLM(one) for one in (parts, streamed))
         assert resident.depth == 4
+        assert resident.kv_bits == other.kv_bits == kv_bits
         for _ in range(2):
             before = other.meter.bytes_read
             one, same = (advance(model, [3], new_cache(model, 2), slice_tokens=1) for model in (resident, other))

@@ -12,11 +12,11 @@ from grating_core.lab.shape import Shape
 from grating_core.lab.simulator import simulate_dense
 
 
-@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize(("bits", "kv_bits"), [(None, None), (8, None), (4, 8)])
 def test_all_costs_are_found_and_nothing_is_left(
-    decoder_directory: Path, spill_directory: Path, bits: int | None
+    decoder_directory: Path, spill_directory: Path, bits: int | None, kv_bits: int | None
 ) -> None:
-    shape = Shape.of(decoder_directory, torch.bfloat16, bits, 64)
+    shape = Shape.of(decoder_directory, torch.bfloat16, bits, 64, kv_bits)
     costs = measure(shape, 16)
     numbers = [*vars(costs).values()]
     numbers += [number for column in numbers.pop() for number in vars(column).values()]

@@ -83,7 +83,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     return seen
 
 
-@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize(("bits", "kv_bits"), [(None, None), (8, None), (4, 8)])
 @pytest.mark.parametrize("gap", [0, 1 << 14])
 def test_bytes_and_hits_are_those_of_the_engine_for_the_same_tokens(
     decoder_directory: Path,
@@ -91,15 +91,15 @@ def test_bytes_and_hits_are_those_of_the_engine_for_the_same_tokens(
     monkeypatch: pytest.MonkeyPatch,
     spill_directory: Path,
     bits: int | None,
+    kv_bits: int | None,
     gap: int,
 ) -> None:
     monkeypatch.setattr(reading, "GAP", gap)
-    shape = Shape.of(decoder_directory, torch.float32, bits, 64)
+    shape = Shape.of(decoder_directory, torch.float32, bits, 64, kv_bits)
+    settings = {"dtype": "float32", "bits": bits, "kv_bits": kv_bits, "mlp_density": 0.5, "max_length": 64}
     for budget in budgets(shape.pruned, 0, 0.3, 0.7, 1):
         chosen.clear()
-        model = StreamedCausalLM.from_pretrained(
-            decoder_directory, dtype="float32", bits=bits, mlp_density=0.5, memory_budget=budget, max_length=64
-        )
+        model = StreamedCausalLM.from_pretrained(decoder_directory, memory_budget=budget, **settings)
         text = model.generate("w1 w2 w3", max_new_tokens=21, temperature=1.0, seed=0)
         plan = shape.pruned.plan(budget)
         assert model.plan.parts == plan.parts
@@ -125,13 +125,14 @@ def test_bytes_and_hits_are_those_of_the_engine_for_the_same_tokens(
         assert hits / (hits + missing) == pytest.approx(text.hit_rate, abs=1e-12)
 
 
-@pytest.mark.parametrize("bits", [None, 8, 4])
-def test_dense_streaming_reads_what_the_engine_reads(decoder_directory: Path, bits: int | None) -> None:
-    shape = Shape.of(decoder_directory, torch.float32, bits, 64)
+@pytest.mark.parametrize(("bits", "kv_bits"), [(None, None), (None, 8), (8, 8), (4, None)])
+def test_dense_streaming_reads_what_the_engine_reads(
+    decoder_directory: Path, bits: int | None, kv_bits: int | None
+) -> None:
+    shape = Shape.of(decoder_directory, torch.float32, bits, 64, kv_bits)
+    settings = {"dtype": "float32", "bits": bits, "kv_bits": kv_bits, "max_length": 64}
     for budget in budgets(shape.dense, 0, 0.5, 1):
-        model = StreamedCausalLM.from_pretrained(
-            decoder_directory, dtype="float32", bits=bits, memory_budget=budget, max_length=64
-        )
+        model = StreamedCausalLM.from_pretrained(decoder_directory, memory_budget=budget, **settings)
         text = model.generate("w1 w2 w3", max_new_tokens=6)
         assert model.plan.parts == shape.dense.plan(budget).parts
         model.close()
