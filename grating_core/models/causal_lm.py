@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -34,10 +34,11 @@ from grating_core.models.families import FAMILIES
 from grating_core.models.heads import softcapped
 from grating_core.models.identity import fingerprint
 from grating_core.models.layered import LayeredModel, Parts
-from grating_core.models.layout import layer_by_role
+from grating_core.models.layout import layer_names
+from grating_core.models.mlp_matrices import read_matrices, reading_bytes
 from grating_core.models.packed_file import PackedFile
 from grating_core.models.packing import PackedLayers, Packing
-from grating_core.models.sampling import new_sample
+from grating_core.models.sampling import find_importances, new_sample, sampling_bytes
 from grating_core.models.stored import OUTPUT, StoredModel
 from grating_core.models.token_path import TokenPath, token_path
 
@@ -121,8 +122,7 @@ class StoredCausalLM(StoredModel):
         self._pruning = pruning
         self._chosen = packing
         if packing is not None and pruning is not None:
-            # A sample of tokens would need the MLPs as well, whose columns are packed elsewhere.
-            self._chosen = replace(packing, apart=_MATRICES, weighed=False)
+            self._chosen = replace(packing, apart=_MATRICES)
         self._kv_bits = kv_bits
         self._show_progress = show_progress
         super().__init__(directory, device=device, dtype=dtype, lasting=lasting, adapter=adapter)
@@ -147,15 +147,17 @@ class StoredCausalLM(StoredModel):
                 sizes = replace(sizes, row=-(-output // sizes.vocabulary))
             else:
                 sizes = replace(sizes, rest=sizes.rest + output)
+        if self._quantized is not None and self._quantized.weighed:
+            sampling = sampling_bytes(self.spec, self._whole_layers, self.dtype)
+            sizes = replace(sizes, writing=max(sizes.writing, sampling))
         if self._pruning is None:
             return sizes
-        columns, groups = self._columns, self._mlp_groups()
-        writing = max(group.size for group in groups) + _staged(groups) + writing_bytes(columns)
+        columns = self._columns
         return replace(
             sizes,
             columns=columns.depth * columns.layer_bytes,
             staging=staging_bytes(columns),
-            writing=max(sizes.writing, writing),
+            writing=max(sizes.writing, reading_bytes(self._mlp_groups()) + writing_bytes(columns)),
         )
 
     def plan(self, window: int, budget: int) -> MemoryPlan:
@@ -245,9 +247,23 @@ class StoredCausalLM(StoredModel):
         return replace(packing, output=FORMATS[output.kind]) if packing and keeps_blocks(output) else packing
 
     def _packed(self, packing: Packing) -> PackedLayers:
-        packed, table, others = super()._packed(packing), self._tensors[self._table], self._group(*self._always[1])
-        packed.sample = partial(new_sample, self.family, self.spec, self._checkpoint, table, others, self.dtype)
+        packed = super()._packed(packing)
+        packed.importances = lambda: self.importances
         return packed
+
+    @cached_property
+    def importances(self) -> tuple[Mapping[Role, Tensor], ...]:
+        """What a sample of tokens finds in each layer: mean squares of the inputs of products, by role."""
+        table, others = self._tensors[self._table], self._group(*self._always[1])
+        sample = new_sample(self.family, self.spec, self._checkpoint, table, others, self.dtype)
+        groups, show = self._whole_layers, self._show_progress
+        return find_importances(sample, self.family, self.spec, groups, show_progress=show)
+
+    @property
+    def _whole_layers(self) -> dict[int, TensorGroup]:
+        """All weights of each layer on disk as they are stored, those of pruned MLPs as well."""
+        layers = enumerate(self.spec.layers, 1)
+        return {number: self._group(layer_names(self.family, layer, number)) for number, layer in layers}
 
     @property
     def _packs_output(self) -> bool:
@@ -320,29 +336,13 @@ class StoredCausalLM(StoredModel):
             cache_directory() / "columns",
             self._columns,
             fingerprint(self.directory, self.adapter),
-            self._matrices,
+            lambda: read_matrices(self.family, self.spec, self._mlp_groups()),
             show_progress=pruning.show_progress,
         )
 
     def _mlp_groups(self) -> list[TensorGroup]:
         """Return W_u, W_g and W_d of each layer on disk."""
         return [self._group(names, self.dtype) for names in self._mlps]
-
-    def _matrices(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield W_u, W_g and W_d of one layer after the other."""
-        groups = self._mlp_groups()
-        staging = aligned_buffer(_staged(groups))
-        buffer = aligned_buffer(max(group.size for group in groups))
-        for number, (layer, group) in enumerate(zip(self.spec.layers, groups, strict=True), 1):
-            with blaming_weights():
-                group.read(buffer, staging)
-            found = layer_by_role(self.family, layer, number, group.views(buffer))
-            yield found["up.weight"], found["gate.weight"], found["down.weight"]
-
-
-def _staged(groups: Sequence[TensorGroup]) -> int:
-    """Return the bytes of the buffer that tensors are converted in."""
-    return PIECE if any(group.converts for group in groups) else 0
 
 
 def _roles(held: Role | tuple[Role, ...]) -> set[Role]:

@@ -38,7 +38,6 @@ from grating_core.models.as_stored import FORMATS, Rows, packed_blocks, packed_r
 from grating_core.models.family import Family, ModelSpec
 from grating_core.models.layout import layer_by_role, layer_names
 from grating_core.models.packed_file import PackedFile, layer_bytes, open_packed
-from grating_core.models.sample import Sample, sample_bytes
 
 IN_8_BITS: Formats = dict.fromkeys(
     ("query", "key", "value", "output", "gate", "up", "down", "position_key", "position_query"), INT8
@@ -159,8 +158,8 @@ class PackedLayers:
         self._groups = groups
         self._fingerprint = fingerprint
         self._output = output
-        self.sample: Callable[[], Sample] | None = None
-        """What makes the sample of tokens that a packing with weighed errors needs."""
+        self.importances: Callable[[], Sequence[Mapping[Role, Tensor]]] | None = None
+        """What finds the importances of each layer's inputs, which a packing with weighed errors needs."""
         self._layouts = [packing.layout(family, layer, number) for number, layer in enumerate(spec.layers, 1)]
         if packing.output is not None:
             self._layouts.append(layout_of_weight(spec.vocabulary, spec.width, packing.states, packing.output))
@@ -179,8 +178,6 @@ class PackedLayers:
     def writing(self) -> int:
         """The bytes that writing the companion file takes in memory."""
         stored = max(group.size for group in self._groups.values())
-        if self.packing.weighed:
-            stored += sample_bytes(self._spec, self.packing.states)
         part = max((rows.group.size for rows in self._output), default=0)
         return max(stored + max(self.sizes), part + self.output_size) + PIECE + PACKING
 
@@ -228,20 +225,18 @@ class PackedLayers:
     def packed(self, numbers: Collection[int]) -> Iterator[PackedLayer]:
         """Yield layers that are packed now. One layer at a time is in memory as it is on disk.
 
-        If errors are weighed, ask for all layers in rising order: a sample of tokens goes through them.
-
         Raises:
             FileError: The weights cannot be read.
         """
+        # A sample of tokens goes through all layers before memory is taken here.
+        known = self.importances() if self.importances is not None and self.packing.weighed else None
         staging = aligned_buffer(PIECE)
         buffer = aligned_buffer(max((self._groups[number].size for number in numbers), default=0))
-        sample = self.sample() if self.sample is not None and self.packing.weighed else None
         for number in numbers:
             group, spec = self._groups[number], self._spec.layers[number - 1]
             group.read(buffer, staging)
             weights = layer_by_role(self._family, spec, number, group.views(buffer))
-            importance = None if sample is None else sample.importance(spec, weights)
-            yield self.packing.packed(spec, weights, number, importance)
+            yield self.packing.packed(spec, weights, number, None if known is None else known[number - 1])
             # Copies that packing made lie between packed layers on the heap, and would double what these take.
             return_freed_memory()
 

@@ -50,25 +50,18 @@ def reference_inputs(directory: Path, ids: Tensor) -> list[dict[str, Tensor]]:
     return found
 
 
+@pytest.mark.parametrize("pruning", [None, MlpPruning(0.5)])
 def test_importance_is_the_mean_square_of_what_transformers_multiplies(
-    decoder: Path, monkeypatch: pytest.MonkeyPatch
+    decoder: Path, pruning: MlpPruning | None
 ) -> None:
-    found: list[dict[str, Tensor]] = []
-    real = Sample.importance
-
-    def spied(self: Sample, *given: Any) -> dict[str, Tensor]:
-        found.append(real(self, *given))
-        return found[-1]
-
-    monkeypatch.setattr(Sample, "importance", spied)
-    model = stored(decoder, PACKING)
-    model.load(None)
+    model = stored(decoder, None, pruning=pruning)
     expected = reference_inputs(decoder, draw_tokens(model.spec))
-    assert len(found) == len(expected) == model.spec.depth
-    for mine, inputs in zip(found, expected, strict=True):
+    assert len(model.importances) == len(expected) == model.spec.depth
+    for mine, inputs in zip(model.importances, expected, strict=True):
         assert mine.keys() == inputs.keys()
         for role, states in inputs.items():
             torch.testing.assert_close(mine[role], states.square().mean(0), atol=1e-5, rtol=1e-3)
+    model.close()
 
 
 def test_tokens_are_the_same_each_time_and_fit_the_model(decoder: Path) -> None:
@@ -110,6 +103,23 @@ def test_on_other_texts_4_bits_lose_less_with_a_sample(uneven: Path) -> None:
     assert 0 < errors[True] < 0.95 * errors[False]
 
 
+@pytest.mark.parametrize("pruning", [None, MlpPruning(0.5, bits=4)])
+def test_a_sample_goes_through_the_layers_once_while_a_model_is_loaded(
+    uneven: Path, pruning: MlpPruning | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[dict[str, Tensor]] = []
+    real = Sample.importance
+
+    def counted(self: Sample, *given: Any) -> dict[str, Tensor]:
+        steps.append(real(self, *given))
+        return steps[-1]
+
+    monkeypatch.setattr(Sample, "importance", counted)
+    model = stored(uneven, PACKING, pruning=pruning)
+    model.load(None).close()
+    assert len(steps) == model.spec.depth
+
+
 def test_the_companion_file_is_named_after_the_way_of_rounding(uneven: Path, spill_directory: Path) -> None:
     for packing in (PACKING, replace(PACKING, weighed=False), generating(8, torch.float32)):
         stored(uneven, packing).load(None)
@@ -118,8 +128,8 @@ def test_the_companion_file_is_named_after_the_way_of_rounding(uneven: Path, spi
     assert sorted(names) == [
         "int8-output-int8",
         "q4m-output-int8",
-        "q4m-output-int8-without-down-without-gate-without-up",
         "q4m-weighed-output-int8",
+        "q4m-weighed-output-int8-without-down-without-gate-without-up",
     ]
 
 
