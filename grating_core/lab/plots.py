@@ -54,9 +54,8 @@ def plot_trajectories(result: RerankResult, path: Path) -> None:
         if candidate in ranks:
             ends.append((ranks[candidate], last, scores[-1]))
     _write_ranks(axes, ends)
-    first = trace.layers[0].layer
-    reader = "score by the model's own head" if first else "estimate by the lens (differences in a layer count)"
-    axes.set(xlabel="layer", ylabel=reader, xlim=(first - 0.2, trace.depth + 0.6))
+    reader = "score, or the lens's estimate (differences in a layer count)"
+    axes.set(xlabel="layer", ylabel=reader, xlim=(trace.layers[0].layer - 0.2, trace.depth + 0.6))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(
         f"{len(trace.lengths)} candidates, of which the top {len(ranks)} are found "

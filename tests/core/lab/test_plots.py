@@ -45,4 +45,6 @@ def test_the_legend_has_what_is_drawn_and_winners_their_rank(case: str, tmp_path
     )  # matplotlib writes texts as comments
     assert {text for text in texts if text in {TOP, ESTIMATED, STOPPED, LOST}} == labels
     title = next(place for place, text in enumerate(texts) if text.startswith("4 candidates, of which the top 2"))
-    assert sorted(texts[texts.index("score by the model's own head") + 1 : title]) == ["1", "2"]
+    assert sorted(
+        texts[texts.index("score, or the lens's estimate (differences in a layer count)") + 1 : title]
+    ) == ["1", "2"]
