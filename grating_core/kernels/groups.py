@@ -9,6 +9,10 @@ groups. Entries of 8 bits lie in the order of an int8 matrix, see :mod:`grating_
 bytes has four inner entries of 16 columns, and a group is eight lines. A group of 4 bits is four lines: the low
 halves of the bytes of line i are what line i of 8 bits would be, and the high halves what line i + 4 would be.
 Scales and minima are float16 ``[blocks of 16 columns, groups, 16]``, arrays of their own.
+
+A matrix of 4 bits may have zeros instead of minima: a group's scale and its zero are a byte each, and a column has
+a factor in float32. An entry q stands for ``factor * scale * (q - zero / 16)``. This takes 4.5 bits for an entry,
+and not 5. Scales and zeros are uint8 ``[blocks of 16 columns, groups, 2, 16]``.
 """
 
 from __future__ import annotations
@@ -45,6 +49,12 @@ def groups_shape(columns: int, inner: int) -> tuple[int, int, int]:
     return padded_columns(columns) // _BLOCK, padded_inner(inner) // GROUP, _BLOCK
 
 
+def zeros_shape(columns: int, inner: int) -> tuple[int, int, int, int]:
+    """Return the shape of the packed scales and zeros: blocks of 16 columns, groups, 2, 16."""
+    blocks, groups, _ = groups_shape(columns, inner)
+    return blocks, groups, 2, _BLOCK
+
+
 def pack_groups(
     bits: int, entries: Tensor, scale: Tensor, minimum: Tensor | None = None, bias: Tensor | None = None
 ) -> Weight:
@@ -59,30 +69,57 @@ def pack_groups(
     """
     columns, inner = entries.shape
     dtype = torch.int8 if bits == 8 else torch.uint8
-    packed = pack(entries.to(dtype))
-    if bits == 4:
-        low, high = packed.view(torch.uint8).view(-1, 2, 4 * 64).unbind(1)
-        packed = (low | high << 4).view(torch.int8).flatten()
+    packed = pack(entries.to(dtype)) if bits == 8 else _pack_halves(entries)
     return Weight(
         packed,
         dtype,
         columns,
         inner,
-        _pack_scales(scale, inner),
+        _pack_scales(scale.to(torch.float16), inner),
         None if bias is None else padded(bias),
-        minimum=None if minimum is None else _pack_scales(minimum, inner),
+        minimum=None if minimum is None else _pack_scales(minimum.to(torch.float16), inner),
         bits=bits,
     )
 
 
+def _pack_halves(entries: Tensor) -> Tensor:
+    low, high = pack(entries).view(torch.uint8).view(-1, 2, 4 * 64).unbind(1)
+    return (low | high << 4).view(torch.int8).flatten()
+
+
+def pack_zeros(entries: Tensor, scale: Tensor, zero: Tensor, factor: Tensor, bias: Tensor | None = None) -> Weight:
+    """Pack entries of 4 bits that are already quantised, with zeros.
+
+    Args:
+        entries: Entries ``[columns, inner]``, uint8 in 0 … 15.
+        scale: The scales of the groups, uint8 ``[columns, groups]``; the last group may be short.
+        zero: The zeros of the groups in sixteenths, likewise.
+        factor: The factors of the columns' scales, float32 ``[columns]``.
+        bias: What is added to the columns of a product, ``[columns]``; None for nothing.
+    """
+    columns, inner = entries.shape
+    shares = torch.stack((_pack_scales(scale, inner), _pack_scales(zero, inner)), 2)
+    biases = None if bias is None else padded(bias)
+    packed = _pack_halves(entries)
+    return Weight(packed, torch.uint8, columns, inner, shares, biases, bits=4, factor=padded(factor))
+
+
 def unpacked_groups(weight: Weight) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return what :func:`pack_groups` packed: entries, scales, and minima, the last ones as float16."""
+    """Return entries, scales and minima of a packed weight.
+
+    The last two are float16 as :func:`pack_groups` packed them; with zeros they are float32, what bytes stand for.
+    """
     packed = weight.packed
     if weight.bits == 4:
         halves = packed.view(torch.uint8).view(-1, 1, 4 * 64)
         packed = torch.cat((halves & 15, halves >> 4), 1).view(torch.int8).flatten()
     entries = unpacked(Weight(packed, weight.dtype, weight.columns, weight.inner))
     assert weight.scale is not None
+    if weight.factor is not None:
+        shares = weight.scale.view(zeros_shape(weight.columns, weight.inner)).unbind(2)
+        scale, zero = (_unpack_scales(weight, part.contiguous()).float() for part in shares)
+        scale = scale * weight.factor[: weight.columns, None]
+        return entries, scale, scale * zero / -16
     minimum = None if weight.minimum is None else _unpack_scales(weight, weight.minimum)
     return entries, _unpack_scales(weight, weight.scale), minimum
 
@@ -134,6 +171,62 @@ def grouped_weight(
     dtype = torch.int8 if bits == 8 else torch.uint8
     biases = None if bias is None else padded(bias)
     return Weight(packed, dtype, columns, inner, scale, biases, minimum=minimum, bits=bits)
+
+
+def weight_with_zeros(matrix: Tensor, bias: Tensor | None, importance: Tensor | None = None) -> Weight:
+    """Quantise a matrix ``[columns, inner]`` in groups of 4 bits with zeros, and pack it.
+
+    Args:
+        matrix: The matrix, of any floating dtype.
+        bias: What is added to the columns of a product, ``[columns]``; None for nothing.
+        importance: See :func:`quantized_groups`.
+    """
+    columns, inner = matrix.shape
+    packed = torch.zeros(grouped_bytes(4, columns, inner), dtype=torch.int8)
+    scale = torch.zeros(shape := zeros_shape(columns, inner), dtype=torch.uint8)
+    factor = torch.zeros(padded_columns(columns))
+    by_column = len(packed) // (shape[0] * _BLOCK)
+    step = padded_columns(max(1, _AT_ONCE // max(1, inner)))
+    for start in range(0, columns, step):
+        part = pack_zeros(*quantized_with_zeros(matrix[start : start + step], importance))
+        packed[start * by_column :][: len(part.packed)] = part.packed
+        for whole, some, each in ((scale, part.scale, _BLOCK), (factor, part.factor, 1)):
+            assert some is not None
+            whole[start // each :][: len(some)] = some
+    biases = None if bias is None else padded(bias)
+    return Weight(packed, torch.uint8, columns, inner, scale, biases, bits=4, factor=factor)
+
+
+def quantized_with_zeros(
+    matrix: Tensor, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantise each 32 inner entries of each column of a matrix ``[columns, inner]`` in 4 bits with zeros.
+
+    The scales and minima of :func:`quantized_groups` are rounded, and the entries are the nearest ones with these.
+
+    Returns:
+        Entries, scales, zeros and factors, as :func:`pack_zeros` takes them. Factors have the bits of bfloat16.
+    """
+    columns, inner = matrix.shape
+    _, short, minimum = quantized_groups(matrix, 4, importance, minima=True)
+    assert minimum is not None
+    scale, lowest = short.float(), minimum.float()
+    wide = pad(matrix.float(), (0, -inner % GROUP)).view(columns, -1, GROUP)
+    # Where no entry of 4 bits stands for a number about zero, the range is made to have zero in it.
+    low, high = (wide.amin(-1).clamp(max=0), wide.amax(-1).clamp(min=0))
+    outside = (lowest > 0) | (lowest <= -16 * scale)
+    scale = torch.where(outside, (high - low) / 15, scale).clamp(max=_LARGEST)
+    lowest = torch.where(outside, low, lowest)
+    # With 8 bits of a factor, what kernels multiply is exact, whatever they multiply first.
+    factor = (scale.amax(-1) / 255).to(torch.bfloat16).float()
+    by = torch.where(factor > 0, 1 / factor, 0)[:, None]
+    steps = torch.where(scale > 0, (scale * by).round_().clamp_(1, 255), 0)
+    rounded = steps * factor[:, None]
+    each = torch.where(rounded > 0, 1 / rounded, 0)
+    zero = (lowest * each * -16).round_().clamp_(0, 255)
+    entries = torch.add(zero[..., None] / 16, wide * each[..., None]).round_().clamp_(0, 15)
+    entries, steps, zero = (part.to(torch.uint8) for part in (entries.flatten(1)[:, :inner], steps, zero))
+    return entries, steps, zero, factor
 
 
 def quantized_groups(
@@ -247,7 +340,7 @@ def _each_entry(scale: Tensor, inner: int) -> Tensor:
 def _pack_scales(scale: Tensor, inner: int) -> Tensor:
     columns, groups = scale.shape
     blocks, all_groups, _ = groups_shape(columns, inner)
-    whole = pad(scale.to(torch.float16), (0, all_groups - groups, 0, -columns % (2 * _BLOCK)))
+    whole = pad(scale, (0, all_groups - groups, 0, -columns % (2 * _BLOCK)))
     return whole.view(blocks, _BLOCK, all_groups).transpose(1, 2).contiguous()
 
 

@@ -18,13 +18,16 @@ class Weight(NamedTuple):
         columns: Number of columns, which are entries of the output.
         inner: Number of entries of a row of the input.
         scale: Scales of the columns of an int8 matrix, float32 ``[columns padded to 32]``. Scales of the groups of
-            a grouped matrix, float16 ``[blocks of 16 columns, groups, 16]``. Else None.
+            a grouped matrix, float16 ``[blocks of 16 columns, groups, 16]``, or with zeros, uint8 ``[blocks of 16
+            columns, groups, 2, 16]``, which are scales and zeros. Else None.
         bias: What is added to the columns, float32 ``[columns padded to 32]``; None for nothing.
         sums: The sum of each column of an int8 matrix, times its scale, float32 ``[columns padded to 32]``; None
             for other matrices, the grouped ones included.
         minimum: What is added to the entries of each group, after the scale, of the scale's shape and dtype; None
             for nothing with 8 bits, and for -8 times the scale with 4 bits.
         bits: Bits of an entry of a grouped matrix, 8 or 4; None for a matrix that is not grouped.
+        factor: The factors of the columns' scales if groups have zeros, float32 ``[columns padded to 32]``. Else
+            None.
     """
 
     packed: Tensor
@@ -36,6 +39,7 @@ class Weight(NamedTuple):
     sums: Tensor | None = None
     minimum: Tensor | None = None
     bits: int | None = None
+    factor: Tensor | None = None
 
 
 class Norm(NamedTuple):

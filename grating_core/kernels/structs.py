@@ -22,6 +22,7 @@ ACTIVATIONS: dict[str | None, int] = {
 """The numbers that the C interface has for activations."""
 
 _GROUPED = {8: 3, 4: 4}  # the numbers of grouped formats by their bits
+_ZEROS = 5  # that of 4 bits with zeros
 _NORMS = {"layer": 1, "rms": 2}
 _NO_ROW = 2
 
@@ -39,6 +40,7 @@ class WeightStruct(Structure):
         ("packed", c_void_p),
         ("scale", c_void_p),
         ("minimum", c_void_p),
+        ("factor", c_void_p),
         ("sums", c_void_p),
         ("bias", c_void_p),
         ("columns", c_int64),
@@ -170,12 +172,20 @@ def weight_struct(weight: Weight) -> WeightStruct:
         weight.packed.data_ptr(),
         address(weight.scale),
         address(weight.minimum),
+        address(weight.factor),
         address(weight.sums),
         address(weight.bias),
         weight.columns,
         weight.inner,
-        DTYPES[weight.dtype] if weight.bits is None else _GROUPED[weight.bits],
+        _format(weight),
     )
+
+
+def _format(weight: Weight) -> int:
+    """Return the number of a weight's format."""
+    if weight.factor is not None:
+        return _ZEROS
+    return DTYPES[weight.dtype] if weight.bits is None else _GROUPED[weight.bits]
 
 
 def norm_struct(norm: Norm | None) -> NormStruct:

@@ -231,4 +231,4 @@ def _memory(memory: Memory) -> _MemoryStruct:
 def _head(head: Weight | Tensor) -> WeightStruct:
     if isinstance(head, Weight):
         return weight_struct(head)
-    return WeightStruct(head.data_ptr(), None, None, None, None, *head.shape, DTYPES[head.dtype])
+    return WeightStruct(head.data_ptr(), None, None, None, None, None, *head.shape, DTYPES[head.dtype])

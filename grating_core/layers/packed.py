@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grating_core.kernels.choice import kernels
-from grating_core.kernels.groups import grouped_bytes, grouped_weight, groups_shape
+from grating_core.kernels.groups import grouped_bytes, grouped_weight, groups_shape, weight_with_zeros, zeros_shape
 from grating_core.kernels.operands import Norm, Weight
 from grating_core.kernels.packing import fits_in_place, packed_bytes, packed_weight, padded_columns
 from grating_core.layers.linear import Weights
@@ -17,7 +17,7 @@ from grating_core.layers.spec import LayerSpec, Role
 from grating_core.layers.spec import Norm as NormSpec
 
 _PRODUCTS = ("query", "key", "value", "output", "gate", "up", "down", "position_key", "position_query")
-_FIELDS = ("packed", "scale", "minimum", "sums", "bias")
+_FIELDS = ("packed", "scale", "minimum", "factor", "sums", "bias")
 _NORMS = ("input_norm", "query_norm", "key_norm", "attention_norm", "mlp_norm", "output_norm")
 
 
@@ -28,19 +28,21 @@ class Format(NamedTuple):
         bits: Bits of an entry, 8 or 4.
         grouped: Whether 32 inner entries share a scale each; if not, all of a column do, which has 8 bits.
         minima: Whether groups have a minimum each.
+        zeros: Whether groups have a scale and a zero of a byte each, which only groups of 4 bits have.
     """
 
     bits: int
     grouped: bool = False
     minima: bool = False
+    zeros: bool = False
 
     def __str__(self) -> str:
-        return f"q{self.bits}" + "m" * self.minima if self.grouped else "int8"
+        return f"q{self.bits}" + "m" * self.minima + "z" * self.zeros if self.grouped else "int8"
 
 
 INT8 = Format(8)
-Q4 = Format(4, grouped=True, minima=True)
-"""Five bits a weight with scales and minima, which a model's perplexity is worth."""
+Q4 = Format(4, grouped=True, zeros=True)
+"""Four and a half bits a weight with scales and zeros."""
 Formats = Mapping[Role, Format]
 """The formats of quantised products by role; the others have the dtype of states."""
 
@@ -114,6 +116,8 @@ def quantized_weight(
 
     For ``importance`` see :func:`grating_core.kernels.groups.quantized_groups`.
     """
+    if format.zeros:
+        return weight_with_zeros(matrix, bias, importance)
     if format.grouped:
         return grouped_weight(matrix, bias, format.bits, importance=importance, minima=format.minima)
     return packed_weight(matrix, bias, torch.int8)
@@ -163,7 +167,10 @@ def layout_of_weight(
     """
     padded = torch.float32, (padded_columns(columns),)
     found: Layout
-    if format is not None and format.grouped:
+    if format is not None and format.zeros:
+        found = {"packed": (torch.int8, (grouped_bytes(4, columns, inner),))}
+        found |= {"scale": (torch.uint8, zeros_shape(columns, inner)), "factor": padded}
+    elif format is not None and format.grouped:
         of_groups = torch.float16, groups_shape(columns, inner)
         found = {"packed": (torch.int8, (grouped_bytes(format.bits, columns, inner),)), "scale": of_groups}
         found |= {"minimum": of_groups} if format.minima else {}
@@ -193,7 +200,9 @@ def layer_of(spec: LayerSpec, tensors: Mapping[str, Tensor], states: torch.dtype
 def weight_of(fields: Mapping[str, Tensor], states: torch.dtype, columns: int, inner: int) -> Weight:
     """Return the weight ``[columns, inner]`` that :func:`fields_of` gave these tensors of."""
     scale, bits, dtype = fields.get("scale"), None, states
-    if scale is not None and scale.dtype == torch.float16:
+    if "factor" in fields:
+        bits = 4
+    elif scale is not None and scale.dtype == torch.float16:
         bits = 8 if len(fields["packed"]) == grouped_bytes(8, columns, inner) else 4
     if scale is not None:
         dtype = torch.uint8 if bits == 4 else torch.int8

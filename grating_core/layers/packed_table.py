@@ -53,6 +53,6 @@ def _picked(weight: Weight, columns: Tensor) -> Weight:
         return found.view(-1, _BLOCK, found.shape[1]).transpose(1, 2).contiguous().flatten().view(values.dtype)
 
     fields: dict[str, Any] = {
-        name: some(getattr(weight, name)) for name in ("packed", "scale", "bias", "sums", "minimum")
+        name: some(getattr(weight, name)) for name in ("packed", "scale", "bias", "sums", "minimum", "factor")
     }
     return weight._replace(columns=len(columns), **fields)

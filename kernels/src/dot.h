@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int64_t AHEAD = 2048;    // bytes that are on their way from memory
+constexpr int64_t AHEAD = 4096;    // bytes that are on their way from memory
 constexpr int N = 16 / W;          // vectors of a block's columns
 
 // A row as products read it, padded with zeros to 64 entries: as floats, and as entries of 8 bits with a scale and a sum for
@@ -101,9 +101,11 @@ GK_INLINE vi word_of(const int8_t* q) { return vi{} + word((const char*)q); }
 
 // The scales and minima of groups of a block, in turn.
 template <bool MINIMUM> struct Shares {
+    static constexpr bool LIFTED = !MINIMUM;  // whether 8 comes off entries of 4 bits
     const uint16_t *scale, *minimum;
-    GK_INLINE Shares(const gk_weight& w, int64_t at)
-        : scale((const uint16_t*)w.scale + at), minimum(MINIMUM ? (const uint16_t*)w.minimum + at : nullptr) {}
+    GK_INLINE Shares(const gk_weight& w, int64_t block, int64_t groups)
+        : scale((const uint16_t*)w.scale + block * groups * 16),
+          minimum(MINIMUM ? (const uint16_t*)w.minimum + block * groups * 16 : nullptr) {}
     // Adds a group's products.
     GK_INLINE void add(const Row& row, int64_t g, const vi* s, vf* y) {
         __builtin_prefetch((const char*)scale + AHEAD / 4);
@@ -114,6 +116,28 @@ template <bool MINIMUM> struct Shares {
         }
         scale += 16;
         if (MINIMUM) minimum += 16;
+    }
+    GK_INLINE void end(vf*) const {}
+};
+
+// The same of scales and zeros of a byte each, which are one more stream from memory, and not two.
+struct Zeros {
+    static constexpr bool LIFTED = false;
+    const uint8_t* at;
+    const float* factor;
+    GK_INLINE Zeros(const gk_weight& w, int64_t block, int64_t groups)
+        : at((const uint8_t*)w.scale + block * groups * 32), factor(w.factor + block * 16) {}
+    GK_INLINE void add(const Row& row, int64_t g, const vi* s, vf* y) {
+        if (!(g & 1)) __builtin_prefetch(at + AHEAD / 4);  // a line is two groups
+        const vf zero = all(row.sum[g] * (-1.0f / 16));
+        for (int n = 0; n < N; n++) {
+            const vf product = fma(load(at + 16 + n * W), zero, __builtin_convertvector(s[n], vf));
+            y[n] = fma(product, load(at + n * W) * row.scale[g], y[n]);
+        }
+        at += 32;
+    }
+    GK_INLINE void end(vf* y) const {
+        for (int n = 0; n < N; n++) y[n] *= load(factor + n * W);
     }
 };
 
@@ -146,7 +170,7 @@ GK_INLINE void by_columns(const Row& row, const gk_weight& w, int64_t block, vf*
 template <bool MINIMUM> GK_INLINE void by_groups(const Row& row, const gk_weight& w, int64_t block, vf* y) {
     const int64_t groups = up(w.inner, 64) / SHARING;
     const char* at = (const char*)w.packed + block * groups * 512;
-    Shares<MINIMUM> shares(w, block * groups * 16);
+    Shares<MINIMUM> shares(w, block, groups);
     for (int n = 0; n < N; n++) y[n] = vf{};
     for (int64_t g = 0; g < groups; g++, at += 512) {
         vi s[N];
@@ -155,14 +179,15 @@ template <bool MINIMUM> GK_INLINE void by_groups(const Row& row, const gk_weight
     }
 }
 
-template <bool MINIMUM> GK_INLINE void by_halves(const Row& row, const gk_weight& w, int64_t block, vf* y) {
+template <class Shared> GK_INLINE void by_halves(const Row& row, const gk_weight& w, int64_t block, vf* y) {
     const int64_t groups = up(w.inner, 64) / SHARING;
     const char* at = (const char*)w.packed + block * groups * 256;
-    Shares<MINIMUM> shares(w, block * groups * 16);
+    Shared shares(w, block, groups);
     for (int n = 0; n < N; n++) y[n] = vf{};
+#pragma GCC unroll 2
     for (int64_t g = 0; g < groups; g++, at += 256) {
         vi s[N];
-        for (int n = 0; n < N; n++) s[n] = vi{} - (MINIMUM ? 0 : 8 * row.sum[g]);
+        for (int n = 0; n < N; n++) s[n] = vi{} - (Shared::LIFTED ? 8 * row.sum[g] : 0);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
             __builtin_prefetch(at + AHEAD + i * 64);
@@ -174,6 +199,7 @@ template <bool MINIMUM> GK_INLINE void by_halves(const Row& row, const gk_weight
         }
         shares.add(row, g, s, y);
     }
+    shares.end(y);
 }
 
 GK_INLINE void by_pairs_of_bf16(const Row& row, const gk_weight& w, int64_t block, vf* y) {
@@ -250,8 +276,9 @@ void multiply(const Row& row, const gk_weight& w, int64_t begin, int64_t end, fl
             if (w.minimum) return blocks(w, begin, end, to, [&](int64_t b, vf* y) GK_ALWAYS { by_groups<true>(row, w, b, y); });
             return blocks(w, begin, end, to, [&](int64_t b, vf* y) GK_ALWAYS { by_groups<false>(row, w, b, y); });
         case GK_Q4:
-            if (w.minimum) return blocks(w, begin, end, to, [&](int64_t b, vf* y) GK_ALWAYS { by_halves<true>(row, w, b, y); });
-            return blocks(w, begin, end, to, [&](int64_t b, vf* y) GK_ALWAYS { by_halves<false>(row, w, b, y); });
+            if (w.minimum) return blocks(w, begin, end, to, [&](int64_t b, vf* y) GK_ALWAYS { by_halves<Shares<true>>(row, w, b, y); });
+            return blocks(w, begin, end, to, [&](int64_t b, vf* y) GK_ALWAYS { by_halves<Shares<false>>(row, w, b, y); });
+        case GK_Q4Z: return blocks(w, begin, end, to, [&](int64_t b, vf* y) GK_ALWAYS { by_halves<Zeros>(row, w, b, y); });
         case GK_BF16: return blocks(w, begin, end, to, [&](int64_t b, vf* y) GK_ALWAYS { by_pairs_of_bf16(row, w, b, y); });
         default: return blocks(w, begin, end, to, [&](int64_t b, vf* y) GK_ALWAYS { by_floats(row, w, b, y); });
     }
@@ -266,9 +293,11 @@ inline int64_t blocks_of(const gk_weight& w) { return (w.columns + 15) / 16; }
 // Brings the first lines of a block into the cache while nothing else is read.
 inline void fetch(const gk_weight& w, int64_t block) {
     if (!w.packed || block >= blocks_of(w)) return;
-    const int64_t bytes = w.format == GK_Q4 ? up(w.inner, 64) * 8 : block_bytes(w.format == GK_Q8 ? GK_INT8 : w.format, w.inner);
+    const int64_t bytes = w.format == GK_Q4 || w.format == GK_Q4Z ? up(w.inner, 64) * 8 : block_bytes(w.format == GK_Q8 ? GK_INT8 : w.format, w.inner);
     const char* at = (const char*)w.packed + block * bytes;
     for (int64_t i = 0; i < AHEAD; i += 64) __builtin_prefetch(at + i);
+    const char* shares = (const char*)w.scale + block * (bytes / 8);
+    for (int64_t i = 0; w.format == GK_Q4Z && i < AHEAD / 4; i += 64) __builtin_prefetch(shares + i);
 }
 
 }  // namespace

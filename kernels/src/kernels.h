@@ -11,14 +11,15 @@
 #endif
 
 // Raised whenever a struct or the meaning of a function changes: a module of another version is refused.
-#define GK_VERSION 8
+#define GK_VERSION 9
 #define GK_NO_MEMORY 1
 #define GK_NO_ROW 2  // a table lacks a row
 #define GK_TABLES 3
 
 enum gk_dtype { GK_INT8 = 0, GK_BF16 = 1, GK_F32 = 2 };
-// Formats of weights: a dtype, or entries of 8 or 4 bits in groups of 32 inner entries that share a scale, see unpack.h.
-enum gk_format { GK_Q8 = 3, GK_Q4 = 4 };
+// Formats of weights: a dtype, or entries of 8 or 4 bits in groups of 32 inner entries that share a scale, see unpack.h. In GK_Q4Z
+// the scale has a byte, and another one says which entry of 4 bits stands for zero.
+enum gk_format { GK_Q8 = 3, GK_Q4 = 4, GK_Q4Z = 5 };
 enum gk_activation { GK_NONE = 0, GK_GELU = 1, GK_GELU_TANH = 2, GK_SILU = 3, GK_RELU = 4, GK_TANH = 5 };
 enum gk_pooling { GK_FIRST = 0, GK_LAST = 1, GK_MEAN = 2 };
 enum gk_norm_kind { GK_NO_NORM = 0, GK_LAYER_NORM = 1, GK_RMS_NORM = 2 };
@@ -34,11 +35,13 @@ struct gk_norm {
 
 // A packed weight [columns, inner]. scale and sums (of int8) and bias (null for none) are float32 [columns padded to 32]. A sum is
 // that of a column's entries times its scale. Entries of int8 rows and weights lie in -127 ... 127. scale and minimum of groups are
-// float16 [blocks of 16 columns, groups, 16].
+// float16 [blocks of 16 columns, groups, 16]. Of GK_Q4Z, scale is uint8 [blocks of 16 columns, groups, 2, 16], a scale and a zero in
+// sixteenths, and factor is float32 [columns padded to 32]: an entry q stands for factor * scale * (q - zero / 16).
 struct gk_weight {
     const void* packed;
     const void* scale;
     const void* minimum;  // added to the entries of a group; null for 0 with 8 bits, and for -8 times the scale with 4 bits
+    const float* factor;
     const float* sums;
     const float* bias;
     int64_t columns;

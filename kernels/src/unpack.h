@@ -3,7 +3,8 @@
 // Weights of 8 bits have the order of int8. In a grouped weight, 32 inner entries of a column share a scale, and a minimum if it
 // has minima: an entry stands for scale * q + minimum. A group of 8 bits is 8 lines of 64 bytes, each of four inner entries of
 // 16 columns. A group of 4 bits is 4 lines: the low halves of the bytes of line i are what line i of 8 bits would be, and
-// the high halves what line i + 4 would be. Their q is in 0 ... 15, and without minima an entry stands for scale * (q - 8).
+// the high halves what line i + 4 would be. Their q is in 0 ... 15, and without minima an entry stands for scale * (q - 8). Scales of
+// a byte have a factor for each column, and come with zeros in sixteenths: an entry stands for factor * scale * (q - zero / 16).
 #pragma once
 
 #include "kernels.h"
@@ -28,14 +29,19 @@ template <class T> GK_INLINE void write(vi words, vf scale, vf minimum, char* to
 
 // Unpacks groups of a block of 16 columns.
 template <int FORMAT, class T> void unpack_block(const gk_weight& weight, int64_t block, int64_t begin, int64_t end, char* to) {
-    constexpr int64_t LINES = FORMAT == GK_Q4 ? 4 : 8, LINE = 4 * 16 * sizeof(T);  // LINE: what becomes of a line
+    constexpr bool HALVES = FORMAT == GK_Q4 || FORMAT == GK_Q4Z;
+    constexpr int64_t LINES = HALVES ? 4 : 8, LINE = 4 * 16 * sizeof(T);  // LINE: what becomes of a line
     const int64_t groups = up(weight.inner, 64) / SHARING;
     const char* from = (const char*)weight.packed + (block * groups + begin) * LINES * 64;
     for (int64_t g = begin; g < end; g++, from += LINES * 64, to += 8 * LINE)
         for (int64_t c = 0; c < 16; c += W) {
             vf scale, minimum = vf{};
             if (FORMAT == GK_INT8) scale = load((const float*)weight.scale + block * 16 + c);
-            else {
+            else if (FORMAT == GK_Q4Z) {
+                const uint8_t* share = (const uint8_t*)weight.scale + (block * groups + g) * 32 + c;
+                scale = load(share) * load(weight.factor + block * 16 + c);
+                minimum = scale * load(share + 16) * (-1.0f / 16);
+            } else {
                 const int64_t at = (block * groups + g) * 16 + c;
                 scale = load_half((const uint16_t*)weight.scale + at);
                 if (weight.minimum) minimum = load_half((const uint16_t*)weight.minimum + at);
@@ -43,7 +49,7 @@ template <int FORMAT, class T> void unpack_block(const gk_weight& weight, int64_
             }
             for (int64_t i = 0; i < LINES; i++) {
                 const vi words = load((const int32_t*)(from + i * 64 + c * 4));
-                if (FORMAT == GK_Q4) {
+                if (HALVES) {
                     write<T>(words & 0x0f0f0f0f, scale, minimum, to + i * LINE + c * 4);
                     write<T>((words >> 4) & 0x0f0f0f0f, scale, minimum, to + (i + 4) * LINE + c * 4);
                 } else write<T>(words, scale, minimum, to + i * LINE + c * 4);
@@ -52,7 +58,12 @@ template <int FORMAT, class T> void unpack_block(const gk_weight& weight, int64_
 }
 
 template <class T> inline auto unpacking(int32_t format) {
-    return format == GK_Q4 ? unpack_block<GK_Q4, T> : format == GK_Q8 ? unpack_block<GK_Q8, T> : unpack_block<GK_INT8, T>;
+    switch (format) {
+        case GK_Q4Z: return unpack_block<GK_Q4Z, T>;
+        case GK_Q4: return unpack_block<GK_Q4, T>;
+        case GK_Q8: return unpack_block<GK_Q8, T>;
+        default: return unpack_block<GK_INT8, T>;
+    }
 }
 // Unpacks groups of a panel for products of this dtype. The second block begins `size` bytes behind the first.
 inline void unpack_panel(const gk_weight& weight, int32_t dtype, int64_t panel, int64_t begin, int64_t end, char* to, int64_t size) {

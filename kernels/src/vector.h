@@ -66,10 +66,28 @@ GK_INLINE vf load(const bf16* p) {
     memcpy(&x, p, sizeof x);
     return bits<vf>(__builtin_convertvector(x, vu) << 16);
 }
+// GCC 12 takes vectors of bytes to vectors of words entry by entry, where it is not told the instruction.
 GK_INLINE vf load(const int8_t* p) {
     vb x;
     memcpy(&x, p, sizeof x);
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)x));
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
     return __builtin_convertvector(__builtin_convertvector(x, vi), vf);
+#endif
+}
+GK_INLINE vf load(const uint8_t* p) {
+    vub x;
+    memcpy(&x, p, sizeof x);
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32((__m128i)x));
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(x, vi), vf);
+#endif
 }
 // Of float16.
 GK_INLINE vf load_half(const uint16_t* p) {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from grating_core.kernels import compiled
-from grating_core.kernels.groups import grouped_weight
+from grating_core.kernels.groups import grouped_weight, weight_with_zeros
 from grating_core.kernels.loading import has, levels, start
 from grating_core.kernels.operands import Lookup, Map, Norm, Positions, Rows, Seen, Span, Then, Weight
 from grating_core.kernels.packing import packed_weight
@@ -42,10 +42,11 @@ def weight_of(dtype: torch.dtype, columns: int, inner: int) -> Weight:
     return Weight(at_the_end(whole.packed), dtype, columns, inner, scale, at_the_end(whole.bias), sums)
 
 
-def grouped_of(bits: int, columns: int, inner: int) -> Weight:
-    whole = grouped_weight(torch.randn(columns, inner), torch.randn(columns), bits, minima=True)
-    names = ("packed", "scale", "bias", *(["minimum"] if bits == 4 else []))
-    return whole._replace(**{name: at_the_end(getattr(whole, name)) for name in names})
+def grouped_of(bits: int, columns: int, inner: int, *, zeros: bool = False) -> Weight:
+    matrix, bias = torch.randn(columns, inner), torch.randn(columns)
+    whole = weight_with_zeros(matrix, bias) if zeros else grouped_weight(matrix, bias, bits, minima=True)
+    found = {name: getattr(whole, name) for name in ("packed", "scale", "bias", "minimum", "factor")}
+    return whole._replace(**{name: at_the_end(tensor) for name, tensor in found.items() if tensor is not None})
 
 
 def rows_of(dtype: torch.dtype, states: torch.dtype, count: int, inner: int) -> Rows:
@@ -75,6 +76,7 @@ def unpacking(states: torch.dtype, count: int, inner: int, columns: int) -> None
         weight_of(torch.int8, columns, inner),
         grouped_of(8, columns, inner),
         grouped_of(4, columns, inner),
+        grouped_of(4, columns, inner, zeros=True),
     ):
         compiled.linear(rows, weight, Then(states), gate=weight)
 

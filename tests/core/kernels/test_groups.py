@@ -11,8 +11,12 @@ from grating_core.kernels.groups import (
     grouped_weight,
     groups_shape,
     pack_groups,
+    pack_zeros,
     quantized_groups,
+    quantized_with_zeros,
     unpacked_groups,
+    weight_with_zeros,
+    zeros_shape,
 )
 from grating_core.kernels.packing import packed_weight
 
@@ -45,6 +49,21 @@ def test_unpacking_gives_what_was_packed(shape: tuple[int, int], bits: int, *, m
     if minimum is not None:
         least = minimum.float().repeat_interleave(32, 1)[:, : shape[1]]
     torch.testing.assert_close(dequantized(weight), entries * each + least, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_unpacking_gives_what_was_packed_with_zeros(shape: tuple[int, int]) -> None:
+    entries, _, _ = drawn(4, *shape, minima=False)
+    scale, zero = torch.randint(0, 256, (2, shape[0], -(-shape[1] // 32)), dtype=torch.uint8).unbind()
+    factor, bias = torch.rand(2, shape[0]).unbind()
+    weight = pack_zeros(entries, scale, zero, factor, bias)
+    assert len(weight.packed) == grouped_bytes(4, *shape)
+    assert weight.scale is not None
+    assert weight.scale.shape == zeros_shape(*shape)
+    assert torch.equal(unpacked_groups(weight)[0], entries)
+    each, offset = (part.repeat_interleave(32, 1)[:, : shape[1]].float() for part in (scale, zero))
+    expected = factor[:, None] * each * (entries - offset / 16)
+    torch.testing.assert_close(dequantized(weight), expected, atol=1e-3, rtol=1e-6)
 
 
 def test_halves_of_bytes_lie_as_the_format_says() -> None:
@@ -81,6 +100,33 @@ def test_quantising_keeps_a_matrix(shape: tuple[int, int], bits: int, most: floa
     assert weight.scale is not None
     assert torch.equal(weight.scale, whole.scale)
     assert (dequantized(weight) - matrix).norm() < most * matrix.norm()
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (100, 9000)])
+def test_zeros_of_a_byte_cost_little(shape: tuple[int, int]) -> None:
+    matrix, importance = torch.randn(shape) * torch.rand(shape[0], 1), torch.rand(shape[1])
+    weight = weight_with_zeros(matrix, torch.randn(shape[0]), importance)
+    whole = pack_zeros(*quantized_with_zeros(matrix, importance))
+    for found, wanted in zip(
+        (weight.packed, weight.scale, weight.factor), (whole.packed, whole.scale, whole.factor), strict=True
+    ):
+        assert found is not None
+        assert wanted is not None
+        assert torch.equal(found, wanted)
+    wider = dequantized(grouped_weight(matrix, None, 4, importance=importance, minima=True))
+    most = ((wider - matrix).square() @ importance).sum().sqrt()
+    assert ((dequantized(weight) - matrix).square() @ importance).sum().sqrt() < 1.02 * most + 1e-3 * matrix.norm()
+
+
+def test_groups_without_zero_among_them_are_kept() -> None:
+    matrix = torch.rand(48, 128) + torch.tensor([0.1, 3.0, 50.0]).repeat(16)[:, None]
+    matrix[::2] *= -1
+    matrix[5, :32] = 1e-6
+    step = (matrix.abs().view(48, 4, 32).amax(-1) / 15).repeat_interleave(32, 1)
+    assert (
+        (dequantized(weight_with_zeros(matrix, None)) - matrix).abs()
+        <= 0.6 * step + 0.01 * matrix.abs().amax(1, keepdim=True)
+    ).all()
 
 
 def test_the_scale_of_least_error_beats_the_largest_magnitude() -> None:
@@ -137,6 +183,14 @@ def test_zeros_equal_entries_and_extremes_are_kept(bits: int, *, minima: bool) -
     assert not found[0].any()
     torch.testing.assert_close(found[[1, 4]], torch.stack(rows)[[1, 4]], atol=0.01, rtol=0)
     assert found[2].abs().max() < 1e-6
+
+
+def test_zeros_equal_entries_and_extremes_are_kept_with_zeros() -> None:
+    rows = torch.stack([torch.zeros(64), torch.full((64,), 0.5), torch.full((64,), 3e38), torch.eye(64)[3]])
+    found = dequantized(weight_with_zeros(rows, None))
+    assert found.isfinite().all()
+    assert not found[0].any()
+    torch.testing.assert_close(found[[1, 3]], rows[[1, 3]], atol=0.01, rtol=0)
 
 
 def test_a_matrix_of_any_format_is_given_back() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grating_core.kernels import compiled, reference
 from grating_core.kernels.activations import ACTIVATIONS
-from grating_core.kernels.groups import grouped_weight
+from grating_core.kernels.groups import grouped_weight, weight_with_zeros
 from grating_core.kernels.loading import KernelsError, has, levels, start
 from grating_core.kernels.operands import Finished, Norm, Rows, Then, Weight
 from grating_core.kernels.packing import LEAST, pack, packed_weight, quantized_rows
@@ -33,6 +33,7 @@ FORMATS = {
     "8 bits": lambda matrix, bias: grouped_weight(matrix, bias, 8),
     "4 bits": lambda matrix, bias: grouped_weight(matrix, bias, 4),
     "4 bits and minima": lambda matrix, bias: grouped_weight(matrix, bias, 4, minima=True),
+    "4 bits and zeros": weight_with_zeros,
 }
 """Weights that are unpacked to the dtype of states."""
 FAULTS = {

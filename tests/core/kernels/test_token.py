@@ -15,7 +15,7 @@ from torch import Tensor
 
 from grating_core.forking import computed
 from grating_core.kernels import token_reference as reference
-from grating_core.kernels.groups import grouped_weight
+from grating_core.kernels.groups import grouped_weight, weight_with_zeros
 from grating_core.kernels.operands import Norm, Weight
 from grating_core.kernels.packing import packed_weight
 from grating_core.kernels.token import Memories, Memory, Output, Stack, TokenLayer, token
@@ -31,6 +31,7 @@ FORMATS: dict[str, object] = {
     "8 bits with minima": (8, True),
     "4 bits": (4, False),
     "4 bits with minima": (4, True),
+    "4 bits with zeros": "zeros",
 }
 KEPT = [torch.float32, torch.bfloat16, torch.int8]
 
@@ -54,6 +55,8 @@ class Made:
         if isinstance(self._kind, tuple):
             bits, minima = self._kind
             return grouped_weight(matrix, bias, bits, minima=minima)
+        if self._kind == "zeros":
+            return weight_with_zeros(matrix, bias)
         return packed_weight(matrix, bias, self._kind)
 
     def layer(

@@ -127,9 +127,9 @@ def test_the_companion_file_is_named_after_the_way_of_rounding(uneven: Path, spi
     names = [path.stem.partition("-")[2] for path in (spill_directory / "layers").iterdir()]
     assert sorted(names) == [
         "int8-output-int8",
-        "q4m-output-int8",
-        "q4m-weighed-output-int8",
-        "q4m-weighed-output-int8-without-down-without-gate-without-up",
+        "q4z-output-int8",
+        "q4z-weighed-output-int8",
+        "q4z-weighed-output-int8-without-down-without-gate-without-up",
     ]
 
 
