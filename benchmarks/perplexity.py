@@ -10,9 +10,9 @@ documents of both collections, which are cut into windows of 512 tokens; a windo
 At equal density all ways use as many of the MLPs' weights. "GLU" prunes the gated product alone, "gate" and "up"
 prune by one of its factors; none of them prunes the input, so they cannot go below some density.
 
-Caches hold half of the columns, in each layer and of each kind, and the least used columns give way, over all
-tokens of a seed in their order. γ is what a magnitude counts whose column is not in memory, and has its own value
-for inputs and for products; with 1 for both that is plain DIP.
+Caches hold half of the columns, in each layer and of each kind: those that random tokens used most. γ is what a
+magnitude counts whose column is not in memory, and has its own value for inputs and for products; with 1 for both
+that is plain DIP. Columns that a long read passes are used as well.
 
 An adapter recovers what a density of 0.5 costs. It must not have learnt from the collections.
 """
@@ -29,6 +29,7 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 import torch
 import typer
+from numpy.typing import NDArray
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -40,10 +41,13 @@ from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import NO_PREFERENCE, Caching, Preference
 from grating_core.columns.install import PREFERENCE
 from grating_core.columns.masks import Shares, keep_largest
+from grating_core.columns.reading import GAP
 from grating_core.kernels.columns import RowFormat, pack_columns, unpack_columns
+from grating_core.lab.activations import record
 from grating_core.lab.decoders import load_decoder
 from grating_core.lab.masked import MaskedMlp
 from grating_core.lab.quality import CachedMlp, evaluate
+from grating_core.lab.simulator import find_order
 from grating_core.models.adapter import Adapter
 
 DENSITIES = (0.83, 0.67, 0.57, 0.50)
@@ -117,15 +121,26 @@ def measure_methods(model: Any, texts: Sequence[Tensor]) -> list[Row]:
     return rows
 
 
+def _cached(
+    preference: Preference, orders: Iterator[tuple[NDArray[np.int64], ...]]
+) -> Callable[[Any, Shares], CachedMlp]:
+    return lambda mlp, shares: CachedMlp(mlp, shares, Caching(CACHED, preference), next(orders), GAP)
+
+
 def measure_caches(model: Any, texts: Sequence[Tensor]) -> list[Row]:
     """Make a row of each density and preference; first without a preference."""
     rows = []
     dense = _perplexities(model, texts)
     cases = [(density, preference) for density in CACHED_DENSITIES for preference in PREFERENCES]
+    chance = torch.Generator().manual_seed(0)
+    sample = torch.randint(model.config.vocab_size, (4, 512), generator=chance)  # tells which columns lie first
+    seen = record(model, list(sample))
+    orders = [tuple(map(find_order, layer)) for layer in zip(seen.inputs, seen.products, strict=True)]
     for density, preference in track(cases, "caching", console=progress):
         shares = allocate(density, model.config.num_hidden_layers)
-        make = partial(CachedMlp, caching=Caching(CACHED, preference))
-        found = [evaluate(model, windows, shares=shares, make=make) for windows in texts]
+        found = [
+            evaluate(model, windows, shares=shares, make=_cached(preference, iter(orders))) for windows in texts
+        ]
         traffics = [quality.traffic for quality in found if quality.traffic is not None]
         rows.append(
             {

@@ -14,7 +14,8 @@ text repeats itself.
 
 The slow disk is this one, made to wait: each read takes as long as its bytes take at 550 MB/s, or a 90,000th of a
 second if that is longer, one read after the other, as behind a SATA cable. It is slow from the begin on, so that a
-measurement of the disk finds it so. Pieces of columns that a thread reads in one call wait once, for all of them.
+measurement of the disk finds it so.
+Columns that are read at the same time wait once, for all of them.
 """
 
 from __future__ import annotations
@@ -99,34 +100,52 @@ class SlowDisk:
         """Read, and wait until the slow disk would be done; see :func:`grating_core.memory.positioned.read_at`."""
         began = time.perf_counter()
         got = _read_at(file, start, views)
-        self._wait(began, self.seconds(got))
+        time.sleep(max(0.0, self._take(began, self.seconds(got)) - time.perf_counter()))
         return got
 
-    def read_quickly(self, file: int, pieces: Pieces) -> int:
-        """Read pieces, and wait; see :func:`grating_core.columns.reading.read_quickly`."""
-        began = time.perf_counter()
-        count = _read_quickly(file, pieces)
-        self._wait(began, float(sum(map(self.seconds, pieces.sizes[:count].tolist()))))
-        return count
+    def begin_reading(self, file: int, pieces: Pieces) -> SlowReading:
+        """Begin to read pieces; see :func:`grating_core.columns.reading.begin_reading`."""
+        done = self._take(time.perf_counter(), float(sum(map(self.seconds, pieces.sizes.tolist()))))
+        return SlowReading(_begin_reading(file, pieces), done)
 
     def seconds(self, size: int) -> float:
         """Return the seconds that a read of so many bytes takes."""
         return max(size / self._rate, 1 / self._reads)
 
-    def _wait(self, began: float, seconds: float) -> None:
+    def _take(self, began: float, seconds: float) -> float:
+        """Take the disk for so many seconds when it is free, and return the moment at which it has done this."""
         with self._lock:
             self._free = done = max(self._free, began) + seconds
-        time.sleep(max(0.0, done - time.perf_counter()))
+        return done
 
 
-_read_at, _read_quickly = positioned.read_at, reading.read_quickly
+@dataclass(frozen=True)
+class SlowReading:
+    """This class reads pieces from a slow disk; see :class:`grating_core.kernels.reading.Reading`.
+
+    Attributes:
+        reading: The reading from the disk as it is.
+        done: The moment at which the slow disk has read the pieces.
+    """
+
+    reading: Any
+    done: float
+
+    def wait(self) -> int:
+        """Wait until the slow disk would be done, and return what was read."""
+        count: int = self.reading.wait()
+        time.sleep(max(0.0, self.done - time.perf_counter()))
+        return count
+
+
+_read_at, _begin_reading = positioned.read_at, reading.begin_reading
 
 
 def slow_down(rate: float) -> None:
     """Let all reads of weights, in this process from now on, be those of a slow disk."""
     disk = SlowDisk(rate)
     patch.object(positioned, "read_at", disk.read_at).start()
-    patch.object(reading, "read_quickly", disk.read_quickly).start()
+    patch.object(reading, "begin_reading", disk.begin_reading).start()
 
 
 def load_grating(

@@ -1,4 +1,4 @@
-"""This module records which columns are in memory and chooses those that a token uses. It sees no weights."""
+"""This module says which columns are in memory, and how strongly those are preferred. It sees no weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from grating_core.columns.allocation import divide_room
 from grating_core.columns.companion import Kind
 from grating_core.columns.masks import Shares
 from grating_core.kernels.choice import kernels
-from grating_core.kernels.columns import NOWHERE, Choice, Held
+from grating_core.kernels.columns import Choice
 
 
 @dataclass(frozen=True)
@@ -40,59 +40,32 @@ class Preference:
 NO_PREFERENCE = Preference(1.0, 1.0)
 
 
+@dataclass(frozen=True)
 class ColumnCache:
-    """This class records which columns are in memory, of one matrix or of two that are read together.
+    """This class holds the first columns of a table in memory: those that tokens use most.
 
-    As in DIP (arXiv 2412.01380, section 5), masks are cache-aware, and the least used columns are evicted.
+    Masks are cache-aware, as in DIP (arXiv 2412.01380, section 5). Unlike there no column is evicted: the first
+    columns of a table are those with the largest mean squares, and to change them found no more in memory. So a
+    choice depends on nothing but the token.
 
-    Args:
-        columns: Number of columns.
-        capacity: Number of columns that fit into memory, from 0 to ``columns``.
+    Attributes:
+        resident: Number of columns that are in memory.
         preference: Factor of the magnitudes of columns that are not in memory. 1 treats all columns alike.
+        cost: What a read from disk costs, in columns.
     """
 
-    def __init__(self, columns: int, capacity: int, *, preference: float = 1.0) -> None:
-        self.capacity = min(capacity, columns)
-        self.preference = preference
-        self._held = Held(
-            slots=np.full(columns, NOWHERE, dtype=np.int64),
-            columns=np.full(self.capacity, NOWHERE, dtype=np.int64),
-            uses=np.zeros(columns, dtype=np.int64),
-        )
-        self._choose = kernels().choose
-
-    def fill(self) -> NDArray[np.int64]:
-        """Record the first columns as in memory, one in each slot, and return their numbers."""
-        columns = np.arange(self.capacity)
-        self._held.slots[:] = NOWHERE
-        self._held.slots[columns] = columns
-        self._held.columns[:] = columns
-        return columns
-
-    def held(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the columns that are in memory, rising, and their slots; both int64 ``[n]``."""
-        columns = np.flatnonzero(self._held.slots != NOWHERE)
-        return columns, self._held.slots[columns]
-
-    def forget(self, columns: NDArray[np.int64]) -> None:
-        """Record these columns as not in memory, for example after a read that failed."""
-        slots = self._held.slots[columns]
-        self._held.columns[slots[slots != NOWHERE]] = NOWHERE
-        self._held.slots[columns] = NOWHERE
-
-    def clear(self) -> None:
-        """Record that no column is in memory."""
-        self._held.slots[:] = NOWHERE
-        self._held.columns[:] = NOWHERE
+    resident: int
+    preference: float = 1.0
+    cost: float = 0.0
 
     def choose(self, values: NDArray[np.float32], count: int) -> Choice:
-        """Choose columns for one token. Missing columns replace those that are used least frequently.
+        """Choose columns for one token.
 
         Args:
-            values: Value of each column, ``[columns]``. Those with the largest magnitudes are chosen.
-            count: Number of columns to choose.
+            values: Value of each column in the order of the table, ``[columns]``.
+            count: Number of columns to choose, if all are in memory.
         """
-        return self._choose(self._held, values, count, self.preference)
+        return kernels().choose(values, self.resident, count, self.preference, self.cost)
 
 
 @dataclass(frozen=True)
@@ -114,9 +87,14 @@ class Caching:
         if not 0 <= self.share <= 1:
             raise ValueError(f"share={self.share!r} must be from 0 to 1: the share of the MLPs that is in memory")
 
-    def cache(self, columns: int, kind: Kind, shares: Shares) -> ColumnCache:
-        """Make a full cache for columns of one kind. ``shares`` are those of the MLP that a token uses."""
+    def cache(self, columns: int, kind: Kind, shares: Shares, cost: float = 0.0) -> ColumnCache:
+        """Make a cache for columns of one kind.
+
+        Args:
+            columns: Number of columns.
+            kind: Their kind.
+            shares: Shares of the MLP that a token uses.
+            cost: What a read from disk costs, in columns.
+        """
         room = int(getattr(divide_room(self.share, shares), kind) * columns)
-        cache = ColumnCache(columns, room, preference=getattr(self.preference, kind))
-        cache.fill()
-        return cache
+        return ColumnCache(room, getattr(self.preference, kind), cost)

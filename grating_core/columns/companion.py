@@ -1,18 +1,18 @@
 """The companion file of a model holds the columns of its gated MLPs, each in one piece that can be read alone.
 
 A checkpoint stores W_u, W_g and W_d row by row, but a token needs columns. So grating writes the columns again,
-as a safetensors file with two tables for each layer. Row j of ``inputs`` is column j of W_u and of W_g, which are
-used together; row j of ``products`` is column j of W_d. Rows may be quantised. They have checksums, and lie one
-behind the other. They are read past the page cache in whole sectors.
+as a safetensors file with two tables for each layer. A row of ``inputs`` is a column of W_u and that of W_g, which
+are used together; a row of ``products`` is a column of W_d. The ``order`` of a table says which column each row is:
+those that tokens use most come first. Rows may be quantised. They have checksums, and lie one behind the other. They
+are read past the page cache in whole sectors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -68,6 +68,24 @@ class ColumnSizes:
         return sum(self.count(kind) * self.row_bytes(kind) for kind in KINDS)
 
 
+class MlpWeights(NamedTuple):
+    """This class holds the weights of a gated MLP, and in which order its columns are written.
+
+    Attributes:
+        up: W_u, ``[F, D]``, of any floating dtype.
+        gate: W_g, likewise.
+        down: W_d, ``[D, F]``.
+        inputs: Which column of W_u and W_g each row is, int64 ``[D]``; None for the order as it is.
+        products: Which column of W_d each row is, int64 ``[F]``; None for the order as it is.
+    """
+
+    up: Tensor
+    gate: Tensor
+    down: Tensor
+    inputs: NDArray[np.int64] | None = None
+    products: NDArray[np.int64] | None = None
+
+
 def writing_bytes(sizes: ColumnSizes) -> int:
     """Return the bytes that writing a companion file takes beside the weights of a layer."""
     return _COPIES * min(max(_AT_ONCE, 2 * sizes.products, sizes.width), 2 * sizes.products * sizes.width)
@@ -75,7 +93,7 @@ def writing_bytes(sizes: ColumnSizes) -> int:
 
 def write_columns(
     path: Path,
-    weights: Iterable[tuple[Tensor, Tensor, Tensor]],
+    weights: Iterable[MlpWeights],
     sizes: ColumnSizes,
     fingerprint: str,
     *,
@@ -85,7 +103,7 @@ def write_columns(
 
     Args:
         path: The file.
-        weights: W_u and W_g ``[F, D]`` and W_d ``[D, F]`` of each layer, of any floating dtype.
+        weights: The weights of each layer.
         sizes: Sizes of the model's MLPs.
         fingerprint: Identity of the model's weights.
         show_progress: Whether to show a progress bar on standard error.
@@ -102,17 +120,21 @@ def write_columns(
         ) from error
 
 
-def _parts(
-    weights: Iterable[tuple[Tensor, Tensor, Tensor]], sizes: ColumnSizes, *, show_progress: bool
-) -> Iterator[memoryview]:
-    """Yield the bytes of all rows, and then of their checksums."""
-    checks = []
+def _parts(weights: Iterable[MlpWeights], sizes: ColumnSizes, *, show_progress: bool) -> Iterator[memoryview]:
+    """Yield the bytes of all rows, then of their checksums, and of the orders."""
+    checks: list[int] = []
+    orders: list[NDArray[np.int64]] = []
     layers = tqdm(weights, "Writing columns", sizes.depth, unit="layer", disable=not show_progress)
-    for up, gate, down in layers:
-        for rows in chain(_rows((up, gate), sizes, "inputs"), _rows((down,), sizes, "products")):
-            yield rows.data
-            checks += [checksum(row) for row in rows]
+    for layer in layers:
+        for kind in KINDS:
+            order = layer.inputs if kind == "inputs" else layer.products
+            orders.append(np.arange(sizes.count(kind)) if order is None else order)
+            matrices = (layer.up, layer.gate) if kind == "inputs" else (layer.down,)
+            for rows in _rows(matrices, orders[-1], sizes.form(kind)):
+                yield rows.data
+                checks += [checksum(row) for row in rows]
     yield np.array(checks, dtype="<u8").data
+    yield np.concatenate(orders).astype("<i8").data
     yield memoryview(bytes(SECTOR))
 
 
@@ -122,7 +144,7 @@ def tables(sizes: ColumnSizes) -> list[tuple[int, Kind]]:
 
 
 def contents(sizes: ColumnSizes) -> Contents:
-    """Return what a companion file has: all tables, the checksums of their rows, and a sector of fill.
+    """Return what a companion file has: all tables, checksums and orders of their rows, and a sector of fill.
 
     Whole sectors around the last row lie within the file because of the fill.
     """
@@ -130,13 +152,14 @@ def contents(sizes: ColumnSizes) -> Contents:
         f"{number}.{kind}": ("U8", (sizes.count(kind), sizes.row_bytes(kind))) for number, kind in tables(sizes)
     }
     checks = {f"{number}.{kind}.checks": ("U64", (sizes.count(kind),)) for number, kind in tables(sizes)}
-    return {**rows, **checks, "fill": ("U8", (SECTOR,))}
+    orders = {f"{number}.{kind}.order": ("I64", (sizes.count(kind),)) for number, kind in tables(sizes)}
+    return {**rows, **checks, **orders, "fill": ("U8", (SECTOR,))}
 
 
-def _rows(matrices: tuple[Tensor, ...], sizes: ColumnSizes, kind: Kind) -> Iterator[NDArray[np.uint8]]:
+def _rows(matrices: tuple[Tensor, ...], order: NDArray[np.int64], form: RowFormat) -> Iterator[NDArray[np.uint8]]:
     """Yield the rows of a table, uint8 ``[n, bytes]`` at a time."""
-    form = sizes.form(kind)
     step = max(1, _AT_ONCE // form.length)
-    for start in range(0, sizes.count(kind), step):
-        columns = torch.cat([matrix[:, start : start + step].T for matrix in matrices], dim=1)
+    for start in range(0, len(order), step):
+        some = torch.from_numpy(order[start : start + step])
+        columns = torch.cat([matrix[:, some].T for matrix in matrices], dim=1)
         yield pack_columns(columns, form)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from grating_core.arguments import INPUTS_PREFERENCE, PRODUCTS_PREFERENCE, check_density
 from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import Caching, Preference
-from grating_core.columns.companion import KINDS, ColumnSizes, write_columns
-from grating_core.columns.mlp import ColumnMlp, ColumnTable, make_staging, unpacked_bytes
+from grating_core.columns.companion import KINDS, ColumnSizes, Kind, MlpWeights, write_columns
+from grating_core.columns.masks import Shares
+from grating_core.columns.mlp import ColumnMlp, ColumnTable, Staging, make_staging, unpacked_bytes
 from grating_core.columns.reading import ColumnFile
 from grating_core.errors import UnsupportedModelError
 from grating_core.files.places import is_there
@@ -27,8 +27,6 @@ from grating_core.memory.meter import Meter
 PREFERENCE = Preference(INPUTS_PREFERENCE, PRODUCTS_PREFERENCE)
 _STAGING = 16 << 20  # bytes; larger was no faster
 _FEWEST_STAGED = 2  # columns of the larger kind that each half holds at least
-
-Matrices = Iterator[tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,12 @@ def _read_bytes(sizes: ColumnSizes) -> int:
 
 
 def open_columns(
-    directory: Path, sizes: ColumnSizes, fingerprint: str, weights: Callable[[], Matrices], *, show_progress: bool
+    directory: Path,
+    sizes: ColumnSizes,
+    fingerprint: str,
+    weights: Callable[[], Iterable[MlpWeights]],
+    *,
+    show_progress: bool,
 ) -> ColumnFile:
     """Open the companion file of a model, after writing it if there is none.
 
@@ -102,7 +105,7 @@ def open_columns(
         directory: Directory of all companion files.
         sizes: Sizes of the model's MLPs.
         fingerprint: Identity of the model's weights.
-        weights: Function that yields W_u, W_g and W_d of each layer, see :func:`write_columns`.
+        weights: Function that yields the weights of each layer, see :func:`write_columns`.
         show_progress: Whether to show a progress bar while writing.
 
     Raises:
@@ -110,7 +113,7 @@ def open_columns(
         StorageError: The file cannot be written.
     """
     form = str(sizes.dtype).removeprefix("torch.") if sizes.bits is None else f"{sizes.bits}bits"
-    path = directory / f"{fingerprint[:16]}-{form}.safetensors"
+    path = directory / f"{fingerprint[:16]}-{form}-ordered.safetensors"
     if not is_there(path):
         write_columns(path, weights(), sizes, fingerprint, show_progress=show_progress)
     return ColumnFile(path, sizes, fingerprint)
@@ -133,18 +136,23 @@ def install(
     """
     sizes = file.sizes
     if share < 1:
-        file.measure_gap()
+        file.measure()
     staging = make_staging(_read_bytes(sizes), sizes)
     caching = Caching(share, pruning.preference)
     mlps: list[Mlp] = []
     for number, (spec, shares) in enumerate(zip(specs, allocate(pruning.density, len(specs)), strict=True), 1):
-        inputs, products = (
-            ColumnTable(file, number, kind, caching.cache(sizes.count(kind), kind, shares), staging, meter)
-            for kind in KINDS
-        )
-        inputs.fill()
-        products.fill()
+        inputs, products = (_table(file, number, kind, caching, shares, staging, meter) for kind in KINDS)
         mlps.append(ColumnMlp(spec, inputs, products, shares))
     meter.columns_read = meter.bytes_read = 0  # the meter counts requests, and not loading
     meter.seconds_waited = 0.0
     return mlps
+
+
+def _table(
+    file: ColumnFile, number: int, kind: Kind, caching: Caching, shares: Shares, staging: Staging, meter: Meter
+) -> ColumnTable:
+    """Make a table of columns, and read as many of them as fit."""
+    cache = caching.cache(file.sizes.count(kind), kind, shares, file.cost(kind))
+    table = ColumnTable(file, number, kind, cache, staging, meter)
+    table.fill()
+    return table

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from time import perf_counter
 from typing import NamedTuple
@@ -16,8 +15,7 @@ from torch import Tensor
 from grating_core.columns.cache import ColumnCache
 from grating_core.columns.companion import ColumnSizes, Kind
 from grating_core.columns.masks import Shares, kept
-from grating_core.columns.reading import Block, ColumnFile
-from grating_core.forking import tell_of_forks
+from grating_core.columns.reading import Arrival, Block, ColumnFile
 from grating_core.kernels.activations import ACTIVATIONS
 from grating_core.kernels.choice import kernels
 from grating_core.layers.linear import Weights
@@ -68,7 +66,7 @@ class ColumnTable:
         file: The companion file.
         number: Number of the layer, from 1.
         kind: Kind of the columns.
-        cache: The record of the columns that are in memory.
+        cache: What says which columns are in memory.
         staging: Memory that missing columns are read into.
         meter: Counter of columns, bytes and waiting.
     """
@@ -79,51 +77,50 @@ class ColumnTable:
         self._file, self._number, self._kind = file, number, kind
         self._cache, self._staging, self._meter = cache, staging, meter
         self._form = file.sizes.form(kind)
-        self._held = torch.empty(cache.capacity * self._form.row_bytes, dtype=torch.uint8)
+        self._order = file.order(number, kind)
+        self._held = torch.empty(cache.resident * self._form.row_bytes, dtype=torch.uint8)
         self._kernels = kernels()
-        self._changing = False
-        tell_of_forks(self)
-
-    def after_fork(self) -> None:
-        """Empty the cache if another thread was reading: columns that it recorded may never have arrived."""
-        if self._changing:
-            self._cache.clear()
-            self._changing = False
 
     def fill(self) -> None:
-        """Read as many columns as fit, so that the first tokens find some in memory."""
-        self._changing = True
-        columns = self._cache.fill()
-        with self._reading(columns) as blocks:
+        """Read the columns that stay in memory.
+
+        Raises:
+            FileError: They cannot be read, or are damaged.
+        """
+        size = self._form.row_bytes
+        with self._reading(np.arange(self._cache.resident)) as blocks:
             for block in blocks:
-                self._keep(block, columns[block.columns])
+                begin, end = block.columns.start * size, block.columns.stop * size
+                place = int(block.places[0])
+                self._held[begin:end] = self._staging.read[place : place + end - begin]
 
     def multiply(self, values: Tensor, count: int) -> Tensor:
         """Multiply the matrix by the largest of one token's values.
 
         Args:
             values: Values, ``[columns]``.
-            count: Number of values to use.
+            count: Number of values to use, if all columns are in memory.
 
         Returns:
             The product, float32 ``[rows of the matrix]``.
+
+        Raises:
+            FileError: Columns cannot be read, or are damaged.
         """
-        self._changing = True
-        numbers = values.float().numpy()
-        columns, slots, hits = self._cache.choose(numbers, count)
-        chosen = numbers[columns]
-        self._meter.columns_wanted += count
+        numbers = values.float().numpy()[self._order]
+        places, hits = self._cache.choose(numbers, count)
+        chosen, missing = numbers[places], places[hits:]
+        self._meter.columns_wanted += len(places)
         total = torch.zeros(self._form.length)
         add = self._kernels.add_columns
-        with self._reading(columns[hits:]) as blocks:
-            add(self._form, self._held, slots[:hits] * self._form.row_bytes, chosen[:hits], total)
+        with self._reading(missing) as blocks:
+            add(self._form, self._held, places[:hits] * self._form.row_bytes, chosen[:hits], total)
             for block in blocks:
                 add(self._form, self._staging.read, block.places, chosen[hits:][block.columns], total)
-                self._keep(block, slots[hits:][block.columns])
         return total
 
     def multiply_all(self, values: Tensor) -> Tensor:
-        """Multiply the matrix by all values of many tokens. The columns in memory stay the same.
+        """Multiply the matrix by all values of many tokens.
 
         Args:
             values: Values, ``[T, columns]``, in the model's dtype.
@@ -131,12 +128,12 @@ class ColumnTable:
         Returns:
             The products, float32 ``[T, rows of the matrix]``.
         """
-        columns, slots = self._cache.held()
-        missing = np.setdiff1d(np.arange(values.shape[1]), columns)
+        there, missing = np.split(np.arange(values.shape[1]), [self._cache.resident])
+        values = values[:, self._order]
         self._meter.columns_wanted += values.shape[1]
         total = torch.zeros(len(values), self._form.length)
         with self._reading(missing) as blocks:
-            self._add_all(values, columns, self._held, slots * self._form.row_bytes, total)
+            self._add_all(values, there, self._held, there * self._form.row_bytes, total)
             for block in blocks:
                 self._add_all(values, missing[block.columns], self._staging.read, block.places, total)
         return total
@@ -163,58 +160,34 @@ class ColumnTable:
             else:
                 total += some @ matrix
 
-    def _keep(self, block: Block, slots: NDArray[np.int64]) -> None:
-        """Copy columns into their slots; columns beside the cache have none."""
-        stay = slots < self._cache.capacity
-        size = self._form.row_bytes
-        self._kernels.copy_rows(size, self._staging.read, block.places[stay], self._held, slots[stay] * size)
-
     @contextmanager
     def _reading(self, columns: NDArray[np.int64]) -> Iterator[Iterator[Block]]:
-        """Read columns block by block.
-
-        The reads of the first block start at once. Each next block is read while the one before is used.
-        """
+        """Read columns block by block, by their places. Each next block is read while the one before is used."""
         blocks = list(self._file.plan(self._number, self._kind, columns, self._staging.read))
-        under_way: list[Future[None]] = []
+        arriving: list[Arrival] = []  # one at most
 
         def begin(index: int) -> None:
             if index < len(blocks):
-                for reading in self._file.read(self._number, self._kind, blocks[index]):
-                    under_way.append(reading)  # one by one, so that all can be awaited if the next cannot start
+                arriving.append(self._file.begin(self._number, self._kind, blocks[index]))
 
         def arrivals() -> Iterator[Block]:
             for index, block in enumerate(blocks):
-                self._wait(under_way)
+                started = perf_counter()
+                arriving[0].finish()
+                arriving.pop()
+                self._meter.seconds_waited += perf_counter() - started
                 begin(index + 1)
                 self._file.verify(self._number, self._kind, columns, block)
                 yield block
 
-        self._changing = True
         try:
             begin(0)
             yield arrivals()
-        except BaseException:
-            self._give_up(under_way, columns)
-            raise
         finally:
-            self._changing = False
+            for arrival in arriving:  # after an error
+                arrival.give_up()
         self._meter.columns_read += len(columns)
         self._meter.bytes_read += sum(int(block.reads.sizes.sum()) for block in blocks)
-
-    def _give_up(self, under_way: list[Future[None]], columns: NDArray[np.int64]) -> None:
-        """Wait until no read is under way, and forget the columns that were to arrive."""
-        self._cache.forget(columns)
-        for reading in under_way:
-            if not reading.cancel():
-                reading.exception()
-
-    def _wait(self, under_way: list[Future[None]]) -> None:
-        started = perf_counter()
-        while under_way:
-            under_way[-1].result()
-            under_way.pop()
-        self._meter.seconds_waited += perf_counter() - started
 
 
 class ColumnMlp:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future
+from math import log2
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -16,20 +16,21 @@ from torch import Tensor
 
 from grating_core.columns.companion import ColumnSizes, Kind, contents, tables
 from grating_core.errors import FileError
-from grating_core.forking import Threads
 from grating_core.kernels.choice import kernels
+from grating_core.kernels.compiled_reading import CompiledReading
+from grating_core.kernels.reading import Reading
 from grating_core.lifetime import closed_on_error
 from grating_core.memory.checkpoint import SECTOR, Checkpoint, aligned_buffer
 from grating_core.memory.companion import WAY_OUT, check_companion, checksum
+from grating_core.memory.header import StoredTensor
 from grating_core.memory.pieces import Pieces
 
-READERS = 16  # reads at the same time: more were no faster on an NVMe disk
-GAP = 16 << 10  # bytes between two columns that are read as well, unless the disk was measured
-_LONGEST_READ = 256 << 10  # bytes that one call reads, so that all readers have work
+GAP = 16 << 10  # bytes that are read in the time of one more read, unless the disk was measured
+_LONGEST_READ = 256 << 10  # bytes that one call reads, so that all threads have work
 _MEASURED = 32 << 20  # bytes of a file that is large enough to measure a disk; a smaller one is not measured
 _MEASURED_READS = {SECTOR: 512, _LONGEST_READ: 64}  # reads of each size at a time
 _ROUNDS = 5  # measurements that count, after one that does not
-LONGEST_GAP = 16 << 10  # bytes; longer gaps saved no time on a disk of 2 GB/s
+LONGEST_GAP = 64 << 10  # bytes, however slow a disk is at short reads
 
 
 class Block(NamedTuple):
@@ -68,47 +69,35 @@ class ColumnFile:
                 self._tables = {table: _Table(self._checkpoint, *table) for table in tables(sizes)}
         except (FileError, KeyError, ValueError, OSError) as error:
             raise FileError(f"{path} is no companion file of this model ({error}); {WAY_OUT}") from error
-        self._readers = Threads(READERS, "grating-columns")
         self.gap = GAP
-        """The longest gap between two columns, in bytes, that is read through."""
+        """The bytes that the disk reads in the time that one more read takes."""
         self.sector = next(iter(self._tables.values())).sector
         """The bytes of a sector of the disk: 512 or 4,096."""
 
     def plan(self, number: int, kind: Kind, columns: NDArray[np.int64], staging: Tensor) -> Iterator[Block]:
         """Yield the blocks in which columns are read, so that each fits into half of the staging memory.
 
-        Sectors that columns share, and short gaps between columns, are read as well.
+        Sectors that columns share are read once.
 
         Args:
             number: Number of the layer, from 1.
             kind: Kind of the columns.
-            columns: Numbers of the columns, rising, int64 ``[n]``.
+            columns: Places of the columns in the table, rising, int64 ``[n]``.
             staging: Memory that begins at a whole sector, uint8 ``[bytes]``. Blocks take its halves in turn.
         """
         table = self._tables[number, kind]
         begins = table.start + columns * table.row
-        yield from plan_blocks(begins, table.row, self.gap, staging.numpy(), self.sector)
+        yield from plan_blocks(begins, table.row, staging.numpy(), self.sector)
 
-    def read(self, number: int, kind: Kind, block: Block) -> Iterator[Future[None]]:
-        """Start to read a block. Every step of the iterator starts some more reads.
+    def begin(self, number: int, kind: Kind, block: Block) -> Arrival:
+        """Begin to read a block.
 
         Args:
             number: Number of the layer, from 1.
             kind: Kind of the columns.
-            block: A block of :meth:`plan`.
-
-        Yields:
-            Futures to wait for. Their results raise FileError if the file cannot be read.
-
-        Raises:
-            RuntimeError: No thread can be started. The reads that were yielded before go on.
+            block: A block of :meth:`plan`, whose memory must stay until it has arrived or was given up.
         """
-        return self._start(self._tables[number, kind], block.reads)
-
-    def _start(self, table: _Table, reads: Pieces) -> Iterator[Future[None]]:
-        share = -(-len(reads.starts) // READERS)
-        for start in range(0, len(reads.starts), share):
-            yield self._readers.submit(table.read, reads.part(slice(start, start + share)))
+        return self._tables[number, kind].begin(block.reads)
 
     def verify(self, number: int, kind: Kind, columns: NDArray[np.int64], block: Block) -> None:
         """Compare what was read with the checksums.
@@ -118,11 +107,19 @@ class ColumnFile:
         """
         self._tables[number, kind].verify(columns[block.columns], block)
 
-    def measure_gap(self) -> None:
-        """Measure for a fraction of a second how long a gap has to be to be worth another read.
+    def order(self, number: int, kind: Kind) -> NDArray[np.int64]:
+        """Return the number of the column at each place of a table, int64 ``[columns]``."""
+        return self._tables[number, kind].order
+
+    def cost(self, kind: Kind) -> float:
+        """Return what a read costs, in columns of a kind."""
+        return self.gap / self.sizes.row_bytes(kind)
+
+    def measure(self) -> None:
+        """Measure for a fraction of a second how many bytes a disk reads in the time that one more read takes.
 
         Reads of a sector and long reads take turns. The first ones are not counted, because threads start then and
-        disks wake up. The gap is bounded, because what is read through takes memory and processor as well.
+        disks wake up.
         """
         table, (*_, last) = self._tables[1, "inputs"], self._tables.values()
         span = last.start - table.start
@@ -132,42 +129,39 @@ class ColumnFile:
             [self._seconds(table, span, size, number) for size in _MEASURED_READS] for number in range(1 + _ROUNDS)
         ]
         sector, long = (median(values) for values in zip(*seconds[1:], strict=True))
-        self.gap = min(fit_gap(sector, _LONGEST_READ / long), LONGEST_GAP)
+        self.gap = fit_gap(sector, _LONGEST_READ / long)
 
     def _seconds(self, table: _Table, span: int, size: int, seed: int) -> float:
         """Measure the seconds that each of many reads takes, with all readers at work."""
-        memory: NDArray[np.uint8] = aligned_buffer(READERS * size).numpy()
-        places = np.repeat(np.arange(READERS) * size, _MEASURED_READS[size] // READERS)
+        count = _MEASURED_READS[size]
+        memory: NDArray[np.uint8] = aligned_buffer(count * size).numpy()
         first = -(-table.start // SECTOR) * SECTOR
         chance = np.random.default_rng((size, seed))
-        starts = first + chance.integers(0, (span - size) // SECTOR, len(places)) * SECTOR
+        starts = first + chance.integers(0, (span - size) // SECTOR, count) * SECTOR
         started = perf_counter()
-        for reading in list(self._start(table, Pieces(starts, np.full(len(places), size), memory, places))):
-            reading.result()
-        return (perf_counter() - started) / len(places)
+        table.begin(Pieces(starts, np.full(count, size), memory, np.arange(count) * size)).finish()
+        return (perf_counter() - started) / count
 
     def close(self) -> None:
-        """Stop the threads and close the file."""
-        self._readers.close()
+        """Close the file."""
         self._checkpoint.close()
 
 
 def plan_blocks(
-    begins: NDArray[np.int64], row: int, gap: int, memory: NDArray[np.uint8], sector: int = SECTOR
+    begins: NDArray[np.int64], row: int, memory: NDArray[np.uint8], sector: int = SECTOR
 ) -> Iterator[Block]:
     """Yield the blocks in which rows of a file are read, so that each fits into half of the memory.
 
     Args:
         begins: Offsets of the rows in the file, rising, int64 ``[n]``.
         row: Bytes of a row.
-        gap: The longest gap in bytes that is read through.
         memory: Memory that begins at a whole sector, uint8 ``[bytes]``. Blocks take its halves in turn.
         sector: Bytes of a sector of the disk.
     """
     if not len(begins):
         return
     half = len(memory) // 2 // SECTOR * SECTOR
-    lows, highs, joined = find_sectors(begins, row, gap, sector)
+    lows, highs, joined = find_sectors(begins, row, sector)
     # What each column adds to what is read, if the one before it is in the same block.
     added = np.where(joined, highs - np.roll(highs, 1), highs - lows)
     until = np.cumsum(added)
@@ -187,29 +181,31 @@ def plan_blocks(
 
 
 def find_sectors(
-    begins: NDArray[np.int64], row: int, gap: int, sector: int = SECTOR
+    begins: NDArray[np.int64], row: int, sector: int = SECTOR
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
     """Return where the sectors of each row begin and end, and whether they are read together with those before.
 
     Args:
         begins: Offsets of rows in a file, rising, int64 ``[n]``.
         row: Bytes of a row.
-        gap: The longest gap in bytes that is read through.
         sector: Bytes of a sector of the disk.
     """
     lows = begins // sector * sector
     highs = -(-(begins + row) // sector) * sector
-    return lows, highs, np.concatenate(([False], lows[1:] - highs[:-1] <= gap))
+    return lows, highs, np.concatenate(([False], lows[1:] <= highs[:-1]))
 
 
 def fit_gap(sector: float, bandwidth: float) -> int:
-    """Return the longest gap, in bytes, that is read through sooner than a second read begins.
+    """Return how many bytes a disk reads in the time that one more read takes: 0, or a power of two of sectors.
+
+    Steps so wide make it the same whenever a disk is measured.
 
     Args:
         sector: Seconds that one of many reads of a sector takes.
         bandwidth: Bytes a second of long reads.
     """
-    return max(0, int(sector * bandwidth) // SECTOR - 1) * SECTOR
+    sectors = max(0.0, sector * bandwidth / SECTOR - 1)
+    return min(LONGEST_GAP, SECTOR << round(log2(sectors))) if sectors > 0.5 else 0
 
 
 def _cut(
@@ -224,9 +220,35 @@ def _cut(
     return Pieces(starts, ends - starts, memory, places)
 
 
-def read_quickly(file: int, pieces: Pieces) -> int:
-    """See :func:`grating_core.kernels.columns.read_pieces`."""
-    return kernels().read_pieces(file, pieces)
+def begin_reading(file: int, pieces: Pieces) -> Reading | CompiledReading:
+    """See :class:`grating_core.kernels.reading.Reading`."""
+    return kernels().reading(file, pieces)
+
+
+class Arrival:
+    """An arrival is columns that are being read.
+
+    Args:
+        checkpoint: The open companion file.
+        tensor: The table.
+        pieces: The pieces of the file.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, tensor: StoredTensor, pieces: Pieces) -> None:
+        self._checkpoint, self._tensor, self._pieces = checkpoint, tensor, pieces
+        self._reading = begin_reading(checkpoint.descriptor(tensor), pieces)
+
+    def finish(self) -> None:
+        """Wait until all has come.
+
+        Raises:
+            FileError: The file cannot be read.
+        """
+        self._checkpoint.read_pieces(self._tensor, self._pieces, self._reading.wait)
+
+    def give_up(self) -> None:
+        """Wait until nothing is read any more. What has come is of no use."""
+        self._reading.wait()
 
 
 class _Table:
@@ -239,16 +261,24 @@ class _Table:
         self.start = self._tensor.start
         self.sector = checkpoint.sector(self._tensor)
         self.row = (self._tensor.end - self._tensor.start) // self._tensor.shape[0]
-        stored = checkpoint.tensors[f"{name}.checks"]
-        checks = torch.empty(stored.end - stored.start, dtype=torch.uint8)
-        checkpoint.read(stored, stored.start, checks)
-        self._checks = checks.numpy().view("<u8")
+        self._checks = self._numbers(f"{name}.checks").view("<u8")
+        self.order = self._numbers(f"{name}.order").view("<i8").astype(np.int64)
+        """The column at each place."""
+        if not np.array_equal(np.sort(self.order), np.arange(len(self._checks))):
+            raise ValueError(f"{name}.order does not have each column once")
         # A column that was right once is not checked again, because checking takes as long as reading.
         self._seen = np.zeros(len(self._checks), dtype=bool)
         self._changes = checkpoint.changes(self._tensor)
 
-    def read(self, pieces: Pieces) -> None:
-        self._checkpoint.read_pieces(self._tensor, pieces, read_quickly)
+    def _numbers(self, name: str) -> NDArray[np.uint8]:
+        stored = self._checkpoint.tensors[name]
+        numbers = torch.empty(stored.end - stored.start, dtype=torch.uint8)
+        self._checkpoint.read(stored, stored.start, numbers)
+        found: NDArray[np.uint8] = numbers.numpy()
+        return found
+
+    def begin(self, pieces: Pieces) -> Arrival:
+        return Arrival(self._checkpoint, self._tensor, pieces)
 
     def verify(self, columns: NDArray[np.int64], block: Block) -> None:
         if (changes := self._checkpoint.changes(self._tensor)) != self._changes:

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from grating_core.kernels import columns, compiled, compiled_columns, reference, token
 from grating_core.kernels.columns import Choice
+from grating_core.kernels.compiled_reading import CompiledReading
 from grating_core.kernels.loading import KernelsError, has, start
 from grating_core.kernels.operands import Finished, Rows
+from grating_core.kernels.reading import Reading
 
 VARIABLE = "GRATING_KERNELS"
 """The environment variable that names the level to use, or is ``torch`` for none."""
@@ -34,8 +36,7 @@ class Kernels:
         add_columns: See :func:`grating_core.kernels.columns.add_columns`.
         unpack_columns: See :func:`grating_core.kernels.columns.unpack_columns`.
         choose: See :func:`grating_core.kernels.columns.choose`.
-        copy_rows: See :func:`grating_core.kernels.columns.copy_rows`.
-        read_pieces: See :func:`grating_core.kernels.columns.read_pieces`.
+        reading: See :class:`grating_core.kernels.reading.Reading`.
         pack_in_place: See :func:`grating_core.kernels.compiled.pack_in_place`; None where torch computes.
         attention: See :func:`grating_core.kernels.compiled.attention`; None where torch computes.
         features: See :func:`grating_core.kernels.features.features`; None where torch computes.
@@ -52,8 +53,7 @@ class Kernels:
     add_columns: Callable[..., None]
     unpack_columns: Callable[..., None]
     choose: Callable[..., Choice]
-    copy_rows: Callable[..., None]
-    read_pieces: Callable[..., int]
+    reading: Callable[..., Reading | CompiledReading]
     pack_in_place: Callable[[Tensor], Tensor] | None = None
     attention: Callable[..., Tensor] | None = None
     features: Callable[..., Tensor] | None = None
@@ -85,8 +85,7 @@ def kernels() -> Kernels:
         compiled_columns.add_columns,
         compiled_columns.unpack_columns,
         compiled_columns.choose,
-        compiled_columns.copy_rows,
-        compiled_columns.read_pieces,
+        CompiledReading,
         compiled.pack_in_place,
         compiled.attention,
         compiled.features,
@@ -106,6 +105,5 @@ def _of_torch(reason: str) -> Kernels:
         columns.add_columns,
         columns.unpack_columns,
         columns.choose,
-        columns.copy_rows,
-        columns.read_pieces,
+        Reading,
     )

@@ -19,12 +19,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from grating_core.kernels.groups import GROUP, quantized_groups
-from grating_core.memory.pieces import Pieces
 
 _LINE = 64  # bytes
 _FACTORS = 8  # bytes of what scales and minima of 4 bits are multiplied by
-NOWHERE = -1
-"""The slot of a column that is not in memory, and the column of an empty slot."""
 
 
 @dataclass(frozen=True)
@@ -56,32 +53,15 @@ class RowFormat:
         return -(-size // _LINE) * _LINE
 
 
-class Held(NamedTuple):
-    """This class records which columns of a matrix are in memory. :func:`choose` changes its arrays.
-
-    Attributes:
-        slots: Slot of each column, int64 ``[columns]``; ``NOWHERE`` for none.
-        columns: Column at each slot, int64 ``[capacity]``; ``NOWHERE`` for none.
-        uses: How often each column was used, int64 ``[columns]``.
-    """
-
-    slots: NDArray[np.int64]
-    columns: NDArray[np.int64]
-    uses: NDArray[np.int64]
-
-
 class Choice(NamedTuple):
     """A choice holds the columns that one token uses.
 
     Attributes:
-        columns: Numbers of the columns, int64 ``[k]``: first those in memory, then those to read, both rising.
-        slots: Slot of each column, int64 ``[k]``. Numbers from the capacity on are slots beside the cache, where a
-            column stays for this token only.
-        hits: Number of columns that are in memory already.
+        places: Places of the columns in the table, rising, int64 ``[k]``.
+        hits: Number of them that are in memory: the first ones.
     """
 
-    columns: NDArray[np.int64]
-    slots: NDArray[np.int64]
+    places: NDArray[np.int64]
     hits: int
 
 
@@ -175,64 +155,44 @@ def _rows(form: RowFormat, table: Tensor, places: NDArray[np.int64]) -> Tensor:
     return (numbers * scale[..., None] + minimum[..., None]).flatten(1)[:, : form.length]
 
 
-def choose(held: Held, values: NDArray[np.float32], count: int, preference: float) -> Choice:
-    """Choose columns for one token. Missing columns replace those that are used least frequently.
+def choose(values: NDArray[np.float32], resident: int, count: int, preference: float, cost: float) -> Choice:
+    """Choose columns for one token.
 
-    Of equal numbers the first ones are taken.
+    Columns in memory are used if their magnitudes are among the ``count`` largest. The others lie on disk one
+    behind the other, and what is read is used. So they are used in runs: a column is worth the square of its
+    magnitude, as a share of the least one that would be chosen, less 1; a run costs a read; and the runs are those
+    with the largest sum. Without such a cost, the largest columns are used. Columns that are 0 are not.
 
     Args:
-        held: The columns in memory. The columns that the choice gives slots to are recorded as in memory.
-        values: Value of each column, ``[columns]``. Those with the largest magnitudes are chosen.
-        count: Number of columns to choose.
+        values: Value of each column in the order of the table, ``[columns]``.
+        resident: Number of columns that are in memory: the first ones.
+        count: Number of columns that would be used if all were in memory.
         preference: Factor of the magnitudes of columns that are not in memory.
+        cost: What a read costs, in columns.
     """
     magnitudes = np.abs(values)
-    absent = held.slots == NOWHERE
-    chosen = _largest(np.where(absent, magnitudes * np.float32(preference), magnitudes), count)
-    held.uses[chosen] += 1
-    there = ~absent[chosen]
-    hits, missing = chosen[there], chosen[~there]
-    capacity = len(held.columns)
-    admitted = _largest(held.uses[missing], min(len(missing), capacity - len(hits)))
-    idle = np.where(held.columns == NOWHERE, np.iinfo(np.int64).max, -1 - held.uses[held.columns])
-    idle[held.slots[hits]] = np.iinfo(np.int64).min
-    slots = _largest(idle, len(admitted))
-    evicted = held.columns[slots]
-    held.slots[evicted[evicted != NOWHERE]] = NOWHERE
-    held.columns[slots] = missing[admitted]
-    held.slots[missing[admitted]] = slots
-    places = np.full(len(missing), NOWHERE, dtype=np.int64)
-    places[admitted] = slots
-    beside = places == NOWHERE
-    places[beside] = capacity + np.arange(beside.sum())
-    return Choice(np.concatenate((hits, missing)), np.concatenate((held.slots[hits], places)), len(hits))
+    magnitudes[resident:] *= np.float32(preference)
+    least = np.partition(magnitudes, -count)[-count] if count < len(magnitudes) else magnitudes.min()
+    least = max(least, np.finfo(np.float32).smallest_subnormal)
+    there = np.flatnonzero(magnitudes[:resident] >= least)
+    runs = _find_runs(np.square(magnitudes[resident:].astype(np.float64) / float(least)) - 1, cost)
+    return Choice(np.concatenate((there, resident + np.flatnonzero(runs))), len(there))
 
 
-def _largest(keys: NDArray[np.generic], count: int) -> NDArray[np.int64]:
-    """Return the places of the largest keys, rising."""
-    if count >= len(keys):
-        return np.arange(len(keys))
-    if count == 0:
-        return np.empty(0, dtype=np.int64)
-    least = np.partition(keys, -count)[-count]
-    more = keys > least
-    more[np.flatnonzero(keys == least)[: count - more.sum()]] = True
-    return np.flatnonzero(more)
-
-
-def copy_rows(
-    size: int, source: Tensor, sources: NDArray[np.int64], target: Tensor, targets: NDArray[np.int64]
-) -> None:
-    """Copy rows of ``size`` bytes from places in one table, uint8 ``[bytes]``, to places in another."""
-    old, new = source.numpy(), target.numpy()
-    for start, end in zip(sources.tolist(), targets.tolist(), strict=True):
-        new[end : end + size] = old[start : start + size]
-
-
-def read_pieces(file: int, pieces: Pieces) -> int:
-    """Read pieces of the file that a descriptor stands for, without Python between two pieces.
-
-    Returns:
-        How many pieces were read as a whole, from the first on. This one reads none: Python must read them all.
-    """
-    return 0
+def _find_runs(worth: NDArray[np.float64], cost: float) -> NDArray[np.bool_]:
+    """Tell which columns are in the runs with the largest sum, less a cost for each run."""
+    # What the best runs so far are worth if the last of them goes on, and if it has ended.
+    going, ended = -np.inf, 0.0
+    steps = []
+    for gain in worth.tolist():
+        goes_on = going >= ended - cost
+        going = (going if goes_on else ended - cost) + gain
+        ends = going >= ended
+        ended = going if ends else ended
+        steps.append((goes_on, ends))
+    used, is_used = np.zeros(len(worth), dtype=bool), False
+    for place in reversed(range(len(worth))):
+        goes_on, ends = steps[place]
+        used[place] = is_used or ends
+        is_used = bool(used[place]) and goes_on
+    return used

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
-from typing import Any
+from ctypes import Structure, byref, c_double, c_float, c_int32, c_int64, c_void_p
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from grating_core.kernels.columns import Choice, Held, RowFormat
+from grating_core.kernels.columns import Choice, RowFormat
 from grating_core.kernels.loading import DTYPES, started
-from grating_core.memory.pieces import Pieces
+from grating_core.kernels.structs import array_address
 
 _GROUPED = {8: 3, 4: 4}
 
@@ -30,30 +29,27 @@ class _Columns(Structure):
     ]
 
 
-class _Cache(Structure):
-    """This class mirrors ``gk_cache``."""
-
-    _fields_ = [
-        ("columns", c_int64),
-        ("capacity", c_int64),
-        ("slots", c_void_p),
-        ("held", c_void_p),
-        ("uses", c_void_p),
-        ("preference", c_float),
-    ]
-
-
 class _Choice(Structure):
     """This class mirrors ``gk_choice``."""
 
-    _fields_ = [("columns", c_void_p), ("slots", c_void_p), ("hits", c_int64)]
+    _fields_ = [
+        ("values", c_void_p),
+        ("columns", c_int64),
+        ("resident", c_int64),
+        ("count", c_int64),
+        ("preference", c_float),
+        ("cost", c_double),
+        ("places", c_void_p),
+        ("used", c_int64),
+        ("hits", c_int64),
+    ]
 
 
 def add_columns(
     form: RowFormat, table: Tensor, places: NDArray[np.int64], values: NDArray[np.float32], output: Tensor
 ) -> None:
     """See :func:`grating_core.kernels.columns.add_columns`."""
-    started().gk_run_columns(byref(_columns(form, table, places, _at(values), output.data_ptr())))
+    started().gk_run_columns(byref(_columns(form, table, places, array_address(values), output.data_ptr())))
 
 
 def unpack_columns(form: RowFormat, table: Tensor, places: NDArray[np.int64], output: Tensor) -> None:
@@ -66,43 +62,23 @@ def _columns(
     form: RowFormat, table: Tensor, places: NDArray[np.int64], values: int | None, output: int | None
 ) -> _Columns:
     number = DTYPES[form.dtype] if form.bits is None else _GROUPED[form.bits]
-    return _Columns(number, form.length, len(places), table.data_ptr(), _at(places), values, output)
+    return _Columns(number, form.length, len(places), table.data_ptr(), array_address(places), values, output)
 
 
-def choose(held: Held, values: NDArray[np.float32], count: int, preference: float) -> Choice:
+def choose(values: NDArray[np.float32], resident: int, count: int, preference: float, cost: float) -> Choice:
     """See :func:`grating_core.kernels.columns.choose`."""
-    count = min(count, len(held.slots))
+    columns = len(values)
     values = np.ascontiguousarray(values, dtype=np.float32)
-    columns, slots = np.empty((2, count), dtype=np.int64)
-    cache = _Cache(len(held.slots), len(held.columns), *map(_at, held), preference)
-    choice = _Choice(_at(columns), _at(slots), 0)
-    if started().gk_choose(byref(cache), c_void_p(_at(values)), c_int64(count), byref(choice)):
-        raise MemoryError("The kernels got no memory for choosing columns.")
-    return Choice(columns, slots, choice.hits)
-
-
-def copy_rows(
-    size: int, source: Tensor, sources: NDArray[np.int64], target: Tensor, targets: NDArray[np.int64]
-) -> None:
-    """See :func:`grating_core.kernels.columns.copy_rows`."""
-    started().gk_copy(
-        c_int64(len(sources)),
-        c_int64(size),
-        c_void_p(source.data_ptr()),
-        c_void_p(_at(sources)),
-        c_void_p(target.data_ptr()),
-        c_void_p(_at(targets)),
+    places = np.empty(columns, dtype=np.int64)
+    choice = _Choice(
+        array_address(values),
+        columns,
+        resident,
+        min(count, columns),
+        preference,
+        cost,
+        array_address(places),
     )
-
-
-def read_pieces(file: int, pieces: Pieces) -> int:
-    """See :func:`grating_core.kernels.columns.read_pieces`. Other threads of Python go on meanwhile."""
-    read: Any = started().gk_read
-    read.restype = c_int64
-    starts, sizes, places = (c_void_p(_at(part)) for part in (pieces.starts, pieces.sizes, pieces.places))
-    done = read(c_int32(file), c_int64(len(pieces.starts)), starts, sizes, c_void_p(_at(pieces.buffer)), places)
-    return max(0, int(done))
-
-
-def _at(array: NDArray[Any]) -> int:
-    return array.ctypes.data
+    if started().gk_choose(byref(choice)):
+        raise MemoryError("The kernels got no memory for choosing columns.")
+    return Choice(places[: choice.used], choice.hits)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from typing import Any
 
+from numpy.typing import NDArray
 from torch import Tensor
 
 from grating_core.kernels.loading import DTYPES
@@ -164,6 +166,11 @@ def check(failed: int) -> None:
 def address(tensor: Tensor | None) -> int | None:
     """Return where a tensor's memory begins; None for none."""
     return None if tensor is None else tensor.data_ptr()
+
+
+def array_address(array: NDArray[Any]) -> int:
+    """Return where an array's memory begins."""
+    return array.ctypes.data
 
 
 def weight_struct(weight: Weight) -> WeightStruct:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
 
 from grating_core.arguments import check_density
 from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import Caching, Preference
 from grating_core.columns.install import PREFERENCE
+from grating_core.columns.masks import Shares
 from grating_core.lab.activations import WINDOW, record_activations
 from grating_core.lab.decoders import load_decoder
 from grating_core.lab.machine import Costs
 from grating_core.lab.masked import MaskedMlp
 from grating_core.lab.quality import CachedMlp, cut_windows, evaluate
 from grating_core.lab.shape import Shape
-from grating_core.lab.simulator import CACHE_AWARE, DENSE, Estimate, simulate
+from grating_core.lab.simulator import CACHE_AWARE, DENSE, Estimate, find_order, simulate
 
 
 @dataclass(frozen=True)
@@ -85,13 +90,19 @@ def compare(
         model, tokenizer = load_decoder(directory)
         length = min(WINDOW, tokens)
         windows = cut_windows(tokenizer, text, length, tokens // length)
+        layers = zip(recorded.inputs, recorded.products, strict=True)
+        orders = [tuple(map(find_order, layer)) for layer in layers]
+
+        def cached(own: Iterator[tuple[NDArray[np.int64], ...]]) -> Callable[[Any, Shares], nn.Module]:
+            return lambda mlp, shares: CachedMlp(mlp, shares, caching, next(own), costs.gap)
+
         for density, way in found:
             perplexities[density, way] = evaluate(
                 model,
                 windows,
                 shares=None if way == DENSE else allocate(density, len(recorded.inputs)),
-                # The choices of plain DIP do not depend on its cache.
-                make=partial(CachedMlp, caching=caching) if way == CACHE_AWARE else MaskedMlp,
+                # Plain DIP is measured without what is read on the way.
+                make=cached(iter(orders)) if way == CACHE_AWARE else MaskedMlp,
                 show_progress=show_progress,
             ).perplexity
     return [Point(estimate, key[0], perplexities.get(key)) for key, estimate in found.items()]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from grating_core.arguments import parse_size
 from grating_core.columns.companion import KINDS
-from grating_core.columns.reading import LONGEST_GAP, fit_gap
+from grating_core.columns.reading import fit_gap
 from grating_core.lab.shape import Shape
 from grating_core.memory.checkpoint import SECTOR
 
@@ -18,7 +18,7 @@ class ColumnCosts:
 
     Attributes:
         held: Multiplying a column that is in memory.
-        arriving: Multiplying a column that was read, and copying it into the cache.
+        arriving: Multiplying a column that was read.
         starting: Preparing reads, if any column is missing.
     """
 
@@ -36,7 +36,7 @@ class Costs:
         latency: Seconds until the first of several parallel reads has come.
         each: Seconds that each of several parallel reads adds.
         byte: Seconds that each of their bytes adds.
-        gap: The longest gap between two columns, in bytes, that is read through.
+        gap: Bytes that the disk reads in the time that one more read takes.
         sector: Bytes of a sector of the disk.
         outside: What is around the layers: embedding, head, and picking the next token.
         outside_pruned: The same, if the MLPs are pruned.
@@ -92,14 +92,14 @@ class Machine:
         small = max(1 / self.disk_reads, SECTOR / self.disk_bandwidth)
         layer, pruned = (max(form.sizes.layers) / self.memory_bandwidth for form in (shape.dense, shape.pruned))
         rows = [shape.columns.row_bytes(kind) / self.memory_bandwidth for kind in KINDS]
-        inputs, products = (ColumnCosts(row, 3 * row) for row in rows)  # keeping a column reads and writes it
+        inputs, products = (ColumnCosts(row, row) for row in rows)
         outside = shape.head / self.memory_bandwidth
         return Costs(
             bandwidth=self.disk_bandwidth,
             latency=self.latency,
             each=small - SECTOR / self.disk_bandwidth,
             byte=1 / self.disk_bandwidth,
-            gap=min(fit_gap(small, self.disk_bandwidth), LONGEST_GAP),
+            gap=fit_gap(small, self.disk_bandwidth),
             sector=SECTOR,
             outside=outside,
             outside_pruned=outside,

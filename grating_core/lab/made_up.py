@@ -106,6 +106,8 @@ def write_made_up_columns(path: Path, sizes: ColumnSizes) -> None:
             yield np.tile(row, sizes.count(kind)).data
             checks += [checksum(row)] * sizes.count(kind)
         yield np.array(checks, dtype="<u8").data
+        for _, kind in tables(sizes):
+            yield np.arange(sizes.count(kind), dtype="<i8").data
         yield memoryview(bytes(SECTOR))
 
     write_companion(path, contents(sizes), NAME, parts())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +22,10 @@ from grating_core.columns.companion import KINDS, ColumnSizes, Kind
 from grating_core.columns.install import MlpPruning, install, staging_bytes
 from grating_core.columns.masks import kept
 from grating_core.columns.mlp import ColumnTable, make_staging
-from grating_core.columns.reading import Block, ColumnFile
+from grating_core.columns.reading import Arrival, Block, ColumnFile
 from grating_core.engine.decode import advance, new_cache
 from grating_core.engine.sampling import Sampler
 from grating_core.files.places import cache_directory, storing
-from grating_core.kernels.choice import kernels
 from grating_core.lab.machine import ColumnCosts, Costs
 from grating_core.lab.made_up import NAME, make_parts, stream_parts, write_made_up_columns
 from grating_core.lab.shape import Shape
@@ -103,7 +101,7 @@ def _measure_pruning(shape: Shape, sizes: ColumnSizes, place: Path, context: int
         inputs, products = (
             ColumnCosts(
                 costs.held,
-                max(costs.held, beside * costs.arriving) + _copying(sizes, kind),
+                max(costs.held, beside * costs.arriving),
                 max(0.0, beside * costs.starting),
             )
             for kind, costs in zip(KINDS, columns, strict=True)
@@ -175,10 +173,10 @@ class _CountingFile(ColumnFile):
 
     reads = 0
 
-    def read(self, number: int, kind: Kind, block: Block) -> Iterator[Future[None]]:
-        """See :meth:`ColumnFile.read`."""
+    def begin(self, number: int, kind: Kind, block: Block) -> Arrival:
+        """See :meth:`ColumnFile.begin`."""
         self.reads += len(block.reads.starts)
-        return super().read(number, kind, block)
+        return super().begin(number, kind, block)
 
 
 def _reading(file: ColumnFile) -> tuple[float, float, float]:
@@ -193,8 +191,7 @@ def _reading(file: ColumnFile) -> tuple[float, float, float]:
             starts = chance.integers(0, sectors - length, count) * SECTOR
             pieces = Pieces(starts, np.full(count, size), memory, np.arange(count) * size)
             started = perf_counter()
-            for reading in list(file.read(1, "inputs", Block(slice(0), starts, pieces))):
-                reading.result()
+            file.begin(1, "inputs", Block(slice(0), starts, pieces)).finish()
             seconds.append(perf_counter() - started)
         found.append(median(seconds))
     latency, small, long = found
@@ -210,11 +207,10 @@ def _columns(file: ColumnFile) -> tuple[ColumnCosts, ColumnCosts]:
     staging = make_staging(staging_bytes(sizes), sizes)
     meter = Meter()
 
-    def tables(kind: Kind, capacity: int) -> list[ColumnTable]:
+    def tables(kind: Kind, resident: int) -> list[ColumnTable]:
         made = []
         for number in range(1, sizes.depth + 1):
-            cache = ColumnCache(sizes.count(kind), capacity)
-            made.append(ColumnTable(file, number, kind, cache, staging, meter))
+            made.append(ColumnTable(file, number, kind, ColumnCache(resident), staging, meter))
             made[-1].fill()
         return made
 
@@ -245,17 +241,3 @@ def _multiplied(
             table.multiply(values, columns)
             seconds.append(perf_counter() - started - (meter.seconds_waited - waited))
     return median(seconds)
-
-
-def _copying(sizes: ColumnSizes, kind: Kind) -> float:
-    """Return the seconds that copying a column into the cache takes."""
-    row = sizes.row_bytes(kind)
-    count = max(1, (32 << 20) // row)
-    source, target = (torch.zeros(count * row, dtype=torch.uint8).fill_(1) for _ in range(2))
-    places = np.random.default_rng(0).permutation(count) * row
-    seconds = []
-    for _ in range(5):
-        started = perf_counter()
-        kernels().copy_rows(row, source, places, target, np.roll(places, 1))
-        seconds.append(perf_counter() - started)
-    return median(seconds) / count

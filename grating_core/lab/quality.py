@@ -104,7 +104,7 @@ def evaluate(
 
     Args:
         model: A causal language model of transformers, in memory. This function leaves it unchanged.
-        windows: Token ids, see :func:`cut_windows`. Caches keep their columns from one window to the next.
+        windows: Token ids, see :func:`cut_windows`.
         shares: Shares that each layer keeps; None for the dense model.
         make: Function that makes the pruned MLP from the dense MLP and its shares, such as :class:`CachedMlp`.
         show_progress: Whether to show a progress bar on standard error.
@@ -138,22 +138,29 @@ def evaluate(
 class CachedMlp(nn.Module):
     """A cached MLP computes with the columns that its caches choose.
 
-    Like :class:`MaskedMlp` it multiplies by all weights and saves nothing. The choice for a token depends on the
-    tokens before it, so columns are chosen token by token. The products are computed for all tokens at once.
+    Like :class:`MaskedMlp` it multiplies by all weights and saves nothing.
 
     Args:
         mlp: The dense MLP.
         shares: Shares that are kept.
         caching: Size and preference of the caches.
+        orders: The column at each place of the tables of inputs and of products, int64.
+        gap: Bytes that the disk reads in the time that one more read takes.
     """
 
-    def __init__(self, mlp: Any, shares: Shares, caching: Caching) -> None:
+    def __init__(
+        self, mlp: Any, shares: Shares, caching: Caching, orders: Sequence[NDArray[np.int64]], gap: int = 0
+    ) -> None:
         super().__init__()
         self.mlp = mlp
         counts = mlp.down_proj.out_features, mlp.down_proj.in_features
         self.sizes = ColumnSizes(1, *counts, mlp.down_proj.weight.dtype)
         self.wanted, self.hits = np.zeros((2, len(KINDS)), dtype=np.int64)
-        self._caches = [caching.cache(count, kind, shares) for count, kind in zip(counts, KINDS, strict=True)]
+        self.caches = [
+            caching.cache(count, kind, shares, gap / self.sizes.row_bytes(kind))
+            for count, kind in zip(counts, KINDS, strict=True)
+        ]
+        self._orders = orders
         self._kept = kept(counts[0], shares.inputs), kept(counts[1], shares.products)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -167,9 +174,10 @@ class CachedMlp(nn.Module):
     def _masked(self, kind: int, values: Tensor) -> Tensor:
         magnitudes = values.abs().float().cpu().numpy().reshape(-1, values.shape[-1])
         unused = np.ones(magnitudes.shape, dtype=bool)
+        order = self._orders[kind]
         for token, row in enumerate(magnitudes):
-            choice = self._caches[kind].choose(row, self._kept[kind])
-            unused[token, choice.columns] = False
-            self.wanted[kind] += len(choice.columns)
-            self.hits[kind] += choice.hits
+            places, hits = self.caches[kind].choose(row[order], self._kept[kind])
+            unused[token, order[places]] = False
+            self.wanted[kind] += len(places)
+            self.hits[kind] += hits
         return values.masked_fill(torch.from_numpy(unused).to(values.device).view(values.shape), 0)

@@ -1,9 +1,9 @@
 """This module simulates the speed of a model larger than memory: activations and caches are real, time is not.
 
 It compares three ways within the same memory budget, which is spent as the engine spends it. Dense streaming
-streams whole layers. DIP has caches of columns, which evict the least used columns. Cache-aware DIP prefers
-columns that are in memory. As in the engine, a plan says what stays in memory, and a :class:`ColumnCache` which
-columns are chosen, found and read; only seconds are estimated.
+streams whole layers. DIP keeps the columns in memory that are used most. Cache-aware DIP prefers them. As in the
+engine, a plan says what stays in memory, and a :class:`ColumnCache` which columns are chosen, found and read; only
+seconds are estimated.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Need:
         hits: Number of columns that are in memory, int64 ``[tokens]``.
         missing: Number of columns to read, int64 ``[tokens]``.
         reads: Number of reads, int64 ``[tokens]``.
-        bytes: Bytes of all reads, with the gaps that are read through, int64 ``[tokens]``.
+        bytes: Bytes of all reads, int64 ``[tokens]``.
     """
 
     hits: NDArray[np.int64]
@@ -121,6 +121,7 @@ def find_needs(
     *,
     costs: Costs,
     staging: int,
+    in_order: bool = False,
 ) -> list[list[Need]]:
     """Send activations through each layer's caches, and return the needs by layer and kind.
 
@@ -131,6 +132,7 @@ def find_needs(
         caching: Size and preference of the caches.
         costs: Costs of a machine, which say what is read together.
         staging: Bytes of the memory that columns are read into.
+        in_order: Whether columns have the order of the tables; otherwise the activations tell it.
     """
     memory, start, starts = np.empty(staging, dtype=np.uint8), 0, {}
     for table in tables(sizes):  # a companion file has them one behind the other, the first at a whole sector
@@ -138,11 +140,25 @@ def find_needs(
         start += sizes.count(table[1]) * sizes.row_bytes(table[1])
     return [
         [
-            _need(magnitudes, own, caching, kind, starts[number, kind], sizes.row_bytes(kind), costs, memory)
+            _need(
+                magnitudes if in_order else magnitudes[:, find_order(magnitudes)],
+                own,
+                caching,
+                kind,
+                starts[number, kind],
+                sizes.row_bytes(kind),
+                costs,
+                memory,
+            )
             for kind, magnitudes in zip(KINDS, activations.layer(number - 1, sizes), strict=True)
         ]
         for number, own in enumerate(shares, 1)
     ]
+
+
+def find_order(magnitudes: Magnitudes) -> NDArray[np.int64]:
+    """Return the columns by the mean square of their magnitudes ``[tokens, columns]``, the largest first."""
+    return np.argsort(-np.square(magnitudes.astype(np.float32)).mean(0), kind="stable")
 
 
 def _need(
@@ -156,14 +172,14 @@ def _need(
     memory: NDArray[np.uint8],
 ) -> Need:
     columns = magnitudes.shape[1]
-    cache, count = caching.cache(columns, kind, shares), kept(columns, getattr(shares, kind))
+    cache = caching.cache(columns, kind, shares, costs.gap / row)
+    count = kept(columns, getattr(shares, kind))
     found = []
     for token in magnitudes.astype(np.float32):
-        choice = cache.choose(token, count)
-        missing = choice.columns[choice.hits :]
-        blocks = plan_blocks(start + missing * row, row, costs.gap, memory, costs.sector)
+        places, hits = cache.choose(token, count)
+        blocks = plan_blocks(start + places[hits:] * row, row, memory, costs.sector)
         reads = [block.reads.sizes for block in blocks]
-        found.append((choice.hits, len(missing), sum(map(len, reads)), sum(int(sizes.sum()) for sizes in reads)))
+        found.append((hits, len(places) - hits, sum(map(len, reads)), sum(int(sizes.sum()) for sizes in reads)))
     return Need(*np.array(found, dtype=np.int64).T)
 
 
@@ -177,7 +193,7 @@ def pruned_seconds(plan: MemoryPlan, costs: Costs, needs: Sequence[Sequence[Need
     """Estimate the seconds of each token with DIP, float64 ``[tokens]``.
 
     Columns of each kind are chosen. Missing columns are read while columns in memory are multiplied. When all have
-    come, they are multiplied, and copied into the cache. Nothing is read ahead, because a choice depends on what
+    come, they are multiplied. Nothing is read ahead, because a choice depends on what
     was computed before it.
     """
     streamed = len(plan.streamed)

@@ -81,19 +81,23 @@ class Checkpoint:
         """
         self._files[tensor.path].read(tensor.name, [(start, [_view(buffer)])], direct, remember=direct)
 
-    def read_pieces(self, tensor: StoredTensor, pieces: Pieces, quickly: Callable[[int, Pieces], int]) -> None:
-        """Read pieces of a file, past the page cache if possible.
+    def descriptor(self, tensor: StoredTensor) -> int:
+        """Return the descriptor that reads a file past the page cache if possible; -1 for a closed file."""
+        return self._files[tensor.path].descriptor
+
+    def read_pieces(self, tensor: StoredTensor, pieces: Pieces, begun: Callable[[], int]) -> None:
+        """Finish reading pieces of a file, past the page cache if possible.
 
         Args:
             tensor: The tensor whose file is read; messages name it.
             pieces: The pieces. Offsets, sizes and addresses must be whole sectors, see :meth:`sector`.
-            quickly: Function that reads pieces from a descriptor without Python between two of them. It returns
-                how many it has read as a whole, from the first on; the others are read here.
+            begun: Function that waits for a reading of these pieces from the :meth:`descriptor`. It returns how
+                many were read as a whole, from the first on; the others are read here. A second call returns 0.
 
         Raises:
             FileError: The file is cut short, cannot be read, or was replaced.
         """
-        self._files[tensor.path].read_pieces(tensor.name, pieces, quickly)
+        self._files[tensor.path].read_pieces(tensor.name, pieces, begun)
 
     def sector(self, tensor: StoredTensor) -> int:
         """Return the bytes of the sectors of the tensor's file, as pieces have them: 512 if the disk takes it."""
@@ -163,9 +167,14 @@ class _File:
 
         self._read(name, fill, direct, lambda: not remember or all(map(self._was_read_before, pieces)))
 
-    def read_pieces(self, name: str, pieces: Pieces, quickly: Callable[[int, Pieces], int]) -> None:
+    @property
+    def descriptor(self) -> int:
+        file = self._direct or self._buffered
+        return -1 if file.closed else file.fileno()
+
+    def read_pieces(self, name: str, pieces: Pieces, begun: Callable[[], int]) -> None:
         def fill(file: FileIO) -> None:
-            for index in range(quickly(file.fileno(), pieces), len(pieces.starts)):
+            for index in range(begun(), len(pieces.starts)):
                 fill_from(file, int(pieces.starts[index]), [pieces.view(index)], self._identity[0])
 
         self._read(name, fill, True, lambda: True)

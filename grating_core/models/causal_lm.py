@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grating_core.columns.companion import writing_bytes
+from grating_core.columns.companion import MlpWeights, writing_bytes
 from grating_core.columns.install import MlpPruning, column_sizes, install, open_columns, staging_bytes
+from grating_core.columns.order import column_orders
 from grating_core.columns.reading import ColumnFile
 from grating_core.errors import StorageError, UnsupportedModelError
 from grating_core.files.places import cache_directory
@@ -147,7 +148,7 @@ class StoredCausalLM(StoredModel):
                 sizes = replace(sizes, row=-(-output // sizes.vocabulary))
             else:
                 sizes = replace(sizes, rest=sizes.rest + output)
-        if self._quantized is not None and self._quantized.weighed:
+        if self._pruning is not None or (self._quantized is not None and self._quantized.weighed):
             sampling = sampling_bytes(self.spec, self._whole_layers, self.dtype)
             sizes = replace(sizes, writing=max(sizes.writing, sampling))
         if self._pruning is None:
@@ -336,13 +337,20 @@ class StoredCausalLM(StoredModel):
             cache_directory() / "columns",
             self._columns,
             fingerprint(self.directory, self.adapter),
-            lambda: read_matrices(self.family, self.spec, self._mlp_groups()),
+            self._matrices,
             show_progress=pruning.show_progress,
         )
 
     def _mlp_groups(self) -> list[TensorGroup]:
         """Return W_u, W_g and W_d of each layer on disk."""
         return [self._group(names, self.dtype) for names in self._mlps]
+
+    def _matrices(self) -> Iterator[MlpWeights]:
+        """Yield the weights of the MLP of one layer after the other, and the order of their columns."""
+        orders = [column_orders(importance) for importance in self.importances]
+        matrices = read_matrices(self.family, self.spec, self._mlp_groups())
+        for order, (up, gate, down) in zip(orders, matrices, strict=True):
+            yield MlpWeights(up, gate, down, order["inputs"].numpy(), order["products"].numpy())
 
 
 def _roles(held: Role | tuple[Role, ...]) -> set[Role]:

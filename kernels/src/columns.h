@@ -129,74 +129,62 @@ template <class T> void unpack_column(const ColumnsJob& job, int64_t row, T* out
     }
 }
 
-// Magnitudes, as the bits of positive floats, and numbers of uses have the same order as unsigned numbers.
-struct Largest {
-    uint32_t least;  // the least key that is taken
-    int64_t ties;    // how many keys of this value are taken
-    // Finds the `count` largest of keys, by 11, 11 and 10 of their bits.
-    Largest(const uint32_t* keys, int64_t number, int64_t count) : least(0), ties(count) {
-        uint32_t mask = 0;
-        for (int shift : {21, 10, 0}) {
-            int64_t bins[2048] = {};
-            const uint32_t bits = shift ? 2047 : 1023;
-            for (int64_t i = 0; i < number; i++)
-                if ((keys[i] & mask) == least) bins[(keys[i] >> shift) & bits]++;
-            uint32_t bin = bits;
-            while (bin && bins[bin] < ties) ties -= bins[bin--];
-            least |= bin << shift;
-            mask |= bits << shift;
-        }
+// Returns the least of the `count` largest keys, by 11, 11 and 10 of their bits. Magnitudes, as the bits of positive floats, have
+// the same order as unsigned numbers.
+inline uint32_t least_of_largest(const uint32_t* keys, int64_t number, int64_t count) {
+    uint32_t least = 0, mask = 0;
+    for (int shift : {21, 10, 0}) {
+        int64_t bins[2048] = {};
+        const uint32_t bits = shift ? 2047 : 1023;
+        for (int64_t i = 0; i < number; i++)
+            if ((keys[i] & mask) == least) bins[(keys[i] >> shift) & bits]++;
+        uint32_t bin = bits;
+        while (bin && bins[bin] < count) count -= bins[bin--];
+        least |= bin << shift;
+        mask |= bits << shift;
     }
-    // Of equal keys the first ones are taken, so this must be asked for each key in turn.
-    bool takes(uint32_t key) { return key > least || (key == least && ties-- > 0); }
-};
+    return least;
+}
 
-int32_t choose_columns(const gk_cache& cache, const float* values, int64_t count, gk_choice& choice) {
-    const int64_t most = larger(cache.columns, cache.capacity);
-    Room room(most * 12);
+// Columns in memory are used if their magnitudes are among the `count` largest. The others lie on disk one behind the other, and
+// what is read is used. So they are used in runs: a column is worth the square of its magnitude, as a share of the least one that
+// would be chosen, less 1; a run costs a read; and the runs are those with the largest sum. Without such a cost, the largest
+// columns are used.
+int32_t choose_columns(gk_choice& c) {
+    Room room(c.columns * 5);
     if (!room.at) return GK_NO_MEMORY;
     uint32_t* keys = room.of<uint32_t>();
-    int64_t* missing = (int64_t*)(room.of<char>() + up(most * 4, 8));
-    for (int64_t i = 0; i < cache.columns; i++) {
-        const float size = bits<float>(bits<uint32_t>(values[i]) & 0x7fffffffu);
-        keys[i] = bits<uint32_t>(cache.slots[i] < 0 ? size * cache.preference : size);
+    uint8_t* steps = (uint8_t*)(keys + c.columns);
+    for (int64_t i = 0; i < c.columns; i++) {
+        const float size = bits<float>(bits<uint32_t>(c.values[i]) & 0x7fffffffu);
+        keys[i] = bits<uint32_t>(i < c.resident ? size : size * c.preference);
     }
-    int64_t hits = 0, absent = 0;
-    Largest chosen(keys, cache.columns, count);
-    for (int64_t i = 0; i < cache.columns; i++) {
-        if (!chosen.takes(keys[i])) continue;
-        cache.uses[i]++;
-        if (cache.slots[i] < 0) missing[absent++] = i;
-        else choice.columns[hits] = i, choice.slots[hits++] = cache.slots[i];
+    // Columns that are 0 add nothing.
+    const uint32_t least = larger(least_of_largest(keys, c.columns, c.count), uint32_t(1));
+    c.used = 0;
+    for (int64_t i = 0; i < c.resident; i++)
+        if (keys[i] >= least) c.places[c.used++] = i;
+    c.hits = c.used;
+    // What the best runs so far are worth if the last of them goes on, and if it has ended.
+    double open = -INFINITY, closed = 0;
+    const double share = bits<float>(least);
+    for (int64_t i = c.resident; i < c.columns; i++) {
+        const double size = bits<float>(keys[i]) / share, begun = closed - c.cost;
+        const bool goes_on = open >= begun;
+        open = (goes_on ? open : begun) + (size * size - 1);
+        const bool ends = open >= closed;
+        closed = ends ? open : closed;
+        steps[i] = uint8_t(goes_on | ends << 1);
     }
-    choice.hits = hits;
-    for (int64_t i = 0; i < absent; i++) choice.columns[hits + i] = missing[i], choice.slots[hits + i] = -1;
-    // The most used of the missing columns take the slots of the least used columns.
-    const int64_t admitted = smaller(absent, cache.capacity - hits);
-    if (admitted > 0) {
-        for (int64_t i = 0; i < absent; i++) keys[i] = uint32_t(smaller<int64_t>(cache.uses[missing[i]], 0x7fffffff));
-        Largest used(keys, absent, admitted);
-        int64_t next = 0;
-        for (int64_t i = 0; i < absent; i++)
-            if (used.takes(keys[i])) missing[next++] = hits + i;
-        for (int64_t slot = 0; slot < cache.capacity; slot++) {
-            const int64_t column = cache.held[slot];
-            keys[slot] = column < 0 ? ~0u : ~1u - uint32_t(smaller<int64_t>(cache.uses[column], 0x7fffffff));
-        }
-        for (int64_t i = 0; i < hits; i++) keys[choice.slots[i]] = 0;
-        Largest idle(keys, cache.capacity, admitted);
-        next = 0;
-        for (int64_t slot = 0; slot < cache.capacity && next < admitted; slot++) {
-            if (!idle.takes(keys[slot])) continue;
-            if (cache.held[slot] >= 0) cache.slots[cache.held[slot]] = -1;
-            const int64_t place = missing[next++], column = choice.columns[place];
-            cache.held[slot] = column;
-            cache.slots[column] = choice.slots[place] = slot;
-        }
+    bool used = false;
+    for (int64_t i = c.columns - 1; i >= c.resident; i--) {
+        const uint8_t step = steps[i];
+        used = used || step & 2;
+        steps[i] = used;
+        used = used && step & 1;
     }
-    int64_t beside = cache.capacity;
-    for (int64_t i = hits; i < hits + absent; i++)
-        if (choice.slots[i] < 0) choice.slots[i] = beside++;
+    for (int64_t i = c.resident; i < c.columns; i++)
+        if (steps[i]) c.places[c.used++] = i;
     return 0;
 }
 

@@ -1,11 +1,8 @@
 // Finds what the processor has, and passes calls on to the level that was chosen. Compiled for the oldest processor.
 #include <string.h>
-#if !defined(_WIN32)
-#include <errno.h>
-#include <unistd.h>
-#endif
 
 #include "level.h"
+#include "reading.h"
 #include "levels.inc"  // made by the build: the levels of this platform, the best first
 
 #if defined(GK_EMULATED_ARM)
@@ -159,23 +156,10 @@ int32_t gk_run_columns(const gk_columns* c) { return c->count ? chosen->columns(
 int32_t gk_unpack_columns(const gk_columns* c, int32_t dtype, void* states) {
     return c->count ? chosen->unpack_columns(host, c, dtype, states) : 0;
 }
-int32_t gk_choose(gk_cache* cache, const float* values, int64_t count, gk_choice* choice) {
-    return chosen->choose(cache, values, count, choice);
+int32_t gk_choose(gk_choice* choice) { return chosen->choose(choice); }
+void* gk_begin_reading(
+    int32_t file, int64_t count, const int64_t* starts, const int64_t* sizes, void* to, const int64_t* places) {
+    return begin_reading(file, count, starts, sizes, to, places);
 }
-void gk_copy(int64_t count, int64_t size, const void* from, const int64_t* froms, void* to, const int64_t* tos) {
-    for (int64_t n = 0; n < count; n++) memcpy((char*)to + tos[n], (const char*)from + froms[n], size);
-}
-int64_t gk_read(int32_t file, int64_t count, const int64_t* starts, const int64_t* sizes, void* to, const int64_t* places) {
-#if defined(_WIN32)
-    return -1;
-#else
-    for (int64_t n = 0; n < count; n++)
-        for (int64_t done = 0; done < sizes[n];) {
-            const int64_t got = pread(file, (char*)to + places[n] + done, sizes[n] - done, starts[n] + done);
-            if (got > 0) done += got;
-            else if (got == 0 || errno != EINTR) return n;
-        }
-    return count;
-#endif
-}
+int64_t gk_end_reading(void* reading) { return end_reading(reading); }
 int32_t gk_run_token(const gk_token* t) { return chosen->token(host, t); }

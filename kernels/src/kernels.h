@@ -11,7 +11,7 @@
 #endif
 
 // Raised whenever a struct or the meaning of a function changes: a module of another version is refused.
-#define GK_VERSION 9
+#define GK_VERSION 10
 #define GK_NO_MEMORY 1
 #define GK_NO_ROW 2  // a table lacks a row
 #define GK_TABLES 3
@@ -171,21 +171,15 @@ struct gk_columns {
     float* output;          // [length]: the sum of the rows, each times its value, is added
 };
 
-// Which columns are in memory, of one matrix.
-struct gk_cache {
-    int64_t columns;
-    int64_t capacity;
-    int64_t* slots;    // of each column; -1 for none
-    int64_t* held;     // the column at each slot; -1 for none
-    int64_t* uses;     // of each column
-    float preference;  // factor of magnitudes whose columns have no slot
-};
-
-// What a token uses: first columns in memory, then those to read, both rising. Slots from the capacity on are beside the cache.
+// The choice of the columns of a table that a token uses. The first columns are in memory.
 struct gk_choice {
-    int64_t* columns;
-    int64_t* slots;
-    int64_t hits;      // number of columns that are in memory
+    const float* values;  // of each column [columns]
+    int64_t columns, resident;
+    int64_t count;        // how many columns would be used if all were in memory
+    float preference;     // factor of the magnitudes of columns that are not in memory
+    double cost;          // of a read, in columns
+    int64_t* places;      // of the columns that are used, rising [columns]
+    int64_t used, hits;   // how many there are, and how many of them are in memory
 };
 
 // A layer of a decoder:
@@ -269,11 +263,13 @@ GK_API int32_t gk_run_heads(
 GK_API int32_t gk_run_columns(const gk_columns*);
 // The rows as states of a dtype [count, length]; values and output of the columns are not used.
 GK_API int32_t gk_unpack_columns(const gk_columns*, int32_t dtype, void* states);
-// Chooses columns for one token by the magnitudes of its values [columns]. Missing columns replace the least used ones.
-GK_API int32_t gk_choose(gk_cache*, const float* values, int64_t count, gk_choice*);
-// Copies rows of so many bytes.
-GK_API void gk_copy(int64_t count, int64_t size, const void* from, const int64_t* froms, void* to, const int64_t* tos);
-// Reads pieces of a file. Returns how many were read as a whole, from the first on; -1 where the system cannot do so.
-GK_API int64_t gk_read(int32_t file, int64_t count, const int64_t* starts, const int64_t* sizes, void* to, const int64_t* places);
+// Chooses columns for one token: see choose_columns.
+GK_API int32_t gk_choose(gk_choice*);
+// Begins to read pieces of a file with threads of its own. The arrays and the memory must stay until the reading has ended.
+// Null where the system cannot do so.
+GK_API void* gk_begin_reading(
+    int32_t file, int64_t count, const int64_t* starts, const int64_t* sizes, void* to, const int64_t* places);
+// Waits, and frees the reading. Returns how many pieces were read as a whole, from the first on.
+GK_API int64_t gk_end_reading(void* reading);
 // Keys and values of the token are added to the memory. The states do not depend on the number of threads.
 GK_API int32_t gk_run_token(const gk_token*);

@@ -227,9 +227,7 @@ int32_t unpack_columns(const Host& host, const gk_columns* c, int32_t dtype, voi
     UnpackJob job{*c, dtype, (char*)states};
     return spread(host, c->count, unpack_task, &job);
 }
-int32_t choose(gk_cache* cache, const float* values, int64_t count, gk_choice* choice) {
-    return choose_columns(*cache, values, count, *choice);
-}
+int32_t choose(gk_choice* choice) { return choose_columns(*choice); }
 
 void token_task(int64_t begin, int64_t end, void* job) { ((TokenJob*)job)->run(end - begin); }
 int32_t token(const Host& host, const gk_token* t) {

@@ -22,6 +22,6 @@ struct Level {
     int32_t (*pack)(const Host&, int32_t, void*, int64_t, int64_t);
     int32_t (*columns)(const Host&, const gk_columns*);
     int32_t (*unpack_columns)(const Host&, const gk_columns*, int32_t, void*);
-    int32_t (*choose)(gk_cache*, const float*, int64_t, gk_choice*);
+    int32_t (*choose)(gk_choice*);
     int32_t (*token)(const Host&, const gk_token*);
 };

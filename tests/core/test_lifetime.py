@@ -427,26 +427,6 @@ def test_a_pool_without_a_thread_makes_no_call_and_then_does(monkeypatch: pytest
         pool.submit(made.append, 3)
 
 
-def test_columns_that_find_no_thread_are_wanted_again(
-    new_pruned: Callable[[], StreamedCausalLM], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    submit, calls = Threads.submit, []
-
-    def fail_third(threads: Threads, call: Callable[..., object], *what: object) -> object:
-        if call.__module__ == "grating_core.columns.reading":
-            calls.append(what)
-            if len(calls) == 3:
-                raise RuntimeError("can't start new thread")
-        return submit(threads, call, *what)
-
-    with new_pruned() as model:
-        expected = text(model)
-        monkeypatch.setattr(Threads, "submit", fail_third)
-        with pytest.raises(RuntimeError, match="can't start new thread"):
-            text(model)
-        assert text(model) == expected
-
-
 # Event loops
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from grating_core.columns import reading
-from grating_core.columns.companion import KINDS, ColumnSizes, Kind, write_columns
-from grating_core.columns.reading import READERS, ColumnFile, fit_gap
+from grating_core.columns.companion import KINDS, ColumnSizes, Kind, MlpWeights, write_columns
+from grating_core.columns.reading import LONGEST_GAP, ColumnFile, fit_gap
 from grating_core.errors import FileError, StorageError
 from grating_core.kernels.columns import unpack_columns
 from grating_core.memory import checkpoint
@@ -25,11 +25,11 @@ from grating_core.memory.positioned import read_at
 SIZES = ColumnSizes(depth=3, width=24, products=40, dtype=torch.float32)
 
 
-def random_weights(sizes: ColumnSizes, seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
+def random_weights(sizes: ColumnSizes, seed: int = 0) -> list[MlpWeights]:
     chance = torch.Generator().manual_seed(seed)
     shapes = ((sizes.products, sizes.width),) * 2 + ((sizes.width, sizes.products),)
     return [
-        tuple(torch.randn(shape, generator=chance).to(sizes.dtype) for shape in shapes)  # type: ignore[misc]
+        MlpWeights(*(torch.randn(shape, generator=chance).to(sizes.dtype) for shape in shapes))
         for _ in range(sizes.depth)
     ]
 
@@ -46,21 +46,18 @@ def read(file: ColumnFile, number: int, kind: Kind, columns: list[int], staging:
     found = torch.full((len(columns), file.sizes.form(kind).length), torch.nan)
     for block in file.plan(number, kind, chosen, buffer):
         buffer.fill_(255)
-        for part in file.read(number, kind, block):
-            part.result()
+        file.begin(number, kind, block).finish()
         file.verify(number, kind, chosen, block)
         unpack_columns(file.sizes.form(kind), buffer, block.places, found[block.columns])
     return found
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, None), (torch.bfloat16, None), (torch.float32, 8)])
-@pytest.mark.parametrize("gap", [0, 3 * SECTOR])
-def test_every_column_is_where_it_belongs(tmp_path: Path, dtype: torch.dtype, bits: int | None, gap: int) -> None:
+def test_every_column_is_where_it_belongs(tmp_path: Path, dtype: torch.dtype, bits: int | None) -> None:
     sizes = ColumnSizes(depth=3, width=24, products=1100, dtype=dtype, bits=bits)
     file = ColumnFile(written(tmp_path, sizes), sizes, "mine")
-    file.gap = gap
     near = {"atol": 0.0 if bits is None else 0.03, "rtol": 0.0}
-    for number, (up, gate, down) in enumerate(random_weights(sizes), 1):
+    for number, (up, gate, down, *_) in enumerate(random_weights(sizes), 1):
         for staging in (1 << 22, 2 * 5 * SECTOR):  # all at once, or a column or two in each block
             for columns in ([5], list(range(24)), [0, 1, 2, 9, 11, 23]):
                 expected = torch.cat((up, gate)).T[columns].float()
@@ -71,23 +68,29 @@ def test_every_column_is_where_it_belongs(tmp_path: Path, dtype: torch.dtype, bi
     file.close()
 
 
-def test_long_runs_are_cut_and_short_gaps_are_read_through(tmp_path: Path) -> None:
+def test_long_runs_are_cut_and_neighbours_are_read_together(tmp_path: Path) -> None:
     sizes = ColumnSizes(depth=1, width=1024, products=2048, dtype=torch.float32)  # rows of 16 and of 4 KiB
     file = ColumnFile(written(tmp_path, sizes), sizes, "mine")
     buffer = aligned_buffer(1 << 26)
     file.sector = SECTOR
-    for gap, reads in ((0, 4), (SECTOR, 3), (5 * SECTOR, 2), (10 * SECTOR, 1)):
-        file.gap = gap
-        (block,) = file.plan(1, "products", np.array([0, 2, 8, 19]), buffer)
-        assert len(block.reads.starts) == reads
+    (block,) = file.plan(1, "products", np.array([0, 1, 3, 8, 9, 10, 19]), buffer)
+    assert (block.reads.sizes // SECTOR).tolist() == [2, 1, 3, 1]
     (block,) = file.plan(1, "inputs", np.arange(100), buffer)
     assert block.reads.sizes.tolist() == [256 << 10] * 6 + [64 << 10]
     assert not list(file.plan(1, "inputs", np.array([], dtype=np.int64), buffer))
-    file.measure_gap()
-    assert file.gap == 10 * SECTOR  # this file is too short to be measured
-    assert fit_gap(25e-6, 1.2e9) == 6 * SECTOR
-    assert fit_gap(1e-6, 1e9) == 0
+    file.gap = -1
+    file.measure()
+    assert file.gap == -1  # this file is too short to be measured
+    file.gap = 8 << 10
+    assert (file.cost("inputs"), file.cost("products")) == (0.5, 2)
     file.close()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "gap"), [(4096 / 1.2e9, 0), (1e-6, 0), (7e-6, SECTOR), (25e-6, 8 * SECTOR), (1.0, LONGEST_GAP)]
+)
+def test_a_gap_takes_as_long_as_another_read(seconds: float, gap: int) -> None:
+    assert fit_gap(seconds, 1.2e9) == gap
 
 
 @pytest.mark.parametrize("sector", [512, SECTOR])
@@ -103,7 +106,6 @@ def test_columns_are_read_in_sectors_that_the_disk_takes(
     sizes = ColumnSizes(1, 2560, 64, torch.float32, 4)  # rows of 1,472 bytes for products
     file = ColumnFile(written(tmp_path, sizes), sizes, "mine")
     assert file.sector == sector
-    file.gap = 0
     (block,) = file.plan(1, "products", np.array([0, 40]), aligned_buffer(1 << 20))
     assert (block.reads.starts % sector == 0).all()
     assert (block.reads.sizes <= 1472 + 2 * sector).all()
@@ -114,8 +116,8 @@ def test_a_disk_is_measured_by_reading_the_file(tmp_path: Path) -> None:
     sizes = ColumnSizes(depth=2, width=1024, products=4096, dtype=torch.float32)
     file = ColumnFile(written(tmp_path, sizes), sizes, "mine")
     file.gap = -1
-    file.measure_gap()
-    assert 0 <= file.gap < 1 << 24
+    file.measure()
+    assert 0 <= file.gap <= LONGEST_GAP
     assert file.gap % SECTOR == 0
     file.close()
 
@@ -123,8 +125,8 @@ def test_a_disk_is_measured_by_reading_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("seconds", "least", "most"),
     [
-        (30e-6, 0, 3 * SECTOR),  # a long read takes 1 ms more than a sector, so 2 sectors are a read
-        (2e-3, 4 * SECTOR, 4 * SECTOR),  # the bound
+        (30e-6, SECTOR, 4 * SECTOR),  # a long read takes 1 ms more than a sector, so 2 sectors are a read
+        (2e-3, LONGEST_GAP // 2, LONGEST_GAP),  # a read takes longer than its bytes
     ],
 )
 def test_a_cold_disk_and_new_threads_do_not_make_gaps_longer(
@@ -132,15 +134,19 @@ def test_a_cold_disk_and_new_threads_do_not_make_gaps_longer(
 ) -> None:
     calls = count()
 
-    def read(descriptor: int, pieces: Pieces) -> int:
-        is_cold = next(calls) < READERS or next(calls) % 100 == 0
-        sleep(0.1 * is_cold + float(np.sum(seconds + pieces.sizes * (1e-3 / (256 << 10)))))
-        return len(pieces.starts)
+    class SlowReading:
+        def __init__(self, file: int, pieces: Pieces) -> None:
+            self.sizes = pieces.sizes
 
-    monkeypatch.setattr(reading, "read_quickly", read)
+        def wait(self) -> int:
+            is_cold = next(calls) in (0, 1, 5)
+            sleep(0.1 * is_cold + float(np.sum(seconds + self.sizes * (1e-3 / (256 << 10)))))
+            return len(self.sizes)
+
+    monkeypatch.setattr(reading, "begin_reading", SlowReading)
     sizes = ColumnSizes(depth=2, width=1024, products=4096, dtype=torch.float32)
     file = ColumnFile(written(tmp_path, sizes), sizes, "mine")
-    file.measure_gap()
+    file.measure()
     assert least <= file.gap <= most
     file.close()
 
@@ -244,3 +250,13 @@ def test_columns_in_other_bits_are_refused(tmp_path: Path, bits: int) -> None:
     path = written(tmp_path)
     with pytest.raises(FileError, match=r"another shape.*delete the file"):
         ColumnFile(path, replace(SIZES, bits=bits), "mine")
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 2], [0, 1, 2, 4], [-1, 1, 2, 3]])
+def test_an_order_without_a_column_is_refused(tmp_path: Path, order: list[int]) -> None:
+    sizes = ColumnSizes(depth=1, width=4, products=32, dtype=torch.float32)
+    weights = [layer._replace(inputs=np.array(order)) for layer in random_weights(sizes)]
+    weights[0] = weights[0]._replace(up=torch.zeros(32, 5), gate=torch.zeros(32, 5))
+    write_columns(tmp_path / "columns", weights, sizes, "mine")
+    with pytest.raises(FileError, match=r"1\.inputs\.order does not have each column once.*delete the file"):
+        ColumnFile(tmp_path / "columns", sizes, "mine")

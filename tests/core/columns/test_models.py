@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from grating_core import BudgetError, StreamedCausalLM
+from grating_core.columns import reading
 from grating_core.columns.allocation import allocate
 from grating_core.engine.decode import advance, new_cache
 from grating_core.errors import FileError, StorageError
@@ -92,7 +93,10 @@ def test_text_is_that_of_masks(family: str, tmp_path: Path) -> None:
     assert found.bytes_read == 0
 
 
-def test_a_budget_changes_what_is_read_and_not_the_text(tmp_path: Path) -> None:
+def test_without_long_reads_a_budget_changes_what_is_read_and_not_the_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "GAP", 0)
     directory = save_decoder(tmp_path / "model", "qwen3")
     expected = masked_text(directory, 20)
     with pytest.raises(BudgetError) as told:
@@ -122,7 +126,7 @@ def test_columns_go_with_other_weights_in_fewer_bits(tmp_path: Path, companions:
         directory, memory_budget=told.value.smallest, bits=bits, mlp_density=DENSITY, **NO_PREFERENCE
     ) as model:
         assert model.generate(TEXT, max_new_tokens=20).text == expected
-    assert [path.name.partition("-")[2] for path in companions.iterdir()] == [f"{bits}bits.safetensors"]
+    assert [path.name.partition("-")[2] for path in companions.iterdir()] == [f"{bits}bits-ordered.safetensors"]
 
 
 @pytest.mark.parametrize("family", CAUSAL)

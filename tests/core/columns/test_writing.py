@@ -20,7 +20,7 @@ _WRITING = """
 import sys
 from pathlib import Path
 import torch
-from grating_core.columns.companion import ColumnSizes, write_columns
+from grating_core.columns.companion import ColumnSizes, MlpWeights, write_columns
 from grating_core.memory.meter import resident_memory, return_freed_memory
 
 directory, bits = Path(sys.argv[1]), int(sys.argv[2]) or None
@@ -30,7 +30,7 @@ matrices = tuple(torch.ones(shape, dtype=torch.bfloat16) for shape in ((4096, 10
 def write(name: str, width: int) -> None:
     sizes = ColumnSizes(1, width, 4096, torch.bfloat16, bits)
     up, gate, down = matrices
-    write_columns(directory / name, [(up[:, :width], gate[:, :width], down[:width])], sizes, "")
+    write_columns(directory / name, [MlpWeights(up[:, :width], gate[:, :width], down[:width])], sizes, "")
 
 
 write("first", 8)  # loads code

@@ -1,8 +1,7 @@
 """Kernels of dynamic input pruning against their references, at every level of this processor."""
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
+from itertools import product
 
 import numpy as np
 import pytest
@@ -12,9 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from grating_core.kernels import columns, compiled_columns
-from grating_core.kernels.columns import Held, RowFormat, pack_columns
+from grating_core.kernels.columns import RowFormat, pack_columns
 from grating_core.kernels.loading import KernelsError, levels, start
-from grating_core.memory.pieces import Pieces
 
 FORMATS = [(torch.float32, None), (torch.bfloat16, None), (torch.float32, 8), (torch.float32, 4)]
 
@@ -119,35 +117,34 @@ def test_choices_are_the_references(
     except KernelsError as error:
         pytest.skip(str(error))
     chance = np.random.default_rng(seed)
-    capacity, count = round(share * size), max(1, round(density * size))
-    pair = [Held(np.full(size, -1), np.full(capacity, -1), np.zeros(size, dtype=np.int64)) for _ in range(2)]
-    for _ in range(8):
+    resident, count = round(share * size), max(1, round(density * size))
+    for cost in (0.0, 0.4, 3.0, 1e9):
         values = chance.normal(size=size).astype(np.float32)
         if ties:
             values = values.round()
-        expected = columns.choose(pair[0], values, count, preference)
-        found = compiled_columns.choose(pair[1], values, count, preference)
+        expected = columns.choose(values, resident, count, preference, cost)
+        found = compiled_columns.choose(values, resident, count, preference, cost)
         assert found.hits == expected.hits
-        for mine, other in zip((*found[:2], *pair[1]), (*expected[:2], *pair[0]), strict=True):
-            assert mine.tolist() == other.tolist()
+        assert found.places.tolist() == expected.places.tolist()
 
 
-def test_rows_are_copied_and_pieces_are_read(tmp_path: Path, level: list[str]) -> None:
-    data = np.random.default_rng(0).integers(0, 256, 5000, dtype=np.uint8)
-    (tmp_path / "file").write_bytes(data.tobytes())
-    file = os.open(tmp_path / "file", os.O_RDONLY)
-    buffer = np.zeros(300, dtype=np.uint8)
-    pieces = Pieces(np.array([100, 4000, 4950]), np.array([100, 50, 100]), buffer, np.array([200, 7, 60]))
-    assert compiled_columns.read_pieces(file, pieces) == (
-        2 if os.name == "posix" else 0
-    )  # the last one is too long
-    os.close(file)
-    if os.name == "posix":
-        assert buffer[200:].tolist() == data[100:200].tolist()
-        assert buffer[7:57].tolist() == data[4000:4050].tolist()
-    table, found = torch.from_numpy(data), {}
-    for module in (columns, compiled_columns):
-        found[module] = torch.zeros(1000, dtype=torch.uint8)
-        module.copy_rows(64, table, np.array([0, 640, 64]), found[module], np.array([128, 0, 900]))
-    assert torch.equal(*found.values())
-    assert found[columns][:64].tolist() == data[640:704].tolist()
+@given(worth=st.lists(st.integers(-8, 8), max_size=9), cost=st.integers(0, 6), resident=st.integers(0, 3))
+def test_the_runs_that_are_read_are_the_best(worth: list[int], cost: int, resident: int) -> None:
+    # The least magnitude that is chosen is 1: with a count of so many columns, the last of which is just chosen.
+    magnitudes = np.sqrt(
+        np.array([*[9.0] * resident, *(max(0, gain + 8) / 8 for gain in worth), 1.0], dtype=np.float64)
+    )
+    values = magnitudes.astype(np.float32)
+    count = int((values >= 1).sum())
+    found = columns.choose(values, resident, count, 1.0, cost / 8)
+    gains = np.square(values[resident:].astype(np.float64)) - 1
+
+    def total(used: np.ndarray) -> float:
+        begins = used & ~np.concatenate(([False], used[:-1]))
+        return float(gains[used].sum() - begins.sum() * cost / 8)
+
+    used = np.zeros(len(gains), dtype=bool)
+    used[found.places[found.hits :] - resident] = True
+    best = max(total(np.array(bits)) for bits in product([False, True], repeat=len(gains)))
+    assert total(used) == pytest.approx(best, abs=1e-6)
+    assert found.places[: found.hits].tolist() == list(range(resident))
