@@ -18,7 +18,7 @@ LongDocuments = Literal["truncate", "windows"]
 Scores = Literal["exact", "estimated"]
 """Whether what is returned went through every layer, or sure winners stop early with an estimate."""
 
-INPUTS_PREFERENCE, PRODUCTS_PREFERENCE = 0.9, 0.3
+INPUTS_PREFERENCE, PRODUCTS_PREFERENCE = 0.9, 0.7
 """What counts of an input, and of a product, whose columns are not in memory, unless the user says otherwise."""
 
 _UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}

@@ -2,9 +2,9 @@
 
 A checkpoint stores W_u, W_g and W_d row by row, but a token needs columns. So grating writes the columns again,
 as a safetensors file with two tables for each layer. A row of ``inputs`` is a column of W_u and that of W_g, which
-are used together; a row of ``products`` is a column of W_d. The ``order`` of a table says which column each row is:
-those that tokens use most come first. Rows may be quantised. They have checksums, and lie one behind the other. They
-are read past the page cache in whole sectors.
+are used together; a row of ``products`` is a column of W_d. The ``order`` of a table says which column each row
+is: those that tokens use most come first. Rows may be quantised. They have checksums, and lie one behind the
+other. They are read past the page cache in whole sectors.
 """
 
 from __future__ import annotations

@@ -158,10 +158,11 @@ def _rows(form: RowFormat, table: Tensor, places: NDArray[np.int64]) -> Tensor:
 def choose(values: NDArray[np.float32], resident: int, count: int, preference: float, cost: float) -> Choice:
     """Choose columns for one token.
 
-    Columns in memory are used if their magnitudes are among the ``count`` largest. The others lie on disk one
-    behind the other, and what is read is used. So they are used in runs: a column is worth the square of its
-    magnitude, as a share of the least one that would be chosen, less 1; a run costs a read; and the runs are those
-    with the largest sum. Without such a cost, the largest columns are used. Columns that are 0 are not.
+    Columns are chosen if their magnitudes are among the ``count`` largest. If reads cost anything, all columns in
+    memory are used, because they are there. The others lie on disk one behind the other, and what is read is used.
+    So they are used in runs: a column is worth the square of its magnitude, as a share of the least one that would
+    be chosen, less 1; a run costs a read; and the runs are those with the largest sum. Without such a cost, the
+    largest columns are used. Columns that are 0 are not.
 
     Args:
         values: Value of each column in the order of the table, ``[columns]``.
@@ -174,7 +175,8 @@ def choose(values: NDArray[np.float32], resident: int, count: int, preference: f
     magnitudes[resident:] *= np.float32(preference)
     least = np.partition(magnitudes, -count)[-count] if count < len(magnitudes) else magnitudes.min()
     least = max(least, np.finfo(np.float32).smallest_subnormal)
-    there = np.flatnonzero(magnitudes[:resident] >= least)
+    reads = cost > 0 and resident < len(values)
+    there = np.arange(resident) if reads else np.flatnonzero(magnitudes[:resident] >= least)
     runs = _find_runs(np.square(magnitudes[resident:].astype(np.float64) / float(least)) - 1, cost)
     return Choice(np.concatenate((there, resident + np.flatnonzero(runs))), len(there))
 

@@ -182,7 +182,7 @@ class _File:
     def _read(self, name: str, fill: Callable[[FileIO], None], direct: bool, is_right: Callable[[], bool]) -> None:
         cause = "it changes while it is being read"
         for _ in range(2):
-            file = self._direct if direct and self._direct is not None else self._buffered
+            file = (direct and self._direct) or self._buffered
             try:
                 fill(file)
                 if self._is_as_opened():

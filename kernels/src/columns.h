@@ -146,8 +146,8 @@ inline uint32_t least_of_largest(const uint32_t* keys, int64_t number, int64_t c
     return least;
 }
 
-// Columns in memory are used if their magnitudes are among the `count` largest. The others lie on disk one behind the other, and
-// what is read is used. So they are used in runs: a column is worth the square of its magnitude, as a share of the least one that
+// Columns are chosen if their magnitudes are among the `count` largest. If reads cost anything, all columns in memory are used,
+// because they are there. The others lie on disk one behind the other, and what is read is used. So they are used in runs: a column is worth the square of its magnitude, as a share of the least one that
 // would be chosen, less 1; a run costs a read; and the runs are those with the largest sum. Without such a cost, the largest
 // columns are used.
 int32_t choose_columns(gk_choice& c) {
@@ -161,9 +161,10 @@ int32_t choose_columns(gk_choice& c) {
     }
     // Columns that are 0 add nothing.
     const uint32_t least = larger(least_of_largest(keys, c.columns, c.count), uint32_t(1));
+    const bool reads = c.cost > 0 && c.resident < c.columns;
     c.used = 0;
     for (int64_t i = 0; i < c.resident; i++)
-        if (keys[i] >= least) c.places[c.used++] = i;
+        if (reads || keys[i] >= least) c.places[c.used++] = i;
     c.hits = c.used;
     // What the best runs so far are worth if the last of them goes on, and if it has ended.
     double open = -INFINITY, closed = 0;

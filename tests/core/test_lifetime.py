@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic, sleep
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from grating_core.forking import Lock, Threads, computed, run_in_thread
 from grating_core.lens import recalibrate as recalibration
 from grating_core.memory import positioned
 from grating_core.memory.checkpoint import Checkpoint
+from grating_core.models import causal_lm
 from grating_core.opening.layered import open_layered
 from grating_core.pruning import ClusterPolicy
 from tests.core.conftest import save_model
@@ -59,7 +61,8 @@ class SlowDisk:
         self.reached, self.go = threading.Event(), threading.Event()
         self.read = positioned.read_at
         monkeypatch.setattr(positioned, "read_at", self)
-        monkeypatch.setattr(reading, "read_quickly", lambda file, pieces: 0)
+        # No columns are read ahead, so that who waits for them reads them here.
+        monkeypatch.setattr(reading, "begin_reading", lambda file, pieces: SimpleNamespace(wait=lambda: 0))
 
     def __call__(self, *what: object) -> int:
         if os.getpid() == self.process and threading.current_thread().name.startswith(self.name):
@@ -203,6 +206,8 @@ def test_a_fork_while_a_layer_is_being_read(tiny_bert: Path, monkeypatch: pytest
 def new_pruned(decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], StreamedCausalLM]:
     """Loads a language model whose columns are nearly all read from disk, and chosen whatever is in memory."""
     monkeypatch.setenv("GRATING_CACHE", str(tmp_path))
+    monkeypatch.setattr(causal_lm, "sampling_bytes", lambda *_: 0)  # more than all of this model
+    monkeypatch.setattr(reading, "GAP", 0)
 
     settings = {"device": "cpu", "dtype": "float32", "mlp_density": 0.5, "max_length": 64}
     settings |= {"inputs_preference": 1, "products_preference": 1}
@@ -224,7 +229,7 @@ def test_pruned_mlps_read_their_columns_again_in_a_forked_child(
         expected = text(fresh)
     with new_pruned() as model:
         assert in_fork(lambda: text(model)) == expected
-        disk = SlowDisk(monkeypatch, "grating-columns")
+        disk = SlowDisk(monkeypatch, "ThreadPoolExecutor")
         with ThreadPoolExecutor(1) as other:
             under_way = other.submit(text, model)
             assert disk.reached.wait(30)

@@ -19,6 +19,7 @@ from grating_core.columns.allocation import allocate
 from grating_core.engine.decode import advance, new_cache
 from grating_core.errors import FileError, StorageError
 from grating_core.lab.masked import MaskedMlp
+from grating_core.models import causal_lm
 from grating_core.opening.language_models import open_language_model
 from grating_core.settings import GenerationSettings
 from tests.core.conftest import WORDS
@@ -39,6 +40,12 @@ def companions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the companion files of this test are."""
     monkeypatch.setenv("GRATING_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "columns"
+
+
+@pytest.fixture(autouse=True)
+def _small_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample would take more memory than all of these models, and no budget would be too small for them."""
+    monkeypatch.setattr(causal_lm, "sampling_bytes", lambda *_: 0)
 
 
 NO_PREFERENCE = {"inputs_preference": 1, "products_preference": 1}
