@@ -204,8 +204,8 @@ def fit_gap(sector: float, bandwidth: float) -> int:
         sector: Seconds that one of many reads of a sector takes.
         bandwidth: Bytes a second of long reads.
     """
-    sectors = max(0.0, sector * bandwidth / SECTOR - 1)
-    return min(LONGEST_GAP, SECTOR << round(log2(sectors))) if sectors > 0.5 else 0
+    sectors = sector * bandwidth / SECTOR - 1
+    return 0 if sectors < 0.5 else min(LONGEST_GAP, SECTOR << max(0, round(log2(sectors))))
 
 
 def _cut(

@@ -87,7 +87,8 @@ def test_long_runs_are_cut_and_neighbours_are_read_together(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("seconds", "gap"), [(4096 / 1.2e9, 0), (1e-6, 0), (7e-6, SECTOR), (25e-6, 8 * SECTOR), (1.0, LONGEST_GAP)]
+    ("seconds", "gap"),
+    [(4096 / 1.2e9, 0), (1e-6, 0), (7e-6, SECTOR), (5.4e-6, SECTOR), (25e-6, 8 * SECTOR), (1.0, LONGEST_GAP)],
 )
 def test_a_gap_takes_as_long_as_another_read(seconds: float, gap: int) -> None:
     assert fit_gap(seconds, 1.2e9) == gap
