@@ -39,8 +39,8 @@ from benchmarks.shapes import find_or_write
 from benchmarks.worker import progress
 from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import NO_PREFERENCE, Caching, Preference
-from grating_core.columns.install import PREFERENCE
 from grating_core.columns.masks import Shares, keep_largest
+from grating_core.columns.preference import USUAL
 from grating_core.columns.reading import GAP
 from grating_core.kernels.columns import RowFormat, pack_columns, unpack_columns
 from grating_core.lab.activations import record
@@ -52,7 +52,7 @@ from grating_core.models.adapter import Adapter
 
 DENSITIES = (0.83, 0.67, 0.57, 0.50)
 CACHED_DENSITIES = (0.67, 0.50)
-PREFERENCES = (NO_PREFERENCE, Preference(1.0, 0.3), PREFERENCE, Preference(0.2, 0.2))
+PREFERENCES = (NO_PREFERENCE, Preference(1.0, 0.3), USUAL, Preference(0.2, 0.2))
 CACHED = 0.5  # share of the columns in memory
 RECOVERED = 0.5  # density of the adapter
 Method = Literal["dip", "glu", "gate", "up"]

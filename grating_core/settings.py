@@ -247,14 +247,15 @@ class GenerationSettings(ModelSettings):
         "dense model's. None uses all.",
         basic=True,
     )
-    inputs_preference: float = setting(
-        INPUTS_PREFERENCE,
+    inputs_preference: float | None = setting(
+        None,
         "What counts of an MLP's input whose columns are not in memory, above 0 and at most 1, with mlp_density "
-        "and a memory budget. Less reads fewer bytes and changes the text more; 1 prefers no column.",
+        "and a memory budget. Less reads fewer bytes and changes the text more; 1 prefers no column. None takes "
+        f"what grating simulate has fitted to this model, or else {INPUTS_PREFERENCE}.",
     )
-    products_preference: float = setting(
-        PRODUCTS_PREFERENCE,
-        "The same for a gated product. Products are uneven, so it may be less than for inputs.",
+    products_preference: float | None = setting(
+        None,
+        f"The same for a gated product. None takes what was fitted, or else {PRODUCTS_PREFERENCE}.",
     )
     bits: int | None = setting(
         None,
@@ -279,7 +280,8 @@ class GenerationSettings(ModelSettings):
         if self.mlp_density is not None:
             check_density(self.mlp_density)
         for name in ("inputs_preference", "products_preference"):
-            object.__setattr__(self, name, check_preference(name, getattr(self, name)))
+            if (preference := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_preference(name, preference))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,16 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
-from grating_core.arguments import (
-    INPUTS_PREFERENCE,
-    PRODUCTS_PREFERENCE,
-    check_bits,
-    check_density,
-    parse_budget,
-)
+from grating_core.arguments import check_bits, check_density, check_preference, parse_budget
 from grating_core.cli.inputs import read_documents
 from grating_core.cli.options import HUB, Takes
-from grating_core.cli.output import err, show, write_json
+from grating_core.cli.output import err, show, tell, write_json
 from grating_core.cli.tables import plain_table
 from grating_core.settings import ModelSettings
 
@@ -33,8 +27,9 @@ def simulate(
     bits: int | None = None,
     kv_bits: int | None = None,
     max_length: int | None = None,
-    inputs_preference: float = INPUTS_PREFERENCE,
-    products_preference: float = PRODUCTS_PREFERENCE,
+    inputs_preference: float | None = None,
+    products_preference: float | None = None,
+    fit_preference: bool = False,
     machine: str = "this",
     disk_bandwidth: str | None = None,
     disk_reads: float | None = None,
@@ -55,8 +50,11 @@ def simulate(
         bits: The bits of each weight, 8 or 4.
         kv_bits: The bits of keys and values, 8.
         max_length: The most tokens of a prompt and its continuation together, which the budget pays for.
-        inputs_preference: The factor on an input whose column is not in memory, in cache-aware DIP.
+        inputs_preference: The factor on an input whose column is not in memory, in cache-aware DIP. The default is
+            what was fitted to the model, or what grating takes for any model.
         products_preference: The same factor for a product.
+        fit_preference: Whether to fit both factors to the model first, and to keep them. Loading the model then
+            takes them by itself.
         machine: 'this', which is measured by running layers of the same widths, 'phone', 'sata-ssd' or 'nvme'.
             Or give the next three options.
         disk_bandwidth: The rate of long reads, such as 500MB/s.
@@ -68,18 +66,26 @@ def simulate(
     check_bits("kv_bits", kv_bits, (8,), "the bits of keys and values")
     for density in mlp_density:
         check_density(density)
+    for name, preference in (("inputs", inputs_preference), ("products", products_preference)):
+        if preference is not None:
+            check_preference(f"{name}_preference", preference)
+    if fit_preference and shape is not None:
+        raise ValueError(
+            "--fit-preference is for the model itself, and --shape for another: leave one of them out"
+        )
     budget = parse_budget(memory_budget)
     read = "\n\n".join(read_documents(text, plain="text"))
     with err.status("Loading ..."):
         import torch
 
-        from grating_core.columns.cache import Preference
+        from grating_core.columns.preference import Preferences, read_fits
         from grating_core.lab.activations import WINDOW
         from grating_core.lab.comparison import compare
         from grating_core.lab.machine import Machine, find_machine, parse_rate
         from grating_core.lab.shape import Shape
         from grating_core.models.directory import find_model
         from grating_core.models.hub import Hub
+        from grating_core.models.identity import fingerprint
         from grating_core.models.placement import choose_dtype
 
         described: Machine | None
@@ -95,7 +101,6 @@ def simulate(
             )
         else:
             described = None if machine == "this" else find_machine(machine)
-        preference = Preference(inputs_preference, products_preference)
         hub = Hub(settings.revision, None, settings.cache_dir, settings.local_files_only)
         directory = find_model(str(settings.model), hub=hub, show_progress=True)
         weights, _ = choose_dtype(dtype, torch.device("cpu"))
@@ -108,6 +113,20 @@ def simulate(
             costs = measure(simulated, min(tokens, WINDOW) // 2)
     else:
         costs = described.costs(simulated)
+    if fit_preference:
+        from grating_core.lab.preference import fit_preferences
+
+        share = plans[1].column_share
+        for density, fitted in fit_preferences(
+            directory, read, densities=mlp_density, share=share, tokens=tokens, show_progress=True
+        ).items():
+            tell(
+                f"Density {density}: inputs_preference={fitted.preference.inputs}, products_preference="
+                f"{fitted.preference.products} saves {fitted.saved:.0%} of what plain DIP reads; the error of the "
+                f"MLPs' outputs rises from {fitted.plain_error:.2%} to {fitted.error:.2%}."
+            )
+    # A shape is that of another model, which this model's fits say nothing about.
+    fits = [] if shape else read_fits(fingerprint(directory))
     points = compare(
         directory,
         read,
@@ -116,7 +135,7 @@ def simulate(
         budget=budget,
         densities=mlp_density,
         tokens=tokens,
-        preference=preference,
+        preferences=Preferences(inputs_preference, products_preference, fits),
         activations=activations,
         perplexity=figure is not None,
         show_progress=True,

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from grating_core.arguments import INPUTS_PREFERENCE, PRODUCTS_PREFERENCE, check_density
+from grating_core.arguments import check_density
 from grating_core.columns.allocation import allocate
-from grating_core.columns.cache import Caching, Preference
+from grating_core.columns.cache import Caching
 from grating_core.columns.companion import KINDS, ColumnSizes, Kind, MlpWeights, write_columns
 from grating_core.columns.masks import Shares
 from grating_core.columns.mlp import ColumnMlp, ColumnTable, Staging, make_staging, unpacked_bytes
+from grating_core.columns.preference import NOT_ASKED, Preferences
 from grating_core.columns.reading import ColumnFile
 from grating_core.errors import UnsupportedModelError
 from grating_core.files.places import is_there
@@ -22,9 +23,6 @@ from grating_core.layers.spec import LayerSpec
 from grating_core.memory.checkpoint import SECTOR
 from grating_core.memory.meter import Meter
 
-# Among preferences that find 10 % more columns in memory, this one costs SmolLM2-135M-Instruct least: see
-# benchmarks/perplexity.py. The paper has 0.2 for both.
-PREFERENCE = Preference(INPUTS_PREFERENCE, PRODUCTS_PREFERENCE)
 _STAGING = 16 << 20  # bytes; larger was no faster
 _FEWEST_STAGED = 2  # columns of the larger kind that each half holds at least
 
@@ -35,19 +33,19 @@ class MlpPruning:
 
     Attributes:
         density: Share of the MLPs' weights that a token uses, above 0 and below 1.
-        preference: Preference for columns that are in memory.
+        preferences: Preferences for columns that are in memory.
         bits: Bits of the MLPs' weights, 8 or 4; None for weights as they are.
         show_progress: Whether a progress bar is shown while the companion file is written.
     """
 
     density: float
-    preference: Preference = PREFERENCE
+    preferences: Preferences = NOT_ASKED
     bits: int | None = None
     show_progress: bool = False
 
 
 def mlp_pruning(
-    mlp_density: float | None, preference: Preference, *, bits: int | None = None, show_progress: bool = False
+    mlp_density: float | None, preferences: Preferences, *, bits: int | None = None, show_progress: bool = False
 ) -> MlpPruning | None:
     """Return the pruning for a density; None if the density asks for all weights.
 
@@ -56,7 +54,7 @@ def mlp_pruning(
     """
     if mlp_density is None or check_density(mlp_density) == 1:
         return None
-    return MlpPruning(mlp_density, preference, bits, show_progress)
+    return MlpPruning(mlp_density, preferences, bits, show_progress)
 
 
 def column_sizes(specs: Sequence[LayerSpec], dtype: torch.dtype, bits: int | None = None) -> ColumnSizes:
@@ -138,7 +136,7 @@ def install(
     if share < 1:
         file.measure()
     staging = make_staging(_read_bytes(sizes), sizes)
-    caching = Caching(share, pruning.preference)
+    caching = Caching(share, pruning.preferences.at(pruning.density, share))
     mlps: list[Mlp] = []
     for number, (spec, shares) in enumerate(zip(specs, allocate(pruning.density, len(specs)), strict=True), 1):
         inputs, products = (_table(file, number, kind, caching, shares, staging, meter) for kind in KINDS)

@@ -15,11 +15,11 @@ from grating_core.errors import StorageError
 from grating_core.files.locks import locked, remove, unfinished, unfinished_of
 from grating_core.files.places import cache_directory, explained
 
-Kind = Literal["models", "lenses", "columns", "layers", "states", "activations", "unfinished"]
+Kind = Literal["models", "lenses", "columns", "layers", "states", "activations", "preferences", "unfinished"]
 """``models``: bundled models, converted. ``lenses``: calibrated here. ``columns``: companion files, for
 ``mlp_density``. ``layers``: companion files with quantised layers. ``states``: what recalibration learnt.
-``activations``: what ``grating simulate`` recorded. ``unfinished``: what is being written now, or was left by
-processes that were killed."""
+``activations``: what ``grating simulate`` recorded. ``preferences``: what it fitted. ``unfinished``: what is being
+written now, or was left by processes that were killed."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _FOLDERS: dict[str, Kind] = {
@@ -29,6 +29,7 @@ _FOLDERS: dict[str, Kind] = {
     "layers": "layers",
     "recalibration": "states",
     "activations": "activations",
+    "preferences": "preferences",
 }
 
 

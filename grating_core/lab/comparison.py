@@ -13,9 +13,9 @@ from torch import nn
 
 from grating_core.arguments import check_density
 from grating_core.columns.allocation import allocate
-from grating_core.columns.cache import Caching, Preference
-from grating_core.columns.install import PREFERENCE
+from grating_core.columns.cache import Caching
 from grating_core.columns.masks import Shares
+from grating_core.columns.preference import NOT_ASKED, Preferences
 from grating_core.lab.activations import WINDOW, record_activations
 from grating_core.lab.decoders import load_decoder
 from grating_core.lab.machine import Costs
@@ -49,7 +49,7 @@ def compare(
     budget: int,
     densities: Sequence[float],
     tokens: int = 512,
-    preference: Preference = PREFERENCE,
+    preferences: Preferences = NOT_ASKED,
     activations: Path | None = None,
     perplexity: bool = False,
     show_progress: bool = False,
@@ -64,7 +64,7 @@ def compare(
         budget: The memory budget in bytes.
         densities: Shares of the MLPs' weights that a token uses, each above 0 and at most 1.
         tokens: Number of tokens of the text to use.
-        preference: Preference of cache-aware DIP for columns in memory.
+        preferences: Preferences of cache-aware DIP for columns in memory.
         activations: The file of the activations, which may not exist yet; None for a place in grating's cache.
         perplexity: Whether to measure perplexity on the same tokens. Each point then takes as long as recording.
         show_progress: Whether to show progress bars on standard error.
@@ -78,11 +78,12 @@ def compare(
         raise ValueError(f"tokens={tokens} is too small: use 2 or more, one to read and one to predict")
     for density in densities:
         check_density(density)
-    caching = Caching(shape.pruned.plan(budget).column_share, preference)
+    share = shape.pruned.plan(budget).column_share
     recorded = record_activations(directory, text, tokens, path=activations, show_progress=show_progress)
     found = {}
     for density in densities:
         shares = allocate(density, shape.columns.depth)
+        preference = preferences.at(density, share)
         for estimate in simulate(recorded, shape, costs, budget=budget, shares=shares, preference=preference):
             found[1.0 if estimate.way == DENSE else density, estimate.way] = estimate
     perplexities = {}
@@ -93,7 +94,8 @@ def compare(
         layers = zip(recorded.inputs, recorded.products, strict=True)
         orders = [tuple(map(find_order, layer)) for layer in layers]
 
-        def cached(own: Iterator[tuple[NDArray[np.int64], ...]]) -> Callable[[Any, Shares], nn.Module]:
+        def cached(own: Iterator[tuple[NDArray[np.int64], ...]], density: float) -> Callable[[Any, Shares], nn.Module]:
+            caching = Caching(share, preferences.at(density, share))
             return lambda mlp, shares: CachedMlp(mlp, shares, caching, next(own), costs.gap)
 
         for density, way in found:
@@ -102,7 +104,7 @@ def compare(
                 windows,
                 shares=None if way == DENSE else allocate(density, len(recorded.inputs)),
                 # Plain DIP is measured without what is read on the way.
-                make=cached(iter(orders)) if way == CACHE_AWARE else MaskedMlp,
+                make=cached(iter(orders), density) if way == CACHE_AWARE else MaskedMlp,
                 show_progress=show_progress,
             ).perplexity
     return [Point(estimate, key[0], perplexities.get(key)) for key, estimate in found.items()]

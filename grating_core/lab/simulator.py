@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from grating_core.columns.cache import Caching, Preference
 from grating_core.columns.companion import KINDS, ColumnSizes, Kind, tables
-from grating_core.columns.install import PREFERENCE
 from grating_core.columns.masks import Shares, kept
+from grating_core.columns.preference import USUAL
 from grating_core.columns.reading import plan_blocks
 from grating_core.lab.activations import Activations, Magnitudes
 from grating_core.lab.machine import Costs
@@ -68,7 +68,7 @@ def simulate(
     *,
     budget: int,
     shares: Sequence[Shares],
-    preference: Preference = PREFERENCE,
+    preference: Preference = USUAL,
 ) -> list[Estimate]:
     """Estimate how fast each way generates, in the order of ``WAYS``.
 

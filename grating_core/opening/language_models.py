@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from grating_core.columns.cache import Preference
 from grating_core.columns.install import mlp_pruning
+from grating_core.columns.preference import Preferences, read_fits
 from grating_core.lifetime import closed_on_error
 from grating_core.memory.meter import resident_memory
 from grating_core.memory.plan import MemoryPlan
 from grating_core.models.causal_lm import CausalLM, StoredCausalLM
+from grating_core.models.identity import fingerprint
 from grating_core.models.packing import Packing, generating
 from grating_core.opening.found import find, with_tokenizer
 from grating_core.settings import GenerationSettings
@@ -95,7 +97,7 @@ def open_language_model(settings: GenerationSettings) -> OpenLanguageModel:
         lasting=settings.budget is not None,
         pruning=mlp_pruning(
             settings.mlp_density,
-            Preference(settings.inputs_preference, settings.products_preference),
+            _preferences(settings, directory),
             bits=settings.bits,
             show_progress=settings.show_progress,
         ),
@@ -107,6 +109,13 @@ def open_language_model(settings: GenerationSettings) -> OpenLanguageModel:
         window = find_window(directory, stored.window, settings.max_length, USUAL_LENGTH)
         plan = None if settings.budget is None else stored.plan(window, settings.budget)
         return OpenLanguageModel(stored, window, plan)
+
+
+def _preferences(settings: GenerationSettings, directory: Path) -> Preferences:
+    """Return what the user asked for and what was fitted to the model, whatever adapter is merged into it."""
+    prunes = settings.mlp_density is not None and settings.mlp_density < 1
+    fits = read_fits(fingerprint(directory)) if prunes else []
+    return Preferences(settings.inputs_preference, settings.products_preference, fits)
 
 
 def _packing(bits: int, device: torch.device, dtype: torch.dtype) -> Packing:

@@ -32,6 +32,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     put(cache / "layers" / "0123456789abcdef-int8.safetensors", 700, 2 * DAY)
     put(cache / "recalibration" / "0123456789abcdef-cluster.json", 40)
     put(cache / "activations" / "0123456789abcdef.safetensors", 500, 5 * DAY)
+    put(cache / "preferences" / "0123456789abcdef.json", 60)
     put(cache / "models" / ".minilm-12345678-abcdef01" / "model.safetensors", 600, DAY)
     put(cache / "benchmarks" / "embeddings.npy", 1)
     put(cache / "notes.txt", 1)
@@ -50,6 +51,7 @@ def test_all_that_grating_made_is_listed(cache: Path) -> None:
         ("layers", "layers/0123456789abcdef-int8.safetensors", 700),
         ("states", "recalibration/0123456789abcdef-cluster.json", 40),
         ("activations", "activations/0123456789abcdef.safetensors", 500),
+        ("preferences", "preferences/0123456789abcdef.json", 60),
         ("unfinished", "models/.minilm-12345678-abcdef01", 600),
     ]
     (model,) = contents(["models"])

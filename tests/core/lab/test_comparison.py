@@ -75,7 +75,7 @@ def test_a_machine_described_by_hand_is_the_one_of_that_name(
             "disk_bandwidth='fast'",
         ),
         ({"mlp_density": "1.5"}, "mlp_density=1.5"),
-        ({"inputs_preference": "0"}, "preference for inputs, 0.0"),
+        ({"inputs_preference": "0"}, "inputs_preference=0.0"),
         ({"tokens": "9000"}, "too few"),
         ({"dtype": "int3"}, "--dtype"),
         ({"shape": "/no/such/place"}, "/no/such/place"),

@@ -15,8 +15,8 @@ from grating_core import BudgetError, StreamedCausalLM
 from grating_core.columns import reading
 from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import Caching, ColumnCache
-from grating_core.columns.install import PREFERENCE
 from grating_core.columns.masks import Shares
+from grating_core.columns.preference import USUAL
 from grating_core.columns.reading import ColumnFile
 from grating_core.files.places import cache_directory
 from grating_core.lab.activations import Activations, record_activations
@@ -108,7 +108,7 @@ def test_bytes_and_hits_are_those_of_the_engine_for_the_same_tokens(
         with closing(ColumnFile(path, shape.columns, fingerprint(decoder_directory))) as file:
             sector = file.sector
         inputs, products = (np.array(chosen[kind::2]).reshape(20, 5, -1).swapaxes(0, 1) for kind in range(2))
-        how = Caching(plan.column_share, PREFERENCE)
+        how = Caching(plan.column_share, USUAL)
         needs = find_needs(
             Activations(inputs, products),
             shape.columns,
@@ -186,7 +186,7 @@ def test_the_time_of_a_token_is_the_sum_of_its_parts(shape: Shape, activations: 
     )
     (budget,) = budgets(shape.pruned, step)
     plan = shape.pruned.plan(budget)
-    how = Caching(plan.column_share, PREFERENCE)
+    how = Caching(plan.column_share, USUAL)
     without_gaps, staging = replace(costs, gap=0), plan.sizes.staging
     needs = find_needs(activations, shape.columns, HALF, how, costs=without_gaps, staging=staging)
     assert (len(plan.streamed) > 0) == (step == 0)
