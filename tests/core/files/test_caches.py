@@ -85,11 +85,11 @@ def test_clearing_by_age(cache: Path) -> None:
     assert [one.kind for one in old] == ["models", "activations"]
     assert clear(older_than=4 * DAY).removed == old
     assert clear(["columns"], older_than=4 * DAY).removed == []
-    assert [one.kind for one in contents()] == ["lenses", "columns", "layers", "states"]
+    assert [one.kind for one in contents()] == ["lenses", "columns", "layers", "states", "preferences"]
 
 
 def test_clearing_everything_leaves_what_grating_did_not_make(cache: Path) -> None:
-    assert len(clear().removed) == 7
+    assert len(clear().removed) == 8
     assert contents() == []
     assert sorted(str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()) == [
         "benchmarks/embeddings.npy",
