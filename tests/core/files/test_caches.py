@@ -141,8 +141,8 @@ def test_a_cache_that_is_a_link_is_the_users_choice(
 ) -> None:
     (tmp_path / "link").symlink_to(cache)
     monkeypatch.setenv("GRATING_CACHE", str(tmp_path / "link"))
-    assert len(contents()) == 7
-    assert len(clear().removed) == 7
+    assert len(contents()) == 8
+    assert len(clear().removed) == 8
 
 
 @pytest.mark.parametrize(
@@ -158,4 +158,4 @@ def test_arguments_that_make_no_sense(cache: Path, arguments: dict, message: str
     for function in (contents, clear):
         with pytest.raises(ValueError, match=message):
             function(**arguments)
-    assert len(contents()) == 7
+    assert len(contents()) == 8
