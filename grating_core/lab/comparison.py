@@ -94,7 +94,9 @@ def compare(
         layers = zip(recorded.inputs, recorded.products, strict=True)
         orders = [tuple(map(find_order, layer)) for layer in layers]
 
-        def cached(own: Iterator[tuple[NDArray[np.int64], ...]], density: float) -> Callable[[Any, Shares], nn.Module]:
+        def cached(
+            own: Iterator[tuple[NDArray[np.int64], ...]], density: float
+        ) -> Callable[[Any, Shares], nn.Module]:
             caching = Caching(share, preferences.at(density, share))
             return lambda mlp, shares: CachedMlp(mlp, shares, caching, next(own), costs.gap)
 
