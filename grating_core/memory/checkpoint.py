@@ -34,8 +34,7 @@ _SAMPLED = 1 << 22  # bytes of a tensor for which one sample is taken
 class Checkpoint:
     """A checkpoint reads the safetensors files of one model, or its GGUF file, for several threads at once.
 
-    After a failed read the checkpoint opens its files again, so that it finds files that came back. A closed
-    checkpoint stays closed.
+    After a failed read the checkpoint opens its files again, to find those that came back. A closed one stays closed.
 
     Args:
         paths: The files; as a mapping, each with what comes before the names of its tensors.
@@ -55,9 +54,8 @@ class Checkpoint:
             for path in paths:
                 self._files[path] = file = _File(path, lasting)
                 before = paths[path] if isinstance(paths, Mapping) else ""
-                found = {
-                    before + name: replace(tensor, name=before + name) for name, tensor in file.tensors.items()
-                }
+                named = ((before + name, tensor) for name, tensor in file.tensors.items())
+                found = {name: replace(tensor, name=name) for name, tensor in named}
                 if repeated := self.tensors.keys() & found.keys():
                     name = min(repeated)
                     raise FileError(f"{name} is both in {self.tensors[name].path} and in {path}")
@@ -73,8 +71,7 @@ class Checkpoint:
             tensor: The tensor whose file is read; messages name it.
             start: Offset of the first byte.
             buffer: uint8 ``[n]`` on the CPU, contiguous.
-            direct: Whether to bypass the page cache if possible. Offset, length and address must then be whole
-                sectors.
+            direct: Whether to bypass the page cache if possible, with whole sectors.
 
         Raises:
             FileError: The file is cut short, cannot be read, or was replaced.
@@ -83,16 +80,15 @@ class Checkpoint:
 
     def descriptor(self, tensor: StoredTensor) -> int:
         """Return the descriptor that reads a file past the page cache if possible; -1 for a closed file."""
-        return self._files[tensor.path].descriptor
+        return self._files[tensor.path].descriptor()
 
     def read_pieces(self, tensor: StoredTensor, pieces: Pieces, begun: Callable[[], int]) -> None:
         """Finish reading pieces of a file, past the page cache if possible.
 
         Args:
             tensor: The tensor whose file is read; messages name it.
-            pieces: The pieces. Offsets, sizes and addresses must be whole sectors, see :meth:`sector`.
-            begun: Function that waits for a reading of these pieces from the :meth:`descriptor`. It returns how
-                many were read as a whole, from the first on; the others are read here. A second call returns 0.
+            pieces: The pieces, of whole sectors, see :meth:`sector`.
+            begun: :meth:`grating_core.kernels.reading.Reading.wait` of a reading from the :meth:`descriptor`.
 
         Raises:
             FileError: The file is cut short, cannot be read, or was replaced.
@@ -108,7 +104,7 @@ class Checkpoint:
         self._files[tensor.path].announce(ranges)
 
     def changes(self, tensor: StoredTensor) -> int:
-        """Return how often the tensor's file was found changed. Its content may still be the same."""
+        """Return how often a file was found changed. Its content may still be the same."""
         return self._files[tensor.path].changes
 
     def close(self) -> None:
@@ -167,10 +163,8 @@ class _File:
 
         self._read(name, fill, direct, lambda: not remember or all(map(self._was_read_before, pieces)))
 
-    @property
     def descriptor(self) -> int:
-        file = self._direct or self._buffered
-        return -1 if file.closed else file.fileno()
+        return -1 if self._closed else (self._direct or self._buffered).fileno()
 
     def read_pieces(self, name: str, pieces: Pieces, begun: Callable[[], int]) -> None:
         def fill(file: FileIO) -> None:

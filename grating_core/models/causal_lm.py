@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grating_core.columns.companion import MlpWeights, writing_bytes
+from grating_core.columns.companion import writing_bytes
 from grating_core.columns.install import MlpPruning, column_sizes, install, open_columns, staging_bytes
-from grating_core.columns.order import column_orders
 from grating_core.columns.reading import ColumnFile
 from grating_core.errors import StorageError, UnsupportedModelError
 from grating_core.files.places import cache_directory
@@ -337,20 +336,13 @@ class StoredCausalLM(StoredModel):
             cache_directory() / "columns",
             self._columns,
             fingerprint(self.directory, self.adapter),
-            self._matrices,
+            lambda: read_matrices(self.family, self.spec, self._mlp_groups(), self.importances),
             show_progress=pruning.show_progress,
         )
 
     def _mlp_groups(self) -> list[TensorGroup]:
         """Return W_u, W_g and W_d of each layer on disk."""
         return [self._group(names, self.dtype) for names in self._mlps]
-
-    def _matrices(self) -> Iterator[MlpWeights]:
-        """Yield the weights of the MLP of one layer after the other, and the order of their columns."""
-        orders = [column_orders(importance) for importance in self.importances]
-        matrices = read_matrices(self.family, self.spec, self._mlp_groups())
-        for order, (up, gate, down) in zip(orders, matrices, strict=True):
-            yield MlpWeights(up, gate, down, order["inputs"].numpy(), order["products"].numpy())
 
 
 def _roles(held: Role | tuple[Role, ...]) -> set[Role]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
+from grating_core.columns.companion import KINDS, MlpWeights
+from grating_core.columns.order import column_orders
+from grating_core.layers.spec import Role
 from grating_core.memory.checkpoint import aligned_buffer
 from grating_core.memory.group import PIECE, TensorGroup
 from grating_core.models.directory import blaming_weights
@@ -14,24 +17,27 @@ from grating_core.models.layout import layer_by_role
 
 
 def read_matrices(
-    family: Family, spec: ModelSpec, groups: Sequence[TensorGroup]
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield W_u, W_g and W_d of one layer after the other. They lie in memory that the next layer takes.
+    family: Family, spec: ModelSpec, groups: Sequence[TensorGroup], importances: Sequence[Mapping[Role, Tensor]]
+) -> Iterator[MlpWeights]:
+    """Yield the weights of the MLP of one layer after the other. They lie in memory that the next layer takes.
 
     Args:
         family: The description of the model's family.
         spec: The description of the model.
         groups: W_u, W_g and W_d of each layer on disk.
+        importances: What :func:`grating_core.models.sampling.find_importances` finds; it tells the columns' order.
 
     Raises:
         ModelNotFoundError: The files cannot be read.
     """
     staging, buffer = aligned_buffer(_staged(groups)), aligned_buffer(max(group.size for group in groups))
-    for number, (layer, group) in enumerate(zip(spec.layers, groups, strict=True), 1):
+    layers = zip(spec.layers, groups, importances, strict=True)
+    for number, (layer, group, importance) in enumerate(layers, 1):
         with blaming_weights():
             group.read(buffer, staging)
         found = layer_by_role(family, layer, number, group.views(buffer))
-        yield found["up.weight"], found["gate.weight"], found["down.weight"]
+        orders = [column_orders(importance)[kind].numpy() for kind in KINDS]
+        yield MlpWeights(found["up.weight"], found["gate.weight"], found["down.weight"], *orders)
 
 
 def reading_bytes(groups: Sequence[TensorGroup]) -> int:
