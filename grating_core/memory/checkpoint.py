@@ -34,7 +34,7 @@ _SAMPLED = 1 << 22  # bytes of a tensor for which one sample is taken
 class Checkpoint:
     """A checkpoint reads the safetensors files of one model, or its GGUF file, for several threads at once.
 
-    After a failed read the checkpoint opens its files again, to find those that came back. A closed one stays closed.
+    After a failed read it opens its files again, to find those that came back. A closed one stays closed.
 
     Args:
         paths: The files; as a mapping, each with what comes before the names of its tensors.
