@@ -1,15 +1,13 @@
-"""What a sample tells of columns: their order, and how much errors of their entries count.
+"""Columns lie in the companion file by how large the values are that meet them, the largest first.
 
-Columns lie in the companion file by how large the values are that meet them, the largest first. Large values meet
-the same columns again and again. So the columns that are in memory are the first ones, and those that a token
-misses lie close together, where one read takes several.
+Large values meet the same columns again and again. So the columns that are in memory are the first ones, and those
+that a token misses lie close together, where one read takes several.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from grating_core.columns.companion import Kind
@@ -30,19 +28,3 @@ def column_orders(importance: Mapping[Role, Tensor]) -> dict[Kind, Tensor]:
         the smaller number comes first.
     """
     return {kind: importance[role].argsort(descending=True, stable=True) for kind, role in _MEET.items()}
-
-
-def input_importance(importance: Mapping[Role, Tensor], down: Tensor) -> Tensor:
-    """Return how much squared errors of the entries of a column of W_u and W_g count.
-
-    Errors count where the gated product is large that the entry is for, and where its column of W_d is large.
-
-    Args:
-        importance: See :func:`column_orders`.
-        down: W_d, ``[D, F]`` of any floating dtype.
-
-    Returns:
-        Float32 ``[2 F]``, first for W_u and then for W_g.
-    """
-    squares: Tensor = torch.linalg.vector_norm(down, dim=0, dtype=torch.float32).square()
-    return (importance["down"] * squares).repeat(2)

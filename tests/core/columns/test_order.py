@@ -1,12 +1,10 @@
-"""A sample tells the order of columns, and which of their entries matter."""
+"""Columns lie by how large the values are that meet them."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from grating_core.columns.companion import KINDS
-from grating_core.columns.order import column_orders, input_importance
-from grating_core.kernels.columns import RowFormat, pack_columns, unpack_columns
+from grating_core.columns.order import column_orders
 
 
 def importance() -> dict[str, Tensor]:
@@ -29,32 +27,3 @@ def test_equal_columns_keep_their_order() -> None:
     orders = column_orders(given)
     assert orders["inputs"].tolist() == [1, 3, 0, 2, 5, 4]
     assert orders["products"].tolist() == list(range(100))
-
-
-def test_an_entry_counts_by_its_product_and_by_the_column_that_the_product_meets() -> None:
-    down = torch.tensor([[1.0, 0, 3], [0, 0, 4]]).bfloat16()
-    found = input_importance({"up": torch.ones(5), "down": torch.tensor([0.5, 7, 2])}, down)
-    assert found.dtype == torch.float32
-    assert found.tolist() == [0.5, 0, 50, 0.5, 0, 50]
-
-
-def test_outputs_change_less_when_the_errors_of_4_bits_count_by_importance() -> None:
-    chance = torch.Generator().manual_seed(1)
-    width, products = 64, 256
-    up, gate = torch.randn(2, products, width, generator=chance)
-    down = torch.randn(width, products, generator=chance) * torch.rand(products, generator=chance) ** 4
-    states = torch.randn(200, width, generator=chance)
-
-    def gated(up: Tensor, gate: Tensor) -> Tensor:
-        return torch.nn.functional.silu(states @ gate.T) * (states @ up.T)
-
-    def error(importance: Tensor | None) -> float:
-        columns, form = torch.cat((up, gate)).T, RowFormat(2 * products, torch.float32, 4)
-        table = torch.from_numpy(pack_columns(columns, form, importance))
-        rounded = torch.empty(columns.shape)
-        unpack_columns(form, table.flatten(), np.arange(width) * form.row_bytes, rounded)
-        change = gated(*rounded.T.chunk(2)) - gated(up, gate)
-        return float((change @ down.T).norm())
-
-    seen = {"down": gated(up, gate).square().mean(0)}
-    assert 0 < error(input_importance(seen, down)) < 0.95 * error(None)
