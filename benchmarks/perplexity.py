@@ -29,7 +29,6 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 import torch
 import typer
-from numpy.typing import NDArray
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -46,7 +45,7 @@ from grating_core.kernels.columns import RowFormat, pack_columns, unpack_columns
 from grating_core.lab.activations import record
 from grating_core.lab.decoders import load_decoder
 from grating_core.lab.masked import MaskedMlp
-from grating_core.lab.quality import CachedMlp, evaluate
+from grating_core.lab.quality import cached_mlps, evaluate
 from grating_core.lab.simulator import find_order
 from grating_core.models.adapter import Adapter
 
@@ -121,12 +120,6 @@ def measure_methods(model: Any, texts: Sequence[Tensor]) -> list[Row]:
     return rows
 
 
-def _cached(
-    preference: Preference, orders: Iterator[tuple[NDArray[np.int64], ...]]
-) -> Callable[[Any, Shares], CachedMlp]:
-    return lambda mlp, shares: CachedMlp(mlp, shares, Caching(CACHED, preference), next(orders), GAP)
-
-
 def measure_caches(model: Any, texts: Sequence[Tensor]) -> list[Row]:
     """Make a row of each density and preference; first without a preference."""
     rows = []
@@ -138,8 +131,9 @@ def measure_caches(model: Any, texts: Sequence[Tensor]) -> list[Row]:
     orders = [tuple(map(find_order, layer)) for layer in zip(seen.inputs, seen.products, strict=True)]
     for density, preference in track(cases, "caching", console=progress):
         shares = allocate(density, model.config.num_hidden_layers)
+        caching = Caching(CACHED, preference)
         found = [
-            evaluate(model, windows, shares=shares, make=_cached(preference, iter(orders))) for windows in texts
+            evaluate(model, windows, shares=shares, make=cached_mlps(caching, orders, GAP)) for windows in texts
         ]
         traffics = [quality.traffic for quality in found if quality.traffic is not None]
         rows.append(

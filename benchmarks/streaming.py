@@ -14,8 +14,7 @@ text repeats itself.
 
 The slow disk is this one, made to wait: each read takes as long as its bytes take at 550 MB/s, or a 90,000th of a
 second if that is longer, one read after the other, as behind a SATA cable. It is slow from the begin on, so that a
-measurement of the disk finds it so.
-Columns that are read at the same time wait once, for all of them.
+measurement of the disk finds it so. Columns that are read at the same time wait once, for all of them.
 """
 
 from __future__ import annotations

@@ -242,9 +242,9 @@ class GenerationSettings(ModelSettings):
     )
     mlp_density: float | None = setting(
         None,
-        "The share of the MLPs' weights that each new token uses, above 0 and at most 1 (dynamic input "
+        "The share of the MLPs' weights that each new token chooses, above 0 and at most 1 (dynamic input "
         "pruning, on the CPU). grating then reads fewer bytes within a budget, and the text differs from the "
-        "dense model's. None uses all.",
+        "dense model's. What is in memory or read on the way is used as well. None uses all.",
         basic=True,
     )
     inputs_preference: float | None = setting(

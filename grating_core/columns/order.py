@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from grating_core.columns.companion import Kind
@@ -16,15 +18,23 @@ from grating_core.layers.spec import Role
 _MEET: dict[Kind, Role] = {"inputs": "up", "products": "down"}  # what the values of a kind are multiplied by
 
 
-def column_orders(importance: Mapping[Role, Tensor]) -> dict[Kind, Tensor]:
+def hottest_first(mean_squares: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Return the order of columns, of which equal ones keep their order.
+
+    Args:
+        mean_squares: Mean square of the values that meet each column, ``[columns]``.
+
+    Returns:
+        Numbers of columns, the first one of the order first, int64 ``[columns]``.
+    """
+    return np.argsort(-mean_squares, kind="stable")
+
+
+def column_orders(importance: Mapping[Role, Tensor]) -> dict[Kind, NDArray[np.int64]]:
     """Return the order of the columns of a layer, by kind.
 
     Args:
         importance: The mean squares of the inputs of the layer's products by role, of which ``"up"`` and
             ``"down"`` are looked at; see :meth:`grating_core.models.sample.Sample.importance`.
-
-    Returns:
-        Numbers of columns, the first one of the order first, int64 ``[columns]``. Of equal columns the one with
-        the smaller number comes first.
     """
-    return {kind: importance[role].argsort(descending=True, stable=True) for kind, role in _MEET.items()}
+    return {kind: hottest_first(importance[role].numpy()) for kind, role in _MEET.items()}

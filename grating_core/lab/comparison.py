@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-from torch import nn
 
 from grating_core.arguments import check_density
 from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import Caching
-from grating_core.columns.masks import Shares
 from grating_core.columns.preference import NOT_ASKED, Preferences
 from grating_core.lab.activations import WINDOW, record_activations
 from grating_core.lab.decoders import load_decoder
 from grating_core.lab.machine import Costs
 from grating_core.lab.masked import MaskedMlp
-from grating_core.lab.quality import CachedMlp, cut_windows, evaluate
+from grating_core.lab.quality import cached_mlps, cut_windows, evaluate
 from grating_core.lab.shape import Shape
 from grating_core.lab.simulator import CACHE_AWARE, DENSE, Estimate, find_order, simulate
 
@@ -93,20 +87,14 @@ def compare(
         windows = cut_windows(tokenizer, text, length, tokens // length)
         layers = zip(recorded.inputs, recorded.products, strict=True)
         orders = [tuple(map(find_order, layer)) for layer in layers]
-
-        def cached(
-            own: Iterator[tuple[NDArray[np.int64], ...]], density: float
-        ) -> Callable[[Any, Shares], nn.Module]:
-            caching = Caching(share, preferences.at(density, share))
-            return lambda mlp, shares: CachedMlp(mlp, shares, caching, next(own), costs.gap)
-
         for density, way in found:
+            caching = Caching(share, preferences.at(density, share))
             perplexities[density, way] = evaluate(
                 model,
                 windows,
                 shares=None if way == DENSE else allocate(density, len(recorded.inputs)),
                 # Plain DIP is measured without what is read on the way.
-                make=cached(iter(orders), density) if way == CACHE_AWARE else MaskedMlp,
+                make=cached_mlps(caching, orders, costs.gap) if way == CACHE_AWARE else MaskedMlp,
                 show_progress=show_progress,
             ).perplexity
     return [Point(estimate, key[0], perplexities.get(key)) for key, estimate in found.items()]

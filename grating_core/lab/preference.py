@@ -27,7 +27,7 @@ from grating_core.columns.preference import Fit, keep_fits
 from grating_core.columns.reading import GAP
 from grating_core.lab.activations import WINDOW
 from grating_core.lab.decoders import decoder_layers, load_decoder
-from grating_core.lab.quality import cut_windows
+from grating_core.lab.quality import choose_all, cut_windows
 from grating_core.lab.simulator import find_order
 from grating_core.models.identity import fingerprint
 
@@ -185,19 +185,16 @@ def _costs(mlp: Any, states: Tensor, shares: Shares, share: float) -> dict[tuple
         row_bytes = sizes.row_bytes(kind)
         cache = Caching(share, Preference(gamma, gamma)).cache(sizes.count(kind), kind, shares, GAP / row_bytes)
         count, order = kept(sizes.count(kind), getattr(shares, kind)), find_order(values.numpy())
-        used, missing = np.zeros(tuple(values.shape), dtype=bool), 0
-        for token, row in enumerate(values.numpy()):
-            places, hits = cache.choose(row[order], count)
-            used[token, order[places]] = True
-            missing += len(places) - hits
-        return values * torch.from_numpy(used), float(missing * row_bytes)
+        used, hits = choose_all(cache, order, values.numpy(), count)
+        return values * torch.from_numpy(used), float((used.sum() - hits) * row_bytes)
 
     def cost(kept_product: Tensor, missing: float) -> _Cost:
         return _Cost(missing, float((mlp.down_proj(kept_product) - dense).square().sum()) / square)
 
+    products = gated(states)
     found: dict[tuple[Kind, float], _Cost] = {}
     for gamma in GAMMAS:
         kept_states, missing = pruned("inputs", states, gamma)
         found["inputs", gamma] = cost(gated(kept_states), missing)
-        found["products", gamma] = cost(*pruned("products", gated(states), gamma))
+        found["products", gamma] = cost(*pruned("products", products, gamma))
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import exp
 from typing import Any
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from grating_core.columns.cache import Caching
+from grating_core.columns.cache import Caching, ColumnCache
 from grating_core.columns.companion import KINDS, ColumnSizes, Kind
 from grating_core.columns.masks import Shares, kept
 from grating_core.lab.decoders import decoder_layers
@@ -172,12 +172,44 @@ class CachedMlp(nn.Module):
         return output
 
     def _masked(self, kind: int, values: Tensor) -> Tensor:
-        magnitudes = values.abs().float().cpu().numpy().reshape(-1, values.shape[-1])
-        unused = np.ones(magnitudes.shape, dtype=bool)
-        order = self._orders[kind]
-        for token, row in enumerate(magnitudes):
-            places, hits = self.caches[kind].choose(row[order], self._kept[kind])
-            unused[token, order[places]] = False
-            self.wanted[kind] += len(places)
-            self.hits[kind] += hits
-        return values.masked_fill(torch.from_numpy(unused).to(values.device).view(values.shape), 0)
+        rows = values.float().cpu().numpy().reshape(-1, values.shape[-1])
+        used, hits = choose_all(self.caches[kind], self._orders[kind], rows, self._kept[kind])
+        self.wanted[kind] += used.sum()
+        self.hits[kind] += hits
+        return values.masked_fill(torch.from_numpy(~used).to(values.device).view(values.shape), 0)
+
+
+def choose_all(
+    cache: ColumnCache, order: NDArray[np.int64], values: NDArray[np.float32], count: int
+) -> tuple[NDArray[np.bool_], int]:
+    """Choose columns for many tokens.
+
+    Args:
+        cache: What says which columns are in memory.
+        order: The column at each place of the table, int64 ``[columns]``.
+        values: Values of the tokens, ``[T, columns]``.
+        count: Number of columns to choose for each token.
+
+    Returns:
+        Which columns each token uses, ``[T, columns]``, and how many of those are in memory, for all tokens.
+    """
+    used, found = np.zeros(values.shape, dtype=bool), 0
+    for token, row in enumerate(values):
+        places, hits = cache.choose(row[order], count)
+        used[token, order[places]] = True
+        found += hits
+    return used, found
+
+
+def cached_mlps(
+    caching: Caching, orders: Iterable[Sequence[NDArray[np.int64]]], gap: int
+) -> Callable[[Any, Shares], CachedMlp]:
+    """Return a function that makes the cached MLPs of a model, one layer after the other, see :func:`evaluate`.
+
+    Args:
+        caching: Size and preference of the caches.
+        orders: The orders of each layer, see :class:`CachedMlp`.
+        gap: See :class:`CachedMlp`.
+    """
+    each = iter(orders)
+    return lambda mlp, shares: CachedMlp(mlp, shares, caching, next(each), gap)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from grating_core.columns.cache import Caching, Preference
 from grating_core.columns.companion import KINDS, ColumnSizes, Kind, tables
 from grating_core.columns.masks import Shares, kept
+from grating_core.columns.order import hottest_first
 from grating_core.columns.preference import USUAL
 from grating_core.columns.reading import plan_blocks
 from grating_core.lab.activations import Activations, Magnitudes
@@ -158,7 +159,7 @@ def find_needs(
 
 def find_order(magnitudes: Magnitudes) -> NDArray[np.int64]:
     """Return the columns by the mean square of their magnitudes ``[tokens, columns]``, the largest first."""
-    return np.argsort(-np.square(magnitudes.astype(np.float32)).mean(0), kind="stable")
+    return hottest_first(np.square(magnitudes.astype(np.float32)).mean(0))
 
 
 def _need(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from grating_core.columns.companion import KINDS, MlpWeights
+from grating_core.columns.companion import MlpWeights
 from grating_core.columns.order import column_orders
 from grating_core.layers.spec import Role
 from grating_core.memory.checkpoint import aligned_buffer
@@ -36,8 +36,9 @@ def read_matrices(
         with blaming_weights():
             group.read(buffer, staging)
         found = layer_by_role(family, layer, number, group.views(buffer))
-        orders = [column_orders(importance)[kind].numpy() for kind in KINDS]
-        yield MlpWeights(found["up.weight"], found["gate.weight"], found["down.weight"], *orders)
+        yield MlpWeights(
+            found["up.weight"], found["gate.weight"], found["down.weight"], **column_orders(importance)
+        )
 
 
 def reading_bytes(groups: Sequence[TensorGroup]) -> int:

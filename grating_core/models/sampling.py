@@ -15,12 +15,14 @@ from grating_core.memory.group import PIECE, TensorGroup
 from grating_core.memory.header import StoredTensor
 from grating_core.memory.meter import Meter
 from grating_core.memory.rows import RowCache
+from grating_core.models.directory import blaming_weights
 from grating_core.models.family import Family, ModelSpec
 from grating_core.models.layered import LayeredModel, Parts
 from grating_core.models.layout import layer_by_role, outside_by_role
 from grating_core.models.sample import Sample, draw_tokens, sample_bytes
 
 
+@blaming_weights()
 def new_sample(
     family: Family,
     spec: ModelSpec,
@@ -40,7 +42,7 @@ def new_sample(
         dtype: The dtype of the hidden states.
 
     Raises:
-        FileError: The weights cannot be read.
+        ModelNotFoundError: The files cannot be read.
     """
     ids, buffer = draw_tokens(spec), aligned_buffer(others.size)
     how: dict[str, Any] = {"dtype": dtype, "device": torch.device("cpu"), "meter": Meter()}
@@ -55,6 +57,7 @@ def new_sample(
     return Sample(hidden, model.angles(positions))
 
 
+@blaming_weights()
 def find_importances(
     sample: Sample,
     family: Family,
@@ -76,7 +79,7 @@ def find_importances(
         What :meth:`Sample.importance` finds in each layer.
 
     Raises:
-        FileError: The weights cannot be read.
+        ModelNotFoundError: The files cannot be read.
     """
     staging, buffer = aligned_buffer(PIECE), aligned_buffer(max(group.size for group in groups.values()))
     found = []

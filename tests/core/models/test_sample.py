@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from grating_core.columns.install import MlpPruning
 from grating_core.engine.decode import advance, new_cache
+from grating_core.errors import ModelNotFoundError
 from grating_core.models.causal_lm import CausalLM, StoredCausalLM
 from grating_core.models.packing import Packing, generating
 from grating_core.models.sample import Sample, draw_tokens
@@ -71,6 +72,16 @@ def test_tokens_are_the_same_each_time_and_fit_the_model(decoder: Path) -> None:
     assert ids.shape[1] <= with_tokens.window
     assert 0 <= ids.min() < ids.max() < with_tokens.vocabulary
     with_tokens.close()
+
+
+@pytest.mark.parametrize("left", [1000, 100_000])
+def test_a_model_whose_weights_go_away_says_how_to_get_them_again(decoder: Path, left: int) -> None:
+    model = stored(decoder, None, pruning=MlpPruning(0.5))
+    for path in decoder.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(ModelNotFoundError, match="fetch the model again"):
+        _ = model.importances
+    model.close()
 
 
 @pytest.fixture
