@@ -11,8 +11,8 @@ At equal density all ways use as many of the MLPs' weights. "GLU" prunes the gat
 prune by one of its factors; none of them prunes the input, so they cannot go below some density.
 
 Caches hold half of the columns, in each layer and of each kind: those that random tokens used most. γ is what a
-magnitude counts whose column is not in memory, and has its own value for inputs and for products; with 1 for both
-that is plain DIP. Columns that a long read passes are used as well.
+magnitude counts whose column is not in memory, and has its own value for inputs and for products; 1 prefers none.
+All columns in memory are used, and so are those that a long read passes.
 
 An adapter recovers what a density of 0.5 costs. It must not have learnt from the collections.
 """
