@@ -28,8 +28,8 @@ from grating_core.memory.companion import Contents, checksum, write_companion
 Kind = Literal["inputs", "products"]
 KINDS: tuple[Kind, Kind] = ("inputs", "products")
 
-_AT_ONCE = 1 << 18  # entries that are transposed and quantised at a time
-_COPIES = 104  # bytes for each of them: copies in float32
+_AT_ONCE = 1 << 17  # entries that are transposed and quantised at a time
+_COPIES = 160  # bytes for each of them: copies in float32, and what a heap in pieces cannot use again
 
 
 @dataclass(frozen=True)
