@@ -30,8 +30,10 @@ class Sampler:
         """Pick the next token from float32 logits ``[V]``."""
         if self._temperature == 0:
             return int(logits.argmax())
-        # Differences to the largest logit: divided by a small temperature, logits would overflow.
-        shares = ((logits - logits.max()) / self._temperature).softmax(-1)
+        if self._temperature != 1:
+            # Differences to the largest logit: divided by a small temperature, logits would overflow.
+            logits = (logits - logits.max()).div_(self._temperature)
+        shares = logits.softmax(-1)
         if self._top_p < 1:
             self._cut(shares)
         # The first token whose share reaches beyond a random number, if the shares lie one behind the other.

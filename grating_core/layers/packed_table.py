@@ -35,10 +35,21 @@ class PackedTable:
         Raises:
             IndexError: There is no such row.
         """
-        rows, places = torch.unique(input_ids, return_inverse=True)
-        if rows[-1] >= self._weight.columns:
-            raise IndexError(f"row {rows[-1]} is not among the {self._weight.columns:,} of the table")
-        return dequantized(_picked(self._weight, rows)).to(self._dtype)[places]
+        weight = self._weight
+        if (last := int(input_ids.max())) >= weight.columns:
+            raise IndexError(f"row {last} is not among the {weight.columns:,} of the table")
+        if weight.bits is None:  # an embedding that this library packed: a token should not wait for more steps
+            rows = _words(weight.packed.view(torch.int32), weight.columns, input_ids).view(weight.dtype)
+            rows = rows[:, : weight.inner]
+            return (rows if weight.scale is None else rows * weight.scale[input_ids, None]).to(self._dtype)
+        columns, places = torch.unique(input_ids, return_inverse=True)
+        return dequantized(_picked(weight, columns)).to(self._dtype)[places]
+
+
+def _words(values: Tensor, columns: int, some: Tensor) -> Tensor:
+    """Return what some of a weight's columns have of values ``[blocks of 16 columns, …, 16]``."""
+    blocks = values.view(-(-columns // (2 * _BLOCK)) * 2, -1, _BLOCK)
+    return blocks[some // _BLOCK, :, some % _BLOCK]
 
 
 def _picked(weight: Weight, columns: Tensor) -> Weight:
@@ -48,8 +59,7 @@ def _picked(weight: Weight, columns: Tensor) -> Weight:
         if values is None:
             return None
         words = values.view(torch.int32) if values.dtype == torch.int8 else values
-        blocks = words.view(-(-weight.columns // (2 * _BLOCK)) * 2, -1, _BLOCK)
-        found = pad(blocks[columns // _BLOCK, :, columns % _BLOCK], (0, 0, 0, -len(columns) % (2 * _BLOCK)))
+        found = pad(_words(words, weight.columns, columns), (0, 0, 0, -len(columns) % (2 * _BLOCK)))
         return found.view(-1, _BLOCK, found.shape[1]).transpose(1, 2).contiguous().flatten().view(values.dtype)
 
     fields: dict[str, Any] = {
