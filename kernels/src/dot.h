@@ -9,8 +9,11 @@
 
 namespace {
 
-constexpr int64_t AHEAD = 4096;    // bytes that are on their way from memory
+constexpr int64_t AHEAD = 8192;    // bytes that are on their way from memory
 constexpr int N = 16 / W;          // vectors of a block's columns
+
+// Asks for a line of a weight. It is read once, and should not take the place of what lies in the outer caches.
+GK_INLINE void ask(const void* p) { __builtin_prefetch(p, 0, 0); }
 
 // A row as products read it, padded with zeros to 64 entries: as floats, and as entries of 8 bits with a scale and a sum for
 // each 32.
@@ -26,29 +29,25 @@ inline void quantise_group(const Row& row, int64_t g) {
     constexpr int V = SHARING / W;
     const float* x = row.x + g * SHARING;
     int8_t* q = row.q + g * SHARING;
-    vf most = {};
-    vi finite = ~vi{};
-    for (int v = 0; v < V; v++) {
-        most = maximum(most, absolute(load(x + v * W)));
-        finite &= is_finite(load(x + v * W));
-    }
-    const float peak = top(most);
-    const bool all_finite = !top(~finite & 1);
+    vi most = {};  // as whole numbers, magnitudes have their own order, and what is not finite comes last
+    for (int v = 0; v < V; v++) most = maximum(most, bits<vi>(absolute(load(x + v * W))));
+    const int32_t largest = top(most);
+    const float peak = bits<float>(largest);
     row.sum[g] = 0;
-    if (!all_finite || peak < 1e-30f) {
-        row.scale[g] = all_finite ? 0.0f : NAN;
+    if (largest >= 0x7f800000 || peak < 1e-30f) {
+        row.scale[g] = largest >= 0x7f800000 ? NAN : 0.0f;
         memset(q, 0, SHARING);
         return;
     }
     row.scale[g] = peak * (1.0f / 127.0f);
     const vf by = all(127.0f / peak);
-    vi s = {};
+    vf s = {};
     for (int v = 0; v < V; v++) {
         const vi entry = rounded(load(x + v * W) * by);
         store(q + v * W, entry);
-        s += entry;
+        s += __builtin_convertvector(entry, vf);
     }
-    for (int i = 0; i < W; i++) row.sum[g] += s[i];
+    row.sum[g] = int32_t(sum(s));
 }
 inline void quantise_row(const Row& row, int64_t n) {
     for (int64_t g = 0; g < up(n, 64) / SHARING; g++) quantise_group(row, g);
@@ -108,8 +107,8 @@ template <bool MINIMUM> struct Shares {
           minimum(MINIMUM ? (const uint16_t*)w.minimum + block * groups * 16 : nullptr) {}
     // Adds a group's products.
     GK_INLINE void add(const Row& row, int64_t g, const vi* s, vf* y) {
-        __builtin_prefetch((const char*)scale + AHEAD / 4);
-        if (MINIMUM) __builtin_prefetch((const char*)minimum + AHEAD / 4);
+        ask((const char*)scale + AHEAD / 4);
+        if (MINIMUM) ask((const char*)minimum + AHEAD / 4);
         for (int n = 0; n < N; n++) {
             y[n] = fma(__builtin_convertvector(s[n], vf), load_half(scale + n * W) * row.scale[g], y[n]);
             if (MINIMUM) y[n] = fma(load_half(minimum + n * W), all(row.scale[g] * row.sum[g]), y[n]);
@@ -128,7 +127,7 @@ struct Zeros {
     GK_INLINE Zeros(const gk_weight& w, int64_t block, int64_t groups)
         : at((const uint8_t*)w.scale + block * groups * 32), factor(w.factor + block * 16) {}
     GK_INLINE void add(const Row& row, int64_t g, const vi* s, vf* y) {
-        if (!(g & 1)) __builtin_prefetch(at + AHEAD / 4);  // a line is two groups
+        if (!(g & 1)) ask(at + AHEAD / 4);  // a line is two groups
         const vf zero = all(row.sum[g] * (-1.0f / 16));
         for (int n = 0; n < N; n++) {
             const vf product = fma(load(at + 16 + n * W), zero, __builtin_convertvector(s[n], vf));
@@ -148,7 +147,7 @@ GK_INLINE void sum_group(const Row& row, int64_t g, const char* at, vi* s) {
     for (int n = 0; n < N; n++) s[n] = vi{} - (RAISED ? 128 * row.sum[g] : 0);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++) {
-        __builtin_prefetch(at + AHEAD + i * 64);
+        ask(at + AHEAD + i * 64);
         const vi x = word_of(row.q + g * SHARING + 4 * i);
         for (int n = 0; n < N; n++) s[n] = add_signed(s[n], load_line(at + i * 64 + n * 4 * W), x);
     }
@@ -190,7 +189,7 @@ template <class Shared> GK_INLINE void by_halves(const Row& row, const gk_weight
         for (int n = 0; n < N; n++) s[n] = vi{} - (Shared::LIFTED ? 8 * row.sum[g] : 0);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
-            __builtin_prefetch(at + AHEAD + i * 64);
+            ask(at + AHEAD + i * 64);
             const vi x = word_of(row.q + g * SHARING + 4 * i), high = word_of(row.q + g * SHARING + 16 + 4 * i);
             for (int n = 0; n < N; n++) {
                 const vq line = load_line(at + i * 64 + n * 4 * W);
@@ -209,7 +208,7 @@ GK_INLINE void by_pairs_of_bf16(const Row& row, const gk_weight& w, int64_t bloc
     for (int64_t k = 0; k < lines; k += 2, at += 128) {
 #pragma GCC unroll 2
         for (int i = 0; i < 2; i++) {
-            __builtin_prefetch(at + AHEAD + i * 64);
+            ask(at + AHEAD + i * 64);
             const vf a = all(row.x[2 * (k + i)]), b = all(row.x[2 * (k + i) + 1]);
             for (int n = 0; n < N; n++) {
                 const vu pair = (vu)load_line(at + i * 64 + n * 4 * W);
@@ -228,7 +227,7 @@ GK_INLINE void by_floats(const Row& row, const gk_weight& w, int64_t block, vf* 
     for (int64_t k = 0; k < lines; k += 4, at += 256) {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
-            __builtin_prefetch(at + AHEAD + i * 64);
+            ask(at + AHEAD + i * 64);
             const vf a = all(row.x[k + i]);
             for (int n = 0; n < N; n++) s[i][n] = fma((vf)load_line(at + i * 64 + n * 4 * W), a, s[i][n]);
         }
@@ -257,7 +256,7 @@ template <class S> void by_rows(const Row& row, const gk_weight& w, int64_t begi
         vf s[4] = {};
         int64_t i = 0;
         for (; i + 4 * W <= inner; i += 4 * W) {
-            for (int64_t k = 0; k < int64_t(4 * W * sizeof(S)); k += 64) __builtin_prefetch((const char*)(from + i) + AHEAD + k);
+            for (int64_t k = 0; k < int64_t(4 * W * sizeof(S)); k += 64) ask((const char*)(from + i) + AHEAD + k);
             for (int k = 0; k < 4; k++) s[k] = fma(load(from + i + k * W), load(row.x + i + k * W), s[k]);
         }
         for (; i < inner; i += W) s[0] = fma(load_at(from, i, inner), load_at(row.x, i, inner), s[0]);
@@ -295,9 +294,9 @@ inline void fetch(const gk_weight& w, int64_t block) {
     if (!w.packed || block >= blocks_of(w)) return;
     const int64_t bytes = w.format == GK_Q4 || w.format == GK_Q4Z ? up(w.inner, 64) * 8 : block_bytes(w.format == GK_Q8 ? GK_INT8 : w.format, w.inner);
     const char* at = (const char*)w.packed + block * bytes;
-    for (int64_t i = 0; i < AHEAD; i += 64) __builtin_prefetch(at + i);
+    for (int64_t i = 0; i < AHEAD; i += 64) ask(at + i);
     const char* shares = (const char*)w.scale + block * (bytes / 8);
-    for (int64_t i = 0; w.format == GK_Q4Z && i < AHEAD / 4; i += 64) __builtin_prefetch(shares + i);
+    for (int64_t i = 0; w.format == GK_Q4Z && i < AHEAD / 4; i += 64) ask(shares + i);
 }
 
 }  // namespace

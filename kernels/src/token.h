@@ -333,6 +333,8 @@ class Walk {
         const float *cosine = l.angles < 0 ? nullptr : t.cosine[l.angles], *sine = l.angles < 0 ? nullptr : t.sine[l.angles];
         const Chunks all_keys(l, t.tokens);
         const int64_t begin = all_keys.begin + chunk * CHUNK, end = smaller(begin + CHUNK, all_keys.end);
+        const Kept<S> keys(memory.key, memory.key_scale, memory, l, head), values(memory.value, memory.value_scale, memory, l, head);
+        for (int64_t token = begin; token < smaller(begin + FAR, end); token++) keys.fetch(token, n), values.fetch(token, n);
         if (chunk == chunks - 1) {
             float* one = own.query + group * wide;
             const int64_t at = t.tokens * memory.stride + head * n, place = t.tokens * l.key_heads + head;
@@ -341,7 +343,6 @@ class Walk {
             turn(values_of(l) + head * n, n, gk_norm{}, nullptr, nullptr, one);
             keep(one, n, (S*)memory.value + at, memory.value_scale, place);
         }
-        const Kept<S> keys(memory.key, memory.key_scale, memory, l, head), values(memory.value, memory.value_scale, memory, l, head);
         for (int64_t m = 0; m < group; m++) {
             float* query = own.query + m * wide;
             turn(shared.heads + (head * group + m) * n, n, l.query_norm, cosine, sine, query);
