@@ -39,10 +39,11 @@ from benchmarks.worker import progress
 from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import NO_PREFERENCE, Caching, Preference
 from grating_core.columns.masks import Shares, keep_largest
+from grating_core.columns.order import input_errors
 from grating_core.columns.preference import USUAL
 from grating_core.columns.reading import GAP
 from grating_core.kernels.columns import RowFormat, pack_columns, unpack_columns
-from grating_core.lab.activations import record
+from grating_core.lab.activations import Activations, record
 from grating_core.lab.decoders import load_decoder
 from grating_core.lab.masked import MaskedMlp
 from grating_core.lab.quality import cached_mlps, evaluate
@@ -125,9 +126,7 @@ def measure_caches(model: Any, texts: Sequence[Tensor]) -> list[Row]:
     rows = []
     dense = _perplexities(model, texts)
     cases = [(density, preference) for density in CACHED_DENSITIES for preference in PREFERENCES]
-    chance = torch.Generator().manual_seed(0)
-    sample = torch.randint(model.config.vocab_size, (4, 512), generator=chance)  # tells which columns lie first
-    seen = record(model, list(sample))
+    seen = record_sample(model)
     orders = [tuple(map(find_order, layer)) for layer in zip(seen.inputs, seen.products, strict=True)]
     for density, preference in track(cases, "caching", console=progress):
         shares = allocate(density, model.config.num_hidden_layers)
@@ -147,6 +146,12 @@ def measure_caches(model: Any, texts: Sequence[Tensor]) -> list[Row]:
             }
         )
     return rows
+
+
+def record_sample(model: Any) -> Activations:
+    """Record random tokens, which tell the order of columns and which of their errors count."""
+    sample = torch.randint(model.config.vocab_size, (4, 512), generator=torch.Generator().manual_seed(0))
+    return record(model, list(sample))
 
 
 def measure_columns(model: Any, texts: Sequence[Tensor], adapter: Path | None) -> list[Row]:
@@ -181,26 +186,36 @@ def measure_columns(model: Any, texts: Sequence[Tensor], adapter: Path | None) -
 @contextmanager
 def rounded(model: Any, bits: int) -> Iterator[None]:
     """Let the MLPs' weights be what their columns are in a companion file of so many bits."""
-    tables = [
-        matrices
-        for layer in model.model.layers
-        for matrices in ((layer.mlp.up_proj.weight, layer.mlp.gate_proj.weight), (layer.mlp.down_proj.weight,))
-    ]
-    before = [[matrix.clone() for matrix in matrices] for matrices in tables]
+    layers = [(layer.mlp.up_proj, layer.mlp.gate_proj, layer.mlp.down_proj) for layer in model.model.layers]
+    before = [[module.weight.clone() for module in modules] for modules in layers]
+    products = record_sample(model).products
     with torch.no_grad():
-        for matrices in tables:
-            columns = torch.cat([matrix.T for matrix in matrices], 1)
-            form = RowFormat(columns.shape[1], columns.dtype, bits)
-            table = torch.from_numpy(pack_columns(columns, form))
-            unpack_columns(form, table.flatten(), np.arange(len(table)) * form.row_bytes, columns)
-            for number, matrix in enumerate(matrices):  # all of them have as many rows
-                matrix.copy_(columns[:, number * len(matrix) : (number + 1) * len(matrix)].T)
+        for (up, gate, down), seen in zip(layers, products, strict=True):
+            squares = torch.from_numpy(np.square(seen.astype(np.float32)).mean(0))
+            round_columns((up.weight, gate.weight), bits, input_errors({"down": squares}))
+            round_columns((down.weight,), bits, None)
         try:
             yield
         finally:
-            for matrices, whole in zip(tables, before, strict=True):
-                for matrix, one in zip(matrices, whole, strict=True):
-                    matrix.copy_(one)
+            for modules, whole in zip(layers, before, strict=True):
+                for module, weight in zip(modules, whole, strict=True):
+                    module.weight.copy_(weight)
+
+
+def round_columns(matrices: Sequence[Tensor], bits: int, errors: Tensor | None) -> None:
+    """Let the columns of matrices, which have as many rows each, be those of a table of so many bits.
+
+    Args:
+        matrices: The matrices, whose columns of the same number are one row of the table. They are changed.
+        bits: 8 or 4.
+        errors: How much squared errors of a row's entries count; None for the same of all.
+    """
+    columns = torch.cat([matrix.T for matrix in matrices], 1)
+    form = RowFormat(columns.shape[1], columns.dtype, bits)
+    table = torch.from_numpy(pack_columns(columns, form, errors))
+    unpack_columns(form, table.flatten(), np.arange(len(table)) * form.row_bytes, columns)
+    for matrix, part in zip(matrices, columns.T.chunk(len(matrices)), strict=True):
+        matrix.copy_(part)
 
 
 def add_adapter(model: Any, directory: Path) -> None:

@@ -69,7 +69,7 @@ class ColumnSizes:
 
 
 class MlpWeights(NamedTuple):
-    """This class holds the weights of a gated MLP, and in which order its columns are written.
+    """This class holds the weights of a gated MLP, and how its columns are written.
 
     Attributes:
         up: W_u, ``[F, D]``, of any floating dtype.
@@ -77,6 +77,8 @@ class MlpWeights(NamedTuple):
         down: W_d, ``[D, F]``.
         inputs: Which column of W_u and W_g each row is, int64 ``[D]``; None for the order as it is.
         products: Which column of W_d each row is, int64 ``[F]``; None for the order as it is.
+        input_errors: How much squared errors of the entries of a column of W_u and W_g count, float32 ``[2 F]``;
+            None for the same of all.
     """
 
     up: Tensor
@@ -84,6 +86,7 @@ class MlpWeights(NamedTuple):
     down: Tensor
     inputs: NDArray[np.int64] | None = None
     products: NDArray[np.int64] | None = None
+    input_errors: Tensor | None = None
 
 
 def writing_bytes(sizes: ColumnSizes) -> int:
@@ -129,8 +132,11 @@ def _parts(weights: Iterable[MlpWeights], sizes: ColumnSizes, *, show_progress: 
         for kind in KINDS:
             order = layer.inputs if kind == "inputs" else layer.products
             orders.append(np.arange(sizes.count(kind)) if order is None else order)
-            matrices = (layer.up, layer.gate) if kind == "inputs" else (layer.down,)
-            for rows in _rows(matrices, orders[-1], sizes.form(kind)):
+            # All outputs of an MLP count the same.
+            matrices, errors = (
+                ((layer.up, layer.gate), layer.input_errors) if kind == "inputs" else ((layer.down,), None)
+            )
+            for rows in _rows(matrices, orders[-1], sizes.form(kind), errors):
                 yield rows.data
                 checks += [checksum(row) for row in rows]
     yield np.array(checks, dtype="<u8").data
@@ -156,10 +162,12 @@ def contents(sizes: ColumnSizes) -> Contents:
     return {**rows, **checks, **orders, "fill": ("U8", (SECTOR,))}
 
 
-def _rows(matrices: tuple[Tensor, ...], order: NDArray[np.int64], form: RowFormat) -> Iterator[NDArray[np.uint8]]:
+def _rows(
+    matrices: tuple[Tensor, ...], order: NDArray[np.int64], form: RowFormat, errors: Tensor | None
+) -> Iterator[NDArray[np.uint8]]:
     """Yield the rows of a table, uint8 ``[n, bytes]`` at a time."""
     step = max(1, _AT_ONCE // form.length)
     for start in range(0, len(order), step):
         some = torch.from_numpy(order[start : start + step])
         columns = torch.cat([matrix[:, some].T for matrix in matrices], dim=1)
-        yield pack_columns(columns, form)
+        yield pack_columns(columns, form, errors)

@@ -111,7 +111,8 @@ def open_columns(
         StorageError: The file cannot be written.
     """
     form = str(sizes.dtype).removeprefix("torch.") if sizes.bits is None else f"{sizes.bits}bits"
-    path = directory / f"{fingerprint[:16]}-{form}-ordered.safetensors"
+    weighed = "-weighed" if sizes.bits == 4 else ""
+    path = directory / f"{fingerprint[:16]}-{form}{weighed}-ordered.safetensors"
     if not is_there(path):
         write_columns(path, weights(), sizes, fingerprint, show_progress=show_progress)
     return ColumnFile(path, sizes, fingerprint)

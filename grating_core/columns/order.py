@@ -1,7 +1,8 @@
-"""Columns lie in the companion file by how large the values are that meet them, the largest first.
+"""What a sample tells of columns: their order, and how much errors of their entries count.
 
-Large values meet the same columns again and again. So the columns that are in memory are the first ones, and those
-that a token misses lie close together, where one read takes several.
+Columns lie in the companion file by how large the values are that meet them, the largest first. Large values meet
+the same columns again and again. So the columns that are in memory are the first ones, and those that a token
+misses lie close together, where one read takes several.
 """
 
 from __future__ import annotations
@@ -38,3 +39,16 @@ def column_orders(importance: Mapping[Role, Tensor]) -> dict[Kind, NDArray[np.in
             ``"down"`` are looked at; see :meth:`grating_core.models.sample.Sample.importance`.
     """
     return {kind: hottest_first(importance[role].numpy()) for kind, role in _MEET.items()}
+
+
+def input_errors(importance: Mapping[Role, Tensor]) -> Tensor:
+    """Return how much squared errors of the entries of a column of W_u and W_g count, float32 ``[2 F]``.
+
+    An entry is for one gated product, and its errors count by how large the product is: by the root of its mean
+    square. By the mean square itself, the few largest products of the sample would count alone, and texts have
+    others.
+
+    Args:
+        importance: See :func:`column_orders`.
+    """
+    return importance["down"].sqrt().repeat(2)

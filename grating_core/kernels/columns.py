@@ -65,8 +65,15 @@ class Choice(NamedTuple):
     hits: int
 
 
-def pack_columns(rows: Tensor, form: RowFormat) -> NDArray[np.uint8]:
-    """Return rows ``[n, length]``, of any floating dtype, as a table has them, uint8 ``[n, bytes of a row]``."""
+def pack_columns(rows: Tensor, form: RowFormat, importance: Tensor | None = None) -> NDArray[np.uint8]:
+    """Return rows as a table has them, uint8 ``[n, bytes of a row]``.
+
+    Args:
+        rows: The rows ``[n, length]``, of any floating dtype.
+        form: Their format in the table.
+        importance: How much squared errors of the entries count, float32 ``[length]``; None for the same of all.
+            Only 4 bits are chosen by it.
+    """
     table = torch.zeros(len(rows), form.row_bytes, dtype=torch.uint8)
     if form.bits is None:
         parts = [rows.to(form.dtype)]
@@ -74,7 +81,7 @@ def pack_columns(rows: Tensor, form: RowFormat) -> NDArray[np.uint8]:
         entries, scale, _ = quantized_groups(rows, 8)
         parts = [pad(entries, (0, form.groups * GROUP - form.length)), scale]
     else:
-        parts = _packed_4_bits(rows, form)
+        parts = _packed_4_bits(rows, form, importance)
     at = 0
     for part in parts:
         data = part.contiguous().view(torch.uint8)
@@ -84,9 +91,9 @@ def pack_columns(rows: Tensor, form: RowFormat) -> NDArray[np.uint8]:
     return found
 
 
-def _packed_4_bits(rows: Tensor, form: RowFormat) -> list[Tensor]:
+def _packed_4_bits(rows: Tensor, form: RowFormat, importance: Tensor | None) -> list[Tensor]:
     """Return entries, scales, minima and factors of rows; the entries are the nearest with the rounded scales."""
-    _, scale, minimum = quantized_groups(rows, 4, minima=True)
+    _, scale, minimum = quantized_groups(rows, 4, importance, minima=True)
     assert minimum is not None
     lines = torch.stack((scale.float(), minimum.float()))
     factors = lines.abs().amax(-1, keepdim=True) / 127

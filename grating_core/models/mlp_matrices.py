@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor
 
 from grating_core.columns.companion import MlpWeights
-from grating_core.columns.order import column_orders
+from grating_core.columns.order import column_orders, input_errors
 from grating_core.layers.spec import Role
 from grating_core.memory.checkpoint import aligned_buffer
 from grating_core.memory.group import PIECE, TensorGroup
@@ -25,7 +25,8 @@ def read_matrices(
         family: The description of the model's family.
         spec: The description of the model.
         groups: W_u, W_g and W_d of each layer on disk.
-        importances: What :func:`grating_core.models.sampling.find_importances` finds; it tells the columns' order.
+        importances: What :func:`grating_core.models.sampling.find_importances` finds; it tells the columns' order
+            and which of their errors count.
 
     Raises:
         ModelNotFoundError: The files cannot be read.
@@ -37,7 +38,11 @@ def read_matrices(
             group.read(buffer, staging)
         found = layer_by_role(family, layer, number, group.views(buffer))
         yield MlpWeights(
-            found["up.weight"], found["gate.weight"], found["down.weight"], **column_orders(importance)
+            found["up.weight"],
+            found["gate.weight"],
+            found["down.weight"],
+            **column_orders(importance),
+            input_errors=input_errors(importance),
         )
 
 

@@ -68,6 +68,23 @@ def test_every_column_is_where_it_belongs(tmp_path: Path, dtype: torch.dtype, bi
     file.close()
 
 
+def test_entries_of_4_bits_whose_errors_count_are_nearer(tmp_path: Path) -> None:
+    sizes = ColumnSizes(depth=1, width=24, products=64, dtype=torch.float32, bits=4)
+    (plain,) = random_weights(sizes)
+    counts = torch.tensor([1.0, 0.01]).repeat(64)  # every other entry
+    columns = torch.cat((plain.up, plain.gate)).T
+    errors = []
+    for number, weights in enumerate((plain, plain._replace(input_errors=counts))):
+        path = tmp_path / str(number)
+        write_columns(path, [weights], sizes, "mine")
+        file = ColumnFile(path, sizes, "mine")
+        errors.append((read(file, 1, "inputs", list(range(24))) - columns).square().mean(0))
+        file.close()
+    before, after = errors
+    assert after[::2].mean() < 0.9 * before[::2].mean()
+    assert after[1::2].mean() > before[1::2].mean()
+
+
 def test_long_runs_are_cut_and_neighbours_are_read_together(tmp_path: Path) -> None:
     sizes = ColumnSizes(depth=1, width=1024, products=2048, dtype=torch.float32)  # rows of 16 and of 4 KiB
     file = ColumnFile(written(tmp_path, sizes), sizes, "mine")

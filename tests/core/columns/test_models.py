@@ -133,7 +133,8 @@ def test_columns_go_with_other_weights_in_fewer_bits(tmp_path: Path, companions:
         directory, memory_budget=told.value.smallest, bits=bits, mlp_density=DENSITY, **NO_PREFERENCE
     ) as model:
         assert model.generate(TEXT, max_new_tokens=20).text == expected
-    assert [path.name.partition("-")[2] for path in companions.iterdir()] == [f"{bits}bits-ordered.safetensors"]
+    names = {8: "8bits", 4: "4bits-weighed"}
+    assert [path.name.partition("-")[2] for path in companions.iterdir()] == [f"{names[bits]}-ordered.safetensors"]
 
 
 @pytest.mark.parametrize("family", CAUSAL)

@@ -1,5 +1,6 @@
 """A sample of tokens tells how large the inputs of products are, and 4 bits lose less with it."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from grating_core.columns.companion import MlpWeights, write_columns
 from grating_core.columns.install import MlpPruning
+from grating_core.columns.order import input_errors
 from grating_core.engine.decode import advance, new_cache
 from grating_core.errors import ModelNotFoundError
 from grating_core.models.causal_lm import CausalLM, StoredCausalLM
@@ -63,6 +66,28 @@ def test_importance_is_the_mean_square_of_what_transformers_multiplies(
         for role, states in inputs.items():
             torch.testing.assert_close(mine[role], states.square().mean(0), atol=1e-5, rtol=1e-3)
     model.close()
+
+
+def test_columns_are_written_by_what_the_sample_finds(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[MlpWeights] = []
+
+    def watched(path: Path, weights: Iterable[MlpWeights], *more: Any, **settings: Any) -> None:
+        def each() -> Iterator[MlpWeights]:
+            for layer in weights:
+                written.append(layer)
+                yield layer
+
+        write_columns(path, each(), *more, **settings)
+
+    monkeypatch.setattr("grating_core.columns.install.write_columns", watched)
+    model = stored(decoder, PACKING, pruning=MlpPruning(0.5, bits=4))
+    model.load(None).close()
+    assert len(written) == model.spec.depth
+    for weights, importance in zip(written, model.importances, strict=True):
+        assert weights.inputs is not None
+        assert weights.input_errors is not None
+        assert importance["up"].argmax() == weights.inputs[0]
+        assert torch.equal(weights.input_errors, input_errors(importance))
 
 
 def test_tokens_are_the_same_each_time_and_fit_the_model(decoder: Path) -> None:
