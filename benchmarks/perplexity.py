@@ -150,7 +150,7 @@ def measure_caches(model: Any, texts: Sequence[Tensor]) -> list[Row]:
 
 def record_sample(model: Any) -> Activations:
     """Record random tokens, which tell the order of columns and which of their errors count."""
-    sample = torch.randint(model.config.vocab_size, (4, 512), generator=torch.Generator().manual_seed(0))
+    sample = torch.randint(model.config.vocab_size, (4, 128), generator=torch.Generator().manual_seed(0))
     return record(model, list(sample))
 
 

@@ -20,7 +20,7 @@ from grating_core.layers.spec import LayerSpec, Role, Rotary
 from grating_core.models.family import ModelSpec
 
 _SEQUENCES = 4
-_LENGTH = 512  # tokens of a sequence, if the model takes so many
+_LENGTH = 128  # tokens of a sequence, if the model takes so many; more tell no more
 _SEED = 0
 _PRODUCTS = 28_000_000  # bytes that torch's own kernels keep
 
