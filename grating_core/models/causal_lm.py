@@ -17,9 +17,12 @@ from grating_core.columns.install import MlpPruning, column_sizes, install, open
 from grating_core.columns.reading import ColumnFile
 from grating_core.errors import StorageError, UnsupportedModelError
 from grating_core.files.places import cache_directory
+from grating_core.kernels.choice import kernels
 from grating_core.kernels.operands import Weight
+from grating_core.kernels.token import Memories, Output, Stack
 from grating_core.layers.keys_values import bytes_of_keys_values
 from grating_core.layers.linear import linear
+from grating_core.layers.packed import norm_of
 from grating_core.layers.packed_steps import product
 from grating_core.layers.packed_table import PackedTable
 from grating_core.layers.spec import Role
@@ -68,8 +71,16 @@ class CausalLM(LayeredModel):
         Returns:
             The logits, float32 ``[V]``.
         """
+        output, run = self.output, kernels().token
+        if output is not None and run is not None and hidden.dtype == torch.bfloat16:
+            # Other products unpack a weight first, which takes longer than a product of one row. They round less:
+            # in float32, logits of a prompt are those of the weights, with no rounding of states.
+            step = Output(norm_of(self.spec.norm, self.outside, "final_norm"), output)
+            found = run(hidden[-1].float(), Stack(()), Memories(()), 0, 0, (), step)
+            assert found is not None
+            return self.bounded(found)
         states = self.normed(hidden[-1:])
-        if (output := self.output) is None:
+        if output is None:
             return self.bounded(linear(states, self.head, "vocabulary")[0].float())
         return self.bounded(product(states, output)[0].float())
 
