@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM
 from grating_core import StreamedCausalLM
 from grating_core.engine.decode import advance, new_cache
 from grating_core.errors import BudgetError, FileError, StorageError
+from grating_core.kernels import token_reference
 from grating_core.kernels.groups import dequantized
+from grating_core.kernels.token import Memories, Stack
 from grating_core.layers.packed import fields_of, tensors_of
 from grating_core.memory.checkpoint import SECTOR
 from grating_core.models.causal_lm import CausalLM, StoredCausalLM
@@ -69,6 +71,20 @@ def test_streamed_weights_give_the_same_bits(decoder: Path, bits: int, changes: 
     whole, streamed = load(decoder, bits), load(decoder, bits, **changes)
     assert torch.equal(logits(whole), logits(streamed))
     streamed.close()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_logits_behind_a_prompt_in_bfloat16_are_a_product_of_one_row(decoder: Path, bits: int) -> None:
+    how = {"bits": bits, "dtype": "bfloat16", "device": "cpu", "max_length": 64}
+    with StreamedCausalLM.from_pretrained(decoder, **how) as generator:
+        model = generator.model
+        if model.token_path is None:
+            pytest.skip("no kernel for one token")
+        hidden = torch.randn(3, model.width, generator=torch.Generator().manual_seed(4)).bfloat16()
+        row, nothing = hidden[-1].float(), (Stack(()), Memories(()), 0, 0, ())
+        expected = token_reference.token(row, *nothing, model.token_path.output)
+        assert expected is not None
+        torch.testing.assert_close(model.logits(hidden), model.bounded(expected), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", BITS)
