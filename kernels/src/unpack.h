@@ -14,12 +14,22 @@
 namespace {
 
 constexpr int64_t SHARING = 32;  // inner entries that share a scale
+constexpr int64_t SOON = 8192;   // bytes that are on their way from memory, also while what was unpacked before is multiplied
 
-// Writes four inner entries of W columns, which are the bytes of the words, as the product of T reads them.
-template <class T> GK_INLINE void write(vi words, vf scale, vf minimum, char* to) {
+// Entries of 4 bits, which are the lowest ones of the words.
+GK_INLINE vf halves(vu words) {
+#if defined(__AVX512F__)
+    const __m512 each = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return (vf)_mm512_permutexvar_ps((__m512i)words, each);  // looks at no other bits
+#else
+    return __builtin_convertvector(vi(words & 15), vf);
+#endif
+}
+
+// Writes four inner entries of W columns, the i-th of which is found(i), as the product of T reads them.
+template <class T, class Found> GK_INLINE void write(Found found, vf scale, vf minimum, char* to) {
     vf entry[4];
-    for (int i = 0; i < 4; i++)
-        entry[i] = fma(__builtin_convertvector((words << (24 - 8 * i)) >> 24, vf), scale, minimum);
+    for (int i = 0; i < 4; i++) entry[i] = fma(found(i), scale, minimum);
     for (int i = 0; i < 4 && sizeof(T) == 4; i++) store((float*)(to + 64 * i), entry[i]);
     for (int i = 0; i < 2 && sizeof(T) == 2; i++) {
         const vi pair = paired(entry[2 * i], entry[2 * i + 1]);
@@ -39,20 +49,26 @@ template <int FORMAT, class T> void unpack_block(const gk_weight& weight, int64_
             if (FORMAT == GK_INT8) scale = load((const float*)weight.scale + block * 16 + c);
             else if (FORMAT == GK_Q4Z) {
                 const uint8_t* share = (const uint8_t*)weight.scale + (block * groups + g) * 32 + c;
+                __builtin_prefetch(share + SOON / 8);
                 scale = load(share) * load(weight.factor + block * 16 + c);
                 minimum = scale * load(share + 16) * (-1.0f / 16);
             } else {
                 const int64_t at = (block * groups + g) * 16 + c;
+                __builtin_prefetch((const uint16_t*)weight.scale + at + SOON / 16);
                 scale = load_half((const uint16_t*)weight.scale + at);
                 if (weight.minimum) minimum = load_half((const uint16_t*)weight.minimum + at);
                 else if (FORMAT == GK_Q4) minimum = -8.0f * scale;
             }
             for (int64_t i = 0; i < LINES; i++) {
+                if (!c) __builtin_prefetch(from + i * 64 + SOON);
                 const vi words = load((const int32_t*)(from + i * 64 + c * 4));
                 if (HALVES) {
-                    write<T>(words & 0x0f0f0f0f, scale, minimum, to + i * LINE + c * 4);
-                    write<T>((words >> 4) & 0x0f0f0f0f, scale, minimum, to + (i + 4) * LINE + c * 4);
-                } else write<T>(words, scale, minimum, to + i * LINE + c * 4);
+                    write<T>([&](int k) GK_ALWAYS { return halves(vu(words) >> (8 * k)); }, scale, minimum, to + i * LINE + c * 4);
+                    write<T>([&](int k) GK_ALWAYS { return halves(vu(words) >> (8 * k + 4)); }, scale, minimum, to + (i + 4) * LINE + c * 4);
+                } else {
+                    auto byte = [&](int k) GK_ALWAYS { return __builtin_convertvector((words << (24 - 8 * k)) >> 24, vf); };
+                    write<T>(byte, scale, minimum, to + i * LINE + c * 4);
+                }
             }
         }
 }
