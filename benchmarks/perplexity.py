@@ -38,10 +38,10 @@ from benchmarks.shapes import find_or_write
 from benchmarks.worker import progress
 from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import NO_PREFERENCE, Caching, Preference
+from grating_core.columns.disk import Disk
 from grating_core.columns.masks import Shares, keep_largest
 from grating_core.columns.order import input_errors
 from grating_core.columns.preference import USUAL
-from grating_core.columns.reading import GAP
 from grating_core.kernels.columns import RowFormat, pack_columns, unpack_columns
 from grating_core.lab.activations import Activations, record
 from grating_core.lab.decoders import load_decoder
@@ -132,7 +132,8 @@ def measure_caches(model: Any, texts: Sequence[Tensor]) -> list[Row]:
         shares = allocate(density, model.config.num_hidden_layers)
         caching = Caching(CACHED, preference)
         found = [
-            evaluate(model, windows, shares=shares, make=cached_mlps(caching, orders, GAP)) for windows in texts
+            evaluate(model, windows, shares=shares, make=cached_mlps(caching, orders, Disk().gaps))
+            for windows in texts
         ]
         traffics = [quality.traffic for quality in found if quality.traffic is not None]
         rows.append(

@@ -39,7 +39,7 @@ from benchmarks.report import RESULTS, Output, Row, write_result
 from benchmarks.shapes import find_or_write
 from benchmarks.worker import Ask, Facts, Ready, System, forget_pages, import_all, loaded, progress, ready_after
 from grating_core import BudgetError, StreamedCausalLM
-from grating_core.columns import reading
+from grating_core.columns import install, reading
 from grating_core.memory import positioned
 from grating_core.memory.pieces import Pieces
 from grating_core.opening.language_models import OpenLanguageModel, open_language_model
@@ -145,6 +145,8 @@ def slow_down(rate: float) -> None:
     disk = SlowDisk(rate)
     patch.object(positioned, "read_at", disk.read_at).start()
     patch.object(reading, "begin_reading", disk.begin_reading).start()
+    # What was measured before is of the disk as it is, and what is measured now must not be kept for it.
+    patch.object(install, "find_disk", lambda file, measure: measure()).start()
 
 
 def load_grating(

@@ -7,24 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from grating_core.arguments import check_density
 from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import Caching
 from grating_core.columns.companion import KINDS, ColumnSizes, Kind, MlpWeights, write_columns
+from grating_core.columns.disk import find_disk
+from grating_core.columns.fetching import Fetcher, fetched_bytes
 from grating_core.columns.masks import Shares
-from grating_core.columns.mlp import ColumnMlp, ColumnTable, Staging, make_staging, unpacked_bytes
+from grating_core.columns.mlp import ColumnMlp, ColumnTable, unpacked_bytes, unpacked_memory
 from grating_core.columns.preference import NOT_ASKED, Preferences
 from grating_core.columns.reading import ColumnFile
 from grating_core.errors import UnsupportedModelError
 from grating_core.files.places import is_there
 from grating_core.layers.layer import Mlp
 from grating_core.layers.spec import LayerSpec
-from grating_core.memory.checkpoint import SECTOR
+from grating_core.memory.checkpoint import SECTOR, aligned_buffer
 from grating_core.memory.meter import Meter
 
-_STAGING = 16 << 20  # bytes; larger was no faster
-_FEWEST_STAGED = 2  # columns of the larger kind that each half holds at least
+_FETCHED = 16 << 20  # bytes; larger was no faster
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,15 @@ def column_sizes(specs: Sequence[LayerSpec], dtype: torch.dtype, bits: int | Non
 
 def staging_bytes(sizes: ColumnSizes) -> int:
     """Return the bytes of the memory that columns are read and unpacked into."""
-    return _read_bytes(sizes) + unpacked_bytes(sizes)
+    return fetching_bytes(sizes) + unpacked_bytes(sizes)
 
 
-def _read_bytes(sizes: ColumnSizes) -> int:
+def fetching_bytes(sizes: ColumnSizes) -> int:
+    """Return the bytes of the memory that columns are read into."""
     # A row may lie in two sectors more than it fills.
     largest = max(sizes.row_bytes(kind) for kind in KINDS) + 2 * SECTOR
     tables = max(sizes.count(kind) * sizes.row_bytes(kind) for kind in KINDS) + 2 * SECTOR
-    return max(2 * _FEWEST_STAGED * largest, min(_STAGING, 2 * tables))
+    return fetched_bytes(largest, min(_FETCHED, 2 * tables))
 
 
 def open_columns(
@@ -120,8 +123,8 @@ def open_columns(
 
 def install(
     specs: Sequence[LayerSpec], file: ColumnFile, pruning: MlpPruning, share: float, meter: Meter
-) -> list[Mlp]:
-    """Return an MLP for each layer that computes from columns.
+) -> tuple[list[Mlp], Fetcher]:
+    """Return an MLP for each layer that computes from columns, and what reads them.
 
     Args:
         specs: The specs of all layers; see :func:`column_sizes`.
@@ -135,23 +138,27 @@ def install(
     """
     sizes = file.sizes
     if share < 1:
-        file.measure()
-    staging = make_staging(_read_bytes(sizes), sizes)
+        file.disk = find_disk(file.path, file.measure)
+    fetcher, unpacked = Fetcher(file, aligned_buffer(fetching_bytes(sizes)), meter), unpacked_memory(sizes)
     caching = Caching(share, pruning.preferences.at(pruning.density, share))
-    mlps: list[Mlp] = []
-    for number, (spec, shares) in enumerate(zip(specs, allocate(pruning.density, len(specs)), strict=True), 1):
-        inputs, products = (_table(file, number, kind, caching, shares, staging, meter) for kind in KINDS)
-        mlps.append(ColumnMlp(spec, inputs, products, shares))
+    each = allocate(pruning.density, len(specs))
+    inputs, products = (
+        [_table(fetcher, n, kind, caching, shares, unpacked, meter) for n, shares in enumerate(each, 1)]
+        for kind in KINDS
+    )
+    following = [*inputs[1:], None]
+    mlps: list[Mlp] = [ColumnMlp(*parts) for parts in zip(specs, inputs, products, each, following, strict=True)]
     meter.columns_read = meter.bytes_read = 0  # the meter counts requests, and not loading
     meter.seconds_waited = 0.0
-    return mlps
+    return mlps, fetcher
 
 
 def _table(
-    file: ColumnFile, number: int, kind: Kind, caching: Caching, shares: Shares, staging: Staging, meter: Meter
+    fetcher: Fetcher, number: int, kind: Kind, caching: Caching, shares: Shares, unpacked: Tensor, meter: Meter
 ) -> ColumnTable:
     """Make a table of columns, and read as many of them as fit."""
-    cache = caching.cache(file.sizes.count(kind), kind, shares, file.cost(kind))
-    table = ColumnTable(file, number, kind, cache, staging, meter)
+    sizes = fetcher.file.sizes
+    cache = caching.cache(sizes.count(kind), kind, shares, fetcher.file.cost(kind))
+    table = ColumnTable(fetcher, number, kind, cache, unpacked, meter)
     table.fill()
     return table

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import log2
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -12,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from grating_core.columns.companion import ColumnSizes, Kind, contents, tables
+from grating_core.columns.companion import KINDS, ColumnSizes, Kind, contents, tables
+from grating_core.columns.disk import Disk, fit_gap, fit_reach
 from grating_core.errors import FileError
 from grating_core.kernels.choice import kernels
 from grating_core.kernels.compiled_reading import CompiledReading
@@ -25,12 +24,10 @@ from grating_core.memory.companion import WAY_OUT, check_companion, checksum
 from grating_core.memory.header import StoredTensor
 from grating_core.memory.pieces import Pieces
 
-GAP = 16 << 10  # bytes that are read in the time of one more read, unless the disk was measured
-_LONGEST_READ = 256 << 10  # bytes that one call reads, so that all threads have work
-_MEASURED = 32 << 20  # bytes of a file that is large enough to measure a disk; a smaller one is not measured
-_MEASURED_READS = {SECTOR: 512, _LONGEST_READ: 64}  # reads of each size at a time
+LONGEST_READ = 512 << 10  # bytes that one call reads, so that all threads have work
+_MEASURED = 32 << 20  # bytes of a file that is large enough to measure a disk
+_SHORT_READS, _LONG_READS = 512, 32  # at a time
 _ROUNDS = 5  # measurements that count, after one that does not
-LONGEST_GAP = 64 << 10  # bytes, however slow a disk is at short reads
 
 
 class Block(NamedTuple):
@@ -38,13 +35,24 @@ class Block(NamedTuple):
 
     Attributes:
         columns: The columns' part of all columns to read.
-        places: Offset of each of them in the staging memory, int64 ``[n]``.
+        places: Offset of each of them in the memory that they are read into, int64 ``[n]``.
         reads: The parts of the file.
     """
 
     columns: slice
     places: NDArray[np.int64]
     reads: Pieces
+
+    def first(self) -> Block:
+        """Return the block as one of its own columns only."""
+        return self._replace(columns=slice(0, len(self.places)))
+
+    def into(self, memory: NDArray[np.uint8]) -> Block:
+        """Return the block with the memory that it is read into."""
+        return self._replace(reads=self.reads._replace(buffer=memory))
+
+
+_NOWHERE = np.zeros(0, dtype=np.uint8)
 
 
 class ColumnFile:
@@ -69,13 +77,13 @@ class ColumnFile:
                 self._tables = {table: _Table(self._checkpoint, *table) for table in tables(sizes)}
         except (FileError, KeyError, ValueError, OSError) as error:
             raise FileError(f"{path} is no companion file of this model ({error}); {WAY_OUT}") from error
-        self.gap = GAP
-        """The bytes that the disk reads in the time that one more read takes."""
+        self.disk = Disk()
+        """What reads from the disk cost."""
         self.sector = next(iter(self._tables.values())).sector
         """The bytes of a sector of the disk: 512 or 4,096."""
 
-    def plan(self, number: int, kind: Kind, columns: NDArray[np.int64], staging: Tensor) -> Iterator[Block]:
-        """Yield the blocks in which columns are read, so that each fits into half of the staging memory.
+    def plan(self, number: int, kind: Kind, columns: NDArray[np.int64], size: int) -> Iterator[Block]:
+        """Yield the blocks in which columns are read.
 
         Sectors that columns share are read once.
 
@@ -83,11 +91,11 @@ class ColumnFile:
             number: Number of the layer, from 1.
             kind: Kind of the columns.
             columns: Places of the columns in the table, rising, int64 ``[n]``.
-            staging: Memory that begins at a whole sector, uint8 ``[bytes]``. Blocks take its halves in turn.
+            size: The most bytes of a block, at least what one column takes.
         """
         table = self._tables[number, kind]
         begins = table.start + columns * table.row
-        yield from plan_blocks(begins, table.row, staging.numpy(), self.sector)
+        yield from plan_blocks(begins, table.row, size, self.sector)
 
     def begin(self, number: int, kind: Kind, block: Block) -> Arrival:
         """Begin to read a block.
@@ -95,7 +103,7 @@ class ColumnFile:
         Args:
             number: Number of the layer, from 1.
             kind: Kind of the columns.
-            block: A block of :meth:`plan`, whose memory must stay until it has arrived or was given up.
+            block: A block of :meth:`plan` with memory, which must stay until it has arrived or was given up.
         """
         return self._tables[number, kind].begin(block.reads)
 
@@ -113,27 +121,28 @@ class ColumnFile:
 
     def cost(self, kind: Kind) -> float:
         """Return what a read costs, in columns of a kind."""
-        return self.gap / self.sizes.row_bytes(kind)
+        return self.disk.gap(kind) / self.sizes.row_bytes(kind)
 
-    def measure(self) -> None:
-        """Measure for a fraction of a second how many bytes a disk reads in the time that one more read takes.
+    def measure(self) -> Disk:
+        """Measure for a fraction of a second what reads from the disk cost; a small file is not measured.
 
-        Reads of a sector and long reads take turns. The first ones are not counted, because threads start then and
-        disks wake up.
+        Short and long reads take turns. The first ones are not counted, because threads start then and disks wake
+        up.
         """
         table, (*_, last) = self._tables[1, "inputs"], self._tables.values()
         span = last.start - table.start
         if span <= _MEASURED:
-            return
-        seconds = [
-            [self._seconds(table, span, size, number) for size in _MEASURED_READS] for number in range(1 + _ROUNDS)
-        ]
-        sector, long = (median(values) for values in zip(*seconds[1:], strict=True))
-        self.gap = fit_gap(sector, _LONGEST_READ / long)
+            return Disk()
+        short = [-(-self.sizes.row_bytes(kind) // self.sector) * self.sector for kind in KINDS]
+        reads = [*((size, _SHORT_READS) for size in short), (LONGEST_READ, _LONG_READS)]
+        seconds = [[self._seconds(table, span, *each, number) for each in reads] for number in range(1 + _ROUNDS)]
+        *each, long = (median(values) for values in zip(*seconds[1:], strict=True))
+        bandwidth = LONGEST_READ / long
+        inputs, products = (fit_gap(*pair, bandwidth) for pair in zip(each, short, strict=True))
+        return Disk(inputs, products, fit_reach(bandwidth))
 
-    def _seconds(self, table: _Table, span: int, size: int, seed: int) -> float:
+    def _seconds(self, table: _Table, span: int, size: int, count: int, seed: int) -> float:
         """Measure the seconds that each of many reads takes, with all readers at work."""
-        count = _MEASURED_READS[size]
         memory: NDArray[np.uint8] = aligned_buffer(count * size).numpy()
         first = -(-table.start // SECTOR) * SECTOR
         chance = np.random.default_rng((size, seed))
@@ -147,37 +156,34 @@ class ColumnFile:
         self._checkpoint.close()
 
 
-def plan_blocks(
-    begins: NDArray[np.int64], row: int, memory: NDArray[np.uint8], sector: int = SECTOR
-) -> Iterator[Block]:
-    """Yield the blocks in which rows of a file are read, so that each fits into half of the memory.
+def plan_blocks(begins: NDArray[np.int64], row: int, size: int, sector: int = SECTOR) -> Iterator[Block]:
+    """Yield the blocks in which rows of a file are read.
 
     Args:
         begins: Offsets of the rows in the file, rising, int64 ``[n]``.
         row: Bytes of a row.
-        memory: Memory that begins at a whole sector, uint8 ``[bytes]``. Blocks take its halves in turn.
+        size: The most bytes of a block, unless one row takes more.
         sector: Bytes of a sector of the disk.
     """
     if not len(begins):
         return
-    half = len(memory) // 2 // SECTOR * SECTOR
     lows, highs, joined = find_sectors(begins, row, sector)
     # What each column adds to what is read, if the one before it is in the same block.
     added = np.where(joined, highs - np.roll(highs, 1), highs - lows)
     until = np.cumsum(added)
-    first, at = 0, 0
+    first = 0
     while first < len(begins):
         before = until[first] - (highs[first] - lows[first])
-        end = max(first + 1, int(np.searchsorted(until, before + half, side="right")))
+        end = max(first + 1, int(np.searchsorted(until, before + size, side="right")))
         part = slice(first, end)
         runs = np.flatnonzero(np.concatenate(([True], ~joined[first + 1 : end])))
         starts = lows[part][runs]
         ends = highs[part][np.concatenate((runs[1:] - 1, [end - first - 1]))]
-        offsets = at + np.concatenate(([0], np.cumsum(ends - starts)[:-1]))
+        offsets = np.concatenate(([0], np.cumsum(ends - starts)[:-1]))
         lengths = np.diff(np.concatenate((runs, [end - first])))
         places = begins[part] + np.repeat(offsets - starts, lengths)
-        yield Block(part, places, _cut(starts, ends, memory, offsets))
-        first, at = end, half - at
+        yield Block(part, places, _cut(starts, ends, offsets))
+        first = end
 
 
 def find_sectors(
@@ -195,29 +201,14 @@ def find_sectors(
     return lows, highs, np.concatenate(([False], lows[1:] <= highs[:-1]))
 
 
-def fit_gap(sector: float, bandwidth: float) -> int:
-    """Return how many bytes a disk reads in the time that one more read takes: 0, or a power of two of sectors.
-
-    Steps so wide make it the same whenever a disk is measured.
-
-    Args:
-        sector: Seconds that one of many reads of a sector takes.
-        bandwidth: Bytes a second of long reads.
-    """
-    sectors = sector * bandwidth / SECTOR - 1
-    return 0 if sectors < 0.5 else min(LONGEST_GAP, SECTOR << max(0, round(log2(sectors))))
-
-
-def _cut(
-    starts: NDArray[np.int64], ends: NDArray[np.int64], memory: NDArray[np.uint8], places: NDArray[np.int64]
-) -> Pieces:
+def _cut(starts: NDArray[np.int64], ends: NDArray[np.int64], places: NDArray[np.int64]) -> Pieces:
     """Cut long runs into pieces."""
-    counts = -(-(ends - starts) // _LONGEST_READ)
+    counts = -(-(ends - starts) // LONGEST_READ)
     if counts.max() > 1:
         beyond = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        starts, places = (np.repeat(part, counts) + beyond * _LONGEST_READ for part in (starts, places))
-        ends = np.minimum(np.repeat(ends, counts), starts + _LONGEST_READ)
-    return Pieces(starts, ends - starts, memory, places)
+        starts, places = (np.repeat(part, counts) + beyond * LONGEST_READ for part in (starts, places))
+        ends = np.minimum(np.repeat(ends, counts), starts + LONGEST_READ)
+    return Pieces(starts, ends - starts, _NOWHERE, places)
 
 
 def begin_reading(file: int, pieces: Pieces) -> Reading | CompiledReading:

@@ -1,7 +1,8 @@
 """Generating is made of passes: the next tokens of a sequence go through all layers, and give logits.
 
 The loop over layers is outside and the loop over slices inside, so that a streamed layer is read once for all
-slices. A single token goes through all layers in memory in one call of a kernel, if there is one.
+slices. A single token goes through all layers in memory in one call of a kernel, if there is one. Where MLPs are
+pruned, a call ends before each of them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from grating_core.kernels.operands import Seen, Span
 from grating_core.kernels.token import Memories, Stack
 from grating_core.layers.attention import ragged_attention
 from grating_core.layers.keys_values import KeysValues
+from grating_core.layers.layer import Mlp
 from grating_core.layers.rotary import Angles
 from grating_core.layers.sending import sent
 from grating_core.memory.meter import PeakMemory
@@ -112,18 +114,21 @@ def _in_few_calls(model: CausalLM, path: TokenPath, input_ids: list[int], cache:
     assert run is not None
     row, angles = _embedded(model, input_ids, tokens, [slice(0, 1)])[0].float(), path.angles(tokens)
 
-    def through(stack: Stack, number: int) -> Tensor | None:
-        output = path.output if number + len(stack) > model.depth else None
-        return run(row, stack, cache.memories, number - 1, tokens, angles, output)
+    def through(stack: Stack, mlp: Mlp | None) -> Tensor | None:
+        output = path.output if number + len(stack) > model.depth and mlp is None else None
+        logits = run(row, stack, cache.memories, number - 1, tokens, angles, output, normed)
+        if mlp is not None:
+            path.add(row, mlp(normed[None], {})[0], stack.layers[-1])
+        return logits
 
-    number, logits = 1, None
+    number, logits, normed = 1, None, torch.empty_like(row)
     while number <= model.depth:
-        if (stack := path.resident(number)) is None:
-            with model.layer(number) as layer:
-                logits = through(path.streamed(layer), number)
-        else:
-            logits = through(stack, number)
-        number += 1 if stack is None else len(stack)
+        with model.layer(number) as layer:
+            stack = path.resident(number) or path.streamed(layer)
+            logits = through(stack, layer.mlp)
+        number += len(stack)
+    if logits is None:
+        logits = through(Stack(()), None)
     for kept in cache.layers:
         kept.tokens += 1
     assert logits is not None

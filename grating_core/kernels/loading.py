@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-VERSION = 10
+VERSION = 11
 """The version of the C interface, as kernels/src/kernels.h has it."""
 
 DTYPES = {torch.int8: 0, torch.bfloat16: 1, torch.float32: 2}

@@ -34,7 +34,8 @@ class TokenLayer(NamedTuple):
     """This class describes a layer of a decoder.
 
     Attributes:
-        products: Weights of any format by role: query, key, value, output, gate (perhaps), up and down.
+        products: Weights of any format by role: query, key, value, output, gate (perhaps), up and down. The last
+            layer of a stack may lack the latter three, if its MLP is computed elsewhere.
         norms: Norms by role; those that the layer lacks are not there.
         heads: Number of heads of the query.
         key_heads: Number of heads of keys and values.
@@ -135,6 +136,7 @@ class _TokenStruct(Structure):
         ("head", WeightStruct),
         ("table", c_int32),
         ("logits", c_void_p),
+        ("normed", c_void_p),
     ]
 
 
@@ -173,6 +175,7 @@ def token(
     tokens: int,
     angles: Sequence[tuple[Tensor, Tensor]],
     output: Output | None = None,
+    normed: Tensor | None = None,
 ) -> Tensor | None:
     """See :func:`grating_core.kernels.token_reference.token`. Angles are contiguous."""
     logits = None
@@ -194,6 +197,7 @@ def token(
         WeightStruct() if output is None else _head(output.head),
         output is not None and isinstance(output.head, Tensor),
         address(logits),
+        address(normed),
     )
     lib = started()
     check(lib.gk_run_token(ctypes.byref(call)))

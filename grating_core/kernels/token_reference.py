@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import pad
 
+from grating_core.kernels import reference
 from grating_core.kernels.activations import ACTIVATIONS
 from grating_core.kernels.groups import GROUP, dequantized
 from grating_core.kernels.operands import Norm, Weight
 from grating_core.kernels.packing import quantized
-from grating_core.kernels.reference import normed
 from grating_core.kernels.token import Memories, Memory, Output, Stack, TokenLayer
 
 
@@ -25,6 +25,7 @@ def token(
     tokens: int,
     angles: Sequence[tuple[Tensor, Tensor]],
     output: Output | None = None,
+    normed: Tensor | None = None,
 ) -> Tensor | None:
     """Take the next token of a sequence through consecutive layers of a decoder.
 
@@ -41,6 +42,7 @@ def token(
         tokens: The number of the tokens before this one.
         angles: Cosines and sines of the token's angles, float32 ``[head size / 2]``, of each kind of a layer.
         output: What makes logits of the states; None if they are not asked for.
+        normed: Where ``y`` of the last layer goes if the layer lacks its MLP, float32 ``[D]``; None if none does.
 
     Returns:
         Logits, float32 ``[V]``, if they are asked for.
@@ -50,6 +52,9 @@ def token(
         attended = _attend(layer, memory, tokens, angles, _normed(row, layer.norms.get("input_norm")))
         found = _times(attended, layer.products["output"])
         row += layer.factor * _normed(found, layer.norms.get("attention_norm"))
+        if normed is not None and "up" not in layer.products:
+            normed.copy_(_normed(row, layer.norms.get("mlp_norm")))
+            break
         found = _times(_inside(layer, _normed(row, layer.norms.get("mlp_norm"))), layer.products["down"])
         row += layer.factor * _normed(found, layer.norms.get("output_norm"))
     if output is None:
@@ -102,7 +107,7 @@ def _kept(memory: Tensor, scale: Tensor | None, places: slice) -> Tensor:
 
 
 def _normed(states: Tensor, norm: Norm | None) -> Tensor:
-    return states.clone() if norm is None else normed(states, norm)
+    return states.clone() if norm is None else reference.normed(states, norm)
 
 
 def _times(row: Tensor, weight: Weight) -> Tensor:

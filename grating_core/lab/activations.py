@@ -61,10 +61,10 @@ class Activations:
             Inputs ``[tokens, D]`` and products ``[tokens, F]``.
         """
         layer = number * len(self.inputs) // sizes.depth
-        chance = np.random.default_rng(number)
+        # Inputs of all layers have the same channels: those of the hidden states.
         return (
-            _widened(self.inputs[layer], sizes.width, chance),
-            _widened(self.products[layer], sizes.products, chance),
+            _widened(self.inputs[layer], sizes.width, np.random.default_rng(0)),
+            _widened(self.products[layer], sizes.products, np.random.default_rng(number)),
         )
 
 

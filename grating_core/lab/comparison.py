@@ -94,7 +94,7 @@ def compare(
                 windows,
                 shares=None if way == DENSE else allocate(density, len(recorded.inputs)),
                 # Plain DIP is measured without what is read on the way.
-                make=cached_mlps(caching, orders, costs.gap) if way == CACHE_AWARE else MaskedMlp,
+                make=cached_mlps(caching, orders, costs.disk.gaps) if way == CACHE_AWARE else MaskedMlp,
                 show_progress=show_progress,
             ).perplexity
     return [Point(estimate, key[0], perplexities.get(key)) for key, estimate in found.items()]

@@ -14,8 +14,8 @@ from transformers.utils import logging
 
 from grating_core.errors import ModelNotFoundError, UnsupportedModelError
 from grating_core.lab.masked import find_gated_mlp
-from grating_core.models.causal_lm import StoredCausalLM
 from grating_core.models.directory import blaming_config
+from grating_core.models.stored_causal_lm import StoredCausalLM
 
 
 def load_decoder(

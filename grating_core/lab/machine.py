@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from grating_core.arguments import parse_size
 from grating_core.columns.companion import KINDS
-from grating_core.columns.reading import fit_gap
+from grating_core.columns.disk import Disk, fit_gap, fit_reach
 from grating_core.lab.shape import Shape
 from grating_core.memory.checkpoint import SECTOR
 
@@ -36,7 +36,7 @@ class Costs:
         latency: Seconds until the first of several parallel reads has come.
         each: Seconds that each of several parallel reads adds.
         byte: Seconds that each of their bytes adds.
-        gap: Bytes that the disk reads in the time that one more read takes.
+        disk: What reads of columns cost.
         sector: Bytes of a sector of the disk.
         outside: What is around the layers: embedding, head, and picking the next token.
         outside_pruned: The same, if the MLPs are pruned.
@@ -51,7 +51,7 @@ class Costs:
     latency: float
     each: float
     byte: float
-    gap: int
+    disk: Disk
     sector: int
     outside: float
     outside_pruned: float
@@ -94,12 +94,13 @@ class Machine:
         rows = [shape.columns.row_bytes(kind) / self.memory_bandwidth for kind in KINDS]
         inputs, products = (ColumnCosts(row, row) for row in rows)
         outside = shape.head / self.memory_bandwidth
+        gap = fit_gap(small, SECTOR, self.disk_bandwidth)
         return Costs(
             bandwidth=self.disk_bandwidth,
             latency=self.latency,
             each=small - SECTOR / self.disk_bandwidth,
             byte=1 / self.disk_bandwidth,
-            gap=fit_gap(small, self.disk_bandwidth),
+            disk=Disk(gap, gap, fit_reach(self.disk_bandwidth)),
             sector=SECTOR,
             outside=outside,
             outside_pruned=outside,

@@ -22,9 +22,9 @@ from grating_core.arguments import check_share
 from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import Caching, Preference
 from grating_core.columns.companion import KINDS, ColumnSizes, Kind
+from grating_core.columns.disk import Disk
 from grating_core.columns.masks import Shares, kept
 from grating_core.columns.preference import Fit, keep_fits
-from grating_core.columns.reading import GAP
 from grating_core.lab.activations import WINDOW
 from grating_core.lab.decoders import decoder_layers, load_decoder
 from grating_core.lab.quality import choose_all, cut_windows
@@ -182,9 +182,10 @@ def _costs(mlp: Any, states: Tensor, shares: Shares, share: float) -> dict[tuple
 
         Return the values with those that are not used set to 0, and the bytes of the columns that are read.
         """
-        row_bytes = sizes.row_bytes(kind)
-        cache = Caching(share, Preference(gamma, gamma)).cache(sizes.count(kind), kind, shares, GAP / row_bytes)
-        count, order = kept(sizes.count(kind), getattr(shares, kind)), find_order(values.numpy())
+        columns, row_bytes = sizes.count(kind), sizes.row_bytes(kind)
+        cost = Disk().gap(kind) / row_bytes
+        cache = Caching(share, Preference(gamma, gamma)).cache(columns, kind, shares, cost)
+        count, order = kept(columns, getattr(shares, kind)), find_order(values.numpy())
         used, hits = choose_all(cache, order, values.numpy(), count)
         return values * torch.from_numpy(used), float((used.sum() - hits) * row_bytes)
 

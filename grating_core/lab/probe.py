@@ -19,9 +19,10 @@ from torch import Tensor
 from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import ColumnCache
 from grating_core.columns.companion import KINDS, ColumnSizes, Kind
+from grating_core.columns.fetching import Fetcher
 from grating_core.columns.install import MlpPruning, install, staging_bytes
 from grating_core.columns.masks import kept
-from grating_core.columns.mlp import ColumnTable, make_staging
+from grating_core.columns.mlp import ColumnTable, unpacked_memory
 from grating_core.columns.reading import Arrival, Block, ColumnFile
 from grating_core.engine.decode import advance, new_cache
 from grating_core.engine.sampling import Sampler
@@ -80,11 +81,11 @@ def _measure_pruning(shape: Shape, sizes: ColumnSizes, place: Path, context: int
     depth, specs, how = sizes.depth, shape.spec.layers[: sizes.depth], MlpPruning(_DENSITY, bits=sizes.bits)
     write_made_up_columns(place / "columns.safetensors", sizes)
     with closing(_CountingFile(place / "columns.safetensors", sizes, NAME)) as file:
-        parts = make_parts(shape, shape.pruned, depth, install(specs, file, how, 1.0, Meter()))
+        parts = make_parts(shape, shape.pruned, depth, install(specs, file, how, 1.0, Meter())[0])
         layer, outside = _layer_and_outside(parts, context)
         # With no column in memory all are read; and then all layers are streamed as well.
         reading = replace(parts, meter=Meter())
-        reading = replace(reading, mlps=install(specs, file, how, 0.0, reading.meter))
+        reading = replace(reading, mlps=install(specs, file, how, 0.0, reading.meter)[0])
         file.reads = 0
         all_read = _run(reading, context)
         reads = file.reads / (_ROUNDS + _WARM)
@@ -95,7 +96,9 @@ def _measure_pruning(shape: Shape, sizes: ColumnSizes, place: Path, context: int
         used = [kept(sizes.count(kind), getattr(allocate(_DENSITY, depth)[-1], kind)) for kind in KINDS]
         layer -= sum(count * costs.held for count, costs in zip(used, columns, strict=True))
         # Beside the threads that compute, reads take longer than alone, and so does what comes before and after.
-        slower = all_read.waited / (2 * depth * alone[0] + reads * alone[1] + all_read.bytes * alone[2])
+        # Where all is read, the disk has work as long as columns are computed.
+        busy = all_read.seconds - outside - depth * layer
+        slower = max(1.0, busy / (2 * depth * alone[0] + reads * alone[1] + all_read.bytes * alone[2]))
         beside = (all_read.seconds - all_read.waited - outside) / depth - layer
         beside /= sum(costs.starting + count * costs.arriving for count, costs in zip(used, columns, strict=True))
         inputs, products = (
@@ -111,7 +114,7 @@ def _measure_pruning(shape: Shape, sizes: ColumnSizes, place: Path, context: int
             "latency": latency,
             "each": each,
             "byte": byte,
-            "gap": file.gap,
+            "disk": file.measure(),
             "sector": file.sector,
             "outside_pruned": outside,
             "pruned": layer,
@@ -204,13 +207,13 @@ def _reading(file: ColumnFile) -> tuple[float, float, float]:
 def _columns(file: ColumnFile) -> tuple[ColumnCosts, ColumnCosts]:
     """Return the costs of columns of each kind."""
     sizes = file.sizes
-    staging = make_staging(staging_bytes(sizes), sizes)
-    meter = Meter()
+    meter, unpacked = Meter(), unpacked_memory(sizes)
+    fetcher = Fetcher(file, aligned_buffer(staging_bytes(sizes)), meter)
 
     def tables(kind: Kind, resident: int) -> list[ColumnTable]:
         made = []
         for number in range(1, sizes.depth + 1):
-            made.append(ColumnTable(file, number, kind, ColumnCache(resident), staging, meter))
+            made.append(ColumnTable(fetcher, number, kind, ColumnCache(resident), unpacked, meter))
             made[-1].fill()
         return made
 

@@ -145,11 +145,16 @@ class CachedMlp(nn.Module):
         shares: Shares that are kept.
         caching: Size and preference of the caches.
         orders: The column at each place of the tables of inputs and of products, int64.
-        gap: Bytes that the disk reads in the time that one more read takes.
+        gaps: Bytes that the disk reads in the time that one more read takes, for each kind.
     """
 
     def __init__(
-        self, mlp: Any, shares: Shares, caching: Caching, orders: Sequence[NDArray[np.int64]], gap: int = 0
+        self,
+        mlp: Any,
+        shares: Shares,
+        caching: Caching,
+        orders: Sequence[NDArray[np.int64]],
+        gaps: tuple[int, int] = (0, 0),
     ) -> None:
         super().__init__()
         self.mlp = mlp
@@ -158,7 +163,7 @@ class CachedMlp(nn.Module):
         self.wanted, self.hits = np.zeros((2, len(KINDS)), dtype=np.int64)
         self.caches = [
             caching.cache(count, kind, shares, gap / self.sizes.row_bytes(kind))
-            for count, kind in zip(counts, KINDS, strict=True)
+            for count, kind, gap in zip(counts, KINDS, gaps, strict=True)
         ]
         self._orders = orders
         self._kept = kept(counts[0], shares.inputs), kept(counts[1], shares.products)
@@ -202,14 +207,14 @@ def choose_all(
 
 
 def cached_mlps(
-    caching: Caching, orders: Iterable[Sequence[NDArray[np.int64]]], gap: int
+    caching: Caching, orders: Iterable[Sequence[NDArray[np.int64]]], gaps: tuple[int, int]
 ) -> Callable[[Any, Shares], CachedMlp]:
     """Return a function that makes the cached MLPs of a model, one layer after the other, see :func:`evaluate`.
 
     Args:
         caching: Size and preference of the caches.
         orders: The orders of each layer, see :class:`CachedMlp`.
-        gap: See :class:`CachedMlp`.
+        gaps: See :class:`CachedMlp`.
     """
     each = iter(orders)
-    return lambda mlp, shares: CachedMlp(mlp, shares, caching, next(each), gap)
+    return lambda mlp, shares: CachedMlp(mlp, shares, caching, next(each), gaps)

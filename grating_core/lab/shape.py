@@ -19,9 +19,9 @@ from grating_core.lab.decoders import empty_decoder
 from grating_core.layers.packed import layout_of_weight
 from grating_core.memory.header import KIND_OF
 from grating_core.memory.plan import MemoryPlan, ModelSizes, make_generation_plan
-from grating_core.models.causal_lm import StoredCausalLM
 from grating_core.models.family import Family, ModelSpec
 from grating_core.models.packing import Packing, generating
+from grating_core.models.stored_causal_lm import StoredCausalLM
 from grating_core.opening.language_models import USUAL_LENGTH
 from grating_core.text.windows import find_window
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grating_core.columns.reading import ColumnFile
+from grating_core.columns.fetching import Fetcher
 from grating_core.kernels import reference
 from grating_core.kernels.choice import kernels
 from grating_core.kernels.operands import Lookup, Weight
@@ -89,7 +89,7 @@ class Parts:
         layers: Weights of the resident layers by role, or packed, by number from 1.
         streamer: Reader of the streamed layers' weights; None if no layer is streamed.
         rows: What gives rows in the place of the embedding table; None if the table is resident as it is.
-        columns: The companion file with the columns of pruned MLPs; None if the MLPs are dense.
+        columns: What reads the columns of pruned MLPs; None if the MLPs are dense.
         mlps: The functions in the place of the layers' MLPs; empty if the MLPs are dense.
         packing: How the layers are packed; None if they are not.
         packed: The companion file with packed layers; None without one.
@@ -109,7 +109,7 @@ class Parts:
     layers: Mapping[int, Weights | PackedLayer]
     streamer: Streamer | None = None
     rows: RowCache | PackedTable | None = None
-    columns: ColumnFile | None = None
+    columns: Fetcher | None = None
     mlps: Sequence[Mlp] = ()
     packing: Packing | None = None
     packed: PackedFile | None = None
@@ -200,6 +200,8 @@ class LayeredModel:
 
     def rewind(self) -> None:
         """End a pass, so that the first layers of the next pass are read in advance."""
+        if self._parts.columns is not None:
+            self._parts.columns.drop()
         if self._parts.streamer is not None:
             self._parts.streamer.rewind()
 

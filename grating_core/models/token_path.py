@@ -9,7 +9,8 @@ from torch import Tensor
 
 from grating_core.kernels.choice import kernels
 from grating_core.kernels.operands import Weight
-from grating_core.kernels.token import Output, Stack
+from grating_core.kernels.reference import normed
+from grating_core.kernels.token import Output, Stack, TokenLayer
 from grating_core.layers.linear import Weights
 from grating_core.layers.packed import PackedLayer, norm_of
 from grating_core.layers.token import is_expressible, token_layer
@@ -40,10 +41,12 @@ class TokenPath:
             end = first
             while end in layers:
                 end += 1
+                if "up" not in layers[end - 1].products:  # its MLP is computed elsewhere, before the next layer
+                    break
             if first < end:
                 run = (token_layer(spec.layers[n - 1], layers[n], self._kinds) for n in range(first, end))
                 self._stacks[first] = Stack(list(run))
-            first = end + 1
+            first = max(end, first + 1)
 
     def resident(self, number: int) -> Stack | None:
         """Return the resident layers from a number on; None if the layer of this number is streamed."""
@@ -53,6 +56,17 @@ class TokenPath:
         """Return the stack of a packed layer that is in memory for now."""
         assert isinstance(layer.weights, PackedLayer)
         return Stack([token_layer(layer.spec, layer.weights, self._kinds)])
+
+    def add(self, row: Tensor, output: Tensor, layer: TokenLayer) -> None:
+        """Add what an MLP gave that was computed elsewhere.
+
+        Args:
+            row: The token's hidden states, float32 ``[D]``. Those after the layer take their place.
+            output: The output of the MLP, float32 ``[D]``.
+            layer: The layer of the MLP.
+        """
+        norm = layer.norms.get("output_norm")
+        row.add_(output if norm is None else normed(output, norm), alpha=layer.factor)
 
     def angles(self, position: int) -> list[tuple[Tensor, Tensor]]:
         """Return the cosines and sines at a position, of each kind of rotary positions."""

@@ -12,9 +12,10 @@ from grating_core.columns.preference import Preferences, read_fits
 from grating_core.lifetime import closed_on_error
 from grating_core.memory.meter import resident_memory
 from grating_core.memory.plan import MemoryPlan
-from grating_core.models.causal_lm import CausalLM, StoredCausalLM
+from grating_core.models.causal_lm import CausalLM
 from grating_core.models.identity import fingerprint
 from grating_core.models.packing import Packing, generating
+from grating_core.models.stored_causal_lm import StoredCausalLM
 from grating_core.opening.found import find, with_tokenizer
 from grating_core.settings import GenerationSettings
 from grating_core.text.chat import PromptTokenizer

@@ -11,7 +11,7 @@
 #endif
 
 // Raised whenever a struct or the meaning of a function changes: a module of another version is refused.
-#define GK_VERSION 10
+#define GK_VERSION 11
 #define GK_NO_MEMORY 1
 #define GK_NO_ROW 2  // a table lacks a row
 #define GK_TABLES 3
@@ -185,11 +185,11 @@ struct gk_choice {
 // A layer of a decoder:
 //   states += factor * attention_norm(output(attention(input_norm(states))))
 //   states += factor * output_norm(down(activation(gate(x)) * up(x))), x = mlp_norm(states)
-// Norms with kind GK_NO_NORM leave states as they are.
+// Norms with kind GK_NO_NORM leave states as they are. The last layer of a call may lack its MLP, which is computed elsewhere.
 struct gk_token_layer {
     gk_weight query, key, value, output;
     gk_weight gate;       // packed is null for none
-    gk_weight up, down;
+    gk_weight up, down;   // packed is null for both if the MLP is lacking
     gk_norm input_norm, query_norm, key_norm, attention_norm, mlp_norm, output_norm;
     int64_t heads;
     int64_t key_heads;
@@ -226,6 +226,7 @@ struct gk_token {
     gk_weight head;       // the output embedding; packed is null if logits are not asked for
     int32_t table;        // whether the head is a table of GK_BF16 or GK_F32 that is not packed
     float* logits;        // [columns of the head]
+    float* normed;        // mlp_norm(states) [width] of the last layer if its MLP is lacking; else null
 };
 
 // The pool of the host: what torch_parallel_for of torch's C interface is.

@@ -291,6 +291,11 @@ class Walk {
         give(l.output);
         meet(l.gate.packed ? l.gate : l.up);
         add(l.attention_norm, l.factor);
+        if (!l.up.packed) {
+            take(own.hidden, t.width, l.mlp_norm, false);
+            if (!number) memcpy(t.normed, own.row.x, t.width * sizeof(float));
+            return;
+        }
         take(own.hidden, t.width, l.mlp_norm, takes_quantised(l.gate) || takes_quantised(l.up));
         inside(l);
         meet(l.down);

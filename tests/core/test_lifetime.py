@@ -20,12 +20,13 @@ from torch import nn
 
 from grating_core import BudgetError, ModelNotFoundError, Reranker, StreamedCausalLM
 from grating_core.columns import reading
+from grating_core.columns.disk import Disk
 from grating_core.errors import FileError
 from grating_core.forking import Lock, Threads, computed, run_in_thread
 from grating_core.lens import recalibrate as recalibration
 from grating_core.memory import positioned
 from grating_core.memory.checkpoint import Checkpoint
-from grating_core.models import causal_lm
+from grating_core.models import stored_causal_lm
 from grating_core.opening.layered import open_layered
 from grating_core.pruning import ClusterPolicy
 from tests.core.conftest import save_model
@@ -206,8 +207,8 @@ def test_a_fork_while_a_layer_is_being_read(tiny_bert: Path, monkeypatch: pytest
 def new_pruned(decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], StreamedCausalLM]:
     """Loads a language model whose columns are nearly all read from disk, and chosen whatever is in memory."""
     monkeypatch.setenv("GRATING_CACHE", str(tmp_path))
-    monkeypatch.setattr(causal_lm, "sampling_bytes", lambda *_: 0)  # more than all of this model
-    monkeypatch.setattr(reading, "GAP", 0)
+    monkeypatch.setattr(stored_causal_lm, "sampling_bytes", lambda *_: 0)  # more than all of this model
+    monkeypatch.setattr(reading, "Disk", lambda: Disk(0, 0))
 
     settings = {"device": "cpu", "dtype": "float32", "mlp_density": 0.5, "max_length": 64}
     settings |= {"inputs_preference": 1, "products_preference": 1}

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from grating_core.columns import reading
 from grating_core.columns.companion import KINDS, ColumnSizes, Kind, MlpWeights, write_columns
-from grating_core.columns.reading import LONGEST_GAP, ColumnFile, fit_gap
+from grating_core.columns.disk import LONGEST_GAP, Disk, fit_gap, fit_reach
+from grating_core.columns.reading import LONGEST_READ, ColumnFile
 from grating_core.errors import FileError, StorageError
 from grating_core.kernels.columns import unpack_columns
 from grating_core.memory import checkpoint
@@ -44,8 +45,9 @@ def read(file: ColumnFile, number: int, kind: Kind, columns: list[int], staging:
     """Columns as float32, read block by block."""
     buffer, chosen = aligned_buffer(staging), np.array(columns)
     found = torch.full((len(columns), file.sizes.form(kind).length), torch.nan)
-    for block in file.plan(number, kind, chosen, buffer):
+    for planned in file.plan(number, kind, chosen, staging // 2):
         buffer.fill_(255)
+        block = planned.into(buffer.numpy())
         file.begin(number, kind, block).finish()
         file.verify(number, kind, chosen, block)
         unpack_columns(file.sizes.form(kind), buffer, block.places, found[block.columns])
@@ -88,17 +90,14 @@ def test_entries_of_4_bits_whose_errors_count_are_nearer(tmp_path: Path) -> None
 def test_long_runs_are_cut_and_neighbours_are_read_together(tmp_path: Path) -> None:
     sizes = ColumnSizes(depth=1, width=1024, products=2048, dtype=torch.float32)  # rows of 16 and of 4 KiB
     file = ColumnFile(written(tmp_path, sizes), sizes, "mine")
-    buffer = aligned_buffer(1 << 26)
     file.sector = SECTOR
-    (block,) = file.plan(1, "products", np.array([0, 1, 3, 8, 9, 10, 19]), buffer)
+    (block,) = file.plan(1, "products", np.array([0, 1, 3, 8, 9, 10, 19]), 1 << 26)
     assert (block.reads.sizes // SECTOR).tolist() == [2, 1, 3, 1]
-    (block,) = file.plan(1, "inputs", np.arange(100), buffer)
-    assert block.reads.sizes.tolist() == [256 << 10] * 6 + [64 << 10]
-    assert not list(file.plan(1, "inputs", np.array([], dtype=np.int64), buffer))
-    file.gap = -1
-    file.measure()
-    assert file.gap == -1  # this file is too short to be measured
-    file.gap = 8 << 10
+    (block,) = file.plan(1, "inputs", np.arange(100), 1 << 26)
+    assert block.reads.sizes.tolist() == [LONGEST_READ] * 3 + [64 << 10]
+    assert not list(file.plan(1, "inputs", np.array([], dtype=np.int64), 1 << 26))
+    assert file.measure() == Disk()  # this file is too short to be measured
+    file.disk = Disk(8 << 10, 8 << 10)
     assert (file.cost("inputs"), file.cost("products")) == (0.5, 2)
     file.close()
 
@@ -108,7 +107,14 @@ def test_long_runs_are_cut_and_neighbours_are_read_together(tmp_path: Path) -> N
     [(4096 / 1.2e9, 0), (1e-6, 0), (7e-6, SECTOR), (5.4e-6, SECTOR), (25e-6, 8 * SECTOR), (1.0, LONGEST_GAP)],
 )
 def test_a_gap_takes_as_long_as_another_read(seconds: float, gap: int) -> None:
-    assert fit_gap(seconds, 1.2e9) == gap
+    assert fit_gap(seconds, SECTOR, 1.2e9) == gap
+
+
+def test_a_column_that_is_longer_than_what_a_read_costs_has_no_gap() -> None:
+    seconds = 20e-6  # a slow disk takes these for 11,000 bytes, and for any fewer
+    assert fit_gap(seconds, 11_000, 550e6) == 0
+    assert fit_gap(seconds, 1_536, 550e6) == 2 * SECTOR
+    assert fit_reach(550e6) == 1 << 19
 
 
 @pytest.mark.parametrize("sector", [512, SECTOR])
@@ -124,7 +130,7 @@ def test_columns_are_read_in_sectors_that_the_disk_takes(
     sizes = ColumnSizes(1, 2560, 64, torch.float32, 4)  # rows of 1,472 bytes for products
     file = ColumnFile(written(tmp_path, sizes), sizes, "mine")
     assert file.sector == sector
-    (block,) = file.plan(1, "products", np.array([0, 40]), aligned_buffer(1 << 20))
+    (block,) = file.plan(1, "products", np.array([0, 40]), 1 << 20)
     assert (block.reads.starts % sector == 0).all()
     assert (block.reads.sizes <= 1472 + 2 * sector).all()
     file.close()
@@ -133,10 +139,9 @@ def test_columns_are_read_in_sectors_that_the_disk_takes(
 def test_a_disk_is_measured_by_reading_the_file(tmp_path: Path) -> None:
     sizes = ColumnSizes(depth=2, width=1024, products=4096, dtype=torch.float32)
     file = ColumnFile(written(tmp_path, sizes), sizes, "mine")
-    file.gap = -1
-    file.measure()
-    assert 0 <= file.gap <= LONGEST_GAP
-    assert file.gap % SECTOR == 0
+    disk = file.measure()
+    assert all(0 <= gap <= LONGEST_GAP and gap % SECTOR == 0 for gap in disk.gaps)
+    assert disk.reach > 1 << 14
     file.close()
 
 
@@ -164,8 +169,7 @@ def test_a_cold_disk_and_new_threads_do_not_make_gaps_longer(
     monkeypatch.setattr(reading, "begin_reading", SlowReading)
     sizes = ColumnSizes(depth=2, width=1024, products=4096, dtype=torch.float32)
     file = ColumnFile(written(tmp_path, sizes), sizes, "mine")
-    file.measure()
-    assert least <= file.gap <= most
+    assert all(least <= gap <= most for gap in file.measure().gaps)
     file.close()
 
 

@@ -10,14 +10,17 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from grating_core.columns.cache import Caching, ColumnCache
 from grating_core.columns.companion import KINDS, ColumnSizes, MlpWeights, write_columns
+from grating_core.columns.disk import Disk
+from grating_core.columns.fetching import Fetcher
 from grating_core.columns.masks import Shares
-from grating_core.columns.mlp import ColumnMlp, ColumnTable, make_staging
+from grating_core.columns.mlp import ColumnMlp, ColumnTable, unpacked_memory
 from grating_core.columns.reading import ColumnFile
 from grating_core.errors import FileError
 from grating_core.kernels.columns import RowFormat, pack_columns, unpack_columns
 from grating_core.lab.masked import MaskedMlp
 from grating_core.lab.quality import CachedMlp
 from grating_core.layers.spec import LayerSpec, Norm
+from grating_core.memory.checkpoint import aligned_buffer
 from grating_core.memory.meter import Meter
 
 WIDTH, PRODUCTS = 48, 80
@@ -69,18 +72,18 @@ class Case:
         down[:] = quantised(down, sizes.form("products"))
         self.file = ColumnFile(self.path, sizes, "mine")
         self.meter = Meter()
-        staging = make_staging(STAGING, sizes)
+        self.fetcher, unpacked = Fetcher(self.file, aligned_buffer(STAGING), self.meter), unpacked_memory(sizes)
         self.caches = [ColumnCache(int(share * SIZES.count(kind)), preference, cost) for kind in KINDS]
-        tables = [
-            ColumnTable(self.file, 1, kind, cache, staging, self.meter)
+        self.tables = [
+            ColumnTable(self.fetcher, 1, kind, cache, unpacked, self.meter)
             for kind, cache in zip(KINDS, self.caches, strict=True)
         ]
-        for table in tables:
+        for table in self.tables:
             table.fill()
         self.biases = {
             name.replace("_proj", ""): weight for name, weight in self.dense.named_parameters() if "bias" in name
         }
-        self.pruned = ColumnMlp(SPEC, *tables, shares)
+        self.pruned = ColumnMlp(SPEC, *self.tables, shares)
         self.masked = MaskedMlp(self.dense, shares)
 
     def mlp(self, states: Tensor) -> Tensor:
@@ -176,3 +179,22 @@ def test_after_a_failed_read_it_still_computes_right(tmp_path: Path) -> None:
 def compute_all(case: Case, hidden: Tensor) -> None:
     for token in hidden.split(1):
         case.mlp(token)
+
+
+@pytest.mark.parametrize("reach", [1, 1 << 26])
+def test_columns_that_are_read_ahead_change_no_product(tmp_path: Path, reach: int) -> None:
+    case = Case(tmp_path, 0.3, Shares(0.5, 0.5))
+    case.file.disk = Disk(0, 0, reach)
+    inputs, products = case.tables
+    mlp = ColumnMlp(SPEC, inputs, products, Shares(0.5, 0.5), inputs)  # the layer is its own next one
+    read = []
+    for token in hidden_states(30).split(1):
+        case.fetcher.drop()
+        torch.testing.assert_close(mlp(token, {}), case.masked(token), atol=1e-5, rtol=1e-5)
+        before = case.meter.bytes_read
+        torch.testing.assert_close(mlp(token, {}), case.masked(token), atol=1e-5, rtol=1e-5)
+        read.append(case.meter.bytes_read - before)
+        near = token + 0.3 * hidden_states(1, seed=9)
+        torch.testing.assert_close(mlp(near, {}), case.masked(near), atol=1e-5, rtol=1e-5)
+    assert min(read) > 0
+    case.file.close()

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from grating_core import BudgetError, StreamedCausalLM
 from grating_core.columns import reading
 from grating_core.columns.allocation import allocate
+from grating_core.columns.disk import Disk
 from grating_core.engine.decode import advance, new_cache
 from grating_core.errors import FileError, StorageError
 from grating_core.lab.masked import MaskedMlp
-from grating_core.models import causal_lm
+from grating_core.models import stored_causal_lm
 from grating_core.opening.language_models import open_language_model
 from grating_core.settings import GenerationSettings
 from tests.core.conftest import WORDS
@@ -45,7 +46,7 @@ def companions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(autouse=True)
 def _small_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sample would take more memory than all of these models, and no budget would be too small for them."""
-    monkeypatch.setattr(causal_lm, "sampling_bytes", lambda *_: 0)
+    monkeypatch.setattr(stored_causal_lm, "sampling_bytes", lambda *_: 0)
 
 
 NO_PREFERENCE = {"inputs_preference": 1, "products_preference": 1}
@@ -103,7 +104,7 @@ def test_text_is_that_of_masks(family: str, tmp_path: Path) -> None:
 def test_without_long_reads_a_budget_changes_what_is_read_and_not_the_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "GAP", 0)
+    monkeypatch.setattr(reading, "Disk", lambda: Disk(0, 0))
     directory = save_decoder(tmp_path / "model", "qwen3")
     expected = masked_text(directory, 20)
     with pytest.raises(BudgetError) as told:
@@ -231,7 +232,7 @@ def test_a_companion_file_that_goes_away_while_generating_is_missed_and_found_ag
         load_lm(directory, memory_budget=1000, mlp_density=DENSITY)
     with load_lm(directory, memory_budget=told.value.smallest, mlp_density=DENSITY) as model:
         expected = model.generate(TEXT, max_new_tokens=8).text
-        (path,) = companions.iterdir()
+        (path,) = companions.glob("*.safetensors")
         whole = path.read_bytes()
         path.write_bytes(whole[:20_000])
         with pytest.raises(FileError, match=path.name):

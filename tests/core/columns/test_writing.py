@@ -13,8 +13,8 @@ from grating_core.columns.install import MlpPruning
 from grating_core.errors import BudgetError
 from grating_core.kernels.choice import kernels
 from grating_core.memory.plan import make_generation_plan
-from grating_core.models.causal_lm import StoredCausalLM
 from grating_core.models.packing import generating
+from grating_core.models.stored_causal_lm import StoredCausalLM
 
 _WRITING = """
 import sys

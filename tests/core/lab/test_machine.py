@@ -14,9 +14,9 @@ def test_a_machine_takes_time_only_for_its_disk_and_to_read_memory(decoder_direc
     costs = Machine(1e9, 20_000, 10e9, latency=1e-4).costs(shape)
     assert costs.each + 4096 * costs.byte == pytest.approx(1 / 20_000)
     assert costs.byte == 1 / costs.bandwidth == 1e-9
-    assert costs.gap == 8 * 4096  # the power of two that is nearest to 50,000 bytes less a sector
+    assert costs.disk.inputs == 8 * 4096  # the power of two that is nearest to 50,000 bytes less a sector
     faster = Machine(1e9, 60_000, 10e9).costs(shape)
-    assert faster.gap == 4 * 4096  # in the time of a read the disk gives 16,666 bytes
+    assert faster.disk.products == 4 * 4096  # in the time of a read the disk gives 16,666 bytes
     assert costs.outside == 4 * 210 * 32 / 10e9
     assert costs.columns[0].held == 4 * 2 * 48 / 10e9
     assert costs.columns[0].arriving == costs.columns[0].held

@@ -40,7 +40,7 @@ def test_made_up_columns_are_read_as_real_ones(decoder_directory: Path, tmp_path
         found = []
         for share in (1.0, 0.0):
             meter = Meter()
-            mlps = install(shape.spec.layers, file, MlpPruning(0.5, bits=bits), share, meter)
+            mlps, _ = install(shape.spec.layers, file, MlpPruning(0.5, bits=bits), share, meter)
             model = CausalLM(make_parts(shape, shape.pruned, 5, mlps))
             found.append(advance(model, [3], new_cache(model, 2), slice_tokens=1))
             assert meter.column_hit_rate == share

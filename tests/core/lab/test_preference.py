@@ -14,6 +14,7 @@ from grating_core.columns import reading
 from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import NO_PREFERENCE, Caching, Preference
 from grating_core.columns.companion import KINDS
+from grating_core.columns.disk import Disk
 from grating_core.columns.preference import read_fits
 from grating_core.errors import BudgetError
 from grating_core.lab import preference as preference_module
@@ -21,7 +22,7 @@ from grating_core.lab.decoders import load_decoder
 from grating_core.lab.preference import ERROR_ALLOWED, GAMMAS, fit_preference, record_inputs
 from grating_core.lab.quality import CachedMlp, cut_windows
 from grating_core.lab.simulator import find_order
-from grating_core.models import causal_lm
+from grating_core.models import stored_causal_lm
 from grating_core.models.identity import fingerprint
 from tests.core.columns.conftest import TEXT
 
@@ -50,9 +51,7 @@ def measured(model: Any, inputs: dict[int, torch.Tensor], preference: Preference
                 find_order(values.numpy())
                 for values in (states, mlp.act_fn(mlp.gate_proj(states)) * mlp.up_proj(states))
             ]
-            cached = CachedMlp(
-                mlp, allocate(DENSITY, 5)[index], Caching(SHARE, preference), orders, preference_module.GAP
-            )
+            cached = CachedMlp(mlp, allocate(DENSITY, 5)[index], Caching(SHARE, preference), orders, (200, 200))
             errors.append(float((cached(states) - dense).square().sum() / dense.square().sum()))
         rows = [cached.sizes.row_bytes(kind) for kind in KINDS]
         missing += int(((cached.wanted - cached.hits) * rows).sum())
@@ -62,10 +61,10 @@ def measured(model: Any, inputs: dict[int, torch.Tensor], preference: Preference
 @pytest.fixture(autouse=True)
 def _short_gap(monkeypatch: pytest.MonkeyPatch) -> None:
     """A usual gap is as long as these small tables."""
-    monkeypatch.setattr(preference_module, "GAP", 200)
-    monkeypatch.setattr(reading, "GAP", 200)
+    for module in (preference_module, reading):
+        monkeypatch.setattr(module, "Disk", lambda: Disk(200, 200))
     # A sample would take more memory than all of this model, and everything would fit into every budget.
-    monkeypatch.setattr(causal_lm, "sampling_bytes", lambda *_: 0)
+    monkeypatch.setattr(stored_causal_lm, "sampling_bytes", lambda *_: 0)
 
 
 def test_inputs_are_those_of_the_mlps(model: Any, inputs: dict[int, torch.Tensor]) -> None:

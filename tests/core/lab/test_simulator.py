@@ -15,6 +15,8 @@ from grating_core import BudgetError, StreamedCausalLM
 from grating_core.columns import reading
 from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import Caching, ColumnCache
+from grating_core.columns.companion import KINDS
+from grating_core.columns.disk import Disk
 from grating_core.columns.masks import Shares
 from grating_core.columns.preference import USUAL
 from grating_core.columns.reading import ColumnFile
@@ -72,7 +74,7 @@ def budgets(form: Form, *steps: float) -> Iterator[int]:
 
 @pytest.fixture
 def chosen(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
-    """What the engine chooses columns by, in order: for each token and layer inputs, and then products."""
+    """What the engine chooses columns by, in order: for each token and layer inputs, what is likely, products."""
     seen, choose = [], ColumnCache.choose
 
     def choosing(cache, values, count):
@@ -81,6 +83,16 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
 
     monkeypatch.setattr(ColumnCache, "choose", choosing)
     return seen
+
+
+def by_column(chosen: list[np.ndarray], orders: list[list[np.ndarray]], index: int) -> np.ndarray:
+    """Magnitudes of inputs or products, ``[layers, tokens, columns]``, whatever their order in the tables."""
+    calls = 3 * len(orders) - 1  # for a token; the last layer has no next one, of which something is likely
+    found = np.empty((len(orders), len(chosen) // calls, len(orders[0][index])), dtype=np.float32)
+    for layer, order in enumerate(orders):
+        place = 3 * layer + (index and (1 if layer == len(orders) - 1 else 2))
+        found[layer][:, order[index]] = chosen[place::calls]
+    return found
 
 
 @pytest.mark.parametrize(("bits", "kv_bits"), [(None, None), (8, None), (4, 8)])
@@ -94,7 +106,7 @@ def test_bytes_and_hits_are_those_of_the_engine_for_the_same_tokens(
     kv_bits: int | None,
     gap: int,
 ) -> None:
-    monkeypatch.setattr(reading, "GAP", gap)
+    monkeypatch.setattr(reading, "Disk", lambda: Disk(gap, gap))
     shape = Shape.of(decoder_directory, torch.float32, bits, 64, kv_bits)
     settings = {"dtype": "float32", "bits": bits, "kv_bits": kv_bits, "mlp_density": 0.5, "max_length": 64}
     for budget in budgets(shape.pruned, 0, 0.3, 0.7, 1):
@@ -107,16 +119,16 @@ def test_bytes_and_hits_are_those_of_the_engine_for_the_same_tokens(
         (path,) = (cache_directory() / "columns").glob("*.safetensors")
         with closing(ColumnFile(path, shape.columns, fingerprint(decoder_directory))) as file:
             sector = file.sector
-        inputs, products = (np.array(chosen[kind::2]).reshape(20, 5, -1).swapaxes(0, 1) for kind in range(2))
+            orders = [[file.order(number, kind) for kind in KINDS] for number in range(1, 6)]
+        inputs, products = (by_column(chosen, orders, index) for index in range(2))
         how = Caching(plan.column_share, USUAL)
         needs = find_needs(
             Activations(inputs, products),
             shape.columns,
             allocate(0.5, 5),
             how,
-            costs=replace(MACHINE.costs(shape), gap=gap, sector=sector),
-            staging=plan.sizes.staging,
-            in_order=True,
+            costs=replace(MACHINE.costs(shape), disk=Disk(gap, gap), sector=sector),
+            orders=orders,
         )
         read = read_bytes(needs).sum() + 20 * plan.bytes_read()
         assert read == text.bytes_read - text.bytes_to_first
@@ -187,19 +199,27 @@ def test_the_time_of_a_token_is_the_sum_of_its_parts(shape: Shape, activations: 
     (budget,) = budgets(shape.pruned, step)
     plan = shape.pruned.plan(budget)
     how = Caching(plan.column_share, USUAL)
-    without_gaps, staging = replace(costs, gap=0), plan.sizes.staging
-    needs = find_needs(activations, shape.columns, HALF, how, costs=without_gaps, staging=staging)
+    without_gaps = replace(costs, disk=Disk(0, 0))
+    needs = find_needs(activations, shape.columns, HALF, how, costs=without_gaps)
     assert (len(plan.streamed) > 0) == (step == 0)
-    token, seconds = 7, 5e-3
+    token, now, disk = 7, 0.0, 0.0
     for number, layer in enumerate(needs, 1):
-        seconds += 3e-3 if number in plan.streamed else 2e-3
+        now += 3e-3 if number in plan.streamed else 2e-3
         for need, cost in zip(layer, costs.columns, strict=True):
-            reads, read = int(need.reads[token]), int(need.bytes[token])
+            reads, read, blocks = int(need.reads[token]), int(need.bytes[token]), int(need.blocks[token])
             assert 0 < reads <= need.missing[token]
-            assert read == need.missing[token] * (16384 if need is layer[0] else 4096)
-            waiting = costs.latency + reads * costs.each + read * costs.byte
-            seconds += max(need.hits[token] * cost.held, waiting) + cost.starting
-            seconds += need.missing[token] * cost.arriving
+            ahead = int(need.bytes_ahead[token])
+            assert (ahead > 0) == (need is layer[0] and number > 1)
+            assert read + ahead >= need.missing[token] * (16384 if need is layer[0] else 4096)
+            disk = max(disk, now) + costs.latency + reads * costs.each + read * costs.byte
+            arriving = need.missing[token] * cost.arriving
+            now = max(now + need.hits[token] * cost.held + arriving * (1 - 1 / blocks), disk)
+            now += arriving / blocks + cost.starting
+            if number < len(needs):
+                own = needs[number][0]
+                reading = costs.latency + own.reads_ahead[token] * costs.each + own.bytes_ahead[token] * costs.byte
+                disk += reading / 2
+    seconds = now + 5e-3
     assert pruned_seconds(plan, costs, needs)[token] == pytest.approx(seconds)
 
 

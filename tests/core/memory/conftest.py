@@ -9,10 +9,10 @@ from grating_core import Prompt, Reranker, StreamedCausalLM
 from grating_core.engine.scorer import LayerScorer
 from grating_core.memory.plan import MemoryPlan
 from grating_core.models.adapter import Adapter
-from grating_core.models.causal_lm import StoredCausalLM
 from grating_core.models.cross_encoder import StoredCrossEncoder
 from grating_core.models.packing import Packing
 from grating_core.models.stored import StoredModel
+from grating_core.models.stored_causal_lm import StoredCausalLM
 from grating_core.opening.language_models import LoadedLanguageModel
 from grating_core.pruning import Off, PruningPolicy
 from grating_core.text.chat import PromptTokenizer

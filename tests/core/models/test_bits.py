@@ -16,8 +16,9 @@ from grating_core.kernels.groups import dequantized
 from grating_core.kernels.token import Memories, Stack
 from grating_core.layers.packed import fields_of, tensors_of
 from grating_core.memory.checkpoint import SECTOR
-from grating_core.models.causal_lm import CausalLM, StoredCausalLM
+from grating_core.models.causal_lm import CausalLM
 from grating_core.models.packing import generating
+from grating_core.models.stored_causal_lm import StoredCausalLM
 from tests.core.conftest import WINDOW
 from tests.core.memory.conftest import planned
 from tests.core.models.test_decoders import save_decoder

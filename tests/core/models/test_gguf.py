@@ -22,7 +22,7 @@ from grating_core import BudgetError, ModelNotFoundError, StreamedCausalLM, Unsu
 from grating_core.engine.decode import advance, new_cache
 from grating_core.errors import FileError
 from grating_core.models.adapter import Adapter
-from grating_core.models.causal_lm import StoredCausalLM
+from grating_core.models.stored_causal_lm import StoredCausalLM
 from tests.core.conftest import DECODER, SIZES, WINDOW, randomise
 from tests.core.gguf_files import write_gguf
 from tests.core.models.test_decoders import CAUSAL
@@ -145,7 +145,7 @@ def test_two_processes_write_the_companion_file_at_once(tmp_path: Path, cache: P
     path = write_gguf(tmp_path / "model.gguf", large(num_hidden_layers=4), Kind.Q4_0)
     code = (
         "import sys, torch; from dataclasses import replace; from pathlib import Path\n"
-        "from grating_core.models.causal_lm import StoredCausalLM\n"
+        "from grating_core.models.stored_causal_lm import StoredCausalLM\n"
         "files = StoredCausalLM(Path(sys.argv[1]), device=torch.device('cpu'), dtype=torch.float32)\n"
         "model = files.load(replace(files.plan(80, 10**9), resident=()))\n"
         "print(model.spec.depth)"

@@ -15,9 +15,10 @@ from grating_core.columns.install import MlpPruning
 from grating_core.columns.order import input_errors
 from grating_core.engine.decode import advance, new_cache
 from grating_core.errors import ModelNotFoundError
-from grating_core.models.causal_lm import CausalLM, StoredCausalLM
+from grating_core.models.causal_lm import CausalLM
 from grating_core.models.packing import Packing, generating
 from grating_core.models.sample import Sample, draw_tokens
+from grating_core.models.stored_causal_lm import StoredCausalLM
 from tests.core.models.test_decoders import save_decoder
 
 MODULES = {
