@@ -19,8 +19,8 @@ from torch import Tensor
 from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import ColumnCache
 from grating_core.columns.companion import KINDS, ColumnSizes, Kind
-from grating_core.columns.fetching import Fetcher
-from grating_core.columns.install import MlpPruning, install, staging_bytes
+from grating_core.columns.fetching import SLOTS, Fetcher
+from grating_core.columns.install import MlpPruning, fetching_bytes, install
 from grating_core.columns.masks import kept
 from grating_core.columns.mlp import ColumnTable, unpacked_memory
 from grating_core.columns.reading import Arrival, Block, ColumnFile
@@ -93,12 +93,10 @@ def _measure_pruning(shape: Shape, sizes: ColumnSizes, place: Path, context: int
         with closing(streaming):
             all_streamed = _run(streaming, context)
         columns, alone = _columns(file), _reading(file)
+        block = fetching_bytes(sizes) // SLOTS
         used = [kept(sizes.count(kind), getattr(allocate(_DENSITY, depth)[-1], kind)) for kind in KINDS]
         layer -= sum(count * costs.held for count, costs in zip(used, columns, strict=True))
         # Beside the threads that compute, reads take longer than alone, and so does what comes before and after.
-        # Where all is read, the disk has work as long as columns are computed.
-        busy = all_read.seconds - outside - depth * layer
-        slower = max(1.0, busy / (2 * depth * alone[0] + reads * alone[1] + all_read.bytes * alone[2]))
         beside = (all_read.seconds - all_read.waited - outside) / depth - layer
         beside /= sum(costs.starting + count * costs.arriving for count, costs in zip(used, columns, strict=True))
         inputs, products = (
@@ -109,6 +107,13 @@ def _measure_pruning(shape: Shape, sizes: ColumnSizes, place: Path, context: int
             )
             for kind, costs in zip(KINDS, columns, strict=True)
         )
+        # Where all is read, the disk has work until the last columns of a kind have come, which are multiplied then.
+        last = sum(
+            costs.starting + count * costs.arriving / -(-count * sizes.row_bytes(kind) // block)
+            for kind, count, costs in zip(KINDS, used, (inputs, products), strict=True)
+        )
+        busy = all_read.seconds - outside - depth * (layer + last)
+        slower = max(1.0, busy / (2 * depth * alone[0] + reads * alone[1] + all_read.bytes * alone[2]))
         latency, each, byte = (slower * part for part in alone)
         return {
             "latency": latency,
@@ -208,7 +213,7 @@ def _columns(file: ColumnFile) -> tuple[ColumnCosts, ColumnCosts]:
     """Return the costs of columns of each kind."""
     sizes = file.sizes
     meter, unpacked = Meter(), unpacked_memory(sizes)
-    fetcher = Fetcher(file, aligned_buffer(staging_bytes(sizes)), meter)
+    fetcher = Fetcher(file, aligned_buffer(fetching_bytes(sizes)), meter)
 
     def tables(kind: Kind, resident: int) -> list[ColumnTable]:
         made = []
