@@ -107,7 +107,8 @@ def _measure_pruning(shape: Shape, sizes: ColumnSizes, place: Path, context: int
             )
             for kind, costs in zip(KINDS, columns, strict=True)
         )
-        # Where all is read, the disk has work until the last columns of a kind have come, which are multiplied then.
+        # Where all is read, the disk has work until the last columns of a kind have come, which are multiplied
+        # then.
         last = sum(
             costs.starting + count * costs.arriving / -(-count * sizes.row_bytes(kind) // block)
             for kind, count, costs in zip(KINDS, used, (inputs, products), strict=True)
