@@ -1,7 +1,7 @@
 """What dynamic input pruning costs: perplexity by density and way of pruning, by caches, and by bits of columns.
 
     .venv/bin/python -m benchmarks.perplexity methods --data DIRECTORY
-    .venv/bin/python -m benchmarks.perplexity caches --data DIRECTORY --adapter DIRECTORY
+    .venv/bin/python -m benchmarks.perplexity caches --data DIRECTORY
     .venv/bin/python -m benchmarks.perplexity columns --data DIRECTORY --adapter DIRECTORY
 
 The directory holds the collections cisi and cranfield. The model is SmolLM2-135M-Instruct in float32. A seed draws
@@ -121,25 +121,11 @@ def measure_methods(model: Any, texts: Sequence[Tensor]) -> list[Row]:
     return rows
 
 
-def measure_caches(model: Any, texts: Sequence[Tensor], adapter: Path | None) -> list[Row]:
-    """Make a row of each density and preference, first without a preference; and some with an adapter."""
+def measure_caches(model: Any, texts: Sequence[Tensor]) -> list[Row]:
+    """Make a row of each density and preference; first without a preference."""
+    rows = []
     dense = _perplexities(model, texts)
     cases = [(density, preference) for density in CACHED_DENSITIES for preference in PREFERENCES]
-    rows = _cached(model, texts, dense, cases)
-    if adapter is not None:
-        add_adapter(model, adapter)
-        recovered = _cached(
-            model, texts, dense, [(RECOVERED, preference) for preference in (NO_PREFERENCE, USUAL)]
-        )
-        rows += [row | {"adapter": "yes"} for row in recovered]
-    return rows
-
-
-def _cached(
-    model: Any, texts: Sequence[Tensor], dense: Sequence[float], cases: Sequence[tuple[float, Preference]]
-) -> list[Row]:
-    """Make a row of each density and preference."""
-    rows: list[Row] = []
     seen = record_sample(model)
     orders = [tuple(map(find_order, layer)) for layer in zip(seen.inputs, seen.products, strict=True)]
     for density, preference in track(cases, "caching", console=progress):
@@ -155,7 +141,6 @@ def _cached(
                 "density": density,
                 "gamma_inputs": preference.inputs,
                 "gamma_products": preference.products,
-                "adapter": "no",
                 "hit_rate": fmean(traffic.hit_rate() for traffic in traffics),
                 "read_mb_per_token": fmean(traffic.bytes_per_token for traffic in traffics) / 1e6,
                 **summary([quality.perplexity for quality in found], dense),
@@ -261,7 +246,7 @@ def main(
     if part == "methods":
         rows = measure_methods(loaded, texts)
     elif part == "caches":
-        rows = measure_caches(loaded, texts, adapter)
+        rows = measure_caches(loaded, texts)
     else:
         rows = measure_columns(loaded, texts, adapter)
     setting = {"model": model, "tokens": count_tokens(texts), "seeds": len(texts), "cached_share": CACHED}
