@@ -23,8 +23,10 @@ from grating_core.columns.reading import Arrival, Block, ColumnFile
 from grating_core.memory.checkpoint import SECTOR
 from grating_core.memory.meter import Meter
 
-SLOTS = 4
+SLOTS = 3
 """The number of blocks that are in memory at the same time."""
+AHEAD = 2
+"""The most blocks that are read ahead, fewer than there are slots."""
 
 
 class Arrived(NamedTuple):
@@ -87,7 +89,7 @@ class Fetcher:
     def expect(self, number: int, kind: Kind, columns: NDArray[np.int64]) -> None:
         """Say which columns are likely to be asked for next. Each :meth:`ask_ahead` asks for some of them."""
         size = min(self.file.disk.reach, len(self._slots[0]))
-        blocks = islice(self.file.plan(number, kind, columns, size), SLOTS // 2)
+        blocks = islice(self.file.plan(number, kind, columns, size), AHEAD)
         self._expected = deque(
             Request(number, kind, columns[block.columns], iter([block.first()])) for block in blocks
         )

@@ -14,7 +14,7 @@ from grating_core.columns.allocation import allocate
 from grating_core.columns.cache import Caching
 from grating_core.columns.companion import KINDS, ColumnSizes, Kind, MlpWeights, write_columns
 from grating_core.columns.disk import find_disk
-from grating_core.columns.fetching import Fetcher, fetched_bytes
+from grating_core.columns.fetching import SLOTS, Fetcher, fetched_bytes
 from grating_core.columns.masks import Shares
 from grating_core.columns.mlp import ColumnMlp, ColumnTable, unpacked_bytes, unpacked_memory
 from grating_core.columns.preference import NOT_ASKED, Preferences
@@ -89,7 +89,7 @@ def fetching_bytes(sizes: ColumnSizes) -> int:
     # A row may lie in two sectors more than it fills.
     largest = max(sizes.row_bytes(kind) for kind in KINDS) + 2 * SECTOR
     tables = max(sizes.count(kind) * sizes.row_bytes(kind) for kind in KINDS) + 2 * SECTOR
-    return fetched_bytes(largest, min(_FETCHED, 2 * tables))
+    return fetched_bytes(largest, min(_FETCHED, SLOTS * tables))
 
 
 def open_columns(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from grating_core.columns.cache import Caching, ColumnCache, Preference
 from grating_core.columns.companion import KINDS, ColumnSizes
-from grating_core.columns.fetching import SLOTS
+from grating_core.columns.fetching import AHEAD, SLOTS
 from grating_core.columns.install import fetching_bytes
 from grating_core.columns.masks import Shares, kept
 from grating_core.columns.mlp import LIKELY
@@ -206,7 +206,7 @@ class _Table:
             if likely is not None:
                 guessed, begin = self.cache.choose(likely[0][index].astype(np.float32), likely[1])
                 guessed = guessed[begin:]
-                ahead = list(islice(self._blocks(guessed, self.costs.disk.reach), SLOTS // 2))
+                ahead = list(islice(self._blocks(guessed, self.costs.disk.reach), AHEAD))
                 for block in ahead:
                     missing[guessed[block.columns]] = False
             own = list(self._blocks(np.flatnonzero(missing), self.size))
