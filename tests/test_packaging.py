@@ -32,6 +32,7 @@ DISTRIBUTIONS = {  # where each is, and its package there
     "llama-index-llms-grating": (ROOT / "integrations/llamaindex-llms", "llama_index/llms/grating"),
 }
 KERNELS = ROOT / "kernels"
+FILTER = getattr(tarfile, "data_filter", None)  # Python 3.11 has it since 3.11.4
 COMPILED = (".so", ".dylib", ".dll")
 IN_SDISTS = {"PKG-INFO", "pyproject.toml", "README.md", "LICENSE", ".gitignore"}  # hatchling always takes the last
 ONLY_IN_THE_CORES = {"CHANGELOG.md", "benchmarks", "hatch_build.py", "tests"}
@@ -57,7 +58,8 @@ def wheels(sdists: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     built = {}
     for name, sdist in sdists.items():
         with tarfile.open(sdist) as archive:
-            archive.extractall(sources := tmp_path_factory.mktemp("sources"), filter="data")
+            archive.extraction_filter = FILTER
+            archive.extractall(sources := tmp_path_factory.mktemp("sources"))
         with contextlib.chdir(next(sources.iterdir())):
             built[name] = output / backend.build_wheel(str(output))
     return built
@@ -163,7 +165,8 @@ def test_the_lock_is_complete_and_fits_the_ranges(wheels: dict[str, Path]) -> No
 def test_the_kernels_are_published_as_source_that_builds_anywhere(kernels_sdist: Path, tmp_path: Path) -> None:
     with tarfile.open(kernels_sdist) as archive:
         names = {member.name.split("/", 1)[1] for member in archive.getmembers()}
-        archive.extractall(tmp_path, filter="data")
+        archive.extraction_filter = FILTER
+        archive.extractall(tmp_path)
     (source,) = tmp_path.iterdir()
     kept = {path.relative_to(KERNELS) for path in KERNELS.rglob("*") if path.is_file()}
     built = {path for path in kept if {"build", "__pycache__"} & set(path.parts) or path.suffix in COMPILED}
