@@ -305,8 +305,8 @@ class AnswerSettings:
     seed: int | None = setting(
         None,
         "The seed of the random numbers. The same seed gives the same text, unless mlp_density chooses other "
-        "columns because another budget has others in memory, or because the disk seemed faster or slower when "
-        "the model was loaded. None gives another text every time.",
+        "columns because another budget has others in memory, or because another disk was measured. "
+        "None gives another text every time.",
     )
     stop: Sequence[str] = setting((), "Strings that end the text. They are not part of it.")
 

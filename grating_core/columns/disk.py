@@ -82,14 +82,14 @@ def find_disk(file: Path, measure: Callable[[], Disk]) -> Disk:
         file: The file. What is kept lies beside it, and counts for the file as it is now and where it is now.
         measure: Function that measures the disk.
     """
-    path, identity = file.with_suffix(".json"), _identity(file)
+    path = file.with_suffix(".json")
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         fields = read_json(path)
-        if fields["file"] == identity:
+        if fields["file"] == _identity(file):
             return Disk(**fields["disk"])
     disk = measure()
-    with suppress(StorageError):  # then it is measured again
-        replace_file(path, json.dumps({"file": identity, "disk": asdict(disk)}).encode())
+    with suppress(StorageError, OSError):  # then it is measured again
+        replace_file(path, json.dumps({"file": _identity(file), "disk": asdict(disk)}).encode())
     return disk
 
 

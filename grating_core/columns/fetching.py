@@ -2,8 +2,7 @@
 
 While one block is used, the next ones are read. What a token will need of the following layer is known only when
 the token is there. But inputs of neighbouring layers are alike, so some of its columns are read ahead, in moments
-in which the disk would have nothing to do. A token uses what it would use without them, so what is read ahead
-changes no text.
+in which the disk would have nothing to do. A token uses the columns that it would use without them.
 """
 
 from __future__ import annotations
@@ -132,13 +131,13 @@ class Fetcher:
 
     def drop(self) -> None:
         """Forget what was asked for, and wait until nothing is read any more."""
-        coming, self._coming = self._coming, {}
-        self._free = deque(range(SLOTS))
         self._asked.clear()
         self._expected.clear()
         self._ahead = []
-        for arrival in coming.values():
+        for arrival in self._coming.values():  # before others are read into the same memory
             arrival.give_up()
+        self._coming = {}
+        self._free = deque(range(SLOTS))
 
     def close(self) -> None:
         """Stop reading, and close the file."""

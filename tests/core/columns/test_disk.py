@@ -79,3 +79,8 @@ def test_where_nothing_can_be_kept_the_disk_is_measured_each_time(
     assert find_disk(columns, Measuring()) == FOUND
     assert find_disk(columns, Measuring(Disk(0, 0, 1))) == Disk(0, 0, 1)
     assert [path.name for path in columns.parent.iterdir()] == [columns.name]
+
+
+def test_a_file_that_went_away_is_measured_and_nothing_is_kept(tmp_path: Path) -> None:
+    assert find_disk(tmp_path / "columns.safetensors", Measuring()) == FOUND
+    assert not list(tmp_path.iterdir())

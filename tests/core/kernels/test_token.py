@@ -146,6 +146,23 @@ def test_every_kind_of_layer_gives_what_the_reference_gives(rules: dict[str, obj
         torch.testing.assert_close(row, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("rules", RULES, ids=str)
+def test_the_last_layer_may_lack_its_mlp(rules: dict[str, object]) -> None:
+    made = Made(torch.float32, seed=3)
+    whole, lacking = made.layer(**rules), made.layer(**rules)
+    for role in ("gate", "up", "down"):
+        lacking.products.pop(role, None)  # type: ignore[attr-defined]
+    stack, memories = Stack([whole, lacking]), made.memories(2, 20)
+    for place in range(20):
+        angles = [(made.normal(20), made.normal(20)) for _ in range(2)]
+        row, before = made.normal(WIDTH), copied(memories)
+        expected, found, wanted = row.clone(), torch.full((WIDTH,), torch.nan), torch.full((WIDTH,), torch.nan)
+        assert token(row, stack, memories, 0, place, angles, normed=found) is None
+        assert reference.token(expected, stack, before, 0, place, angles, normed=wanted) is None
+        torch.testing.assert_close(row, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_output_may_be_a_table(dtype: torch.dtype) -> None:
     made = Made(torch.float32)
